@@ -1,0 +1,67 @@
+# `make help` says what there is. Needs Python 3.10 or later, GNU make and, for the kernels, a C++
+# compiler; everything else is installed into $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+# What pip is asked for; `make TORCH=torch==2.13.0 test` picks another.
+TORCH ?= torch==2.14.1
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
+SOURCES := $(shell find csrc -type f) setup.py fusedloss/_version.py
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test bench build lint clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/build.stamp ## train real models with torch's losses and with ours, then the speed table
+	$(BIN)/python -m bench.demo
+	$(BIN)/python -m bench --out bench/results/cpu
+
+test: $(VENV)/build.stamp ## all tests
+	$(BIN)/python -m pytest tests
+
+bench: $(VENV)/build.stamp ## the speed table alone
+	$(BIN)/python -m bench --out bench/results/cpu
+
+build: $(VENV)/build.stamp ## the environment and the extension
+
+lint: $(VENV)/lint.stamp ## ruff, mypy and clang-format, changing nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	find csrc -type f | xargs $(BIN)/clang-format --dry-run -Werror
+
+clean: ## remove what was built; the environment stays
+	rm -rf build fusedloss/*.so *.egg-info $(VENV)/build.stamp
+
+# Each stamp is written when its step has succeeded, so that one that was cut short runs again.
+
+ifneq ($(shell $(BIN)/python -c 'import pip; print("works")' 2>/dev/null),works)
+.PHONY: $(VENV)/python.stamp
+endif
+$(VENV)/python.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo >&2 \
+	  'fusedloss needs Python 3.10 or later as $(PYTHON); PYTHON=... picks another'; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo >&2 \
+	  '$(PYTHON) cannot make environments: install its venv module (Debian: python3-venv)'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+ifneq ($(shell cat $(VENV)/torch.stamp 2>/dev/null),$(TORCH))
+.PHONY: $(VENV)/torch.stamp
+endif
+$(VENV)/torch.stamp: $(VENV)/python.stamp
+	@echo 'installing $(TORCH), which can take minutes'
+	@$(PIP) install $(TORCH) 'setuptools>=77' ninja
+	@echo '$(TORCH)' > $@
+
+$(VENV)/build.stamp: $(VENV)/torch.stamp pyproject.toml $(SOURCES)
+	@echo 'installing fusedloss, compiling what has changed'
+	@$(PIP) install --no-build-isolation -e '.[test,bench]'
+	@touch $@
+
+$(VENV)/lint.stamp: $(VENV)/build.stamp pyproject.toml
+	@$(PIP) install --no-build-isolation -e '.[dev]'
+	@touch $@

@@ -1,0 +1,286 @@
+"""Contestants of a case, the check that they are right, and interleaved timing."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+import fusedloss
+import fusedloss.functional as FL
+
+from .cases import COLUMNS, MODULES, TABLES, Case
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[[], Tensor]
+
+# Here to expose a contestant that computes something else, not to rank roundings: far above an
+# honest fp32 sum of 2^24 terms or one rounding to bf16, far below any missing term. Norm-wise.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-8}
+
+# Long enough a block for the clock, short enough that a round sees one state of the machine.
+BLOCK_SECONDS = 0.01
+
+# What all compiling of one run may take together; later cases then go without.
+COMPILE_SECONDS = 300.0
+
+
+class WrongResult(Exception):
+    """A contestant's loss or gradient is not the one that float64 gives."""
+
+
+@dataclass
+class Ratio:
+    median: float
+    low: float
+    high: float
+    bar: float | None
+    met: bool | None
+
+
+class Problem(NamedTuple):
+    """Why a contestant has no samples."""
+
+    verdict: str  # "wrong", "failed" or "skipped"
+    text: str
+
+
+@dataclass
+class Row:
+    """One case, measured."""
+
+    case: Case
+    unit: str
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    problems: dict[str, Problem] = field(default_factory=dict)
+    path: str | None = None
+    compile_seconds: float | None = None
+
+    def ratios(self) -> dict[str, Ratio]:
+        """The table's columns, as far as both contestants of one were measured."""
+        ratios = {}
+        for name in TABLES[self.case.table].columns:
+            column = COLUMNS[name]
+            if column.of not in self.samples or column.over not in self.samples:
+                continue
+            low, median, high = quantiles(self.samples[column.of], self.samples[column.over])
+            bar = self.case.bars.get(name)
+            met = None
+            if bar is not None:
+                # Judged as printed, to two decimals: 0.998 against 1 is noise, 0.98 is not.
+                shown = round(median, 2)
+                met = shown >= bar if column.at_least else shown <= bar
+            ratios[name] = Ratio(median, low, high, bar, met)
+        return ratios
+
+    def broken(self) -> list[str]:
+        """Contestants that gave a wrong result or none."""
+        return [name for name, problem in self.problems.items() if problem.verdict != "skipped"]
+
+    def missed(self) -> list[str]:
+        """Columns whose bar is not reached; without a result of ours, none of them is."""
+        if "ours" in self.problems:
+            return list(self.case.bars)
+        return [name for name, ratio in self.ratios().items() if ratio.met is False]
+
+    def unmeasured(self) -> list[str]:
+        """Columns whose bar could be neither reached nor missed, for want of a rival."""
+        known = {*self.missed(), *self.ratios()}
+        return [name for name in self.case.bars if name not in known]
+
+
+def quantiles(of: list[float], over: list[float]) -> tuple[float, float, float]:
+    """20 %, median and 80 % of the rounds' ratios.
+
+    The median of ratios, not the ratio of medians: what slows the machine for a while slows both
+    sides of a round alike and cancels within it, and the spread is then that of the ratio.
+    """
+    low, median, high = np.quantile(np.divide(of, over), [0.2, 0.5, 0.8]).tolist()
+    return low, median, high
+
+
+def describe(error: Exception) -> Problem:
+    """One line for a note."""
+    if isinstance(error, WrongResult):
+        return Problem("wrong", str(error))
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return Problem("failed", text if len(text) <= 160 else text[:157] + "...")
+
+
+def build_loss(case: Case, contestant: str) -> Loss:
+    eager, ours = getattr(F, case.loss), getattr(FL, case.loss)
+    if case.table == "upstream":
+        # Modules, as each keeps a prediction of its own: calls of one function at both upstream
+        # gradients in turn would measure the mispredicted path.
+        package = torch.nn if contestant == "eager" else fusedloss
+        loss: Loss = getattr(package, MODULES[case.loss])()
+    elif contestant == "compile":
+        # Idle compile workers would share the cores with what is being timed.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+        # Cases recompile one function: past dynamo's limit it would quietly run eagerly.
+        torch._dynamo.reset()
+        loss = torch.compile(eager, fullgraph=True, dynamic=False)
+    else:
+        loss = eager if contestant == "eager" else ours
+    # A partial costs every call: only where it is needed.
+    return loss if case.reduction == "mean" else partial(loss, reduction=case.reduction)
+
+
+def upstream_of(case: Case, contestant: str, x: Tensor, t: Tensor) -> Tensor | None:
+    """The gradient given to backward()."""
+    if case.reduction == "none":
+        shape = t.shape if case.loss == "cross_entropy" else x.shape
+        return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    if case.table == "upstream":
+        return torch.tensor(1.0 if contestant == "unit" else case.upstream)
+    return None
+
+
+def make_step(case: Case, contestant: str, x: Tensor, t: Tensor) -> Step:
+    """What is timed: a loss step that delivers a fresh gradient."""
+    if contestant == "limit":
+
+        @torch.no_grad()
+        def step() -> Tensor:
+            # Kept in x.grad, so that it is freed when a gradient is: at the next step.
+            x.grad = None
+            x.grad = x.clone() if case.loss == "cross_entropy" else torch.add(x, t)
+            return x.grad
+
+        return step
+
+    loss = build_loss(case, contestant)
+    if case.table == "forward":
+
+        @torch.no_grad()
+        def step() -> Tensor:
+            return loss(x, t)
+
+    elif case.autocast:
+        autocast = torch.autocast("cpu", dtype=case.dtype)
+
+        def step() -> Tensor:
+            x.grad = None
+            with autocast:
+                value = loss(x, t)
+            value.backward()
+            return value
+
+    else:
+        upstream = upstream_of(case, contestant, x, t)
+
+        def step() -> Tensor:
+            x.grad = None
+            value = loss(x, t)
+            value.backward(upstream)
+            return value
+
+    return step
+
+
+def expected(case: Case, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Loss and gradient in float64 (no gradient: forward only)."""
+    x64 = x.detach().double().requires_grad_(case.table != "forward")
+    t64 = t.double() if t.is_floating_point() else t
+    loss = getattr(F, case.loss)(x64, t64, reduction=case.reduction)
+    if case.table != "forward":
+        upstream = upstream_of(case, "ours", x, t)
+        loss.backward(None if upstream is None else upstream.double())
+    return loss.detach(), x64.grad
+
+
+def check(
+    case: Case, contestant: str, step: Step, x: Tensor, truth: tuple[Tensor, Tensor | None]
+) -> None:
+    """Hold a contestant's loss and gradient against float64."""
+    x.grad = None
+    value = step().detach()
+    loss, gradient = truth
+    if contestant == "unit" and gradient is not None:
+        gradient = gradient / case.upstream
+    for name, got, right in (("loss", value, loss), ("gradient", x.grad, gradient)):
+        if right is None:
+            continue
+        if got is None:
+            raise WrongResult(f"no {name}")
+        if got.shape != right.shape:
+            raise WrongResult(f"{name} of shape {tuple(got.shape)}, not {tuple(right.shape)}")
+        error = float((got.double() - right).norm() / right.norm())
+        # Written so that nan fails.
+        if not error <= TOLERANCE[got.dtype]:
+            raise WrongResult(f"{name} off by {error:.2g} (norm-wise) from float64")
+
+
+def interleave(
+    steps: Mapping[str, Step], rounds: int, block_seconds: float = BLOCK_SECONDS
+) -> dict[str, list[float]]:
+    """Seconds a step of each contestant, one sample a round.
+
+    Each round times every contestant once, the order rotating. `Timer.timeit` warms up before it
+    reads the clock, so that nobody pays for what the one before left in caches and heap.
+    """
+    threads = torch.get_num_threads()
+    timers = {
+        name: Timer("step()", globals={"step": step}, num_threads=threads)
+        for name, step in steps.items()
+    }
+    number = {}
+    for name, timer in timers.items():
+        # Best of a few: a single first call may be slow, and would make the blocks too short.
+        seconds = min(timer.timeit(1).mean for _ in range(3))
+        number[name] = math.ceil(block_seconds / seconds)
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    order = list(timers)
+    for _ in range(rounds):
+        for name in order:
+            samples[name].append(timers[name].timeit(number[name]).mean)
+        order.append(order.pop(0))
+    return samples
+
+
+class Speed:
+    """Times cases one by one, within the run's allowance for compiling (None: no compiling)."""
+
+    def __init__(self, rounds: int, compile_seconds: float | None = COMPILE_SECONDS) -> None:
+        self.rounds = rounds
+        self.compile_left = compile_seconds
+
+    def __call__(self, case: Case) -> Row:
+        row = Row(case, "s")
+        x, t = case.inputs()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case.autocast):
+            ours = getattr(FL, case.loss)
+            row.path = fusedloss.explain(ours, x, t, reduction=case.reduction).backend
+        truth = expected(case, x, t)
+        steps = {}
+        for name in TABLES[case.table].contestants:
+            if name == "compile":
+                if self.compile_left is None:
+                    continue
+                if self.compile_left <= 0:
+                    row.problems[name] = Problem("skipped", "no time for compiling left")
+                    continue
+            start = time.perf_counter()
+            try:
+                step = make_step(case, name, x, t)
+                if name != "limit":
+                    check(case, name, step, x, truth)
+                steps[name] = step
+            except Exception as error:  # noqa: BLE001 - the others are still measured
+                row.problems[name] = describe(error)
+            if name == "compile" and self.compile_left is not None:
+                row.compile_seconds = time.perf_counter() - start
+                self.compile_left -= row.compile_seconds
+        row.samples = interleave(steps, self.rounds)
+        return row

@@ -1,0 +1,74 @@
+"""Peak memory of forward + backward: each contestant of a case in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from .cases import CASES, TABLES, Case
+from .measure import Problem, Row, describe, make_step
+
+
+def resident(field: str) -> int:
+    """Bytes in memory: now (VmRSS), or at most (VmHWM).
+
+    What the kernel counted, so it sees scratch that never went through PyTorch's allocator (whose
+    profiler would not). Not getrusage's ru_maxrss: a child process starts at its parent's.
+    """
+    status = Path("/proc/self/status").read_text()
+    match = re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)
+    if match is None:
+        raise RuntimeError(f"/proc/self/status has no {field}")
+    return int(match[1]) * 1024
+
+
+def growth(case: Case, contestant: str) -> int:
+    """Bytes that the steps of a fresh process took at most, beyond the inputs."""
+    x, t = case.inputs()
+    small = x.detach()[:2].requires_grad_()
+    # Code pages and threads are no part of a step's memory.
+    make_step(case, contestant, small, t[:2])()
+    step = make_step(case, contestant, x, t)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, from now
+    before = resident("VmRSS")
+    for _ in range(3):
+        step()
+    return resident("VmHWM") - before
+
+
+def measure(case: Case) -> Row:
+    row = Row(case, "bytes")
+    for contestant in TABLES[case.table].contestants:
+        command = [sys.executable, "-m", "bench.memory", case.id, contestant]
+        done = subprocess.run(
+            command, check=False, cwd=Path(__file__).parent.parent, capture_output=True, text=True
+        )
+        if done.returncode == 0:
+            row.samples[contestant] = [float(done.stdout)]
+        else:
+            lines = done.stderr.strip().splitlines()
+            text = lines[-1] if lines else f"exit status {done.returncode}"
+            row.problems[contestant] = Problem("failed", text)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.memory",
+        description="Print the bytes that one contestant's steps take at most, beyond the inputs.",
+    )
+    memory_cases = {case.id: case for case in CASES if case.table == "memory"}
+    parser.add_argument("case", choices=memory_cases, metavar="CASE")
+    parser.add_argument("contestant", choices=TABLES["memory"].contestants)
+    arguments = parser.parse_args()
+    print(growth(memory_cases[arguments.case], arguments.contestant))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the row says it
+        sys.exit(describe(error).text)

@@ -1,0 +1,134 @@
+// Brings any operand, of any dtype and layout, before an engine as a short contiguous run of the
+// type it computes in; and takes results back. Runs are short enough to stay in the L1 cache, so
+// conversion and gathering cost no traffic to memory.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "../math/vocabulary.h"
+#include "kernels.h"
+
+namespace fusedloss::cpu {
+namespace CPU_CAPABILITY {
+
+template <class F>
+inline void with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64: return f(double{});
+    case DType::kFloat32: return f(float{});
+    case DType::kBFloat16: return f(c10::BFloat16{});
+    case DType::kFloat16: return f(c10::Half{});
+    case DType::kInt64: return f(int64_t{});
+  }
+}
+
+template <class T>
+constexpr bool is_dtype(DType dtype) {
+  return dtype == (std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32);
+}
+
+template <class S>
+constexpr bool is_half = std::is_same_v<S, c10::BFloat16> || std::is_same_v<S, c10::Half>;
+
+// out[i] = in[i * stride]
+template <class S, class T>
+inline void widen(const S* in, int64_t stride, int64_t n, T* out) {
+  int64_t i = 0;
+  if (stride == 1) {
+    if constexpr (is_half<S> && std::is_same_v<T, float>) {
+      constexpr int64_t kStep = Vec<S>::size();
+      for (; i + kStep <= n; i += kStep) {
+        auto [low, high] = at::vec::convert_to_float<S>(Vec<S>::loadu(in + i));
+        low.store(out + i);
+        high.store(out + i + kStep / 2);
+      }
+    }
+    for (; i < n; ++i) out[i] = static_cast<T>(in[i]);
+  } else {
+    for (; i < n; ++i) out[i] = static_cast<T>(in[i * stride]);
+  }
+}
+
+// out[i * stride] = in[i]
+template <class T, class D>
+inline void narrow(const T* in, int64_t n, D* out, int64_t stride) {
+  int64_t i = 0;
+  if (stride == 1) {
+    if constexpr (is_half<D> && std::is_same_v<T, float>) {
+      constexpr int64_t kStep = Vec<D>::size();
+      for (; i + kStep <= n; i += kStep) {
+        at::vec::convert_from_float<D>(Vec<float>::loadu(in + i),
+                                       Vec<float>::loadu(in + i + kStep / 2))
+            .store(out + i);
+      }
+    }
+    for (; i < n; ++i) out[i] = static_cast<D>(in[i]);
+  } else {
+    for (; i < n; ++i) out[i * stride] = static_cast<D>(in[i]);
+  }
+}
+
+template <class T>
+[[gnu::noinline]] void widen(DType dtype, const void* data, int64_t offset, int64_t stride, int64_t n,
+                  T* out) {
+  with_type(dtype, [&](auto tag) {
+    widen(static_cast<const decltype(tag)*>(data) + offset, stride, n, out);
+  });
+}
+
+template <class T>
+[[gnu::noinline]] void narrow(const T* in, int64_t n, DType dtype, void* data, int64_t offset,
+                   int64_t stride) {
+  with_type(dtype,
+            [&](auto tag) { narrow(in, n, static_cast<decltype(tag)*>(data) + offset, stride); });
+}
+
+// Elements [begin, begin + n) of op in the space's order: where they lie, if they lie there as T,
+// else in scratch.
+template <class T>
+[[gnu::noinline]] const T* stage(const Operand& op, const Space& space, int64_t begin, int64_t n,
+                      T* scratch) {
+  if (op.contiguous) {
+    if (is_dtype<T>(op.dtype)) return static_cast<const T*>(op.data) + begin;
+    widen(op.dtype, op.data, begin, 1, n, scratch);
+    return scratch;
+  }
+  const int last = space.dims - 1;
+  int64_t index[kMaxDims];
+  int64_t rest = begin, offset = 0;
+  for (int d = last; d >= 0; --d) {
+    index[d] = rest % space.sizes[d];
+    rest /= space.sizes[d];
+    offset += index[d] * op.strides[d];
+  }
+  for (int64_t done = 0; done < n;) {
+    const int64_t run = std::min(n - done, space.sizes[last] - index[last]);
+    if (op.class_dim < 0) {
+      widen(op.dtype, op.data, offset, op.strides[last], run, scratch + done);
+    } else {
+      const int64_t* classes = static_cast<const int64_t*>(op.data);
+      for (int64_t i = 0; i < run; ++i) {
+        const int64_t at = op.class_dim == last ? index[last] + i : index[op.class_dim];
+        scratch[done + i] = classes[offset + i * op.strides[last]] == at ? T(1) : T(0);
+      }
+    }
+    done += run;
+    // Carry: step to the start of the next run.
+    index[last] += run;
+    offset += run * op.strides[last];
+    for (int d = last; d > 0 && index[d] == space.sizes[d]; --d) {
+      offset += op.strides[d - 1] - index[d] * op.strides[d];
+      index[d] = 0;
+      ++index[d - 1];
+    }
+  }
+  return scratch;
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fusedloss::cpu

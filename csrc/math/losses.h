@@ -1,0 +1,135 @@
+// THE maths: one struct a loss. eval(input, target) gives the value and the derivative with respect
+// to input together, for one element: T is float or double, or a CPU SIMD register of them.
+//
+// A struct also says what an engine must know of it:
+//   parameter       beta, delta or eps, where the loss has one
+//   kUnitInterval   input and target must lie in [0, 1]; the CPU engine checks it on the way
+//   kPosWeight      eval takes pos_weight as a third operand
+//   kMean           what reduction "mean" divides by
+#pragma once
+
+#include "vocabulary.h"
+
+namespace fusedloss {
+
+enum class Mean {
+  kElements,  // the number of elements
+  kWeights,   // the sum of the weights, where there are any
+  kRows,      // the number of rows (samples), or the sum of the weights of their classes
+};
+
+struct PointwiseLoss {
+  static constexpr Mean kMean = Mean::kElements;
+  static constexpr bool kUnitInterval = false;
+  static constexpr bool kPosWeight = false;
+  double parameter;
+};
+
+// (x - y)^2
+struct MSE : PointwiseLoss {
+  static constexpr Mean kMean = Mean::kWeights;
+  template <class T>
+  FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
+    const T d = x - y;
+    return {d * d, d + d};
+  }
+};
+
+// |x - y|; the slope at the kink, and where x - y is nan, is 0.
+struct L1 : PointwiseLoss {
+  static constexpr Mean kMean = Mean::kWeights;
+  template <class T>
+  FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
+    const T d = x - y;
+    const T zero(0), one(1);
+    return {abs(d), select(d > zero, one, select(d < zero, T(-1), zero))};
+  }
+};
+
+// d^2 / (2 beta) where |d| < beta, else |d| - beta / 2, with d = x - y. beta > 0.
+struct SmoothL1 : PointwiseLoss {
+  template <class T>
+  FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
+    const T beta(parameter), half(0.5), one(1);
+    const T d = x - y;
+    const T size = abs(d);
+    const T ratio = d / beta;
+    return {select(size < beta, half * d * ratio, size - half * beta),
+            select(d >= beta, one, select(d <= -beta, T(-1), ratio))};
+  }
+};
+
+// d^2 / 2 where |d| <= delta, else delta (|d| - delta / 2), with d = x - y.
+struct Huber : PointwiseLoss {
+  template <class T>
+  FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
+    const T delta(parameter), half(0.5);
+    const T d = x - y;
+    const T size = abs(d);
+    return {select(size <= delta, half * d * d, delta * (size - half * delta)),
+            select(d >= delta, delta, select(d <= -delta, -delta, d))};
+  }
+};
+
+// -(y log x + (1 - y) log(1 - x)), each logarithm at least -100, as in torch.
+// The slope (x - y) / (x (1 - x)) has its denominator bounded below by 1e-12.
+struct BCE : PointwiseLoss {
+  static constexpr bool kUnitInterval = true;
+  template <class T>
+  FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
+    const T one(1), floor(-100);
+    const T log_x = max(log(x), floor);
+    const T log_1_x = max(log1p(-x), floor);
+    return {(y - one) * log_1_x - y * log_x, (x - y) / max((one - x) * x, T(1e-12))};
+  }
+};
+
+// log(1 + e^-|x|) + max(x, 0) - x y. The slope sigmoid(x) - y is formed from the smaller of
+// sigmoid(x) and 1 - sigmoid(x), so that a confident element keeps its digits.
+struct BCEWithLogits : PointwiseLoss {
+  template <class T>
+  FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
+    const T zero(0), one(1);
+    const T e = exp_nonpositive(-abs(x));
+    const T q = e / (one + e);
+    return {max(x, zero) - x * y + log1p(e), select(x < zero, q - y, (one - y) - q)};
+  }
+};
+
+// (1 - y) x + (1 + (p - 1) y) (log(1 + e^-|x|) + max(-x, 0)), p = pos_weight.
+struct BCEWithLogitsPosWeight : PointwiseLoss {
+  static constexpr bool kPosWeight = true;
+  template <class T>
+  FUSEDLOSS_HD Eval<T> eval(T x, T y, T p) const {
+    const T zero(0), one(1);
+    const T e = exp_nonpositive(-abs(x));
+    const T factor = one + (p - one) * y;
+    const T q = factor * (e / (one + e));
+    return {(one - y) * x + factor * (log1p(e) + max(-x, zero)),
+            select(x < zero, q - p * y, (one - y) - q)};
+  }
+};
+
+// -y log(x), x bounded to [eps, 1]; the slope outside these bounds is 0.
+struct LogLoss : PointwiseLoss {
+  static constexpr Mean kMean = Mean::kRows;
+  template <class T>
+  FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
+    const T eps(parameter), zero(0), one(1);
+    const T p = select(x > one, one, max(x, eps));
+    return {zero - y * log(p), select(both(x >= eps, x <= one), zero - y / p, x * zero)};
+  }
+};
+
+// Every pointwise loss: the name an operator takes, and its struct.
+#define FUSEDLOSS_POINTWISE_LOSSES(X)                     \
+  X("mse_loss", MSE)                                      \
+  X("l1_loss", L1)                                        \
+  X("smooth_l1_loss", SmoothL1)                           \
+  X("huber_loss", Huber)                                  \
+  X("binary_cross_entropy", BCE)                          \
+  X("binary_cross_entropy_with_logits", BCEWithLogits)    \
+  X("binary_cross_entropy_with_logits_pos_weight", BCEWithLogitsPosWeight) \
+  X("log_loss", LogLoss)
+
+}  // namespace fusedloss

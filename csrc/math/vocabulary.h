@@ -1,0 +1,163 @@
+// The words a loss is written in. Each stands once for a scalar, on the host and on a GPU, and once
+// for a CPU SIMD register, so that one struct in losses.h serves every engine.
+//
+// The float versions for SIMD registers are our own: each is as accurate as its domain in a loss
+// needs, and faster than a general one. Errors are the largest found by tests/test_vocabulary.py,
+// which tries every float of the domain.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define FUSEDLOSS_HD __host__ __device__ __forceinline__
+#else
+#define FUSEDLOSS_HD inline __attribute__((always_inline))
+#endif
+
+namespace fusedloss {
+
+// A loss at one point: its value, and its derivative with respect to input.
+template <class T>
+struct Eval {
+  T value;
+  T slope;
+};
+
+// ---- scalars ------------------------------------------------------------------------------------
+
+template <class T>
+FUSEDLOSS_HD T select(bool condition, T yes, T no) {
+  return condition ? yes : no;
+}
+template <class T>
+FUSEDLOSS_HD bool both(T a, T b) {
+  return a && b;
+}
+// max(nan, b) is nan, as in torch.clamp.
+template <class T>
+FUSEDLOSS_HD T max(T a, T b) {
+  return a < b ? b : a;
+}
+FUSEDLOSS_HD float abs(float x) { return ::fabsf(x); }
+FUSEDLOSS_HD double abs(double x) { return ::fabs(x); }
+FUSEDLOSS_HD float exp_nonpositive(float x) { return ::expf(x); }
+FUSEDLOSS_HD double exp_nonpositive(double x) { return ::exp(x); }
+FUSEDLOSS_HD float log(float x) { return ::logf(x); }
+FUSEDLOSS_HD double log(double x) { return ::log(x); }
+FUSEDLOSS_HD float log1p(float x) { return ::log1pf(x); }
+FUSEDLOSS_HD double log1p(double x) { return ::log1p(x); }
+
+}  // namespace fusedloss
+
+// ---- CPU SIMD registers -------------------------------------------------------------------------
+// Compiled once for each CPU capability: the inline namespace keeps the versions apart at link time.
+#if defined(CPU_CAPABILITY)
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+namespace fusedloss {
+inline namespace CPU_CAPABILITY {
+
+template <class T>
+using Vec = at::vec::Vectorized<T>;
+
+template <class T>
+FUSEDLOSS_HD Vec<T> select(Vec<T> condition, Vec<T> yes, Vec<T> no) {
+  return Vec<T>::blendv(no, yes, condition);
+}
+template <class T>
+FUSEDLOSS_HD Vec<T> both(Vec<T> a, Vec<T> b) {
+  return a & b;
+}
+template <class T>
+FUSEDLOSS_HD Vec<T> max(Vec<T> a, Vec<T> b) {
+  return at::vec::maximum(a, b);
+}
+template <class T>
+FUSEDLOSS_HD Vec<T> abs(Vec<T> x) {
+  return x.abs();
+}
+
+FUSEDLOSS_HD Vec<double> exp_nonpositive(Vec<double> x) { return x.exp(); }
+FUSEDLOSS_HD Vec<double> log(Vec<double> x) { return x.log(); }
+FUSEDLOSS_HD Vec<double> log1p(Vec<double> x) { return x.log1p(); }
+
+namespace detail {
+
+// c[0] + x c[1] + x^2 c[2] + ..., by Horner's rule.
+template <int N>
+FUSEDLOSS_HD Vec<float> polynomial(Vec<float> x, const float (&c)[N]) {
+  Vec<float> sum(c[N - 1]);
+  for (int i = N - 2; i >= 0; --i) sum = at::vec::fmadd(sum, x, Vec<float>(c[i]));
+  return sum;
+}
+
+// Adding this rounds to an integer and leaves it in the low bits of the mantissa.
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
+constexpr float kLn2Hi = 0.693145751953125f;  // ln 2 in 15 bits: its product with n is exact
+constexpr float kLn2Lo = 1.42860682030941723e-6f;
+
+// log(t) for normal t > 0; addend joins where it loses least.
+FUSEDLOSS_HD Vec<float> log_normal(Vec<float> t, Vec<float> addend) {
+  using Int = Vec<int32_t>;
+  // t = 2^n m with m in [sqrt(1/2), sqrt(2)), so that m - 1 is exact and small.
+  const Int bits = at::vec::cast<int32_t>(t) - Int(0x3f3504f3);
+  const Int exponent = bits & Int(static_cast<int32_t>(0xff800000));
+  const Vec<float> n = at::vec::convert<float>(exponent) * Vec<float>(1.0f / (1 << 23));
+  const Vec<float> f =
+      at::vec::cast<float>(at::vec::cast<int32_t>(t) - exponent) - Vec<float>(1.0f);
+  // log(1 + f) = f - f^2 / 2 + f^3 q(f), q minimax on [sqrt(1/2) - 1, sqrt(2) - 1].
+  static constexpr float q[] = {0.3333333f,   -0.2500082f,  0.20001227f, -0.16623357f,
+                                0.14201757f, -0.13160183f, 0.12761578f, -0.076344974f};
+  const Vec<float> f2 = f * f;
+  Vec<float> low = at::vec::fmadd(f2 * f, polynomial(f, q), addend);
+  low = at::vec::fmadd(n, Vec<float>(kLn2Lo), low);
+  low = at::vec::fmadd(f2, Vec<float>(-0.5f), low);
+  return at::vec::fmadd(n, Vec<float>(kLn2Hi), f + low);
+}
+
+}  // namespace detail
+
+// e^x. Domain [-inf, 0] and nan. Below -87.33 the result is 0 instead of a subnormal number.
+FUSEDLOSS_HD Vec<float> exp_nonpositive(Vec<float> x) {
+  using namespace detail;
+  const Vec<float> shifted = at::vec::fmadd(x, Vec<float>(1.44269504f), Vec<float>(kRounder));
+  const Vec<float> n = shifted - Vec<float>(kRounder);
+  Vec<float> r = at::vec::fmadd(n, Vec<float>(-kLn2Hi), x);
+  r = at::vec::fmadd(n, Vec<float>(-kLn2Lo), r);
+  // e^r = 1 + r + r^2 q(r), q minimax on [-ln(2) / 2, ln(2) / 2].
+  static constexpr float q[] = {0.5f,          0.16666666f,   0.041666295f,
+                                0.008333497f, 0.0013944657f, 0.00019790344f};
+  const Vec<float> p = at::vec::fmadd(r * r, polynomial(r, q), r) + Vec<float>(1.0f);
+  // The integer in shifted's mantissa, moved up to the exponent: 2^n.
+  const Vec<float> scale = at::vec::cast<float>(
+      (at::vec::cast<int32_t>(shifted) << Vec<int32_t>(23)) + Vec<int32_t>(0x3f800000));
+  // Where x is nan the comparison is false and p * scale is nan.
+  return select(x < Vec<float>(-87.33f), Vec<float>(0.0f), p * scale);
+}
+
+// Natural logarithm. Domain [0, FLT_MAX] with subnormals, and nan.
+FUSEDLOSS_HD Vec<float> log(Vec<float> x) {
+  const Vec<float> tiny = x < Vec<float>(1.17549435e-38f);
+  const Vec<float> scaled = select(tiny, x * Vec<float>(8388608.0f), x);
+  const Vec<float> lift = select(tiny, Vec<float>(-15.9423847f), Vec<float>(0.0f));
+  const Vec<float> result = detail::log_normal(scaled, Vec<float>(0.0f)) + lift;
+  const Vec<float> zero(0.0f);
+  return select(x > zero, result,
+                select(x == zero, Vec<float>(-INFINITY), Vec<float>(NAN)));
+}
+
+// log(1 + x). Domain [-1, 1] and nan.
+FUSEDLOSS_HD Vec<float> log1p(Vec<float> x) {
+  const Vec<float> one(1.0f);
+  const Vec<float> t = one + x;
+  // What the sum lost, to first order in the result: d/dt log(t) = 1/t, near enough 1 - (t - 1).
+  const Vec<float> lost = x - (t - one);
+  const Vec<float> result = detail::log_normal(t, lost - lost * (t - one) * Vec<float>(0.5f));
+  return select(t > Vec<float>(0.0f), result,
+                select(t == Vec<float>(0.0f), Vec<float>(-INFINITY), Vec<float>(NAN)));
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fusedloss
+#endif  // CPU_CAPABILITY

@@ -1,0 +1,752 @@
+// The operators torch.ops.fusedloss.*: schemas, shape-only kernels, and what turns tensors into the
+// engines' calls.
+//
+// Every forward operator returns `scales`, two doubles: the upstream gradient that `gradient` was
+// written for (nan: it was not written), and what reduction "mean" divides by. The backward
+// operators make `gradient` right for the true upstream gradient: for nothing where it is already.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/core/Reduction.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/eq.h>
+#include <ATen/ops/logical_and.h>
+#include <ATen/ops/masked_fill.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <sstream>
+
+#include "cpu/kernels.h"
+#include "math/losses.h"
+
+namespace fusedloss {
+namespace {
+
+using at::Tensor;
+using std::optional;
+using OptionalTensor = optional<Tensor>;
+
+// ---- CPU capability -----------------------------------------------------------------------------
+
+enum class Capability { kDefault, kAVX2, kAVX512 };
+
+// What torch's own kernels run with: the CPU's best, or less by ATEN_CPU_CAPABILITY.
+Capability capability() {
+  static const Capability chosen = [] {
+    const std::string torch_runs = at::get_cpu_capability();
+#if defined(FUSEDLOSS_BUILT_AVX512)
+    if (torch_runs == "AVX512") return Capability::kAVX512;
+#endif
+#if defined(FUSEDLOSS_BUILT_AVX2)
+    if (torch_runs == "AVX512" || torch_runs == "AVX2") return Capability::kAVX2;
+#endif
+    return Capability::kDefault;
+  }();
+  return chosen;
+}
+
+// The same call in the namespace of the capability that runs.
+template <class Call, class Default, class AVX2, class AVX512>
+auto dispatch(const Call& call, Default by_default, [[maybe_unused]] AVX2 by_avx2,
+              [[maybe_unused]] AVX512 by_avx512) {
+  switch (capability()) {
+#if defined(FUSEDLOSS_BUILT_AVX512)
+    case Capability::kAVX512: return by_avx512()(call);
+#endif
+#if defined(FUSEDLOSS_BUILT_AVX2)
+    case Capability::kAVX2: return by_avx2()(call);
+#endif
+    default: return by_default()(call);
+  }
+}
+
+// Lambdas, so that a capability that was not built is never named at link time.
+#define FUSEDLOSS_DISPATCH(KERNEL, CALL)                                                   \
+  dispatch(                                                                                \
+      CALL, [] { return &cpu::DEFAULT::KERNEL; }, FUSEDLOSS_IF_AVX2(&cpu::AVX2::KERNEL),   \
+      FUSEDLOSS_IF_AVX512(&cpu::AVX512::KERNEL))
+#if defined(FUSEDLOSS_BUILT_AVX2)
+#define FUSEDLOSS_IF_AVX2(F) [] { return F; }
+#else
+#define FUSEDLOSS_IF_AVX2(F) nullptr
+#endif
+#if defined(FUSEDLOSS_BUILT_AVX512)
+#define FUSEDLOSS_IF_AVX512(F) [] { return F; }
+#else
+#define FUSEDLOSS_IF_AVX512(F) nullptr
+#endif
+
+// ---- tensors ------------------------------------------------------------------------------------
+
+cpu::DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kDouble: return cpu::DType::kFloat64;
+    case at::kFloat: return cpu::DType::kFloat32;
+    case at::kBFloat16: return cpu::DType::kBFloat16;
+    case at::kHalf: return cpu::DType::kFloat16;
+    case at::kLong: return cpu::DType::kInt64;
+    default: TORCH_CHECK_TYPE(false, "fusedloss: dtype ", t.scalar_type(), " is not supported");
+  }
+}
+
+bool present(const OptionalTensor& t) { return t.has_value() && t->defined(); }
+
+// Dense in the order of input's strides, else row-major: what AccumulateGrad takes without a copy.
+Tensor empty_dense_like(const Tensor& input, at::ScalarType dtype) {
+  return at::empty_like(input, input.options().dtype(dtype),
+                        input.is_non_overlapping_and_dense() ? at::MemoryFormat::Preserve
+                                                             : at::MemoryFormat::Contiguous);
+}
+Tensor empty_gradient(const Tensor& input) {
+  return empty_dense_like(input, input.scalar_type());
+}
+
+// Page faults are half of the time it takes to fill a large fresh tensor; huge pages make 512 times
+// fewer of them.
+void advise_huge_pages([[maybe_unused]] const Tensor& fresh) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t kWorthwhile = size_t{4} << 20, kPage = 4096;
+  if (fresh.nbytes() < kWorthwhile) return;
+  const auto begin = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
+  const uintptr_t first = (begin + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end = (begin + fresh.nbytes()) & ~(kPage - 1);
+  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // advice: may be refused
+#endif
+}
+
+std::string element_name(const char* tensor, at::IntArrayRef sizes, int64_t linear) {
+  std::vector<int64_t> index(sizes.size());
+  for (size_t d = sizes.size(); d-- > 0;) {
+    index[d] = linear % sizes[d];
+    linear /= sizes[d];
+  }
+  std::ostringstream name;
+  name << tensor << "[";
+  for (size_t d = 0; d < index.size(); ++d) name << (d ? ", " : "") << index[d];
+  name << "]";
+  return name.str();
+}
+
+double scalar(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kDouble: return *t.const_data_ptr<double>();
+    case at::kFloat: return *t.const_data_ptr<float>();
+    case at::kBFloat16: return *t.const_data_ptr<at::BFloat16>();
+    default: return *t.const_data_ptr<at::Half>();
+  }
+}
+
+void set_scalar(const Tensor& t, double value) {
+  switch (t.scalar_type()) {
+    case at::kDouble: *t.mutable_data_ptr<double>() = value; break;
+    case at::kFloat: *t.mutable_data_ptr<float>() = static_cast<float>(value); break;
+    case at::kBFloat16: *t.mutable_data_ptr<at::BFloat16>() = static_cast<float>(value); break;
+    default: *t.mutable_data_ptr<at::Half>() = static_cast<float>(value);
+  }
+}
+
+// ---- the prediction of the upstream gradient ----------------------------------------------------
+// Two doubles: the upstream gradient that the last backward saw, and how often of late it was the
+// one predicted, 0 to 3. Like a branch predictor's counter: forward writes the gradient at 2 and 3.
+// Threads may race on it; a torn pair costs a recomputation, never a wrong gradient.
+
+constexpr double kConfident = 2, kMostConfident = 3;
+constexpr double kNotWritten = std::numeric_limits<double>::quiet_NaN();
+
+double load(double* p) { return std::atomic_ref<double>(*p).load(std::memory_order_relaxed); }
+void store(double* p, double v) {
+  std::atomic_ref<double>(*p).store(v, std::memory_order_relaxed);
+}
+
+bool same(double a, double b) { return a == b && std::signbit(a) == std::signbit(b); }
+
+double predict(const Tensor& prediction) {
+  double* p = prediction.mutable_data_ptr<double>();
+  return load(p + 1) >= kConfident ? load(p) : kNotWritten;
+}
+
+void learn(const Tensor& prediction, double upstream) {
+  double* p = prediction.mutable_data_ptr<double>();
+  const double confidence = load(p + 1);
+  if (same(load(p), upstream)) {
+    store(p + 1, std::min(confidence + 1, kMostConfident));
+  } else {
+    store(p, upstream);
+    store(p + 1, std::max(confidence - 1, 0.0));
+  }
+}
+
+Tensor pack_scales(const Tensor& like, double upstream, double normalizer) {
+  Tensor scales = at::empty({2}, like.options().dtype(at::kDouble));
+  scales.mutable_data_ptr<double>()[0] = upstream;
+  scales.mutable_data_ptr<double>()[1] = normalizer;
+  return scales;
+}
+
+// ---- pointwise ----------------------------------------------------------------------------------
+
+struct Traits {
+  Mean mean;
+  bool unit_interval;
+};
+
+Traits traits_of(std::string_view loss) {
+#define FUSEDLOSS_TRAITS(NAME, LOSS) \
+  if (loss == NAME) return {LOSS::kMean, LOSS::kUnitInterval};
+  FUSEDLOSS_POINTWISE_LOSSES(FUSEDLOSS_TRAITS)
+#undef FUSEDLOSS_TRAITS
+  TORCH_CHECK_VALUE(false, "fusedloss: no pointwise loss is named '", loss, "'");
+}
+
+// Class indices as the engines want them: contiguous, ignored ones -1, the rest within range; and
+// the sum of the weights of those not ignored.
+struct Classes {
+  Tensor indices;
+  double weight_sum = 0;
+};
+
+int64_t class_dim(const Tensor& input) { return input.dim() > 1 ? 1 : 0; }
+
+template <class Weight>
+Classes check_classes(const Tensor& target, int64_t classes, int64_t ignore_index,
+                      Weight&& weight) {
+  Classes result{target.contiguous()};
+  const int64_t* index = result.indices.const_data_ptr<int64_t>();
+  const int64_t n = target.numel();
+  constexpr int64_t kChunk = 32768;
+  const int64_t chunks = (n + kChunk - 1) / kChunk;
+  std::vector<double> sums(chunks);
+  std::vector<int64_t> bad(chunks, n);
+  at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c) {
+      const int64_t begin = c * kChunk, end = std::min(n, begin + kChunk);
+      int64_t outside = 0;
+      for (int64_t i = begin; i < end; ++i) {
+        outside += (index[i] < 0 || index[i] >= classes) & (index[i] != ignore_index);
+      }
+      if (outside) {
+        bad[c] = std::find_if(index + begin, index + end,
+                              [&](int64_t t) {
+                                return (t < 0 || t >= classes) && t != ignore_index;
+                              }) -
+                 index;
+      } else {
+        sums[c] = weight(index + begin, index + end);
+      }
+    }
+  });
+  const int64_t first_bad = chunks ? *std::min_element(bad.begin(), bad.end()) : n;
+  if (first_bad < n) {
+    TORCH_CHECK_INDEX(false, "Target ", index[first_bad], " is out of bounds. It stands at ",
+                      element_name("target", target.sizes(), first_bad), "; there are ", classes,
+                      " classes.");
+  }
+  result.weight_sum = std::accumulate(sums.begin(), sums.end(), 0.0);
+  return result;
+}
+
+Classes check_classes(const Tensor& target, int64_t classes, const Tensor& weight,
+                      int64_t ignore_index) {
+  if (!weight.defined()) {
+    return check_classes(target, classes, ignore_index, [=](const int64_t* t, const int64_t* end) {
+      return static_cast<double>(end - t - std::count(t, end, ignore_index));
+    });
+  }
+  const Tensor wide = weight.to(at::kDouble).contiguous();
+  const double* w = wide.const_data_ptr<double>();
+  return check_classes(target, classes, ignore_index, [=](const int64_t* t, const int64_t* end) {
+    double sum = 0;
+    for (; t != end; ++t) sum += *t == ignore_index ? 0 : w[*t];
+    return sum;
+  });
+}
+
+[[noreturn]] void throw_outside_unit(const char* name, const Tensor& t, int64_t linear) {
+  TORCH_CHECK(false, "all elements of ", name, " should be between 0 and 1, but ",
+              element_name(name, t.sizes(), linear), " is ",
+              scalar(t.contiguous().view(-1)[linear]));
+}
+
+// Names the first element outside [0, 1]; the engine has found that there is one.
+void find_outside_unit(const Tensor& input, const Tensor& target) {
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"input", input},
+                                std::pair<const char*, const Tensor&>{"target", target}}) {
+    const Tensor inside = at::logical_and(t.ge(0), t.le(1)).contiguous().view(-1);
+    const bool* first = inside.const_data_ptr<bool>();
+    const bool* found = std::find(first, first + inside.numel(), false);
+    if (found != first + inside.numel()) throw_outside_unit(name, t, found - first);
+  }
+}
+
+// A pointwise call and the tensors that its pointers lead to.
+struct PointwiseCall {
+  cpu::Pointwise call;
+  Traits traits;
+  Tensor input, target;
+  std::vector<Tensor> held;
+  double class_weight_sum = 0;  // kRows with class indices
+
+  PointwiseCall(const Tensor& input_, const Tensor& target_, const OptionalTensor& weight,
+                const OptionalTensor& pos_weight, const OptionalTensor& upstream,
+                std::string_view loss, double parameter, int64_t ignore_index,
+                at::ScalarType result)
+      : traits(traits_of(loss)), input(input_), target(target_) {
+    call.loss = loss;
+    call.parameter = parameter;
+    call.compute_in_double = result == at::kDouble;
+    call.numel = input.numel();
+    const bool classes = target.scalar_type() == at::kLong;
+    if (classes) {
+      const int64_t dim = class_dim(input);
+      const Classes checked =
+          check_classes(target, input.size(dim),
+                        present(weight) ? weight->reshape({-1}) : Tensor(), ignore_index);
+      class_weight_sum = checked.weight_sum;
+      // -1 is no class, whatever number ignore_index is.
+      target = checked.indices.masked_fill(checked.indices.eq(ignore_index), -1)
+                   .unsqueeze(dim)
+                   .expand(input.sizes());
+    }
+    std::array<const Tensor*, 5> tensors{&input, &target, nullptr, nullptr, nullptr};
+    const auto expand = [&](const OptionalTensor& t) -> const Tensor* {
+      if (!present(t)) return nullptr;
+      held.push_back(t->expand(input.sizes()));
+      return &held.back();
+    };
+    held.reserve(3);
+    tensors[2] = expand(weight);
+    tensors[3] = expand(pos_weight);
+    tensors[4] = expand(upstream);
+    std::array<cpu::Operand*, 5> operands{&call.input, &call.target, &call.weight,
+                                          &call.pos_weight, &call.upstream};
+    bool flat = !classes;
+    for (size_t k = 0; k < tensors.size(); ++k) {
+      if (!tensors[k]) continue;
+      operands[k]->data = tensors[k]->const_data_ptr();
+      operands[k]->dtype = dtype_of(*tensors[k]);
+      flat = flat && tensors[k]->is_contiguous();
+    }
+    if (!flat) walk(tensors, operands, classes ? class_dim(input) : -1);
+  }
+
+  // Finds the order of dimensions in which input, or else a row-major gradient, lies in memory, and
+  // how each operand strides along it.
+  void walk(const std::array<const Tensor*, 5>& tensors,
+            const std::array<cpu::Operand*, 5>& operands, int64_t classes) {
+    std::vector<int64_t> order(input.dim());
+    std::iota(order.begin(), order.end(), 0);
+    if (input.is_non_overlapping_and_dense()) {
+      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+        return input.stride(a) > input.stride(b);
+      });
+    }
+    cpu::Space& space = call.space;
+    for (int64_t d : order) {
+      if (input.size(d) == 1 && d != classes) continue;
+      // A dimension continues the one outside it where every operand steps evenly over both.
+      const int last = space.dims - 1;
+      bool joins = last >= 0 && classes < 0;
+      for (size_t k = 0; joins && k < tensors.size(); ++k) {
+        joins = !tensors[k] ||
+                operands[k]->strides[last] == tensors[k]->stride(d) * input.size(d);
+      }
+      if (!joins) {
+        TORCH_CHECK(space.dims < cpu::kMaxDims, "fusedloss: over ", cpu::kMaxDims,
+                    " dimensions that cannot be joined");
+        space.sizes[space.dims++] = 1;
+      }
+      space.sizes[space.dims - 1] *= input.size(d);
+      if (d == classes) call.target.class_dim = space.dims - 1;
+      for (size_t k = 0; k < tensors.size(); ++k) {
+        if (tensors[k]) operands[k]->strides[space.dims - 1] = tensors[k]->stride(d);
+      }
+    }
+    if (space.dims == 0) space.sizes[space.dims++] = 1;  // one element: strides are not used
+    for (size_t k = 0; k < tensors.size(); ++k) {
+      if (!tensors[k]) continue;
+      int64_t step = 1;
+      bool contiguous = operands[k]->class_dim < 0;
+      for (int d = space.dims - 1; d >= 0; --d) {
+        contiguous = contiguous && (space.sizes[d] == 1 || operands[k]->strides[d] == step);
+        step *= space.sizes[d];
+      }
+      operands[k]->contiguous = contiguous;
+    }
+  }
+
+  double normalizer(int64_t reduction, const OptionalTensor& weight) const {
+    if (reduction != at::Reduction::Mean) return 1;
+    switch (traits.mean) {
+      case Mean::kWeights:
+        if (present(weight)) return weight->sum(at::kDouble).item<double>();
+        break;
+      case Mean::kRows:
+        if (target.scalar_type() == at::kLong) return class_weight_sum;
+        return static_cast<double>(input.numel()) /
+               static_cast<double>(input.size(class_dim(input)));
+      case Mean::kElements: break;
+    }
+    return static_cast<double>(input.numel());
+  }
+
+  cpu::PointwiseResult run() { return FUSEDLOSS_DISPATCH(pointwise, call); }
+};
+
+Tensor empty_loss(const Tensor& input, int64_t reduction, at::ScalarType dtype) {
+  if (reduction != at::Reduction::None) return at::empty({}, input.options().dtype(dtype));
+  return empty_dense_like(input, dtype);
+}
+
+void write_loss(PointwiseCall& p, const Tensor& loss, int64_t reduction, double normalizer) {
+  const bool each = reduction == at::Reduction::None;
+  if (each) {
+    advise_huge_pages(loss);
+    p.call.value = loss.mutable_data_ptr();
+    p.call.value_dtype = dtype_of(loss);
+  }
+  p.call.want_sum = !each;
+  const cpu::PointwiseResult result = p.run();
+  if (!result.in_unit) find_outside_unit(p.input, p.target);
+  if (!each) set_scalar(loss, result.sum / normalizer);
+}
+
+Tensor pointwise_value(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                       const OptionalTensor& pos_weight, std::string_view loss, double parameter,
+                       int64_t ignore_index, int64_t reduction, at::ScalarType dtype) {
+  PointwiseCall p(input, target, weight, pos_weight, {}, loss, parameter, ignore_index, dtype);
+  Tensor value = empty_loss(input, reduction, dtype);
+  write_loss(p, value, reduction, p.normalizer(reduction, weight));
+  return value;
+}
+
+std::tuple<Tensor, Tensor, Tensor> pointwise_forward(
+    const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+    const OptionalTensor& pos_weight, std::string_view loss, double parameter,
+    int64_t ignore_index, int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
+  PointwiseCall p(input, target, weight, pos_weight, {}, loss, parameter, ignore_index, dtype);
+  const double normalizer = p.normalizer(reduction, weight);
+  const double upstream = predict(prediction);
+  Tensor value = empty_loss(input, reduction, dtype);
+  Tensor gradient = empty_gradient(input);
+  if (!std::isnan(upstream)) {
+    advise_huge_pages(gradient);
+    p.call.gradient = gradient.mutable_data_ptr();
+    p.call.gradient_dtype = dtype_of(gradient);
+    p.call.scale = upstream / normalizer;
+  }
+  write_loss(p, value, reduction, normalizer);
+  return {value, gradient, pack_scales(input, upstream, normalizer)};
+}
+
+void pointwise_backward_(const Tensor& gradient, const Tensor& grad_output, const Tensor& scales,
+                         bool fresh, const Tensor& input, const Tensor& target,
+                         const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                         std::string_view loss, double parameter, int64_t ignore_index,
+                         int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
+  const double* scale = scales.const_data_ptr<double>();
+  const bool each = reduction == at::Reduction::None;
+  const double upstream = each ? 1 : scalar(grad_output);
+  if (!each) {
+    learn(prediction, upstream);
+    if (!fresh && same(scale[0], upstream)) return;
+  }
+  PointwiseCall p(input, target, weight, pos_weight, each ? OptionalTensor(grad_output) : std::nullopt,
+                  loss, parameter, ignore_index, dtype);
+  advise_huge_pages(gradient);
+  p.call.gradient = gradient.mutable_data_ptr();
+  p.call.gradient_dtype = dtype_of(gradient);
+  p.call.scale = upstream / scale[1];
+  p.run();
+}
+
+// ---- cross-entropy ------------------------------------------------------------------------------
+
+// (outer, classes, inner) of a tensor of (C), (N, C) or (N, C, d1, ...), without a copy where the
+// inner dimensions step evenly.
+Tensor as_rows(const Tensor& t) {
+  if (t.dim() == 1) return t.view({1, t.size(0), 1});
+  if (t.dim() == 2) return t.unsqueeze(2);
+  return t.dim() == 3 ? t : t.flatten(2);
+}
+
+cpu::Rows rows_of(const Tensor& t) {
+  cpu::Rows rows;
+  rows.data = t.const_data_ptr();
+  rows.dtype = dtype_of(t);
+  rows.outer = t.stride(0);
+  rows.classes = t.stride(1);
+  rows.inner = t.stride(2);
+  return rows;
+}
+
+struct CrossEntropyCall {
+  cpu::CrossEntropy call;
+  std::vector<Tensor> held;
+
+  CrossEntropyCall(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                   int64_t ignore_index, double label_smoothing, at::ScalarType result) {
+    const bool wide = result == at::kDouble;
+    call.compute_in_double = wide;
+    call.ignore_index = ignore_index;
+    call.label_smoothing = label_smoothing;
+    const Tensor rows = hold(as_rows(input));
+    call.outer = rows.size(0);
+    call.classes = rows.size(1);
+    call.inner = rows.size(2);
+    call.input = rows_of(rows);
+    if (target.scalar_type() == at::kLong) {
+      call.indices = hold(target.contiguous()).const_data_ptr<int64_t>();
+    } else {
+      call.probabilities = rows_of(hold(as_rows(target)));
+    }
+    if (present(weight)) {
+      const Tensor w = hold(weight->to(wide ? at::kDouble : at::kFloat).contiguous());
+      call.weight = w.const_data_ptr();
+      call.weight_sum = label_smoothing == 0 ? 0 : w.sum(at::kDouble).item<double>();
+    } else {
+      call.weight_sum = static_cast<double>(call.classes);
+    }
+    // A gradient has its input's strides, or is row-major where input is not dense.
+    call.by_row = call.classes == 1 ||
+                  (call.input.classes == 1 &&
+                   (call.inner == 1 || input.is_non_overlapping_and_dense()));
+    if (!call.by_row && call.inner == 1) {
+      // A transposed matrix: its rows lie side by side.
+      swapped = true;
+      std::swap(call.outer, call.inner);
+      for (cpu::Rows* r : {&call.input, &call.probabilities}) std::swap(r->outer, r->inner);
+    }
+  }
+  bool swapped = false;
+
+  const Tensor& hold(Tensor t) {
+    held.push_back(std::move(t));
+    return held.back();
+  }
+
+  void want_gradient(const Tensor& gradient, double scale) {
+    call.gradient = rows_of(as_rows(gradient));
+    TORCH_CHECK(call.gradient.data == gradient.const_data_ptr(),
+                "fusedloss: the dimensions of input behind the classes must be joinable");
+    if (swapped) std::swap(call.gradient.outer, call.gradient.inner);
+    call.scale = scale;
+  }
+
+  double run() { return FUSEDLOSS_DISPATCH(cross_entropy, call); }
+};
+
+// What reduction "mean" divides by; checks the class indices on the way.
+double cross_entropy_normalizer(const Tensor& input, const Tensor& target,
+                                const OptionalTensor& weight, int64_t ignore_index,
+                                int64_t reduction) {
+  const int64_t classes = input.size(class_dim(input));
+  double sum = static_cast<double>(input.numel()) / static_cast<double>(classes);
+  if (target.scalar_type() == at::kLong) {
+    sum = check_classes(target, classes, present(weight) ? *weight : Tensor(), ignore_index)
+              .weight_sum;
+  }
+  return reduction == at::Reduction::Mean ? sum : 1;
+}
+
+// Shapes without the class dimension.
+Tensor empty_rows(const Tensor& input, int64_t reduction, at::ScalarType dtype) {
+  c10::SymDimVector sizes;
+  if (reduction == at::Reduction::None) {
+    for (int64_t d = 0; d < input.dim(); ++d) {
+      if (d != class_dim(input)) sizes.push_back(input.sym_size(d));
+    }
+  }
+  return at::empty_symint(sizes, input.options().dtype(dtype));
+}
+
+Tensor empty_stats(const Tensor& input, at::ScalarType dtype) {
+  const c10::SymInt rows = input.sym_numel() / input.sym_size(class_dim(input));
+  return at::empty_symint({rows, cpu::CrossEntropy::kStats},
+                          input.options().dtype(dtype == at::kDouble ? at::kDouble : at::kFloat));
+}
+
+Tensor write_loss(CrossEntropyCall& p, const Tensor& input, int64_t reduction,
+                  at::ScalarType dtype, double normalizer, const Tensor& stats) {
+  Tensor value = empty_rows(input, reduction, dtype);
+  p.call.stats = stats.mutable_data_ptr();
+  if (reduction == at::Reduction::None) {
+    p.call.value = value.mutable_data_ptr();
+    p.call.value_dtype = dtype_of(value);
+  }
+  const double sum = p.run();
+  if (reduction != at::Reduction::None) set_scalar(value, sum / normalizer);
+  return value;
+}
+
+Tensor cross_entropy_value(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                           int64_t ignore_index, double label_smoothing, int64_t reduction,
+                           at::ScalarType dtype) {
+  const double normalizer =
+      cross_entropy_normalizer(input, target, weight, ignore_index, reduction);
+  CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype);
+  return write_loss(p, input, reduction, dtype, normalizer, empty_stats(input, dtype));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
+    const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t ignore_index,
+    double label_smoothing, int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
+  const double normalizer =
+      cross_entropy_normalizer(input, target, weight, ignore_index, reduction);
+  CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype);
+  const double upstream = reduction == at::Reduction::None ? kNotWritten : predict(prediction);
+  Tensor gradient = empty_gradient(input);
+  Tensor stats = empty_stats(input, dtype);
+  if (!std::isnan(upstream)) {
+    advise_huge_pages(gradient);
+    p.want_gradient(gradient, upstream / normalizer);
+  }
+  Tensor value = write_loss(p, input, reduction, dtype, normalizer, stats);
+  return {value, gradient, pack_scales(input, upstream, normalizer), stats};
+}
+
+void cross_entropy_backward_(const Tensor& gradient, const Tensor& grad_output,
+                             const Tensor& scales, bool fresh, const Tensor& stats,
+                             const Tensor& input, const Tensor& target,
+                             const OptionalTensor& weight, int64_t ignore_index,
+                             double label_smoothing, int64_t reduction, at::ScalarType dtype,
+                             const Tensor& prediction) {
+  const double* scale = scales.const_data_ptr<double>();
+  const bool each = reduction == at::Reduction::None;
+  const double upstream = each ? 1 : scalar(grad_output);
+  if (!each) {
+    learn(prediction, upstream);
+    if (!fresh && same(scale[0], upstream)) return;
+  }
+  CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype);
+  p.call.stats = stats.mutable_data_ptr();
+  p.call.have_stats = true;
+  if (each) p.call.upstream = p.hold(grad_output.to(stats.scalar_type()).contiguous()).const_data_ptr();
+  advise_huge_pages(gradient);
+  p.want_gradient(gradient, upstream / scale[1]);
+  p.run();
+}
+
+// ---- shape-only kernels -------------------------------------------------------------------------
+
+Tensor meta_scales(const Tensor& like) {
+  return at::empty({2}, like.options().dtype(at::kDouble));
+}
+
+Tensor pointwise_value_meta(const Tensor& input, const Tensor&, const OptionalTensor&,
+                            const OptionalTensor&, std::string_view, double, int64_t,
+                            int64_t reduction, at::ScalarType dtype) {
+  return empty_loss(input, reduction, dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor> pointwise_forward_meta(
+    const Tensor& input, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+    std::string_view, double, int64_t, int64_t reduction, at::ScalarType dtype, const Tensor&) {
+  return {empty_loss(input, reduction, dtype), empty_gradient(input), meta_scales(input)};
+}
+
+void pointwise_backward_meta_(const Tensor&, const Tensor&, const Tensor&, bool, const Tensor&,
+                              const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                              std::string_view, double, int64_t, int64_t, at::ScalarType,
+                              const Tensor&) {}
+
+Tensor cross_entropy_value_meta(const Tensor& input, const Tensor&, const OptionalTensor&, int64_t,
+                                double, int64_t reduction, at::ScalarType dtype) {
+  return empty_rows(input, reduction, dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_meta(
+    const Tensor& input, const Tensor&, const OptionalTensor&, int64_t, double, int64_t reduction,
+    at::ScalarType dtype, const Tensor&) {
+  return {empty_rows(input, reduction, dtype), empty_gradient(input), meta_scales(input),
+          empty_stats(input, dtype)};
+}
+
+void cross_entropy_backward_meta_(const Tensor&, const Tensor&, const Tensor&, bool, const Tensor&,
+                                  const Tensor&, const Tensor&, const OptionalTensor&, int64_t,
+                                  double, int64_t, at::ScalarType, const Tensor&) {}
+
+}  // namespace
+
+TORCH_LIBRARY(fusedloss, m) {
+  m.def("empty_gradient(Tensor input) -> Tensor");
+  m.def(
+      "pointwise_value(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, str loss, "
+      "float parameter, int ignore_index, int reduction, ScalarType dtype) -> Tensor");
+  m.def(
+      "pointwise_forward(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, str loss, "
+      "float parameter, int ignore_index, int reduction, ScalarType dtype, Tensor prediction) -> "
+      "(Tensor loss, Tensor gradient, Tensor scales)");
+  m.def(
+      "pointwise_backward_(Tensor(a!) gradient, Tensor grad_output, Tensor scales, bool fresh, "
+      "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, str loss, float parameter, "
+      "int ignore_index, int reduction, ScalarType dtype, Tensor(b!) prediction) -> ()");
+  m.def(
+      "cross_entropy_value(Tensor input, Tensor target, Tensor? weight, int ignore_index, float "
+      "label_smoothing, int reduction, ScalarType dtype) -> Tensor");
+  m.def(
+      "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int ignore_index, float "
+      "label_smoothing, int reduction, ScalarType dtype, Tensor prediction) -> (Tensor loss, Tensor "
+      "gradient, Tensor scales, Tensor stats)");
+  m.def(
+      "cross_entropy_backward_(Tensor(a!) gradient, Tensor grad_output, Tensor scales, bool fresh, "
+      "Tensor stats, Tensor input, Tensor target, Tensor? weight, int ignore_index, float "
+      "label_smoothing, int reduction, ScalarType dtype, Tensor(b!) prediction) -> ()");
+}
+
+#define FUSEDLOSS_REGISTER(M, SUFFIX)                                    \
+  M.impl("pointwise_value", &pointwise_value##SUFFIX);                   \
+  M.impl("pointwise_forward", &pointwise_forward##SUFFIX);               \
+  M.impl("cross_entropy_value", &cross_entropy_value##SUFFIX);           \
+  M.impl("cross_entropy_forward", &cross_entropy_forward##SUFFIX);
+
+TORCH_LIBRARY_IMPL(fusedloss, CompositeExplicitAutograd, m) {
+  m.impl("empty_gradient", &empty_gradient);
+}
+
+TORCH_LIBRARY_IMPL(fusedloss, CPU, m) {
+  FUSEDLOSS_REGISTER(m, )
+  m.impl("pointwise_backward_", &pointwise_backward_);
+  m.impl("cross_entropy_backward_", &cross_entropy_backward_);
+}
+
+TORCH_LIBRARY_IMPL(fusedloss, Meta, m) {
+  FUSEDLOSS_REGISTER(m, _meta)
+  m.impl("pointwise_backward_", &pointwise_backward_meta_);
+  m.impl("cross_entropy_backward_", &cross_entropy_backward_meta_);
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "What was built, and what of it runs. The operators are torch.ops.fusedloss.*.";
+  m.def("build_info", [] {
+    pybind11::list capabilities;
+    capabilities.append("DEFAULT");
+#if defined(FUSEDLOSS_BUILT_AVX2)
+    capabilities.append("AVX2");
+#endif
+#if defined(FUSEDLOSS_BUILT_AVX512)
+    capabilities.append("AVX512");
+#endif
+    const char* names[] = {"DEFAULT", "AVX2", "AVX512"};
+    pybind11::dict info;
+    info["version"] = FUSEDLOSS_VERSION;
+    info["torch"] = FUSEDLOSS_TORCH_VERSION;
+    info["compiler"] = __VERSION__;
+    info["cuda"] = false;
+    info["cpu_capabilities"] = capabilities;
+    info["cpu_capability"] = names[static_cast<int>(capability())];
+    return info;
+  });
+}
+
+}  // namespace fusedloss

@@ -1,0 +1,39 @@
+"""Fused losses for PyTorch: value and gradient in one pass.
+
+The functions of :mod:`fusedloss.functional` and the modules here take the place of
+:mod:`torch.nn.functional`'s and :mod:`torch.nn`'s of the same names.
+"""
+
+from . import functional, reference
+from ._version import __version__
+from .backends import backend, info
+from .functional import explain
+from .modules import (
+    BCELoss,
+    BCEWithLogitsLoss,
+    CrossEntropyLoss,
+    HuberLoss,
+    L1Loss,
+    LogLoss,
+    MAELoss,
+    MSELoss,
+    SmoothL1Loss,
+)
+
+__all__ = [
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "HuberLoss",
+    "L1Loss",
+    "LogLoss",
+    "MAELoss",
+    "MSELoss",
+    "SmoothL1Loss",
+    "__version__",
+    "backend",
+    "explain",
+    "functional",
+    "info",
+    "reference",
+]

@@ -1,0 +1,162 @@
+"""What can run a fused call: one ordered table, each row knowing why it cannot.
+
+A call goes to the first backend of the table that is available and covers it; ``backend(name)``
+makes that one name's. Whatever no fused backend covers runs on the reference.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+
+from .._version import __version__
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The compiled extension, or why there is none."""
+    try:
+        from fusedloss import _C
+    except ImportError as error:
+        if "_C" in str(error) and "cannot import name" in str(error):
+            return None, (
+                "the extension was not built: reinstall fusedloss where a C++ compiler is found"
+            )
+        return None, f"the extension does not load: {error}"
+    built: str = _C.build_info()["torch"]
+    if built.split("+")[0] != torch.__version__.split("+")[0]:
+        return None, (
+            f"the extension was built against torch {built}, and this is torch "
+            f"{torch.__version__}: reinstall fusedloss"
+        )
+    return _C, None
+
+
+extension, _no_extension = _load()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table."""
+
+    name: str
+    unavailable: str | None  # why it cannot run here; None: it can
+    device: str | None  # the type of device it covers; None: any
+    fused: bool = True
+
+
+BACKENDS = (
+    Backend("compiled", _no_extension, "cpu"),
+    Backend("triton", "this version has no Triton kernels", None),
+    Backend("reference", None, None, fused=False),
+)
+_BY_NAME = {row.name: row for row in BACKENDS}
+
+if _no_extension is not None:
+    warnings.warn(
+        f"fusedloss runs on plain PyTorch, without fused kernels: {_no_extension}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+_chosen: Backend | None = None
+# Read at every call, so kept ready: whether the compiled kernels take calls on the CPU.
+compiled_on_cpu = _no_extension is None
+
+
+def obstacle(device: str) -> str | None:
+    """Why no fused backend takes calls on ``device``; None: one does."""
+    if _chosen is not None and not _chosen.fused:
+        return f"backend {_chosen.name!r} was chosen"
+    rows = [row for row in BACKENDS if row.fused] if _chosen is None else [_chosen]
+    reasons = []
+    for row in rows:
+        if row.unavailable is not None:
+            reasons.append(f"{row.name}: {row.unavailable}")
+        elif row.device not in (None, device):
+            reasons.append(f"{row.name}: has kernels for {row.device} tensors, not {device}")
+        else:
+            return None
+    return "; ".join(reasons)
+
+
+class backend:
+    """Choose the backend of every call from here on; as a context manager, until it is left.
+
+    Args:
+        name: ``"compiled"`` (C++ kernels), ``"triton"`` or ``"reference"`` (plain PyTorch), or
+            ``None`` for the first that can run, the default.
+
+    A call that the chosen backend's kernels do not cover runs on the reference;
+    :func:`fusedloss.explain` says so. The choice holds for all threads.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: it cannot run here; the message says why.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        if name is not None and name not in _BY_NAME:
+            raise ValueError(f"no backend {name!r}; there are {', '.join(map(repr, _BY_NAME))}")
+        row = None if name is None else _BY_NAME[name]
+        if row is not None and row.unavailable is not None:
+            raise RuntimeError(f"backend {row.name!r} cannot run here: {row.unavailable}")
+        self._previous = _chosen
+        _choose(row)
+
+    def __enter__(self) -> backend:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _choose(self._previous)
+
+
+def _choose(row: Backend | None) -> None:
+    global _chosen, compiled_on_cpu
+    _chosen = row
+    compiled_on_cpu = _no_extension is None and (row is None or row.name == "compiled")
+
+
+@dataclass(frozen=True)
+class Info:
+    """What was built, what runs, and why the rest does not."""
+
+    version: str
+    torch: str
+    compiled: bool
+    cpu_capability: str | None
+    backends: dict[str, str | None]  # name: why it cannot run; None: it can
+    build: dict[str, Any]
+
+    def __str__(self) -> str:
+        lines = [f"fusedloss {self.version}, torch {self.torch}"]
+        for name, why in self.backends.items():
+            lines.append(f"  {name:<10} {'runs' if why is None else f'does not run: {why}'}")
+        if self.compiled:
+            built = ", ".join(self.build["cpu_capabilities"])
+            lines += [
+                f"CPU kernels built for {built}; {self.cpu_capability} runs here",
+                f"built against torch {self.build['torch']} by compiler {self.build['compiler']}",
+            ]
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """What was built, what runs, and why the rest does not; prints as text."""
+    build = extension.build_info() if extension is not None else {}
+    return Info(
+        version=__version__,
+        torch=torch.__version__,
+        compiled=extension is not None,
+        cpu_capability=build.get("cpu_capability"),
+        backends={row.name: row.unavailable for row in BACKENDS},
+        build=build,
+    )

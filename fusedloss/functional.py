@@ -1,0 +1,640 @@
+"""The losses, under the names and with the signatures of :mod:`torch.nn.functional`.
+
+Each takes what the torch function takes and gives what it gives: dtype, shape, gradients, warnings
+and errors. A call that the fused kernels cover computes value and gradient in one pass; any other
+goes to :mod:`fusedloss.reference`. :func:`explain` says which, and why.
+
+All tensors are unitless. ``reduction`` is ``"mean"``, ``"sum"`` or ``"none"``. ``size_average`` and
+``reduce`` are torch's deprecated forms of it. Low-precision inputs are computed in float32.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import has_torch_function_variadic
+
+from . import autograd, backends, reference
+
+__all__ = [
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "explain",
+    "huber_loss",
+    "l1_loss",
+    "log_loss",
+    "mae_loss",
+    "mse_loss",
+    "smooth_l1_loss",
+]
+
+_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+
+
+# ---- which path a call takes ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The path that a call takes, and why."""
+
+    backend: str
+    fused: bool
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if self.fused:
+            return f"fused, on the {self.backend} backend: {'; '.join(self.reasons)}"
+        return f"plain PyTorch, through fusedloss.reference: {'; '.join(self.reasons)}"
+
+
+class _Explained(BaseException):
+    """Carries an explanation out of a call that is explained instead of run."""
+
+
+_explaining: int | None = None  # the thread that is explaining a call
+_explaining_lock = threading.Lock()
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which path ``fn(*args, **kwargs)`` takes, and why, without computing it.
+
+    Args:
+        fn: a function of :mod:`fusedloss.functional` or a module of :mod:`fusedloss`.
+
+    Raises:
+        TypeError: ``fn`` is none of these.
+    """
+    global _explaining
+    with _explaining_lock:
+        _explaining = threading.get_ident()
+        try:
+            fn(*args, **kwargs)
+        except _Explained as answer:
+            explanation: Explanation = answer.args[0]
+            return explanation
+        finally:
+            _explaining = None
+    raise TypeError(f"{fn!r} is not a loss of fusedloss: there is no path to explain")
+
+
+def _report(reason: str | None) -> None:
+    if _explaining == threading.get_ident():
+        if reason is None:
+            why = "value and gradient in one pass over the inputs"
+            raise _Explained(Explanation("compiled", True, (why,)))
+        raise _Explained(Explanation("reference", False, (reason,)))
+
+
+def _obstacle(input: Any, target: Any, *others: Any) -> str | None:
+    """Why no fused kernel takes these tensors, before their shapes and dtypes; None: one does."""
+    if has_torch_function_variadic(input, target, *others):
+        return "a tensor subclass or a torch function mode is involved"
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+        return "input and target are not both tensors"
+    if not (input.is_cpu and target.is_cpu and backends.compiled_on_cpu):
+        if input.device != target.device:
+            return f"input is on {input.device} and target on {target.device}"
+        return backends.obstacle(input.device.type)
+    if input.layout is not torch.strided or target.layout is not torch.strided:
+        return f"layouts {input.layout} and {target.layout} are not both strided"
+    if input.is_nested or target.is_nested:
+        return "a nested tensor is involved"
+    if _functorch_level() is not None:
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    grad = torch.is_grad_enabled()
+    if grad and target.requires_grad:
+        return "a gradient for target is wanted"
+    for other in others:
+        if other is not None:
+            if not isinstance(other, Tensor) or not other.is_cpu:
+                return "a weight is not a tensor on input's device"
+            if grad and other.requires_grad:
+                return "a gradient for a weight is wanted"
+            if other.layout is not torch.strided:
+                return f"a weight's layout is {other.layout}"
+    if input.numel() == 0:
+        return "input is empty"
+    return None
+
+
+def _result_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype | str:
+    """The dtype of the loss; or, as text, why no fused kernel takes these dtypes."""
+    dtype = input.dtype
+    if dtype not in _DTYPES:
+        return f"dtype {dtype} has no fused kernel"
+    # Under autocast torch computes every loss in float32; ours reads the tensors as they are.
+    if torch.is_autocast_enabled("cpu") and dtype is not torch.float64:
+        for other in others:
+            if other is not None and (
+                other.dtype not in _DTYPES or other.dtype is torch.float64
+            ):
+                return f"dtypes {dtype} and {other.dtype} under autocast"
+        return torch.float32
+    for other in others:
+        if other is not None and other.dtype is not dtype:
+            return f"dtypes differ: {dtype} and {other.dtype}"
+    return dtype
+
+
+def _broadcasts_to(small: Tensor, big: Tensor) -> bool:
+    shape = big.shape
+    if small.shape == shape:
+        return True
+    offset = len(shape) - small.dim()
+    return offset >= 0 and all(n in (1, shape[offset + d]) for d, n in enumerate(small.shape))
+
+
+def _pointwise(
+    loss: str,
+    torch_loss: Callable[..., Tensor],
+    args: tuple[Any, ...],
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    parameter: float,
+    reduction: str,
+    legacy: bool,
+    broadcast_weight: bool,
+    prediction: Tensor | None,
+) -> Tensor:
+    """Runs a pointwise loss fused, or else ``torch_loss(*args)``."""
+    dtype: torch.dtype | str | None = None
+    reason = _obstacle(input, target, weight, pos_weight)
+    if reason is None:
+        dtype = _result_dtype(input, target, weight, pos_weight)
+        if legacy:
+            reason = "size_average or reduce is given"
+        elif reduction not in autograd.REDUCTIONS:
+            reason = f"reduction {reduction!r}"
+        elif input.shape != target.shape:
+            reason = f"shapes differ: {tuple(input.shape)} and {tuple(target.shape)}"
+        elif isinstance(dtype, str):
+            reason = dtype
+        else:
+            for w in (weight, pos_weight):
+                if w is not None and w.shape != input.shape:
+                    if not broadcast_weight or not _broadcasts_to(w, input):
+                        reason = f"a weight of shape {tuple(w.shape)}"
+    if _explaining is not None:
+        _report(reason)
+    if reason is not None:
+        return torch_loss(*args)
+    return autograd.pointwise(
+        loss, input, target, weight, pos_weight, parameter, 0, reduction, dtype, prediction  # type: ignore[arg-type]
+    )
+
+
+# ---- regression ----------------------------------------------------------------------------------
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Mean squared error: :math:`\ell_i = w_i (x_i - y_i)^2`.
+
+    Args:
+        input: predictions :math:`x`, any shape.
+        target: :math:`y`, of input's shape and dtype; another shape is broadcast, with a warning,
+            as in torch.
+        weight: :math:`w`, of input's shape. With it, ``"mean"`` divides by its sum.
+
+    Returns:
+        A 0-d tensor, or one of input's shape for ``"none"``.
+
+    Raises:
+        ValueError: reduction is none of the three, or weight is not of input's shape.
+        RuntimeError: shapes that do not broadcast.
+
+    Source: :func:`torch.nn.functional.mse_loss`.
+    """
+    return _mse_loss(input, target, size_average, reduce, reduction, weight)
+
+
+def _mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None,
+    reduce: bool | None,
+    reduction: str,
+    weight: Tensor | None,
+    prediction: Tensor | None = None,
+) -> Tensor:
+    return _pointwise(
+        "mse_loss", reference.mse_loss, (input, target, size_average, reduce, reduction, weight),
+        input, target, weight, None, 0.0, reduction,
+        size_average is not None or reduce is not None, False, prediction,
+    )  # fmt: skip
+
+
+def l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Mean absolute error (MAE): :math:`\ell_i = w_i |x_i - y_i|`.
+
+    The gradient at the kink :math:`x_i = y_i` is 0, as in torch.
+
+    Args, returns and errors: see :func:`mse_loss`.
+
+    Source: :func:`torch.nn.functional.l1_loss`.
+    """
+    return _l1_loss(input, target, size_average, reduce, reduction, weight)
+
+
+def _l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None,
+    reduce: bool | None,
+    reduction: str,
+    weight: Tensor | None,
+    prediction: Tensor | None = None,
+) -> Tensor:
+    return _pointwise(
+        "l1_loss", reference.l1_loss, (input, target, size_average, reduce, reduction, weight),
+        input, target, weight, None, 0.0, reduction,
+        size_average is not None or reduce is not None, False, prediction,
+    )  # fmt: skip
+
+
+mae_loss = l1_loss
+
+
+def smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Tensor:
+    r"""Smooth L1: with :math:`d = x_i - y_i`, :math:`d^2 / (2 \beta)` where :math:`|d| < \beta`,
+    else :math:`|d| - \beta / 2`.
+
+    Args:
+        input: predictions :math:`x`, any shape.
+        target: :math:`y`, of input's shape and dtype; another shape is broadcast, with a warning.
+        beta: where the parabola ends, in input's unit; 0 makes it :func:`l1_loss`.
+
+    Returns:
+        A 0-d tensor, or one of input's shape for ``"none"``.
+
+    Raises:
+        ValueError: reduction is none of the three.
+        RuntimeError: beta is negative, or the shapes do not broadcast.
+
+    Source: :func:`torch.nn.functional.smooth_l1_loss`.
+    """
+    return _smooth_l1_loss(input, target, size_average, reduce, reduction, beta)
+
+
+def _smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None,
+    reduce: bool | None,
+    reduction: str,
+    beta: float,
+    prediction: Tensor | None = None,
+) -> Tensor:
+    args = (input, target, size_average, reduce, reduction, beta)
+    legacy = size_average is not None or reduce is not None
+    if not isinstance(beta, float | int) or not beta >= 0:
+        _report(f"beta {beta!r}")
+        return reference.smooth_l1_loss(*args)
+    return _pointwise(
+        "smooth_l1_loss" if beta > 0 else "l1_loss", reference.smooth_l1_loss, args,
+        input, target, None, None, float(beta), reduction, legacy, False, prediction,
+    )  # fmt: skip
+
+
+def huber_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Huber: with :math:`d = x_i - y_i`, :math:`w_i d^2 / 2` where :math:`|d| \le \delta`, else
+    :math:`w_i \delta (|d| - \delta / 2)`.
+
+    Args:
+        input: predictions :math:`x`, any shape.
+        target: :math:`y`, of input's shape and dtype; another shape is broadcast, with a warning.
+        delta: where the parabola ends, in input's unit; positive.
+        weight: :math:`w`, of input's shape. ``"mean"`` divides by the number of elements all the
+            same.
+
+    Returns:
+        A 0-d tensor, or one of input's shape for ``"none"``.
+
+    Raises:
+        ValueError: reduction is none of the three, or weight is not of input's shape.
+        RuntimeError: delta is not positive, or the shapes do not broadcast.
+
+    Source: :func:`torch.nn.functional.huber_loss`.
+    """
+    return _huber_loss(input, target, reduction, delta, weight)
+
+
+def _huber_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str,
+    delta: float,
+    weight: Tensor | None,
+    prediction: Tensor | None = None,
+) -> Tensor:
+    args = (input, target, reduction, delta, weight)
+    if not isinstance(delta, float | int) or not delta > 0:
+        _report(f"delta {delta!r}")
+        return reference.huber_loss(*args)
+    return _pointwise(
+        "huber_loss", reference.huber_loss, args,
+        input, target, weight, None, float(delta), reduction, False, False, prediction,
+    )  # fmt: skip
+
+
+# ---- classification ------------------------------------------------------------------------------
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Binary cross-entropy of probabilities:
+    :math:`\ell_i = -w_i (y_i \log x_i + (1 - y_i) \log(1 - x_i))`.
+
+    Each logarithm is bounded below by -100, and the denominator of the gradient
+    :math:`(x_i - y_i) / (x_i (1 - x_i))` by 1e-12, as in torch.
+
+    Args:
+        input: probabilities :math:`x` in [0, 1], any shape.
+        target: :math:`y` in [0, 1], of input's shape and dtype.
+        weight: :math:`w`, broadcast to input's shape.
+
+    Returns:
+        A 0-d tensor, or one of input's shape for ``"none"``.
+
+    Raises:
+        RuntimeError: an element of input or target outside [0, 1]; names the first.
+        ValueError: target is not of input's shape, or reduction none of the three.
+
+    Source: :func:`torch.nn.functional.binary_cross_entropy`.
+    """
+    return _binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
+
+
+def _binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    size_average: bool | None,
+    reduce: bool | None,
+    reduction: str,
+    prediction: Tensor | None = None,
+) -> Tensor:
+    return _pointwise(
+        "binary_cross_entropy", reference.binary_cross_entropy,
+        (input, target, weight, size_average, reduce, reduction),
+        input, target, weight, None, 0.0, reduction,
+        size_average is not None or reduce is not None, True, prediction,
+    )  # fmt: skip
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    r"""Binary cross-entropy of logits, stable for any of them:
+    :math:`\ell_i = -w_i (p_i y_i \log \sigma(x_i) + (1 - y_i) \log(1 - \sigma(x_i)))`.
+
+    Args:
+        input: logits :math:`x`, any shape.
+        target: :math:`y`, of input's shape and dtype, normally in [0, 1].
+        weight: :math:`w`, broadcast to input's shape.
+        pos_weight: :math:`p`, weight of the positive answer, broadcast to input's shape.
+
+    Returns:
+        A 0-d tensor, or one of input's shape for ``"none"``.
+
+    Raises:
+        ValueError: target is not of input's shape, or reduction none of the three.
+
+    Source: :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
+    """
+    return _binary_cross_entropy_with_logits(
+        input, target, weight, size_average, reduce, reduction, pos_weight
+    )
+
+
+def _binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    size_average: bool | None,
+    reduce: bool | None,
+    reduction: str,
+    pos_weight: Tensor | None,
+    prediction: Tensor | None = None,
+) -> Tensor:
+    name = "binary_cross_entropy_with_logits"
+    return _pointwise(
+        name if pos_weight is None else name + "_pos_weight",
+        reference.binary_cross_entropy_with_logits,
+        (input, target, weight, size_average, reduce, reduction, pos_weight),
+        input, target, weight, pos_weight, 0.0, reduction,
+        size_average is not None or reduce is not None, True, prediction,
+    )  # fmt: skip
+
+
+def _rows_obstacle(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: Any, reduction: str
+) -> str | None:
+    """Why a loss over a class dimension is not fused for these shapes and options."""
+    if reduction not in autograd.REDUCTIONS:
+        return f"reduction {reduction!r}"
+    if input.dim() == 0:
+        return "input has no class dimension"
+    shape = input.shape
+    if target.dtype is torch.int64:
+        if target.shape != shape[:1] + shape[2:] if len(shape) > 1 else target.dim() != 0:
+            return f"shapes {tuple(shape)} and {tuple(target.shape)}"
+    elif target.shape != shape:
+        return f"shapes differ: {tuple(shape)} and {tuple(target.shape)}"
+    if weight is not None and weight.shape != (shape[1] if len(shape) > 1 else shape[0],):
+        return f"a weight of shape {tuple(weight.shape)}"
+    if type(ignore_index) is not int:
+        return f"ignore_index {ignore_index!r}"
+    return None
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Cross-entropy of logits: :math:`\ell = -\sum_c w_c q_c \log \mathrm{softmax}(x)_c` of a row,
+    :math:`q = (1 - \varepsilon) y + \varepsilon / C`.
+
+    Args:
+        input: logits :math:`x` of shape (C), (N, C) or (N, C, d1, ..., dk).
+        target: class indices, int64, of input's shape without C; or class probabilities :math:`y`,
+            of input's shape and dtype.
+        weight: :math:`w` of shape (C). With class indices ``"mean"`` divides by the weights of the
+            targets; with probabilities, by the number of rows.
+        ignore_index: rows of this class index count for nothing, and their gradient is 0.
+        label_smoothing: :math:`\varepsilon` in [0, 1].
+
+    Returns:
+        A 0-d tensor, or one of input's shape without C for ``"none"``; nan where ``"mean"`` finds
+        every row ignored.
+
+    Raises:
+        IndexError: a class index outside [0, C) that is not ignore_index; names it and its place.
+        RuntimeError, ValueError: shapes that do not fit, label_smoothing outside [0, 1].
+
+    Source: :func:`torch.nn.functional.cross_entropy`.
+    """
+    return _cross_entropy(
+        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+    )
+
+
+def _cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    size_average: bool | None,
+    ignore_index: int,
+    reduce: bool | None,
+    reduction: str,
+    label_smoothing: float,
+    prediction: Tensor | None = None,
+) -> Tensor:
+    dtype: torch.dtype | str | None = None
+    reason = _obstacle(input, target, weight)
+    if reason is None:
+        indices = target.dtype is torch.int64
+        dtype = _result_dtype(input, weight, None if indices else target)
+        if size_average is not None or reduce is not None:
+            reason = "size_average or reduce is given"
+        elif isinstance(dtype, str):
+            reason = dtype
+        elif type(label_smoothing) is not float or not 0 <= label_smoothing <= 1:
+            reason = f"label_smoothing {label_smoothing!r}"
+        elif not indices and ignore_index >= 0:
+            reason = "ignore_index is given with class probabilities"
+        else:
+            reason = _rows_obstacle(input, target, weight, ignore_index, reduction)
+    if _explaining is not None:
+        _report(reason)
+    if reason is not None:
+        return reference.cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    if input.dim() > 3 and not input.is_contiguous():
+        # The engine walks the dimensions behind C as one; in channels_last they are.
+        if not (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)):
+            input = input.contiguous()
+    return autograd.cross_entropy(
+        input, target, weight, ignore_index, label_smoothing, reduction, dtype, prediction  # type: ignore[arg-type]
+    )
+
+
+def log_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> Tensor:
+    r"""Multi-class log loss of probabilities: :math:`-\frac{1}{n} \sum_i \sum_c w_c y_{ic} \log
+    p_{ic}`.
+
+    Each :math:`p` is first bounded to [eps, 1], eps that of input's dtype; the gradient outside
+    these bounds is 0. Rows are not normalised.
+
+    Args:
+        input: probabilities :math:`p` of shape (C), (N, C) or (N, C, d1, ..., dk).
+        target: class indices, int64, of input's shape without C; or class probabilities :math:`y`,
+            of input's shape and dtype.
+        weight: :math:`w` of shape (C). With class indices ``"mean"`` divides by the weights of the
+            targets; with probabilities, by the number of rows.
+        ignore_index: rows of this class index count for nothing, and their gradient is 0.
+
+    Returns:
+        A 0-d tensor, or one of input's shape without C for ``"none"``.
+
+    Raises:
+        IndexError: a class index outside [0, C) that is not ignore_index; names it and its place.
+        ValueError, RuntimeError, TypeError: shapes, options or dtypes that do not fit.
+
+    Source: :func:`sklearn.metrics.log_loss`, which gives the same for the same dtype.
+    """
+    return _log_loss(input, target, weight, reduction, ignore_index)
+
+
+def _log_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    prediction: Tensor | None = None,
+) -> Tensor:
+    dtype: torch.dtype | str | None = None
+    reason = _obstacle(input, target, weight)
+    if reason is None:
+        indices = target.dtype is torch.int64
+        dtype = _result_dtype(input, weight, None if indices else target)
+        if isinstance(dtype, str):
+            reason = dtype
+        else:
+            reason = _rows_obstacle(input, target, weight, ignore_index, reduction)
+    if _explaining is not None:
+        _report(reason)
+    if reason is not None:
+        return reference.log_loss(input, target, weight, reduction, ignore_index)
+    if weight is not None:
+        weight = reference.class_weight(weight, input)
+    eps = torch.finfo(input.dtype).eps
+    loss = autograd.pointwise(
+        "log_loss", input, target, weight, None, eps, ignore_index, reduction, dtype, prediction  # type: ignore[arg-type]
+    )
+    return loss.sum(1 if input.dim() > 1 else 0) if reduction == "none" else loss

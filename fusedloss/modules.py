@@ -1,0 +1,149 @@
+"""The losses as modules: subclasses of torch.nn's, with the same options and state_dict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional as F
+from .autograd import new_prediction
+
+__all__ = [
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "HuberLoss",
+    "L1Loss",
+    "LogLoss",
+    "MAELoss",
+    "MSELoss",
+    "SmoothL1Loss",
+]
+
+
+class _Predicting(nn.Module):
+    """Keeps the module's own prediction of its upstream gradient, apart from its state."""
+
+    def _prediction(self, input: Any) -> Tensor | None:
+        if not isinstance(input, Tensor):
+            return None
+        kept: dict[torch.device, Tensor] = self.__dict__.setdefault("_predictions", {})
+        prediction = kept.get(input.device)
+        if prediction is None:
+            prediction = kept[input.device] = new_prediction(input.device)
+        return prediction
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is another call site: it learns its own.
+        return {k: v for k, v in self.__dict__.items() if k != "_predictions"}
+
+
+class MSELoss(_Predicting, nn.MSELoss):
+    """:class:`torch.nn.MSELoss`, fused; see :func:`fusedloss.functional.mse_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F._mse_loss(
+            input, target, None, None, self.reduction, None, self._prediction(input)
+        )
+
+
+class L1Loss(_Predicting, nn.L1Loss):
+    """:class:`torch.nn.L1Loss` (MAE), fused; see :func:`fusedloss.functional.l1_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F._l1_loss(input, target, None, None, self.reduction, None, self._prediction(input))
+
+
+MAELoss = L1Loss
+
+
+class SmoothL1Loss(_Predicting, nn.SmoothL1Loss):
+    """:class:`torch.nn.SmoothL1Loss`, fused; see :func:`fusedloss.functional.smooth_l1_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F._smooth_l1_loss(
+            input, target, None, None, self.reduction, self.beta, self._prediction(input)
+        )
+
+
+class HuberLoss(_Predicting, nn.HuberLoss):
+    """:class:`torch.nn.HuberLoss`, fused; see :func:`fusedloss.functional.huber_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F._huber_loss(
+            input, target, self.reduction, self.delta, None, self._prediction(input)
+        )
+
+
+class BCELoss(_Predicting, nn.BCELoss):
+    """:class:`torch.nn.BCELoss`, fused; see :func:`fusedloss.functional.binary_cross_entropy`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F._binary_cross_entropy(
+            input, target, self.weight, None, None, self.reduction, self._prediction(input)
+        )
+
+
+class BCEWithLogitsLoss(_Predicting, nn.BCEWithLogitsLoss):
+    """:class:`torch.nn.BCEWithLogitsLoss`, fused; see
+    :func:`fusedloss.functional.binary_cross_entropy_with_logits`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F._binary_cross_entropy_with_logits(
+            input,
+            target,
+            self.weight,
+            None,
+            None,
+            self.reduction,
+            self.pos_weight,
+            self._prediction(input),
+        )
+
+
+class CrossEntropyLoss(_Predicting, nn.CrossEntropyLoss):
+    """:class:`torch.nn.CrossEntropyLoss`, fused; see
+    :func:`fusedloss.functional.cross_entropy`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F._cross_entropy(
+            input,
+            target,
+            self.weight,
+            None,
+            self.ignore_index,
+            None,
+            self.reduction,
+            self.label_smoothing,
+            self._prediction(input),
+        )
+
+
+class LogLoss(_Predicting):
+    """Multi-class log loss of probabilities; see :func:`fusedloss.functional.log_loss`."""
+
+    __constants__ = ["reduction", "ignore_index"]
+    weight: Tensor | None
+
+    def __init__(
+        self, weight: Tensor | None = None, reduction: str = "mean", ignore_index: int = -100
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, ignore_index={self.ignore_index}"
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F._log_loss(
+            input,
+            target,
+            self.weight,
+            self.reduction,
+            self.ignore_index,
+            self._prediction(input),
+        )

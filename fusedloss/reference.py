@@ -1,0 +1,97 @@
+"""The losses in plain PyTorch: what the kernels are checked against, and the last fall-back.
+
+Where PyTorch has the loss, its own function *is* the reference, taken when this module is imported:
+only that has exactly its promotions, warnings, errors and higher derivatives. Whatever a fused
+kernel does not cover comes here, with PyTorch's result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+mse_loss = F.mse_loss
+l1_loss = F.l1_loss
+mae_loss = F.l1_loss
+smooth_l1_loss = F.smooth_l1_loss
+huber_loss = F.huber_loss
+binary_cross_entropy = F.binary_cross_entropy
+binary_cross_entropy_with_logits = F.binary_cross_entropy_with_logits
+cross_entropy = F.cross_entropy
+_nll_loss = F.nll_loss
+
+
+def log_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> Tensor:
+    """Multi-class log loss on probabilities; see :func:`fusedloss.functional.log_loss`."""
+    if not input.is_floating_point():
+        raise TypeError(f"log_loss needs probabilities of a floating dtype, not {input.dtype}")
+    if input.dim() == 0:
+        raise ValueError("log_loss needs an input of shape (C), (N, C) or (N, C, d1, ...), not ()")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    log_p = input.clamp(torch.finfo(input.dtype).eps, 1).log()
+    if not target.is_floating_point():
+        return _nll_loss(
+            log_p, target, weight=weight, ignore_index=ignore_index, reduction=reduction
+        )
+    if target.shape != input.shape:
+        raise ValueError(
+            f"log_loss with class probabilities needs a target of input's shape "
+            f"{tuple(input.shape)}, not {tuple(target.shape)}"
+        )
+    dim = 1 if input.dim() > 1 else 0
+    if weight is not None:
+        target = target * class_weight(weight, input)
+    rows = -(target * log_p).sum(dim)
+    if reduction == "none":
+        return rows
+    return rows.sum() if reduction == "sum" else rows.mean()
+
+
+def class_weight(weight: Tensor, input: Tensor) -> Tensor:
+    """A weight of shape (C), shaped to broadcast against ``input``."""
+    return weight.view(-1, *[1] * (input.dim() - 2)) if input.dim() > 2 else weight
+
+
+def pointwise(
+    loss: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    parameter: float,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """The loss that the pointwise operators call ``loss``, with their arguments."""
+    options: dict[str, Any] = {"reduction": reduction}
+    if weight is not None:
+        options["weight"] = weight
+    match loss:
+        case "mse_loss":
+            return mse_loss(input, target, **options)
+        case "l1_loss":
+            return l1_loss(input, target, **options)
+        case "smooth_l1_loss":
+            return smooth_l1_loss(input, target, beta=parameter, **options)
+        case "huber_loss":
+            return huber_loss(input, target, delta=parameter, **options)
+        case "binary_cross_entropy":
+            return binary_cross_entropy(input, target, **options)
+        case "log_loss":
+            if weight is not None:
+                options["weight"] = weight.reshape(-1)
+            return log_loss(input, target, ignore_index=ignore_index, **options)
+        case _:
+            return binary_cross_entropy_with_logits(
+                input, target, pos_weight=pos_weight, **options
+            )

@@ -1,0 +1,194 @@
+"""Builds the compiled extension `fusedloss._C`; what is static stands in pyproject.toml.
+
+FUSEDLOSS_CUDA=0|1 decides by hand whether CUDA kernels are built.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    # The first that reads pyproject.toml's licence field, and says nothing useful before.
+    sys.exit(
+        f"fusedloss builds with setuptools>=77, and there is {setuptools.__version__} here: "
+        "upgrade it first, or build with isolation"
+    )
+
+from packaging.requirements import Requirement
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+TORCH = Requirement("torch>=2.11,<2.16")
+
+# Each source of csrc/cpu is compiled once for every capability, under torch's own names for them:
+# https://docs.pytorch.org/docs/stable/backends.html#torch.backends.cpu.get_cpu_capability
+CPU_CAPABILITIES: dict[str, list[str]] = {"DEFAULT": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    CPU_CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
+    CPU_CAPABILITIES["AVX512"] = [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+        *CPU_CAPABILITIES["AVX2"],
+        # GCC before 13 warns of its own _mm512_undefined_ps.
+        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+    ]
+
+CXX_FLAGS = [
+    *("-std=c++20", "-O2", "-g0", "-Wall", "-Wextra"),
+    *("-fvisibility=hidden", "-fvisibility-inlines-hidden"),
+    # Nothing reads errno or floating-point traps, and keeping them stops loops from vectorising.
+    *("-fno-math-errno", "-fno-trapping-math"),
+    # A gradient has the same bits from every kernel that forms it, whatever else that computes.
+    "-ffp-contract=off",
+    # What gcc 12 says of its own AVX-512 headers, and of calls that are inlined anyway.
+    *("-Wno-maybe-uninitialized", "-Wno-psabi"),
+]
+
+
+def expose_environment() -> None:
+    """Let this build see the packages of the environment it installs into, behind its own.
+
+    Build isolation hides them, but an extension loads only into the torch it was built against.
+    """
+    isolation = ("PYTHONPATH", "PYTHONNOUSERSITE")
+    answer = subprocess.run(
+        [sys.executable, "-c", "import json, sys; print(json.dumps(sys.path))"],
+        env={name: value for name, value in os.environ.items() if name not in isolation},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    sys.path += [path for path in json.loads(answer.stdout) if path and path not in sys.path]
+
+
+def installed_torch() -> str | None:
+    try:
+        return metadata.version(TORCH.name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_cuda_choice() -> None:
+    choice = os.environ.get("FUSEDLOSS_CUDA", "0")
+    if choice not in ("0", "1"):
+        sys.exit(f"FUSEDLOSS_CUDA must be 0 or 1, not {choice!r}")
+    if choice == "1":
+        sys.exit("FUSEDLOSS_CUDA=1: this version of fusedloss has no CUDA kernels; use 0 or unset")
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler: CXX, else the first of the usual names on the PATH."""
+    chosen = os.environ.get("CXX")
+    if chosen:
+        if shutil.which(chosen) is None:
+            sys.exit(f"CXX={chosen!r}: no such program")
+        return chosen
+    return next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+
+
+def openmp_flags(torch_include: Path) -> list[str]:
+    """at::parallel_for is a template that runs in parallel only where OpenMP is switched on."""
+    config = (torch_include / "ATen" / "Config.h").read_text()
+    on = sys.platform == "linux" and "#define AT_PARALLEL_OPENMP 1" in config
+    return ["-fopenmp"] if on else []
+
+
+def needs_torch(found: str | None) -> type[build_ext]:
+    """The command for an environment whose torch will not do, to fail if it is really run."""
+
+    class NeedsTorch(build_ext):
+        def run(self) -> None:
+            has = "none" if found is None else f"{TORCH.name} {found}"
+            sys.exit(
+                f"fusedloss builds against {TORCH}, and there is {has} here: "
+                "install it first, or build with isolation"
+            )
+
+    return NeedsTorch
+
+
+def build_kernels() -> type[build_ext]:
+    """The command that compiles the extension, made here because its base class is torch's."""
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
+
+    torch_includes = include_paths()
+    flags = CXX_FLAGS + openmp_flags(Path(torch_includes[0]))
+    # -isystem: the warnings asked for are about our own code.
+    flags += [word for path in torch_includes for word in ("-isystem", path)]
+
+    class BuildKernels(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # Kept between builds, editable ones too, so that only what changed is compiled again.
+            tag = f"{sys.implementation.cache_tag}-{platform.machine()}-torch{torch.__version__}"
+            self.build_temp = str(Path("build", tag).absolute())
+
+        def build_extension(self, ext: Extension) -> None:
+            for name, capability_flags in CPU_CAPABILITIES.items():
+                defines = [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"]
+                # Behind the objects of ext.sources, the baseline first: of an inline function that
+                # several objects hold the linker keeps the first, which must run on every CPU.
+                ext.extra_objects += self.compiler.compile(
+                    sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
+                    output_dir=str(Path(self.build_temp, name)),
+                    include_dirs=ext.include_dirs,
+                    extra_postargs=[*flags, *capability_flags, *defines],
+                )
+            ext.extra_compile_args += [
+                *flags,
+                *(f"-DFUSEDLOSS_BUILT_{name}" for name in CPU_CAPABILITIES),
+                f'-DFUSEDLOSS_VERSION="{self.distribution.get_version()}"',
+                f'-DFUSEDLOSS_TORCH_VERSION="{torch.__version__}"',
+            ]
+            ext.library_dirs += library_paths()
+            # No -fopenmp here: the runtime is the one that torch brings along, since a second one
+            # would have threads of its own and not heed torch.set_num_threads.
+            ext.libraries += ["c10", "torch", "torch_cpu", "torch_python"]
+            super().build_extension(ext)
+
+    return BuildKernels
+
+
+def compiled_part() -> dict[str, Any]:
+    """What setup() is told about the extension: nothing where there is no compiler."""
+    check_cuda_choice()
+    compiler = find_compiler()
+    if compiler is None:
+        print("fusedloss: no C++ compiler (CXX, c++, g++, clang++): installing without kernels")
+        return {}
+    os.environ["CXX"] = compiler
+    if importlib.util.find_spec("ninja"):
+        # Called by its path, an environment's python does not have its programs on the PATH.
+        import ninja
+
+        os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ["PATH"]
+
+    found = installed_torch()
+    usable = found is not None and TORCH.specifier.contains(found, prereleases=True)
+    extension = Extension(
+        "fusedloss._C",
+        sources=["csrc/ops.cpp"],
+        depends=sorted(map(str, Path("csrc").rglob("*.*"))),
+        include_dirs=[str(Path("csrc").absolute())],
+        language="c++",
+    )
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": build_kernels() if usable else needs_torch(found)},
+        "setup_requires": [] if usable else [str(TORCH)],
+    }
+
+
+expose_environment()
+setup(install_requires=[str(TORCH)], **compiled_part())

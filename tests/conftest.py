@@ -1,0 +1,73 @@
+"""Which backends run here, and settings that hold for every test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import fusedloss
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# CI sets it, so that a broken build cannot pass by skipping.
+REQUIRE_COMPILED = os.environ.get("FUSEDLOSS_REQUIRE_COMPILED") == "1"
+
+settings.register_profile(
+    "default", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes seconds rather than milliseconds")
+
+
+def why_not(backend: str) -> str | None:
+    """Why a backend cannot run here; None if it can."""
+    return fusedloss.info().backends[backend]
+
+
+def need(backend: str) -> None:
+    reason = why_not(backend)
+    if reason is None:
+        return
+    if backend == "compiled" and REQUIRE_COMPILED:
+        pytest.fail(f"FUSEDLOSS_REQUIRE_COMPILED=1, but compiled cannot run: {reason}")
+    pytest.skip(f"{backend} cannot run: {reason}")
+
+
+@pytest.fixture(params=["compiled", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend that can run here, made the one in use."""
+    need(request.param)
+    with fusedloss.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def compiled() -> Iterator[str]:
+    """The compiled backend alone, for what is its own (threads, one pass, fresh memory)."""
+    need("compiled")
+    with fusedloss.backend("compiled"):
+        yield "compiled"
+
+
+@pytest.fixture(autouse=True)
+def unchanged_settings() -> Iterator[None]:
+    """A test that leaves a global setting changed would make the next one lie."""
+    before = (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+    )
+    yield
+    after = (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+    )
+    assert after == before

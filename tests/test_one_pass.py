@@ -1,0 +1,404 @@
+"""The gradient computed in the forward pass is the one of a backward pass.
+
+Bit for bit, whatever upstream gradients the call site has seen before and whatever autograd is
+asked to do: a second backward, two forwards in flight, hooks, checkpoints, accumulation.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import fusedloss
+import fusedloss.functional as FL
+import pytest
+import torch
+from cases import DTYPES, LOSSES, Sample, at_shape
+from helpers import assert_close_to_truth, assert_same_bits, leaf, sample_truth, torch_loss
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+NAN, INF = float("nan"), float("inf")
+MODULES = {
+    "mse_loss": fusedloss.MSELoss,
+    "l1_loss": fusedloss.L1Loss,
+    "smooth_l1_loss": fusedloss.SmoothL1Loss,
+    "huber_loss": fusedloss.HuberLoss,
+    "binary_cross_entropy": fusedloss.BCELoss,
+    "binary_cross_entropy_with_logits": fusedloss.BCEWithLogitsLoss,
+    "cross_entropy": fusedloss.CrossEntropyLoss,
+    "log_loss": fusedloss.LogLoss,
+}
+SITES = {
+    "module": lambda loss, reduction: MODULES[loss](reduction=reduction),
+    "function": lambda loss, reduction: lambda x, y: getattr(FL, loss)(x, y, reduction=reduction),
+}
+UPSTREAMS = (1.0, 1024.0, 1 / 3, -2.5, 0.0, -0.0, NAN, INF, -INF, 1e-7)
+HISTORIES: dict[str, Callable[[float], Sequence[float]]] = {
+    "fresh": lambda u: (),
+    "once": lambda u: (u,),
+    "steady": lambda u: (u,) * 8,
+    "ones": lambda u: (1.0,) * 3,
+    "another": lambda u: (0.7,) * 8,
+    "mirrored": lambda u: (-u,) * 3,
+    "alternating": lambda u: (u, 0.7) * 4,
+    "restless": lambda u: tuple(0.5 + i / 32 for i in range(24)),
+    "restless, then steady": lambda u: (*(0.5 + i / 32 for i in range(24)), *(u,) * 24),
+    "zero": lambda u: (0.0,) * 2,
+    "nan": lambda u: (NAN,) * 2,
+    "infinite": lambda u: (INF,) * 2,
+}
+
+SHAPE = (5, 67)
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+
+def draw(loss: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Sample:
+    return at_shape(loss, SHAPE).sample(dtype, seed)
+
+
+def step(site: Callable[..., Tensor], sample: Sample, upstream: float | Tensor) -> Tensor:
+    input = leaf(sample.input)
+    value = site(input, sample.target)
+    upstream = torch.as_tensor(upstream, dtype=value.dtype).expand_as(value)
+    return torch.autograd.grad(value, input, upstream)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_fresh_site_is_right(loss: str, dtype: str) -> None:
+    """The gradients that the histories below are compared with."""
+    sample = draw(loss, DTYPES[dtype])
+    for reduction, upstream in itertools.product(("mean", "sum"), UPSTREAMS):
+        rounded = torch.tensor(upstream, dtype=DTYPES[dtype])
+        expected = sample_truth(loss, sample, reduction, rounded)
+        grad = step(MODULES[loss](reduction=reduction), sample, upstream)
+        what = f"{reduction}, upstream {upstream}"
+        if torch.isfinite(rounded):
+            assert_close_to_truth(grad, expected.grad, expected.grad_scale, what)
+        else:
+            theirs = step(lambda x, y: torch_loss(loss)(x, y, reduction=reduction), sample, upstream)
+            assert torch.equal(grad.isnan(), theirs.isnan()), what
+            assert torch.equal(grad.nan_to_num(), theirs.nan_to_num()), what
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_bits_do_not_depend_on_history(loss: str, site: str, dtype: str) -> None:
+    sample = draw(loss, DTYPES[dtype])
+    for upstream in UPSTREAMS:
+        expected = step(MODULES[loss](), sample, upstream)
+        for name, history in HISTORIES.items():
+            call = SITES[site](loss, "mean")
+            for previous in history(upstream):
+                step(call, sample, previous)
+            assert_same_bits(step(call, sample, upstream), expected, f"{name}, then {upstream}")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_history_of_other_data(loss: str) -> None:
+    """What a site remembers is the upstream gradient, not a gradient."""
+    module = MODULES[loss]()
+    for seed, upstream in enumerate((3.0, 3.0, 3.0, 0.1, 0.1, 3.0)):
+        sample = draw(loss, seed=seed)
+        assert_same_bits(
+            step(module, sample, upstream), step(MODULES[loss](), sample, upstream), f"step {seed}"
+        )
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_second_backward(loss: str, reduction: str) -> None:
+    """With retain_graph, by the same upstream gradient and by others."""
+    sample = draw(loss)
+    for warm_up in (1.0, 0.6):
+        module = MODULES[loss](reduction=reduction)
+        step(module, sample, warm_up)
+        input = leaf(sample.input)
+        value = module(input, sample.target)
+        for upstream in (0.6, 0.6, 1.0, -3.0, 0.6):
+            factor = torch.full_like(value, upstream)
+            (grad,) = torch.autograd.grad(value, input, factor, retain_graph=True)
+            fresh = step(MODULES[loss](reduction=reduction), sample, upstream)
+            assert_same_bits(grad, fresh, f"upstream {upstream} after a first {warm_up}")
+            grad.fill_(NAN)  # whoever is handed a gradient may do with it as they please
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_second_backward_without_retain_graph_raises(loss: str) -> None:
+    sample = draw(loss)
+    input = leaf(sample.input)
+    value = getattr(FL, loss)(input, sample.target)
+    value.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        value.backward()
+
+
+@pytest.mark.parametrize("order", ["in order", "in reverse"])
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_forwards_before_two_backwards(loss: str, site: str, order: str) -> None:
+    samples = [draw(loss, seed=seed) for seed in (0, 1)]
+    upstreams = (0.3, 5.0)
+    for warm_up in (1.0, *upstreams):
+        call = SITES[site](loss, "mean")
+        step(call, samples[0], warm_up)
+        inputs = [leaf(sample.input) for sample in samples]
+        values = [call(x, sample.target) for x, sample in zip(inputs, samples, strict=True)]
+        for i in (0, 1) if order == "in order" else (1, 0):
+            values[i].backward(torch.tensor(upstreams[i]))
+        for i in (0, 1):
+            fresh = step(MODULES[loss](), samples[i], upstreams[i])
+            assert inputs[i].grad is not None
+            assert_same_bits(inputs[i].grad, fresh, f"forward {i}, warmed up by {warm_up}")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_accumulation(loss: str) -> None:
+    """Two backwards add up in .grad, and gradients of other steps stay as they are."""
+    first, second = draw(loss, seed=0), draw(loss, seed=1)
+    for upstream in (1.0, 0.25):
+        module = MODULES[loss]()
+        one, two = step(MODULES[loss](), first, upstream), step(MODULES[loss](), second, upstream)
+        input = leaf(first.input)
+        (module(input, first.target) * upstream).backward()
+        assert input.grad is not None
+        held = input.grad
+        assert_same_bits(held, one, "first")
+        input.data = second.input.clone()
+        (module(input, second.target) * upstream).backward()
+        assert input.grad is held
+        assert_same_bits(held, one + two, "sum")
+        # One leaf used by two losses in one graph.
+        shared = leaf(first.input)
+        both = module(shared, first.target) + module(shared, second.target)
+        (both * upstream).backward()
+        expected = one + step(MODULES[loss](), Sample(first.input, second.target, {}), upstream)
+        torch.testing.assert_close(shared.grad, expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_of_past_steps_are_kept(loss: str) -> None:
+    """No buffer is used twice."""
+    module = MODULES[loss]()
+    samples = [draw(loss, seed=seed) for seed in range(6)]
+    grads = [step(module, sample, 0.5) for sample in samples]
+    for sample, grad in zip(samples, grads, strict=True):
+        assert_same_bits(grad, step(MODULES[loss](), sample, 0.5), "kept")
+    assert len({grad.data_ptr() for grad in grads}) == len(grads)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_aliases_nothing(loss: str, reduction: str) -> None:
+    """The gradient shares no memory with what the user holds, and is not held by the graph."""
+    sample = draw(loss)
+    module = MODULES[loss](reduction=reduction)
+    for _ in range(3):
+        input = leaf(sample.input)
+        value = module(input, sample.target)
+        upstream = torch.full_like(value, 0.5)
+        (grad,) = torch.autograd.grad(value, input, upstream, retain_graph=True)
+        held = {t.untyped_storage().data_ptr() for t in (input, sample.target, value, upstream)}
+        assert grad.untyped_storage().data_ptr() not in held
+        right = grad.clone()
+        grad.mul_(0)
+        assert_same_bits(torch.autograd.grad(value, input, upstream)[0], right, "again")
+        assert torch.equal(input, sample.input)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_input_in_the_middle_of_a_graph(loss: str) -> None:
+    """retain_grad, and a hook that changes the gradient in place."""
+    sample = draw(loss)
+    module = MODULES[loss]()
+    for _ in range(3):
+        source = leaf(sample.input)
+        middle = source * 1.0
+        middle.retain_grad()
+        seen: list[Tensor] = []
+        middle.register_hook(lambda grad, seen=seen: seen.append(grad.clone()))
+        module(middle, sample.target).backward(torch.tensor(0.5))
+        expected = step(MODULES[loss](), sample, 0.5)
+        for grad in (source.grad, middle.grad, seen[0]):
+            assert grad is not None
+            assert_same_bits(grad, expected, "middle")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_create_graph(loss: str) -> None:
+    """The gradient has a graph wherever torch's has one, also after steps without."""
+    sample = draw(loss, torch.float64)
+    module = MODULES[loss]()
+    step(module, sample, 0.5)
+    results = []
+    for function in (module, torch_loss(loss)):
+        input = leaf(sample.input)
+        value = function(input, sample.target)
+        upstream = torch.tensor(0.5, dtype=value.dtype)
+        (grad,) = torch.autograd.grad(value, input, upstream, create_graph=True)
+        penalty = grad.square().sum() + value
+        penalty.backward()
+        results.append((grad.requires_grad, grad.detach(), input.grad))
+    assert results[0][0] or not results[1][0]
+    torch.testing.assert_close(results[0][1:], results[1][1:], rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_upstream_of_any_layout(loss: str, dtype: str) -> None:
+    """reduction "none": not uniform, transposed, expanded, with gaps."""
+    sample = at_shape(loss, (6, 7) if loss != "cross_entropy" else (6, 9, 7)).sample(DTYPES[dtype])
+    input = leaf(sample.input)
+    value = getattr(FL, loss)(input, sample.target, reduction="none")
+    shape = value.shape
+    base = torch.linspace(-1, 2, 4 * value.numel()).to(value.dtype)
+    rows, columns = (shape[0], shape[-1]) if value.dim() == 2 else (shape[0], 1)
+    upstreams = {
+        "uneven": base[: value.numel()].view(shape),
+        "gaps": base[::4][: value.numel()].view(shape),
+        "transposed": base[: value.numel()].view(columns, rows).t().reshape(rows, columns)
+        .t().contiguous().t().view(shape) if value.dim() == 2 else base[: rows].view(shape),
+        "one number": base[3].expand(shape),
+        "one column": base[:rows].view(rows, 1).expand(rows, columns).view_as(value)
+        if value.dim() == 1
+        else base[:rows].view(rows, 1).expand(rows, columns),
+    }
+    for name, upstream in upstreams.items():
+        (grad,) = torch.autograd.grad(value, input, upstream, retain_graph=True)
+        expected = sample_truth(loss, sample, "none", upstream)
+        assert_close_to_truth(grad, expected.grad, expected.grad_scale, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["mse_loss", "l1_loss", "binary_cross_entropy_with_logits"])
+def test_fp16_gradient_under_a_loss_scale(loss: str) -> None:
+    """2 / N is nothing in fp16: the scale comes before the rounding."""
+    case = at_shape(loss, (2**22,))
+    for target_dtype, scale in ((torch.float16, 2.0**15), (torch.float32, 2.0**16)):
+        sample = case.sample(torch.float16)
+        sample = Sample(sample.input, sample.target.to(target_dtype), {})
+        module = MODULES[loss]()
+        for _ in range(3):
+            grad = step(module, sample, scale)
+            expected = sample_truth(loss, sample, "mean", scale)
+            assert_close_to_truth(grad, expected.grad, expected.grad_scale, f"scale {scale}")
+
+
+@pytest.mark.parametrize("changed", ["input", "target"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_changed_in_place_between_forward_and_backward(loss: str, changed: str) -> None:
+    """Raises where torch does; where torch has no need to, raises or is right."""
+    sample = draw(loss)
+
+    def run(function: Callable[..., Tensor]) -> Tensor:
+        source = leaf(sample.input)
+        input, target = source * 1.0, sample.target.clone()
+        value = function(input, target)
+        (input if changed == "input" else target).mul_(0)
+        (grad,) = torch.autograd.grad(value, source)
+        return grad
+
+    module = MODULES[loss]()
+    step(module, sample, 1.0)
+    try:
+        expected = run(torch_loss(loss))
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+        for function in (module, getattr(FL, loss)):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                run(function)
+        return
+    for function in (module, getattr(FL, loss)):
+        try:
+            torch.testing.assert_close(run(function), expected)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_saved_tensors_hooks(loss: str) -> None:
+    sample = draw(loss)
+    packed: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Any:
+        packed.append(tensor)
+        return tensor.numpy(force=True).copy()
+
+    for upstream in (1.0, 0.4):
+        expected = step(MODULES[loss](), sample, upstream)
+        module = MODULES[loss]()
+        for _ in range(3):
+            input = leaf(sample.input)
+            with torch.autograd.graph.saved_tensors_hooks(pack, torch.from_numpy):
+                value = module(input, sample.target)
+            (grad,) = torch.autograd.grad(value, input, torch.tensor(upstream))
+            assert_same_bits(grad, expected, "hooks")
+            with torch.autograd.graph.save_on_cpu():
+                assert_same_bits(step(module, sample, upstream), expected, "save_on_cpu")
+    assert packed, "a saved tensor passes through the hooks"
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_checkpoint(loss: str, reentrant: bool) -> None:
+    sample = draw(loss)
+    module = MODULES[loss]()
+    for upstream in (1.0, 1.0, 0.4, 0.4, 3.0):
+        source = leaf(sample.input)
+        value = checkpoint(
+            lambda x: module(x * 1.0, sample.target), source, use_reentrant=reentrant
+        )
+        value.backward(torch.tensor(upstream))
+        assert source.grad is not None
+        assert_same_bits(source.grad, step(MODULES[loss](), sample, upstream), f"{upstream}")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_module_in_several_threads(loss: str) -> None:
+    """One module, different upstream gradients at once."""
+    module = MODULES[loss]()
+    samples = [draw(loss, seed=seed) for seed in range(4)]
+    expected = [step(MODULES[loss](), sample, 0.5 + i) for i, sample in enumerate(samples)]
+    wrong: list[str] = []
+
+    def work(i: int) -> None:
+        try:
+            for _ in range(30):
+                assert_same_bits(step(module, samples[i], 0.5 + i), expected[i], f"thread {i}")
+        except Exception as error:  # noqa: BLE001 - carried over to the main thread
+            wrong.append(str(error))
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_copies_of_a_module_do_not_share_history(loss: str) -> None:
+    module = MODULES[loss]()
+    sample = draw(loss)
+    step(module, sample, 0.4)
+    twin = copy.deepcopy(module)
+    for upstream in (0.4, 2.0, 0.4):
+        expected = step(MODULES[loss](), sample, upstream)
+        assert_same_bits(step(twin, sample, upstream), expected, "twin")
+        assert_same_bits(step(module, sample, 0.4), step(MODULES[loss](), sample, 0.4), "original")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_parameter_shared_by_two_sites_of_one_size(loss: str) -> None:
+    """Calls of one loss and size share a prediction: alternating between two is still right."""
+    samples = [draw(loss, seed=seed) for seed in (0, 1)]
+    for _ in range(6):
+        for sample, upstream in zip(samples, (0.5, 20.0), strict=True):
+            expected = step(MODULES[loss](), sample, upstream)
+            assert_same_bits(step(getattr(FL, loss), sample, upstream), expected, "site")

@@ -1,0 +1,148 @@
+"""Value and gradient of every case against float64, and never worse than torch's own."""
+
+from __future__ import annotations
+
+import formulas
+import fusedloss
+import fusedloss.functional as FL
+import pytest
+import torch
+from cases import DTYPES, FAMILIES, LOSSES, REDUCTIONS, Case, at_shape
+from helpers import (
+    assert_close_to_truth,
+    assert_no_worse,
+    draw_upstream,
+    drawn,
+    leaf,
+    result_shape,
+    sample_truth,
+    torch_loss,
+    value_and_grad,
+)
+
+
+def shapes_for(case: Case, backend: str) -> bool:
+    """The reference is plain torch: the large shapes would test torch alone."""
+    return backend == "compiled" or torch.Size(case.shape).numel() < 10_000
+
+
+# The reduction varies fastest: a sample's truth serves all three.
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_value_and_gradient(family: str, dtype: str, reduction: str, backend: str) -> None:
+    """Against float64, element by element and in norm, and no worse than torch."""
+    for case in filter(lambda case: shapes_for(case, backend), FAMILIES[family]):
+        sample, elements = drawn(case, DTYPES[dtype])
+        upstream = draw_upstream(result_shape(case.loss, sample, reduction), DTYPES[dtype])
+        value, grad = value_and_grad(getattr(FL, case.loss), sample, reduction, upstream)
+        expected = formulas.reduce(elements, reduction, upstream)
+        assert value.dtype == grad.dtype == DTYPES[dtype]
+        what = f"{case.name} {reduction} {dtype}"
+        assert_close_to_truth(value, expected.value, expected.value_scale, f"{what} value")
+        assert_close_to_truth(grad, expected.grad, expected.grad_scale, f"{what} gradient")
+        # In fp64 the truth itself is no better than the results: nothing to compare.
+        if backend == "compiled" and dtype != "fp64":
+            eager = value_and_grad(torch_loss(case.loss), sample, reduction, upstream)
+            assert_no_worse(value, eager[0], expected.value, f"{what} value")
+            assert_no_worse(grad, eager[1], expected.grad, f"{what} gradient")
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_result_is_described_as_torch_does(
+    family: str, dtype: str, reduction: str, backend: str
+) -> None:
+    """Same dtype, shape, strides, device, requires_grad and leafness."""
+    for case in FAMILIES[family][1::3]:
+        if not shapes_for(case, "reference"):
+            continue
+        sample, _ = drawn(case, DTYPES[dtype])
+        for wanted in (True, False):
+            input = sample.input.clone().requires_grad_(wanted)
+            ours, theirs = (
+                function(input, sample.target, reduction=reduction, **sample.options)
+                for function in (getattr(FL, case.loss), torch_loss(case.loss))
+            )
+            for attribute in ("dtype", "shape", "device", "requires_grad", "is_leaf", "layout"):
+                assert getattr(ours, attribute) == getattr(theirs, attribute), (
+                    f"{case.name}: {attribute}"
+                )
+            assert ours.stride() == theirs.stride(), case.name
+            if wanted:
+                grads = [
+                    torch.autograd.grad(value, input, torch.ones_like(value))[0]
+                    for value in (ours, theirs)
+                ]
+                assert grads[0].shape == input.shape and grads[0].dtype == input.dtype
+                assert grads[0].stride() == grads[1].stride(), case.name
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_gradient_wanted(loss: str, backend: str) -> None:
+    """no_grad, inference_mode and plain inputs give the same value, and no graph."""
+    sample = at_shape(loss, (6, 35)).sample(torch.float32)
+    function = getattr(FL, loss)
+    with_graph = function(leaf(sample.input), sample.target)
+    plain = function(sample.input, sample.target)
+    with torch.no_grad():
+        without = function(leaf(sample.input), sample.target)
+    with torch.inference_mode():
+        inference = function(leaf(sample.input), sample.target)
+    assert with_graph.requires_grad
+    for value in (plain, without, inference):
+        assert not value.requires_grad and value.grad_fn is None
+        assert torch.equal(value, with_graph.detach())
+    assert inference.is_inference()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_inference_tensors(loss: str, backend: str) -> None:
+    """Inputs made under inference_mode may be used outside of it, without gradient."""
+    with torch.inference_mode():
+        sample = at_shape(loss, (6, 35)).sample(torch.float32)
+    expected = sample_truth(loss, sample, "mean")
+    value = getattr(FL, loss)(sample.input, sample.target)
+    assert_close_to_truth(value, expected.value, expected.value_scale, loss)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_takes_the_fused_path(family: str, compiled: str) -> None:
+    """What the rest of this file tests on the compiled backend is the compiled backend."""
+    case = FAMILIES[family][-1]
+    for dtype in DTYPES.values():
+        sample = case.sample(dtype)
+        function = getattr(FL, case.loss)
+        input = leaf(sample.input)
+        told = fusedloss.explain(function, input, sample.target, **sample.options)
+        assert told.backend == "compiled" and told.fused, f"{case.name} {dtype}: {told}"
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            function(input, sample.target, **sample.options).backward()
+        names = {event.key for event in profile.key_averages()}
+        assert any(name.startswith("fusedloss::") for name in names), f"{case.name}: {names}"
+
+
+def test_the_tolerance_catches_zeros_for_the_other_classes() -> None:
+    """A gradient that is 0 for every class but the target's must not pass."""
+    sample = at_shape("cross_entropy", (4, 1000)).sample(torch.float32)
+    expected = sample_truth("cross_entropy", sample, "mean")
+    wrong = expected.grad.where(
+        torch.nn.functional.one_hot(sample.target, 1000).bool(), 0.0
+    )
+    with pytest.raises(AssertionError):
+        assert_close_to_truth(wrong.float(), expected.grad, expected.grad_scale, "planted")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [1 + 2**-6, -1.0, 0.0])
+def test_the_tolerance_catches_a_wrong_factor(factor: float, dtype: str) -> None:
+    """A gradient off by a factor that each dtype can tell from 1 must not pass."""
+    for loss in LOSSES:
+        sample = at_shape(loss, (4, 100)).sample(DTYPES[dtype])
+        expected = sample_truth(loss, sample, "mean", 0.7)
+        right = expected.grad.to(DTYPES[dtype])
+        assert_close_to_truth(right, expected.grad, expected.grad_scale, f"{loss}, rounded")
+        with pytest.raises(AssertionError):
+            wrong = (expected.grad * factor).to(DTYPES[dtype])
+            assert_close_to_truth(wrong, expected.grad, expected.grad_scale, "planted")
