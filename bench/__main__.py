@@ -83,9 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if report.caveat():
         print(report.caveat())
 
-    about = report.environment(shlex.join(["python", "-m", "bench", *argv]), rounds)
     rows = run(cases, rounds, None if arguments.no_compile else compile_seconds)
+    about = report.environment(shlex.join(["python", "-m", "bench", *argv]), rounds)
     print(f"\n{report.tables(rows)}\n{report.summary(rows)}\n")
+    if about["caveat"]:
+        print(f"{about['caveat']}\n")
     # A part never takes the place of the whole table.
     stem = "speed" if len(cases) == len(CASES) else "speed-part"
     for path in report.write(rows, about, arguments.out, stem):

@@ -190,8 +190,8 @@ def _case(
 def _cases() -> tuple[Case, ...]:
     cases = []
     for loss, (label, *bars) in _POINTWISE.items():
-        for power, values in zip(_POWERS, bars, strict=True):
-            cases.append(_case("speed", label, loss, (2**power,), _bars(*values)))
+        for power, goals in zip(_POWERS, bars, strict=True):
+            cases.append(_case("speed", label, loss, (2**power,), _bars(*goals)))
     ce = ("cross_entropy", "cross_entropy")
     for shape, values in _CROSS_ENTROPY:
         cases.append(_case("speed", *ce, shape, _bars(*values)))
@@ -199,13 +199,13 @@ def _cases() -> tuple[Case, ...]:
     cases.append(_case("speed", *ce, (512, 32000), _bars(4), dtype=torch.bfloat16))
 
     for upstream in (65536.0, 1 / 3):
-        bars = {"unit": 1.05}
+        steady = {"unit": 1.05}
         for loss in ("mse_loss", "binary_cross_entropy_with_logits"):
             cases.append(
-                _case("upstream", _POINTWISE[loss][0], loss, (2**22,), bars, upstream=upstream)
+                _case("upstream", _POINTWISE[loss][0], loss, (2**22,), steady, upstream=upstream)
             )
         for shape in ((4096, 1000), (512, 32000)):
-            cases.append(_case("upstream", *ce, shape, bars, upstream=upstream))
+            cases.append(_case("upstream", *ce, shape, steady, upstream=upstream))
 
     for loss, (label, *_) in _POINTWISE.items():
         for elements in (1, 32, 1024, 16384):

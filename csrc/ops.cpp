@@ -13,7 +13,6 @@
 #include <ATen/ops/eq.h>
 #include <ATen/ops/logical_and.h>
 #include <ATen/ops/masked_fill.h>
-#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #if defined(__linux__)
@@ -29,6 +28,7 @@
 
 #include "cpu/kernels.h"
 #include "math/losses.h"
+#include "operators.h"
 
 namespace fusedloss {
 namespace {
@@ -218,6 +218,19 @@ struct Classes {
 
 int64_t class_dim(const Tensor& input) { return input.dim() > 1 ? 1 : 0; }
 
+constexpr double kOutOfRange = -std::numeric_limits<double>::infinity();
+
+[[noreturn]] void throw_out_of_range(const Tensor& target, const Tensor& indices, int64_t classes,
+                                     int64_t ignore_index) {
+  const int64_t* index = indices.const_data_ptr<int64_t>();
+  const int64_t* bad = std::find_if(index, index + indices.numel(), [=](int64_t t) {
+    return (t < 0 || t >= classes) && t != ignore_index;
+  });
+  TORCH_CHECK_INDEX(false, "Target ", *bad, " is out of bounds. It stands at ",
+                    element_name("target", target.sizes(), bad - index), "; there are ", classes,
+                    " classes.");
+}
+
 template <class Weight>
 Classes check_classes(const Tensor& target, int64_t classes, int64_t ignore_index,
                       Weight&& weight) {
@@ -226,33 +239,23 @@ Classes check_classes(const Tensor& target, int64_t classes, int64_t ignore_inde
   const int64_t n = target.numel();
   constexpr int64_t kChunk = 32768;
   const int64_t chunks = (n + kChunk - 1) / kChunk;
-  std::vector<double> sums(chunks);
-  std::vector<int64_t> bad(chunks, n);
+  // Of each chunk: the sum of its weights, or kOutOfRange.
+  c10::SmallVector<double, 4> sums(chunks);
   at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
-      const int64_t begin = c * kChunk, end = std::min(n, begin + kChunk);
+      const int64_t *begin = index + c * kChunk, *end = index + std::min(n, (c + 1) * kChunk);
       int64_t outside = 0;
-      for (int64_t i = begin; i < end; ++i) {
-        outside += (index[i] < 0 || index[i] >= classes) & (index[i] != ignore_index);
+      for (const int64_t* t = begin; t != end; ++t) {
+        outside += (static_cast<uint64_t>(*t) >= static_cast<uint64_t>(classes)) &
+                   (*t != ignore_index);
       }
-      if (outside) {
-        bad[c] = std::find_if(index + begin, index + end,
-                              [&](int64_t t) {
-                                return (t < 0 || t >= classes) && t != ignore_index;
-                              }) -
-                 index;
-      } else {
-        sums[c] = weight(index + begin, index + end);
-      }
+      sums[c] = outside ? kOutOfRange : weight(begin, end);
     }
   });
-  const int64_t first_bad = chunks ? *std::min_element(bad.begin(), bad.end()) : n;
-  if (first_bad < n) {
-    TORCH_CHECK_INDEX(false, "Target ", index[first_bad], " is out of bounds. It stands at ",
-                      element_name("target", target.sizes(), first_bad), "; there are ", classes,
-                      " classes.");
+  for (double sum : sums) {
+    if (sum == kOutOfRange) throw_out_of_range(target, result.indices, classes, ignore_index);
+    result.weight_sum += sum;
   }
-  result.weight_sum = std::accumulate(sums.begin(), sums.end(), 0.0);
   return result;
 }
 
@@ -421,9 +424,9 @@ void write_loss(PointwiseCall& p, const Tensor& loss, int64_t reduction, double 
   if (!each) set_scalar(loss, result.sum / normalizer);
 }
 
-Tensor pointwise_value(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                       const OptionalTensor& pos_weight, std::string_view loss, double parameter,
-                       int64_t ignore_index, int64_t reduction, at::ScalarType dtype) {
+Tensor pointwise(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                 const OptionalTensor& pos_weight, std::string_view loss, double parameter,
+                 int64_t ignore_index, int64_t reduction, at::ScalarType dtype, const Tensor&) {
   PointwiseCall p(input, target, weight, pos_weight, {}, loss, parameter, ignore_index, dtype);
   Tensor value = empty_loss(input, reduction, dtype);
   write_loss(p, value, reduction, p.normalizer(reduction, weight));
@@ -572,7 +575,7 @@ Tensor empty_rows(const Tensor& input, int64_t reduction, at::ScalarType dtype) 
 
 Tensor empty_stats(const Tensor& input, at::ScalarType dtype) {
   const c10::SymInt rows = input.sym_numel() / input.sym_size(class_dim(input));
-  return at::empty_symint({rows, cpu::CrossEntropy::kStats},
+  return at::empty_symint({cpu::CrossEntropy::kStats, rows},
                           input.options().dtype(dtype == at::kDouble ? at::kDouble : at::kFloat));
 }
 
@@ -589,9 +592,9 @@ Tensor write_loss(CrossEntropyCall& p, const Tensor& input, int64_t reduction,
   return value;
 }
 
-Tensor cross_entropy_value(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                           int64_t ignore_index, double label_smoothing, int64_t reduction,
-                           at::ScalarType dtype) {
+Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                     int64_t ignore_index, double label_smoothing, int64_t reduction,
+                     at::ScalarType dtype, const Tensor&) {
   const double normalizer =
       cross_entropy_normalizer(input, target, weight, ignore_index, reduction);
   CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype);
@@ -643,9 +646,9 @@ Tensor meta_scales(const Tensor& like) {
   return at::empty({2}, like.options().dtype(at::kDouble));
 }
 
-Tensor pointwise_value_meta(const Tensor& input, const Tensor&, const OptionalTensor&,
+Tensor pointwise_meta(const Tensor& input, const Tensor&, const OptionalTensor&,
                             const OptionalTensor&, std::string_view, double, int64_t,
-                            int64_t reduction, at::ScalarType dtype) {
+                      int64_t reduction, at::ScalarType dtype, const Tensor&) {
   return empty_loss(input, reduction, dtype);
 }
 
@@ -660,8 +663,8 @@ void pointwise_backward_meta_(const Tensor&, const Tensor&, const Tensor&, bool,
                               std::string_view, double, int64_t, int64_t, at::ScalarType,
                               const Tensor&) {}
 
-Tensor cross_entropy_value_meta(const Tensor& input, const Tensor&, const OptionalTensor&, int64_t,
-                                double, int64_t reduction, at::ScalarType dtype) {
+Tensor cross_entropy_meta(const Tensor& input, const Tensor&, const OptionalTensor&, int64_t,
+                          double, int64_t reduction, at::ScalarType dtype, const Tensor&) {
   return empty_rows(input, reduction, dtype);
 }
 
@@ -678,36 +681,51 @@ void cross_entropy_backward_meta_(const Tensor&, const Tensor&, const Tensor&, b
 
 }  // namespace
 
+#define FUSEDLOSS_POINTWISE_OPTIONS \
+  "str loss, float parameter, int ignore_index, int reduction, ScalarType dtype"
+#define FUSEDLOSS_CROSS_ENTROPY_OPTIONS \
+  "int ignore_index, float label_smoothing, int reduction, ScalarType dtype"
+
 TORCH_LIBRARY(fusedloss, m) {
-  m.def("empty_gradient(Tensor input) -> Tensor");
+  // Differentiable in input; the kernels behind Autograd compute the value only.
   m.def(
-      "pointwise_value(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, str loss, "
-      "float parameter, int ignore_index, int reduction, ScalarType dtype) -> Tensor");
+      "pointwise(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
+      FUSEDLOSS_POINTWISE_OPTIONS ", Tensor prediction) -> Tensor");
   m.def(
-      "pointwise_forward(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, str loss, "
-      "float parameter, int ignore_index, int reduction, ScalarType dtype, Tensor prediction) -> "
+      "cross_entropy(Tensor input, Tensor target, Tensor? weight, "
+      FUSEDLOSS_CROSS_ENTROPY_OPTIONS ", Tensor prediction) -> Tensor");
+
+  m.def(
+      "pointwise_forward(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
+      FUSEDLOSS_POINTWISE_OPTIONS ", Tensor prediction) -> "
       "(Tensor loss, Tensor gradient, Tensor scales)");
   m.def(
       "pointwise_backward_(Tensor(a!) gradient, Tensor grad_output, Tensor scales, bool fresh, "
-      "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, str loss, float parameter, "
-      "int ignore_index, int reduction, ScalarType dtype, Tensor(b!) prediction) -> ()");
+      "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
+      FUSEDLOSS_POINTWISE_OPTIONS ", Tensor(b!) prediction) -> ()");
   m.def(
-      "cross_entropy_value(Tensor input, Tensor target, Tensor? weight, int ignore_index, float "
-      "label_smoothing, int reduction, ScalarType dtype) -> Tensor");
-  m.def(
-      "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int ignore_index, float "
-      "label_smoothing, int reduction, ScalarType dtype, Tensor prediction) -> (Tensor loss, Tensor "
-      "gradient, Tensor scales, Tensor stats)");
+      "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, "
+      FUSEDLOSS_CROSS_ENTROPY_OPTIONS ", Tensor prediction) -> "
+      "(Tensor loss, Tensor gradient, Tensor scales, Tensor stats)");
   m.def(
       "cross_entropy_backward_(Tensor(a!) gradient, Tensor grad_output, Tensor scales, bool fresh, "
-      "Tensor stats, Tensor input, Tensor target, Tensor? weight, int ignore_index, float "
-      "label_smoothing, int reduction, ScalarType dtype, Tensor(b!) prediction) -> ()");
+      "Tensor stats, Tensor input, Tensor target, Tensor? weight, "
+      FUSEDLOSS_CROSS_ENTROPY_OPTIONS ", Tensor(b!) prediction) -> ()");
+  m.def("empty_gradient(Tensor input) -> Tensor");
+
+  // Gradients that have a graph themselves: written in Python, by fusedloss/autograd.py.
+  m.def(
+      "pointwise_reference_gradient(Tensor grad_output, Tensor input, Tensor target, "
+      "Tensor? weight, Tensor? pos_weight, " FUSEDLOSS_POINTWISE_OPTIONS ") -> Tensor");
+  m.def(
+      "cross_entropy_reference_gradient(Tensor grad_output, Tensor input, Tensor target, "
+      "Tensor? weight, " FUSEDLOSS_CROSS_ENTROPY_OPTIONS ") -> Tensor");
 }
 
-#define FUSEDLOSS_REGISTER(M, SUFFIX)                                    \
-  M.impl("pointwise_value", &pointwise_value##SUFFIX);                   \
-  M.impl("pointwise_forward", &pointwise_forward##SUFFIX);               \
-  M.impl("cross_entropy_value", &cross_entropy_value##SUFFIX);           \
+#define FUSEDLOSS_REGISTER(M, SUFFIX)                                  \
+  M.impl("pointwise", &pointwise##SUFFIX);                             \
+  M.impl("pointwise_forward", &pointwise_forward##SUFFIX);             \
+  M.impl("cross_entropy", &cross_entropy##SUFFIX);                     \
   M.impl("cross_entropy_forward", &cross_entropy_forward##SUFFIX);
 
 TORCH_LIBRARY_IMPL(fusedloss, CompositeExplicitAutograd, m) {
@@ -726,27 +744,9 @@ TORCH_LIBRARY_IMPL(fusedloss, Meta, m) {
   m.impl("cross_entropy_backward_", &cross_entropy_backward_meta_);
 }
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "What was built, and what of it runs. The operators are torch.ops.fusedloss.*.";
-  m.def("build_info", [] {
-    pybind11::list capabilities;
-    capabilities.append("DEFAULT");
-#if defined(FUSEDLOSS_BUILT_AVX2)
-    capabilities.append("AVX2");
-#endif
-#if defined(FUSEDLOSS_BUILT_AVX512)
-    capabilities.append("AVX512");
-#endif
-    const char* names[] = {"DEFAULT", "AVX2", "AVX512"};
-    pybind11::dict info;
-    info["version"] = FUSEDLOSS_VERSION;
-    info["torch"] = FUSEDLOSS_TORCH_VERSION;
-    info["compiler"] = __VERSION__;
-    info["cuda"] = false;
-    info["cpu_capabilities"] = capabilities;
-    info["cpu_capability"] = names[static_cast<int>(capability())];
-    return info;
-  });
+const char* cpu_capability() {
+  static constexpr const char* kNames[] = {"DEFAULT", "AVX2", "AVX512"};
+  return kNames[static_cast<int>(capability())];
 }
 
 }  // namespace fusedloss

@@ -35,6 +35,7 @@ __all__ = [
     "smooth_l1_loss",
 ]
 
+_C: Any = backends.extension
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 
@@ -155,6 +156,11 @@ def _broadcasts_to(small: Tensor, big: Tensor) -> bool:
     return offset >= 0 and all(n in (1, shape[offset + d]) for d, n in enumerate(small.shape))
 
 
+def _plain_calls() -> bool:
+    """Whether the short way into the operators is open: it explains and traces nothing."""
+    return backends.compiled_on_cpu and _explaining is None and not torch.compiler.is_compiling()
+
+
 def _pointwise(
     loss: str,
     torch_loss: Callable[..., Tensor],
@@ -170,6 +176,12 @@ def _pointwise(
     prediction: Tensor | None,
 ) -> Tensor:
     """Runs a pointwise loss fused, or else ``torch_loss(*args)``."""
+    if weight is None and pos_weight is None and not legacy and _plain_calls():
+        number = autograd.REDUCTIONS.get(reduction)
+        if number is not None:
+            value = _C.pointwise(input, target, loss, parameter, number, prediction)
+            if value is not None:
+                return value  # type: ignore[no-any-return]
     dtype: torch.dtype | str | None = None
     reason = _obstacle(input, target, weight, pos_weight)
     if reason is None:
@@ -320,7 +332,8 @@ def _smooth_l1_loss(
 ) -> Tensor:
     args = (input, target, size_average, reduce, reduction, beta)
     legacy = size_average is not None or reduce is not None
-    if not isinstance(beta, float | int) or not beta >= 0:
+    # The kernel divides by beta's reciprocal, a number like any other.
+    if not isinstance(beta, float | int) or not (beta == 0 or 1e-30 <= beta <= 1e30):
         _report(f"beta {beta!r}")
         return reference.smooth_l1_loss(*args)
     return _pointwise(
@@ -547,6 +560,20 @@ def _cross_entropy(
     label_smoothing: float,
     prediction: Tensor | None = None,
 ) -> Tensor:
+    if (
+        size_average is None
+        and reduce is None
+        and type(label_smoothing) is float
+        and type(ignore_index) is int
+        and _plain_calls()
+    ):
+        number = autograd.REDUCTIONS.get(reduction)
+        if number is not None:
+            value = _C.cross_entropy(
+                input, target, weight, ignore_index, label_smoothing, number, prediction
+            )
+            if value is not None:
+                return value  # type: ignore[no-any-return]
     dtype: torch.dtype | str | None = None
     reason = _obstacle(input, target, weight)
     if reason is None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from . import backends
 from . import functional as F
-from .autograd import new_prediction
 
 __all__ = [
     "BCELoss",
@@ -27,17 +26,16 @@ class _Predicting(nn.Module):
     """Keeps the module's own prediction of its upstream gradient, apart from its state."""
 
     def _prediction(self, input: Any) -> Tensor | None:
-        if not isinstance(input, Tensor):
+        if not isinstance(input, Tensor) or backends.extension is None:
             return None
-        kept: dict[torch.device, Tensor] = self.__dict__.setdefault("_predictions", {})
-        prediction = kept.get(input.device)
+        prediction: Tensor | None = self.__dict__.get("_own_prediction")
         if prediction is None:
-            prediction = kept[input.device] = new_prediction(input.device)
+            prediction = self.__dict__["_own_prediction"] = backends.extension.new_prediction()
         return prediction
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is another call site: it learns its own.
-        return {k: v for k, v in self.__dict__.items() if k != "_predictions"}
+        return {k: v for k, v in self.__dict__.items() if k != "_own_prediction"}
 
 
 class MSELoss(_Predicting, nn.MSELoss):

@@ -268,7 +268,9 @@ CASES: tuple[Case, ...] = tuple(
             {"weight": positive},
         ),
         _family("binary_cross_entropy", "", _BCE, POINTWISE_SHAPES),
-        _family("binary_cross_entropy", "weight", _BCE, POINTWISE_FEW, tensors={"weight": positive}),
+        _family(
+            "binary_cross_entropy", "weight", _BCE, POINTWISE_FEW, tensors={"weight": positive}
+        ),
         _family(
             "binary_cross_entropy",
             "lastdim_weight",
@@ -363,9 +365,7 @@ CASES: tuple[Case, ...] = tuple(
             {"weight": on_class_dim(positive)},
         ),
         _family("log_loss", "", _LOG, ROW_SHAPES),
-        _family(
-            "log_loss", "weight", _LOG, ROW_FEW, tensors={"weight": on_class_dim(positive)}
-        ),
+        _family("log_loss", "weight", _LOG, ROW_FEW, tensors={"weight": on_class_dim(positive)}),
         _family("log_loss", "ignored", (distribution, some_ignored(-100)), ROW_FEW),
         _family(
             "log_loss",

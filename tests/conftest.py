@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import fusedloss
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import fusedloss
+
 # CI sets it, so that a broken build cannot pass by skipping.
 REQUIRE_COMPILED = os.environ.get("FUSEDLOSS_REQUIRE_COMPILED") == "1"
+
+# One thread, but where a test says otherwise: threads that wait for a busy machine's other cores
+# take ten times as long over small tensors. test_memory.py holds the bits on more threads equal.
+torch.set_num_threads(1)
 
 settings.register_profile(
     "default", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]

@@ -184,9 +184,7 @@ def cross_entropy(
     # where p is nearly 1.
     others = p.sum(-1, keepdim=True) - p
     confident = p > 0.5
-    others = torch.where(
-        confident, torch.where(confident, 0.0, p).sum(-1, keepdim=True), others
-    )
+    others = torch.where(confident, torch.where(confident, 0.0, p).sum(-1, keepdim=True), others)
     total = row.sum(-1, keepdim=True)
     slope = p * (total - row) - row * others
     # Every logit enters a row through (x - max); an error in that is one of the whole exponential.
@@ -258,7 +256,7 @@ def elements(loss: str, input: Tensor, target: Tensor, options: dict[str, Any]) 
 
 def reduce(elements: Elements, reduction: str, upstream: Tensor | float = 1.0) -> Truth:
     """Value, and gradient for an upstream gradient."""
-    factor = torch.as_tensor(upstream).detach().double()
+    factor = torch.as_tensor(upstream, dtype=torch.float64).detach()
     if reduction == "none":
         value, value_scale = elements.value, elements.value_scale
         if elements.class_dim is not None:

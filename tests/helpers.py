@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-import formulas
-import fusedloss.functional as FL
 import torch
 import torch.nn.functional as F
-from cases import Case, Sample
 from torch import Tensor
+
+import formulas
+import fusedloss.functional as FL
+from cases import Case, Sample
 
 Loss = Callable[..., Tensor]
 
@@ -66,9 +67,8 @@ def result_shape(loss: str, sample: Sample, reduction: str) -> torch.Size:
     if loss == "log_loss":
         return sample.input.shape[:-1]
     if loss == "cross_entropy":
-        return sample.input.shape[:1] + sample.input.shape[2:] if sample.input.dim() > 1 else (
-            torch.Size()
-        )
+        unbatched = sample.input.dim() == 1
+        return torch.Size() if unbatched else sample.input.shape[:1] + sample.input.shape[2:]
     return sample.input.shape
 
 
@@ -152,7 +152,13 @@ def assert_close_to_truth(result: Tensor, truth: Tensor, scale: Tensor, what: st
 
 
 def assert_no_worse(result: Tensor, eager: Tensor, truth: Tensor, what: str) -> None:
-    """The error, largest and in norm, is at most torch's own, or one rounding of the dtype."""
+    """The error, in norm and at its largest, is at most torch's own, or that of a few roundings.
+
+    Arithmetic in a wider dtype is rounded once. In the dtype itself right algorithms round at
+    different places, some four times, once for all elements alike (the factor of upstream gradient
+    and mean). The norm of many elements tells the better one; the largest error is a matter of
+    chance, so half as much again may pass.
+    """
     if not truth.numel():
         return
     info = torch.finfo(result.dtype)
@@ -163,14 +169,24 @@ def assert_no_worse(result: Tensor, eager: Tensor, truth: Tensor, what: str) -> 
         (tensor.double().where(comparable, 0.0) - truth).abs().nan_to_num(torch.inf, torch.inf)
         for tensor in (result, eager)
     )
+    # The wider arithmetic has an error of its own, seen where a result lies between two numbers.
+    rounding = info.eps / 2 * (1 + 2**-8)
     spacing = info.smallest_normal * info.eps
-    largest = max(theirs.max(), info.eps * truth.abs().max() + spacing)
-    assert ours.max() <= largest, f"{what}: error {ours.max():.3g}, torch's {theirs.max():.3g}"
-    norm = torch.linalg.vector_norm
-    in_norm = max(norm(theirs), info.eps * norm(truth) + spacing * truth.numel() ** 0.5)
-    assert norm(ours) <= in_norm, (
-        f"{what}: norm of the error {norm(ours):.3g}, torch's {norm(theirs):.3g}"
+    wider = COMPUTE[result.dtype] is not result.dtype
+    checks = []
+    if wider or truth.count_nonzero() >= 1000:
+        checks.append((torch.linalg.vector_norm, "error in norm", 1.0, 1 if wider else 2))
+    checks.append(
+        (inf_norm, "largest error", 1.0, 1) if wider else (inf_norm, "largest error", 1.5, 4)
     )
+    for norm, kind, factor, roundings in checks:
+        floor = roundings * rounding * norm(truth) + spacing * truth.numel() ** 0.5
+        allowed = max(factor * norm(theirs), floor)
+        assert norm(ours) <= allowed, f"{what}: {kind} {norm(ours):.3g}, torch's {norm(theirs):.3g}"
+
+
+def inf_norm(tensor: Tensor) -> Tensor:
+    return tensor.abs().max()
 
 
 _AS_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -248,7 +264,8 @@ def compare_with_torch(
     wants = [value for value in wants if value.requires_grad]
 
     def run(function: Loss) -> tuple[Tensor, list[Tensor | None]]:
-        x, y = input.detach().clone(), target.detach().clone()
+        # Detached, not cloned: the layout is part of the call.
+        x, y = input.detach(), target.detach()
         x.requires_grad_(input_wants and x.is_floating_point())
         y.requires_grad_(target_wants and y.is_floating_point())
         value = function(x, y, **options)
@@ -257,9 +274,7 @@ def compare_with_torch(
             assert not value.requires_grad
             return value, []
         upstream = draw_upstream(value.shape, value.dtype)
-        return value.detach(), list(
-            torch.autograd.grad(value, leaves, upstream, allow_unused=True)
-        )
+        return value.detach(), list(torch.autograd.grad(value, leaves, upstream, allow_unused=True))
 
     ours, our_error, our_warnings = outcome(lambda: run(function or getattr(FL, loss)))
     theirs, their_error, their_warnings = outcome(lambda: run(torch_loss(loss)))

@@ -232,6 +232,11 @@ def test_bars_are_judged_as_printed(ours, met):
     assert ("MISSED" in report.tables([row])) is not met
 
 
+@pytest.mark.parametrize(("load", "warned"), [(None, False), (2.0, False), (4.0, True)])
+def test_busy_machine_is_told(load, warned):
+    assert (report.busy(load, threads=2) is not None) == warned
+
+
 def test_cases_are_told_apart():
     ids = [case.id for case in cases.CASES]
     assert len(set(ids)) == len(ids)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import formulas
 import pytest
 import torch
+
+import formulas
 from cases import CASES, FAMILIES, LOSSES, REDUCTIONS
 from helpers import (
     draw_upstream,
@@ -64,7 +65,7 @@ def test_known_values() -> None:
     assert one("smooth_l1_loss", 3, 1) == (1.5, 1)
     assert one("smooth_l1_loss", 1.25, 1, beta=0.5) == (0.0625, 0.5)
     assert one("huber_loss", 3, 1, delta=0.5) == (0.875, 0.5)
-    assert one("binary_cross_entropy", 0, 1) == (100, -1e12)
+    assert one("binary_cross_entropy", 0, 1) == (100, pytest.approx(-1e12))
     assert one("binary_cross_entropy", 0, 0) == (0, 0)
     assert one("binary_cross_entropy_with_logits", 0, 1)[1] == -0.5
     rows = formulas.truth(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import fusedloss.functional as FL
 import pytest
 import torch
+
+import fusedloss.functional as FL
 from cases import DTYPES, FAMILIES, REDUCTIONS, at_shape
 from helpers import (
     assert_close_to_truth,
@@ -20,7 +21,7 @@ from helpers import (
 
 BASES = [family for family in FAMILIES if "weight" not in family and "clamped" not in family]
 LONG = (3 * 2**17 + 5,)
-LONG_CLASSES = ((4099, 97), (5, 70_001), (3, 7, 129, 65))
+LONG_CLASSES = ((1031, 97), (3, 70_001), (3, 7, 65, 33))
 
 
 def shapes(loss: str) -> tuple[tuple[int, ...], ...]:
@@ -82,17 +83,14 @@ def test_same_bits_again_and_on_any_number_of_threads(
         case = at_shape(family, shape)
         sample = case.sample(DTYPES[dtype])
         upstream = draw_upstream(result_shape(case.loss, sample, reduction), DTYPES[dtype])
-        first, *rest = [
-            _on_threads(count, case.loss, sample, reduction, upstream) for count in (1, 1, 2, 3, 4)
-        ]
+        results = []
+        for count in (1, 1, 2, 3):
+            with threads(count):
+                results.append(value_and_grad(getattr(FL, case.loss), sample, reduction, upstream))
+        first, *rest = results
         for other in rest:
             assert_same_bits(other[0], first[0], f"{case.name} value")
             assert_same_bits(other[1], first[1], f"{case.name} gradient")
-
-
-def _on_threads(count, loss, sample, reduction, upstream):  # type: ignore[no-untyped-def]
-    with threads(count):
-        return value_and_grad(getattr(FL, loss), sample, reduction, upstream)
 
 
 @pytest.mark.parametrize("family", BASES)

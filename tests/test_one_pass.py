@@ -7,19 +7,21 @@ asked to do: a second backward, two forwards in flight, hooks, checkpoints, accu
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import fusedloss
-import fusedloss.functional as FL
 import pytest
 import torch
-from cases import DTYPES, LOSSES, Sample, at_shape
-from helpers import assert_close_to_truth, assert_same_bits, leaf, sample_truth, torch_loss
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+import fusedloss
+import fusedloss.functional as FL
+from cases import DTYPES, LOSSES, Sample, at_shape
+from helpers import assert_close_to_truth, assert_same_bits, leaf, sample_truth, torch_loss
 
 NAN, INF = float("nan"), float("inf")
 MODULES = {
@@ -80,10 +82,14 @@ def test_a_fresh_site_is_right(loss: str, dtype: str) -> None:
         what = f"{reduction}, upstream {upstream}"
         if torch.isfinite(rounded):
             assert_close_to_truth(grad, expected.grad, expected.grad_scale, what)
-        else:
-            theirs = step(lambda x, y: torch_loss(loss)(x, y, reduction=reduction), sample, upstream)
-            assert torch.equal(grad.isnan(), theirs.isnan()), what
-            assert torch.equal(grad.nan_to_num(), theirs.nan_to_num()), what
+        elif loss != "log_loss":  # torch has no function of that name
+            # What an infinite upstream gradient makes of a difference, nan or infinity, depends on
+            # the order of the operations; that it is not finite does not.
+            eager = functools.partial(torch_loss(loss), reduction=reduction)
+            theirs = step(eager, sample, upstream)
+            assert torch.equal(grad.isfinite(), theirs.isfinite()), what
+            if torch.isnan(rounded):
+                assert torch.equal(grad.isnan(), theirs.isnan()), what
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,7 +97,7 @@ def test_a_fresh_site_is_right(loss: str, dtype: str) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_bits_do_not_depend_on_history(loss: str, site: str, dtype: str) -> None:
     sample = draw(loss, DTYPES[dtype])
-    for upstream in UPSTREAMS:
+    for upstream in UPSTREAMS if dtype == "fp32" else UPSTREAMS[2:6]:
         expected = step(MODULES[loss](), sample, upstream)
         for name, history in HISTORIES.items():
             call = SITES[site](loss, "mean")
@@ -258,16 +264,15 @@ def test_upstream_of_any_layout(loss: str, dtype: str) -> None:
     value = getattr(FL, loss)(input, sample.target, reduction="none")
     shape = value.shape
     base = torch.linspace(-1, 2, 4 * value.numel()).to(value.dtype)
-    rows, columns = (shape[0], shape[-1]) if value.dim() == 2 else (shape[0], 1)
+    turned = (
+        base[: value.numel()].view(tuple(reversed(shape))).permute(*reversed(range(value.dim())))
+    )
     upstreams = {
         "uneven": base[: value.numel()].view(shape),
         "gaps": base[::4][: value.numel()].view(shape),
-        "transposed": base[: value.numel()].view(columns, rows).t().reshape(rows, columns)
-        .t().contiguous().t().view(shape) if value.dim() == 2 else base[: rows].view(shape),
+        "transposed": turned,
         "one number": base[3].expand(shape),
-        "one column": base[:rows].view(rows, 1).expand(rows, columns).view_as(value)
-        if value.dim() == 1
-        else base[:rows].view(rows, 1).expand(rows, columns),
+        "one column": base[: shape[0]].view(-1, *[1] * (value.dim() - 1)).expand(shape),
     }
     for name, upstream in upstreams.items():
         (grad,) = torch.autograd.grad(value, input, upstream, retain_graph=True)
@@ -280,13 +285,14 @@ def test_upstream_of_any_layout(loss: str, dtype: str) -> None:
 def test_fp16_gradient_under_a_loss_scale(loss: str) -> None:
     """2 / N is nothing in fp16: the scale comes before the rounding."""
     case = at_shape(loss, (2**22,))
-    for target_dtype, scale in ((torch.float16, 2.0**15), (torch.float32, 2.0**16)):
-        sample = case.sample(torch.float16)
-        sample = Sample(sample.input, sample.target.to(target_dtype), {})
+    sample = case.sample(torch.float16)
+    # fp16 holds no 65536; under autocast the loss, and so its upstream gradient, is fp32.
+    for autocast, scale in ((False, 2.0**15), (True, 2.0**16)):
+        expected = sample_truth(loss, sample, "mean", scale)
         module = MODULES[loss]()
-        for _ in range(3):
-            grad = step(module, sample, scale)
-            expected = sample_truth(loss, sample, "mean", scale)
+        for _ in range(2):
+            with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+                grad = step(module, sample, scale)
             assert_close_to_truth(grad, expected.grad, expected.grad_scale, f"scale {scale}")
 
 

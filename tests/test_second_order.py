@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fusedloss.functional as FL
-import fusedloss.reference as reference
 import pytest
 import torch
+
+import fusedloss.functional as FL
 from cases import DTYPES, FAMILIES, REDUCTIONS, at_shape
+from fusedloss import reference
 from helpers import COMPUTE, draw_upstream, leaf
 
 # Finite differences do not work beside a pole or a clamp.

@@ -78,7 +78,7 @@ struct CrossEntropy {
 
   void* value = nullptr;  // (outer, inner), every row's loss; null: not wanted
   DType value_dtype = DType::kFloat32;
-  // (outer * inner, kStats) of the compute type: what a gradient needs to know of its row. Written
+  // (kStats, outer * inner) of the compute type: what a gradient needs to know of its row. Written
   // by a call that computes the loss, read by one that computes the gradient only.
   static constexpr int kStats = 3;
   void* stats = nullptr;

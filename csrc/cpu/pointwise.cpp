@@ -48,8 +48,9 @@ FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, T scale, int64_t i, 
     at = loss.eval(x, y);
   }
   if constexpr (Loss::kUnitInterval && (kSum || kValue)) {
+    // x (1 - x) >= 0 just where 0 <= x <= 1.
     const Vec<T> zero(0), one(1);
-    valid = valid & both(x >= zero, x <= one) & both(y >= zero, y <= one);
+    valid = valid & both(x * (one - x) >= zero, y * (one - y) >= zero);
   }
   if constexpr (kFactor) {
     const Vec<T> factor = load(run.factor);
@@ -136,7 +137,13 @@ double chunk(const Pointwise& call, const Loss& loss, int64_t begin, int64_t end
 template <class Loss, bool kSum, bool kValue, bool kGradient, bool kFactor, class T>
 PointwiseResult run(const Pointwise& call) {
   const Loss loss{{call.parameter}};
+  PointwiseResult result;
   const int64_t chunks = (call.numel + kChunk - 1) / kChunk;
+  if (chunks == 1) {
+    result.sum = chunk<Loss, kSum, kValue, kGradient, kFactor, T>(call, loss, 0, call.numel,
+                                                                  result.in_unit);
+    return result;
+  }
   std::vector<double> sums(chunks);
   std::vector<char> in_unit(chunks, 1);
   at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
@@ -147,7 +154,6 @@ PointwiseResult run(const Pointwise& call) {
       in_unit[c] = ok;
     }
   });
-  PointwiseResult result;
   for (int64_t c = 0; c < chunks; ++c) {
     result.sum += sums[c];
     result.in_unit = result.in_unit && in_unit[c];

@@ -22,23 +22,14 @@ namespace {
 constexpr int64_t kTask = 32768;  // elements a task, at least: ATen's own grain
 constexpr int64_t kBlock = 1024;  // elements of a row at a time
 
-// ---- what both walks share: a row's numbers -----------------------------------------------------
-
-// A row, once all its logits have been seen.
-template <class T>
-struct Row {
-  T max;       // of the logits
-  double sum;  // of e^(x - max): class indices: over all classes but the target
-  double dot;  // of q (x - origin), q the weight of each class in the loss
-  double mass; // of q; class probabilities only
-  T origin;    // class indices: the target's logit
-};
+// ---- what both walks share: the formulas ---------------------------------------------------------
 
 template <class T>
 struct Problem {
   const CrossEntropy& call;
   const T* weight;
-  T keep, spread;  // q = w (keep y + spread): 1 - label_smoothing, label_smoothing / classes
+  // A class counts with q = w (keep y + spread), y the target's share of it.
+  T keep, spread;
   bool smooth;
 
   explicit Problem(const CrossEntropy& c)
@@ -51,57 +42,70 @@ struct Problem {
   bool ignored(int64_t row) const {
     return call.indices && call.indices[row] == call.ignore_index;
   }
-  double target_weight(int64_t target) const { return weight ? double(weight[target]) : 1.0; }
-  // The total of q over the classes, for class indices.
-  double mass(int64_t target) const {
-    return double(keep) * target_weight(target) + (smooth ? double(spread) * call.weight_sum : 0);
-  }
+  T class_weight(int64_t c) const { return weight ? weight[c] : T(1); }
   double row_scale(int64_t row) const {
     return call.upstream ? call.scale * double(static_cast<const T*>(call.upstream)[row])
                          : call.scale;
   }
-
-  double loss(const Row<T>& row, int64_t target) const {
-    const double gap = double(row.origin) - double(row.max);
-    if (!call.indices) return row.mass * (std::log(row.sum) - gap) - row.dot;
-    // log1p keeps the digits of a small loss, where the target is the largest logit.
-    const double nll =
-        gap == 0 ? std::log1p(row.sum) : std::log(row.sum + std::exp(gap)) - gap;
-    const double hard = double(keep) * target_weight(target) * nll;
-    return smooth ? hard + double(spread) * (call.weight_sum * nll - row.dot) : hard;
-  }
-
-  // What the gradient is made of: e^(x - max) * factor - q * scale, and the target's own.
-  struct Slope {
-    T factor, scale, at_target;
-  };
-  Slope slope(int64_t row, int64_t target, const T* stats, T target_logit) const {
-    const double scale = row_scale(row);
-    const double sum = stats[1];
-    if (!call.indices) {
-      return {static_cast<T>(double(stats[2]) * scale / sum), static_cast<T>(scale), T(0)};
-    }
-    const double at = std::exp(double(target_logit) - double(stats[0]));
-    const double total = sum + at;
-    const double w = target_weight(target);
-    double at_target = -double(keep) * w * (sum / total);
-    if (smooth) at_target += double(spread) * (call.weight_sum * (at / total) - w);
-    return {static_cast<T>(mass(target) * scale / total), static_cast<T>(double(spread) * scale),
-            static_cast<T>(at_target * scale)};
-  }
 };
 
-template <class T>
-T* stats_of(const CrossEntropy& call, int64_t row) {
-  return static_cast<T*>(call.stats) + row * CrossEntropy::kStats;
+// A row, or a register of rows, once all its logits have been seen. N is double or Vec<T>.
+template <class N>
+struct Reduced {
+  N max;     // of the logits
+  N sum;     // of e^(x - max); for class indices over all classes but the target
+  N dot;     // of q (x - max); for class indices of w (x - max)
+  N mass;    // of q; class probabilities only
+  N logit;   // the target's, and
+  N weight;  // its weight; class indices only
+};
+
+template <class N, class T>
+N loss(const Problem<T>& problem, const Reduced<N>& row) {
+  if (!problem.call.indices) return row.mass * log(row.sum) - row.dot;
+  const N gap = row.logit - row.max;
+  // log1p keeps the digits of a small loss, where the target is the largest logit.
+  const N log_sum = select(gap == N(0), log1p(row.sum), log(row.sum + exp_nonpositive(gap)));
+  const N hard = N(problem.keep) * row.weight * (log_sum - gap);
+  if (!problem.smooth) return hard;
+  const N classes(static_cast<T>(problem.call.weight_sum));
+  return hard + N(problem.spread) * (classes * log_sum - row.dot);
 }
 
+// What the gradient is made of: e^(x - max) * factor - q * scale, and the target's own element.
+template <class N>
+struct Slope {
+  N factor, scale, at_target;
+};
+
+template <class N, class T>
+Slope<N> slope(const Problem<T>& problem, const Reduced<N>& row, N scale) {
+  if (!problem.call.indices) return {row.mass * scale / row.sum, scale, scale};
+  const N keep(problem.keep), spread(problem.spread);
+  const N at = exp_nonpositive(row.logit - row.max);
+  const N total = row.sum + at;
+  N mass = keep * row.weight;
+  N at_target = N(0) - mass * (row.sum / total);
+  if (problem.smooth) {
+    const N classes(static_cast<T>(problem.call.weight_sum));
+    mass = mass + spread * classes;
+    at_target = at_target + spread * (classes * (at / total) - row.weight);
+  }
+  return {mass * scale / total, spread * scale, at_target * scale};
+}
+
+// Asks for the n elements at offset while there is computing to do: an engine that loads and
+// computes by turns leaves memory idle half of the time. Beyond the end of data it does nothing.
+void prefetch(const Rows& rows, int64_t offset, int64_t n) {
+  const int64_t size = bytes_of(rows.dtype);
+  const char* from = static_cast<const char*>(rows.data) + offset * size;
+  for (int64_t b = 0; b < n * size; b += 64) __builtin_prefetch(from + b, 0, 2);
+}
+
+// The kept numbers of the rows, k of them in turn: max, sum, mass.
 template <class T>
-void keep_stats(const CrossEntropy& call, int64_t row, const Row<T>& r) {
-  T* stats = stats_of<T>(call, row);
-  stats[0] = r.max;
-  stats[1] = static_cast<T>(r.sum);
-  stats[2] = static_cast<T>(r.mass);
+T* stats_of(const CrossEntropy& call, int k, int64_t row) {
+  return static_cast<T*>(call.stats) + k * call.outer * call.inner + row;
 }
 
 template <class T>
@@ -149,34 +153,44 @@ struct Accumulators {
   Vec<T> sum() const { return (v[0] + v[1]) + (v[2] + v[3]); }
 };
 
+// The larger of two; of nan, either: a nan logit makes its row's sum nan whatever max is.
+template <class T>
+Vec<T> larger(Vec<T> a, Vec<T> b) {
+  return at::vec::clamp_min(a, b);
+}
+
 template <class T>
 T largest(const T* x, int64_t n) {
   Accumulators<T> top(-std::numeric_limits<T>::infinity());
   for_registers<T>(n, [&](int64_t i, int64_t count, int u) {
-    top.v[u] = max(top.v[u], load(x + i, count, -std::numeric_limits<T>::infinity()));
+    top.v[u] = larger(top.v[u], load(x + i, count, -std::numeric_limits<T>::infinity()));
   });
   T lanes[Vec<T>::size()];
-  max(max(top.v[0], top.v[1]), max(top.v[2], top.v[3])).store(lanes);
-  T most = lanes[0];
-  for (T lane : lanes) most = lane > most || lane != lane ? lane : most;
-  return most;
+  larger(larger(top.v[0], top.v[1]), larger(top.v[2], top.v[3])).store(lanes);
+  return *std::max_element(lanes, lanes + Vec<T>::size());
 }
 
-// Adds the logits x of one block to max and sum.
+// Adds the logits x of one block to max and sum; e^(x - max) goes to keep as well, if not null.
 template <class T>
-void add_exponentials(const T* x, int64_t n, T& top, double& sum) {
+void add_exponentials(const T* x, int64_t n, T& top, double& sum, T* keep) {
   const T block_top = largest(x, n);
-  if (!(block_top <= top)) {
+  if (block_top > top) {
     // Before the first finite logit sum is 0, and e^(-inf - top) = 0 keeps it so.
-    sum *= top == block_top ? 1.0 : std::exp(double(top) - double(block_top));
+    sum *= std::exp(double(top) - double(block_top));
     top = block_top;
   }
-  // All -inf so far: nothing to add, and x - top would be nan.
-  if (top == -std::numeric_limits<T>::infinity()) return;
+  // All -inf so far, or nan, which is told from it by their sum.
+  if (top == -std::numeric_limits<T>::infinity()) {
+    for (int64_t i = 0; i < n; ++i) sum += x[i] == x[i] ? 0 : std::numeric_limits<double>::quiet_NaN();
+    if (keep) std::fill(keep, keep + n, std::numeric_limits<T>::quiet_NaN());
+    return;
+  }
   Accumulators<T> parts(T(0));
   for_registers<T>(n, [&](int64_t i, int64_t count, int u) {
     const Vec<T> logits = load(x + i, count, -std::numeric_limits<T>::infinity());
-    parts.v[u] = parts.v[u] + exp_nonpositive(logits - Vec<T>(top));
+    const Vec<T> e = exp_nonpositive(logits - Vec<T>(top));
+    parts.v[u] = parts.v[u] + e;
+    if (keep) store(e, keep + i, count);
   });
   sum += total(parts.sum());
 }
@@ -199,7 +213,9 @@ template <class T>
 struct RowWalk {
   const Problem<T>& problem;
   const CrossEntropy& call = problem.call;
-  T logits[kBlock], masked[kBlock], wanted[kBlock], gradient[kBlock];
+  // A row of one block keeps its e^(x - max) between the loss and the gradient.
+  const bool one_block = call.classes <= kBlock;
+  T logits[kBlock], masked[kBlock], wanted[kBlock], kept[kBlock], gradient[kBlock];
 
   explicit RowWalk(const Problem<T>& p) : problem(p) {}
 
@@ -223,59 +239,52 @@ struct RowWalk {
     return wanted;
   }
 
-  Row<T> reduce(int64_t offset, int64_t target) {
-    Row<T> row{-std::numeric_limits<T>::infinity(), 0, 0, 0, T(0)};
-    row.origin = *block(call.input, offset, std::max<int64_t>(target, 0), 1, logits);
-    if (target >= 0) row.max = row.origin;
+  Reduced<double> reduce(int64_t offset, int64_t target_offset, int64_t target, T logit) {
+    const T infinity = std::numeric_limits<T>::infinity();
+    T top = target >= 0 ? logit : -infinity;
+    double sum = 0, dot = 0, mass_sum = 0;
+    // Any finite number near the logits: distances are taken from max in the end.
+    const T origin = logit - logit == 0 ? logit : T(0);
     for (int64_t at = 0; at < call.classes; at += kBlock) {
       const int64_t n = std::min(kBlock, call.classes - at);
       const T* x = block(call.input, offset, at, n, logits);
-      if (problem.smooth && target >= 0) {
-        row.dot += weighted_distance(x, problem.weight ? problem.weight + at : nullptr, n,
-                                     row.origin);
+      prefetch(call.input, offset + at + n, n);  // the next block, or the next row's first
+      if (!call.indices) {
+        const T* q = mass(target_offset, at, n);
+        Accumulators<T> dots(T(0)), masses(T(0));
+        for_registers<T>(n, [&](int64_t i, int64_t count, int u) {
+          const Vec<T> qi = load(q + i, count, T(0));
+          masses.v[u] = masses.v[u] + qi;
+          dots.v[u] = dots.v[u] + qi * (load(x + i, count, origin) - Vec<T>(origin));
+        });
+        mass_sum += total(masses.sum());
+        dot += total(dots.sum());
+      } else if (problem.smooth) {
+        dot += weighted_distance(x, problem.weight ? problem.weight + at : nullptr, n, origin);
       }
       if (at <= target && target < at + n) {
-        if (x != masked) std::memcpy(masked, x, n * sizeof(T));
-        masked[target - at] = -std::numeric_limits<T>::infinity();
-        add_exponentials(masked, n, row.max, row.sum);
-      } else {
-        add_exponentials(x, n, row.max, row.sum);
+        std::memcpy(masked, x, n * sizeof(T));
+        masked[target - at] = -infinity;
+        x = masked;
       }
+      add_exponentials(x, n, top, sum, one_block ? kept : nullptr);
     }
-    return row;
+    dot -= (call.indices ? call.weight_sum : mass_sum) * (double(top) - double(origin));
+    // Rounded as stats will hold them: a later gradient has these bits.
+    return {top, static_cast<double>(static_cast<T>(sum)), dot,
+            static_cast<double>(static_cast<T>(mass_sum)), logit,
+            problem.class_weight(std::max<int64_t>(target, 0))};
   }
 
-  // The part of a row's loss that needs its class probabilities.
-  void reduce_probabilities(int64_t offset, int64_t target_offset, Row<T>& row) {
-    // Distances are measured from the largest logit: small numbers where q is large.
-    row.origin = row.max;
-    for (int64_t at = 0; at < call.classes; at += kBlock) {
-      const int64_t n = std::min(kBlock, call.classes - at);
-      const T* x = block(call.input, offset, at, n, logits);
-      const T* q = mass(target_offset, at, n);
-      Accumulators<T> dots(T(0)), masses(T(0));
-      for_registers<T>(n, [&](int64_t i, int64_t count, int u) {
-        const Vec<T> qi = load(q + i, count, T(0));
-        masses.v[u] = masses.v[u] + qi;
-        dots.v[u] = dots.v[u] + qi * (load(x + i, count, row.max) - Vec<T>(row.max));
-      });
-      row.mass += total(masses.sum());
-      row.dot += total(dots.sum());
-    }
-  }
-
-  void write_gradient(int64_t row, int64_t offset, int64_t target_offset, int64_t out_offset,
-                      int64_t target) {
-    const T* stats = stats_of<T>(call, row);
-    const T at_target =
-        target >= 0 ? *block(call.input, offset, target, 1, logits) : T(0);
-    const auto slope = problem.slope(row, target, stats, at_target);
-    const Vec<T> top(stats[0]), factor(slope.factor), scale(slope.scale);
+  void write_gradient(int64_t row, const Reduced<double>& reduced, bool have_kept,
+                      int64_t offset, int64_t target_offset, int64_t out_offset, int64_t target) {
+    const Slope<double> s = slope(problem, reduced, problem.row_scale(row));
+    const Vec<T> top(reduced.max), factor(s.factor), scale(s.scale);
     const bool direct = is_dtype<T>(call.gradient.dtype);
     T* out = gradient;
     for (int64_t at = 0; at < call.classes; at += kBlock) {
       const int64_t n = std::min(kBlock, call.classes - at);
-      const T* x = block(call.input, offset, at, n, logits);
+      const T* x = have_kept ? kept : block(call.input, offset, at, n, logits);
       const T* q = nullptr;
       if (!call.indices) {
         q = mass(target_offset, at, n);
@@ -283,23 +292,23 @@ struct RowWalk {
         q = problem.weight + at;
       }
       if (direct) out = static_cast<T*>(const_cast<void*>(call.gradient.data)) + out_offset + at;
-      const auto walk = [&](auto subtract) {
+      const auto exponential = [&](auto subtract) {
         for_registers<T>(n, [&](int64_t i, int64_t count, int) {
-          Vec<T> g = exp_nonpositive(load(x + i, count, T(0)) - top) * factor;
-          g = subtract(g, i, count);
-          store(g, out + i, count);
+          const Vec<T> e = have_kept ? load(x + i, count, T(0))
+                                     : exp_nonpositive(load(x + i, count, T(0)) - top);
+          store(subtract(e * factor, i, count), out + i, count);
         });
       };
       if (q) {
-        walk([&](Vec<T> g, int64_t i, int64_t count) {
+        exponential([&](Vec<T> g, int64_t i, int64_t count) {
           return g - load(q + i, count, T(0)) * scale;
         });
       } else if (problem.smooth) {
-        walk([&](Vec<T> g, int64_t, int64_t) { return g - scale; });
+        exponential([&](Vec<T> g, int64_t, int64_t) { return g - scale; });
       } else {
-        walk([](Vec<T> g, int64_t, int64_t) { return g; });
+        exponential([](Vec<T> g, int64_t, int64_t) { return g; });
       }
-      if (at <= target && target < at + n) out[target - at] = slope.at_target;
+      if (at <= target && target < at + n) out[target - at] = static_cast<T>(s.at_target);
       if (!direct) {
         narrow(out, n, call.gradient.dtype, const_cast<void*>(call.gradient.data), out_offset + at,
                1);
@@ -320,31 +329,38 @@ struct RowWalk {
     const auto offset_in = [&](const Rows& rows) { return o * rows.outer + i * rows.inner; };
     const int64_t offset = offset_in(call.input), target_offset = offset_in(call.probabilities);
     const int64_t target = call.indices ? call.indices[row] : -1;
-    double loss = 0;
+    T value = 0;
     if (!problem.ignored(row)) {
-      if (!call.have_stats) {
-        Row<T> r = reduce(offset, target);
-        if (!call.indices) reduce_probabilities(offset, target_offset, r);
-        loss = problem.loss(r, target);
-        keep_stats(call, row, r);
+      const T logit = *block(call.input, offset, std::max<int64_t>(target, 0), 1, logits);
+      T *top = stats_of<T>(call, 0, row), *sum = stats_of<T>(call, 1, row),
+        *mass_sum = stats_of<T>(call, 2, row);
+      Reduced<double> reduced;
+      if (call.have_stats) {
+        reduced = {*top, *sum, 0, *mass_sum, logit,
+                   problem.class_weight(std::max<int64_t>(target, 0))};
+      } else {
+        reduced = reduce(offset, target_offset, target, logit);
+        value = static_cast<T>(loss(problem, reduced));
+        *top = static_cast<T>(reduced.max);
+        *sum = static_cast<T>(reduced.sum);
+        *mass_sum = static_cast<T>(reduced.mass);
       }
       if (call.gradient.data) {
-        write_gradient(row, offset, target_offset, offset_in(call.gradient), target);
+        write_gradient(row, reduced, one_block && !call.have_stats, offset, target_offset,
+                       offset_in(call.gradient), target);
       }
     } else if (call.gradient.data) {
       clear_gradient(offset_in(call.gradient));
     }
-    if (call.value) {
-      const T value = static_cast<T>(loss);
-      narrow(&value, 1, call.value_dtype, call.value, row, 1);
-    }
-    return loss;
+    if (call.value) narrow(&value, 1, call.value_dtype, call.value, row, 1);
+    return value;
   }
 };
 
 // Calls task(t) for every t, in parallel, and adds the results in order.
 template <class F>
 double sum_tasks(int64_t tasks, F&& task) {
+  if (tasks == 1) return task(0);
   std::vector<double> sums(tasks);
   at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) sums[t] = task(t);
@@ -369,175 +385,195 @@ double by_row(const CrossEntropy& call) {
 
 // ---- class dimension not innermost: tiles of neighbouring rows ----------------------------------
 
-// One tile: `width` rows side by side, every class. Arrays are (classes, kWidth) or (kWidth).
+// One tile: `width` rows side by side, every class. Arrays are (classes, width) or (width).
 template <class T>
 struct TileWalk {
   static constexpr int64_t kLanes = Vec<T>::size();
+  static constexpr int64_t kFlush = 64;  // classes summed in T before they go to double
   const Problem<T>& problem;
   const int64_t width;  // rows a full tile: a multiple of kLanes
   const CrossEntropy& call = problem.call;
-  // logits, class by class; the target's is -inf; replaced by e^(x - max) on the way.
-  std::unique_ptr<T[]> logits{new T[call.classes * width]};
-  std::unique_ptr<T[]> wanted{call.indices ? nullptr : new T[call.classes * width]};
-  std::unique_ptr<T[]> top{new T[width]}, part{new T[width]}, at_target{new T[width]},
-      factor{new T[width]}, scale{new T[width]}, line{new T[width]};
-  std::unique_ptr<double[]> sum{new double[width]}, dot{new double[width]}, mass{new double[width]};
 
-  static constexpr int64_t kFlush = 64;  // classes summed in T before they go to double
+  // Logits, class by class; the target's is -inf; replaced by e^(x - max) and then the gradient.
+  std::vector<T> logits, wanted;
+  std::vector<T> top, sum, dot, mass, logit, weight, scale, losses;
+  std::vector<double> wide;
 
+  TileWalk(const Problem<T>& p, int64_t w)
+      : problem(p), width(w), logits(call.classes * w), wanted(call.indices ? 0 : call.classes * w) {
+    for (auto* line : {&top, &sum, &dot, &mass, &logit, &weight, &scale, &losses}) {
+      line->resize(w, T(1));
+    }
+    wide.resize(w);
+  }
+
+  static Vec<T> at(const std::vector<T>& line, int64_t i) { return Vec<T>::loadu(&line[i]); }
+  Vec<T> at(const std::vector<T>& table, int64_t c, int64_t i) const {
+    return Vec<T>::loadu(&table[c * width + i]);
+  }
   template <class F>
   void registers(F&& f) {
     for (int64_t i = 0; i < width; i += kLanes) f(i);
   }
 
-  void flush(double* to) {
-    for (int64_t i = 0; i < width; ++i) {
-      to[i] += part[i];
-      part[i] = 0;
-    }
+  static int64_t offset(const Rows& rows, int64_t o, int64_t c, int64_t begin) {
+    return o * rows.outer + c * rows.classes + begin * rows.inner;
   }
 
-  void read(const Rows& rows, int64_t o, int64_t first, int64_t n, T* to, T rest) {
+  void read(const Rows& rows, int64_t o, int64_t begin, int64_t n, std::vector<T>& to) {
+    const int64_t reach = rows.inner == 1 ? n : 0;
     for (int64_t c = 0; c < call.classes; ++c) {
-      T* line = to + c * width;
-      widen(rows.dtype, rows.data, o * rows.outer + c * rows.classes + first * rows.inner,
-            rows.inner, n, line);
-      std::fill(line + n, line + width, rest);
+      T* line = &to[c * width];
+      const int64_t from = offset(rows, o, c, begin);
+      // The next tile's line.
+      prefetch(rows, from + n, reach);
+      widen(rows.dtype, rows.data, from, rows.inner, n, line);
+      std::fill(line + n, line + width, T(0));
     }
   }
 
-  T class_weight(int64_t c) const { return problem.weight ? problem.weight[c] : T(1); }
-
-  // Sums f(c, i) over the classes into to, kFlush of them at a time.
+  // Sums f(c, i) over the classes: of many, kFlush at a time in T and these sums in double.
   template <class F>
-  void accumulate(double* to, F&& f) {
-    std::fill(to, to + width, 0.0);
-    std::fill(part.get(), part.get() + width, T(0));
-    for (int64_t c = 0; c < call.classes; ++c) {
-      registers([&](int64_t i) { (Vec<T>::loadu(&part[i]) + f(c, i)).store(&part[i]); });
-      if ((c + 1) % kFlush == 0) flush(to);
-    }
-    flush(to);
-  }
-
-  double one(int64_t o, int64_t first, int64_t n) {
-    const T infinity = std::numeric_limits<T>::infinity();
-    const int64_t row0 = o * call.inner + first;
-    read(call.input, o, first, n, logits.get(), T(0));
-    const auto x = [&](int64_t c, int64_t i) { return Vec<T>::loadu(&logits[c * width + i]); };
-    const auto target = [&](int64_t i) {
-      return problem.ignored(row0 + i) ? int64_t(0) : call.indices[row0 + i];
-    };
-    if (call.indices) {
-      std::fill(at_target.get(), at_target.get() + width, T(0));
-      for (int64_t i = 0; i < n; ++i) at_target[i] = logits[target(i) * width + i];
-    } else {
-      read(call.probabilities, o, first, n, wanted.get(), T(0));
-      for (int64_t c = 0; c < call.classes; ++c) {
-        registers([&](int64_t i) {
-          T* y = &wanted[c * width + i];
-          ((Vec<T>::loadu(y) * Vec<T>(problem.keep) + Vec<T>(problem.spread)) *
-           Vec<T>(class_weight(c)))
-              .store(y);
-        });
+  void accumulate(std::vector<T>& to, F&& f) {
+    if (call.classes > kFlush) std::fill(wide.begin(), wide.end(), 0.0);
+    for (int64_t first = 0; first < call.classes; first += kFlush) {
+      const int64_t last = std::min(call.classes, first + kFlush);
+      std::fill(to.begin(), to.end(), T(0));
+      for (int64_t c = first; c < last; ++c) {
+        registers([&](int64_t i) { (at(to, i) + f(c, i)).store(&to[i]); });
+      }
+      if (call.classes > kFlush) {
+        for (int64_t i = 0; i < width; ++i) wide[i] += to[i];
       }
     }
-    if (!call.have_stats) {
-      registers([&](int64_t i) {
-        Vec<T> most = x(0, i);
-        for (int64_t c = 1; c < call.classes; ++c) most = max(most, x(c, i));
-        most.store(&top[i]);
-      });
-      const auto wide = [&](const std::unique_ptr<T[]>& a, int64_t i) {
-        return Vec<T>::loadu(&a[i]);
-      };
+    if (call.classes > kFlush) {
+      for (int64_t i = 0; i < width; ++i) to[i] = static_cast<T>(wide[i]);
+    }
+  }
+
+  // The class index of each row, 0 for an ignored one.
+  int64_t target(int64_t row) const { return problem.ignored(row) ? 0 : call.indices[row]; }
+
+  double one(int64_t o, int64_t begin, int64_t n) {
+    const int64_t row0 = o * call.inner + begin;
+    read(call.input, o, begin, n, logits);
+    if (call.indices) {
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t t = target(row0 + i);
+        logit[i] = logits[t * width + i];
+        if (problem.weight) weight[i] = problem.weight[t];
+      }
+    } else {
+      read(call.probabilities, o, begin, n, wanted);
+      if (problem.weight || problem.smooth) {
+        for (int64_t c = 0; c < call.classes; ++c) {
+          const Vec<T> w(problem.class_weight(c));
+          registers([&](int64_t i) {
+            ((at(wanted, c, i) * Vec<T>(problem.keep) + Vec<T>(problem.spread)) * w)
+                .store(&wanted[c * width + i]);
+          });
+        }
+      }
+    }
+    if (call.have_stats) {
+      for (int k = 0; k < CrossEntropy::kStats; ++k) {
+        std::copy_n(stats_of<T>(call, k, row0), n, kept(k).begin());
+      }
+    } else {
+      std::copy_n(logits.begin(), width, top.begin());
+      for (int64_t c = 1; c < call.classes; ++c) {
+        registers([&](int64_t i) { larger(at(top, i), at(logits, c, i)).store(&top[i]); });
+      }
       if (!call.indices) {
-        accumulate(mass.get(), [&](int64_t c, int64_t i) {
-          return Vec<T>::loadu(&wanted[c * width + i]);
-        });
-        accumulate(dot.get(), [&](int64_t c, int64_t i) {
-          return Vec<T>::loadu(&wanted[c * width + i]) * (x(c, i) - wide(top, i));
+        accumulate(mass, [&](int64_t c, int64_t i) { return at(wanted, c, i); });
+        accumulate(dot, [&](int64_t c, int64_t i) {
+          return at(wanted, c, i) * (at(logits, c, i) - at(top, i));
         });
       } else if (problem.smooth) {
-        accumulate(dot.get(), [&](int64_t c, int64_t i) {
-          return (x(c, i) - wide(at_target, i)) * Vec<T>(class_weight(c));
+        accumulate(dot, [&](int64_t c, int64_t i) {
+          return (at(logits, c, i) - at(top, i)) * Vec<T>(problem.class_weight(c));
         });
       }
-    } else {
-      for (int64_t i = 0; i < n; ++i) top[i] = stats_of<T>(call, row0 + i)[0];
-      std::fill(top.get() + n, top.get() + width, T(0));
     }
     if (call.indices) {
-      for (int64_t i = 0; i < n; ++i) logits[target(i) * width + i] = -infinity;
+      for (int64_t i = 0; i < n; ++i) {
+        logits[target(row0 + i) * width + i] = -std::numeric_limits<T>::infinity();
+      }
     }
     const auto exponential = [&](int64_t c, int64_t i) {
-      const Vec<T> e = exp_nonpositive(x(c, i) - Vec<T>::loadu(&top[i]));
+      const Vec<T> e = exp_nonpositive(at(logits, c, i) - at(top, i));
       e.store(&logits[c * width + i]);
       return e;
     };
     double loss_sum = 0;
-    if (!call.have_stats) {
-      accumulate(sum.get(), exponential);
-      for (int64_t i = 0; i < n; ++i) {
-        const bool ignored = problem.ignored(row0 + i);
-        double loss = 0;
-        if (!ignored) {
-          const Row<T> row{top[i], sum[i], dot[i], call.indices ? 0 : mass[i],
-                           call.indices ? at_target[i] : top[i]};
-          loss = problem.loss(row, call.indices ? target(i) : -1);
-          keep_stats(call, row0 + i, row);
-        }
-        loss_sum += loss;
-        part[i] = static_cast<T>(loss);
-      }
-      if (call.value) narrow(part.get(), n, call.value_dtype, call.value, row0, 1);
-    } else {
+    if (call.have_stats) {
       for (int64_t c = 0; c < call.classes; ++c) registers([&](int64_t i) { exponential(c, i); });
+    } else {
+      accumulate(sum, exponential);
+      registers([&](int64_t i) { loss<Vec<T>>(problem, reduced(i)).store(&losses[i]); });
+      for (int64_t i = 0; i < n; ++i) {
+        if (problem.ignored(row0 + i)) losses[i] = 0;
+        loss_sum += losses[i];
+      }
+      for (int k = 0; k < CrossEntropy::kStats; ++k) {
+        std::copy_n(kept(k).begin(), n, stats_of<T>(call, k, row0));
+      }
+      if (call.value) narrow(losses.data(), n, call.value_dtype, call.value, row0, 1);
     }
-    if (call.gradient.data) write_gradient(o, first, n);
+    if (call.gradient.data) write_gradient(o, begin, n);
     return loss_sum;
   }
 
-  void write_gradient(int64_t o, int64_t first, int64_t n) {
-    const int64_t row0 = o * call.inner + first;
-    const Vec<T> zero(0);
-    std::fill(factor.get(), factor.get() + width, T(0));
-    std::fill(scale.get(), scale.get() + width, T(0));
-    for (int64_t i = 0; i < n; ++i) {
-      if (problem.ignored(row0 + i)) continue;
-      const int64_t target = call.indices ? call.indices[row0 + i] : -1;
-      const auto slope = problem.slope(row0 + i, target, stats_of<T>(call, row0 + i),
-                                       call.indices ? at_target[i] : T(0));
-      factor[i] = slope.factor;
-      scale[i] = slope.scale;
-      at_target[i] = slope.at_target;
-    }
+  std::vector<T>& kept(int k) { return k == 0 ? top : k == 1 ? sum : mass; }
+
+  Reduced<Vec<T>> reduced(int64_t i) const {
+    return {at(top, i), at(sum, i), at(dot, i), at(mass, i), at(logit, i), at(weight, i)};
+  }
+
+  void write_gradient(int64_t o, int64_t begin, int64_t n) {
+    const int64_t row0 = o * call.inner + begin;
+    for (int64_t i = 0; i < n; ++i) scale[i] = static_cast<T>(problem.row_scale(row0 + i));
+    std::vector<T>& factor = sum;  // each takes its source's place
+    std::vector<T>& at_target = losses;
+    registers([&](int64_t i) {
+      const Slope<Vec<T>> s = slope(problem, reduced(i), at(scale, i));
+      s.factor.store(&factor[i]);
+      s.scale.store(&scale[i]);
+      s.at_target.store(&at_target[i]);
+    });
+    const cpu::Rows& out = call.gradient;
+    const bool direct = is_dtype<T>(out.dtype) && out.inner == 1;
+    T* const data = static_cast<T*>(const_cast<void*>(out.data));  // read where direct
     for (int64_t c = 0; c < call.classes; ++c) {
-      T* g = &logits[c * width];
-      registers([&](int64_t i) {
-        Vec<T> slope = Vec<T>::loadu(g + i) * Vec<T>::loadu(&factor[i]);
+      const Vec<T> w(problem.class_weight(c));
+      T* const line = direct ? data + offset(out, o, c, begin) : &logits[c * width];
+      for (int64_t i = 0; i < n; i += kLanes) {
+        Vec<T> g = at(logits, c, i) * at(factor, i);
         if (!call.indices) {
-          slope = slope - Vec<T>::loadu(&wanted[c * width + i]) * Vec<T>::loadu(&scale[i]);
+          g = g - at(wanted, c, i) * at(scale, i);
         } else if (problem.smooth) {
-          slope = slope - Vec<T>(class_weight(c)) * Vec<T>::loadu(&scale[i]);
+          g = g - w * at(scale, i);
         }
-        slope.store(g + i);
-      });
+        store(g, line + i, n - i);
+      }
     }
+    const auto element = [&](int64_t c, int64_t i) -> T& {
+      return direct ? data[offset(out, o, c, begin + i)] : logits[c * width + i];
+    };
     if (call.indices) {
       for (int64_t i = 0; i < n; ++i) {
         if (problem.ignored(row0 + i)) {
           // Whatever its logits hold, nan included: 0.
-          for (int64_t c = 0; c < call.classes; ++c) logits[c * width + i] = T(0);
+          for (int64_t c = 0; c < call.classes; ++c) element(c, i) = T(0);
         } else {
-          logits[call.indices[row0 + i] * width + i] = at_target[i];
+          element(call.indices[row0 + i], i) = at_target[i];
         }
       }
     }
+    if (direct) return;
     for (int64_t c = 0; c < call.classes; ++c) {
-      narrow(&logits[c * width], n, call.gradient.dtype, const_cast<void*>(call.gradient.data),
-             o * call.gradient.outer + c * call.gradient.classes + first * call.gradient.inner,
-             call.gradient.inner);
+      narrow(&logits[c * width], n, out.dtype, const_cast<void*>(out.data),
+             offset(out, o, c, begin), out.inner);
     }
   }
 };
@@ -546,9 +582,10 @@ template <class T>
 double by_tile(const CrossEntropy& call) {
   const Problem<T> problem(call);
   constexpr int64_t kLanes = Vec<T>::size();
-  // A tile of about 32 KiB; two cache lines of a class at least, or memory is read in scraps.
-  const int64_t fit = 32768 / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(call.classes, 1);
-  const int64_t width = std::clamp<int64_t>(fit / kLanes * kLanes, 32, 512);
+  // A tile of about 64 KiB, in the L2 cache; two cache lines of a class at least, or memory is read
+  // in scraps.
+  const int64_t fit = 65536 / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(call.classes, 1);
+  const int64_t width = std::clamp<int64_t>(fit / kLanes * kLanes, 32, 1024);
   const int64_t tiles = (call.inner + width - 1) / width;
   // Tasks of several tiles share scratch; fixed, so that sums are the same for any thread count.
   const int64_t all = call.outer * tiles;

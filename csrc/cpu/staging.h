@@ -32,6 +32,12 @@ constexpr bool is_dtype(DType dtype) {
   return dtype == (std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32);
 }
 
+inline int64_t bytes_of(DType dtype) {
+  int64_t bytes = 0;
+  with_type(dtype, [&](auto tag) { bytes = sizeof(tag); });
+  return bytes;
+}
+
 template <class S>
 constexpr bool is_half = std::is_same_v<S, c10::BFloat16> || std::is_same_v<S, c10::Half>;
 
@@ -40,6 +46,10 @@ template <class S, class T>
 inline void widen(const S* in, int64_t stride, int64_t n, T* out) {
   int64_t i = 0;
   if (stride == 1) {
+    if constexpr (std::is_same_v<S, T>) {
+      std::memcpy(out, in, n * sizeof(T));
+      return;
+    }
     if constexpr (is_half<S> && std::is_same_v<T, float>) {
       constexpr int64_t kStep = Vec<S>::size();
       for (; i + kStep <= n; i += kStep) {
@@ -59,6 +69,10 @@ template <class T, class D>
 inline void narrow(const T* in, int64_t n, D* out, int64_t stride) {
   int64_t i = 0;
   if (stride == 1) {
+    if constexpr (std::is_same_v<D, T>) {
+      std::memcpy(out, in, n * sizeof(T));
+      return;
+    }
     if constexpr (is_half<D> && std::is_same_v<T, float>) {
       constexpr int64_t kStep = Vec<D>::size();
       for (; i + kStep <= n; i += kStep) {

@@ -46,28 +46,27 @@ struct L1 : PointwiseLoss {
   }
 };
 
-// d^2 / (2 beta) where |d| < beta, else |d| - beta / 2, with d = x - y. beta > 0.
+// d^2 / (2 beta) where |d| < beta, else |d| - beta / 2, with d = x - y: both are s (d - beta s / 2),
+// s the slope. beta in [1e-30, 1e30].
 struct SmoothL1 : PointwiseLoss {
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
-    const T beta(parameter), half(0.5), one(1);
+    const T beta(parameter), half_beta(0.5 * parameter), one(1);
     const T d = x - y;
-    const T size = abs(d);
-    const T ratio = d / beta;
-    return {select(size < beta, half * d * ratio, size - half * beta),
-            select(d >= beta, one, select(d <= -beta, T(-1), ratio))};
+    const T slope = between(ratio(d, beta, one / beta), -one, one);
+    return {slope * (d - half_beta * slope), slope};
   }
 };
 
-// d^2 / 2 where |d| <= delta, else delta (|d| - delta / 2), with d = x - y.
+// d^2 / 2 where |d| <= delta, else delta (|d| - delta / 2), with d = x - y: both are s (d - s / 2),
+// s the slope. delta > 0.
 struct Huber : PointwiseLoss {
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T delta(parameter), half(0.5);
     const T d = x - y;
-    const T size = abs(d);
-    return {select(size <= delta, half * d * d, delta * (size - half * delta)),
-            select(d >= delta, delta, select(d <= -delta, -delta, d))};
+    const T slope = between(d, -delta, delta);
+    return {slope * (d - half * slope), slope};
   }
 };
 
@@ -78,9 +77,9 @@ struct BCE : PointwiseLoss {
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T one(1), floor(-100);
-    const T log_x = max(log(x), floor);
-    const T log_1_x = max(log1p(-x), floor);
-    return {(y - one) * log_1_x - y * log_x, (x - y) / max((one - x) * x, T(1e-12))};
+    const T log_x = at_least(log(x), floor);
+    const T log_1_x = at_least(log1p(-x), floor);
+    return {(y - one) * log_1_x - y * log_x, (x - y) / at_least((one - x) * x, T(1e-12))};
   }
 };
 
@@ -92,7 +91,7 @@ struct BCEWithLogits : PointwiseLoss {
     const T zero(0), one(1);
     const T e = exp_nonpositive(-abs(x));
     const T q = e / (one + e);
-    return {max(x, zero) - x * y + log1p(e), select(x < zero, q - y, (one - y) - q)};
+    return {at_least(x, zero) - x * y + log1p_unit(e), select(x < zero, q - y, (one - y) - q)};
   }
 };
 
@@ -105,7 +104,7 @@ struct BCEWithLogitsPosWeight : PointwiseLoss {
     const T e = exp_nonpositive(-abs(x));
     const T factor = one + (p - one) * y;
     const T q = factor * (e / (one + e));
-    return {(one - y) * x + factor * (log1p(e) + max(-x, zero)),
+    return {(one - y) * x + factor * (log1p_unit(e) + at_least(-x, zero)),
             select(x < zero, q - p * y, (one - y) - q)};
   }
 };
@@ -116,7 +115,7 @@ struct LogLoss : PointwiseLoss {
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T eps(parameter), zero(0), one(1);
-    const T p = select(x > one, one, max(x, eps));
+    const T p = between(x, eps, one);
     return {zero - y * log(p), select(both(x >= eps, x <= one), zero - y / p, x * zero)};
   }
 };

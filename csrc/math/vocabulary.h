@@ -33,10 +33,14 @@ template <class T>
 FUSEDLOSS_HD bool both(T a, T b) {
   return a && b;
 }
-// max(nan, b) is nan, as in torch.clamp.
+// x bounded; nan stays nan, as in torch.clamp. The bounds are numbers.
 template <class T>
-FUSEDLOSS_HD T max(T a, T b) {
-  return a < b ? b : a;
+FUSEDLOSS_HD T at_least(T x, T low) {
+  return x < low ? low : x;
+}
+template <class T>
+FUSEDLOSS_HD T between(T x, T low, T high) {
+  return x < low ? low : (x > high ? high : x);
 }
 FUSEDLOSS_HD float abs(float x) { return ::fabsf(x); }
 FUSEDLOSS_HD double abs(double x) { return ::fabs(x); }
@@ -45,6 +49,12 @@ FUSEDLOSS_HD double exp_nonpositive(double x) { return ::exp(x); }
 FUSEDLOSS_HD float log(float x) { return ::logf(x); }
 FUSEDLOSS_HD double log(double x) { return ::log(x); }
 FUSEDLOSS_HD float log1p(float x) { return ::log1pf(x); }
+FUSEDLOSS_HD float log1p_unit(float x) { return ::log1pf(x); }
+FUSEDLOSS_HD double log1p_unit(double x) { return ::log1p(x); }
+template <class T>
+FUSEDLOSS_HD T ratio(T x, T y, T) {
+  return x / y;
+}
 FUSEDLOSS_HD double log1p(double x) { return ::log1p(x); }
 
 }  // namespace fusedloss
@@ -70,8 +80,12 @@ FUSEDLOSS_HD Vec<T> both(Vec<T> a, Vec<T> b) {
   return a & b;
 }
 template <class T>
-FUSEDLOSS_HD Vec<T> max(Vec<T> a, Vec<T> b) {
-  return at::vec::maximum(a, b);
+FUSEDLOSS_HD Vec<T> at_least(Vec<T> x, Vec<T> low) {
+  return at::vec::clamp_min(x, low);
+}
+template <class T>
+FUSEDLOSS_HD Vec<T> between(Vec<T> x, Vec<T> low, Vec<T> high) {
+  return at::vec::clamp(x, low, high);
 }
 template <class T>
 FUSEDLOSS_HD Vec<T> abs(Vec<T> x) {
@@ -81,6 +95,14 @@ FUSEDLOSS_HD Vec<T> abs(Vec<T> x) {
 FUSEDLOSS_HD Vec<double> exp_nonpositive(Vec<double> x) { return x.exp(); }
 FUSEDLOSS_HD Vec<double> log(Vec<double> x) { return x.log(); }
 FUSEDLOSS_HD Vec<double> log1p(Vec<double> x) { return x.log1p(); }
+FUSEDLOSS_HD Vec<double> log1p_unit(Vec<double> x) { return x.log1p(); }
+
+// x / y, from reciprocal = 1 / y, which a loop computes once: a product and one correction.
+template <class T>
+FUSEDLOSS_HD Vec<T> ratio(Vec<T> x, Vec<T> y, Vec<T> reciprocal) {
+  const Vec<T> near = x * reciprocal;
+  return at::vec::fmadd(at::vec::fmadd(-near, y, x), reciprocal, near);
+}
 
 namespace detail {
 
@@ -140,22 +162,32 @@ FUSEDLOSS_HD Vec<float> exp_nonpositive(Vec<float> x) {
 FUSEDLOSS_HD Vec<float> log(Vec<float> x) {
   const Vec<float> tiny = x < Vec<float>(1.17549435e-38f);
   const Vec<float> scaled = select(tiny, x * Vec<float>(8388608.0f), x);
-  const Vec<float> lift = select(tiny, Vec<float>(-15.9423847f), Vec<float>(0.0f));
+  // Added last: undoes the scaling, and is nan for nan.
+  const Vec<float> lift = select(tiny, Vec<float>(-15.9423847f), x - x);
   const Vec<float> result = detail::log_normal(scaled, Vec<float>(0.0f)) + lift;
-  const Vec<float> zero(0.0f);
-  return select(x > zero, result,
-                select(x == zero, Vec<float>(-INFINITY), Vec<float>(NAN)));
+  return select(x == Vec<float>(0.0f), Vec<float>(-INFINITY), result);
 }
 
-// log(1 + x). Domain [-1, 1] and nan.
+// log(1 + x). Domain [-1, FLT_MAX] and nan.
 FUSEDLOSS_HD Vec<float> log1p(Vec<float> x) {
   const Vec<float> one(1.0f);
   const Vec<float> t = one + x;
-  // What the sum lost, to first order in the result: d/dt log(t) = 1/t, near enough 1 - (t - 1).
+  // What the sum lost joins with the slope of log there, 1 / t: near enough a line down to 0, since
+  // the loss is at most half a unit of t's last place.
   const Vec<float> lost = x - (t - one);
-  const Vec<float> result = detail::log_normal(t, lost - lost * (t - one) * Vec<float>(0.5f));
-  return select(t > Vec<float>(0.0f), result,
-                select(t == Vec<float>(0.0f), Vec<float>(-INFINITY), Vec<float>(NAN)));
+  const Vec<float> slope =
+      at::vec::clamp_min(at::vec::fmadd(x, Vec<float>(-0.5f), one), Vec<float>(0.0f));
+  const Vec<float> result = detail::log_normal(t, lost * slope);  // lost is nan for nan
+  return select(t == Vec<float>(0.0f), Vec<float>(-INFINITY), result);
+}
+
+// log(1 + x). Domain [0, 1] and nan.
+FUSEDLOSS_HD Vec<float> log1p_unit(Vec<float> x) {
+  // = 2 atanh(s) = 2 s + s^3 q(s^2), s = x / (2 + x) in [0, 1/3], q minimax there.
+  static constexpr float q[] = {0.66666675f, 0.3999889f, 0.28616595f, 0.21430741f, 0.24289557f};
+  const Vec<float> s = x / (Vec<float>(2.0f) + x);
+  const Vec<float> s2 = s * s;
+  return at::vec::fmadd(s2 * s, detail::polynomial(s2, q), s + s);
 }
 
 }  // namespace CPU_CAPABILITY

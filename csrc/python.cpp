@@ -1,0 +1,161 @@
+// The Python module fusedloss._C: build information, and the short way into the operators.
+//
+// The operators are reached as torch.ops.fusedloss.* too, by tracing for one; the short way saves a
+// small call what that costs: boxed arguments, and the checks of its tensors made one by one in
+// Python. It takes plain calls only, and answers None to any other.
+#include <ATen/autocast_mode.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/Reduction.h>
+#include <ATen/ops/tensor.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "operators.h"
+
+namespace fusedloss {
+namespace {
+
+namespace py = pybind11;
+using at::Tensor;
+
+// ---- predictions --------------------------------------------------------------------------------
+
+// A call site's prediction: an upstream gradient, and the confidence in it (0 to 3).
+Tensor new_prediction() { return at::tensor({1.0, 3.0}, at::dtype(at::kDouble)); }
+
+// The predictions of calls that have no module to keep theirs, by what tells call sites apart.
+Tensor shared_prediction(std::string_view loss, const Tensor& input, int64_t reduction) {
+  using Key = std::tuple<std::string, at::ScalarType, int64_t, int64_t>;
+  static std::mutex mutex;
+  static auto& table = *new std::map<Key, Tensor>;  // outlives whatever runs at exit
+  constexpr size_t kLimit = 512;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Key key(loss, input.scalar_type(), input.numel(), reduction);
+  const auto found = table.find(key);
+  if (found != table.end()) return found->second;
+  if (table.size() >= kLimit) table.clear();
+  return table.emplace(std::move(key), new_prediction()).first->second;
+}
+
+Tensor prediction_or_shared(py::handle own, std::string_view loss, const Tensor& input,
+                            int64_t reduction) {
+  return own.is_none() ? shared_prediction(loss, input, reduction)
+                       : THPVariable_Unpack(own.ptr());
+}
+
+// ---- plain calls --------------------------------------------------------------------------------
+
+// The tensor, if it is an ordinary one on the CPU: no subclass, wrapper, mode or other layout.
+const Tensor* plain(py::handle object) {
+  if (!THPVariable_CheckExact(object.ptr())) return nullptr;
+  const Tensor& t = THPVariable_Unpack(object.ptr());
+  static const uint64_t ordinary =
+      c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+                           c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU})
+          .raw_repr();
+  if ((t.key_set().raw_repr() & ~ordinary) != 0 || t._fw_grad(0).defined()) return nullptr;
+  return &t;
+}
+
+bool plain_context() {
+  const auto tls = c10::impl::tls_local_dispatch_key_set();
+  return (tls.included_.raw_repr() & ~c10::default_included_set.raw_repr()) == 0 &&
+         !at::impl::torch_function_mode_enabled() && !at::autocast::is_autocast_enabled(at::kCPU);
+}
+
+bool computes(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
+         dtype == at::kHalf;
+}
+
+bool wants_gradient(const Tensor& t) { return t.requires_grad() && at::GradMode::is_enabled(); }
+
+py::object pointwise(py::handle input_object, py::handle target_object, std::string_view loss,
+                     double parameter, int64_t reduction, py::handle prediction) {
+  const Tensor *input = plain(input_object), *target = plain(target_object);
+  if (!input || !target || !plain_context()) return py::none();
+  const at::ScalarType dtype = input->scalar_type();
+  if (!computes(dtype) || target->scalar_type() != dtype || input->numel() == 0 ||
+      input->sizes() != target->sizes() || wants_gradient(*target)) {
+    return py::none();
+  }
+  static const auto op = find_operator<PointwiseSignature>("fusedloss::pointwise");
+  const Tensor site = prediction_or_shared(prediction, loss, *input, reduction);
+  Tensor value;
+  {
+    py::gil_scoped_release no_gil;
+    value = op.call(*input, *target, {}, {}, loss, parameter, 0, reduction, dtype, site);
+  }
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(value)));
+}
+
+py::object cross_entropy(py::handle input_object, py::handle target_object,
+                         py::handle weight_object, int64_t ignore_index, double label_smoothing,
+                         int64_t reduction, py::handle prediction) {
+  const Tensor *input = plain(input_object), *target = plain(target_object);
+  if (!input || !target || !plain_context()) return py::none();
+  const at::ScalarType dtype = input->scalar_type();
+  const int64_t dims = input->dim();
+  // Of more dimensions, the engine wants those behind the classes joined.
+  const bool layout = dims == 1 || dims == 2 || dims == 3 || (dims > 3 && input->is_contiguous());
+  if (!layout || !computes(dtype) || target->scalar_type() != at::kLong || input->numel() == 0 ||
+      !(label_smoothing >= 0 && label_smoothing <= 1)) {
+    return py::none();
+  }
+  at::DimVector rows(input->sizes());
+  rows.erase(rows.begin() + (dims > 1 ? 1 : 0));
+  if (target->sizes() != at::IntArrayRef(rows)) return py::none();
+  OptionalTensor weight;
+  if (!weight_object.is_none()) {
+    const Tensor* w = plain(weight_object);
+    if (!w || w->scalar_type() != dtype || w->dim() != 1 ||
+        w->size(0) != input->size(dims > 1 ? 1 : 0) || wants_gradient(*w)) {
+      return py::none();
+    }
+    weight = *w;
+  }
+  static const auto op = find_operator<CrossEntropySignature>("fusedloss::cross_entropy");
+  const Tensor site = prediction_or_shared(prediction, "cross_entropy", *input, reduction);
+  Tensor value;
+  {
+    py::gil_scoped_release no_gil;
+    value = op.call(*input, *target, weight, ignore_index, label_smoothing, reduction, dtype, site);
+  }
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(value)));
+}
+
+py::dict build_info() {
+  py::list capabilities;
+  capabilities.append("DEFAULT");
+#if defined(FUSEDLOSS_BUILT_AVX2)
+  capabilities.append("AVX2");
+#endif
+#if defined(FUSEDLOSS_BUILT_AVX512)
+  capabilities.append("AVX512");
+#endif
+  py::dict info;
+  info["version"] = FUSEDLOSS_VERSION;
+  info["torch"] = FUSEDLOSS_TORCH_VERSION;
+  info["compiler"] = __VERSION__;
+  info["cuda"] = false;
+  info["cpu_capabilities"] = capabilities;
+  info["cpu_capability"] = cpu_capability();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "What was built and what of it runs, and the short way into torch.ops.fusedloss.*.";
+  m.def("build_info", &build_info);
+  m.def("new_prediction", &new_prediction);
+  m.def("shared_prediction", &shared_prediction);
+  m.def("pointwise", &pointwise, "The loss, or None: not a plain call.");
+  m.def("cross_entropy", &cross_entropy, "The loss, or None: not a plain call.");
+}
+
+}  // namespace fusedloss

@@ -1,0 +1,193 @@
+"""info, explain, backend and the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedloss
+import fusedloss.functional as FL
+from cases import LOSSES, at_shape
+from conftest import why_not
+from helpers import leaf, torch_loss
+
+
+def fused_operators(call: Any) -> set[str]:
+    """The names of our operators that a call runs, as the profiler sees them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return {e.key for e in profile.key_averages() if e.key.startswith("fusedloss::")}
+
+
+def test_info() -> None:
+    info = fusedloss.info()
+    assert info.version == fusedloss.__version__
+    assert info.torch == torch.__version__
+    assert isinstance(info.backends, Mapping)
+    assert list(info.backends) == ["compiled", "triton", "reference"]
+    assert info.backends["reference"] is None
+    assert info.compiled is (info.backends["compiled"] is None)
+    text = str(info)
+    for name, reason in info.backends.items():
+        assert name in text
+        assert reason is None or reason in text
+    if info.compiled:
+        assert info.cpu_capability in text and info.cpu_capability in ("DEFAULT", "AVX2", "AVX512")
+
+
+def test_command_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "fusedloss", "info"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in ("compiled", "triton", "reference", fusedloss.__version__, torch.__version__):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["info", "nonsense"]])
+def test_command_line_errors(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fusedloss", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "nonsense" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_explain_tells_what_happens(loss: str, backend: str) -> None:
+    """explain's word is what the profiler sees."""
+    sample = at_shape(loss, (5, 7)).sample(torch.float32)
+    function = getattr(FL, loss)
+    told = fusedloss.explain(function, leaf(sample.input), sample.target)
+    assert told.backend == backend
+    assert told.fused is (backend == "compiled")
+    assert isinstance(told.reasons, tuple) and all(isinstance(r, str) for r in told.reasons)
+    assert told.reasons or told.fused
+    assert backend in str(told) and "\n" not in str(told)
+    seen = fused_operators(lambda: function(leaf(sample.input), sample.target).backward())
+    assert bool(seen) is told.fused
+
+
+def _unusual() -> dict[str, Any]:
+    x, y = torch.rand(5, 7), torch.rand(5, 7)
+    return {
+        "broadcast": (FL.mse_loss, (x, y[:1]), {}),
+        "mixed dtypes": (FL.mse_loss, (x, y.double()), {}),
+        "target gradient": (FL.mse_loss, (x, leaf(y)), {}),
+        "integers": (FL.cross_entropy, (x, torch.zeros(5, dtype=torch.uint8)), {}),
+        "subclass": (FL.l1_loss, (torch.nn.Buffer(x).as_subclass(Subclass), y), {}),
+        "meta": (FL.huber_loss, (x.to("meta"), y.to("meta")), {}),
+        "legacy": (FL.mse_loss, (x, y), {"size_average": False}),
+    }
+
+
+class Subclass(Tensor):
+    pass
+
+
+@pytest.mark.parametrize("name", sorted(_unusual()))
+def test_explain_a_call_that_is_not_fused(name: str, compiled: str) -> None:
+    function, args, options = _unusual()[name]
+    told = fusedloss.explain(function, *args, **options)
+    assert told.backend == "reference" and not told.fused
+    assert told.reasons and all(reason.strip() for reason in told.reasons)
+    if name in ("meta", "integers"):
+        return
+    with pytest.warns(UserWarning) if name in ("broadcast", "legacy") else contextlib.nullcontext():
+        assert not fused_operators(lambda: function(*args, **options))
+
+
+@pytest.mark.parametrize("name", ["MSELoss", "CrossEntropyLoss"])
+def test_explain_a_module(name: str, backend: str) -> None:
+    module = getattr(fusedloss, name)()
+    loss = {"MSELoss": "mse_loss", "CrossEntropyLoss": "cross_entropy"}[name]
+    sample = at_shape(loss, (5, 7)).sample(torch.float32)
+    told = fusedloss.explain(module, sample.input, sample.target)
+    assert told.backend == backend
+
+
+def test_explain_computes_nothing_and_leaves_no_trace(compiled: str) -> None:
+    x, y = leaf(torch.rand(5, 7)), torch.rand(5, 7)
+    assert not fused_operators(lambda: fusedloss.explain(FL.mse_loss, x, y))
+    assert x.grad is None
+    assert isinstance(FL.mse_loss(x, y), Tensor)
+    with pytest.raises(Exception, match=r"."):
+        fusedloss.explain(len, [1])
+    assert isinstance(FL.mse_loss(x, y), Tensor)
+
+
+def test_backend_as_context_manager() -> None:
+    x, y = leaf(torch.rand(5, 7)), torch.rand(5, 7)
+    outside = fusedloss.explain(FL.mse_loss, x, y).backend
+    with fusedloss.backend("reference"):
+        assert fusedloss.explain(FL.mse_loss, x, y).backend == "reference"
+        assert not fused_operators(lambda: FL.mse_loss(x, y))
+        if why_not("compiled") is None:
+            with fusedloss.backend("compiled"):
+                assert fusedloss.explain(FL.mse_loss, x, y).backend == "compiled"
+        assert fusedloss.explain(FL.mse_loss, x, y).backend == "reference"
+    assert fusedloss.explain(FL.mse_loss, x, y).backend == outside
+    with pytest.raises(KeyError), fusedloss.backend("reference"):
+        raise KeyError
+    assert fusedloss.explain(FL.mse_loss, x, y).backend == outside
+
+
+def test_backend_as_function() -> None:
+    """Called plainly, it stays; shown in a process of its own."""
+    code = (
+        "import fusedloss, torch, fusedloss.functional as FL;"
+        "fusedloss.backend('reference');"
+        "print(fusedloss.explain(FL.mse_loss, torch.rand(3), torch.rand(3)).backend)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "reference"
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="cudnn") as raised:
+        fusedloss.backend("cudnn")
+    for name in ("compiled", "triton", "reference"):
+        assert name in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["compiled", "triton"])
+def test_backend_that_cannot_run(name: str) -> None:
+    """Choosing it says why; there is no silent fall-back."""
+    reason = why_not(name)
+    if reason is None:
+        pytest.skip(f"{name} runs here")
+    with pytest.raises(RuntimeError) as raised:
+        fusedloss.backend(name)
+    assert name in str(raised.value) and reason in str(raised.value)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_training_step_is_the_same_on_each_backend(loss: str, backend: str) -> None:
+    sample = at_shape(loss, (33, 17)).sample(torch.float64)
+    results = []
+    for function in (getattr(FL, loss), torch_loss(loss)):
+        input = leaf(sample.input)
+        (function(input, sample.target) * 3).backward()
+        results.append(input.grad)
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-15)
+
+
+def test_build_info() -> None:
+    if why_not("compiled") is not None:
+        pytest.skip(f"compiled cannot run: {why_not('compiled')}")
+    from fusedloss import _C
+
+    info = _C.build_info()
+    assert info["version"] == fusedloss.__version__
+    assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]

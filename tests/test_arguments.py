@@ -1,0 +1,288 @@
+"""Arguments that are wrong, odd or out of date: torch's errors, and torch's warnings."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fusedloss.functional as FL
+from cases import LOSSES, at_shape
+from fusedloss import reference
+from helpers import assert_same_error, compare_with_torch, outcome, torch_loss
+
+TORCH_LOSSES = [loss for loss in LOSSES if loss != "log_loss"]
+SHAPE = (5, 7)
+
+
+@pytest.mark.parametrize("loss", TORCH_LOSSES)
+def test_signature(loss: str) -> None:
+    """Same parameters, order, kinds and defaults; the reference's too."""
+
+    def parameters(function: Any) -> list[tuple[str, Any, Any]]:
+        values = inspect.signature(function).parameters.values()
+        return [(p.name, p.kind, p.default) for p in values]
+
+    assert parameters(getattr(FL, loss)) == parameters(getattr(F, loss))
+    assert parameters(getattr(reference, loss)) == parameters(getattr(F, loss))
+
+
+def test_log_loss_signature() -> None:
+    for module in (FL, reference):
+        assert list(inspect.signature(module.log_loss).parameters) == [
+            "input",
+            "target",
+            "weight",
+            "reduction",
+            "ignore_index",
+        ]
+
+
+def test_mae_is_l1() -> None:
+    x, y = torch.randn(9), torch.randn(9)
+    assert torch.equal(FL.mae_loss(x, y), FL.l1_loss(x, y))
+    assert torch.equal(reference.mae_loss(x, y), reference.l1_loss(x, y))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_public_functions_are_documented(loss: str) -> None:
+    doc = getattr(FL, loss).__doc__
+    assert doc and len(doc.split()) > 20
+
+
+@pytest.mark.parametrize("reduction", ["average", "", "MEAN", "elementwise_mean", "batchmean"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_unknown_reduction(loss: str, reduction: str, backend: str) -> None:
+    """ValueError that names it; torch warns of "elementwise_mean" and takes it."""
+    sample = at_shape(loss, SHAPE).sample(torch.float32)
+    if loss == "log_loss":
+        with pytest.raises(ValueError, match=reduction):
+            FL.log_loss(sample.input, sample.target, reduction=reduction)
+        return
+    compare_with_torch(loss, sample.input, sample.target, reduction=reduction)
+
+
+@pytest.mark.parametrize("loss", [f for f in TORCH_LOSSES if f != "huber_loss"])
+def test_legacy_reduction(loss: str, backend: str) -> None:
+    """size_average and reduce: torch's result and torch's warning."""
+    sample = at_shape(loss, SHAPE).sample(torch.float32)
+    for average, reduce in itertools.product((None, True, False), repeat=2):
+        compare_with_torch(
+            loss, sample.input, sample.target, size_average=average, reduce=reduce, reduction="sum"
+        )
+
+
+@pytest.mark.parametrize("value", [-1.0, -1e-9, 0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("loss", "option"), [("smooth_l1_loss", "beta"), ("huber_loss", "delta")], ids=str
+)
+def test_parameter_out_of_range(loss: str, option: str, value: float, backend: str) -> None:
+    sample = at_shape(loss, SHAPE).sample(torch.float32)
+    compare_with_torch(loss, sample.input, sample.target, **{option: value})
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, -1e-6, float("nan"), 0.0, 1.0])
+def test_label_smoothing_out_of_range(value: float, backend: str) -> None:
+    for family in ("cross_entropy", "cross_entropy-probabilities"):
+        sample = at_shape(family, SHAPE).sample(torch.float32)
+        compare_with_torch("cross_entropy", sample.input, sample.target, label_smoothing=value)
+
+
+@pytest.mark.parametrize("value", [7, 8, -1, -2, -99, -101, 2**31, 2**40, -(2**40)])
+@pytest.mark.parametrize("place", [0, 3, 4])
+def test_class_out_of_range(value: int, place: int, backend: str) -> None:
+    """IndexError that names the class, wherever it is."""
+    for family, dims in (("cross_entropy", (5, 7)), ("cross_entropy", (5, 7, 2, 3))):
+        sample = at_shape(family, dims).sample(torch.float32)
+        sample.target[place] = value
+        for options in ({}, {"label_smoothing": 0.1}, {"weight": torch.ones(7)}):
+            with pytest.raises(IndexError, match=str(value)):
+                FL.cross_entropy(sample.input, sample.target, **options)
+            for reduction in ("none", "mean", "sum"):
+                compare_with_torch(
+                    "cross_entropy", sample.input, sample.target, reduction=reduction, **options
+                )
+        # Ignored, it is in order.
+        compare_with_torch("cross_entropy", sample.input, sample.target, ignore_index=value)
+    rows = at_shape("log_loss", (5, 7)).sample(torch.float32)
+    rows.target[place] = value
+    with pytest.raises(IndexError, match=str(value)):
+        FL.log_loss(rows.input, rows.target)
+
+
+def test_class_out_of_range_unbatched(backend: str) -> None:
+    compare_with_torch("cross_entropy", torch.randn(7), torch.tensor(7))
+    compare_with_torch("cross_entropy", torch.randn(7), torch.tensor(-100))
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.1, -1e-7, 1.0000002, float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 3, 70_000])
+def test_bce_input_outside_the_unit_interval(bad: float, place: int, backend: str) -> None:
+    sample = at_shape("binary_cross_entropy", (70_001,)).sample(torch.float32)
+    sample.input[place] = bad
+    for reduction, wants in itertools.product(("none", "mean"), (True, False)):
+        compare_with_torch(
+            "binary_cross_entropy",
+            sample.input,
+            sample.target,
+            reduction=reduction,
+            input_wants=wants,
+        )
+    with pytest.raises(RuntimeError):
+        FL.binary_cross_entropy(sample.input, sample.target)
+
+
+@pytest.mark.parametrize("bad", [-0.5, 1.5, 7.0])
+def test_bce_target_outside_the_unit_interval(bad: float, backend: str) -> None:
+    sample = at_shape("binary_cross_entropy", (33,)).sample(torch.float32)
+    sample.target[17] = bad
+    compare_with_torch("binary_cross_entropy", sample.input, sample.target)
+    compare_with_torch("binary_cross_entropy_with_logits", sample.input, sample.target)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("loss", TORCH_LOSSES)
+def test_nan_and_infinity(loss: str, dtype: str, reduction: str, backend: str) -> None:
+    """nan and infinities in input and target come out where torch's do."""
+    shape = (6, 35)
+    family = "cross_entropy-probabilities" if loss == "cross_entropy" else loss
+    regression = "entropy" not in loss
+    for in_input, in_target in itertools.product((0.5, NAN, INF, -INF), repeat=2):
+        if not regression and in_target in (INF, -INF):
+            continue  # no probability
+        if loss == "binary_cross_entropy_with_logits" and in_input == -INF:
+            continue  # torch's formula gives nan there; the loss is infinite
+        sample = at_shape(family, shape).sample(getattr(torch, dtype))
+        sample.input[2, 17] = in_input
+        sample.input[3] = in_input
+        sample.target[2, 17] = in_target
+        sample.target[4, 3] = in_target
+        compare_with_torch(loss, sample.input, sample.target, reduction=reduction)
+        if loss == "cross_entropy":
+            labels = torch.tensor([0, 1, 17, 3, 4, 34])
+            compare_with_torch(loss, sample.input, labels, reduction=reduction)
+
+
+WRONG_SHAPES: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...] = (
+    ((5, 7), (4,), torch.int64),
+    ((5, 7), (5, 7), torch.int64),
+    ((5, 7), (5, 1), torch.int64),
+    ((5, 7), (), torch.int64),
+    ((7,), (1,), torch.int64),
+    ((7,), (2,), torch.int64),
+    ((5, 7, 3), (5,), torch.int64),
+    ((5, 7, 3), (5, 4), torch.int64),
+    ((5, 7, 3, 2), (5, 3), torch.int64),
+    ((), (), torch.int64),
+    ((5, 7), (5, 6), torch.float32),
+    ((5, 7), (5,), torch.float32),
+    ((5, 7), (7,), torch.float32),
+    ((7,), (), torch.float32),
+    ((5, 0), (5,), torch.int64),
+    ((0, 7), (0,), torch.int64),
+    ((0, 0), (0,), torch.int64),
+    ((5, 7, 0), (5, 0), torch.int64),
+)
+
+
+@pytest.mark.parametrize(("input_shape", "target_shape", "dtype"), WRONG_SHAPES, ids=str)
+def test_cross_entropy_shapes(
+    input_shape: tuple[int, ...],
+    target_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    backend: str,
+) -> None:
+    for reduction, smoothing in itertools.product(("none", "mean", "sum"), (0.0, 0.1)):
+        compare_with_torch(
+            "cross_entropy",
+            torch.randn(input_shape),
+            torch.zeros(target_shape, dtype=dtype),
+            reduction=reduction,
+            label_smoothing=smoothing,
+        )
+
+
+@pytest.mark.parametrize("shape", [(6,), (8,), (1,), (7, 1), (1, 7), (), (0,)], ids=str)
+def test_class_weight_shape(shape: tuple[int, ...], backend: str) -> None:
+    for family in ("cross_entropy", "cross_entropy-probabilities", "cross_entropy-smoothing"):
+        sample = at_shape(family, SHAPE).sample(torch.float32)
+        compare_with_torch(
+            "cross_entropy", sample.input, sample.target, weight=torch.ones(shape), **sample.options
+        )
+
+
+@pytest.mark.parametrize("options", [{"ignore_index": 3}, {"ignore_index": -3}])
+def test_ignore_index_with_probabilities(options: dict[str, int], backend: str) -> None:
+    sample = at_shape("cross_entropy-probabilities", SHAPE).sample(torch.float32)
+    compare_with_torch("cross_entropy", sample.input, sample.target, **options)
+
+
+LOG_LOSS_WRONG: tuple[tuple[Any, Any, dict[str, Any]], ...] = (
+    (torch.full((5, 7), 1 / 7), torch.zeros(4, dtype=torch.int64), {}),
+    (torch.full((5, 7), 1 / 7), torch.zeros(5, 6), {}),
+    (torch.full((5, 7), 1 / 7), torch.zeros(5), {}),
+    (torch.full((5, 7), 1 / 7), torch.zeros(5, dtype=torch.int64), {"weight": torch.ones(6)}),
+    (torch.zeros(5, 7, dtype=torch.int64), torch.zeros(5, dtype=torch.int64), {}),
+    (torch.tensor(0.5), torch.tensor(0), {}),
+)
+
+
+@pytest.mark.parametrize("case", range(len(LOG_LOSS_WRONG)))
+def test_log_loss_shapes(case: int, backend: str) -> None:
+    input, target, options = LOG_LOSS_WRONG[case]
+    with pytest.raises((ValueError, RuntimeError, TypeError)) as raised:
+        FL.log_loss(input, target, **options)
+    assert str(raised.value).strip()
+
+
+@pytest.mark.parametrize("argument", ["input", "target", "weight", "reduction"])
+@pytest.mark.parametrize("loss", TORCH_LOSSES)
+def test_arguments_of_the_wrong_type(loss: str, argument: str, backend: str) -> None:
+    """Something that is not a tensor (or not a string): torch's type of error."""
+    sample = at_shape(loss, SHAPE).sample(torch.float32)
+    for value in (None, 3, [1.0, 2.0], "mean"):
+        keywords = {"input": sample.input, "target": sample.target, argument: value}
+        if argument == "weight" and (loss == "smooth_l1_loss" or value is None):
+            continue
+        if argument == "reduction" and isinstance(value, str):
+            continue  # a string is its type
+        ours, our_error, _ = outcome(lambda keywords=keywords: getattr(FL, loss)(**keywords))
+        theirs, their_error, _ = outcome(lambda keywords=keywords: torch_loss(loss)(**keywords))
+        if their_error is None:
+            torch.testing.assert_close(ours, theirs)
+            continue
+        assert our_error is not None, f"{argument}={value!r} accepted; torch: {their_error!r}"
+        assert isinstance(our_error, type(their_error)), f"{our_error!r}, torch's {their_error!r}"
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_unknown_argument(loss: str) -> None:
+    with pytest.raises(TypeError, match="reductoin"):
+        getattr(FL, loss)(torch.rand(5, 7), torch.rand(5, 7), reductoin="sum")
+
+
+@pytest.mark.parametrize("loss", TORCH_LOSSES)
+def test_other_devices_and_layouts(loss: str, backend: str) -> None:
+    """A meta tensor gives a meta tensor; tensors of two devices give torch's error."""
+    sample = at_shape(loss, SHAPE).sample(torch.float32)
+    ours = getattr(FL, loss)(sample.input.to("meta"), sample.target.to("meta"))
+    assert ours.device.type == "meta" and ours.shape == ()
+    for input, target in (
+        (sample.input.to("meta"), sample.target),
+        (sample.input, sample.target.to("meta")),
+    ):
+        _, our_error, _ = outcome(lambda x=input, y=target: getattr(FL, loss)(x, y))
+        _, their_error, _ = outcome(lambda x=input, y=target: torch_loss(loss)(x, y))
+        assert (our_error is None) == (their_error is None), (our_error, their_error)
+    sparse = sample.input.to_sparse()
+    _, our_error, _ = outcome(lambda: getattr(FL, loss)(sparse, sample.target))
+    _, their_error, _ = outcome(lambda: torch_loss(loss)(sparse, sample.target))
+    assert_same_error(our_error, their_error)

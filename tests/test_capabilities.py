@@ -1,0 +1,71 @@
+"""The kernels of every CPU capability, each in a process of its own.
+
+torch chooses its capability when it is loaded, by ATEN_CPU_CAPABILITY and what the CPU has; ours
+is torch's choice.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import need
+
+TESTS = Path(__file__).parent
+CAPABILITIES = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
+# The whole table in fp32 and bf16 at reduction "mean", and what depends on vector widths.
+SUBSET = (
+    "(test_value_and_gradient and mean and (fp32 or bf16)) or test_memory_on_no_boundary"
+    " or test_padded_lanes or test_leading_block or test_same_bits_again"
+)
+
+
+def run(capability: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels(capability: str) -> None:
+    need("compiled")
+    import fusedloss._C as extension
+
+    wanted = CAPABILITIES[capability]
+    if wanted not in extension.build_info()["cpu_capabilities"]:
+        pytest.skip(f"no kernels were built for {wanted}")
+    ask = "import torch, fusedloss; print(torch.backends.cpu.get_cpu_capability())"
+    told = run(capability, "-c", ask + "; print(fusedloss.info().cpu_capability)")
+    assert told.returncode == 0, told.stderr
+    torch_has, ours = told.stdout.split()
+    if torch_has != wanted:
+        pytest.skip(f"this CPU runs {torch_has}, not {wanted}")
+    assert ours == wanted
+    files = [TESTS / name for name in ("test_values.py", "test_layouts.py", "test_memory.py")]
+    done = run(
+        capability,
+        *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SUBSET),
+        *map(str, [*files, TESTS / "test_field_mistakes.py"]),
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.slow
+def test_capabilities_agree() -> None:
+    """A capability that is not there is not taken: torch's own choice is always ours."""
+    need("compiled")
+    for capability in CAPABILITIES:
+        told = run(
+            capability,
+            "-c",
+            "import torch, fusedloss; print(torch.backends.cpu.get_cpu_capability() =="
+            " fusedloss.info().cpu_capability)",
+        )
+        assert told.stdout.strip() == "True", (capability, told.stdout, told.stderr)

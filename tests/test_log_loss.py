@@ -1,0 +1,63 @@
+"""Multi-class log loss against scikit-learn's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fusedloss.functional as FL
+from cases import at_shape
+
+sklearn_metrics = pytest.importorskip("sklearn.metrics")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("shape", [(3, 2), (64, 10), (1001, 37)], ids=str)
+def test_class_indices(shape: tuple[int, int], dtype: torch.dtype, backend: str) -> None:
+    sample = at_shape("log_loss", shape).sample(dtype)
+    # scikit-learn wants rows that sum to 1 in their own dtype.
+    input = sample.input / sample.input.sum(1, keepdim=True)
+    for normalize, reduction in ((True, "mean"), (False, "sum")):
+        expected = sklearn_metrics.log_loss(
+            sample.target.numpy(), input.numpy(), labels=range(shape[1]), normalize=normalize
+        )
+        value = FL.log_loss(input, sample.target, reduction=reduction)
+        assert value.item() == pytest.approx(expected, rel=1e-12 if dtype.itemsize == 8 else 1e-6)
+
+
+def test_certain_and_wrong(backend: str) -> None:
+    """A probability of exactly 0 is bounded by eps of the dtype, as in scikit-learn."""
+    for dtype in (torch.float64, torch.float32):
+        input = torch.tensor([[1, 0, 0], [0, 1, 0], [0.25, 0.25, 0.5]], dtype=dtype)
+        target = torch.tensor([1, 1, 2])
+        expected = sklearn_metrics.log_loss(target.numpy(), input.numpy(), labels=range(3))
+        assert FL.log_loss(input, target).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_one_hot_probabilities_are_class_indices(backend: str) -> None:
+    sample = at_shape("log_loss", (64, 10)).sample(torch.float64)
+    one_hot = torch.nn.functional.one_hot(sample.target, 10).double()
+    torch.testing.assert_close(
+        FL.log_loss(sample.input, one_hot), FL.log_loss(sample.input, sample.target)
+    )
+
+
+def test_sample_weights_as_class_weights(backend: str) -> None:
+    """A weight for each class is scikit-learn's sample_weight looked up by class."""
+    sample = at_shape("log_loss-weight", (64, 10)).sample(torch.float64)
+    weight = sample.options["weight"]
+    expected = sklearn_metrics.log_loss(
+        sample.target.numpy(),
+        sample.input.numpy(),
+        labels=range(10),
+        sample_weight=weight[sample.target].numpy(),
+    )
+    assert FL.log_loss(sample.input, sample.target, weight).item() == pytest.approx(expected)
+
+
+def test_it_is_cross_entropy_of_a_softmax(backend: str) -> None:
+    sample = at_shape("cross_entropy", (64, 10)).sample(torch.float64)
+    torch.testing.assert_close(
+        FL.log_loss(sample.input.softmax(1), sample.target),
+        FL.cross_entropy(sample.input, sample.target),
+    )

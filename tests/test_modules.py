@@ -1,0 +1,196 @@
+"""The modules are torch.nn's: type, options, state, copies, and what they compute."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusedloss
+import fusedloss.functional as FL
+from cases import at_shape
+from helpers import assert_same_bits, leaf
+
+CLASSES: dict[str, tuple[type[nn.Module], type[nn.Module], str]] = {
+    "MSELoss": (fusedloss.MSELoss, nn.MSELoss, "mse_loss"),
+    "L1Loss": (fusedloss.L1Loss, nn.L1Loss, "l1_loss"),
+    "SmoothL1Loss": (fusedloss.SmoothL1Loss, nn.SmoothL1Loss, "smooth_l1_loss"),
+    "HuberLoss": (fusedloss.HuberLoss, nn.HuberLoss, "huber_loss"),
+    "BCELoss": (fusedloss.BCELoss, nn.BCELoss, "binary_cross_entropy"),
+    "BCEWithLogitsLoss": (
+        fusedloss.BCEWithLogitsLoss,
+        nn.BCEWithLogitsLoss,
+        "binary_cross_entropy_with_logits",
+    ),
+    "CrossEntropyLoss": (fusedloss.CrossEntropyLoss, nn.CrossEntropyLoss, "cross_entropy"),
+}
+WEIGHT = torch.linspace(0.5, 2, 7)
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "MSELoss": [{}, {"reduction": "sum"}],
+    "L1Loss": [{}, {"reduction": "none"}],
+    "SmoothL1Loss": [{}, {"beta": 0.3}, {"beta": 0.0, "reduction": "sum"}],
+    "HuberLoss": [{}, {"delta": 0.4, "reduction": "none"}],
+    "BCELoss": [{}, {"weight": WEIGHT, "reduction": "sum"}],
+    "BCEWithLogitsLoss": [{}, {"pos_weight": WEIGHT}, {"weight": WEIGHT, "pos_weight": WEIGHT}],
+    "CrossEntropyLoss": [
+        {},
+        {"weight": WEIGHT, "ignore_index": 3},
+        {"label_smoothing": 0.1, "reduction": "none"},
+    ],
+}
+EVERY = [(name, options) for name in CLASSES for options in OPTIONS[name]]
+
+
+def ids(value: Any) -> str:
+    return value if isinstance(value, str) else "-".join(value) or "plain"
+
+
+each = pytest.mark.parametrize(("name", "options"), EVERY, ids=ids)
+
+
+def step(module: nn.Module, loss: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    sample = at_shape(loss, (5, 7)).sample(dtype)
+    input = leaf(sample.input)
+    value = module(input, sample.target)
+    (grad,) = torch.autograd.grad(value, input, torch.full_like(value, 0.7))
+    return value.detach(), grad
+
+
+@each
+def test_same_as_torch(name: str, options: dict[str, Any], backend: str) -> None:
+    ours, theirs, loss = CLASSES[name]
+    options = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+    module, original = ours(**options), theirs(**options)
+    torch.testing.assert_close(step(module, loss), step(original, loss), rtol=1e-12, atol=1e-14)
+    assert isinstance(module, theirs)
+    assert repr(module) == repr(original)
+    assert str(nn.Sequential(module)) == str(nn.Sequential(original))
+    assert list(module.state_dict()) == list(original.state_dict())
+    assert [k for k, _ in module.named_buffers()] == [k for k, _ in original.named_buffers()]
+    assert not list(module.parameters())
+
+
+@each
+def test_state_dict_goes_both_ways(name: str, options: dict[str, Any]) -> None:
+    ours, theirs, loss = CLASSES[name]
+    zeroed = {k: torch.zeros(7) if isinstance(v, Tensor) else v for k, v in options.items()}
+    module, original = ours(**options), theirs(**zeroed)
+    step(module, loss, torch.float32)
+    original.load_state_dict(module.state_dict())
+    other = ours(**zeroed)
+    other.load_state_dict(original.state_dict())
+    for a, b in zip(
+        step(other, loss, torch.float32), step(module, loss, torch.float32), strict=True
+    ):
+        assert_same_bits(a, b, "loaded")
+
+
+@each
+def test_copies(name: str, options: dict[str, Any]) -> None:
+    """deepcopy, pickle and torch.save, of a module that has been used."""
+    ours, _, loss = CLASSES[name]
+    module = ours(**options)
+    expected = step(module, loss, torch.float32)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    for twin in (
+        copy.deepcopy(module),
+        copy.copy(module),
+        pickle.loads(pickle.dumps(module)),
+        torch.load(file, weights_only=False),
+    ):
+        assert type(twin) is ours and repr(twin) == repr(module)
+        for a, b in zip(step(twin, loss, torch.float32), expected, strict=True):
+            assert_same_bits(a, b, "copy")
+        twin.reduction = "sum"
+        assert module.reduction == options.get("reduction", "mean")
+
+
+@each
+def test_to_dtype(name: str, options: dict[str, Any]) -> None:
+    """Buffers follow .to(); the result does as well."""
+    ours, theirs, loss = CLASSES[name]
+    for dtype in (torch.float64, torch.bfloat16):
+        module, original = ours(**options).to(dtype), theirs(**options).to(dtype)
+        for (key, buffer), (_, right) in zip(
+            module.named_buffers(), original.named_buffers(), strict=True
+        ):
+            assert buffer.dtype == right.dtype == dtype, key
+        value, grad = step(module, loss, dtype)
+        assert value.dtype == grad.dtype == dtype
+        assert module.half().double().to("meta").state_dict().keys() == (
+            original.state_dict().keys()
+        )
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_options_changed_later(name: str) -> None:
+    """Attributes are read at each call, as in torch."""
+    ours, theirs, loss = CLASSES[name]
+    module, original = ours(), theirs()
+    for changes in ({"reduction": "sum"}, {"reduction": "none"}, {"beta": 0.25, "delta": 0.25}):
+        for key, value in changes.items():
+            if hasattr(original, key):
+                setattr(module, key, value)
+                setattr(original, key, value)
+        torch.testing.assert_close(step(module, loss), step(original, loss), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_legacy_arguments(name: str) -> None:
+    """size_average and reduce choose the reduction, with torch's warning."""
+    ours, theirs, _ = CLASSES[name]
+    if name == "HuberLoss":
+        pytest.skip("HuberLoss never had them")
+    with pytest.warns(UserWarning, match="size_average and reduce"):
+        module = ours(size_average=False)
+    with pytest.warns(UserWarning, match="size_average and reduce"):
+        original = theirs(size_average=False)
+    assert module.reduction == original.reduction == "sum"
+
+
+def test_names() -> None:
+    assert fusedloss.MAELoss is fusedloss.L1Loss
+    assert set(CLASSES) | {"LogLoss", "MAELoss"} <= set(fusedloss.__all__)
+
+
+def test_inside_a_model() -> None:
+    """Hooks, children, train and eval, zero_grad: a module like any other."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.add_module("loss", fusedloss.CrossEntropyLoss())
+    seen = []
+    model.loss.register_forward_hook(lambda module, args, result: seen.append(result))
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    model.loss(model[0](x), y).backward()
+    assert len(seen) == 1 and model[0].weight.grad is not None
+    model.eval().train().zero_grad()
+    assert len(list(model.parameters())) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"weight": WEIGHT}, {"ignore_index": 2}], ids=ids)
+def test_log_loss(options: dict[str, Any], backend: str) -> None:
+    module = fusedloss.LogLoss(**options)
+    sample = at_shape("log_loss", (5, 7)).sample(torch.float32)
+    torch.testing.assert_close(
+        module(sample.input, sample.target), FL.log_loss(sample.input, sample.target, **options)
+    )
+    assert list(module.state_dict()) == (["weight"] if "weight" in options else [])
+    twin = pickle.loads(pickle.dumps(module))
+    assert torch.equal(twin(sample.input, sample.target), module(sample.input, sample.target))
+    assert "mean" in repr(module)
+
+
+def test_checkpoint_of_torch_loads() -> None:
+    """A state_dict that was saved with torch's class loads into ours by way of a file."""
+    file = io.BytesIO()
+    torch.save(nn.CrossEntropyLoss(weight=WEIGHT).state_dict(), file)
+    file.seek(0)
+    module = fusedloss.CrossEntropyLoss(weight=torch.zeros(7))
+    module.load_state_dict(torch.load(file))
+    assert torch.equal(module.weight, WEIGHT)

@@ -1,0 +1,92 @@
+"""The operators torch.ops.fusedloss.*: schemas, shape-only kernels, autograd registration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedloss.functional as FL
+from cases import FAMILIES, REDUCTIONS, at_shape
+from helpers import leaf
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the calls of our operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fusedloss":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def recorded(family: str, reduction: str = "mean") -> tuple[Any, list[Any]]:
+    """The operator that a public call ends in, and arguments for it that want a gradient."""
+    case = at_shape(family, (5, 7))
+    sample = case.sample(torch.float32)
+    with Recorder() as recorder, torch.no_grad():
+        getattr(FL, case.loss)(sample.input, sample.target, reduction=reduction, **sample.options)
+    ((operator, args),) = recorder.calls
+    return operator, [leaf(args[0]), *args[1:]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_opcheck(family: str) -> None:
+    """torch's own checks of schema, autograd registration, shape-only kernel and tracing."""
+    for reduction in ("none", "mean"):
+        operator, args = recorded(family, reduction)
+        torch.library.opcheck(
+            operator,
+            tuple(args),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family", ["mse_loss", "binary_cross_entropy_with_logits-weight-pos_weight", "cross_entropy"]
+)
+def test_opcheck_of_dynamic_shapes(family: str) -> None:
+    operator, args = recorded(family)
+    torch.library.opcheck(operator, tuple(args), test_utils="test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_meta_tensors(family: str) -> None:
+    """The shape-only kernels give the shapes, dtypes and strides of the real ones."""
+    for reduction in REDUCTIONS:
+        operator, args = recorded(family, reduction)
+        real = operator(*args)
+        metas = [a.detach().to("meta") if isinstance(a, Tensor) else a for a in args]
+        for wanted in (False, True):
+            metas[0] = metas[0].detach().requires_grad_(wanted)
+            meta = operator(*metas)
+            assert meta.device.type == "meta"
+            assert (meta.shape, meta.dtype, meta.stride()) == (
+                real.shape,
+                real.dtype,
+                real.stride(),
+            )
+            if wanted:
+                meta.sum().backward()
+                assert metas[0].grad.shape == args[0].shape
+                assert metas[0].grad.dtype == args[0].dtype
+
+
+def test_the_operators_are_listed() -> None:
+    """Every operator has a schema that says what it writes."""
+    names = {name for name in torch._C._dispatch_get_all_op_names() if "fusedloss::" in name}
+    assert {"fusedloss::pointwise", "fusedloss::cross_entropy"} <= names
+    for name in names:
+        schema = getattr(torch.ops.fusedloss, name.split("::")[1]).default._schema
+        writes = any(a.alias_info and a.alias_info.is_write for a in schema.arguments)
+        assert writes == name.endswith("_"), str(schema)

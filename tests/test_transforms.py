@@ -1,0 +1,362 @@
+"""What wraps a call: functorch, forward-mode AD, subclasses, modes, autocast, tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedloss.functional as FL
+from cases import FAMILIES, LOSSES, Sample, at_shape
+from helpers import assert_same_error, draw_upstream, leaf, outcome, sample_truth, torch_loss
+
+SHAPE = (5, 7)
+TORCH_LOSSES = [loss for loss in LOSSES if loss != "log_loss"]
+# One family a loss, and those whose options take another way through the code.
+WRAPPED = [
+    *LOSSES,
+    "mse_loss-weight",
+    "huber_loss-delta2-weight",
+    "binary_cross_entropy-weight",
+    "binary_cross_entropy_with_logits-weight-pos_weight",
+    "cross_entropy-weight-smoothing-ignored",
+    "cross_entropy-probabilities-weight",
+    "log_loss-probabilities",
+]
+
+
+def both(
+    family: str, use: Callable[[Callable[..., Tensor], Sample], Any], **tolerance: Any
+) -> None:
+    """Ours and torch's give the same."""
+    case = at_shape(family, SHAPE)
+    sample = case.sample(torch.float64)
+    ours, our_error, _ = outcome(lambda: use(getattr(FL, case.loss), sample))
+    theirs, their_error, _ = outcome(lambda: use(torch_loss(case.loss), sample))
+    assert_same_error(our_error, their_error)
+    torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+@pytest.mark.parametrize("family", WRAPPED)
+def test_func_grad(family: str, backend: str) -> None:
+    both(
+        family,
+        lambda f, s: torch.func.grad_and_value(lambda x: 3 * f(x, s.target, **s.options))(s.input),
+    )
+
+
+@pytest.mark.parametrize("family", WRAPPED)
+def test_func_of_a_leaf_that_wants_a_gradient(family: str, backend: str) -> None:
+    both(
+        family,
+        lambda f, s: torch.func.grad(lambda x: f(x, s.target, **s.options))(leaf(s.input)).detach(),
+    )
+
+
+@pytest.mark.parametrize("with_target", [False, True])
+@pytest.mark.parametrize("family", WRAPPED)
+def test_vmap(family: str, with_target: bool, backend: str) -> None:
+    """Over rows of input alone, and over input and target."""
+
+    def use(f: Callable[..., Tensor], s: Sample) -> Tensor:
+        stacked = torch.stack([s.input, s.input.flip(0).contiguous()])
+        if with_target:
+            targets = torch.stack([s.target, s.target.flip(0)])
+            return torch.func.vmap(lambda x, y: f(x, y, **s.options))(stacked, targets)
+        return torch.func.vmap(lambda x: f(x, s.target, **s.options))(stacked)
+
+    both(family, use)
+
+
+@pytest.mark.parametrize("family", WRAPPED)
+def test_per_sample_gradients(family: str, backend: str) -> None:
+    def use(f: Callable[..., Tensor], s: Sample) -> Tensor:
+        stacked = torch.stack([s.input, s.input.flip(0).contiguous()])
+        return torch.func.vmap(torch.func.grad(lambda x: f(x, s.target, **s.options)))(stacked)
+
+    both(family, use)
+
+
+@pytest.mark.parametrize("family", WRAPPED)
+def test_jvp(family: str, backend: str) -> None:
+    def use(f: Callable[..., Tensor], s: Sample) -> Any:
+        tangent = draw_upstream(s.input.shape, s.input.dtype)
+        return torch.func.jvp(lambda x: f(x, s.target, **s.options), (s.input,), (tangent,))
+
+    both(family, use)
+
+
+@pytest.mark.parametrize("family", WRAPPED)
+def test_forward_mode(family: str, backend: str) -> None:
+    """A dual tensor, alone and where the input wants a gradient as well."""
+
+    def use(f: Callable[..., Tensor], s: Sample) -> Any:
+        results = []
+        for primal in (s.input, leaf(s.input)):
+            with forward_ad.dual_level():
+                tangent = draw_upstream(s.input.shape, s.input.dtype)
+                dual = forward_ad.make_dual(primal, tangent)
+                value = forward_ad.unpack_dual(f(dual, s.target, **s.options))
+                assert value.tangent is not None
+                results += [value.primal.detach(), value.tangent.detach()]
+        return results
+
+    both(family, use)
+
+
+@pytest.mark.parametrize("family", WRAPPED)
+def test_hessian(family: str, backend: str) -> None:
+    both(
+        family,
+        lambda f, s: torch.func.hessian(lambda x: f(x, s.target, **s.options))(s.input),
+    )
+
+
+@pytest.mark.parametrize("family", WRAPPED)
+def test_jacobian(family: str, backend: str) -> None:
+    def use(f: Callable[..., Tensor], s: Sample) -> Any:
+        return torch.autograd.functional.jacobian(
+            lambda x: f(x, s.target, reduction="none", **s.options), s.input, vectorize=True
+        )
+
+    both(family, use)
+
+
+@pytest.mark.parametrize("family", WRAPPED)
+def test_batched_gradients(family: str, backend: str) -> None:
+    """is_grads_batched: a vmap over the backward pass."""
+
+    def use(f: Callable[..., Tensor], s: Sample) -> Any:
+        input = leaf(s.input)
+        value = f(input, s.target, reduction="none", **s.options)
+        upstream = draw_upstream(torch.Size((3, *value.shape)), value.dtype)
+        return torch.autograd.grad(value, input, upstream, is_grads_batched=True)[0]
+
+    both(family, use)
+
+
+class Tagged(Tensor):
+    """A subclass that torch functions keep."""
+
+
+class Counting(Tensor):
+    """A subclass that sees the functions it is given to."""
+
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(getattr(func, "__name__", str(func)))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("which", ["input", "target", "both"])
+@pytest.mark.parametrize("family", WRAPPED)
+def test_subclass(family: str, which: str, backend: str) -> None:
+    def use(f: Callable[..., Tensor], s: Sample) -> Any:
+        input = s.input.as_subclass(Tagged) if which != "target" else s.input
+        target = s.target.as_subclass(Tagged) if which != "input" else s.target
+        input = input.detach().requires_grad_()
+        value = f(input, target, **s.options)
+        kind = type(value).__name__
+        (grad,) = torch.autograd.grad(value, input)
+        return {
+            "kind": len(kind),
+            "value": value.detach().as_subclass(Tensor),
+            "grad": grad.as_subclass(Tensor),
+        }
+
+    both(family, use)
+
+
+@pytest.mark.parametrize("loss", TORCH_LOSSES)
+def test_torch_function_protocol(loss: str, backend: str) -> None:
+    """A subclass's __torch_function__ is asked."""
+    Counting.seen.clear()
+    sample = at_shape(loss, SHAPE).sample(torch.float32)
+    value = getattr(FL, loss)(sample.input.as_subclass(Counting), sample.target)
+    assert isinstance(value, Counting)
+    assert Counting.seen
+
+
+class CountingMode(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += 1
+        return func(*args, **(kwargs or {}))
+
+
+class CountingDispatchMode(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [CountingMode, CountingDispatchMode])
+@pytest.mark.parametrize("family", WRAPPED)
+def test_modes(family: str, mode: Any, backend: str) -> None:
+    def use(f: Callable[..., Tensor], s: Sample) -> Any:
+        input = leaf(s.input)
+        with mode() as active:
+            value = f(input, s.target, **s.options)
+            (grad,) = torch.autograd.grad(value, input)
+        assert active.seen > 0
+        return value.detach(), grad
+
+    both(family, use)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_default_device_and_dtype(loss: str, backend: str) -> None:
+    """Global defaults change nothing about tensors that are given."""
+    before = torch.get_default_dtype()
+
+    def use(f: Callable[..., Tensor], s: Sample) -> Any:
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                input = leaf(s.input.float())
+                value = f(input, s.target.float() if s.target.is_floating_point() else s.target)
+                (grad,) = torch.autograd.grad(value, input, torch.ones_like(value))
+        finally:
+            torch.set_default_dtype(before)
+        return value.detach(), grad
+
+    both(loss, use)
+
+
+@pytest.mark.parametrize("family", WRAPPED)
+def test_parameter_as_input(family: str, backend: str) -> None:
+    def use(f: Callable[..., Tensor], s: Sample) -> Any:
+        parameter = torch.nn.Parameter(s.input.clone())
+        value = f(parameter, s.target, **s.options)
+        assert type(value) is Tensor
+        value.backward()
+        assert parameter.grad is not None and type(parameter.grad) is Tensor
+        return value.detach(), parameter.grad
+
+    both(family, use)
+
+
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", WRAPPED)
+def test_autocast(
+    family: str, dtype: torch.dtype, autocast_dtype: torch.dtype, backend: str
+) -> None:
+    """torch's result dtype, gradients in the input's, and no worse a value."""
+    case = at_shape(family, SHAPE)
+    sample = case.sample(dtype)
+
+    def run(function: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        input = leaf(sample.input)
+        with torch.autocast("cpu", dtype=autocast_dtype):
+            value = function(input, sample.target, **sample.options)
+        (grad,) = torch.autograd.grad(value, input)
+        return value.detach(), grad
+
+    ours, our_error, _ = outcome(lambda: run(getattr(FL, case.loss)))
+    theirs, their_error, _ = outcome(lambda: run(torch_loss(case.loss)))
+    assert type(our_error) is type(their_error), (our_error, their_error)
+    if their_error is not None:
+        return
+    if case.loss != "log_loss":
+        assert ours[0].dtype == theirs[0].dtype
+    assert ours[1].dtype == dtype
+    truth = sample_truth(case.loss, sample, "mean")
+    for mine, eager, right in (
+        (ours[0], theirs[0], truth.value),
+        (ours[1], theirs[1], truth.grad),
+    ):
+        floor = torch.finfo(mine.dtype).eps * right.abs().max()
+        error, allowed = (mine - right).abs().max(), (eager - right).abs().max()
+        assert error <= max(allowed, floor), f"off by {error:.3g}, torch by {allowed:.3g}"
+
+
+def test_autocast_cross_entropy_of_low_precision_logits(compiled: str) -> None:
+    """fp32 loss, gradient in the logits' dtype rounded once."""
+    sample = at_shape("cross_entropy", (33, 1000)).sample(torch.bfloat16)
+    input = leaf(sample.input)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = FL.cross_entropy(input, sample.target)
+    assert value.dtype == torch.float32
+    (grad,) = torch.autograd.grad(value, input, torch.tensor(1 / 3))
+    assert grad.dtype == torch.bfloat16
+    expected = sample_truth("cross_entropy", sample, "mean", torch.tensor(1 / 3))
+    torch.testing.assert_close(value.double(), expected.value, rtol=2e-6, atol=0)
+    allowed = expected.grad.abs() * 2**-8 + 1e-6 * expected.grad_scale
+    assert ((grad.double() - expected.grad).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("family", WRAPPED)
+def test_make_fx(family: str, backend: str) -> None:
+    """Traced with fake tensors, the graph computes the same."""
+    case = at_shape(family, SHAPE)
+    sample, other = case.sample(torch.float64), case.sample(torch.float64, seed=1)
+
+    def call(input: Tensor) -> Tensor:
+        return getattr(FL, case.loss)(input, sample.target, **sample.options)
+
+    for mode in ("real", "fake"):
+        traced = make_fx(call, tracing_mode=mode, _allow_non_fake_inputs=True)(sample.input)
+        torch.testing.assert_close(traced(other.input), call(other.input))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fake_tensors(family: str, backend: str) -> None:
+    """Shape, dtype, strides and device without numbers, forward and backward."""
+    case = FAMILIES[family][-3]
+    sample = case.sample(torch.bfloat16)
+    for reduction in ("none", "mean"):
+        input = leaf(sample.input)
+        value = getattr(FL, case.loss)(input, sample.target, reduction=reduction, **sample.options)
+        (grad,) = torch.autograd.grad(value.sum(), input)
+        with FakeTensorMode() as mode:
+            fakes = {
+                key: mode.from_tensor(v) if isinstance(v, Tensor) else v
+                for key, v in sample.options.items()
+            }
+            fake_input = mode.from_tensor(sample.input).requires_grad_()
+            fake = getattr(FL, case.loss)(
+                fake_input, mode.from_tensor(sample.target), reduction=reduction, **fakes
+            )
+            (fake_grad,) = torch.autograd.grad(fake.sum(), fake_input)
+        for real, unreal in ((value, fake), (grad, fake_grad)):
+            assert unreal.shape == real.shape and unreal.dtype == real.dtype
+            assert unreal.stride() == real.stride() and unreal.device == real.device
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES)
+def test_torch_compile(loss: str, backend: str) -> None:
+    """Inside torch.compile (without code generation): same value and gradient."""
+    torch._dynamo.reset()
+    case = at_shape(loss, (6, 35))
+    sample = case.sample(torch.float32)
+
+    def step(input: Tensor) -> Tensor:
+        return getattr(FL, loss)(input * 2, sample.target) * 3
+
+    results = []
+    sample.input.div_(2)
+    for function in (step, torch.compile(step, backend="aot_eager")):
+        input = leaf(sample.input)
+        value = function(input)
+        value.backward()
+        results.append((value.detach(), input.grad))
+    torch.testing.assert_close(*results)
