@@ -509,6 +509,9 @@ def _rows_obstacle(
         return f"a weight of shape {tuple(weight.shape)}"
     if type(ignore_index) is not int:
         return f"ignore_index {ignore_index!r}"
+    if len(shape) > 1 and shape[1] > 1 << 24:
+        # The engine compares classes as float32 numbers where they are not innermost.
+        return f"{shape[1]} classes"
     return None
 
 

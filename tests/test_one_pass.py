@@ -106,6 +106,42 @@ def test_bits_do_not_depend_on_history(loss: str, site: str, dtype: str) -> None
             assert_same_bits(step(call, sample, upstream), expected, f"{name}, then {upstream}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        "mse_loss-weight",
+        "binary_cross_entropy_with_logits-pos_weight",
+        "cross_entropy-probabilities",
+        "cross_entropy-weight-smoothing",
+        *LOSSES,
+    ],
+)
+def test_forward_and_backward_kernels_agree_on_special_numbers(family: str, dtype: str) -> None:
+    """nan, infinities and zeros in the input: the gradient of the forward pass is still that of
+    the backward pass, which a second backward shows."""
+    case = at_shape(family, (7, 67))
+    sample = case.sample(DTYPES[dtype])
+    if "entropy" in case.loss and "logits" not in case.loss and case.loss != "cross_entropy":
+        special = [0.0, 1.0, -0.0]  # probabilities
+    else:
+        special = [NAN, INF, -INF, 0.0, -0.0, 60_000.0]
+    for number in special:
+        for place in ((2, 5), (3,), (4, slice(1, None))):
+            input = sample.input.clone()
+            input[place] = number
+            input.requires_grad_()
+            for reduction in ("mean", "sum"):
+                value = getattr(FL, case.loss)(
+                    input, sample.target, reduction=reduction, **sample.options
+                )
+                first, second = (
+                    torch.autograd.grad(value, input, torch.ones_like(value), retain_graph=True)[0]
+                    for _ in range(2)
+                )
+                assert_same_bits(first, second, f"{number} at {place}, {reduction}")
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_history_of_other_data(loss: str) -> None:
     """What a site remembers is the upstream gradient, not a gradient."""

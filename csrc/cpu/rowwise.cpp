@@ -357,13 +357,13 @@ struct RowWalk {
   }
 };
 
-// Calls task(t) for every t, in parallel, and adds the results in order.
-template <class F>
-double sum_tasks(int64_t tasks, F&& task) {
-  if (tasks == 1) return task(0);
+// Sums task(walk, t) over every t, in parallel, a walk a thread; the sums are added in order.
+template <class Walk, class Make, class Task>
+double sum_tasks(int64_t tasks, Make&& make, Task&& task) {
   std::vector<double> sums(tasks);
   at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) sums[t] = task(t);
+    const std::unique_ptr<Walk> walk = make();
+    for (int64_t t = first; t < last; ++t) sums[t] = task(*walk, t);
   });
   double sum = 0;
   for (double s : sums) sum += s;
@@ -375,12 +375,14 @@ double by_row(const CrossEntropy& call) {
   const Problem<T> problem(call);
   const int64_t rows = call.outer * call.inner;
   const int64_t step = std::max<int64_t>(1, kTask / std::max<int64_t>(call.classes, 1));
-  return sum_tasks((rows + step - 1) / step, [&](int64_t task) {
-    RowWalk<T> walk(problem);
-    double sum = 0;
-    for (int64_t r = task * step; r < std::min(rows, (task + 1) * step); ++r) sum += walk.one(r);
-    return sum;
-  });
+  return sum_tasks<RowWalk<T>>(
+      (rows + step - 1) / step, [&] { return std::make_unique<RowWalk<T>>(problem); },
+      [&](RowWalk<T>& walk, int64_t task) {
+        const int64_t end = std::min(rows, (task + 1) * step);
+        double sum = 0;
+        for (int64_t row = task * step; row < end; ++row) sum += walk.one(row);
+        return sum;
+      });
 }
 
 // ---- class dimension not innermost: tiles of neighbouring rows ----------------------------------
@@ -394,59 +396,61 @@ struct TileWalk {
   const int64_t width;  // rows a full tile: a multiple of kLanes
   const CrossEntropy& call = problem.call;
 
-  // Logits, class by class; the target's is -inf; replaced by e^(x - max) and then the gradient.
-  std::vector<T> logits, wanted;
+  // e^(x - max), class by class, and 0 for the target; first the logits, where they do not lie in
+  // memory as T. Then the gradient, likewise.
+  std::vector<T> table, wanted;
+  std::vector<T> index;  // the target's class, as a number to compare with
   std::vector<T> top, sum, dot, mass, logit, weight, scale, losses;
   std::vector<double> wide;
+  const bool direct = is_dtype<T>(call.input.dtype) && call.input.inner == 1;
 
   TileWalk(const Problem<T>& p, int64_t w)
-      : problem(p), width(w), logits(call.classes * w), wanted(call.indices ? 0 : call.classes * w) {
-    for (auto* line : {&top, &sum, &dot, &mass, &logit, &weight, &scale, &losses}) {
+      : problem(p), width(w), table(call.classes * w), wanted(call.indices ? 0 : call.classes * w) {
+    for (auto* line : {&index, &top, &sum, &dot, &mass, &logit, &weight, &scale, &losses}) {
       line->resize(w, T(1));
     }
     wide.resize(w);
   }
 
-  static Vec<T> at(const std::vector<T>& line, int64_t i) { return Vec<T>::loadu(&line[i]); }
-  Vec<T> at(const std::vector<T>& table, int64_t c, int64_t i) const {
-    return Vec<T>::loadu(&table[c * width + i]);
-  }
-  template <class F>
-  void registers(F&& f) {
-    for (int64_t i = 0; i < width; i += kLanes) f(i);
-  }
+  static Vec<T> at(const T* line, int64_t i) { return Vec<T>::loadu(line + i); }
 
   static int64_t offset(const Rows& rows, int64_t o, int64_t c, int64_t begin) {
     return o * rows.outer + c * rows.classes + begin * rows.inner;
   }
 
   void read(const Rows& rows, int64_t o, int64_t begin, int64_t n, std::vector<T>& to) {
-    const int64_t reach = rows.inner == 1 ? n : 0;
     for (int64_t c = 0; c < call.classes; ++c) {
       T* line = &to[c * width];
-      const int64_t from = offset(rows, o, c, begin);
-      // The next tile's line.
-      prefetch(rows, from + n, reach);
-      widen(rows.dtype, rows.data, from, rows.inner, n, line);
+      widen(rows.dtype, rows.data, offset(rows, o, c, begin), rows.inner, n, line);
       std::fill(line + n, line + width, T(0));
     }
   }
 
-  // Sums f(c, i) over the classes: of many, kFlush at a time in T and these sums in double.
-  template <class F>
-  void accumulate(std::vector<T>& to, F&& f) {
-    if (call.classes > kFlush) std::fill(wide.begin(), wide.end(), 0.0);
+  // For each class c, f = make(c), and f(i) for each register of the tile's n rows. What f needs is
+  // found by make: in f's own loop every store of a register would have it loaded again.
+  template <class Make>
+  void for_classes(int64_t first, int64_t last, int64_t n, Make&& make) {
+    for (int64_t c = first; c < last; ++c) {
+      const auto f = make(c);
+      for (int64_t i = 0; i < n; i += kLanes) f(i);
+    }
+  }
+
+  // Sums f(i) of every class into to: of many, kFlush at a time in T and these sums in double.
+  template <class Make>
+  void accumulate(int64_t n, T* to, Make&& make) {
+    const bool many = call.classes > kFlush;
+    if (many) std::fill(wide.begin(), wide.end(), 0.0);
     for (int64_t first = 0; first < call.classes; first += kFlush) {
-      const int64_t last = std::min(call.classes, first + kFlush);
-      std::fill(to.begin(), to.end(), T(0));
-      for (int64_t c = first; c < last; ++c) {
-        registers([&](int64_t i) { (at(to, i) + f(c, i)).store(&to[i]); });
-      }
-      if (call.classes > kFlush) {
+      std::fill_n(to, width, T(0));
+      for_classes(first, std::min(call.classes, first + kFlush), n, [&](int64_t c) {
+        return [to, f = make(c)](int64_t i) { (at(to, i) + f(i)).store(to + i); };
+      });
+      if (many) {
         for (int64_t i = 0; i < width; ++i) wide[i] += to[i];
       }
     }
-    if (call.classes > kFlush) {
+    if (many) {
       for (int64_t i = 0; i < width; ++i) to[i] = static_cast<T>(wide[i]);
     }
   }
@@ -456,61 +460,73 @@ struct TileWalk {
 
   double one(int64_t o, int64_t begin, int64_t n) {
     const int64_t row0 = o * call.inner + begin;
-    read(call.input, o, begin, n, logits);
-    if (call.indices) {
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t t = target(row0 + i);
-        logit[i] = logits[t * width + i];
-        if (problem.weight) weight[i] = problem.weight[t];
-      }
-    } else {
+    if (!direct) read(call.input, o, begin, n, table);
+    const auto line = [&](int64_t c) -> const T* {
+      return direct ? static_cast<const T*>(call.input.data) + offset(call.input, o, c, begin)
+                    : &table[c * width];
+    };
+    if (!call.indices) {
       read(call.probabilities, o, begin, n, wanted);
       if (problem.weight || problem.smooth) {
-        for (int64_t c = 0; c < call.classes; ++c) {
-          const Vec<T> w(problem.class_weight(c));
-          registers([&](int64_t i) {
-            ((at(wanted, c, i) * Vec<T>(problem.keep) + Vec<T>(problem.spread)) * w)
-                .store(&wanted[c * width + i]);
-          });
-        }
+        for_classes(0, call.classes, n, [&](int64_t c) {
+          T* const q = &wanted[c * width];
+          const Vec<T> w(problem.class_weight(c)), keep(problem.keep), spread(problem.spread);
+          return [=](int64_t i) { ((at(q, i) * keep + spread) * w).store(q + i); };
+        });
       }
     }
+    T* const most = top.data();
     if (call.have_stats) {
       for (int k = 0; k < CrossEntropy::kStats; ++k) {
         std::copy_n(stats_of<T>(call, k, row0), n, kept(k).begin());
       }
     } else {
-      std::copy_n(logits.begin(), width, top.begin());
-      for (int64_t c = 1; c < call.classes; ++c) {
-        registers([&](int64_t i) { larger(at(top, i), at(logits, c, i)).store(&top[i]); });
-      }
+      std::fill_n(most, width, -std::numeric_limits<T>::infinity());
+      for_classes(0, call.classes, n, [&](int64_t c) {
+        return [=, x = line(c)](int64_t i) {
+          larger(load(x + i, n - i, T(0)), at(most, i)).store(most + i);
+        };
+      });
+    }
+    // Only now: a target's logit is in the cache, where max has been.
+    for (int64_t i = 0; call.indices && i < n; ++i) {
+      const int64_t t = target(row0 + i);
+      index[i] = static_cast<T>(t);
+      logit[i] = line(t)[i];
+      if (problem.weight) weight[i] = problem.weight[t];
+    }
+    if (!call.have_stats) {
       if (!call.indices) {
-        accumulate(mass, [&](int64_t c, int64_t i) { return at(wanted, c, i); });
-        accumulate(dot, [&](int64_t c, int64_t i) {
-          return at(wanted, c, i) * (at(logits, c, i) - at(top, i));
+        accumulate(n, mass.data(), [&](int64_t c) {
+          return [q = &wanted[c * width]](int64_t i) { return at(q, i); };
         });
-      } else if (problem.smooth) {
-        accumulate(dot, [&](int64_t c, int64_t i) {
-          return (at(logits, c, i) - at(top, i)) * Vec<T>(problem.class_weight(c));
+      }
+      if (!call.indices || problem.smooth) {
+        accumulate(n, dot.data(), [&](int64_t c) {
+          const T* const q = call.indices ? nullptr : &wanted[c * width];
+          return [=, x = line(c), w = Vec<T>(problem.class_weight(c))](int64_t i) {
+            return (load(x + i, n - i, T(0)) - at(most, i)) * (q ? at(q, i) : w);
+          };
         });
       }
     }
-    if (call.indices) {
-      for (int64_t i = 0; i < n; ++i) {
-        logits[target(row0 + i) * width + i] = -std::numeric_limits<T>::infinity();
-      }
-    }
-    const auto exponential = [&](int64_t c, int64_t i) {
-      const Vec<T> e = exp_nonpositive(at(logits, c, i) - at(top, i));
-      e.store(&logits[c * width + i]);
-      return e;
+    const auto exponential = [&](int64_t c) {
+      return [=, x = line(c), e_line = &table[c * width], is = call.indices ? index.data() : nullptr,
+              number = Vec<T>(static_cast<T>(c))](int64_t i) {
+        Vec<T> e = exp_nonpositive(load(x + i, n - i, T(0)) - at(most, i));
+        if (is) e = select(at(is, i) == number, Vec<T>(0), e);
+        e.store(e_line + i);
+        return e;
+      };
     };
     double loss_sum = 0;
     if (call.have_stats) {
-      for (int64_t c = 0; c < call.classes; ++c) registers([&](int64_t i) { exponential(c, i); });
+      for_classes(0, call.classes, n, exponential);
     } else {
-      accumulate(sum, exponential);
-      registers([&](int64_t i) { loss<Vec<T>>(problem, reduced(i)).store(&losses[i]); });
+      accumulate(n, sum.data(), exponential);
+      for (int64_t i = 0; i < n; i += kLanes) {
+        loss<Vec<T>>(problem, reduced(i)).store(&losses[i]);
+      }
       for (int64_t i = 0; i < n; ++i) {
         if (problem.ignored(row0 + i)) losses[i] = 0;
         loss_sum += losses[i];
@@ -527,52 +543,55 @@ struct TileWalk {
   std::vector<T>& kept(int k) { return k == 0 ? top : k == 1 ? sum : mass; }
 
   Reduced<Vec<T>> reduced(int64_t i) const {
-    return {at(top, i), at(sum, i), at(dot, i), at(mass, i), at(logit, i), at(weight, i)};
+    return {at(&top[0], i),  at(&sum[0], i),   at(&dot[0], i),
+            at(&mass[0], i), at(&logit[0], i), at(&weight[0], i)};
   }
 
   void write_gradient(int64_t o, int64_t begin, int64_t n) {
     const int64_t row0 = o * call.inner + begin;
     for (int64_t i = 0; i < n; ++i) scale[i] = static_cast<T>(problem.row_scale(row0 + i));
-    std::vector<T>& factor = sum;  // each takes its source's place
-    std::vector<T>& at_target = losses;
-    registers([&](int64_t i) {
-      const Slope<Vec<T>> s = slope(problem, reduced(i), at(scale, i));
-      s.factor.store(&factor[i]);
-      s.scale.store(&scale[i]);
-      s.at_target.store(&at_target[i]);
-    });
-    const cpu::Rows& out = call.gradient;
-    const bool direct = is_dtype<T>(out.dtype) && out.inner == 1;
-    T* const data = static_cast<T*>(const_cast<void*>(out.data));  // read where direct
-    for (int64_t c = 0; c < call.classes; ++c) {
-      const Vec<T> w(problem.class_weight(c));
-      T* const line = direct ? data + offset(out, o, c, begin) : &logits[c * width];
-      for (int64_t i = 0; i < n; i += kLanes) {
-        Vec<T> g = at(logits, c, i) * at(factor, i);
-        if (!call.indices) {
-          g = g - at(wanted, c, i) * at(scale, i);
-        } else if (problem.smooth) {
-          g = g - w * at(scale, i);
-        }
-        store(g, line + i, n - i);
-      }
+    T* const factor = sum.data();  // each takes its source's place
+    T* const at_target = losses.data();
+    T* const spread = scale.data();
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const Slope<Vec<T>> s = slope(problem, reduced(i), at(spread, i));
+      s.factor.store(factor + i);
+      s.scale.store(spread + i);
+      s.at_target.store(at_target + i);
     }
-    const auto element = [&](int64_t c, int64_t i) -> T& {
-      return direct ? data[offset(out, o, c, begin + i)] : logits[c * width + i];
+    const Rows& out = call.gradient;
+    T* const data = is_dtype<T>(out.dtype) && out.inner == 1
+                        ? static_cast<T*>(const_cast<void*>(out.data))
+                        : nullptr;
+    const auto line = [&](int64_t c) {
+      return data ? data + offset(out, o, c, begin) : &table[c * width];
     };
+    for_classes(0, call.classes, n, [&](int64_t c) {
+      const T* const q = call.indices ? nullptr : &wanted[c * width];
+      const T* const is = call.indices ? index.data() : nullptr;
+      const bool smooth = problem.smooth;
+      const Vec<T> w(problem.class_weight(c)), number(static_cast<T>(c));
+      return [=, e = &table[c * width], to = line(c)](int64_t i) {
+        Vec<T> g = at(e, i) * at(factor, i);
+        if (q) {
+          g = g - at(q, i) * at(spread, i);
+        } else {
+          if (smooth) g = g - w * at(spread, i);
+          g = select(at(is, i) == number, at(at_target, i), g);
+        }
+        store(g, to + i, n - i);
+      };
+    });
     if (call.indices) {
       for (int64_t i = 0; i < n; ++i) {
-        if (problem.ignored(row0 + i)) {
-          // Whatever its logits hold, nan included: 0.
-          for (int64_t c = 0; c < call.classes; ++c) element(c, i) = T(0);
-        } else {
-          element(call.indices[row0 + i], i) = at_target[i];
-        }
+        if (!problem.ignored(row0 + i)) continue;
+        // Whatever its logits hold, nan included: 0.
+        for (int64_t c = 0; c < call.classes; ++c) line(c)[i] = T(0);
       }
     }
-    if (direct) return;
+    if (data) return;
     for (int64_t c = 0; c < call.classes; ++c) {
-      narrow(&logits[c * width], n, out.dtype, const_cast<void*>(out.data),
+      narrow(&table[c * width], n, out.dtype, const_cast<void*>(out.data),
              offset(out, o, c, begin), out.inner);
     }
   }
@@ -582,23 +601,18 @@ template <class T>
 double by_tile(const CrossEntropy& call) {
   const Problem<T> problem(call);
   constexpr int64_t kLanes = Vec<T>::size();
-  // A tile of about 64 KiB, in the L2 cache; two cache lines of a class at least, or memory is read
-  // in scraps.
-  const int64_t fit = 65536 / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(call.classes, 1);
-  const int64_t width = std::clamp<int64_t>(fit / kLanes * kLanes, 32, 1024);
+  // A tile of about 128 KiB, well within the L2 cache. Long lines, since each starts a new stream
+  // from memory; two cache lines at least.
+  const int64_t fit =
+      131072 / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(call.classes, 1);
+  const int64_t width = std::clamp<int64_t>(fit / kLanes * kLanes, 32, 4096);
   const int64_t tiles = (call.inner + width - 1) / width;
-  // Tasks of several tiles share scratch; fixed, so that sums are the same for any thread count.
-  const int64_t all = call.outer * tiles;
-  const int64_t step = std::max<int64_t>(1, kTask / (width * std::max<int64_t>(call.classes, 1)));
-  return sum_tasks((all + step - 1) / step, [&](int64_t task) {
-    TileWalk<T> walk{problem, width};
-    double sum = 0;
-    for (int64_t t = task * step; t < std::min(all, (task + 1) * step); ++t) {
-      const int64_t first = t % tiles * width;
-      sum += walk.one(t / tiles, first, std::min(width, call.inner - first));
-    }
-    return sum;
-  });
+  return sum_tasks<TileWalk<T>>(
+      call.outer * tiles, [&] { return std::make_unique<TileWalk<T>>(problem, width); },
+      [&](TileWalk<T>& walk, int64_t task) {
+        const int64_t begin = task % tiles * width;
+        return walk.one(task / tiles, begin, std::min(width, call.inner - begin));
+      });
 }
 
 }  // namespace
