@@ -13,14 +13,14 @@ from tqdm import tqdm
 
 from . import memory, report
 from .cases import CASES, TABLES, Case
-from .measure import COMPILE_SECONDS, Row, Speed, describe
+from .measure import CASE_SECONDS, COMPILE_SECONDS, ENOUGH_ROUNDS, Row, Speed, describe
 
 ROUNDS, QUICK_ROUNDS = 15, 7
 QUICK_COMPILE_SECONDS = 30.0
 
 
 def run(cases: Sequence[Case], rounds: int, compile_seconds: float | None) -> list[Row]:
-    """Measure each case; one that fails says so in its own row."""
+    """Measure each case; one that fails says so in its own row. Ctrl-C ends with what is there."""
     speed = Speed(rounds, compile_seconds)
     rows = []
     progress = tqdm(cases, unit="case", disable=None)  # None: no bar where there is no terminal
@@ -28,6 +28,8 @@ def run(cases: Sequence[Case], rounds: int, compile_seconds: float | None) -> li
         progress.set_description(case.id)
         try:
             rows.append(memory.measure(case) if case.table == "memory" else speed(case))
+        except KeyboardInterrupt:
+            break
         except Exception as error:  # noqa: BLE001 - the other cases' results are kept
             problem = describe(error)
             rows.append(
@@ -67,7 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=report.RESULTS, metavar="DIR", help="default: bench/results/cpu"
     )
     parser.add_argument(
-        "--rounds", type=positive, metavar="N", help=f"default: {ROUNDS}, quick: {QUICK_ROUNDS}"
+        "--rounds",
+        type=positive,
+        metavar="N",
+        help=f"default: {ROUNDS}, quick: {QUICK_ROUNDS}; "
+        f"a case of more than {CASE_SECONDS:.0f} s stops at {ENOUGH_ROUNDS} or later",
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     arguments = parser.parse_args(argv)
@@ -89,9 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if about["caveat"]:
         print(f"{about['caveat']}\n")
     # A part never takes the place of the whole table.
-    stem = "speed" if len(cases) == len(CASES) else "speed-part"
+    stem = "speed" if len(rows) == len(CASES) else "speed-part"
     for path in report.write(rows, about, arguments.out, stem):
         print(f"wrote {path}")
+    if len(rows) < len(cases):
+        return 130  # as a shell says of an interrupted command
     return 1 if any({"ours", "unit"} & {*row.broken()} for row in rows) else 0
 
 

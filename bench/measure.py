@@ -31,6 +31,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-8}
 # Long enough a block for the clock, short enough that a round sees one state of the machine.
 BLOCK_SECONDS = 0.01
 
+# Past it, a case starts no further round, once it has enough of them for a median and a spread.
+CASE_SECONDS = 20.0
+ENOUGH_ROUNDS = 5
+
 # What all compiling of one run may take together; later cases then go without.
 COMPILE_SECONDS = 300.0
 
@@ -250,7 +254,10 @@ def interleave(
         number[name] = math.ceil(block_seconds / seconds)
     samples: dict[str, list[float]] = {name: [] for name in timers}
     order = list(timers)
-    for _ in range(rounds):
+    start = time.perf_counter()
+    for done in range(rounds):
+        if done >= ENOUGH_ROUNDS and time.perf_counter() - start > CASE_SECONDS:
+            break
         for name in order:
             samples[name].append(timers[name].timeit(number[name]).mean)
         order.append(order.pop(0))

@@ -177,7 +177,7 @@ def _pointwise(
 ) -> Tensor:
     """Runs a pointwise loss fused, or else ``torch_loss(*args)``."""
     if weight is None and pos_weight is None and not legacy and _plain_calls():
-        number = autograd.REDUCTIONS.get(reduction)
+        number = autograd.REDUCTIONS.get(reduction) if type(reduction) is str else None
         if number is not None:
             value = _C.pointwise(input, target, loss, parameter, number, prediction)
             if value is not None:
@@ -188,7 +188,7 @@ def _pointwise(
         dtype = _result_dtype(input, target, weight, pos_weight)
         if legacy:
             reason = "size_average or reduce is given"
-        elif reduction not in autograd.REDUCTIONS:
+        elif type(reduction) is not str or reduction not in autograd.REDUCTIONS:
             reason = f"reduction {reduction!r}"
         elif input.shape != target.shape:
             reason = f"shapes differ: {tuple(input.shape)} and {tuple(target.shape)}"
@@ -203,8 +203,9 @@ def _pointwise(
         _report(reason)
     if reason is not None:
         return torch_loss(*args)
+    assert isinstance(dtype, torch.dtype)
     return autograd.pointwise(
-        loss, input, target, weight, pos_weight, parameter, 0, reduction, dtype, prediction  # type: ignore[arg-type]
+        loss, input, target, weight, pos_weight, parameter, 0, reduction, dtype, prediction
     )
 
 
@@ -495,7 +496,7 @@ def _rows_obstacle(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: Any, reduction: str
 ) -> str | None:
     """Why a loss over a class dimension is not fused for these shapes and options."""
-    if reduction not in autograd.REDUCTIONS:
+    if type(reduction) is not str or reduction not in autograd.REDUCTIONS:
         return f"reduction {reduction!r}"
     if input.dim() == 0:
         return "input has no class dimension"
@@ -568,6 +569,7 @@ def _cross_entropy(
         and reduce is None
         and type(label_smoothing) is float
         and type(ignore_index) is int
+        and type(reduction) is str
         and _plain_calls()
     ):
         number = autograd.REDUCTIONS.get(reduction)
@@ -602,8 +604,9 @@ def _cross_entropy(
         # The engine walks the dimensions behind C as one; in channels_last they are.
         if not (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)):
             input = input.contiguous()
+    assert isinstance(dtype, torch.dtype)
     return autograd.cross_entropy(
-        input, target, weight, ignore_index, label_smoothing, reduction, dtype, prediction  # type: ignore[arg-type]
+        input, target, weight, ignore_index, label_smoothing, reduction, dtype, prediction
     )
 
 
@@ -664,7 +667,12 @@ def _log_loss(
     if weight is not None:
         weight = reference.class_weight(weight, input)
     eps = torch.finfo(input.dtype).eps
+    assert isinstance(dtype, torch.dtype)
+    # Elements that are added up to rows are rounded after that, once.
+    wide = torch.promote_types(dtype, torch.float32) if reduction == "none" else dtype
     loss = autograd.pointwise(
-        "log_loss", input, target, weight, None, eps, ignore_index, reduction, dtype, prediction  # type: ignore[arg-type]
+        "log_loss", input, target, weight, None, eps, ignore_index, reduction, wide, prediction
     )
-    return loss.sum(1 if input.dim() > 1 else 0) if reduction == "none" else loss
+    if reduction != "none":
+        return loss
+    return loss.sum(1 if input.dim() > 1 else 0).to(dtype)

@@ -57,6 +57,19 @@ def log_loss(
     return rows.sum() if reduction == "sum" else rows.mean()
 
 
+def log_loss_elements(
+    input: Tensor, target: Tensor, weight: Tensor | None, eps: float, ignore_index: int
+) -> Tensor:
+    """The terms of :func:`log_loss` before any sum, of input's shape; weight broadcasts to it."""
+    if not target.is_floating_point():
+        dim = 1 if input.dim() > 1 else 0
+        classes = torch.arange(input.shape[dim], device=input.device)
+        kept = target.masked_fill(target == ignore_index, -1).unsqueeze(dim)
+        target = (kept == classes.view(-1, *[1] * (input.dim() - dim - 1))).to(input.dtype)
+    terms = -target * input.clamp(eps, 1).log()
+    return terms if weight is None else terms * weight
+
+
 def class_weight(weight: Tensor, input: Tensor) -> Tensor:
     """A weight of shape (C), shaped to broadcast against ``input``."""
     return weight.view(-1, *[1] * (input.dim() - 2)) if input.dim() > 2 else weight
@@ -87,6 +100,8 @@ def pointwise(
             return huber_loss(input, target, delta=parameter, **options)
         case "binary_cross_entropy":
             return binary_cross_entropy(input, target, **options)
+        case "log_loss" if reduction == "none":
+            return log_loss_elements(input, target, weight, parameter, ignore_index)
         case "log_loss":
             if weight is not None:
                 options["weight"] = weight.reshape(-1)

@@ -219,6 +219,28 @@ def test_rounds_time_everyone_in_rotating_order():
     assert order == "abc" + "abc" + "bca" + "cab"
 
 
+def test_slow_case_stops_with_enough_rounds(monkeypatch):
+    monkeypatch.setattr(measure, "CASE_SECONDS", 0.0)
+    samples = measure.interleave({"a": lambda: None}, rounds=50)
+    assert len(samples["a"]) == measure.ENOUGH_ROUNDS
+
+
+def test_interrupted_run_keeps_what_it_has(run, monkeypatch, tmp_path):
+    inputs = Case.inputs
+
+    def interrupted(case):
+        if case.name == "l1":
+            raise KeyboardInterrupt
+        return inputs(case)
+
+    run("mse", "l1")
+    monkeypatch.setattr(Case, "inputs", interrupted)
+    status, *_ = run("mse", "l1", "ce")
+    assert status == 130
+    part = json.loads((tmp_path / "speed-part.json").read_text())
+    assert [row["case"] for row in part["rows"]] == ["mse"]
+
+
 def test_what_slows_a_whole_round_cancels():
     assert measure.quantiles([2, 30, 200, 14], [1, 15, 100, 7]) == (2, 2, 2)
 

@@ -483,7 +483,9 @@ struct TileWalk {
     } else {
       std::fill_n(most, width, -std::numeric_limits<T>::infinity());
       for_classes(0, call.classes, n, [&](int64_t c) {
-        return [=, x = line(c)](int64_t i) {
+        // The next class lies in another page: no hardware foresees it.
+        return [=, x = line(c), next = line(c + 1 < call.classes ? c + 1 : 0)](int64_t i) {
+          __builtin_prefetch(next + i, 0, 2);
           larger(load(x + i, n - i, T(0)), at(most, i)).store(most + i);
         };
       });

@@ -53,7 +53,7 @@ struct SmoothL1 : PointwiseLoss {
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T beta(parameter), half_beta(0.5 * parameter), one(1);
     const T d = x - y;
-    const T slope = between(ratio(d, beta, one / beta), -one, one);
+    const T slope = ratio(between(d, -beta, beta), beta, one / beta);
     return {slope * (d - half_beta * slope), slope};
   }
 };
@@ -83,15 +83,16 @@ struct BCE : PointwiseLoss {
   }
 };
 
-// log(1 + e^-|x|) + max(x, 0) - x y. The slope sigmoid(x) - y is formed from the smaller of
-// sigmoid(x) and 1 - sigmoid(x), so that a confident element keeps its digits.
+// log(1 + e^-|x|) + s x, s = -y where x < 0, else 1 - y. The slope sigmoid(x) - y is formed from the
+// smaller of sigmoid(x) and 1 - sigmoid(x), so that a confident element keeps its digits.
 struct BCEWithLogits : PointwiseLoss {
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T zero(0), one(1);
     const T e = exp_nonpositive(-abs(x));
     const T q = e / (one + e);
-    return {at_least(x, zero) - x * y + log1p_unit(e), select(x < zero, q - y, (one - y) - q)};
+    const T s = select(x < zero, -y, one - y);
+    return {log1p_unit(e) + s * x, s + select(x < zero, q, -q)};
   }
 };
 
