@@ -48,6 +48,15 @@ struct Saved : torch::CustomClassHolder {
   }
 };
 
+// Through the reference go create_graph, since its gradient has a graph itself, and batches of
+// upstream gradients (is_grads_batched), which the kernels do not take.
+bool needs_reference(const Tensor& grad_output) {
+  static const c10::DispatchKeySet wrappers({c10::DispatchKey::FuncTorchBatched,
+                                             c10::DispatchKey::FuncTorchGradWrapper,
+                                             c10::DispatchKey::Batched});
+  return at::GradMode::is_enabled() || grad_output.key_set().has_any(wrappers);
+}
+
 // ---- pointwise ----------------------------------------------------------------------------------
 
 struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
@@ -83,8 +92,7 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     const OptionalTensor weight = optional(inputs[2]), pos_weight = optional(inputs[3]);
     Saved& saved = Saved::of(ctx);
     variable_list gradients(10);
-    if (at::GradMode::is_enabled()) {
-      // create_graph: through the reference, whose gradient has a graph itself.
+    if (needs_reference(grad_outputs[0])) {
       static const auto op =
           find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                       const OptionalTensor&, std::string_view, double, int64_t, int64_t,
@@ -159,10 +167,10 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const OptionalTensor weight = optional(inputs[2]);
     Saved& saved = Saved::of(ctx);
     variable_list gradients(8);
-    if (at::GradMode::is_enabled()) {
-      static const auto op = find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&,
-                                         const OptionalTensor&, int64_t, double, int64_t,
-                                         at::ScalarType)>(
+    if (needs_reference(grad_outputs[0])) {
+      static const auto op =
+          find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                               int64_t, double, int64_t, at::ScalarType)>(
           "fusedloss::cross_entropy_reference_gradient");
       gradients[0] = op.call(grad_outputs[0], input, target, weight, saved.ignore_index,
                              saved.parameter, saved.reduction, saved.dtype);

@@ -5,6 +5,8 @@ The autograd Functions themselves are in csrc/autograd.cpp.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,16 @@ from . import backends, reference
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _REDUCTION_NAMES = {number: name for name, number in REDUCTIONS.items()}
+
+
+def _site(prediction: Tensor | None, loss: str, input: Tensor, reduction: int) -> Tensor:
+    """The prediction of a call: its own, or that of calls like it; traced, a new one."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return torch.tensor([1.0, 3.0], dtype=torch.float64, device=input.device)
+    if prediction is not None:
+        return prediction
+    shared: Tensor = _shared_prediction(loss, input, reduction)
+    return shared
 
 
 def pointwise(
@@ -26,12 +38,11 @@ def pointwise(
     dtype: torch.dtype,
     prediction: Tensor | None,
 ) -> Tensor:
-    """One fused pointwise call; without a prediction of its own, with that of calls like it."""
+    """One fused pointwise call."""
     number = REDUCTIONS[reduction]
-    if prediction is None:
-        prediction = _shared_prediction(loss, input, number)
+    site = _site(prediction, loss, input, number)
     value: Tensor = _pointwise(
-        input, target, weight, pos_weight, loss, parameter, ignore_index, number, dtype, prediction
+        input, target, weight, pos_weight, loss, parameter, ignore_index, number, dtype, site
     )
     return value
 
@@ -46,17 +57,24 @@ def cross_entropy(
     dtype: torch.dtype,
     prediction: Tensor | None,
 ) -> Tensor:
-    """One fused cross-entropy call; without a prediction of its own, with that of calls like it."""
+    """One fused cross-entropy call."""
     number = REDUCTIONS[reduction]
-    if prediction is None:
-        prediction = _shared_prediction("cross_entropy", input, number)
+    site = _site(prediction, "cross_entropy", input, number)
     value: Tensor = _cross_entropy(
-        input, target, weight, ignore_index, label_smoothing, number, dtype, prediction
+        input, target, weight, ignore_index, label_smoothing, number, dtype, site
     )
     return value
 
 
-# ---- create_graph=True ---------------------------------------------------------------------------
+# ---- create_graph=True, and batched upstream gradients ------------------------------------------
+
+
+def _reference_gradient(
+    loss: Callable[[], Tensor], input: Tensor, grad_output: Tensor, create_graph: bool
+) -> Tensor:
+    with torch.enable_grad():
+        value = loss()
+    return torch.autograd.grad(value, input, grad_output, create_graph=create_graph)[0]
 
 
 def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -75,14 +93,16 @@ def _pointwise_reference_gradient(
     reduction: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    value = reference.pointwise(
-        loss,
-        *(_cast(t, dtype) for t in (input, target, weight, pos_weight)),  # type: ignore[arg-type]
-        parameter,
-        ignore_index,
-        _REDUCTION_NAMES[reduction],
-    )
-    return torch.autograd.grad(value, input, grad_output, create_graph=True)[0]
+    def value() -> Tensor:
+        return reference.pointwise(
+            loss,
+            *(_cast(t, dtype) for t in (input, target, weight, pos_weight)),  # type: ignore[arg-type]
+            parameter,
+            ignore_index,
+            _REDUCTION_NAMES[reduction],
+        )
+
+    return _reference_gradient(value, input, grad_output, torch.is_grad_enabled())
 
 
 def _cross_entropy_reference_gradient(
@@ -95,13 +115,15 @@ def _cross_entropy_reference_gradient(
     reduction: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    value = reference.cross_entropy(
-        *(_cast(t, dtype) for t in (input, target, weight)),  # type: ignore[arg-type]
-        ignore_index=ignore_index,
-        reduction=_REDUCTION_NAMES[reduction],
-        label_smoothing=label_smoothing,
-    )
-    return torch.autograd.grad(value, input, grad_output, create_graph=True)[0]
+    def value() -> Tensor:
+        return reference.cross_entropy(
+            *(_cast(t, dtype) for t in (input, target, weight)),  # type: ignore[arg-type]
+            ignore_index=ignore_index,
+            reduction=_REDUCTION_NAMES[reduction],
+            label_smoothing=label_smoothing,
+        )
+
+    return _reference_gradient(value, input, grad_output, torch.is_grad_enabled())
 
 
 if backends.extension is not None:

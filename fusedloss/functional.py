@@ -194,6 +194,8 @@ def _pointwise(
             reason = f"shapes differ: {tuple(input.shape)} and {tuple(target.shape)}"
         elif isinstance(dtype, str):
             reason = dtype
+        elif weight is not None and not broadcast_weight and torch.is_autocast_enabled("cpu"):
+            reason = "autocast leaves a weighted regression loss in its inputs' dtype"
         else:
             for w in (weight, pos_weight):
                 if w is not None and w.shape != input.shape:
