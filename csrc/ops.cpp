@@ -28,6 +28,7 @@
 
 #include "cpu/kernels.h"
 #include "math/losses.h"
+#include "math/sum.h"
 #include "operators.h"
 
 namespace fusedloss {
@@ -252,10 +253,12 @@ Classes check_classes(const Tensor& target, int64_t classes, int64_t ignore_inde
       sums[c] = outside ? kOutOfRange : weight(begin, end);
     }
   });
+  Sum total;
   for (double sum : sums) {
     if (sum == kOutOfRange) throw_out_of_range(target, result.indices, classes, ignore_index);
-    result.weight_sum += sum;
+    total.add(sum);
   }
+  result.weight_sum = total.value();
   return result;
 }
 
@@ -269,9 +272,9 @@ Classes check_classes(const Tensor& target, int64_t classes, const Tensor& weigh
   const Tensor wide = weight.to(at::kDouble).contiguous();
   const double* w = wide.const_data_ptr<double>();
   return check_classes(target, classes, ignore_index, [=](const int64_t* t, const int64_t* end) {
-    double sum = 0;
-    for (; t != end; ++t) sum += *t == ignore_index ? 0 : w[*t];
-    return sum;
+    Sum sum;
+    for (; t != end; ++t) sum.add(*t == ignore_index ? 0 : w[*t]);
+    return sum.value();
   });
 }
 

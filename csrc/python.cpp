@@ -128,6 +128,12 @@ py::object cross_entropy(py::handle input_object, py::handle target_object,
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(value)));
 }
 
+#if defined(__clang__)
+constexpr const char* kCompiler = "clang " __clang_version__;
+#else
+constexpr const char* kCompiler = "gcc " __VERSION__;
+#endif
+
 py::dict build_info() {
   py::list capabilities;
   capabilities.append("DEFAULT");
@@ -140,7 +146,7 @@ py::dict build_info() {
   py::dict info;
   info["version"] = FUSEDLOSS_VERSION;
   info["torch"] = FUSEDLOSS_TORCH_VERSION;
-  info["compiler"] = __VERSION__;
+  info["compiler"] = kCompiler;
   info["cuda"] = false;
   info["cpu_capabilities"] = capabilities;
   info["cpu_capability"] = cpu_capability();

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../math/losses.h"
+#include "../math/sum.h"
 #include "staging.h"
 
 namespace fusedloss::cpu {
@@ -154,10 +155,12 @@ PointwiseResult run(const Pointwise& call) {
       in_unit[c] = ok;
     }
   });
+  Sum sum;
   for (int64_t c = 0; c < chunks; ++c) {
-    result.sum += sums[c];
+    sum.add(sums[c]);
     result.in_unit = result.in_unit && in_unit[c];
   }
+  result.sum = sum.value();
   return result;
 }
 

@@ -13,6 +13,7 @@
 #include <memory>
 #include <vector>
 
+#include "../math/sum.h"
 #include "staging.h"
 
 namespace fusedloss::cpu {
@@ -365,9 +366,9 @@ double sum_tasks(int64_t tasks, Make&& make, Task&& task) {
     const std::unique_ptr<Walk> walk = make();
     for (int64_t t = first; t < last; ++t) sums[t] = task(*walk, t);
   });
-  double sum = 0;
-  for (double s : sums) sum += s;
-  return sum;
+  Sum sum;
+  for (double s : sums) sum.add(s);
+  return sum.value();
 }
 
 template <class T>
@@ -379,9 +380,9 @@ double by_row(const CrossEntropy& call) {
       (rows + step - 1) / step, [&] { return std::make_unique<RowWalk<T>>(problem); },
       [&](RowWalk<T>& walk, int64_t task) {
         const int64_t end = std::min(rows, (task + 1) * step);
-        double sum = 0;
-        for (int64_t row = task * step; row < end; ++row) sum += walk.one(row);
-        return sum;
+        Sum sum;
+        for (int64_t row = task * step; row < end; ++row) sum.add(walk.one(row));
+        return sum.value();
       });
 }
 
@@ -391,7 +392,7 @@ double by_row(const CrossEntropy& call) {
 template <class T>
 struct TileWalk {
   static constexpr int64_t kLanes = Vec<T>::size();
-  static constexpr int64_t kFlush = 64;  // classes summed in T before they go to double
+  static constexpr int64_t kFlush = 8;  // classes summed in T before they go to double
   const Problem<T>& problem;
   const int64_t width;  // rows a full tile: a multiple of kLanes
   const CrossEntropy& call = problem.call;
@@ -521,7 +522,7 @@ struct TileWalk {
         return e;
       };
     };
-    double loss_sum = 0;
+    Sum sum_of_losses;
     if (call.have_stats) {
       for_classes(0, call.classes, n, exponential);
     } else {
@@ -531,7 +532,7 @@ struct TileWalk {
       }
       for (int64_t i = 0; i < n; ++i) {
         if (problem.ignored(row0 + i)) losses[i] = 0;
-        loss_sum += losses[i];
+        sum_of_losses.add(losses[i]);
       }
       for (int k = 0; k < CrossEntropy::kStats; ++k) {
         std::copy_n(kept(k).begin(), n, stats_of<T>(call, k, row0));
@@ -539,7 +540,7 @@ struct TileWalk {
       if (call.value) narrow(losses.data(), n, call.value_dtype, call.value, row0, 1);
     }
     if (call.gradient.data) write_gradient(o, begin, n);
-    return loss_sum;
+    return sum_of_losses.value();
   }
 
   std::vector<T>& kept(int k) { return k == 0 ? top : k == 1 ? sum : mass; }

@@ -71,7 +71,7 @@ struct Huber : PointwiseLoss {
 };
 
 // -(y log x + (1 - y) log(1 - x)), each logarithm at least -100, as in torch.
-// The slope (x - y) / (x (1 - x)) has its denominator bounded below by 1e-12.
+// The slope (x - y) / (x (1 - x)) has its denominator bounded below by 1e-12, a float in torch.
 struct BCE : PointwiseLoss {
   static constexpr bool kUnitInterval = true;
   template <class T>
@@ -79,7 +79,7 @@ struct BCE : PointwiseLoss {
     const T one(1), floor(-100);
     const T log_x = at_least(log(x), floor);
     const T log_1_x = at_least(log1p(-x), floor);
-    return {(y - one) * log_1_x - y * log_x, (x - y) / at_least((one - x) * x, T(1e-12))};
+    return {(y - one) * log_1_x - y * log_x, (x - y) / at_least((one - x) * x, T(1e-12f))};
   }
 };
 
