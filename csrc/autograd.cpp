@@ -1,7 +1,7 @@
 // The autograd Functions behind the differentiable operators: pointwise losses, and cross-entropy.
 //
-// The forward pass writes the gradient already, for a predicted upstream gradient. Backward hands it
-// over where the prediction was right, and has the same kernel compute it from the saved inputs
+// The forward pass writes the gradient already, for a predicted upstream gradient. Backward hands
+// it over where the prediction was right, and has the same kernel compute it from the saved inputs
 // where it was not: the gradient that a caller sees is the same, bit for bit, either way.
 //
 // In C++, since a Python Function costs as much as a whole step of a small eager loss.
@@ -26,9 +26,9 @@ Tensor or_undefined(const OptionalTensor& t) { return t.value_or(Tensor()); }
 struct Saved : torch::CustomClassHolder {
   Tensor gradient;  // leaves with the first backward: autograd is its only owner then
   Tensor scales, prediction;
-  Tensor stats;                    // cross-entropy
-  std::string loss;                // pointwise
-  double parameter = 0;            // of the loss, or label_smoothing
+  Tensor stats;          // cross-entropy
+  std::string loss;      // pointwise
+  double parameter = 0;  // of the loss, or label_smoothing
   int64_t ignore_index = 0, reduction = 0;
   at::ScalarType dtype = at::kFloat;
 
@@ -42,7 +42,8 @@ struct Saved : torch::CustomClassHolder {
   }
   // The buffer that forward filled, or, in a second backward, a fresh one.
   Tensor take_gradient(const Tensor& input, bool& fresh) {
-    static const auto empty_gradient = find_operator<Tensor(const Tensor&)>("fusedloss::empty_gradient");
+    static const auto empty_gradient =
+        find_operator<Tensor(const Tensor&)>("fusedloss::empty_gradient");
     fresh = !gradient.defined();
     return fresh ? empty_gradient.call(input) : std::move(gradient);
   }
@@ -64,11 +65,10 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
                         const OptionalTensor& weight, const OptionalTensor& pos_weight,
                         std::string_view loss, double parameter, int64_t ignore_index,
                         int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
-    static const auto op =
-        find_operator<std::tuple<Tensor, Tensor, Tensor>(
-            const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-            std::string_view, double, int64_t, int64_t, at::ScalarType, const Tensor&)>(
-            "fusedloss::pointwise_forward");
+    static const auto op = find_operator<std::tuple<Tensor, Tensor, Tensor>(
+        const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+        std::string_view, double, int64_t, int64_t, at::ScalarType, const Tensor&)>(
+        "fusedloss::pointwise_forward");
     at::AutoDispatchBelowADInplaceOrView below;
     auto [value, gradient, scales] = op.call(input, target, weight, pos_weight, loss, parameter,
                                              ignore_index, reduction, dtype, prediction);
@@ -95,16 +95,16 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     if (needs_reference(grad_outputs[0])) {
       static const auto op =
           find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                      const OptionalTensor&, std::string_view, double, int64_t, int64_t,
-                      at::ScalarType)>("fusedloss::pointwise_reference_gradient");
+                               const OptionalTensor&, std::string_view, double, int64_t, int64_t,
+                               at::ScalarType)>("fusedloss::pointwise_reference_gradient");
       gradients[0] = op.call(grad_outputs[0], input, target, weight, pos_weight, saved.loss,
                              saved.parameter, saved.ignore_index, saved.reduction, saved.dtype);
       return gradients;
     }
-    static const auto op =
-        find_operator<void(const Tensor&, const Tensor&, const Tensor&, bool, const Tensor&, const Tensor&,
-                  const OptionalTensor&, const OptionalTensor&, std::string_view, double, int64_t,
-                  int64_t, at::ScalarType, const Tensor&)>("fusedloss::pointwise_backward_");
+    static const auto op = find_operator<void(
+        const Tensor&, const Tensor&, const Tensor&, bool, const Tensor&, const Tensor&,
+        const OptionalTensor&, const OptionalTensor&, std::string_view, double, int64_t, int64_t,
+        at::ScalarType, const Tensor&)>("fusedloss::pointwise_backward_");
     bool fresh;
     gradients[0] = saved.take_gradient(input, fresh);
     op.call(gradients[0], grad_outputs[0], saved.scales, fresh, input, target, weight, pos_weight,
@@ -127,11 +127,10 @@ Tensor pointwise(const Tensor& input, const Tensor& target, const OptionalTensor
     return PointwiseFunction::apply(input, target, weight, pos_weight, loss, parameter,
                                     ignore_index, reduction, dtype, prediction);
   }
-  static const auto op =
-      find_operator<PointwiseSignature>("fusedloss::pointwise");
+  static const auto op = find_operator<PointwiseSignature>("fusedloss::pointwise");
   at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(input, target, weight, pos_weight, loss, parameter, ignore_index, reduction,
-                 dtype, prediction);
+  return op.call(input, target, weight, pos_weight, loss, parameter, ignore_index, reduction, dtype,
+                 prediction);
 }
 
 // ---- cross-entropy ------------------------------------------------------------------------------
@@ -140,13 +139,12 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target,
                         const OptionalTensor& weight, int64_t ignore_index, double label_smoothing,
                         int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
-    static const auto op =
-        find_operator<std::tuple<Tensor, Tensor, Tensor, Tensor>(
-            const Tensor&, const Tensor&, const OptionalTensor&, int64_t, double, int64_t,
-            at::ScalarType, const Tensor&)>("fusedloss::cross_entropy_forward");
+    static const auto op = find_operator<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+        const Tensor&, const Tensor&, const OptionalTensor&, int64_t, double, int64_t,
+        at::ScalarType, const Tensor&)>("fusedloss::cross_entropy_forward");
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [value, gradient, scales, stats] = op.call(input, target, weight, ignore_index,
-                                                    label_smoothing, reduction, dtype, prediction);
+    auto [value, gradient, scales, stats] =
+        op.call(input, target, weight, ignore_index, label_smoothing, reduction, dtype, prediction);
     ctx->save_for_backward({input, target, or_undefined(weight)});
     auto* saved = new Saved;
     saved->gradient = std::move(gradient);
@@ -171,15 +169,16 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
       static const auto op =
           find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                                int64_t, double, int64_t, at::ScalarType)>(
-          "fusedloss::cross_entropy_reference_gradient");
+              "fusedloss::cross_entropy_reference_gradient");
       gradients[0] = op.call(grad_outputs[0], input, target, weight, saved.ignore_index,
                              saved.parameter, saved.reduction, saved.dtype);
       return gradients;
     }
     static const auto op =
-        find_operator<void(const Tensor&, const Tensor&, const Tensor&, bool, const Tensor&, const Tensor&,
-                  const Tensor&, const OptionalTensor&, int64_t, double, int64_t, at::ScalarType,
-                  const Tensor&)>("fusedloss::cross_entropy_backward_");
+        find_operator<void(const Tensor&, const Tensor&, const Tensor&, bool, const Tensor&,
+                           const Tensor&, const Tensor&, const OptionalTensor&, int64_t, double,
+                           int64_t, at::ScalarType, const Tensor&)>(
+            "fusedloss::cross_entropy_backward_");
     bool fresh;
     gradients[0] = saved.take_gradient(input, fresh);
     op.call(gradients[0], grad_outputs[0], saved.scales, fresh, saved.stats, input, target, weight,
@@ -195,8 +194,7 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTe
     return CrossEntropyFunction::apply(input, target, weight, ignore_index, label_smoothing,
                                        reduction, dtype, prediction);
   }
-  static const auto op =
-      find_operator<CrossEntropySignature>("fusedloss::cross_entropy");
+  static const auto op = find_operator<CrossEntropySignature>("fusedloss::cross_entropy");
   at::AutoDispatchBelowADInplaceOrView below;
   return op.call(input, target, weight, ignore_index, label_smoothing, reduction, dtype,
                  prediction);

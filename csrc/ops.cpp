@@ -63,19 +63,22 @@ auto dispatch(const Call& call, Default by_default, [[maybe_unused]] AVX2 by_avx
               [[maybe_unused]] AVX512 by_avx512) {
   switch (capability()) {
 #if defined(FUSEDLOSS_BUILT_AVX512)
-    case Capability::kAVX512: return by_avx512()(call);
+    case Capability::kAVX512:
+      return by_avx512()(call);
 #endif
 #if defined(FUSEDLOSS_BUILT_AVX2)
-    case Capability::kAVX2: return by_avx2()(call);
+    case Capability::kAVX2:
+      return by_avx2()(call);
 #endif
-    default: return by_default()(call);
+    default:
+      return by_default()(call);
   }
 }
 
 // Lambdas, so that a capability that was not built is never named at link time.
-#define FUSEDLOSS_DISPATCH(KERNEL, CALL)                                                   \
-  dispatch(                                                                                \
-      CALL, [] { return &cpu::DEFAULT::KERNEL; }, FUSEDLOSS_IF_AVX2(&cpu::AVX2::KERNEL),   \
+#define FUSEDLOSS_DISPATCH(KERNEL, CALL)                                                 \
+  dispatch(                                                                              \
+      CALL, [] { return &cpu::DEFAULT::KERNEL; }, FUSEDLOSS_IF_AVX2(&cpu::AVX2::KERNEL), \
       FUSEDLOSS_IF_AVX512(&cpu::AVX512::KERNEL))
 #if defined(FUSEDLOSS_BUILT_AVX2)
 #define FUSEDLOSS_IF_AVX2(F) [] { return F; }
@@ -92,12 +95,18 @@ auto dispatch(const Call& call, Default by_default, [[maybe_unused]] AVX2 by_avx
 
 cpu::DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kDouble: return cpu::DType::kFloat64;
-    case at::kFloat: return cpu::DType::kFloat32;
-    case at::kBFloat16: return cpu::DType::kBFloat16;
-    case at::kHalf: return cpu::DType::kFloat16;
-    case at::kLong: return cpu::DType::kInt64;
-    default: TORCH_CHECK_TYPE(false, "fusedloss: dtype ", t.scalar_type(), " is not supported");
+    case at::kDouble:
+      return cpu::DType::kFloat64;
+    case at::kFloat:
+      return cpu::DType::kFloat32;
+    case at::kBFloat16:
+      return cpu::DType::kBFloat16;
+    case at::kHalf:
+      return cpu::DType::kFloat16;
+    case at::kLong:
+      return cpu::DType::kInt64;
+    default:
+      TORCH_CHECK_TYPE(false, "fusedloss: dtype ", t.scalar_type(), " is not supported");
   }
 }
 
@@ -109,9 +118,7 @@ Tensor empty_dense_like(const Tensor& input, at::ScalarType dtype) {
                         input.is_non_overlapping_and_dense() ? at::MemoryFormat::Preserve
                                                              : at::MemoryFormat::Contiguous);
 }
-Tensor empty_gradient(const Tensor& input) {
-  return empty_dense_like(input, input.scalar_type());
-}
+Tensor empty_gradient(const Tensor& input) { return empty_dense_like(input, input.scalar_type()); }
 
 // Page faults are half of the time it takes to fill a large fresh tensor; huge pages make 512 times
 // fewer of them.
@@ -141,19 +148,30 @@ std::string element_name(const char* tensor, at::IntArrayRef sizes, int64_t line
 
 double scalar(const Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kDouble: return *t.const_data_ptr<double>();
-    case at::kFloat: return *t.const_data_ptr<float>();
-    case at::kBFloat16: return *t.const_data_ptr<at::BFloat16>();
-    default: return *t.const_data_ptr<at::Half>();
+    case at::kDouble:
+      return *t.const_data_ptr<double>();
+    case at::kFloat:
+      return *t.const_data_ptr<float>();
+    case at::kBFloat16:
+      return *t.const_data_ptr<at::BFloat16>();
+    default:
+      return *t.const_data_ptr<at::Half>();
   }
 }
 
 void set_scalar(const Tensor& t, double value) {
   switch (t.scalar_type()) {
-    case at::kDouble: *t.mutable_data_ptr<double>() = value; break;
-    case at::kFloat: *t.mutable_data_ptr<float>() = static_cast<float>(value); break;
-    case at::kBFloat16: *t.mutable_data_ptr<at::BFloat16>() = static_cast<float>(value); break;
-    default: *t.mutable_data_ptr<at::Half>() = static_cast<float>(value);
+    case at::kDouble:
+      *t.mutable_data_ptr<double>() = value;
+      break;
+    case at::kFloat:
+      *t.mutable_data_ptr<float>() = static_cast<float>(value);
+      break;
+    case at::kBFloat16:
+      *t.mutable_data_ptr<at::BFloat16>() = static_cast<float>(value);
+      break;
+    default:
+      *t.mutable_data_ptr<at::Half>() = static_cast<float>(value);
   }
 }
 
@@ -166,9 +184,7 @@ constexpr double kConfident = 2, kMostConfident = 3;
 constexpr double kNotWritten = std::numeric_limits<double>::quiet_NaN();
 
 double load(double* p) { return std::atomic_ref<double>(*p).load(std::memory_order_relaxed); }
-void store(double* p, double v) {
-  std::atomic_ref<double>(*p).store(v, std::memory_order_relaxed);
-}
+void store(double* p, double v) { std::atomic_ref<double>(*p).store(v, std::memory_order_relaxed); }
 
 bool same(double a, double b) { return a == b && std::signbit(a) == std::signbit(b); }
 
@@ -247,8 +263,8 @@ Classes check_classes(const Tensor& target, int64_t classes, int64_t ignore_inde
       const int64_t *begin = index + c * kChunk, *end = index + std::min(n, (c + 1) * kChunk);
       int64_t outside = 0;
       for (const int64_t* t = begin; t != end; ++t) {
-        outside += (static_cast<uint64_t>(*t) >= static_cast<uint64_t>(classes)) &
-                   (*t != ignore_index);
+        outside +=
+            (static_cast<uint64_t>(*t) >= static_cast<uint64_t>(classes)) & (*t != ignore_index);
       }
       sums[c] = outside ? kOutOfRange : weight(begin, end);
     }
@@ -316,8 +332,8 @@ struct PointwiseCall {
     if (classes) {
       const int64_t dim = class_dim(input);
       const Classes checked =
-          check_classes(target, input.size(dim),
-                        present(weight) ? weight->reshape({-1}) : Tensor(), ignore_index);
+          check_classes(target, input.size(dim), present(weight) ? weight->reshape({-1}) : Tensor(),
+                        ignore_index);
       class_weight_sum = checked.weight_sum;
       // -1 is no class, whatever number ignore_index is.
       target = checked.indices.masked_fill(checked.indices.eq(ignore_index), -1)
@@ -334,8 +350,8 @@ struct PointwiseCall {
     tensors[2] = expand(weight);
     tensors[3] = expand(pos_weight);
     tensors[4] = expand(upstream);
-    std::array<cpu::Operand*, 5> operands{&call.input, &call.target, &call.weight,
-                                          &call.pos_weight, &call.upstream};
+    std::array<cpu::Operand*, 5> operands{&call.input, &call.target, &call.weight, &call.pos_weight,
+                                          &call.upstream};
     bool flat = !classes;
     for (size_t k = 0; k < tensors.size(); ++k) {
       if (!tensors[k]) continue;
@@ -353,9 +369,8 @@ struct PointwiseCall {
     std::vector<int64_t> order(input.dim());
     std::iota(order.begin(), order.end(), 0);
     if (input.is_non_overlapping_and_dense()) {
-      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-        return input.stride(a) > input.stride(b);
-      });
+      std::stable_sort(order.begin(), order.end(),
+                       [&](int64_t a, int64_t b) { return input.stride(a) > input.stride(b); });
     }
     cpu::Space& space = call.space;
     for (int64_t d : order) {
@@ -364,8 +379,7 @@ struct PointwiseCall {
       const int last = space.dims - 1;
       bool joins = last >= 0 && classes < 0;
       for (size_t k = 0; joins && k < tensors.size(); ++k) {
-        joins = !tensors[k] ||
-                operands[k]->strides[last] == tensors[k]->stride(d) * input.size(d);
+        joins = !tensors[k] || operands[k]->strides[last] == tensors[k]->stride(d) * input.size(d);
       }
       if (!joins) {
         TORCH_CHECK(space.dims < cpu::kMaxDims, "fusedloss: over ", cpu::kMaxDims,
@@ -401,7 +415,8 @@ struct PointwiseCall {
         if (target.scalar_type() == at::kLong) return class_weight_sum;
         return static_cast<double>(input.numel()) /
                static_cast<double>(input.size(class_dim(input)));
-      case Mean::kElements: break;
+      case Mean::kElements:
+        break;
     }
     return static_cast<double>(input.numel());
   }
@@ -438,8 +453,8 @@ Tensor pointwise(const Tensor& input, const Tensor& target, const OptionalTensor
 
 std::tuple<Tensor, Tensor, Tensor> pointwise_forward(
     const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-    const OptionalTensor& pos_weight, std::string_view loss, double parameter,
-    int64_t ignore_index, int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
+    const OptionalTensor& pos_weight, std::string_view loss, double parameter, int64_t ignore_index,
+    int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
   PointwiseCall p(input, target, weight, pos_weight, {}, loss, parameter, ignore_index, dtype);
   const double normalizer = p.normalizer(reduction, weight);
   const double upstream = predict(prediction);
@@ -467,8 +482,9 @@ void pointwise_backward_(const Tensor& gradient, const Tensor& grad_output, cons
     learn(prediction, upstream);
     if (!fresh && same(scale[0], upstream)) return;
   }
-  PointwiseCall p(input, target, weight, pos_weight, each ? OptionalTensor(grad_output) : std::nullopt,
-                  loss, parameter, ignore_index, dtype);
+  PointwiseCall p(input, target, weight, pos_weight,
+                  each ? OptionalTensor(grad_output) : std::nullopt, loss, parameter, ignore_index,
+                  dtype);
   advise_huge_pages(gradient);
   p.call.gradient = gradient.mutable_data_ptr();
   p.call.gradient_dtype = dtype_of(gradient);
@@ -524,9 +540,8 @@ struct CrossEntropyCall {
       call.weight_sum = static_cast<double>(call.classes);
     }
     // A gradient has its input's strides, or is row-major where input is not dense.
-    call.by_row = call.classes == 1 ||
-                  (call.input.classes == 1 &&
-                   (call.inner == 1 || input.is_non_overlapping_and_dense()));
+    call.by_row = call.classes == 1 || (call.input.classes == 1 &&
+                                        (call.inner == 1 || input.is_non_overlapping_and_dense()));
     if (!call.by_row && call.inner == 1) {
       // A transposed matrix: its rows lie side by side.
       swapped = true;
@@ -582,8 +597,8 @@ Tensor empty_stats(const Tensor& input, at::ScalarType dtype) {
                           input.options().dtype(dtype == at::kDouble ? at::kDouble : at::kFloat));
 }
 
-Tensor write_loss(CrossEntropyCall& p, const Tensor& input, int64_t reduction,
-                  at::ScalarType dtype, double normalizer, const Tensor& stats) {
+Tensor write_loss(CrossEntropyCall& p, const Tensor& input, int64_t reduction, at::ScalarType dtype,
+                  double normalizer, const Tensor& stats) {
   Tensor value = empty_rows(input, reduction, dtype);
   p.call.stats = stats.mutable_data_ptr();
   if (reduction == at::Reduction::None) {
@@ -637,7 +652,8 @@ void cross_entropy_backward_(const Tensor& gradient, const Tensor& grad_output,
   CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype);
   p.call.stats = stats.mutable_data_ptr();
   p.call.have_stats = true;
-  if (each) p.call.upstream = p.hold(grad_output.to(stats.scalar_type()).contiguous()).const_data_ptr();
+  if (each)
+    p.call.upstream = p.hold(grad_output.to(stats.scalar_type()).contiguous()).const_data_ptr();
   advise_huge_pages(gradient);
   p.want_gradient(gradient, upstream / scale[1]);
   p.run();
@@ -645,19 +661,19 @@ void cross_entropy_backward_(const Tensor& gradient, const Tensor& grad_output,
 
 // ---- shape-only kernels -------------------------------------------------------------------------
 
-Tensor meta_scales(const Tensor& like) {
-  return at::empty({2}, like.options().dtype(at::kDouble));
-}
+Tensor meta_scales(const Tensor& like) { return at::empty({2}, like.options().dtype(at::kDouble)); }
 
 Tensor pointwise_meta(const Tensor& input, const Tensor&, const OptionalTensor&,
-                            const OptionalTensor&, std::string_view, double, int64_t,
-                      int64_t reduction, at::ScalarType dtype, const Tensor&) {
+                      const OptionalTensor&, std::string_view, double, int64_t, int64_t reduction,
+                      at::ScalarType dtype, const Tensor&) {
   return empty_loss(input, reduction, dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor> pointwise_forward_meta(
-    const Tensor& input, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-    std::string_view, double, int64_t, int64_t reduction, at::ScalarType dtype, const Tensor&) {
+std::tuple<Tensor, Tensor, Tensor> pointwise_forward_meta(const Tensor& input, const Tensor&,
+                                                          const OptionalTensor&,
+                                                          const OptionalTensor&, std::string_view,
+                                                          double, int64_t, int64_t reduction,
+                                                          at::ScalarType dtype, const Tensor&) {
   return {empty_loss(input, reduction, dtype), empty_gradient(input), meta_scales(input)};
 }
 
@@ -692,28 +708,30 @@ void cross_entropy_backward_meta_(const Tensor&, const Tensor&, const Tensor&, b
 TORCH_LIBRARY(fusedloss, m) {
   // Differentiable in input; the kernels behind Autograd compute the value only.
   m.def(
-      "pointwise(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
-      FUSEDLOSS_POINTWISE_OPTIONS ", Tensor prediction) -> Tensor");
+      "pointwise(Tensor input, Tensor target, Tensor? weight, Tensor? "
+      "pos_weight, " FUSEDLOSS_POINTWISE_OPTIONS ", Tensor prediction) -> Tensor");
   m.def(
-      "cross_entropy(Tensor input, Tensor target, Tensor? weight, "
-      FUSEDLOSS_CROSS_ENTROPY_OPTIONS ", Tensor prediction) -> Tensor");
+      "cross_entropy(Tensor input, Tensor target, Tensor? weight, " FUSEDLOSS_CROSS_ENTROPY_OPTIONS
+      ", Tensor prediction) -> Tensor");
 
   m.def(
-      "pointwise_forward(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
-      FUSEDLOSS_POINTWISE_OPTIONS ", Tensor prediction) -> "
+      "pointwise_forward(Tensor input, Tensor target, Tensor? weight, Tensor? "
+      "pos_weight, " FUSEDLOSS_POINTWISE_OPTIONS
+      ", Tensor prediction) -> "
       "(Tensor loss, Tensor gradient, Tensor scales)");
   m.def(
       "pointwise_backward_(Tensor(a!) gradient, Tensor grad_output, Tensor scales, bool fresh, "
-      "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
-      FUSEDLOSS_POINTWISE_OPTIONS ", Tensor(b!) prediction) -> ()");
+      "Tensor input, Tensor target, Tensor? weight, Tensor? "
+      "pos_weight, " FUSEDLOSS_POINTWISE_OPTIONS ", Tensor(b!) prediction) -> ()");
   m.def(
-      "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, "
-      FUSEDLOSS_CROSS_ENTROPY_OPTIONS ", Tensor prediction) -> "
+      "cross_entropy_forward(Tensor input, Tensor target, Tensor? "
+      "weight, " FUSEDLOSS_CROSS_ENTROPY_OPTIONS
+      ", Tensor prediction) -> "
       "(Tensor loss, Tensor gradient, Tensor scales, Tensor stats)");
   m.def(
       "cross_entropy_backward_(Tensor(a!) gradient, Tensor grad_output, Tensor scales, bool fresh, "
-      "Tensor stats, Tensor input, Tensor target, Tensor? weight, "
-      FUSEDLOSS_CROSS_ENTROPY_OPTIONS ", Tensor(b!) prediction) -> ()");
+      "Tensor stats, Tensor input, Tensor target, Tensor? weight, " FUSEDLOSS_CROSS_ENTROPY_OPTIONS
+      ", Tensor(b!) prediction) -> ()");
   m.def("empty_gradient(Tensor input) -> Tensor");
 
   // Gradients that have a graph themselves: written in Python, by fusedloss/autograd.py.
@@ -725,10 +743,10 @@ TORCH_LIBRARY(fusedloss, m) {
       "Tensor? weight, " FUSEDLOSS_CROSS_ENTROPY_OPTIONS ") -> Tensor");
 }
 
-#define FUSEDLOSS_REGISTER(M, SUFFIX)                                  \
-  M.impl("pointwise", &pointwise##SUFFIX);                             \
-  M.impl("pointwise_forward", &pointwise_forward##SUFFIX);             \
-  M.impl("cross_entropy", &cross_entropy##SUFFIX);                     \
+#define FUSEDLOSS_REGISTER(M, SUFFIX)                      \
+  M.impl("pointwise", &pointwise##SUFFIX);                 \
+  M.impl("pointwise_forward", &pointwise_forward##SUFFIX); \
+  M.impl("cross_entropy", &cross_entropy##SUFFIX);         \
   M.impl("cross_entropy_forward", &cross_entropy_forward##SUFFIX);
 
 TORCH_LIBRARY_IMPL(fusedloss, CompositeExplicitAutograd, m) {

@@ -3,8 +3,8 @@
 // The operators are reached as torch.ops.fusedloss.* too, by tracing for one; the short way saves a
 // small call what that costs: boxed arguments, and the checks of its tensors made one by one in
 // Python. It takes plain calls only, and answers None to any other.
-#include <ATen/autocast_mode.h>
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/Reduction.h>
 #include <ATen/ops/tensor.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -43,8 +43,7 @@ Tensor shared_prediction(std::string_view loss, const Tensor& input, int64_t red
 
 Tensor prediction_or_shared(py::handle own, std::string_view loss, const Tensor& input,
                             int64_t reduction) {
-  return own.is_none() ? shared_prediction(loss, input, reduction)
-                       : THPVariable_Unpack(own.ptr());
+  return own.is_none() ? shared_prediction(loss, input, reduction) : THPVariable_Unpack(own.ptr());
 }
 
 // ---- plain calls --------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ The autograd Functions themselves are in csrc/autograd.cpp.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,8 +78,8 @@ def _reference_gradient(
     return torch.autograd.grad(value, input, grad_output, create_graph=create_graph)[0]
 
 
-def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if t is None else t.to(dtype) if t.is_floating_point() else t
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype) if t.is_floating_point() else t
 
 
 def _pointwise_reference_gradient(
@@ -96,7 +97,10 @@ def _pointwise_reference_gradient(
     def value() -> Tensor:
         return reference.pointwise(
             loss,
-            *(_cast(t, dtype) for t in (input, target, weight, pos_weight)),  # type: ignore[arg-type]
+            _cast(input, dtype),
+            _cast(target, dtype),
+            None if weight is None else _cast(weight, dtype),
+            None if pos_weight is None else _cast(pos_weight, dtype),
             parameter,
             ignore_index,
             _REDUCTION_NAMES[reduction],
@@ -117,7 +121,9 @@ def _cross_entropy_reference_gradient(
 ) -> Tensor:
     def value() -> Tensor:
         return reference.cross_entropy(
-            *(_cast(t, dtype) for t in (input, target, weight)),  # type: ignore[arg-type]
+            _cast(input, dtype),
+            _cast(target, dtype),
+            None if weight is None else _cast(weight, dtype),
             ignore_index=ignore_index,
             reduction=_REDUCTION_NAMES[reduction],
             label_smoothing=label_smoothing,
@@ -130,8 +136,10 @@ if backends.extension is not None:
     _shared_prediction = backends.extension.shared_prediction
     _pointwise = torch.ops.fusedloss.pointwise.default
     _cross_entropy = torch.ops.fusedloss.cross_entropy.default
-    for name, implementation in {
-        "pointwise_reference_gradient": _pointwise_reference_gradient,
-        "cross_entropy_reference_gradient": _cross_entropy_reference_gradient,
-    }.items():
-        torch.library.impl(f"fusedloss::{name}", "CompositeImplicitAutograd")(implementation)
+    _torch_library: Any = torch.library  # untyped in some of the releases
+    _library = _torch_library.Library("fusedloss", "IMPL")
+    for _name, _implementation in (
+        ("pointwise_reference_gradient", _pointwise_reference_gradient),
+        ("cross_entropy_reference_gradient", _cross_entropy_reference_gradient),
+    ):
+        _library.impl(_name, _implementation, "CompositeImplicitAutograd")

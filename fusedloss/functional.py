@@ -137,9 +137,7 @@ def _result_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype | str:
     # Under autocast torch computes every loss in float32; ours reads the tensors as they are.
     if torch.is_autocast_enabled("cpu") and dtype is not torch.float64:
         for other in others:
-            if other is not None and (
-                other.dtype not in _DTYPES or other.dtype is torch.float64
-            ):
+            if other is not None and (other.dtype not in _DTYPES or other.dtype is torch.float64):
                 return f"dtypes {dtype} and {other.dtype} under autocast"
         return torch.float32
     for other in others:
@@ -198,9 +196,12 @@ def _pointwise(
             reason = "autocast leaves a weighted regression loss in its inputs' dtype"
         else:
             for w in (weight, pos_weight):
-                if w is not None and w.shape != input.shape:
-                    if not broadcast_weight or not _broadcasts_to(w, input):
-                        reason = f"a weight of shape {tuple(w.shape)}"
+                if (
+                    w is not None
+                    and w.shape != input.shape
+                    and not (broadcast_weight and _broadcasts_to(w, input))
+                ):
+                    reason = f"a weight of shape {tuple(w.shape)}"
     if _explaining is not None:
         _report(reason)
     if reason is not None:
@@ -602,10 +603,12 @@ def _cross_entropy(
         return reference.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
-    if input.dim() > 3 and not input.is_contiguous():
-        # The engine walks the dimensions behind C as one; in channels_last they are.
-        if not (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)):
-            input = input.contiguous()
+    # The engine walks the dimensions behind C as one; in channels_last they are.
+    if input.dim() > 3 and not (
+        input.is_contiguous()
+        or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last))
+    ):
+        input = input.contiguous()
     assert isinstance(dtype, torch.dtype)
     return autograd.cross_entropy(
         input, target, weight, ignore_index, label_smoothing, reduction, dtype, prediction

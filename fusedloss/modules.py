@@ -42,9 +42,7 @@ class MSELoss(_Predicting, nn.MSELoss):
     """:class:`torch.nn.MSELoss`, fused; see :func:`fusedloss.functional.mse_loss`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F._mse_loss(
-            input, target, None, None, self.reduction, None, self._prediction(input)
-        )
+        return F._mse_loss(input, target, None, None, self.reduction, None, self._prediction(input))
 
 
 class L1Loss(_Predicting, nn.L1Loss):
@@ -122,7 +120,6 @@ class CrossEntropyLoss(_Predicting, nn.CrossEntropyLoss):
 class LogLoss(_Predicting):
     """Multi-class log loss of probabilities; see :func:`fusedloss.functional.log_loss`."""
 
-    __constants__ = ["reduction", "ignore_index"]
     weight: Tensor | None
 
     def __init__(

@@ -7,6 +7,7 @@ kernel does not cover comes here, with PyTorch's result.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ mse_loss = F.mse_loss
 l1_loss = F.l1_loss
 mae_loss = F.l1_loss
 smooth_l1_loss = F.smooth_l1_loss
-huber_loss = F.huber_loss
+huber_loss: Callable[..., Tensor] = F.huber_loss  # its stub lacks weight
 binary_cross_entropy = F.binary_cross_entropy
 binary_cross_entropy_with_logits = F.binary_cross_entropy_with_logits
 cross_entropy = F.cross_entropy
@@ -107,6 +108,4 @@ def pointwise(
                 options["weight"] = weight.reshape(-1)
             return log_loss(input, target, ignore_index=ignore_index, **options)
         case _:
-            return binary_cross_entropy_with_logits(
-                input, target, pos_weight=pos_weight, **options
-            )
+            return binary_cross_entropy_with_logits(input, target, pos_weight=pos_weight, **options)

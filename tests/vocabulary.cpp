@@ -3,8 +3,8 @@
 //
 //   vocabulary POINTS
 //
-// walks about POINTS floats of each function's domain, evenly by bit pattern (each float where the
-// domain has fewer than 2 POINTS), and prints a line: function, error, argument, result.
+// walks about POINTS floats of each function's domain, evenly by bit pattern, always with its ends,
+// zeros, subnormals and nan, and prints a line: function, error, argument, result.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -59,7 +59,8 @@ struct Worst {
     };
 
     const int64_t first = key_of(low), last = key_of(high);
-    const int64_t stride = std::max<int64_t>((last - first) / points, 1) | 1;
+    // Odd, so that the mantissas differ from one power of two to the next.
+    const int64_t stride = ((last - first) / points) | 1;
     for (int64_t key = first; key <= last; key += stride) visit(float_of(key));
     for (float magnitude : {0.0f, Limits::denorm_min(), 0x1.fffffcp-127f, Limits::min(), 1.0f}) {
       for (float special : {-magnitude, magnitude}) {
@@ -88,8 +89,8 @@ void measure(const char* name, float low, float high, int64_t points, Function f
 
 int main(int argc, char** argv) {
   const int64_t points = argc == 2 ? std::atoll(argv[1]) : 0;
-  if (points < 1) {
-    std::fprintf(stderr, "usage: vocabulary POINTS\n");
+  if (points < 1000) {
+    std::fprintf(stderr, "usage: vocabulary POINTS, at least 1000\n");
     return 2;
   }
   measure(
@@ -106,14 +107,19 @@ int main(int argc, char** argv) {
       "log1p_unit", 0, 1, points, [](Floats x) { return fusedloss::log1p_unit(x); },
       [](double x) { return std::log1p(x); });
 
-  // x / beta is taken where |x| <= beta.
+  // x / beta is taken where |x| <= beta. Where |x| < 2^-100 the correction can underflow.
   const std::initializer_list<float> betas = {1e-6f, 0.01f, 0.1f, 1.0f / 9, 0.7f, 1, 1.35f, 1e4f};
-  Worst ratio;
+  const int64_t share = points / static_cast<int64_t>(betas.size());
+  Worst ratio, ratio_tiny;
   for (float beta : betas) {
-    ratio.walk(
-        -beta, beta, std::max<int64_t>(points / static_cast<int64_t>(betas.size()), 1),
-        [=](Floats x) { return fusedloss::ratio(x, Floats(beta), Floats(1 / beta)); },
-        [=](double x) { return x / beta; });
+    const auto function = [=](Floats x) {
+      return fusedloss::ratio(x, Floats(beta), Floats(1 / beta));
+    };
+    const auto truth = [=](double x) { return x / beta; };
+    ratio.walk(-beta, -0x1p-100f, share, function, truth);
+    ratio.walk(0x1p-100f, beta, share, function, truth);
+    ratio_tiny.walk(-0x1p-100f, 0x1p-100f, share, function, truth);
   }
   ratio.print("ratio");
+  ratio_tiny.print("ratio_tiny");
 }

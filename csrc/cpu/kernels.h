@@ -47,8 +47,8 @@ struct Pointwise {
 };
 
 struct PointwiseResult {
-  double sum = 0;        // of value * weight, in an order that no thread count changes
-  bool in_unit = true;   // false: a loss of kUnitInterval met an element outside [0, 1], or nan
+  double sum = 0;       // of value * weight, in an order that no thread count changes
+  bool in_unit = true;  // false: a loss of kUnitInterval met an element outside [0, 1], or nan
 };
 
 // A tensor of (outer, classes, inner), strides in elements. Its rows are the outer * inner vectors
@@ -88,9 +88,9 @@ struct CrossEntropy {
 };
 
 // Compiled once for each capability from the same files.
-#define FUSEDLOSS_DECLARE_KERNELS(CAPABILITY)         \
-  namespace CAPABILITY {                              \
-  PointwiseResult pointwise(const Pointwise& call);   \
+#define FUSEDLOSS_DECLARE_KERNELS(CAPABILITY)                                       \
+  namespace CAPABILITY {                                                            \
+  PointwiseResult pointwise(const Pointwise& call);                                 \
   double cross_entropy(const CrossEntropy& call); /* the sum of the rows' losses */ \
   }
 FUSEDLOSS_DECLARE_KERNELS(DEFAULT)

@@ -72,8 +72,10 @@ FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, T scale, int64_t i, 
   }
 }
 
+// By value: what a store might have changed would be loaded, and worked out, again for each
+// register.
 template <class Loss, bool kSum, bool kValue, bool kGradient, bool kFactor, class T>
-double block(const Loss& loss, const Run<T>& run, T scale, int64_t n, bool& in_unit) {
+double block(Loss loss, Run<T> run, T scale, int64_t n, bool& in_unit) {
   constexpr int64_t kLanes = Vec<T>::size();
   Vec<T> sums[kUnroll];
   for (Vec<T>& sum : sums) sum = Vec<T>(0);
@@ -113,8 +115,12 @@ double chunk(const Pointwise& call, const Loss& loss, int64_t begin, int64_t end
     const auto staged = [&](const Operand& op, T* scratch) -> const T* {
       return op.data ? stage(op, call.space, i, n, scratch) : nullptr;
     };
-    Run<T> run{staged(call.input, input), staged(call.target, target),
-               staged(call.pos_weight, pos_weight), nullptr, value, gradient};
+    Run<T> run{staged(call.input, input),
+               staged(call.target, target),
+               staged(call.pos_weight, pos_weight),
+               nullptr,
+               value,
+               gradient};
     if constexpr (kFactor) {
       run.factor = staged(call.weight, weight);
       if (const T* u = staged(call.upstream, upstream)) {
@@ -130,7 +136,8 @@ double chunk(const Pointwise& call, const Loss& loss, int64_t begin, int64_t end
     sum += block<Loss, kSum, kValue, kGradient, kFactor>(loss, run, static_cast<T>(call.scale), n,
                                                          in_unit);
     if (kValue && !value_direct) narrow(value, n, call.value_dtype, call.value, i, 1);
-    if (kGradient && !gradient_direct) narrow(gradient, n, call.gradient_dtype, call.gradient, i, 1);
+    if (kGradient && !gradient_direct)
+      narrow(gradient, n, call.gradient_dtype, call.gradient, i, 1);
   }
   return sum;
 }
@@ -141,8 +148,8 @@ PointwiseResult run(const Pointwise& call) {
   PointwiseResult result;
   const int64_t chunks = (call.numel + kChunk - 1) / kChunk;
   if (chunks == 1) {
-    result.sum = chunk<Loss, kSum, kValue, kGradient, kFactor, T>(call, loss, 0, call.numel,
-                                                                  result.in_unit);
+    result.sum =
+        chunk<Loss, kSum, kValue, kGradient, kFactor, T>(call, loss, 0, call.numel, result.in_unit);
     return result;
   }
   std::vector<double> sums(chunks);

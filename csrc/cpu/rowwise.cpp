@@ -23,7 +23,8 @@ namespace {
 constexpr int64_t kTask = 32768;  // elements a task, at least: ATen's own grain
 constexpr int64_t kBlock = 1024;  // elements of a row at a time
 
-// ---- what both walks share: the formulas ---------------------------------------------------------
+// ---- what both walks share: the formulas
+// ---------------------------------------------------------
 
 template <class T>
 struct Problem {
@@ -40,9 +41,7 @@ struct Problem {
         spread(static_cast<T>(c.label_smoothing / static_cast<double>(c.classes))),
         smooth(c.label_smoothing != 0) {}
 
-  bool ignored(int64_t row) const {
-    return call.indices && call.indices[row] == call.ignore_index;
-  }
+  bool ignored(int64_t row) const { return call.indices && call.indices[row] == call.ignore_index; }
   T class_weight(int64_t c) const { return weight ? weight[c] : T(1); }
   double row_scale(int64_t row) const {
     return call.upstream ? call.scale * double(static_cast<const T*>(call.upstream)[row])
@@ -182,7 +181,8 @@ void add_exponentials(const T* x, int64_t n, T& top, double& sum, T* keep) {
   }
   // All -inf so far, or nan, which is told from it by their sum.
   if (top == -std::numeric_limits<T>::infinity()) {
-    for (int64_t i = 0; i < n; ++i) sum += x[i] == x[i] ? 0 : std::numeric_limits<double>::quiet_NaN();
+    for (int64_t i = 0; i < n; ++i)
+      sum += x[i] == x[i] ? 0 : std::numeric_limits<double>::quiet_NaN();
     if (keep) std::fill(keep, keep + n, std::numeric_limits<T>::quiet_NaN());
     return;
   }
@@ -272,13 +272,13 @@ struct RowWalk {
     }
     dot -= (call.indices ? call.weight_sum : mass_sum) * (double(top) - double(origin));
     // Rounded as stats will hold them: a later gradient has these bits.
-    return {top, static_cast<double>(static_cast<T>(sum)), dot,
-            static_cast<double>(static_cast<T>(mass_sum)), logit,
-            problem.class_weight(std::max<int64_t>(target, 0))};
+    return {top,   static_cast<double>(static_cast<T>(sum)),
+            dot,   static_cast<double>(static_cast<T>(mass_sum)),
+            logit, problem.class_weight(std::max<int64_t>(target, 0))};
   }
 
-  void write_gradient(int64_t row, const Reduced<double>& reduced, bool have_kept,
-                      int64_t offset, int64_t target_offset, int64_t out_offset, int64_t target) {
+  void write_gradient(int64_t row, const Reduced<double>& reduced, bool have_kept, int64_t offset,
+                      int64_t target_offset, int64_t out_offset, int64_t target) {
     const Slope<double> s = slope(problem, reduced, problem.row_scale(row));
     const Vec<T> top(reduced.max), factor(s.factor), scale(s.scale);
     const bool direct = is_dtype<T>(call.gradient.dtype);
@@ -337,8 +337,8 @@ struct RowWalk {
         *mass_sum = stats_of<T>(call, 2, row);
       Reduced<double> reduced;
       if (call.have_stats) {
-        reduced = {*top, *sum, 0, *mass_sum, logit,
-                   problem.class_weight(std::max<int64_t>(target, 0))};
+        reduced = {*top,      *sum,  0,
+                   *mass_sum, logit, problem.class_weight(std::max<int64_t>(target, 0))};
       } else {
         reduced = reduce(offset, target_offset, target, logit);
         value = static_cast<T>(loss(problem, reduced));
@@ -376,14 +376,15 @@ double by_row(const CrossEntropy& call) {
   const Problem<T> problem(call);
   const int64_t rows = call.outer * call.inner;
   const int64_t step = std::max<int64_t>(1, kTask / std::max<int64_t>(call.classes, 1));
-  return sum_tasks<RowWalk<T>>(
-      (rows + step - 1) / step, [&] { return std::make_unique<RowWalk<T>>(problem); },
-      [&](RowWalk<T>& walk, int64_t task) {
-        const int64_t end = std::min(rows, (task + 1) * step);
-        Sum sum;
-        for (int64_t row = task * step; row < end; ++row) sum.add(walk.one(row));
-        return sum.value();
-      });
+  return sum_tasks<RowWalk<T>>((rows + step - 1) / step,
+                               [&] { return std::make_unique<RowWalk<T>>(problem); },
+                               [&](RowWalk<T>& walk, int64_t task) {
+                                 const int64_t end = std::min(rows, (task + 1) * step);
+                                 Sum sum;
+                                 for (int64_t row = task * step; row < end; ++row)
+                                   sum.add(walk.one(row));
+                                 return sum.value();
+                               });
 }
 
 // ---- class dimension not innermost: tiles of neighbouring rows ----------------------------------
@@ -514,13 +515,14 @@ struct TileWalk {
       }
     }
     const auto exponential = [&](int64_t c) {
-      return [=, x = line(c), e_line = &table[c * width], is = call.indices ? index.data() : nullptr,
-              number = Vec<T>(static_cast<T>(c))](int64_t i) {
-        Vec<T> e = exp_nonpositive(load(x + i, n - i, T(0)) - at(most, i));
-        if (is) e = select(at(is, i) == number, Vec<T>(0), e);
-        e.store(e_line + i);
-        return e;
-      };
+      return
+          [=, x = line(c), e_line = &table[c * width], is = call.indices ? index.data() : nullptr,
+           number = Vec<T>(static_cast<T>(c))](int64_t i) {
+            Vec<T> e = exp_nonpositive(load(x + i, n - i, T(0)) - at(most, i));
+            if (is) e = select(at(is, i) == number, Vec<T>(0), e);
+            e.store(e_line + i);
+            return e;
+          };
     };
     Sum sum_of_losses;
     if (call.have_stats) {
@@ -594,8 +596,8 @@ struct TileWalk {
     }
     if (data) return;
     for (int64_t c = 0; c < call.classes; ++c) {
-      narrow(&table[c * width], n, out.dtype, const_cast<void*>(out.data),
-             offset(out, o, c, begin), out.inner);
+      narrow(&table[c * width], n, out.dtype, const_cast<void*>(out.data), offset(out, o, c, begin),
+             out.inner);
     }
   }
 };
@@ -606,8 +608,7 @@ double by_tile(const CrossEntropy& call) {
   constexpr int64_t kLanes = Vec<T>::size();
   // A tile of about 128 KiB, well within the L2 cache. Long lines, since each starts a new stream
   // from memory; two cache lines at least.
-  const int64_t fit =
-      131072 / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(call.classes, 1);
+  const int64_t fit = 131072 / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(call.classes, 1);
   const int64_t width = std::clamp<int64_t>(fit / kLanes * kLanes, 32, 4096);
   const int64_t tiles = (call.inner + width - 1) / width;
   return sum_tasks<TileWalk<T>>(

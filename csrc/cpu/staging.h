@@ -19,11 +19,16 @@ namespace CPU_CAPABILITY {
 template <class F>
 inline void with_type(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::kFloat64: return f(double{});
-    case DType::kFloat32: return f(float{});
-    case DType::kBFloat16: return f(c10::BFloat16{});
-    case DType::kFloat16: return f(c10::Half{});
-    case DType::kInt64: return f(int64_t{});
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(c10::BFloat16{});
+    case DType::kFloat16:
+      return f(c10::Half{});
+    case DType::kInt64:
+      return f(int64_t{});
   }
 }
 
@@ -88,8 +93,8 @@ inline void narrow(const T* in, int64_t n, D* out, int64_t stride) {
 }
 
 template <class T>
-[[gnu::noinline]] void widen(DType dtype, const void* data, int64_t offset, int64_t stride, int64_t n,
-                  T* out) {
+[[gnu::noinline]] void widen(DType dtype, const void* data, int64_t offset, int64_t stride,
+                             int64_t n, T* out) {
   with_type(dtype, [&](auto tag) {
     widen(static_cast<const decltype(tag)*>(data) + offset, stride, n, out);
   });
@@ -97,7 +102,7 @@ template <class T>
 
 template <class T>
 [[gnu::noinline]] void narrow(const T* in, int64_t n, DType dtype, void* data, int64_t offset,
-                   int64_t stride) {
+                              int64_t stride) {
   with_type(dtype,
             [&](auto tag) { narrow(in, n, static_cast<decltype(tag)*>(data) + offset, stride); });
 }
@@ -106,7 +111,7 @@ template <class T>
 // else in scratch.
 template <class T>
 [[gnu::noinline]] const T* stage(const Operand& op, const Space& space, int64_t begin, int64_t n,
-                      T* scratch) {
+                                 T* scratch) {
   if (op.contiguous) {
     if (is_dtype<T>(op.dtype)) return static_cast<const T*>(op.data) + begin;
     widen(op.dtype, op.data, begin, 1, n, scratch);

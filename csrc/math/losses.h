@@ -46,8 +46,8 @@ struct L1 : PointwiseLoss {
   }
 };
 
-// d^2 / (2 beta) where |d| < beta, else |d| - beta / 2, with d = x - y: both are s (d - beta s / 2),
-// s the slope. beta in [1e-30, 1e30].
+// d^2 / (2 beta) where |d| < beta, else |d| - beta / 2, with d = x - y: both are s (d - beta s /
+// 2), s the slope. beta in [1e-30, 1e30].
 struct SmoothL1 : PointwiseLoss {
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
@@ -83,8 +83,8 @@ struct BCE : PointwiseLoss {
   }
 };
 
-// log(1 + e^-|x|) + s x, s = -y where x < 0, else 1 - y. The slope sigmoid(x) - y is formed from the
-// smaller of sigmoid(x) and 1 - sigmoid(x), so that a confident element keeps its digits.
+// log(1 + e^-|x|) + s x, s = -y where x < 0, else 1 - y. The slope sigmoid(x) - y is formed from
+// the smaller of sigmoid(x) and 1 - sigmoid(x), so that a confident element keeps its digits.
 struct BCEWithLogits : PointwiseLoss {
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
@@ -122,13 +122,13 @@ struct LogLoss : PointwiseLoss {
 };
 
 // Every pointwise loss: the name an operator takes, and its struct.
-#define FUSEDLOSS_POINTWISE_LOSSES(X)                     \
-  X("mse_loss", MSE)                                      \
-  X("l1_loss", L1)                                        \
-  X("smooth_l1_loss", SmoothL1)                           \
-  X("huber_loss", Huber)                                  \
-  X("binary_cross_entropy", BCE)                          \
-  X("binary_cross_entropy_with_logits", BCEWithLogits)    \
+#define FUSEDLOSS_POINTWISE_LOSSES(X)                                      \
+  X("mse_loss", MSE)                                                       \
+  X("l1_loss", L1)                                                         \
+  X("smooth_l1_loss", SmoothL1)                                            \
+  X("huber_loss", Huber)                                                   \
+  X("binary_cross_entropy", BCE)                                           \
+  X("binary_cross_entropy_with_logits", BCEWithLogits)                     \
   X("binary_cross_entropy_with_logits_pos_weight", BCEWithLogitsPosWeight) \
   X("log_loss", LogLoss)
 

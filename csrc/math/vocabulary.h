@@ -60,7 +60,8 @@ FUSEDLOSS_HD double log1p(double x) { return ::log1p(x); }
 }  // namespace fusedloss
 
 // ---- CPU SIMD registers -------------------------------------------------------------------------
-// Compiled once for each CPU capability: the inline namespace keeps the versions apart at link time.
+// Compiled once for each CPU capability: the inline namespace keeps the versions apart at link
+// time.
 #if defined(CPU_CAPABILITY)
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
@@ -115,7 +116,7 @@ FUSEDLOSS_HD Vec<float> polynomial(Vec<float> x, const float (&c)[N]) {
 }
 
 // Adding this rounds to an integer and leaves it in the low bits of the mantissa.
-constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
+constexpr float kRounder = 12582912.0f;       // 1.5 * 2^23
 constexpr float kLn2Hi = 0.693145751953125f;  // ln 2 in 15 bits: its product with n is exact
 constexpr float kLn2Lo = 1.42860682030941723e-6f;
 
@@ -129,7 +130,7 @@ FUSEDLOSS_HD Vec<float> log_normal(Vec<float> t, Vec<float> addend) {
   const Vec<float> f =
       at::vec::cast<float>(at::vec::cast<int32_t>(t) - exponent) - Vec<float>(1.0f);
   // log(1 + f) = f - f^2 / 2 + f^3 q(f), q minimax on [sqrt(1/2) - 1, sqrt(2) - 1].
-  static constexpr float q[] = {0.3333333f,   -0.2500082f,  0.20001227f, -0.16623357f,
+  static constexpr float q[] = {0.3333333f,  -0.2500082f,  0.20001227f, -0.16623357f,
                                 0.14201757f, -0.13160183f, 0.12761578f, -0.076344974f};
   const Vec<float> f2 = f * f;
   Vec<float> low = at::vec::fmadd(f2 * f, polynomial(f, q), addend);
@@ -148,7 +149,7 @@ FUSEDLOSS_HD Vec<float> exp_nonpositive(Vec<float> x) {
   Vec<float> r = at::vec::fmadd(n, Vec<float>(-kLn2Hi), x);
   r = at::vec::fmadd(n, Vec<float>(-kLn2Lo), r);
   // e^r = 1 + r + r^2 q(r), q minimax on [-ln(2) / 2, ln(2) / 2].
-  static constexpr float q[] = {0.5f,          0.16666666f,   0.041666295f,
+  static constexpr float q[] = {0.5f,         0.16666666f,   0.041666295f,
                                 0.008333497f, 0.0013944657f, 0.00019790344f};
   const Vec<float> p = at::vec::fmadd(r * r, polynomial(r, q), r) + Vec<float>(1.0f);
   // The integer in shifted's mantissa, moved up to the exponent: 2^n.

@@ -1,0 +1,95 @@
+"""The errors of our own SIMD exponential, logarithms and quotient, from compiling vocabulary.cpp."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+from conftest import REQUIRE_COMPILED, need
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+# In the order in which a CPU comes to have them.
+CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]
+
+# ULP: the largest error, rounded up, without fused multiply-add (DEFAULT) and with it. Found over
+# all floats of the domain; for ratio, a quotient by some betas, over 2**28.
+BOUNDS = {
+    "exp_nonpositive": (1.0, 1.0),
+    "log": (0.9, 0.9),
+    "log1p": (1.3, 1.3),
+    "log1p_unit": (2.0, 2.0),
+    "ratio": (1.3, 0.6),
+    "ratio_tiny": (1.3, 1.3),
+}
+# Floats of each domain that the test tries; 2**32 are all of them and take minutes.
+POINTS = 10_000_000
+
+
+def cannot(reason: str) -> NoReturn:
+    if REQUIRE_COMPILED:
+        pytest.fail(f"FUSEDLOSS_REQUIRE_COMPILED=1, but {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What setup.py defines: the compiler and the flags that kernels are built with."""
+    need("compiled")
+    for path in (ROOT / "setup.py", ROOT / "csrc"):
+        if not path.exists():
+            cannot(f"there is no {path.name} beside the tests")
+    # It adds to both.
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    try:
+        monkeypatch.setattr("setuptools.setup", lambda **_: None)
+        return runpy.run_path(str(ROOT / "setup.py"))
+    except (ImportError, SystemExit) as error:
+        cannot(f"setup.py does not run: {error}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_errors(capability: str, build: dict[str, Any], tmp_path: Path) -> None:
+    if capability not in build["CPU_CAPABILITIES"]:
+        pytest.skip(f"no kernels are built for {capability} on this machine")
+    has = torch.backends.cpu.get_cpu_capability()
+    beyond = CAPABILITIES.index(has) if has in CAPABILITIES else 0
+    if CAPABILITIES.index(capability) > beyond:
+        pytest.skip(f"this CPU runs {has}, not {capability}")
+    compiler = build["find_compiler"]()
+    if compiler is None:
+        cannot("there is no C++ compiler")
+
+    from torch.utils.cpp_extension import include_paths  # needs setuptools
+
+    program = tmp_path / "vocabulary"
+    includes = [word for path in include_paths() for word in ("-isystem", path)]
+    flags = [*build["CXX_FLAGS"], *build["CPU_CAPABILITIES"][capability], *includes]
+    flags += [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    flags += ["-I", str(ROOT / "csrc")]
+    source = str(TESTS / "vocabulary.cpp")
+    run([compiler, *flags, source, "-o", str(program)])
+
+    errors = {}
+    for line in run([str(program), str(POINTS)]).splitlines():
+        function, error, argument, result = line.split()
+        errors[function] = float(error)
+        bound = BOUNDS[function][capability != "DEFAULT"]
+        assert errors[function] <= bound, f"{function}({argument}) = {result}: {error} ULP off"
+    assert errors.keys() == BOUNDS.keys()
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
