@@ -35,61 +35,32 @@ namespace fusedloss {
 namespace {
 
 using at::Tensor;
-using std::optional;
-using OptionalTensor = optional<Tensor>;
 
 // ---- CPU capability -----------------------------------------------------------------------------
 
-enum class Capability { kDefault, kAVX2, kAVX512 };
+struct Kernels {
+  const char* capability;
+  decltype(&cpu::DEFAULT::pointwise) pointwise;
+  decltype(&cpu::DEFAULT::cross_entropy) cross_entropy;
+};
+#define FUSEDLOSS_KERNELS(CAPABILITY) \
+  Kernels { #CAPABILITY, &cpu::CAPABILITY::pointwise, &cpu::CAPABILITY::cross_entropy }
 
-// What torch's own kernels run with: the CPU's best, or less by ATEN_CPU_CAPABILITY.
-Capability capability() {
-  static const Capability chosen = [] {
-    const std::string torch_runs = at::get_cpu_capability();
+// For what torch's own kernels run with: the CPU's best, or less by ATEN_CPU_CAPABILITY.
+const Kernels& kernels() {
+  static const Kernels chosen = [] {
+    [[maybe_unused]] const std::string torch_runs = at::get_cpu_capability();
 #if defined(FUSEDLOSS_BUILT_AVX512)
-    if (torch_runs == "AVX512") return Capability::kAVX512;
+    if (torch_runs == "AVX512") return FUSEDLOSS_KERNELS(AVX512);
 #endif
 #if defined(FUSEDLOSS_BUILT_AVX2)
-    if (torch_runs == "AVX512" || torch_runs == "AVX2") return Capability::kAVX2;
+    if (torch_runs == "AVX512" || torch_runs == "AVX2") return FUSEDLOSS_KERNELS(AVX2);
 #endif
-    return Capability::kDefault;
+    return FUSEDLOSS_KERNELS(DEFAULT);
   }();
   return chosen;
 }
-
-// The same call in the namespace of the capability that runs.
-template <class Call, class Default, class AVX2, class AVX512>
-auto dispatch(const Call& call, Default by_default, [[maybe_unused]] AVX2 by_avx2,
-              [[maybe_unused]] AVX512 by_avx512) {
-  switch (capability()) {
-#if defined(FUSEDLOSS_BUILT_AVX512)
-    case Capability::kAVX512:
-      return by_avx512()(call);
-#endif
-#if defined(FUSEDLOSS_BUILT_AVX2)
-    case Capability::kAVX2:
-      return by_avx2()(call);
-#endif
-    default:
-      return by_default()(call);
-  }
-}
-
-// Lambdas, so that a capability that was not built is never named at link time.
-#define FUSEDLOSS_DISPATCH(KERNEL, CALL)                                                 \
-  dispatch(                                                                              \
-      CALL, [] { return &cpu::DEFAULT::KERNEL; }, FUSEDLOSS_IF_AVX2(&cpu::AVX2::KERNEL), \
-      FUSEDLOSS_IF_AVX512(&cpu::AVX512::KERNEL))
-#if defined(FUSEDLOSS_BUILT_AVX2)
-#define FUSEDLOSS_IF_AVX2(F) [] { return F; }
-#else
-#define FUSEDLOSS_IF_AVX2(F) nullptr
-#endif
-#if defined(FUSEDLOSS_BUILT_AVX512)
-#define FUSEDLOSS_IF_AVX512(F) [] { return F; }
-#else
-#define FUSEDLOSS_IF_AVX512(F) nullptr
-#endif
+#undef FUSEDLOSS_KERNELS
 
 // ---- tensors ------------------------------------------------------------------------------------
 
@@ -108,6 +79,12 @@ cpu::DType dtype_of(const Tensor& t) {
     default:
       TORCH_CHECK_TYPE(false, "fusedloss: dtype ", t.scalar_type(), " is not supported");
   }
+}
+
+// Memory that a caller brought along may begin between two elements: a copy does not.
+Tensor aligned(const Tensor& t) {
+  const bool fits = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0;
+  return fits ? t : t.clone(at::MemoryFormat::Preserve);
 }
 
 bool present(const OptionalTensor& t) { return t.has_value() && t->defined(); }
@@ -213,16 +190,11 @@ Tensor pack_scales(const Tensor& like, double upstream, double normalizer) {
 
 // ---- pointwise ----------------------------------------------------------------------------------
 
-struct Traits {
-  Mean mean;
-  bool unit_interval;
-};
-
-Traits traits_of(std::string_view loss) {
-#define FUSEDLOSS_TRAITS(NAME, LOSS) \
-  if (loss == NAME) return {LOSS::kMean, LOSS::kUnitInterval};
-  FUSEDLOSS_POINTWISE_LOSSES(FUSEDLOSS_TRAITS)
-#undef FUSEDLOSS_TRAITS
+Mean mean_of(std::string_view loss) {
+#define FUSEDLOSS_MEAN(NAME, LOSS) \
+  if (loss == NAME) return LOSS::kMean;
+  FUSEDLOSS_POINTWISE_LOSSES(FUSEDLOSS_MEAN)
+#undef FUSEDLOSS_MEAN
   TORCH_CHECK_VALUE(false, "fusedloss: no pointwise loss is named '", loss, "'");
 }
 
@@ -251,7 +223,7 @@ constexpr double kOutOfRange = -std::numeric_limits<double>::infinity();
 template <class Weight>
 Classes check_classes(const Tensor& target, int64_t classes, int64_t ignore_index,
                       Weight&& weight) {
-  Classes result{target.contiguous()};
+  Classes result{aligned(target.contiguous())};
   const int64_t* index = result.indices.const_data_ptr<int64_t>();
   const int64_t n = target.numel();
   constexpr int64_t kChunk = 32768;
@@ -314,7 +286,7 @@ void find_outside_unit(const Tensor& input, const Tensor& target) {
 // A pointwise call and the tensors that its pointers lead to.
 struct PointwiseCall {
   cpu::Pointwise call;
-  Traits traits;
+  Mean mean;
   Tensor input, target;
   std::vector<Tensor> held;
   double class_weight_sum = 0;  // kRows with class indices
@@ -323,7 +295,7 @@ struct PointwiseCall {
                 const OptionalTensor& pos_weight, const OptionalTensor& upstream,
                 std::string_view loss, double parameter, int64_t ignore_index,
                 at::ScalarType result)
-      : traits(traits_of(loss)), input(input_), target(target_) {
+      : mean(mean_of(loss)), input(aligned(input_)), target(aligned(target_)) {
     call.loss = loss;
     call.parameter = parameter;
     call.compute_in_double = result == at::kDouble;
@@ -343,7 +315,7 @@ struct PointwiseCall {
     std::array<const Tensor*, 5> tensors{&input, &target, nullptr, nullptr, nullptr};
     const auto expand = [&](const OptionalTensor& t) -> const Tensor* {
       if (!present(t)) return nullptr;
-      held.push_back(t->expand(input.sizes()));
+      held.push_back(aligned(*t).expand(input.sizes()));
       return &held.back();
     };
     held.reserve(3);
@@ -407,7 +379,7 @@ struct PointwiseCall {
 
   double normalizer(int64_t reduction, const OptionalTensor& weight) const {
     if (reduction != at::Reduction::Mean) return 1;
-    switch (traits.mean) {
+    switch (mean) {
       case Mean::kWeights:
         if (present(weight)) return weight->sum(at::kDouble).item<double>();
         break;
@@ -421,7 +393,7 @@ struct PointwiseCall {
     return static_cast<double>(input.numel());
   }
 
-  cpu::PointwiseResult run() { return FUSEDLOSS_DISPATCH(pointwise, call); }
+  cpu::PointwiseResult run() { return kernels().pointwise(call); }
 };
 
 Tensor empty_loss(const Tensor& input, int64_t reduction, at::ScalarType dtype) {
@@ -522,18 +494,18 @@ struct CrossEntropyCall {
     call.compute_in_double = wide;
     call.ignore_index = ignore_index;
     call.label_smoothing = label_smoothing;
-    const Tensor rows = hold(as_rows(input));
+    const Tensor rows = hold(as_rows(aligned(input)));
     call.outer = rows.size(0);
     call.classes = rows.size(1);
     call.inner = rows.size(2);
     call.input = rows_of(rows);
     if (target.scalar_type() == at::kLong) {
-      call.indices = hold(target.contiguous()).const_data_ptr<int64_t>();
+      call.indices = hold(aligned(target.contiguous())).const_data_ptr<int64_t>();
     } else {
-      call.probabilities = rows_of(hold(as_rows(target)));
+      call.probabilities = rows_of(hold(as_rows(aligned(target))));
     }
     if (present(weight)) {
-      const Tensor w = hold(weight->to(wide ? at::kDouble : at::kFloat).contiguous());
+      const Tensor w = hold(aligned(weight->to(wide ? at::kDouble : at::kFloat).contiguous()));
       call.weight = w.const_data_ptr();
       call.weight_sum = label_smoothing == 0 ? 0 : w.sum(at::kDouble).item<double>();
     } else {
@@ -564,7 +536,7 @@ struct CrossEntropyCall {
     call.scale = scale;
   }
 
-  double run() { return FUSEDLOSS_DISPATCH(cross_entropy, call); }
+  double run() { return kernels().cross_entropy(call); }
 };
 
 // What reduction "mean" divides by; checks the class indices on the way.
@@ -765,9 +737,6 @@ TORCH_LIBRARY_IMPL(fusedloss, Meta, m) {
   m.impl("cross_entropy_backward_", &cross_entropy_backward_meta_);
 }
 
-const char* cpu_capability() {
-  static constexpr const char* kNames[] = {"DEFAULT", "AVX2", "AVX512"};
-  return kNames[static_cast<int>(capability())];
-}
+const char* cpu_capability() { return kernels().capability; }
 
 }  // namespace fusedloss

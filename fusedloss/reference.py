@@ -39,7 +39,7 @@ def log_loss(
         raise ValueError("log_loss needs an input of shape (C), (N, C) or (N, C, d1, ...), not ()")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
-    log_p = input.clamp(torch.finfo(input.dtype).eps, 1).log()
+    log_p = _bounded_log(input, torch.finfo(input.dtype).eps)
     if not target.is_floating_point():
         return _nll_loss(
             log_p, target, weight=weight, ignore_index=ignore_index, reduction=reduction
@@ -58,6 +58,12 @@ def log_loss(
     return rows.sum() if reduction == "sum" else rows.mean()
 
 
+def _bounded_log(p: Tensor, eps: float) -> Tensor:
+    # Not clamp(): what its gradient is at the bounds themselves depends on the release of torch.
+    outside = (p < eps) | (p > 1)
+    return torch.where(outside, p.detach().clamp(eps, 1), p).log()
+
+
 def log_loss_elements(
     input: Tensor, target: Tensor, weight: Tensor | None, eps: float, ignore_index: int
 ) -> Tensor:
@@ -67,7 +73,7 @@ def log_loss_elements(
         classes = torch.arange(input.shape[dim], device=input.device)
         kept = target.masked_fill(target == ignore_index, -1).unsqueeze(dim)
         target = (kept == classes.view(-1, *[1] * (input.dim() - dim - 1))).to(input.dtype)
-    terms = -target * input.clamp(eps, 1).log()
+    terms = -target * _bounded_log(input, eps)
     return terms if weight is None else terms * weight
 
 

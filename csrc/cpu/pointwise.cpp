@@ -19,11 +19,7 @@ namespace {
 
 constexpr int64_t kChunk = 32768;  // elements a task: ATen's own grain
 constexpr int64_t kBlock = 2048;   // elements a run: a few of these fit the L1 cache
-#if defined(CPU_CAPABILITY_DEFAULT)
-constexpr int kUnroll = 1;  // a register is an array here, and its loops unrolled already
-#else
-constexpr int kUnroll = 4;
-#endif
+constexpr int kUnroll = 4;         // registers with sums of their own
 
 // Pointers of one run. factor multiplies the value and the slope; null: 1.
 template <class T>
@@ -82,7 +78,9 @@ double block(Loss loss, Run<T> run, T scale, int64_t n, bool& in_unit) {
   Vec<T> valid = Vec<T>(0) == Vec<T>(0);
   int64_t i = 0;
   for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+#if !defined(CPU_CAPABILITY_DEFAULT)  // there a register is a loop itself
 #pragma GCC unroll 4
+#endif
     for (int u = 0; u < kUnroll; ++u) {
       step<Loss, kSum, kValue, kGradient, kFactor>(loss, run, scale, i + u * kLanes, kLanes,
                                                    sums[u], valid);

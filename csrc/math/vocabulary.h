@@ -2,8 +2,8 @@
 // for a CPU SIMD register, so that one struct in losses.h serves every engine.
 //
 // The float versions for SIMD registers are our own: each is as accurate as its domain in a loss
-// needs, and faster than a general one. Errors are the largest found by tests/test_vocabulary.py,
-// which tries every float of the domain.
+// needs, and faster than a general one. Errors are in ULP, the largest over every float of the
+// domain on all CPU capabilities, by tests/vocabulary.cpp; tests/test_vocabulary.py holds them.
 #pragma once
 
 #include <cmath>
@@ -98,7 +98,9 @@ FUSEDLOSS_HD Vec<double> log(Vec<double> x) { return x.log(); }
 FUSEDLOSS_HD Vec<double> log1p(Vec<double> x) { return x.log1p(); }
 FUSEDLOSS_HD Vec<double> log1p_unit(Vec<double> x) { return x.log1p(); }
 
-// x / y, from reciprocal = 1 / y, which a loop computes once: a product and one correction.
+// x / y, from reciprocal = 1 / y, which a loop computes once: a product and one correction. Domain
+// |x| <= y, y >= 2^-128, and nan. Error 0.50 with fused multiply-add, 1.22 without; 1.26 where
+// |x| < 2^-100.
 template <class T>
 FUSEDLOSS_HD Vec<T> ratio(Vec<T> x, Vec<T> y, Vec<T> reciprocal) {
   const Vec<T> near = x * reciprocal;
@@ -141,7 +143,7 @@ FUSEDLOSS_HD Vec<float> log_normal(Vec<float> t, Vec<float> addend) {
 
 }  // namespace detail
 
-// e^x. Domain [-inf, 0] and nan. Below -87.33 the result is 0 instead of a subnormal number.
+// e^x. Domain [-inf, 0] and nan. Error 0.99; below -87.33, where e^x < 1.01 * 2^-126, it is 0.
 FUSEDLOSS_HD Vec<float> exp_nonpositive(Vec<float> x) {
   using namespace detail;
   const Vec<float> shifted = at::vec::fmadd(x, Vec<float>(1.44269504f), Vec<float>(kRounder));
@@ -159,7 +161,7 @@ FUSEDLOSS_HD Vec<float> exp_nonpositive(Vec<float> x) {
   return select(x < Vec<float>(-87.33f), Vec<float>(0.0f), p * scale);
 }
 
-// Natural logarithm. Domain [0, FLT_MAX] with subnormals, and nan.
+// Natural logarithm. Domain [0, FLT_MAX] with subnormals, and nan. Error 0.86.
 FUSEDLOSS_HD Vec<float> log(Vec<float> x) {
   const Vec<float> tiny = x < Vec<float>(1.17549435e-38f);
   const Vec<float> scaled = select(tiny, x * Vec<float>(8388608.0f), x);
@@ -169,7 +171,7 @@ FUSEDLOSS_HD Vec<float> log(Vec<float> x) {
   return select(x == Vec<float>(0.0f), Vec<float>(-INFINITY), result);
 }
 
-// log(1 + x). Domain [-1, FLT_MAX] and nan.
+// log(1 + x). Domain [-1, FLT_MAX] and nan. Error 1.24.
 FUSEDLOSS_HD Vec<float> log1p(Vec<float> x) {
   const Vec<float> one(1.0f);
   const Vec<float> t = one + x;
@@ -182,7 +184,7 @@ FUSEDLOSS_HD Vec<float> log1p(Vec<float> x) {
   return select(t == Vec<float>(0.0f), Vec<float>(-INFINITY), result);
 }
 
-// log(1 + x). Domain [0, 1] and nan.
+// log(1 + x). Domain [0, 1] and nan. Error 1.97.
 FUSEDLOSS_HD Vec<float> log1p_unit(Vec<float> x) {
   // = 2 atanh(s) = 2 s + s^3 q(s^2), s = x / (2 + x) in [0, 1/3], q minimax there.
   static constexpr float q[] = {0.66666675f, 0.3999889f, 0.28616595f, 0.21430741f, 0.24289557f};
