@@ -40,7 +40,10 @@ def torch_log_loss(
     ignore_index: int = -100,
 ) -> Tensor:
     """Log loss with torch's functions, as one would write it without a loss of that name."""
-    log_p = input.clamp(torch.finfo(input.dtype).eps, 1).log()
+    eps = torch.finfo(input.dtype).eps
+    # A bound itself counts as inside; the gradient of clamp() there differs between releases.
+    inside = (input >= eps) & (input <= 1)
+    log_p = torch.where(inside, input, input.detach().clamp(eps, 1)).log()
     if not target.is_floating_point():
         return F.nll_loss(log_p, target, weight, reduction=reduction, ignore_index=ignore_index)
     terms = -log_p * target if weight is None else -log_p * target * weight
