@@ -5,6 +5,8 @@
 // where it was not: the gradient that a caller sees is the same, bit for bit, either way.
 //
 // In C++, since a Python Function costs as much as a whole step of a small eager loss.
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -26,7 +28,6 @@ Tensor or_undefined(const OptionalTensor& t) { return t.value_or(Tensor()); }
 struct Saved : torch::CustomClassHolder {
   Tensor gradient;  // leaves with the first backward: autograd is its only owner then
   Tensor scales, prediction;
-  Tensor stats;          // cross-entropy
   std::string loss;      // pointwise
   double parameter = 0;  // of the loss, or label_smoothing
   int64_t ignore_index = 0, reduction = 0;
@@ -58,6 +59,11 @@ bool needs_reference(const Tensor& grad_output) {
   return at::GradMode::is_enabled() || grad_output.key_set().has_any(wrappers);
 }
 
+// Checkpointing and offloading take what is saved away until backward: a gradient written already
+// would stay. There the forward writes none.
+bool saves_through_hooks() { return at::SavedTensorDefaultHooks::get_hooks().has_value(); }
+Tensor no_prediction() { return at::zeros({2}, at::kDouble); }
+
 // ---- pointwise ----------------------------------------------------------------------------------
 
 struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
@@ -69,12 +75,14 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
         const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
         std::string_view, double, int64_t, int64_t, at::ScalarType, const Tensor&)>(
         "fusedloss::pointwise_forward");
+    const bool hooked = saves_through_hooks();
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [value, gradient, scales] = op.call(input, target, weight, pos_weight, loss, parameter,
-                                             ignore_index, reduction, dtype, prediction);
+    auto [value, gradient, scales] =
+        op.call(input, target, weight, pos_weight, loss, parameter, ignore_index, reduction, dtype,
+                hooked ? no_prediction() : prediction);
     ctx->save_for_backward({input, target, or_undefined(weight), or_undefined(pos_weight)});
     auto* saved = new Saved;
-    saved->gradient = std::move(gradient);
+    if (!hooked) saved->gradient = std::move(gradient);
     saved->scales = std::move(scales);
     saved->prediction = prediction;
     saved->loss = loss;
@@ -142,14 +150,15 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     static const auto op = find_operator<std::tuple<Tensor, Tensor, Tensor, Tensor>(
         const Tensor&, const Tensor&, const OptionalTensor&, int64_t, double, int64_t,
         at::ScalarType, const Tensor&)>("fusedloss::cross_entropy_forward");
+    const bool hooked = saves_through_hooks();
     at::AutoDispatchBelowADInplaceOrView below;
     auto [value, gradient, scales, stats] =
-        op.call(input, target, weight, ignore_index, label_smoothing, reduction, dtype, prediction);
-    ctx->save_for_backward({input, target, or_undefined(weight)});
+        op.call(input, target, weight, ignore_index, label_smoothing, reduction, dtype,
+                hooked ? no_prediction() : prediction);
+    ctx->save_for_backward({input, target, or_undefined(weight), stats});
     auto* saved = new Saved;
-    saved->gradient = std::move(gradient);
+    if (!hooked) saved->gradient = std::move(gradient);
     saved->scales = std::move(scales);
-    saved->stats = std::move(stats);
     saved->prediction = prediction;
     saved->parameter = label_smoothing;
     saved->ignore_index = ignore_index;
@@ -163,6 +172,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const variable_list inputs = ctx->get_saved_variables();
     const Tensor &input = inputs[0], &target = inputs[1];
     const OptionalTensor weight = optional(inputs[2]);
+    const Tensor& stats = inputs[3];
     Saved& saved = Saved::of(ctx);
     variable_list gradients(8);
     if (needs_reference(grad_outputs[0])) {
@@ -181,7 +191,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
             "fusedloss::cross_entropy_backward_");
     bool fresh;
     gradients[0] = saved.take_gradient(input, fresh);
-    op.call(gradients[0], grad_outputs[0], saved.scales, fresh, saved.stats, input, target, weight,
+    op.call(gradients[0], grad_outputs[0], saved.scales, fresh, stats, input, target, weight,
             saved.ignore_index, saved.parameter, saved.reduction, saved.dtype, saved.prediction);
     return gradients;
   }

@@ -198,14 +198,25 @@ Mean mean_of(std::string_view loss) {
   TORCH_CHECK_VALUE(false, "fusedloss: no pointwise loss is named '", loss, "'");
 }
 
+int64_t class_dim(const Tensor& input) { return input.dim() > 1 ? 1 : 0; }
+
+// Of class indices input's without the class dimension, else input's.
+void check_shapes(const Tensor& input, const Tensor& target) {
+  at::DimVector expected(input.sizes());
+  if (target.scalar_type() == at::kLong) {
+    TORCH_CHECK_VALUE(input.dim() > 0, "fusedloss: input of shape () has no class dimension");
+    expected.erase(expected.begin() + class_dim(input));
+  }
+  TORCH_CHECK_VALUE(target.sizes() == at::IntArrayRef(expected), "fusedloss: target of shape ",
+                    target.sizes(), " does not fit input of shape ", input.sizes());
+}
+
 // Class indices as the engines want them: contiguous, ignored ones -1, the rest within range; and
 // the sum of the weights of those not ignored.
 struct Classes {
   Tensor indices;
   double weight_sum = 0;
 };
-
-int64_t class_dim(const Tensor& input) { return input.dim() > 1 ? 1 : 0; }
 
 constexpr double kOutOfRange = -std::numeric_limits<double>::infinity();
 
@@ -301,6 +312,7 @@ struct PointwiseCall {
     call.compute_in_double = result == at::kDouble;
     call.numel = input.numel();
     const bool classes = target.scalar_type() == at::kLong;
+    check_shapes(input, target);
     if (classes) {
       const int64_t dim = class_dim(input);
       const Classes checked =
@@ -354,8 +366,6 @@ struct PointwiseCall {
         joins = !tensors[k] || operands[k]->strides[last] == tensors[k]->stride(d) * input.size(d);
       }
       if (!joins) {
-        TORCH_CHECK(space.dims < cpu::kMaxDims, "fusedloss: over ", cpu::kMaxDims,
-                    " dimensions that cannot be joined");
         space.sizes[space.dims++] = 1;
       }
       space.sizes[space.dims - 1] *= input.size(d);
@@ -543,7 +553,11 @@ struct CrossEntropyCall {
 double cross_entropy_normalizer(const Tensor& input, const Tensor& target,
                                 const OptionalTensor& weight, int64_t ignore_index,
                                 int64_t reduction) {
+  check_shapes(input, target);
   const int64_t classes = input.size(class_dim(input));
+  TORCH_CHECK_VALUE(!present(weight) || weight->sizes() == at::IntArrayRef{classes},
+                    "fusedloss: ", classes, " classes need a weight of shape (", classes, "), not ",
+                    present(weight) ? weight->sizes() : at::IntArrayRef{});
   double sum = static_cast<double>(input.numel()) / static_cast<double>(classes);
   if (target.scalar_type() == at::kLong) {
     sum = check_classes(target, classes, present(weight) ? *weight : Tensor(), ignore_index)
@@ -578,7 +592,9 @@ Tensor write_loss(CrossEntropyCall& p, const Tensor& input, int64_t reduction, a
     p.call.value_dtype = dtype_of(value);
   }
   const double sum = p.run();
-  if (reduction != at::Reduction::None) set_scalar(value, sum / normalizer);
+  // A mean over nothing is nan, whatever label smoothing adds up beside it.
+  const double mean = normalizer == 0 ? std::numeric_limits<double>::quiet_NaN() : sum / normalizer;
+  if (reduction != at::Reduction::None) set_scalar(value, mean);
   return value;
 }
 
@@ -621,6 +637,8 @@ void cross_entropy_backward_(const Tensor& gradient, const Tensor& grad_output,
     learn(prediction, upstream);
     if (!fresh && same(scale[0], upstream)) return;
   }
+  // Once more: memory that a target shares may have changed unseen, and an index leads to memory.
+  cross_entropy_normalizer(input, target, weight, ignore_index, reduction);
   CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype);
   p.call.stats = stats.mutable_data_ptr();
   p.call.have_stats = true;

@@ -102,7 +102,8 @@ py::object cross_entropy(py::handle input_object, py::handle target_object,
   // Of more dimensions, the engine wants those behind the classes joined.
   const bool layout = dims == 1 || dims == 2 || dims == 3 || (dims > 3 && input->is_contiguous());
   if (!layout || !computes(dtype) || target->scalar_type() != at::kLong || input->numel() == 0 ||
-      !(label_smoothing >= 0 && label_smoothing <= 1) || (dims > 1 && input->size(1) > (1 << 24))) {
+      !(label_smoothing >= 0 && label_smoothing <= 1) ||
+      input->size(dims > 1 ? 1 : 0) > (1 << 24)) {
     return py::none();
   }
   at::DimVector rows(input->sizes());

@@ -17,9 +17,14 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _REDUCTION_NAMES = {number: name for name, number in REDUCTIONS.items()}
 
 
+def traced() -> bool:
+    """Whether calls are being traced, or go to a dispatch mode: then nothing real is touched."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def _site(prediction: Tensor | None, loss: str, input: Tensor, reduction: int) -> Tensor:
     """The prediction of a call: its own, or that of calls like it; traced, a new one."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if traced():
         return torch.tensor([1.0, 3.0], dtype=torch.float64, device=input.device)
     if prediction is not None:
         return prediction
@@ -71,11 +76,13 @@ def cross_entropy(
 
 
 def _reference_gradient(
-    loss: Callable[[], Tensor], input: Tensor, grad_output: Tensor, create_graph: bool
+    loss: Callable[[Tensor], Tensor], input: Tensor, grad_output: Tensor, create_graph: bool
 ) -> Tensor:
     with torch.enable_grad():
-        value = loss()
-    return torch.autograd.grad(value, input, grad_output, create_graph=create_graph)[0]
+        # Not input itself, whose hooks the outer backward runs.
+        alias = input.view_as(input)
+        value = loss(alias)
+    return torch.autograd.grad(value, alias, grad_output, create_graph=create_graph)[0]
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,7 +101,7 @@ def _pointwise_reference_gradient(
     reduction: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    def value() -> Tensor:
+    def value(input: Tensor) -> Tensor:
         return reference.pointwise(
             loss,
             _cast(input, dtype),
@@ -119,7 +126,7 @@ def _cross_entropy_reference_gradient(
     reduction: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    def value() -> Tensor:
+    def value(input: Tensor) -> Tensor:
         return reference.cross_entropy(
             _cast(input, dtype),
             _cast(target, dtype),

@@ -511,11 +511,12 @@ def _rows_obstacle(
         return f"shapes differ: {tuple(shape)} and {tuple(target.shape)}"
     if weight is not None and weight.shape != (shape[1] if len(shape) > 1 else shape[0],):
         return f"a weight of shape {tuple(weight.shape)}"
-    if type(ignore_index) is not int:
+    if type(ignore_index) is not int or not -(1 << 63) <= ignore_index < 1 << 63:
         return f"ignore_index {ignore_index!r}"
-    if len(shape) > 1 and shape[1] > 1 << 24:
+    classes = shape[1] if len(shape) > 1 else shape[0]
+    if classes > 1 << 24:
         # The engine compares classes as float32 numbers where they are not innermost.
-        return f"{shape[1]} classes"
+        return f"{classes} classes"
     return None
 
 
@@ -567,11 +568,14 @@ def _cross_entropy(
     label_smoothing: float,
     prediction: Tensor | None = None,
 ) -> Tensor:
+    if type(label_smoothing) is int:
+        label_smoothing = float(label_smoothing)
     if (
         size_average is None
         and reduce is None
         and type(label_smoothing) is float
         and type(ignore_index) is int
+        and -(1 << 63) <= ignore_index < 1 << 63
         and type(reduction) is str
         and _plain_calls()
     ):

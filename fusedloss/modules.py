@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import backends
+from . import autograd, backends
 from . import functional as F
 
 __all__ = [
@@ -26,7 +26,7 @@ class _Predicting(nn.Module):
     """Keeps the module's own prediction of its upstream gradient, apart from its state."""
 
     def _prediction(self, input: Any) -> Tensor | None:
-        if not isinstance(input, Tensor) or backends.extension is None:
+        if not isinstance(input, Tensor) or backends.extension is None or autograd.traced():
             return None
         prediction: Tensor | None = self.__dict__.get("_own_prediction")
         if prediction is None:

@@ -8,7 +8,7 @@ namespace fusedloss::cpu {
 
 enum class DType : int8_t { kFloat64, kFloat32, kBFloat16, kFloat16, kInt64 };
 
-constexpr int kMaxDims = 16;
+constexpr int kMaxDims = 64;  // torch's own bound
 
 // The dimensions that a pointwise call walks, outermost first, the gradient's memory order.
 struct Space {

@@ -196,16 +196,21 @@ void add_exponentials(const T* x, int64_t n, T& top, double& sum, T* keep) {
   sum += total(parts.sum());
 }
 
-// sum of w (x - origin)
+// Adds q (x - origin) to dot and q to seen; q null: 1.
 template <class T>
-double weighted_distance(const T* x, const T* weight, int64_t n, T origin) {
-  Accumulators<T> parts(T(0));
+void add_distances(const T* x, const T* q, int64_t n, T origin, double& dot, double& seen) {
+  Accumulators<T> dots(T(0)), counts(T(0));
   for_registers<T>(n, [&](int64_t i, int64_t count, int u) {
     Vec<T> d = load(x + i, count, origin) - Vec<T>(origin);
-    if (weight) d = d * load(weight + i, count, T(0));
-    parts.v[u] = parts.v[u] + d;
+    if (q) {
+      const Vec<T> qi = load(q + i, count, T(0));
+      counts.v[u] = counts.v[u] + qi;
+      d = d * qi;
+    }
+    dots.v[u] = dots.v[u] + d;
   });
-  return total(parts.sum());
+  dot += total(dots.sum());
+  seen += q ? total(counts.sum()) : static_cast<double>(n);
 }
 
 // ---- class dimension innermost: row by row ------------------------------------------------------
@@ -243,37 +248,31 @@ struct RowWalk {
   Reduced<double> reduce(int64_t offset, int64_t target_offset, int64_t target, T logit) {
     const T infinity = std::numeric_limits<T>::infinity();
     T top = target >= 0 ? logit : -infinity;
-    double sum = 0, dot = 0, mass_sum = 0;
-    // Any finite number near the logits: distances are taken from max in the end.
-    const T origin = logit - logit == 0 ? logit : T(0);
+    // Distances are measured from the largest logit so far, so that all have one sign and none
+    // cancel: `dot` over classes that count `seen` in all moves with it.
+    double sum = 0, dot = 0, seen = 0, origin = 0;
     for (int64_t at = 0; at < call.classes; at += kBlock) {
       const int64_t n = std::min(kBlock, call.classes - at);
-      const T* x = block(call.input, offset, at, n, logits);
+      const T* const x = block(call.input, offset, at, n, logits);
       prefetch(call.input, offset + at + n, n);  // the next block, or the next row's first
-      if (!call.indices) {
-        const T* q = mass(target_offset, at, n);
-        Accumulators<T> dots(T(0)), masses(T(0));
-        for_registers<T>(n, [&](int64_t i, int64_t count, int u) {
-          const Vec<T> qi = load(q + i, count, T(0));
-          masses.v[u] = masses.v[u] + qi;
-          dots.v[u] = dots.v[u] + qi * (load(x + i, count, origin) - Vec<T>(origin));
-        });
-        mass_sum += total(masses.sum());
-        dot += total(dots.sum());
-      } else if (problem.smooth) {
-        dot += weighted_distance(x, problem.weight ? problem.weight + at : nullptr, n, origin);
-      }
+      const T* others = x;
       if (at <= target && target < at + n) {
         std::memcpy(masked, x, n * sizeof(T));
         masked[target - at] = -infinity;
-        x = masked;
+        others = masked;
       }
-      add_exponentials(x, n, top, sum, one_block ? kept : nullptr);
+      add_exponentials(others, n, top, sum, one_block ? kept : nullptr);
+      if (call.indices && !problem.smooth) continue;
+      const double next = std::isfinite(top) ? top : origin;
+      dot += seen * (origin - next);
+      origin = next;
+      const T* const q = call.indices ? (problem.weight ? problem.weight + at : nullptr)
+                                      : mass(target_offset, at, n);
+      add_distances(x, q, n, static_cast<T>(origin), dot, seen);
     }
-    dot -= (call.indices ? call.weight_sum : mass_sum) * (double(top) - double(origin));
     // Rounded as stats will hold them: a later gradient has these bits.
     return {top,   static_cast<double>(static_cast<T>(sum)),
-            dot,   static_cast<double>(static_cast<T>(mass_sum)),
+            dot,   static_cast<double>(static_cast<T>(seen)),
             logit, problem.class_weight(std::max<int64_t>(target, 0))};
   }
 
