@@ -97,6 +97,9 @@ Tensor empty_dense_like(const Tensor& input, at::ScalarType dtype) {
 }
 Tensor empty_gradient(const Tensor& input) { return empty_dense_like(input, input.scalar_type()); }
 
+// Large tensors are allocated before small ones: the last step's gradient has left a hole of just
+// this size, and a loss that its caller keeps must not be the one to take a piece of it.
+//
 // Page faults are half of the time it takes to fill a large fresh tensor; huge pages make 512 times
 // fewer of them.
 void advise_huge_pages([[maybe_unused]] const Tensor& fresh) {
@@ -437,11 +440,11 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_forward(
     const Tensor& input, const Tensor& target, const OptionalTensor& weight,
     const OptionalTensor& pos_weight, std::string_view loss, double parameter, int64_t ignore_index,
     int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
+  Tensor gradient = empty_gradient(input);  // first: see advise_huge_pages
   PointwiseCall p(input, target, weight, pos_weight, {}, loss, parameter, ignore_index, dtype);
   const double normalizer = p.normalizer(reduction, weight);
   const double upstream = predict(prediction);
   Tensor value = empty_loss(input, reduction, dtype);
-  Tensor gradient = empty_gradient(input);
   if (!std::isnan(upstream)) {
     advise_huge_pages(gradient);
     p.call.gradient = gradient.mutable_data_ptr();
@@ -610,12 +613,12 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTe
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
     const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t ignore_index,
     double label_smoothing, int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
+  Tensor gradient = empty_gradient(input);  // first: see advise_huge_pages
+  Tensor stats = empty_stats(input, dtype);
   const double normalizer =
       cross_entropy_normalizer(input, target, weight, ignore_index, reduction);
   CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype);
   const double upstream = reduction == at::Reduction::None ? kNotWritten : predict(prediction);
-  Tensor gradient = empty_gradient(input);
-  Tensor stats = empty_stats(input, dtype);
   if (!std::isnan(upstream)) {
     advise_huge_pages(gradient);
     p.want_gradient(gradient, upstream / normalizer);
