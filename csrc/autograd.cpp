@@ -122,11 +122,6 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
   }
 };
 
-// Without a gradient to compute later, value only.
-bool wants_gradient(const Tensor& input) {
-  return at::GradMode::is_enabled() && input.requires_grad();
-}
-
 Tensor pointwise(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                  const OptionalTensor& pos_weight, std::string_view loss, double parameter,
                  int64_t ignore_index, int64_t reduction, at::ScalarType dtype,

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 
 #include <optional>
 #include <string_view>
@@ -25,6 +26,11 @@ using CrossEntropySignature = at::Tensor(const at::Tensor& input, const at::Tens
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// Without a gradient to compute later, value only.
+inline bool wants_gradient(const at::Tensor& t) {
+  return at::GradMode::is_enabled() && t.requires_grad();
 }
 
 // The CPU capability whose kernels run here.

@@ -71,8 +71,6 @@ bool computes(at::ScalarType dtype) {
          dtype == at::kHalf;
 }
 
-bool wants_gradient(const Tensor& t) { return t.requires_grad() && at::GradMode::is_enabled(); }
-
 py::object pointwise(py::handle input_object, py::handle target_object, std::string_view loss,
                      double parameter, int64_t reduction, py::handle prediction) {
   const Tensor *input = plain(input_object), *target = plain(target_object);
