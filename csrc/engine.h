@@ -16,6 +16,9 @@ struct Space {
   int64_t sizes[kMaxDims];
 };
 
+// A class index that is no class, and is not to count either.
+constexpr int64_t kIgnored = INT64_MIN;
+
 // One input of a call, seen through a Space. Strides count elements; 0 where it is broadcast.
 struct Operand {
   const void* data = nullptr;  // null: absent
@@ -23,7 +26,7 @@ struct Operand {
   bool contiguous = true;  // in the space's own order; strides are not read then
   int64_t strides[kMaxDims];
   // Class indices (kInt64) are read as one-hot rows: 1 where the position along this dimension
-  // equals the index. -1: an operand of plain numbers.
+  // equals the index; kIgnored equals none. -1: an operand of plain numbers.
   int class_dim = -1;
 };
 

@@ -1,0 +1,260 @@
+// What the CUDA engines share: number types, 16-byte packets, sums over a block and over a grid,
+// and the upstream gradient's prediction.
+//
+// The sources are compiled with -fmad=false, and so a gradient has the same bits whichever pass
+// forms it.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace fusedloss::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// ---- numbers ------------------------------------------------------------------------------------
+
+// What numbers of type D are computed in.
+template <class D>
+using Compute = std::conditional_t<std::is_same_v<D, double>, double, float>;
+
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(__half x) { return __half2float(x); }
+
+template <class D>
+__device__ D narrow(double x) {
+  if constexpr (std::is_same_v<D, __nv_bfloat16>) {
+    return __float2bfloat16_rn(static_cast<float>(x));
+  } else if constexpr (std::is_same_v<D, __half>) {
+    return __float2half_rn(static_cast<float>(x));
+  } else {
+    return static_cast<D>(x);
+  }
+}
+template <class D>
+__device__ D narrow(float x) {
+  if constexpr (std::is_same_v<D, __nv_bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else if constexpr (std::is_same_v<D, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return static_cast<D>(x);
+  }
+}
+
+// f(a value of the type that dtype names), for floating-point ones.
+template <class F>
+__host__ __device__ auto with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kBFloat16:
+      return f(__nv_bfloat16{});
+    case DType::kFloat16:
+      return f(__half{});
+    default:
+      return f(float{});
+  }
+}
+
+template <class T>
+__device__ T read(const void* data, DType dtype, int64_t at) {
+  return with_type(dtype, [=](auto tag) {
+    return static_cast<T>(widen(static_cast<const decltype(tag)*>(data)[at]));
+  });
+}
+template <class T>
+__device__ void write(void* data, DType dtype, int64_t at, T x) {
+  with_type(dtype, [=](auto tag) {
+    using D = decltype(tag);
+    static_cast<D*>(data)[at] = narrow<D>(x);
+  });
+}
+
+// ---- packets ------------------------------------------------------------------------------------
+
+constexpr int kPacketBytes = 16;  // the widest access to memory that one thread makes
+
+template <class D>
+struct alignas(kPacketBytes) Packet {
+  static constexpr int kSize = kPacketBytes / sizeof(D);
+  D element[kSize];
+};
+
+// Rounds a packet's worth of numbers; two halves in one instruction.
+template <class D>
+__device__ Packet<D> pack(const Compute<D> (&x)[Packet<D>::kSize]) {
+  Packet<D> packet;
+#pragma unroll
+  for (int i = 0; i < Packet<D>::kSize; i += 2) {
+    if constexpr (std::is_same_v<D, __nv_bfloat16>) {
+      const __nv_bfloat162 pair = __float22bfloat162_rn(make_float2(x[i], x[i + 1]));
+      packet.element[i] = pair.x;
+      packet.element[i + 1] = pair.y;
+    } else if constexpr (std::is_same_v<D, __half>) {
+      const __half2 pair = __float22half2_rn(make_float2(x[i], x[i + 1]));
+      packet.element[i] = pair.x;
+      packet.element[i + 1] = pair.y;
+    } else {
+      packet.element[i] = x[i];
+      packet.element[i + 1] = x[i + 1];
+    }
+  }
+  return packet;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many elements of type D lie between p and the packet boundary before it.
+template <class D>
+__host__ __device__ int phase(const D* p) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(p) % kPacketBytes / sizeof(D));
+}
+
+// ---- sums ---------------------------------------------------------------------------------------
+
+// The sum of x over the block's threads, in thread 0, always added in the same order. Between two
+// calls there has to be a barrier.
+__device__ inline double block_sum(double x) {
+  __shared__ double warps[kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  if (lane == 0) warps[warp] = x;
+  __syncthreads();
+  if (warp > 0) return 0;
+  x = lane < static_cast<int>(blockDim.x) / kWarp ? warps[lane] : 0;
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  return x;
+}
+
+struct Workspace {
+  unsigned* ticket;
+  double* partials;  // one a block
+
+  __host__ __device__ explicit Workspace(void* p)
+      : ticket(static_cast<unsigned*>(p)), partials(static_cast<double*>(p) + 1) {}
+  static size_t bytes(int64_t blocks) { return blocks > 1 ? (blocks + 1) * sizeof(double) : 0; }
+};
+
+// The sum of x over the grid's threads: true in the one thread that has it. No order of blocks
+// changes its bits: each leaves what it has, and the last to come adds all of it up.
+__device__ inline bool grid_sum(double& x, void* workspace) {
+  x = block_sum(x);
+  if (gridDim.x == 1) return threadIdx.x == 0;
+  const Workspace w(workspace);
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    w.partials[blockIdx.x] = x;
+    __threadfence();  // the partial before the ticket
+    last = atomicAdd(w.ticket, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!last) return false;
+  __threadfence();  // the tickets before their partials
+  x = 0;
+  for (unsigned b = threadIdx.x; b < gridDim.x; b += blockDim.x) x += __ldcg(&w.partials[b]);
+  x = block_sum(x);
+  return threadIdx.x == 0;
+}
+
+// ---- the upstream gradient ----------------------------------------------------------------------
+
+constexpr double kConfident = 2, kMostConfident = 3;
+
+__device__ inline bool same(double a, double b) { return a == b && signbit(a) == signbit(b); }
+
+// What the threads of a call all find, before they start.
+struct Scaling {
+  bool write;       // the gradient, every element times
+  double scale;     // upstream / normalizer
+  double upstream;  // nan: the gradient is not written
+  double normalizer;
+
+  __device__ explicit Scaling(const Launch& l) {
+    write = false;
+    scale = 0;
+    upstream = std::numeric_limits<double>::quiet_NaN();
+    if (l.pass == Pass::kBackward) {
+      upstream = l.grad_output ? read<double>(l.grad_output, l.grad_output_dtype, 0) : 1;
+      normalizer = l.grad_output ? l.scales[1] : 1;
+      write = !l.grad_output || l.fresh || !same(l.scales[0], upstream);
+    } else {
+      normalizer = isnan(l.normalizer) ? l.scales[1] : l.normalizer;
+      if (l.pass == Pass::kForward && l.prediction && l.prediction[1] >= kConfident) {
+        upstream = l.prediction[0];
+        write = true;
+      }
+    }
+    if (write) scale = upstream / normalizer;
+  }
+};
+
+// True where the block has nothing to do. The first thread of the grid teaches the prediction.
+__device__ inline bool settled(const Launch& l, const Scaling& s) {
+  if (l.pass != Pass::kBackward) return false;
+  if (l.prediction && blockIdx.x == 0 && threadIdx.x == 0) {
+    double* const p = l.prediction;
+    if (same(p[0], s.upstream)) {
+      p[1] = fmin(p[1] + 1, kMostConfident);
+    } else {
+      p[0] = s.upstream;
+      p[1] = fmax(p[1] - 1, 0.0);
+    }
+  }
+  return !s.write;
+}
+
+// Ends a pass that computes the loss: value is each thread's share of it.
+__device__ inline void finish(const Launch& l, const Scaling& s, double value) {
+  const bool first = blockIdx.x == 0 && threadIdx.x == 0;
+  if (l.loss ? !grid_sum(value, l.workspace) : !first) return;
+  if (l.loss) write(l.loss, l.loss_dtype, 0, value / s.normalizer);
+  if (l.pass == Pass::kForward) {
+    l.scales[0] = s.upstream;
+    if (!isnan(l.normalizer)) l.scales[1] = s.normalizer;
+  }
+}
+
+// ---- faults -------------------------------------------------------------------------------------
+
+// Tells the host of an input that cannot be; the first to come is told.
+__device__ inline void tell(const Launch& l, Fault::What what, int64_t position, double value,
+                            int64_t classes) {
+  if (l.pass == Pass::kBackward) return;  // forward has told it
+  Fault* const fault = l.fault;
+  if (atomicCAS(&fault->state, int{Fault::kNone}, int{Fault::kBeingWritten}) != Fault::kNone)
+    return;
+  fault->what = what;
+  fault->position = position;
+  fault->value = value;
+  fault->classes = classes;
+  __threadfence_system();
+  atomicExch(&fault->state, int{Fault::kTold});
+}
+
+// ---- launching ----------------------------------------------------------------------------------
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+// Zeroes the ticket that the grid's blocks will draw from.
+inline cudaError_t prepare(const Launch& launch, int64_t blocks) {
+  if (blocks == 1 || !launch.loss) return cudaSuccess;
+  return cudaMemsetAsync(Workspace(launch.workspace).ticket, 0, sizeof(unsigned), launch.stream);
+}
+
+}  // namespace fusedloss::cuda
