@@ -113,6 +113,25 @@ __device__ Packet<D> pack(const Compute<D> (&x)[Packet<D>::kSize]) {
   return packet;
 }
 
+// The largest of a packet's numbers; nan is not looked at.
+template <class D>
+__device__ Compute<D> largest(const Packet<D>& p) {
+  if constexpr (std::is_same_v<D, __nv_bfloat16>) {
+    const auto* const x = reinterpret_cast<const __nv_bfloat162*>(p.element);
+    const float2 top = __bfloat1622float2(__hmax2(__hmax2(x[0], x[1]), __hmax2(x[2], x[3])));
+    return fmaxf(top.x, top.y);
+  } else if constexpr (std::is_same_v<D, __half>) {
+    const auto* const x = reinterpret_cast<const __half2*>(p.element);
+    const float2 top = __half22float2(__hmax2(__hmax2(x[0], x[1]), __hmax2(x[2], x[3])));
+    return fmaxf(top.x, top.y);
+  } else {
+    D top = p.element[0];
+#pragma unroll
+    for (int i = 1; i < Packet<D>::kSize; ++i) top = fmax(top, p.element[i]);
+    return top;
+  }
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How many elements of type D lie between p and the packet boundary before it.
@@ -215,9 +234,11 @@ __device__ inline bool settled(const Launch& l, const Scaling& s) {
 }
 
 // Ends a pass that computes the loss: value is each thread's share of it.
-__device__ inline void finish(const Launch& l, const Scaling& s, double value) {
+__device__ inline void finish(const Launch& l, double value) {
+  if (l.pass == Pass::kBackward) return;
   const bool first = blockIdx.x == 0 && threadIdx.x == 0;
   if (l.loss ? !grid_sum(value, l.workspace) : !first) return;
+  const Scaling s(l);  // once more: kept, it would take registers all the way
   if (l.loss) write(l.loss, l.loss_dtype, 0, value / s.normalizer);
   if (l.pass == Pass::kForward) {
     l.scales[0] = s.upstream;
@@ -251,9 +272,9 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// Zeroes the ticket that the grid's blocks will draw from.
-inline cudaError_t prepare(const Launch& launch, int64_t blocks) {
-  if (blocks == 1 || !launch.loss) return cudaSuccess;
+// Zeroes the ticket that the grid's blocks will draw from, if they are many.
+inline cudaError_t zero_ticket(const Launch& launch, int64_t blocks) {
+  if (blocks == 1) return cudaSuccess;
   return cudaMemsetAsync(Workspace(launch.workspace).ticket, 0, sizeof(unsigned), launch.stream);
 }
 

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, kPlain ? kBlocksPerSM : 1)
     }
     total += part;
   }
-  if (l.pass != Pass::kBackward) finish(l, s, total);
+  finish(l, total);
 }
 
 // ---- operands of any dtype and strides ----------------------------------------------------------
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads) strided(const Strided c, const Launc
     if (s.write) write(c.gradient, c.gradient_dtype, at, e.slope * scale);
     total += e.value;
   }
-  if (l.pass != Pass::kBackward) finish(l, s, total);
+  finish(l, total);
 }
 
 // ---- which of them ------------------------------------------------------------------------------
@@ -316,7 +316,9 @@ size_t workspace_bytes(const Pointwise& call) { return Workspace::bytes(blocks_f
 cudaError_t pointwise(const Pointwise& call, const Launch& launch) {
   if (call.space.dims > kMaxDims) return cudaErrorInvalidValue;
   const int64_t blocks = blocks_for(call.numel);
-  if (const cudaError_t error = prepare(launch, blocks); error != cudaSuccess) return error;
+  if (launch.loss) {
+    if (const cudaError_t error = zero_ticket(launch, blocks); error != cudaSuccess) return error;
+  }
 #define FUSEDLOSS_RUN(NAME, LOSS) \
   if (call.loss == NAME) run<LOSS>(call, launch, static_cast<unsigned>(blocks));
   FUSEDLOSS_POINTWISE_LOSSES(FUSEDLOSS_RUN)
