@@ -130,6 +130,13 @@ struct Group<Scope::kBlock, T> {
   __device__ void leave() const {}
 };
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+// The hardware has no clusters, and none is launched: see plan_for.
+template <class T>
+struct Group<Scope::kCluster, T> : Group<Scope::kBlock, T> {
+  using Group<Scope::kBlock, T>::Group;
+};
+#else
 template <class T>
 struct Group<Scope::kCluster, T> {
   const int size, rank;
@@ -161,6 +168,7 @@ struct Group<Scope::kCluster, T> {
   // A block's shared memory goes with it: none may leave while another reads there.
   __device__ void leave() const { cluster().sync(); }
 };
+#endif
 
 // ---- what every kernel of this file knows of a call ---------------------------------------------
 
@@ -503,6 +511,10 @@ struct Plan {
   bool keeps = true;
 };
 
+// A packet of two doubles would save nothing.
+template <class D>
+constexpr bool kWideHasUse = !std::is_same_v<D, double>;
+
 template <class D>
 bool lies_wide(const Rows& r) {
   constexpr int kSize = Packet<D>::kSize;
@@ -523,7 +535,7 @@ Plan plan_for(const CrossEntropy& call) {
   };
   if (call.classes > kMostClasses || call.input.classes != 1 ||
       (call.gradient.data && call.gradient.classes != 1)) {
-    const bool wide = call.inner % kSize == 0 && lies_wide<D>(call.input) &&
+    const bool wide = kWideHasUse<D> && call.inner % kSize == 0 && lies_wide<D>(call.input) &&
                       (!call.gradient.data || lies_wide<D>(call.gradient));
     plan.kernel = wide ? Kernel::kWideColumns : Kernel::kColumns;
     plan.threads = kColumnsBlock;
@@ -605,7 +617,8 @@ cudaError_t run(const CrossEntropyCall& call, const Launch& launch, const Plan& 
     case Plan::Kernel::kCluster:
       return run_rows<D, Scope::kCluster, kHard>(call, launch, plan);
     case Plan::Kernel::kWideColumns:
-      columns<D, true, kHard><<<blocks, kColumnsBlock, 0, launch.stream>>>(problem, launch);
+      columns<D, kWideHasUse<D>, kHard>
+          <<<blocks, kColumnsBlock, 0, launch.stream>>>(problem, launch);
       break;
     case Plan::Kernel::kColumns:
       columns<D, false, kHard><<<blocks, kColumnsBlock, 0, launch.stream>>>(problem, launch);
