@@ -1,6 +1,8 @@
 """Builds the compiled extension `fusedloss._C`; what is static stands in pyproject.toml.
 
-FUSEDLOSS_CUDA=0|1 decides by hand whether CUDA kernels are built.
+FUSEDLOSS_CUDA=0|1 decides by hand whether CUDA kernels are built; unset, they are where torch is a
+CUDA build and its nvcc is found (NVCC, CUDA_HOME/bin/nvcc, nvcc). TORCH_CUDA_ARCH_LIST picks the
+architectures.
 """
 
 from __future__ import annotations
@@ -9,11 +11,13 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -45,6 +49,14 @@ if platform.machine() in ("x86_64", "AMD64"):
         # GCC before 13 warns of its own _mm512_undefined_ps.
         *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
     ]
+
+NVCC_FLAGS = [
+    *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-Wall,-Wextra,-Wno-psabi"),
+    # As -ffp-contract=off below.
+    "-fmad=false",
+    # Sources without torch headers, and so in seconds; see csrc/cuda.
+    "-Xptxas=-v",
+]
 
 CXX_FLAGS = [
     # -O3 takes five times as long to compile, and what it adds is this.
@@ -83,12 +95,76 @@ def installed_torch() -> str | None:
         return None
 
 
-def check_cuda_choice() -> None:
-    choice = os.environ.get("FUSEDLOSS_CUDA", "0")
-    if choice not in ("0", "1"):
+@dataclass(frozen=True)
+class Toolkit:
+    """A CUDA toolkit, by what its own nvcc says of it."""
+
+    nvcc: str
+    version: str
+    includes: list[str]
+    libraries: list[str]
+
+
+def output_of(*command: str) -> str:
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def find_toolkit() -> Toolkit | str:
+    """The CUDA toolkit for torch's own CUDA version; or, as text, why there is none."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = (os.environ.get("NVCC"), home and str(Path(home, "bin", "nvcc")), "nvcc")
+    nvcc = next((found for name in candidates if name and (found := shutil.which(name))), None)
+    if nvcc is None:
+        return "no nvcc: neither NVCC, nor CUDA_HOME/bin/nvcc, nor nvcc on the PATH"
+    # Not guessed from where nvcc lies, which may be a script that calls another.
+    says = output_of(nvcc, "--dryrun", "-o", os.devnull, "empty.cu")
+    release = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))
+    if release is None:
+        return f"{nvcc} --version names no release"
+    version = release[1]
+    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"{nvcc} is of CUDA {version}, and torch of CUDA {torch.version.cuda}"
+
+    def paths(variable: str, flag: str) -> list[str]:
+        line = next((x for x in says.splitlines() if x.startswith(f"#$ {variable}=")), "")
+        return re.findall(rf'"-{flag}([^"]+)"', line)
+
+    return Toolkit(nvcc, version, paths("INCLUDES", "I"), paths("LIBRARIES", "L"))
+
+
+def wanted_toolkit() -> Toolkit | None:
+    choice = os.environ.get("FUSEDLOSS_CUDA")
+    if choice not in (None, "0", "1"):
         sys.exit(f"FUSEDLOSS_CUDA must be 0 or 1, not {choice!r}")
+    if choice == "0":
+        return None
+    found = find_toolkit()
+    if isinstance(found, Toolkit):
+        return found
     if choice == "1":
-        sys.exit("FUSEDLOSS_CUDA=1: this version of fusedloss has no CUDA kernels; use 0 or unset")
+        sys.exit(f"FUSEDLOSS_CUDA=1: {found}")
+    print(f"fusedloss: building without CUDA kernels: {found}")
+    return None
+
+
+def architecture_flags(toolkit: Toolkit) -> list[str]:
+    """nvcc's -gencode flags: what it compiles for now, and, as PTX, what a driver may later."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if wanted:
+        from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+        flags: list[str] = _get_cuda_arch_flags()
+        return flags
+    listed = output_of(toolkit.nvcc, "--list-gpu-arch")
+    newest = max(int(name) for name in re.findall(r"compute_(\d+)\b", listed))
+    # Between sm_90 and the newest, a driver compiles from the former's PTX.
+    pairs = [(80, "sm_80"), (90, "sm_90"), (90, "compute_90"), (newest, f"compute_{newest}")]
+    return [f"-gencode=arch=compute_{ptx},code={code}" for ptx, code in dict.fromkeys(pairs)]
 
 
 def find_compiler() -> str | None:
@@ -125,6 +201,7 @@ def needs_torch(found: str | None) -> type[build_ext]:
 def build_kernels() -> type[build_ext]:
     """The command that compiles the extension, made here because its base class is torch's."""
     import torch
+    from setuptools.errors import CompileError
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
     torch_includes = include_paths()
@@ -133,6 +210,7 @@ def build_kernels() -> type[build_ext]:
     flags += [word for path in torch_includes for word in ("-isystem", path)]
     # Last, so that it wins; torch's ninja files leave it out.
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
+    toolkit = wanted_toolkit()
 
     class BuildKernels(BuildExtension):
         def finalize_options(self) -> None:
@@ -151,13 +229,42 @@ def build_kernels() -> type[build_ext]:
                     extra_postargs=[*flags, *CPU_CAPABILITIES[name], *defines],
                 )
 
+            def compile_cuda(source: Path) -> str:
+                assert toolkit is not None
+                target = Path(self.build_temp, "cuda", source.stem + ".o")
+                newest = max(
+                    p.stat().st_mtime for p in [*Path("csrc").rglob("*.*"), Path("setup.py")]
+                )
+                if not target.exists() or target.stat().st_mtime < newest:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    command = [toolkit.nvcc, *NVCC_FLAGS, *architecture_flags(toolkit)]
+                    command += ["-ccbin", os.environ["CXX"], "-c", str(source), "-o", str(target)]
+                    done = subprocess.run(command, check=False, capture_output=True, text=True)
+                    if done.returncode != 0:
+                        raise CompileError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+                    # What ptxas says of registers and spills.
+                    target.with_suffix(".log").write_text(done.stderr)
+                return str(target)
+
             # Two sources each would leave cores idle, so the capabilities are compiled side by
             # side; without ninja the compiler object is not made for that.
+            cuda_sources = sorted(Path("csrc/cuda").glob("*.cu")) if toolkit else []
             with ThreadPoolExecutor(len(CPU_CAPABILITIES) if self.use_ninja else 1) as pool:
+                cuda_objects = pool.map(compile_cuda, cuda_sources)
                 objects = pool.map(compile_for, CPU_CAPABILITIES)
             # Behind the objects of ext.sources, the baseline first: of an inline function that
             # several objects hold the linker keeps the first, which must run on every CPU.
             ext.extra_objects += chain.from_iterable(objects)
+            if toolkit is not None:
+                ext.extra_objects += cuda_objects
+                ext.sources.append("csrc/ops_cuda.cpp")
+                ext.extra_compile_args += [f"-DFUSEDLOSS_CUDA={toolkit.version}"]
+                ext.extra_compile_args += [
+                    w for path in toolkit.includes for w in ("-isystem", path)
+                ]
+                ext.library_dirs += toolkit.libraries
+                # Torch's own runtime is loaded by then: cudart names the same library.
+                ext.libraries += ["c10_cuda", "torch_cuda", "cudart"]
             ext.extra_compile_args += [
                 *flags,
                 *(f"-DFUSEDLOSS_BUILT_{name}" for name in CPU_CAPABILITIES),
@@ -175,7 +282,6 @@ def build_kernels() -> type[build_ext]:
 
 def compiled_part() -> dict[str, Any]:
     """What setup() is told about the extension: nothing where there is no compiler."""
-    check_cuda_choice()
     compiler = find_compiler()
     if compiler is None:
         print("fusedloss: no C++ compiler (CXX, c++, g++, clang++): installing without kernels")
@@ -191,7 +297,7 @@ def compiled_part() -> dict[str, Any]:
     usable = found is not None and TORCH.specifier.contains(found, prereleases=True)
     extension = Extension(
         "fusedloss._C",
-        sources=sorted(map(str, Path("csrc").glob("*.cpp"))),
+        sources=sorted(str(p) for p in Path("csrc").glob("*.cpp") if p.stem != "ops_cuda"),
         depends=sorted(map(str, Path("csrc").rglob("*.*"))),
         include_dirs=[str(Path("csrc").absolute())],
         language="c++",
