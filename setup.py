@@ -258,7 +258,7 @@ def build_kernels() -> type[build_ext]:
             if toolkit is not None:
                 ext.extra_objects += cuda_objects
                 ext.sources.append("csrc/ops_cuda.cpp")
-                ext.extra_compile_args += [f"-DFUSEDLOSS_CUDA={toolkit.version}"]
+                ext.extra_compile_args += [f'-DFUSEDLOSS_CUDA="{toolkit.version}"']
                 ext.extra_compile_args += [
                     w for path in toolkit.includes for w in ("-isystem", path)
                 ]

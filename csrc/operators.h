@@ -36,4 +36,9 @@ inline bool wants_gradient(const at::Tensor& t) {
 // The CPU capability whose kernels run here.
 const char* cpu_capability();
 
+#if defined(FUSEDLOSS_CUDA)
+// Throws what a kernel has found wrong with its input since the last time, if it has come to light.
+void raise_faults();
+#endif
+
 }  // namespace fusedloss

@@ -6,7 +6,7 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Reduction.h>
-#include <ATen/ops/tensor.h>
+#include <ATen/ops/full.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -25,20 +25,25 @@ using at::Tensor;
 // ---- predictions --------------------------------------------------------------------------------
 
 // A call site's prediction: an upstream gradient, and the confidence in it (0 to 3).
-Tensor new_prediction() { return at::tensor({1.0, 3.0}, at::dtype(at::kDouble)); }
+Tensor new_prediction(const at::Device& device) {
+  Tensor prediction = at::full({2}, 1.0, at::dtype(at::kDouble).device(device));
+  prediction.select(0, 1).fill_(3.0);
+  return prediction;
+}
 
 // The predictions of calls that have no module to keep theirs, by what tells call sites apart.
 Tensor shared_prediction(std::string_view loss, const Tensor& input, int64_t reduction) {
-  using Key = std::tuple<std::string, at::ScalarType, int64_t, int64_t>;
+  using Key = std::tuple<std::string, at::DeviceType, int, at::ScalarType, int64_t, int64_t>;
   static std::mutex mutex;
   static auto& table = *new std::map<Key, Tensor>;  // outlives whatever runs at exit
   constexpr size_t kLimit = 512;
   const std::lock_guard<std::mutex> lock(mutex);
-  Key key(loss, input.scalar_type(), input.numel(), reduction);
+  const at::Device device = input.device();
+  Key key(loss, device.type(), device.index(), input.scalar_type(), input.numel(), reduction);
   const auto found = table.find(key);
   if (found != table.end()) return found->second;
   if (table.size() >= kLimit) table.clear();
-  return table.emplace(std::move(key), new_prediction()).first->second;
+  return table.emplace(std::move(key), new_prediction(device)).first->second;
 }
 
 Tensor prediction_or_shared(py::handle own, std::string_view loss, const Tensor& input,
@@ -48,22 +53,33 @@ Tensor prediction_or_shared(py::handle own, std::string_view loss, const Tensor&
 
 // ---- plain calls --------------------------------------------------------------------------------
 
-// The tensor, if it is an ordinary one on the CPU: no subclass, wrapper, mode or other layout.
+#if defined(FUSEDLOSS_CUDA)
+constexpr c10::DispatchKeySet kOrdinaryOnCuda({c10::DispatchKey::CUDA,
+                                               c10::DispatchKey::AutogradCUDA,
+                                               c10::DispatchKey::AutocastCUDA});
+#else
+constexpr c10::DispatchKeySet kOrdinaryOnCuda;
+#endif
+
+// The tensor, if it is an ordinary one on a device that there are kernels for: no subclass,
+// wrapper, mode or other layout.
 const Tensor* plain(py::handle object) {
   if (!THPVariable_CheckExact(object.ptr())) return nullptr;
   const Tensor& t = THPVariable_Unpack(object.ptr());
   static const uint64_t ordinary =
-      c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
-                           c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU})
+      (c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+                            c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU}) |
+       kOrdinaryOnCuda)
           .raw_repr();
   if ((t.key_set().raw_repr() & ~ordinary) != 0 || t._fw_grad(0).defined()) return nullptr;
   return &t;
 }
 
-bool plain_context() {
+bool plain_context(const Tensor& input) {
   const auto tls = c10::impl::tls_local_dispatch_key_set();
   return (tls.included_.raw_repr() & ~c10::default_included_set.raw_repr()) == 0 &&
-         !at::impl::torch_function_mode_enabled() && !at::autocast::is_autocast_enabled(at::kCPU);
+         !at::impl::torch_function_mode_enabled() &&
+         !at::autocast::is_autocast_enabled(input.device().type());
 }
 
 bool computes(at::ScalarType dtype) {
@@ -74,7 +90,9 @@ bool computes(at::ScalarType dtype) {
 py::object pointwise(py::handle input_object, py::handle target_object, std::string_view loss,
                      double parameter, int64_t reduction, py::handle prediction) {
   const Tensor *input = plain(input_object), *target = plain(target_object);
-  if (!input || !target || !plain_context()) return py::none();
+  if (!input || !target || input->device() != target->device() || !plain_context(*input)) {
+    return py::none();
+  }
   const at::ScalarType dtype = input->scalar_type();
   if (!computes(dtype) || target->scalar_type() != dtype || input->numel() == 0 ||
       input->sizes() != target->sizes() || wants_gradient(*target)) {
@@ -94,7 +112,9 @@ py::object cross_entropy(py::handle input_object, py::handle target_object,
                          py::handle weight_object, int64_t ignore_index, double label_smoothing,
                          int64_t reduction, py::handle prediction) {
   const Tensor *input = plain(input_object), *target = plain(target_object);
-  if (!input || !target || !plain_context()) return py::none();
+  if (!input || !target || input->device() != target->device() || !plain_context(*input)) {
+    return py::none();
+  }
   const at::ScalarType dtype = input->scalar_type();
   const int64_t dims = input->dim();
   // Of more dimensions, the engine wants those behind the classes joined.
@@ -110,7 +130,7 @@ py::object cross_entropy(py::handle input_object, py::handle target_object,
   OptionalTensor weight;
   if (!weight_object.is_none()) {
     const Tensor* w = plain(weight_object);
-    if (!w || w->scalar_type() != dtype || w->dim() != 1 ||
+    if (!w || w->device() != input->device() || w->scalar_type() != dtype || w->dim() != 1 ||
         w->size(0) != input->size(dims > 1 ? 1 : 0) || wants_gradient(*w)) {
       return py::none();
     }
@@ -145,7 +165,11 @@ py::dict build_info() {
   info["version"] = FUSEDLOSS_VERSION;
   info["torch"] = FUSEDLOSS_TORCH_VERSION;
   info["compiler"] = kCompiler;
-  info["cuda"] = false;
+#if defined(FUSEDLOSS_CUDA)
+  info["cuda"] = FUSEDLOSS_CUDA;
+#else
+  info["cuda"] = py::none();
+#endif
   info["cpu_capabilities"] = capabilities;
   info["cpu_capability"] = cpu_capability();
   return info;
@@ -156,10 +180,15 @@ py::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "What was built and what of it runs, and the short way into torch.ops.fusedloss.*.";
   m.def("build_info", &build_info);
-  m.def("new_prediction", &new_prediction);
+  m.def("new_prediction",
+        [](py::handle input) { return new_prediction(THPVariable_Unpack(input.ptr()).device()); });
   m.def("shared_prediction", &shared_prediction);
   m.def("pointwise", &pointwise, "The loss, or None: not a plain call.");
   m.def("cross_entropy", &cross_entropy, "The loss, or None: not a plain call.");
+#if defined(FUSEDLOSS_CUDA)
+  m.def("raise_faults", &raise_faults,
+        "Raises what a kernel found wrong with its input, if known.");
+#endif
 }
 
 }  // namespace fusedloss

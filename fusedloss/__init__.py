@@ -6,7 +6,7 @@ The functions of :mod:`fusedloss.functional` and the modules here take the place
 
 from . import functional, reference
 from ._version import __version__
-from .backends import backend, info
+from .backends import backend, check, info
 from .functional import explain
 from .modules import (
     BCELoss,
@@ -32,6 +32,7 @@ __all__ = [
     "SmoothL1Loss",
     "__version__",
     "backend",
+    "check",
     "explain",
     "functional",
     "info",

@@ -101,9 +101,9 @@ def _obstacle(input: Any, target: Any, *others: Any) -> str | None:
         return "a tensor subclass or a torch function mode is involved"
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         return "input and target are not both tensors"
-    if not (input.is_cpu and target.is_cpu and backends.compiled_on_cpu):
-        if input.device != target.device:
-            return f"input is on {input.device} and target on {target.device}"
+    if input.device != target.device:
+        return f"input is on {input.device} and target on {target.device}"
+    if input.device.type not in backends.compiled_on:
         return backends.obstacle(input.device.type)
     if input.layout is not torch.strided or target.layout is not torch.strided:
         return f"layouts {input.layout} and {target.layout} are not both strided"
@@ -118,7 +118,7 @@ def _obstacle(input: Any, target: Any, *others: Any) -> str | None:
         return "a gradient for target is wanted"
     for other in others:
         if other is not None:
-            if not isinstance(other, Tensor) or not other.is_cpu:
+            if not isinstance(other, Tensor) or other.device != input.device:
                 return "a weight is not a tensor on input's device"
             if grad and other.requires_grad:
                 return "a gradient for a weight is wanted"
@@ -135,7 +135,7 @@ def _result_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype | str:
     if dtype not in _DTYPES:
         return f"dtype {dtype} has no fused kernel"
     # Under autocast torch computes every loss in float32; ours reads the tensors as they are.
-    if torch.is_autocast_enabled("cpu") and dtype is not torch.float64:
+    if torch.is_autocast_enabled(input.device.type) and dtype is not torch.float64:
         for other in others:
             if other is not None and (other.dtype not in _DTYPES or other.dtype is torch.float64):
                 return f"dtypes {dtype} and {other.dtype} under autocast"
@@ -156,7 +156,7 @@ def _broadcasts_to(small: Tensor, big: Tensor) -> bool:
 
 def _plain_calls() -> bool:
     """Whether the short way into the operators is open: it explains and traces nothing."""
-    return backends.compiled_on_cpu and _explaining is None and not torch.compiler.is_compiling()
+    return bool(backends.compiled_on) and _explaining is None and not torch.compiler.is_compiling()
 
 
 def _pointwise(
@@ -192,7 +192,11 @@ def _pointwise(
             reason = f"shapes differ: {tuple(input.shape)} and {tuple(target.shape)}"
         elif isinstance(dtype, str):
             reason = dtype
-        elif weight is not None and not broadcast_weight and torch.is_autocast_enabled("cpu"):
+        elif (
+            weight is not None
+            and not broadcast_weight
+            and torch.is_autocast_enabled(input.device.type)
+        ):
             reason = "autocast leaves a weighted regression loss in its inputs' dtype"
         else:
             for w in (weight, pos_weight):

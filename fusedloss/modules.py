@@ -29,8 +29,9 @@ class _Predicting(nn.Module):
         if not isinstance(input, Tensor) or backends.extension is None or autograd.traced():
             return None
         prediction: Tensor | None = self.__dict__.get("_own_prediction")
-        if prediction is None:
-            prediction = self.__dict__["_own_prediction"] = backends.extension.new_prediction()
+        if prediction is None or prediction.device != input.device:
+            prediction = backends.extension.new_prediction(input)
+            self.__dict__["_own_prediction"] = prediction
         return prediction
 
     def __getstate__(self) -> dict[str, Any]:

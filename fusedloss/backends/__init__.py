@@ -45,12 +45,15 @@ class Backend:
 
     name: str
     unavailable: str | None  # why it cannot run here; None: it can
-    device: str | None  # the type of device it covers; None: any
+    devices: frozenset[str] | None  # the types of device it covers; None: any
     fused: bool = True
 
 
+_built: dict[str, Any] = {} if extension is None else extension.build_info()
+_compiled_devices = frozenset(("cpu", "cuda") if _built.get("cuda") else ("cpu",))
+
 BACKENDS = (
-    Backend("compiled", _no_extension, "cpu"),
+    Backend("compiled", _no_extension, _compiled_devices),
     Backend("triton", "this version has no Triton kernels", None),
     Backend("reference", None, None, fused=False),
 )
@@ -64,8 +67,8 @@ if _no_extension is not None:
     )
 
 _chosen: Backend | None = None
-# Read at every call, so kept ready: whether the compiled kernels take calls on the CPU.
-compiled_on_cpu = _no_extension is None
+# Read at every call, so kept ready: the types of device whose tensors the compiled kernels take.
+compiled_on: frozenset[str] = frozenset()
 
 
 def obstacle(device: str) -> str | None:
@@ -77,8 +80,9 @@ def obstacle(device: str) -> str | None:
     for row in rows:
         if row.unavailable is not None:
             reasons.append(f"{row.name}: {row.unavailable}")
-        elif row.device not in (None, device):
-            reasons.append(f"{row.name}: has kernels for {row.device} tensors, not {device}")
+        elif row.devices is not None and device not in row.devices:
+            covered = " and ".join(sorted(row.devices))
+            reasons.append(f"{row.name}: has kernels for {covered} tensors, not {device}")
         else:
             return None
     return "; ".join(reasons)
@@ -121,9 +125,31 @@ class backend:
 
 
 def _choose(row: Backend | None) -> None:
-    global _chosen, compiled_on_cpu
+    global _chosen, compiled_on
     _chosen = row
-    compiled_on_cpu = _no_extension is None and (row is None or row.name == "compiled")
+    runs = _no_extension is None and (row is None or row.name == "compiled")
+    compiled_on = _compiled_devices if runs else frozenset()
+
+
+_choose(None)
+
+
+def check() -> None:
+    """Waits for the GPUs, and raises what a fused kernel has found wrong with its input there.
+
+    On a GPU nothing waits for a kernel: of a target out of range the loss and the gradient are nan,
+    and the next fused call, or this function, raises.
+
+    Raises:
+        IndexError: a class index outside [0, C) that is not ignore_index.
+        RuntimeError: an input or target of binary_cross_entropy outside [0, 1].
+    """
+    if extension is None or not _built["cuda"]:
+        return
+    if torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(device)
+    extension.raise_faults()
 
 
 @dataclass(frozen=True)
@@ -143,8 +169,10 @@ class Info:
             lines.append(f"  {name:<10} {'runs' if why is None else f'does not run: {why}'}")
         if self.compiled:
             built = ", ".join(self.build["cpu_capabilities"])
+            cuda = self.build["cuda"]
             lines += [
                 f"CPU kernels built for {built}; {self.cpu_capability} runs here",
+                f"CUDA kernels built by nvcc {cuda}" if cuda else "no CUDA kernels were built",
                 f"built against torch {self.build['torch']} by compiler {self.build['compiler']}",
             ]
         return "\n".join(lines)
@@ -152,12 +180,11 @@ class Info:
 
 def info() -> Info:
     """What was built, what runs, and why the rest does not; prints as text."""
-    build = extension.build_info() if extension is not None else {}
     return Info(
         version=__version__,
         torch=torch.__version__,
         compiled=extension is not None,
-        cpu_capability=build.get("cpu_capability"),
+        cpu_capability=_built.get("cpu_capability"),
         backends={row.name: row.unavailable for row in BACKENDS},
-        build=build,
+        build=_built,
     )

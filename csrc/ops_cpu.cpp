@@ -1,0 +1,454 @@
+// The operators on the CPU: tensors in, the engines' calls out.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/eq.h>
+#include <ATen/ops/logical_and.h>
+#include <ATen/ops/masked_fill.h>
+#include <torch/library.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+
+#include "cpu/kernels.h"
+#include "math/sum.h"
+#include "tensors.h"
+
+namespace fusedloss {
+namespace {
+
+using at::Tensor;
+
+// ---- CPU capability -----------------------------------------------------------------------------
+
+struct Kernels {
+  const char* capability;
+  decltype(&cpu::DEFAULT::pointwise) pointwise;
+  decltype(&cpu::DEFAULT::cross_entropy) cross_entropy;
+};
+#define FUSEDLOSS_KERNELS(CAPABILITY) \
+  Kernels { #CAPABILITY, &cpu::CAPABILITY::pointwise, &cpu::CAPABILITY::cross_entropy }
+
+// For what torch's own kernels run with: the CPU's best, or less by ATEN_CPU_CAPABILITY.
+const Kernels& kernels() {
+  static const Kernels chosen = [] {
+    [[maybe_unused]] const std::string torch_runs = at::get_cpu_capability();
+#if defined(FUSEDLOSS_BUILT_AVX512)
+    if (torch_runs == "AVX512") return FUSEDLOSS_KERNELS(AVX512);
+#endif
+#if defined(FUSEDLOSS_BUILT_AVX2)
+    if (torch_runs == "AVX512" || torch_runs == "AVX2") return FUSEDLOSS_KERNELS(AVX2);
+#endif
+    return FUSEDLOSS_KERNELS(DEFAULT);
+  }();
+  return chosen;
+}
+#undef FUSEDLOSS_KERNELS
+
+// ---- memory -------------------------------------------------------------------------------------
+
+// Large tensors are allocated before small ones: the last step's gradient has left a hole of just
+// this size, and a loss that its caller keeps must not be the one to take a piece of it.
+//
+// Page faults are half of the time it takes to fill a large fresh tensor; huge pages make 512 times
+// fewer of them.
+void advise_huge_pages([[maybe_unused]] const Tensor& fresh) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t kWorthwhile = size_t{4} << 20, kPage = 4096;
+  if (fresh.nbytes() < kWorthwhile) return;
+  const auto begin = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
+  const uintptr_t first = (begin + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end = (begin + fresh.nbytes()) & ~(kPage - 1);
+  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // advice: may be refused
+#endif
+}
+
+double scalar(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kDouble:
+      return *t.const_data_ptr<double>();
+    case at::kFloat:
+      return *t.const_data_ptr<float>();
+    case at::kBFloat16:
+      return *t.const_data_ptr<at::BFloat16>();
+    default:
+      return *t.const_data_ptr<at::Half>();
+  }
+}
+
+void set_scalar(const Tensor& t, double value) {
+  switch (t.scalar_type()) {
+    case at::kDouble:
+      *t.mutable_data_ptr<double>() = value;
+      break;
+    case at::kFloat:
+      *t.mutable_data_ptr<float>() = static_cast<float>(value);
+      break;
+    case at::kBFloat16:
+      *t.mutable_data_ptr<at::BFloat16>() = static_cast<float>(value);
+      break;
+    default:
+      *t.mutable_data_ptr<at::Half>() = static_cast<float>(value);
+  }
+}
+
+// ---- the prediction of the upstream gradient ----------------------------------------------------
+// Two doubles: the upstream gradient that the last backward saw, and how often of late it was the
+// one predicted, 0 to 3. Like a branch predictor's counter: forward writes the gradient at 2 and 3.
+// Threads may race on it; a torn pair costs a recomputation, never a wrong gradient.
+
+constexpr double kConfident = 2, kMostConfident = 3;
+constexpr double kNotWritten = std::numeric_limits<double>::quiet_NaN();
+
+double load(double* p) { return std::atomic_ref<double>(*p).load(std::memory_order_relaxed); }
+void store(double* p, double v) { std::atomic_ref<double>(*p).store(v, std::memory_order_relaxed); }
+
+bool same(double a, double b) { return a == b && std::signbit(a) == std::signbit(b); }
+
+double predict(const Tensor& prediction) {
+  double* p = prediction.mutable_data_ptr<double>();
+  return load(p + 1) >= kConfident ? load(p) : kNotWritten;
+}
+
+void learn(const Tensor& prediction, double upstream) {
+  double* p = prediction.mutable_data_ptr<double>();
+  const double confidence = load(p + 1);
+  if (same(load(p), upstream)) {
+    store(p + 1, std::min(confidence + 1, kMostConfident));
+  } else {
+    store(p, upstream);
+    store(p + 1, std::max(confidence - 1, 0.0));
+  }
+}
+
+Tensor pack_scales(const Tensor& like, double upstream, double normalizer) {
+  Tensor scales = at::empty({2}, like.options().dtype(at::kDouble));
+  scales.mutable_data_ptr<double>()[0] = upstream;
+  scales.mutable_data_ptr<double>()[1] = normalizer;
+  return scales;
+}
+
+// ---- class indices ------------------------------------------------------------------------------
+
+// Class indices as the engines want them: contiguous, ignored ones -1, the rest within range; and
+// the sum of the weights of those not ignored.
+struct Classes {
+  Tensor indices;
+  double weight_sum = 0;
+};
+
+constexpr double kOutOfRange = -std::numeric_limits<double>::infinity();
+
+[[noreturn]] void throw_out_of_range(const Tensor& target, const Tensor& indices, int64_t classes,
+                                     int64_t ignore_index) {
+  const int64_t* index = indices.const_data_ptr<int64_t>();
+  const int64_t* bad = std::find_if(index, index + indices.numel(), [=](int64_t t) {
+    return (t < 0 || t >= classes) && t != ignore_index;
+  });
+  TORCH_CHECK_INDEX(false, "Target ", *bad, " is out of bounds. It stands at ",
+                    element_name("target", target.sizes(), bad - index), "; there are ", classes,
+                    " classes.");
+}
+
+template <class Weight>
+Classes check_classes(const Tensor& target, int64_t classes, int64_t ignore_index,
+                      Weight&& weight) {
+  Classes result{aligned(target.contiguous())};
+  const int64_t* index = result.indices.const_data_ptr<int64_t>();
+  const int64_t n = target.numel();
+  constexpr int64_t kChunk = 32768;
+  const int64_t chunks = (n + kChunk - 1) / kChunk;
+  // Of each chunk: the sum of its weights, or kOutOfRange.
+  c10::SmallVector<double, 4> sums(chunks);
+  at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c) {
+      const int64_t *begin = index + c * kChunk, *end = index + std::min(n, (c + 1) * kChunk);
+      int64_t outside = 0;
+      for (const int64_t* t = begin; t != end; ++t) {
+        outside +=
+            (static_cast<uint64_t>(*t) >= static_cast<uint64_t>(classes)) & (*t != ignore_index);
+      }
+      sums[c] = outside ? kOutOfRange : weight(begin, end);
+    }
+  });
+  Sum total;
+  for (double sum : sums) {
+    if (sum == kOutOfRange) throw_out_of_range(target, result.indices, classes, ignore_index);
+    total.add(sum);
+  }
+  result.weight_sum = total.value();
+  return result;
+}
+
+Classes check_classes(const Tensor& target, int64_t classes, const Tensor& weight,
+                      int64_t ignore_index) {
+  if (!weight.defined()) {
+    return check_classes(target, classes, ignore_index, [=](const int64_t* t, const int64_t* end) {
+      return static_cast<double>(end - t - std::count(t, end, ignore_index));
+    });
+  }
+  const Tensor wide = weight.to(at::kDouble).contiguous();
+  const double* w = wide.const_data_ptr<double>();
+  return check_classes(target, classes, ignore_index, [=](const int64_t* t, const int64_t* end) {
+    Sum sum;
+    for (; t != end; ++t) sum.add(*t == ignore_index ? 0 : w[*t]);
+    return sum.value();
+  });
+}
+
+// ---- pointwise ----------------------------------------------------------------------------------
+
+[[noreturn]] void throw_outside_unit(const char* name, const Tensor& t, int64_t linear) {
+  TORCH_CHECK(false, "all elements of ", name, " should be between 0 and 1, but ",
+              element_name(name, t.sizes(), linear), " is ",
+              scalar(t.contiguous().view(-1)[linear]));
+}
+
+// Names the first element outside [0, 1]; the engine has found that there is one.
+void find_outside_unit(const Tensor& input, const Tensor& target) {
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"input", input},
+                                std::pair<const char*, const Tensor&>{"target", target}}) {
+    const Tensor inside = at::logical_and(t.ge(0), t.le(1)).contiguous().view(-1);
+    const bool* first = inside.const_data_ptr<bool>();
+    const bool* found = std::find(first, first + inside.numel(), false);
+    if (found != first + inside.numel()) throw_outside_unit(name, t, found - first);
+  }
+}
+
+// A pointwise call and the tensors that its pointers lead to.
+struct PointwiseCall {
+  cpu::Pointwise call;
+  Tensor input, target;
+  double class_weight_sum = 0;  // kRows with class indices
+  std::optional<PointwiseOperands> operands;
+
+  PointwiseCall(const Tensor& input_, const Tensor& target_, const OptionalTensor& weight,
+                const OptionalTensor& pos_weight, const OptionalTensor& upstream,
+                std::string_view loss, double parameter, int64_t ignore_index,
+                at::ScalarType result)
+      : input(input_), target(target_) {
+    check_shapes(input, target);
+    call.loss = loss;
+    call.parameter = parameter;
+    call.compute_in_double = result == at::kDouble;
+    if (target.scalar_type() == at::kLong) {
+      const Classes checked =
+          check_classes(target, input.size(class_dim(input)),
+                        present(weight) ? weight->reshape({-1}) : Tensor(), ignore_index);
+      class_weight_sum = checked.weight_sum;
+      target = checked.indices.masked_fill(checked.indices.eq(ignore_index), kIgnored);
+    }
+    operands.emplace(call, input, target, weight, pos_weight, upstream, kMaxDims);
+  }
+
+  double normalizer(int64_t reduction, const OptionalTensor& weight) const {
+    if (reduction != at::Reduction::Mean) return 1;
+    switch (mean_of(call.loss)) {
+      case Mean::kWeights:
+        if (present(weight)) return weight->sum(at::kDouble).item<double>();
+        break;
+      case Mean::kRows:
+        if (target.scalar_type() == at::kLong) return class_weight_sum;
+        return static_cast<double>(input.numel()) /
+               static_cast<double>(input.size(class_dim(input)));
+      case Mean::kElements:
+        break;
+    }
+    return static_cast<double>(input.numel());
+  }
+
+  cpu::PointwiseResult run() { return kernels().pointwise(call); }
+};
+
+void write_loss(PointwiseCall& p, const Tensor& loss, int64_t reduction, double normalizer) {
+  const bool each = reduction == at::Reduction::None;
+  if (each) {
+    advise_huge_pages(loss);
+    p.call.value = loss.mutable_data_ptr();
+    p.call.value_dtype = dtype_of(loss);
+  }
+  p.call.want_sum = !each;
+  const cpu::PointwiseResult result = p.run();
+  if (!result.in_unit) find_outside_unit(p.input, p.target);
+  if (!each) set_scalar(loss, result.sum / normalizer);
+}
+
+Tensor pointwise(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                 const OptionalTensor& pos_weight, std::string_view loss, double parameter,
+                 int64_t ignore_index, int64_t reduction, at::ScalarType dtype, const Tensor&) {
+  PointwiseCall p(input, target, weight, pos_weight, {}, loss, parameter, ignore_index, dtype);
+  Tensor value = empty_loss(input, reduction, dtype);
+  write_loss(p, value, reduction, p.normalizer(reduction, weight));
+  return value;
+}
+
+std::tuple<Tensor, Tensor, Tensor> pointwise_forward(
+    const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+    const OptionalTensor& pos_weight, std::string_view loss, double parameter, int64_t ignore_index,
+    int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
+  Tensor gradient = empty_gradient(input);  // first: see advise_huge_pages
+  PointwiseCall p(input, target, weight, pos_weight, {}, loss, parameter, ignore_index, dtype);
+  const double normalizer = p.normalizer(reduction, weight);
+  const double upstream = predict(prediction);
+  Tensor value = empty_loss(input, reduction, dtype);
+  if (!std::isnan(upstream)) {
+    advise_huge_pages(gradient);
+    p.call.gradient = gradient.mutable_data_ptr();
+    p.call.gradient_dtype = dtype_of(gradient);
+    p.call.scale = upstream / normalizer;
+  }
+  write_loss(p, value, reduction, normalizer);
+  return {value, gradient, pack_scales(input, upstream, normalizer)};
+}
+
+void pointwise_backward_(const Tensor& gradient, const Tensor& grad_output, const Tensor& scales,
+                         bool fresh, const Tensor& input, const Tensor& target,
+                         const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                         std::string_view loss, double parameter, int64_t ignore_index,
+                         int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
+  const double* scale = scales.const_data_ptr<double>();
+  const bool each = reduction == at::Reduction::None;
+  const double upstream = each ? 1 : scalar(grad_output);
+  if (!each) {
+    learn(prediction, upstream);
+    if (!fresh && same(scale[0], upstream)) return;
+  }
+  PointwiseCall p(input, target, weight, pos_weight,
+                  each ? OptionalTensor(grad_output) : std::nullopt, loss, parameter, ignore_index,
+                  dtype);
+  advise_huge_pages(gradient);
+  p.call.gradient = gradient.mutable_data_ptr();
+  p.call.gradient_dtype = dtype_of(gradient);
+  p.call.scale = upstream / scale[1];
+  p.run();
+}
+
+// ---- cross-entropy ------------------------------------------------------------------------------
+
+struct CrossEntropyCall {
+  cpu::CrossEntropy call;
+  CrossEntropyOperands operands;
+  Tensor upstream;
+
+  CrossEntropyCall(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                   int64_t ignore_index, double label_smoothing, at::ScalarType result)
+      : operands(call, input,
+                 target.scalar_type() == at::kLong ? aligned(target.contiguous()) : target, weight,
+                 ignore_index, label_smoothing, result) {
+    call.weight_sum = static_cast<double>(call.classes);
+    if (call.weight) {
+      call.weight_sum =
+          label_smoothing == 0 ? 0 : operands.weight().sum(at::kDouble).item<double>();
+    }
+    // A gradient has its input's strides, or is row-major where input is not dense.
+    call.by_row = call.classes == 1 || (call.input.classes == 1 &&
+                                        (call.inner == 1 || input.is_non_overlapping_and_dense()));
+  }
+
+  void want_gradient(const Tensor& gradient, double scale) {
+    operands.want_gradient(call, gradient);
+    call.scale = scale;
+  }
+
+  double run() { return kernels().cross_entropy(call); }
+};
+
+// What reduction "mean" divides by; checks the class indices on the way.
+double cross_entropy_normalizer(const Tensor& input, const Tensor& target,
+                                const OptionalTensor& weight, int64_t ignore_index,
+                                int64_t reduction) {
+  check_shapes(input, target);
+  const int64_t classes = input.size(class_dim(input));
+  check_class_weight(input, weight);
+  double sum = static_cast<double>(input.numel()) / static_cast<double>(classes);
+  if (target.scalar_type() == at::kLong) {
+    sum = check_classes(target, classes, present(weight) ? *weight : Tensor(), ignore_index)
+              .weight_sum;
+  }
+  return reduction == at::Reduction::Mean ? sum : 1;
+}
+
+Tensor write_loss(CrossEntropyCall& p, const Tensor& input, int64_t reduction, at::ScalarType dtype,
+                  double normalizer) {
+  Tensor value = empty_row_loss(input, reduction, dtype);
+  if (reduction == at::Reduction::None) {
+    p.call.value = value.mutable_data_ptr();
+    p.call.value_dtype = dtype_of(value);
+  }
+  const double sum = p.run();
+  // A mean over nothing is nan, whatever label smoothing adds up beside it.
+  const double mean = normalizer == 0 ? std::numeric_limits<double>::quiet_NaN() : sum / normalizer;
+  if (reduction != at::Reduction::None) set_scalar(value, mean);
+  return value;
+}
+
+Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                     int64_t ignore_index, double label_smoothing, int64_t reduction,
+                     at::ScalarType dtype, const Tensor&) {
+  const double normalizer =
+      cross_entropy_normalizer(input, target, weight, ignore_index, reduction);
+  CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype);
+  return write_loss(p, input, reduction, dtype, normalizer);
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(
+    const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t ignore_index,
+    double label_smoothing, int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
+  Tensor gradient = empty_gradient(input);  // first: see advise_huge_pages
+  const double normalizer =
+      cross_entropy_normalizer(input, target, weight, ignore_index, reduction);
+  CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype);
+  const double upstream = reduction == at::Reduction::None ? kNotWritten : predict(prediction);
+  if (!std::isnan(upstream)) {
+    advise_huge_pages(gradient);
+    p.want_gradient(gradient, upstream / normalizer);
+  }
+  Tensor value = write_loss(p, input, reduction, dtype, normalizer);
+  return {value, gradient, pack_scales(input, upstream, normalizer)};
+}
+
+void cross_entropy_backward_(const Tensor& gradient, const Tensor& grad_output,
+                             const Tensor& scales, bool fresh, const Tensor& input,
+                             const Tensor& target, const OptionalTensor& weight,
+                             int64_t ignore_index, double label_smoothing, int64_t reduction,
+                             at::ScalarType dtype, const Tensor& prediction) {
+  const double* scale = scales.const_data_ptr<double>();
+  const bool each = reduction == at::Reduction::None;
+  const double upstream = each ? 1 : scalar(grad_output);
+  if (!each) {
+    learn(prediction, upstream);
+    if (!fresh && same(scale[0], upstream)) return;
+  }
+  // Once more: memory that a target shares may have changed unseen, and an index leads to memory.
+  cross_entropy_normalizer(input, target, weight, ignore_index, reduction);
+  CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype);
+  if (each) {
+    const at::ScalarType computes = dtype == at::kDouble ? at::kDouble : at::kFloat;
+    p.upstream = grad_output.to(computes).contiguous();
+    p.call.upstream = p.upstream.const_data_ptr();
+  }
+  advise_huge_pages(gradient);
+  p.want_gradient(gradient, upstream / scale[1]);
+  p.run();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fusedloss, CPU, m) {
+  m.impl("pointwise", &pointwise);
+  m.impl("pointwise_forward", &pointwise_forward);
+  m.impl("pointwise_backward_", &pointwise_backward_);
+  m.impl("cross_entropy", &cross_entropy);
+  m.impl("cross_entropy_forward", &cross_entropy_forward);
+  m.impl("cross_entropy_backward_", &cross_entropy_backward_);
+}
+
+const char* cpu_capability() { return kernels().capability; }
+
+}  // namespace fusedloss

@@ -1,0 +1,348 @@
+// The operators on CUDA: tensors in, kernels queued on the current stream. Nothing here waits for
+// the device.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/eq.h>
+#include <ATen/ops/masked_fill.h>
+#include <ATen/ops/sum.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <array>
+#include <atomic>
+#include <limits>
+#include <mutex>
+#include <sstream>
+
+#include "cuda/kernels.h"
+#include "tensors.h"
+
+// Which tensors these operators take: CPU ones where the kernels are emulated.
+#if !defined(FUSEDLOSS_CUDA_KEY)
+#define FUSEDLOSS_CUDA_KEY CUDA
+#endif
+
+namespace fusedloss {
+namespace {
+
+using at::Tensor;
+using cuda::Fault;
+using cuda::Launch;
+using cuda::Pass;
+
+void check(cudaError_t error) {
+  TORCH_CHECK(error == cudaSuccess, "fusedloss: CUDA: ", cudaGetErrorString(error));
+}
+
+// ---- faults -------------------------------------------------------------------------------------
+
+// A device's; page-locked memory, so that both sides reach it. Allocated once and never freed.
+constexpr size_t kMostDevices = 64;
+std::array<std::atomic<Fault*>, kMostDevices> faults;
+
+Fault* fault_of(size_t device) {
+  TORCH_CHECK(device < kMostDevices, "fusedloss: device ", device, " is one too many");
+  if (Fault* known = faults[device].load()) return known;
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (Fault* known = faults[device].load()) return known;
+  void* memory = nullptr;
+  check(cudaHostAlloc(&memory, sizeof(Fault), cudaHostAllocMapped | cudaHostAllocPortable));
+  auto* fresh = new (memory) Fault{};
+  faults[device].store(fresh);
+  return fresh;
+}
+
+[[noreturn]] void raise(const Fault& fault) {
+  constexpr const char* kWhen =
+      " (In an earlier call of fusedloss, whose loss and gradient are nan there.)";
+  if (fault.what == Fault::kTargetClass) {
+    TORCH_CHECK_INDEX(false, "Target ", static_cast<int64_t>(fault.value),
+                      " is out of bounds. It stands at target.flatten()[", fault.position,
+                      "]; there are ", fault.classes, " classes.", kWhen);
+  }
+  const char* name = fault.what == Fault::kInputOutsideUnit ? "input" : "target";
+  TORCH_CHECK(false, "all elements of ", name, " should be between 0 and 1, but element ",
+              fault.position, " in memory order is ", fault.value, kWhen);
+}
+
+}  // namespace
+
+void raise_faults() {
+  for (std::atomic<Fault*>& slot : faults) {
+    Fault* const fault = slot.load();
+    if (!fault) continue;
+    const std::atomic_ref<int> state(fault->state);
+    if (state.load(std::memory_order_acquire) != Fault::kTold) continue;
+    const Fault told = *fault;
+    state.store(Fault::kNone, std::memory_order_release);
+    raise(told);
+  }
+}
+
+namespace {
+
+// ---- calls --------------------------------------------------------------------------------------
+
+// A call on the device and the current stream of its input. Memory that it drops lasts until its
+// kernels have run: torch's allocator hands it on in the order of the stream.
+struct Call {
+  c10::cuda::CUDAGuard guard;
+  const Tensor& input;
+  Launch launch;
+  std::vector<Tensor> held;
+
+  Call(const Tensor& input_, Pass pass) : guard(input_.device()), input(input_) {
+    if (pass != Pass::kBackward) raise_faults();
+    launch.pass = pass;
+    launch.stream = c10::cuda::getCurrentCUDAStream(guard.current_device().index());
+    launch.fault = fault_of(static_cast<size_t>(guard.current_device().index()));
+  }
+
+  void reduces_to(const Tensor& loss) {
+    launch.loss = loss.mutable_data_ptr();
+    launch.loss_dtype = dtype_of(loss);
+  }
+  void predicts(const Tensor& prediction, int64_t reduction) {
+    TORCH_CHECK(prediction.device() == input.device(), "fusedloss: a prediction on ",
+                prediction.device(), " for input on ", input.device());
+    if (reduction != at::Reduction::None) {
+      launch.prediction = prediction.mutable_data_ptr<double>();
+    }
+  }
+  void comes_after(const Tensor& scales, const Tensor& grad_output, bool fresh) {
+    launch.scales = scales.mutable_data_ptr<double>();
+    launch.grad_output = grad_output.const_data_ptr();
+    launch.grad_output_dtype = dtype_of(grad_output);
+    launch.fresh = fresh;
+  }
+
+  // The mean divides by what a kernel counts, into the second of the scales.
+  void divides_by_weights_of(const Tensor& indices, int64_t classes, int64_t ignore_index,
+                             const Tensor& weight) {
+    cuda::ClassWeights count;
+    count.indices = indices.const_data_ptr<int64_t>();
+    count.n = indices.numel();
+    count.classes = classes;
+    count.ignore_index = ignore_index;
+    if (weight.defined()) {
+      count.weight = weight.const_data_ptr();
+      count.weight_is_double = weight.scalar_type() == at::kDouble;
+    }
+    count.sum = launch.scales + 1;
+    run(cuda::workspace_bytes(count), [&] { return cuda::sum_class_weights(count, launch); });
+    divides_by_what_is_there();
+  }
+  void divides_by_what_is_there() { launch.normalizer = std::numeric_limits<double>::quiet_NaN(); }
+
+  template <class Kernels>
+  void run(size_t bytes, Kernels&& kernels) {
+    Tensor workspace;
+    if (bytes > 0) {
+      workspace = at::empty({static_cast<int64_t>(bytes)}, input.options().dtype(at::kByte));
+      launch.workspace = workspace.mutable_data_ptr();
+    }
+    check(kernels());
+  }
+};
+
+Tensor empty_scales(const Tensor& input) {
+  return at::empty({2}, input.options().dtype(at::kDouble));
+}
+
+// ---- pointwise ----------------------------------------------------------------------------------
+
+struct PointwiseCall : Call {
+  Pointwise call;
+  Tensor indices;  // contiguous, where target is class indices
+  int64_t ignore_index;
+  std::optional<PointwiseOperands> operands;
+
+  PointwiseCall(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                const OptionalTensor& pos_weight, const OptionalTensor& upstream,
+                std::string_view loss, double parameter, int64_t ignore_index_,
+                at::ScalarType result, Pass pass)
+      : Call(input, pass), ignore_index(ignore_index_) {
+    check_shapes(input, target);
+    call.loss = loss;
+    call.parameter = parameter;
+    call.compute_in_double = result == at::kDouble;
+    Tensor wanted = target;
+    if (target.scalar_type() == at::kLong) {
+      indices = aligned(target.contiguous());
+      wanted = indices.masked_fill(indices.eq(ignore_index), kIgnored);
+    }
+    operands.emplace(call, input, wanted, weight, pos_weight, upstream, cuda::kMaxDims);
+  }
+
+  void divide(int64_t reduction, const OptionalTensor& weight) {
+    if (reduction != at::Reduction::Mean) return;
+    const int64_t dim = class_dim(input);
+    launch.normalizer = static_cast<double>(input.numel());
+    switch (mean_of(call.loss)) {
+      case Mean::kElements:
+        break;
+      case Mean::kWeights:
+        if (!present(weight)) break;
+        held[0].select(0, 1).copy_(weight->sum(at::kDouble));
+        divides_by_what_is_there();
+        break;
+      case Mean::kRows:
+        launch.normalizer /= static_cast<double>(input.size(dim));
+        if (!indices.defined()) break;
+        divides_by_weights_of(indices, input.size(dim), ignore_index,
+                              present(weight) ? weight->to(at::kDouble).flatten() : Tensor());
+    }
+  }
+  Tensor compute_loss(int64_t reduction, at::ScalarType dtype, const OptionalTensor& weight,
+                      const Tensor& scales) {
+    Tensor loss = empty_loss(input, reduction, dtype);
+    held.push_back(scales);
+    launch.scales = scales.mutable_data_ptr<double>();
+    divide(reduction, weight);
+    if (reduction == at::Reduction::None) {
+      call.value = loss.mutable_data_ptr();
+      call.value_dtype = dtype_of(loss);
+    } else {
+      reduces_to(loss);
+    }
+    run();
+    return loss;
+  }
+  void want_gradient(const Tensor& gradient) {
+    call.gradient = gradient.mutable_data_ptr();
+    call.gradient_dtype = dtype_of(gradient);
+  }
+  void run() {
+    Call::run(launch.loss ? cuda::workspace_bytes(call) : 0,
+              [&] { return cuda::pointwise(call, launch); });
+  }
+};
+
+Tensor pointwise(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                 const OptionalTensor& pos_weight, std::string_view loss, double parameter,
+                 int64_t ignore_index, int64_t reduction, at::ScalarType dtype, const Tensor&) {
+  PointwiseCall p(input, target, weight, pos_weight, {}, loss, parameter, ignore_index, dtype,
+                  Pass::kValue);
+  return p.compute_loss(reduction, dtype, weight, empty_scales(input));
+}
+
+std::tuple<Tensor, Tensor, Tensor> pointwise_forward(
+    const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+    const OptionalTensor& pos_weight, std::string_view loss, double parameter, int64_t ignore_index,
+    int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
+  PointwiseCall p(input, target, weight, pos_weight, {}, loss, parameter, ignore_index, dtype,
+                  Pass::kForward);
+  Tensor gradient = empty_gradient(input), scales = empty_scales(input);
+  p.predicts(prediction, reduction);
+  p.want_gradient(gradient);
+  return {p.compute_loss(reduction, dtype, weight, scales), gradient, scales};
+}
+
+void pointwise_backward_(const Tensor& gradient, const Tensor& grad_output, const Tensor& scales,
+                         bool fresh, const Tensor& input, const Tensor& target,
+                         const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                         std::string_view loss, double parameter, int64_t ignore_index,
+                         int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
+  const bool each = reduction == at::Reduction::None;
+  PointwiseCall p(input, target, weight, pos_weight,
+                  each ? OptionalTensor(grad_output) : std::nullopt, loss, parameter, ignore_index,
+                  dtype, Pass::kBackward);
+  p.predicts(prediction, reduction);
+  if (!each) p.comes_after(scales, grad_output, fresh);
+  p.want_gradient(gradient);
+  p.run();
+}
+
+// ---- cross-entropy ------------------------------------------------------------------------------
+
+struct CrossEntropyCall : Call {
+  cuda::CrossEntropyCall call;
+  Tensor target;
+  CrossEntropyOperands operands;
+
+  CrossEntropyCall(const Tensor& input, const Tensor& target_, const OptionalTensor& weight,
+                   int64_t ignore_index, double label_smoothing, at::ScalarType result, Pass pass)
+      : Call(input, pass),
+        target(target_.scalar_type() == at::kLong ? aligned(target_.contiguous()) : target_),
+        operands(call, input, target, weight, ignore_index, label_smoothing, result) {
+    check_shapes(input, target);
+    check_class_weight(input, weight);
+    if (call.weight && label_smoothing != 0) {
+      held.push_back(operands.weight().sum(at::kDouble));
+      call.weight_sum = held.back().const_data_ptr<double>();
+    }
+  }
+
+  Tensor compute_loss(int64_t reduction, at::ScalarType dtype, const Tensor& scales) {
+    Tensor loss = empty_row_loss(input, reduction, dtype);
+    launch.scales = scales.mutable_data_ptr<double>();
+    if (reduction == at::Reduction::Mean) {
+      launch.normalizer = static_cast<double>(call.outer * call.inner);
+      if (call.indices) {
+        divides_by_weights_of(target, call.classes, call.ignore_index, operands.weight());
+      }
+    }
+    if (reduction == at::Reduction::None) {
+      call.value = loss.mutable_data_ptr();
+      call.value_dtype = dtype_of(loss);
+    } else {
+      reduces_to(loss);
+    }
+    run();
+    return loss;
+  }
+  void want_gradient(const Tensor& gradient) { operands.want_gradient(call, gradient); }
+  void run() {
+    Call::run(launch.loss ? cuda::workspace_bytes(call) : 0,
+              [&] { return cuda::cross_entropy(call, launch); });
+  }
+};
+
+Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                     int64_t ignore_index, double label_smoothing, int64_t reduction,
+                     at::ScalarType dtype, const Tensor&) {
+  CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype, Pass::kValue);
+  return p.compute_loss(reduction, dtype, empty_scales(input));
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(
+    const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t ignore_index,
+    double label_smoothing, int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
+  CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype, Pass::kForward);
+  Tensor gradient = empty_gradient(input), scales = empty_scales(input);
+  p.predicts(prediction, reduction);
+  p.want_gradient(gradient);
+  return {p.compute_loss(reduction, dtype, scales), gradient, scales};
+}
+
+void cross_entropy_backward_(const Tensor& gradient, const Tensor& grad_output,
+                             const Tensor& scales, bool fresh, const Tensor& input,
+                             const Tensor& target, const OptionalTensor& weight,
+                             int64_t ignore_index, double label_smoothing, int64_t reduction,
+                             at::ScalarType dtype, const Tensor& prediction) {
+  CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype, Pass::kBackward);
+  p.predicts(prediction, reduction);
+  if (reduction == at::Reduction::None) {
+    p.held.push_back(aligned(grad_output.contiguous()));
+    p.call.upstream = p.held.back().const_data_ptr();
+    p.call.upstream_dtype = dtype_of(grad_output);
+  } else {
+    p.comes_after(scales, grad_output, fresh);
+  }
+  p.want_gradient(gradient);
+  p.run();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fusedloss, FUSEDLOSS_CUDA_KEY, m) {
+  m.impl("pointwise", &pointwise);
+  m.impl("pointwise_forward", &pointwise_forward);
+  m.impl("pointwise_backward_", &pointwise_backward_);
+  m.impl("cross_entropy", &cross_entropy);
+  m.impl("cross_entropy_forward", &cross_entropy_forward);
+  m.impl("cross_entropy_backward_", &cross_entropy_backward_);
+}
+
+}  // namespace fusedloss

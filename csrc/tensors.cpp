@@ -1,0 +1,233 @@
+#include "tensors.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <algorithm>
+#include <numeric>
+#include <sstream>
+
+namespace fusedloss {
+
+using at::Tensor;
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kLong:
+      return DType::kInt64;
+    default:
+      TORCH_CHECK_TYPE(false, "fusedloss: dtype ", t.scalar_type(), " is not supported");
+  }
+}
+
+Tensor aligned(const Tensor& t) {
+  const bool fits = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0;
+  return fits ? t : t.clone(at::MemoryFormat::Preserve);
+}
+
+std::string element_name(const char* tensor, at::IntArrayRef sizes, int64_t linear) {
+  std::vector<int64_t> index(sizes.size());
+  for (size_t d = sizes.size(); d-- > 0;) {
+    index[d] = linear % sizes[d];
+    linear /= sizes[d];
+  }
+  std::ostringstream name;
+  name << tensor << "[";
+  for (size_t d = 0; d < index.size(); ++d) name << (d ? ", " : "") << index[d];
+  name << "]";
+  return name.str();
+}
+
+Mean mean_of(std::string_view loss) {
+#define FUSEDLOSS_MEAN(NAME, LOSS) \
+  if (loss == NAME) return LOSS::kMean;
+  FUSEDLOSS_POINTWISE_LOSSES(FUSEDLOSS_MEAN)
+#undef FUSEDLOSS_MEAN
+  TORCH_CHECK_VALUE(false, "fusedloss: no pointwise loss is named '", loss, "'");
+}
+
+void check_shapes(const Tensor& input, const Tensor& target) {
+  at::DimVector expected(input.sizes());
+  if (target.scalar_type() == at::kLong) {
+    TORCH_CHECK_VALUE(input.dim() > 0, "fusedloss: input of shape () has no class dimension");
+    expected.erase(expected.begin() + class_dim(input));
+  }
+  TORCH_CHECK_VALUE(target.sizes() == at::IntArrayRef(expected), "fusedloss: target of shape ",
+                    target.sizes(), " does not fit input of shape ", input.sizes());
+}
+
+void check_class_weight(const Tensor& input, const OptionalTensor& weight) {
+  const int64_t classes = input.size(class_dim(input));
+  TORCH_CHECK_VALUE(!present(weight) || weight->sizes() == at::IntArrayRef{classes},
+                    "fusedloss: ", classes, " classes need a weight of shape (", classes, "), not ",
+                    present(weight) ? weight->sizes() : at::IntArrayRef{});
+}
+
+// ---- results ------------------------------------------------------------------------------------
+
+static Tensor empty_dense_like(const Tensor& input, at::ScalarType dtype) {
+  return at::empty_like(input, input.options().dtype(dtype),
+                        input.is_non_overlapping_and_dense() ? at::MemoryFormat::Preserve
+                                                             : at::MemoryFormat::Contiguous);
+}
+
+Tensor empty_gradient(const Tensor& input) { return empty_dense_like(input, input.scalar_type()); }
+
+Tensor empty_loss(const Tensor& input, int64_t reduction, at::ScalarType dtype) {
+  if (reduction != at::Reduction::None) return at::empty({}, input.options().dtype(dtype));
+  return empty_dense_like(input, dtype);
+}
+
+Tensor empty_row_loss(const Tensor& input, int64_t reduction, at::ScalarType dtype) {
+  c10::SymDimVector sizes;
+  if (reduction == at::Reduction::None) {
+    for (int64_t d = 0; d < input.dim(); ++d) {
+      if (d != class_dim(input)) sizes.push_back(input.sym_size(d));
+    }
+  }
+  return at::empty_symint(sizes, input.options().dtype(dtype));
+}
+
+// ---- pointwise ----------------------------------------------------------------------------------
+
+PointwiseOperands::PointwiseOperands(Pointwise& call, const Tensor& input, const Tensor& target,
+                                     const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                                     const OptionalTensor& upstream, int most_dims)
+    : operands_{&call.input, &call.target, &call.weight, &call.pos_weight, &call.upstream} {
+  const bool classes = target.scalar_type() == at::kLong;
+  const auto expand = [&](const OptionalTensor& t) {
+    return present(t) ? aligned(*t).expand(input.sizes()) : Tensor();
+  };
+  tensors_ = {aligned(input),
+              classes ? target.unsqueeze(class_dim(input)).expand(input.sizes()) : aligned(target),
+              expand(weight), expand(pos_weight), expand(upstream)};
+  call.numel = input.numel();
+  bool flat = !classes;
+  for (size_t k = 0; k < kOperands; ++k) {
+    if (!tensors_[k].defined()) continue;
+    operands_[k]->dtype = dtype_of(tensors_[k]);
+    flat = flat && tensors_[k].is_contiguous();
+  }
+  if (!flat) walk(call.space, classes ? class_dim(input) : -1, most_dims);
+  for (size_t k = 0; k < kOperands; ++k) {
+    if (tensors_[k].defined()) operands_[k]->data = tensors_[k].const_data_ptr();
+  }
+}
+
+// Finds the order of dimensions in which input, or else a row-major gradient, lies in memory, and
+// how each operand strides along it.
+void PointwiseOperands::walk(Space& space, int64_t classes, int most_dims) {
+  const Tensor& input = tensors_[0];
+  std::vector<int64_t> order(input.dim());
+  std::iota(order.begin(), order.end(), 0);
+  if (input.is_non_overlapping_and_dense()) {
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return input.stride(a) > input.stride(b); });
+  }
+  for (int64_t d : order) {
+    if (input.size(d) == 1 && d != classes) continue;
+    // A dimension continues the one outside it where every operand steps evenly over both.
+    const int last = space.dims - 1;
+    bool joins = last >= 0 && classes < 0;
+    for (size_t k = 0; joins && k < kOperands; ++k) {
+      joins = !tensors_[k].defined() ||
+              operands_[k]->strides[last] == tensors_[k].stride(d) * input.size(d);
+    }
+    if (!joins) space.sizes[space.dims++] = 1;
+    space.sizes[space.dims - 1] *= input.size(d);
+    if (d == classes) operands_[1]->class_dim = space.dims - 1;
+    for (size_t k = 0; k < kOperands; ++k) {
+      if (tensors_[k].defined()) operands_[k]->strides[space.dims - 1] = tensors_[k].stride(d);
+    }
+  }
+  if (space.dims == 0) space.sizes[space.dims++] = 1;  // one element: strides are not used
+  if (space.dims > most_dims) {
+    TORCH_CHECK(classes < 0, "fusedloss: class indices of ", space.dims, " dimensions");
+    for (Tensor& t : tensors_) {
+      if (t.defined()) t = t.permute(order).contiguous();
+    }
+    space.dims = 1;
+    return;
+  }
+  for (size_t k = 0; k < kOperands; ++k) {
+    if (!tensors_[k].defined()) continue;
+    int64_t step = 1;
+    bool contiguous = operands_[k]->class_dim < 0;
+    for (int d = space.dims - 1; d >= 0; --d) {
+      contiguous = contiguous && (space.sizes[d] == 1 || operands_[k]->strides[d] == step);
+      step *= space.sizes[d];
+    }
+    operands_[k]->contiguous = contiguous;
+  }
+}
+
+// ---- cross-entropy ------------------------------------------------------------------------------
+
+namespace {
+
+// (outer, classes, inner) of a tensor of (C), (N, C) or (N, C, d1, ...), without a copy where the
+// inner dimensions step evenly.
+Tensor as_rows(const Tensor& t) {
+  if (t.dim() == 1) return t.view({1, t.size(0), 1});
+  if (t.dim() == 2) return t.unsqueeze(2);
+  return t.dim() == 3 ? t : t.flatten(2);
+}
+
+Rows rows_of(const Tensor& t) {
+  Rows rows;
+  rows.data = t.const_data_ptr();
+  rows.dtype = dtype_of(t);
+  rows.outer = t.stride(0);
+  rows.classes = t.stride(1);
+  rows.inner = t.stride(2);
+  return rows;
+}
+
+}  // namespace
+
+CrossEntropyOperands::CrossEntropyOperands(CrossEntropy& call, const Tensor& input,
+                                           const Tensor& target, const OptionalTensor& weight,
+                                           int64_t ignore_index, double label_smoothing,
+                                           at::ScalarType dtype)
+    : input_(as_rows(aligned(input))), target_(target) {
+  const bool wide = dtype == at::kDouble;
+  call.compute_in_double = wide;
+  call.ignore_index = ignore_index;
+  call.label_smoothing = label_smoothing;
+  call.outer = input_.size(0);
+  call.classes = input_.size(1);
+  call.inner = input_.size(2);
+  call.input = rows_of(input_);
+  if (target.scalar_type() == at::kLong) {
+    call.indices = target_.const_data_ptr<int64_t>();
+  } else {
+    target_ = as_rows(aligned(target));
+    call.probabilities = rows_of(target_);
+  }
+  if (present(weight)) {
+    weight_ = aligned(weight->to(wide ? at::kDouble : at::kFloat).contiguous());
+    call.weight = weight_.const_data_ptr();
+  }
+  if (call.classes != 1 && call.inner == 1 && call.input.classes != 1) {
+    swapped_ = true;
+    std::swap(call.outer, call.inner);
+    for (Rows* r : {&call.input, &call.probabilities}) std::swap(r->outer, r->inner);
+  }
+}
+
+void CrossEntropyOperands::want_gradient(CrossEntropy& call, const Tensor& gradient) const {
+  call.gradient = rows_of(as_rows(gradient));
+  TORCH_CHECK(call.gradient.data == gradient.const_data_ptr(),
+              "fusedloss: the dimensions of input behind the classes must be joinable");
+  if (swapped_) std::swap(call.gradient.outer, call.gradient.inner);
+}
+
+}  // namespace fusedloss

@@ -1,0 +1,78 @@
+// Tensors as the engines want them, on any device: their memory's order, and pointers into it.
+#pragma once
+
+#include <ATen/core/Reduction.h>
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "engine.h"
+#include "math/losses.h"
+#include "operators.h"
+
+namespace fusedloss {
+
+DType dtype_of(const at::Tensor& t);
+
+// Memory that a caller brought along may begin between two elements: a copy does not.
+at::Tensor aligned(const at::Tensor& t);
+
+inline bool present(const OptionalTensor& t) { return t.has_value() && t->defined(); }
+
+inline int64_t class_dim(const at::Tensor& input) { return input.dim() > 1 ? 1 : 0; }
+
+// "target[3, 4]": where the element at a linear position stands.
+std::string element_name(const char* tensor, at::IntArrayRef sizes, int64_t linear);
+
+Mean mean_of(std::string_view loss);
+
+// Of class indices input's without the class dimension, else input's.
+void check_shapes(const at::Tensor& input, const at::Tensor& target);
+// (classes), where it is given.
+void check_class_weight(const at::Tensor& input, const OptionalTensor& weight);
+
+// Dense in the order of input's strides, else row-major: what AccumulateGrad takes without a copy.
+at::Tensor empty_gradient(const at::Tensor& input);
+// A number, or of reduction "none" every element's, or every row's, loss.
+at::Tensor empty_loss(const at::Tensor& input, int64_t reduction, at::ScalarType dtype);
+at::Tensor empty_row_loss(const at::Tensor& input, int64_t reduction, at::ScalarType dtype);
+
+// The operands of a pointwise call, and the tensors that hold them.
+class PointwiseOperands {
+ public:
+  // target: of input's shape, or class indices that are contiguous, ignored ones kIgnored.
+  // most_dims: of operands that are not all contiguous; more are made so.
+  PointwiseOperands(Pointwise& call, const at::Tensor& input, const at::Tensor& target,
+                    const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                    const OptionalTensor& upstream, int most_dims);
+
+ private:
+  static constexpr size_t kOperands = 5;
+  std::array<at::Tensor, kOperands> tensors_;  // undefined: absent
+  std::array<Operand*, kOperands> operands_;
+
+  void walk(Space& space, int64_t classes, int most_dims);
+};
+
+// The operands of a cross-entropy call, and the tensors that hold them.
+class CrossEntropyOperands {
+ public:
+  // target: class indices that are contiguous, or probabilities.
+  CrossEntropyOperands(CrossEntropy& call, const at::Tensor& input, const at::Tensor& target,
+                       const OptionalTensor& weight, int64_t ignore_index, double label_smoothing,
+                       at::ScalarType dtype);
+
+  void want_gradient(CrossEntropy& call, const at::Tensor& gradient) const;
+  // Per class, of the type that the call computes in; undefined: none.
+  const at::Tensor& weight() const { return weight_; }
+
+ private:
+  at::Tensor input_, target_, weight_;
+  bool swapped_ = false;  // a transposed matrix, whose rows lie side by side
+};
+
+}  // namespace fusedloss
