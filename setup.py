@@ -51,7 +51,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     ]
 
 NVCC_FLAGS = [
-    *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-Wall,-Wextra,-Wno-psabi"),
+    *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xfatbin=-compress-all"),
+    "-Xcompiler=-fPIC,-Wall,-Wextra,-Wno-psabi",
     # As -ffp-contract=off below.
     "-fmad=false",
     # Sources without torch headers, and so in seconds; see csrc/cuda.

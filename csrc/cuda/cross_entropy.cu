@@ -309,6 +309,7 @@ __global__ void __launch_bounds__(kScope == Scope::kLanes ? kLanesBlock : kRowBl
   using T = Compute<D>;
   using P = Packet<D>;
   extern __shared__ uint4 shared[];
+  P* const places = reinterpret_cast<P*>(shared);
   const Scaling s(l);
   if (settled(l, s)) return;
   const CrossEntropyCall& call = problem.call;
@@ -327,36 +328,42 @@ __global__ void __launch_bounds__(kScope == Scope::kLanes ? kLanesBlock : kRowBl
     const T logit = target.index >= 0 ? T(widen(line.input[target_class])) : T(0);
     const int64_t y_at = problem.offset(call.probabilities, row);
     const int packets = row < problem.rows ? line.packets() : 0;
-    const int last = (packets - 1) / step * step;  // the last batch's first packet
+    const int last = max(packets - 1, 0) / step;  // batch
 
     P batch[kBatch];
-    // f(packet, p, its place in shared memory) for each packet of the batch at `from`.
-    const auto for_packets = [&](int from, auto&& f) {
-      P* const places = reinterpret_cast<P*>(shared) + from / step * (kBatch * blockDim.x);
+    // f(packet, p, its place in shared memory) for each packet of a batch.
+    const auto for_packets = [&](int number, auto&& f) {
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
-        const int p = from + u * group.size + group.rank;
-        if (p < packets) f(batch[u], p, places[u * blockDim.x + threadIdx.x]);
+        const int p = number * step + u * group.size + group.rank;
+        if (p < packets) {
+          f(batch[u], p, places[(number * kBatch + u) * blockDim.x + threadIdx.x]);
+        }
+      }
+    };
+
+    // f(i) where the element i of a packet from class c on is the target's. Unrolled, for an index
+    // that is not known to the compiler would take the packet out of its registers.
+    const auto at_target = [&](int c, auto&& f) {
+      const int at = target_class - c;
+      if (at < 0 || at >= P::kSize) return;
+#pragma unroll
+      for (int i = 0; i < P::kSize; ++i) {
+        if (i == at) f(i);
       }
     };
 
     Partial<T> sums;
-    for (int from = 0; target.live && from <= last; from += step) {
-      for_packets(from, [&](P& x, int p, P&) { x = line.load(p); });
+    for (int b = 0; target.live && b <= last; ++b) {
+      for_packets(b, [&](P& x, int p, P&) { x = line.load(p); });
       Partial<T> part;
-      for_packets(from, [&](P& x, int p, P& place) {
-        const int at = target_class - line.first(p);
-        if (at >= 0 && at < P::kSize) {
-#pragma unroll
-          for (int i = 0; i < P::kSize; ++i) {
-            if (i == at) x.element[i] = narrow<D>(-kInfinity<T>);
-          }
-        }
+      for_packets(b, [&](P& x, int p, P& place) {
+        at_target(line.first(p), [&](int i) { x.element[i] = narrow<D>(-kInfinity<T>); });
         part.max = fmax(part.max, largest(x));
-        if (keeps && from != last) place = x;
+        if (keeps && b != last) place = x;
       });
       const T top = origin(part.max);
-      for_packets(from, [&](P& x, int p, P&) {
+      for_packets(b, [&](P& x, int p, P&) {
 #pragma unroll
         for (int i = 0; i < P::kSize; ++i) {
           part.sum += exp_nonpositive(T(widen(x.element[i])) - top);
@@ -379,20 +386,28 @@ __global__ void __launch_bounds__(kScope == Scope::kLanes ? kLanesBlock : kRowBl
       total += end.loss;
     }
     if (!s.write) continue;
-    for (int from = last; from >= 0; from -= step) {
-      for_packets(from, [&](P& x, int p, P& place) {
-        if (target.live && from != last) x = keeps ? place : line.load(p);
+    if (!target.live) {
+      T rest[P::kSize];
+      std::fill_n(rest, P::kSize, target.template rest<T>());
+      for (int b = 0; b <= last; ++b) {
+        for_packets(b, [&](P&, int p, P&) { line.store(p, pack<D>(rest)); });
+      }
+      continue;
+    }
+    // The last batch first: it is in the registers still.
+    for (int b = last; b >= 0; --b) {
+      for_packets(b, [&](P& x, int p, P& place) {
+        if (b != last) x = keeps ? place : line.load(p);
+        const int c = line.first(p);
         T g[P::kSize];
 #pragma unroll
         for (int i = 0; i < P::kSize; ++i) {
-          const int c = line.first(p) + i;
           g[i] = exp_nonpositive(T(widen(x.element[i])) - end.max) * end.slope.factor;
-          if (!kHard && target.live && c >= 0 && c < line.classes) {
-            g[i] = g[i] - problem.share(shares, y_at, c) * end.slope.scale;
+          if (!kHard && c + i >= 0 && c + i < line.classes) {
+            g[i] = g[i] - problem.share(shares, y_at, c + i) * end.slope.scale;
           }
-          if (c == target_class) g[i] = end.slope.at_target;
-          if (!target.live) g[i] = target.template rest<T>();
         }
+        at_target(c, [&](int i) { g[i] = end.slope.at_target; });
         line.store(p, pack<D>(g));
       });
     }
