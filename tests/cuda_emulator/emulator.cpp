@@ -1,0 +1,940 @@
+// Plays the device. A CUDA thread is a coroutine with a stack of its own, and all of them share one
+// OS thread: they change places at barriers, collectives, atomics and fences, in a random but
+// seeded order, so that a run repeats exactly, and a barrier that cannot complete is seen at once.
+//
+// To ThreadSanitizer each of them is a thread of its own (a "fiber"). It learns from here, and from
+// nothing else, what is ordered: this file is compiled without it, switches fibers without
+// synchronizing them, and tells it of each barrier. A missing barrier is then a data race in any
+// schedule. Containers are touched as the host (AsHost): to it, their memory is the host's.
+#include "emulator.h"
+
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
+#include <climits>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <set>
+#include <utility>
+#include <vector>
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+// Null where the program has been linked without the sanitizer.
+extern "C" {
+[[gnu::weak]] void* __tsan_get_current_fiber();
+[[gnu::weak]] void* __tsan_create_fiber(unsigned flags);
+[[gnu::weak]] void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+[[gnu::weak]] void __tsan_acquire(void* address);
+[[gnu::weak]] void __tsan_release(void* address);
+[[gnu::weak]] void __asan_poison_memory_region(const volatile void* address, size_t bytes);
+[[gnu::weak]] void __asan_unpoison_memory_region(const volatile void* address, size_t bytes);
+[[gnu::weak]] void __sanitizer_start_switch_fiber(void** save, const void* bottom, size_t bytes);
+[[gnu::weak]] void __sanitizer_finish_switch_fiber(void* saved, const void** bottom, size_t* bytes);
+}
+
+namespace emulator {
+namespace {
+
+// ---- coroutines ---------------------------------------------------------------------------------
+
+#if !defined(__x86_64__)
+#error "the switch between coroutines is written for x86-64 alone"
+#endif
+
+// Saves the caller's registers on its stack, the stack pointer in *from, and goes on at `to`.
+extern "C" void emulator_switch(void** from, void* to);
+asm(R"(
+.text
+.type emulator_switch, @function
+emulator_switch:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+.size emulator_switch, . - emulator_switch
+)");
+
+constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kPage = 4096;
+
+char* map_memory(void* at, size_t bytes) {
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (at ? MAP_FIXED : 0);
+  void* memory = mmap(at, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+  if (memory == MAP_FAILED) fail("no memory");
+  return static_cast<char*>(memory);
+}
+
+struct Coroutine {
+  void* stack_pointer = nullptr;
+  const void* stack = nullptr;
+  size_t stack_bytes = 0;
+  void* fake_stack = nullptr;  // AddressSanitizer's
+  void* fiber = nullptr;       // ThreadSanitizer's
+
+  void start(void (*body)()) {
+    char* memory = map_memory(nullptr, kPage + kStackBytes);
+    mprotect(memory, kPage, PROT_NONE);
+    stack = memory + kPage;
+    stack_bytes = kStackBytes;
+    // As emulator_switch leaves a stack: six registers, then where it returns to.
+    void** top = reinterpret_cast<void**>(memory + kPage + kStackBytes) - 2;
+    *top = reinterpret_cast<void*>(body);
+    stack_pointer = top - 6;
+    if (__tsan_create_fiber) fiber = __tsan_create_fiber(0);
+  }
+};
+
+constexpr unsigned kUnordered = 1;  // __tsan_switch_to_fiber_no_sync
+
+Coroutine host;
+
+void arrive(Coroutine& at, Coroutine* from) {
+  if (!__sanitizer_finish_switch_fiber) return;
+  if (from == &host) {
+    __sanitizer_finish_switch_fiber(at.fake_stack, &host.stack, &host.stack_bytes);
+  } else {
+    __sanitizer_finish_switch_fiber(at.fake_stack, nullptr, nullptr);
+  }
+}
+
+Coroutine* left = nullptr;  // by the latest change
+
+void change(Coroutine& from, Coroutine& to) {
+  left = &from;
+  if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(to.fiber, kUnordered);
+  if (__sanitizer_start_switch_fiber) {
+    __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.stack_bytes);
+  }
+  emulator_switch(&from.stack_pointer, to.stack_pointer);
+  arrive(from, left);
+}
+
+// ---- what ThreadSanitizer is told ---------------------------------------------------------------
+
+// In this scope accesses count as another coroutine's.
+class As {
+ public:
+  explicit As(const Coroutine& coroutine) {
+    if (!__tsan_switch_to_fiber) return;
+    before_ = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(coroutine.fiber, kUnordered);
+  }
+  ~As() {
+    if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(before_, kUnordered);
+  }
+  As(const As&) = delete;
+
+ private:
+  void* before_ = nullptr;
+};
+
+struct AsHost : As {
+  AsHost() : As(host) {}
+};
+
+// Addresses that stand for moments: what came before release(moment) is ordered before what comes
+// after acquire(moment). No two moments of a launch share one.
+using Moment = char*;
+constexpr size_t kMomentBytes = size_t{1} << 30;
+Moment first_moment, next_moment;
+
+Moment new_moment() {
+  if (next_moment == first_moment + kMomentBytes) fail("too many barriers in one launch");
+  return std::exchange(next_moment, next_moment + 8);
+}
+void release(Moment moment) {
+  if (__tsan_release) __tsan_release(moment);
+}
+void acquire(Moment moment) {
+  if (__tsan_acquire) __tsan_acquire(moment);
+}
+void forget_moments() {
+  // Unmapped memory is what ThreadSanitizer forgets.
+  const size_t used = (next_moment - first_moment + kPage - 1) / kPage * kPage;
+  if (used) {
+    munmap(first_moment, used);
+    map_memory(first_moment, used);
+  }
+  next_moment = first_moment;
+}
+
+// ---- threads and blocks -------------------------------------------------------------------------
+
+constexpr int kWarp = 32;
+constexpr unsigned kMaxThreads = 1024;
+
+// A fence is sequentially consistent, as __threadfence() is: of two, the earlier is ordered before
+// the later where an atomic after the earlier was seen by one before the later. Barriers carry both
+// facts to the other threads.
+struct Fence {
+  const struct Thread* thread;
+  const struct Block* block;
+  Scope scope;
+  Moment moment;
+  bool operator<(const Fence& other) const { return moment < other.moment; }
+};
+
+class Fences {
+ public:
+  bool empty() const { return !fences_; }
+  void clear() { fences_ = nullptr; }
+  bool operator==(const Fences&) const = default;
+  auto begin() const { return fences_ ? fences_->begin() : none_.begin(); }
+  auto end() const { return fences_ ? fences_->end() : none_.end(); }
+  void add(const Fences& other) {
+    if (*this == other || other.empty()) return;
+    if (empty()) {
+      *this = other;
+      return;
+    }
+    auto sum = std::make_shared<std::set<Fence>>(*fences_);
+    sum->insert(other.begin(), other.end());
+    fences_ = sum;
+  }
+  // What comes before the fence is what came before earlier ones of its thread, and more.
+  void add_latest(const Fence& fence) {
+    auto sum = std::make_shared<std::set<Fence>>();
+    for (const Fence& known : *this) {
+      if (known.thread != fence.thread) sum->insert(known);
+    }
+    sum->insert(fence);
+    fences_ = sum;
+  }
+
+ private:
+  static const std::set<Fence> none_;
+  std::shared_ptr<const std::set<Fence>> fences_;  // shared by those who know the same ones
+};
+const std::set<Fence> Fences::none_;
+
+struct Thread : Coroutine {
+  Block* block = nullptr;
+  unsigned number = 0;  // in its block
+  uint3 index{};
+  long launch = -1;  // the latest it took part in
+
+  enum { kReady, kWaiting, kExited } state = kReady;
+  Collective what{};
+  Where where;
+  unsigned mask = 0;                             // the lanes it waits for
+  unsigned long long brought = 0, received = 0;  // by a collective
+  int source = 0;
+
+  Fences made;  // by itself, and by others before a barrier: an atomic shows them to who reads it
+  Fences seen;  // by atomics
+};
+
+struct Cluster {
+  std::vector<Block*> blocks;
+  size_t arrived = 0, exited = 0;
+};
+
+// Shared memory: an unused page, dynamic, and static variables.
+constexpr size_t kDynamicStart = kPage, kStaticStart = 256 << 10, kStaticEnd = 352 << 10;
+constexpr size_t kSharedBytes = 512 << 10;
+constexpr size_t kMaxShared = 227 << 10, kDefaultShared = 48 << 10;
+constexpr size_t kRedZone = 64, kSharedAlignment = 128;
+
+struct Block {
+  Cluster* cluster = nullptr;
+  unsigned rank = 0;
+  uint3 index{};
+  char* shared = nullptr;
+  std::vector<Thread*> threads;
+  size_t arrived = 0, exited = 0;
+  unsigned votes = 0;
+  Moment exit = nullptr;
+};
+
+struct Variable {
+  const void* key;
+  size_t offset, bytes;
+};
+
+struct Launch {
+  Kernel kernel = nullptr;
+  cudaLaunchConfig_t config;
+  dim3 cluster;
+  void (*body)(const void*) = nullptr;
+  const void* arguments = nullptr;
+
+  long number = 0;
+  Moment start = nullptr, end = nullptr;
+  size_t live_blocks = 0;
+  std::vector<Cluster*> clusters;  // those that run
+  std::vector<Variable> variables;
+  std::map<const void*, Fences> shown;  // at an address, by atomics
+};
+
+struct Attributes {
+  int dynamic_shared = kDefaultShared;
+  bool any_cluster = false;
+};
+
+Launch* launch = nullptr;  // null: the host runs
+Thread* current = nullptr;
+std::vector<Thread*> ready;
+std::vector<std::unique_ptr<Thread>> all_threads;
+std::deque<Thread*> idle;
+std::vector<char*> free_shared;
+std::map<Kernel, Attributes> attributes;
+
+int setting(const char* name, int otherwise) {
+  const char* text = getenv(name);
+  return text ? atoi(text) : otherwise;
+}
+
+uint64_t next_random() {
+  static uint64_t state = 0x9e3779b97f4a7c15 * (setting("EMULATOR_SEED", 0) * 2 + 1);
+  state ^= state << 13;
+  state ^= state >> 7;
+  state ^= state << 17;
+  return state >> 11;
+}
+
+size_t volume(dim3 d) { return size_t{d.x} * d.y * d.z; }
+
+// ---- failures -----------------------------------------------------------------------------------
+
+void print_kernel_name() {
+  char executable[PATH_MAX] = {}, command[PATH_MAX + 100], name[1000];
+  if (readlink("/proc/self/exe", executable, sizeof executable - 1) < 0) return;
+  snprintf(command, sizeof command, "addr2line -sfCe '%s' %p", executable,
+           reinterpret_cast<void*>(launch->kernel));
+  FILE* pipe = popen(command, "r");
+  if (pipe && fgets(name, sizeof name, pipe)) fprintf(stderr, "kernel %s", name);
+  if (pipe) pclose(pipe);
+}
+
+void print_thread(const Thread& thread) {
+  const uint3 b = thread.block->index, t = thread.index;
+  fprintf(stderr, "block (%u, %u, %u), thread (%u, %u, %u): ", b.x, b.y, b.z, t.x, t.y, t.z);
+}
+
+const char* name_of(Collective what) {
+  switch (what) {
+    case Collective::kSyncThreads:
+      return "__syncthreads";
+    case Collective::kSyncWarp:
+      return "__syncwarp";
+    case Collective::kShuffle:
+      return "a shuffle";
+    case Collective::kVote:
+      return "a vote";
+    case Collective::kSyncCluster:
+      return "cluster.sync";
+  }
+  abort();
+}
+
+bool same_place(const Thread& a, const Thread& b) {
+  return a.state == b.state &&
+         (a.state == Thread::kExited ||
+          (a.what == b.what && a.mask == b.mask && a.where.line() == b.where.line() &&
+           a.where.column() == b.where.column() &&
+           !strcmp(a.where.file_name(), b.where.file_name())));
+}
+
+// No thread can go on: says where each is.
+[[noreturn]] void fail_stuck() {
+  fprintf(stderr, "cuda emulator: divergent barrier or collective: not all whom it needs arrive\n");
+  print_kernel_name();
+  for (const Cluster* cluster : launch->clusters) {
+    for (const Block* block : cluster->blocks) {
+      const auto& threads = block->threads;
+      for (size_t i = 0, end; i < threads.size(); i = end) {
+        for (end = i + 1; end < threads.size() && same_place(*threads[i], *threads[end]); ++end) {
+        }
+        const Thread& first = *threads[i];
+        print_thread(first);
+        if (end > i + 1) fprintf(stderr, "as the next %zu, ", end - i - 1);
+        if (first.state == Thread::kExited) {
+          fprintf(stderr, "has exited\n");
+        } else {
+          fprintf(stderr, "waits at %s, %s:%u", name_of(first.what), first.where.file_name(),
+                  first.where.line());
+          if (first.mask) fprintf(stderr, ", lanes %#x", first.mask);
+          fprintf(stderr, "\n");
+        }
+      }
+    }
+  }
+  abort();
+}
+
+void on_fault(int, siginfo_t* info, void*) {
+  fail("access to %p: no such memory, or shared memory of a block that has exited", info->si_addr);
+}
+
+void catch_faults() {
+  if (__tsan_acquire || __asan_poison_memory_region) return;  // they say so themselves
+  static char signal_stack[64 << 10];
+  const stack_t stack = {.ss_sp = signal_stack, .ss_flags = 0, .ss_size = sizeof signal_stack};
+  sigaltstack(&stack, nullptr);
+  struct sigaction action = {};
+  action.sa_sigaction = on_fault;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  sigaction(SIGSEGV, &action, nullptr);
+}
+
+// ---- scheduling ---------------------------------------------------------------------------------
+
+void wake(Thread& thread) {
+  thread.state = Thread::kReady;
+  ready.push_back(&thread);
+}
+
+void resume(Coroutine& from, Thread& next) {
+  current = &next;
+  threadIdx = next.index;
+  blockIdx = next.block->index;
+  if (&from != &next) change(from, next);
+}
+
+void go_to_host() {
+  Thread& self = *std::exchange(current, nullptr);
+  change(self, host);
+}
+
+// Leaves the current thread for any that is ready, be it itself.
+void reschedule() {
+  Thread& self = *current;
+  if (ready.empty()) return go_to_host();
+  std::swap(ready[next_random() % ready.size()], ready.back());
+  Thread* next = ready.back();
+  ready.pop_back();
+  resume(self, *next);
+}
+
+void yield() {
+  wake(*current);
+  reschedule();
+}
+
+// To AddressSanitizer a block's shared memory is what its launch has asked for.
+void open_variables(const Block& block) {
+  if (!__asan_unpoison_memory_region) return;
+  for (const Variable& variable : launch->variables) {
+    __asan_unpoison_memory_region(block.shared + variable.offset, variable.bytes);
+  }
+}
+
+void exit_block(Block& block) {
+  // As though the last thread wrote all of it: to be reported as a race with whoever reads on.
+  acquire(block.exit);
+  memset(block.shared + kDynamicStart, 0xff, launch->config.dynamicSmemBytes);
+  for (const Variable& variable : launch->variables) {
+    memset(block.shared + variable.offset, 0xff, variable.bytes);
+  }
+  if (__asan_poison_memory_region) __asan_poison_memory_region(block.shared, kSharedBytes);
+  mprotect(block.shared, kSharedBytes, PROT_NONE);
+  ++block.cluster->exited;
+}
+
+void run_thread() {
+  arrive(*current, left);
+  for (;;) {
+    launch->body(launch->arguments);
+    Thread& self = *current;
+    Block& block = *self.block;
+    release(launch->end);
+    release(block.exit);
+    self.state = Thread::kExited;
+    if (++block.exited == block.threads.size()) {
+      exit_block(block);
+      go_to_host();  // which starts another
+    } else {
+      reschedule();
+    }
+  }
+}
+
+// ThreadSanitizer takes whatever one coroutine does for ordered, so none serves twice in a launch
+// before there are this many.
+const size_t kTargetThreads = setting("EMULATOR_THREADS", __tsan_create_fiber ? 1024 : 0);
+
+Thread* take_thread() {
+  if (idle.empty() ||
+      (idle.front()->launch == launch->number && all_threads.size() < kTargetThreads)) {
+    all_threads.push_back(std::make_unique<Thread>());
+    all_threads.back()->start(run_thread);
+    ready.reserve(all_threads.size());  // here, as the host
+    return all_threads.back().get();
+  }
+  Thread* thread = idle.front();
+  idle.pop_front();
+  return thread;
+}
+
+void start_block(Block& block) {
+  const size_t dynamic_bytes = launch->config.dynamicSmemBytes;
+  if (free_shared.empty()) free_shared.push_back(map_memory(nullptr, kSharedBytes));
+  block.shared = free_shared.back();
+  free_shared.pop_back();
+  // Unmapped first, for ThreadSanitizer to forget what other blocks did there.
+  munmap(block.shared, kSharedBytes);
+  map_memory(block.shared, kSharedBytes);
+  release(launch->start);
+
+  const dim3 size = launch->config.blockDim;
+  block.threads.resize(volume(size));
+  block.exit = new_moment();
+  const Moment filled = new_moment();
+  for (unsigned i = 0; i < block.threads.size(); ++i) {
+    Thread* thread = block.threads[i] = take_thread();
+    thread->block = &block;
+    thread->number = i;
+    thread->index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
+    thread->launch = launch->number;
+    thread->made.clear();
+    thread->seen.clear();
+    wake(*thread);
+
+    As the_thread(*thread);
+    acquire(launch->start);
+    if (i == 0) {
+      if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(block.shared, kSharedBytes);
+      memset(block.shared + kDynamicStart, 0xff, dynamic_bytes);
+      memset(block.shared + kStaticStart, 0xff, kStaticEnd - kStaticStart);
+      if (__asan_poison_memory_region) {
+        __asan_poison_memory_region(block.shared, kSharedBytes);
+        __asan_unpoison_memory_region(block.shared + kDynamicStart, dynamic_bytes);
+        open_variables(block);
+      }
+      release(filled);
+    }
+    acquire(filled);
+  }
+}
+
+void start_cluster(unsigned number) {
+  const dim3 size = launch->cluster, grid = launch->config.gridDim;
+  const dim3 clusters(grid.x / size.x, grid.y / size.y, grid.z / size.z);
+  const dim3 at(number % clusters.x, number / clusters.x % clusters.y,
+                number / (clusters.x * clusters.y));
+  Cluster* cluster = new Cluster;
+  launch->clusters.push_back(cluster);
+  for (unsigned rank = 0; rank < volume(size); ++rank) {
+    Block* block = new Block;
+    cluster->blocks.push_back(block);
+    block->cluster = cluster;
+    block->rank = rank;
+    block->index = {at.x * size.x + rank % size.x, at.y * size.y + rank / size.x % size.y,
+                    at.z * size.z + rank / (size.x * size.y)};
+    start_block(*block);
+  }
+  launch->live_blocks += volume(size);
+}
+
+bool finish(Cluster* cluster) {
+  if (cluster->exited < cluster->blocks.size()) return false;
+  for (Block* block : cluster->blocks) {
+    idle.insert(idle.end(), block->threads.begin(), block->threads.end());
+    free_shared.push_back(block->shared);
+    delete block;
+  }
+  launch->live_blocks -= cluster->blocks.size();
+  delete cluster;
+  return true;
+}
+
+void check_limits() {
+  const cudaLaunchConfig_t& config = launch->config;
+  const dim3 grid = config.gridDim, block = config.blockDim, cluster = launch->cluster;
+  const Attributes& allowed = attributes[launch->kernel];
+  if (!volume(grid) || grid.x > INT_MAX || grid.y > 0xffff || grid.z > 0xffff) {
+    fail("launched over a grid of (%u, %u, %u) blocks", grid.x, grid.y, grid.z);
+  }
+  if (!volume(block) || volume(block) > kMaxThreads || block.z > 64) {
+    fail("launched with blocks of (%u, %u, %u) threads", block.x, block.y, block.z);
+  }
+  if (config.dynamicSmemBytes > static_cast<size_t>(allowed.dynamic_shared)) {
+    fail("launched with %zu bytes of dynamic shared memory, allowed are %d",
+         config.dynamicSmemBytes, allowed.dynamic_shared);
+  }
+  if (volume(cluster) != 1 && setting("EMULATOR_CAPABILITY", 90) < 90) {
+    fail("launched with clusters, which the device does not have");
+  }
+  if (!volume(cluster) || volume(cluster) > (allowed.any_cluster ? 16 : 8) || grid.x % cluster.x ||
+      grid.y % cluster.y || grid.z % cluster.z) {
+    fail("launched with clusters of (%u, %u, %u) blocks over a grid of (%u, %u, %u)", cluster.x,
+         cluster.y, cluster.z, grid.x, grid.y, grid.z);
+  }
+}
+
+dim3 cluster_of(const cudaLaunchConfig_t& config) {
+  dim3 cluster;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id != cudaLaunchAttributeClusterDimension) fail("unknown launch attribute");
+    const auto& size = config.attrs[i].val.clusterDim;
+    cluster = {size.x, size.y, size.z};
+  }
+  return cluster;
+}
+
+// All threads have arrived: what each did before is ordered before what any does after.
+void order(const std::vector<Thread*>& threads) {
+  if (!__tsan_acquire) return;
+  const Moment moment = new_moment();
+  for (Thread* thread : threads) {
+    As the_thread(*thread);
+    release(moment);
+  }
+  for (Thread* thread : threads) {
+    As the_thread(*thread);
+    acquire(moment);
+  }
+  AsHost host_allocates;
+  Fences made, seen;
+  for (const Thread* thread : threads) {
+    made.add(thread->made);
+    seen.add(thread->seen);
+  }
+  for (Thread* thread : threads) {
+    thread->made = made;
+    thread->seen = seen;
+  }
+}
+
+void wait_at(Collective what, unsigned mask, Where where) {
+  Thread& self = *current;
+  self.state = Thread::kWaiting;
+  self.what = what;
+  self.mask = mask;
+  self.where = where;
+}
+
+void check_same_place(const std::vector<Thread*>& threads) {
+  for (const Thread* thread : threads) {
+    if (!same_place(*thread, *current)) fail_stuck();
+  }
+}
+
+}  // namespace
+
+void fail(const char* what, ...) {
+  fprintf(stderr, "cuda emulator: ");
+  if (current) print_thread(*current);
+  va_list arguments;
+  va_start(arguments, what);
+  vfprintf(stderr, what, arguments);
+  va_end(arguments);
+  fprintf(stderr, "\n");
+  if (launch) print_kernel_name();
+  abort();
+}
+
+// ---- launches -----------------------------------------------------------------------------------
+
+void run_grid(Kernel kernel, const cudaLaunchConfig_t& config, void (*body)(const void*),
+              const void* arguments) {
+  static long launches = 0;
+  if (launch) fail("a kernel launches a kernel");
+  if (!first_moment) {
+    first_moment = next_moment = map_memory(nullptr, kMomentBytes);
+    if (__tsan_get_current_fiber) host.fiber = __tsan_get_current_fiber();
+    catch_faults();
+  }
+  Launch this_launch;
+  launch = &this_launch;
+  launch->kernel = kernel;
+  launch->config = config;
+  launch->cluster = cluster_of(config);
+  launch->body = body;
+  launch->arguments = arguments;
+  check_limits();
+  launch->number = launches++;
+  launch->start = new_moment();
+  launch->end = new_moment();
+  blockDim = config.blockDim;
+  gridDim = config.gridDim;
+
+  // Block after block in a random order: start + i * step, where step has no divisor in common with
+  // their number. Two at a time, so that they interleave.
+  const uint64_t clusters = volume(config.gridDim) / volume(launch->cluster);
+  const uint64_t start = next_random() % clusters;
+  uint64_t step = next_random() % clusters + 1;
+  while (std::gcd(step, clusters) != 1) ++step;
+  for (uint64_t started = 0; started < clusters || launch->live_blocks;) {
+    while (started < clusters && launch->live_blocks < 2) {
+      start_cluster((start + started++ * step) % clusters);
+    }
+    if (ready.empty()) fail_stuck();
+    Thread* next = ready.back();
+    ready.pop_back();
+    resume(host, *next);
+    std::erase_if(launch->clusters, finish);
+  }
+  acquire(launch->end);
+  forget_moments();
+  launch = nullptr;
+}
+
+cudaError_t set_attribute(Kernel kernel, cudaFuncAttribute attribute, int value) {
+  Attributes& allowed = attributes[kernel];
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    allowed.any_cluster = value != 0;
+    return cudaSuccess;
+  }
+  if (value < 0 || static_cast<size_t>(value) > kMaxShared) return cudaErrorInvalidValue;
+  allowed.dynamic_shared = value;
+  return cudaSuccess;
+}
+
+int blocks_per_multiprocessor(Kernel, int, size_t) { return setting("EMULATOR_OCCUPANCY", 2); }
+
+int active_clusters(Kernel, const cudaLaunchConfig_t& config) {
+  const int blocks = setting("EMULATOR_OCCUPANCY", 2) * setting("EMULATOR_MULTIPROCESSORS", 3);
+  return std::max<int>(1, blocks / volume(cluster_of(config)));
+}
+
+// ---- from within a kernel -----------------------------------------------------------------------
+
+int lane() { return current->number % kWarp; }
+
+int sync_block(bool predicate, Where where) {
+  Thread& self = *current;
+  Block& block = *self.block;
+  wait_at(Collective::kSyncThreads, 0, where);
+  block.votes += predicate;
+  if (++block.arrived == block.threads.size()) {
+    check_same_place(block.threads);
+    order(block.threads);
+    for (Thread* thread : block.threads) {
+      thread->received = block.votes;
+      wake(*thread);
+    }
+    block.arrived = block.votes = 0;
+  }
+  reschedule();
+  return self.received;
+}
+
+void sync_cluster(Where where) {
+  Cluster& cluster = *current->block->cluster;
+  wait_at(Collective::kSyncCluster, 0, where);
+  if (++cluster.arrived == cluster.blocks.size() * cluster.blocks[0]->threads.size()) {
+    AsHost host_allocates;
+    std::vector<Thread*> threads;
+    for (const Block* block : cluster.blocks) {
+      threads.insert(threads.end(), block->threads.begin(), block->threads.end());
+    }
+    check_same_place(threads);
+    order(threads);
+    for (Thread* thread : threads) wake(*thread);
+    cluster.arrived = 0;
+  }
+  reschedule();
+}
+
+namespace {
+
+// The lanes of mask of the current warp, if all of them wait for the same.
+std::vector<Thread*> arrived_lanes(unsigned mask) {
+  const std::vector<Thread*>& threads = current->block->threads;
+  std::vector<Thread*> lanes;
+  for (int i = 0; i < kWarp; ++i) {
+    if (!(mask >> i & 1)) continue;
+    const size_t number = current->number / kWarp * kWarp + i;
+    if (number >= threads.size()) fail("lanes %#x: there is no lane %d", mask, i);
+    if (!same_place(*threads[number], *current)) return {};
+    lanes.push_back(threads[number]);
+  }
+  return lanes;
+}
+
+// Waits for the lanes of mask, of which the last calls complete(lanes).
+template <class Complete>
+void meet(Collective what, unsigned mask, Where where, Complete complete) {
+  if (!(mask >> lane() & 1)) {
+    fail("%s at %s:%u by lane %d, lanes are %#x", name_of(what), where.file_name(), where.line(),
+         lane(), mask);
+  }
+  wait_at(what, mask, where);
+  {
+    AsHost host_allocates;
+    const std::vector<Thread*> lanes = arrived_lanes(mask);
+    if (!lanes.empty()) {
+      complete(lanes);
+      for (Thread* thread : lanes) wake(*thread);
+    }
+  }
+  reschedule();
+}
+
+}  // namespace
+
+unsigned long long sync_warp(Collective what, unsigned mask, unsigned long long value, int source,
+                             Where where) {
+  if (source < 0 || source >= kWarp || !(mask >> source & 1)) {
+    fail("%s at %s:%u reads lane %d, lanes are %#x", name_of(what), where.file_name(), where.line(),
+         source, mask);
+  }
+  Thread& self = *current;
+  self.brought = value;
+  self.source = source;
+  meet(what, mask, where, [&](const std::vector<Thread*>& lanes) {
+    if (what == Collective::kSyncWarp) order(lanes);
+    Thread* const* warp = self.block->threads.data() + self.number / kWarp * kWarp;
+    for (Thread* thread : lanes) thread->received = warp[thread->source]->brought;
+  });
+  return self.received;
+}
+
+unsigned vote_warp(unsigned mask, bool predicate, Where where) {
+  Thread& self = *current;
+  self.brought = predicate;
+  meet(Collective::kVote, mask, where, [](const std::vector<Thread*>& lanes) {
+    unsigned votes = 0;
+    for (const Thread* thread : lanes) {
+      votes |= static_cast<unsigned>(thread->brought) << thread->number % kWarp;
+    }
+    for (Thread* thread : lanes) thread->received = votes;
+  });
+  return self.received;
+}
+
+void fence(Scope scope) {
+  yield();
+  if (!__tsan_acquire) return;
+  Thread& self = *current;
+  for (const Fence& other : self.seen) {
+    const bool device = other.scope == Scope::kDevice && scope == Scope::kDevice;
+    if (device || other.block == self.block) acquire(other.moment);
+  }
+  const Moment moment = new_moment();
+  release(moment);
+  AsHost host_allocates;
+  self.made.add_latest({&self, self.block, scope, moment});
+}
+
+void atomic_reads(const void* address) {
+  yield();
+  AsHost host_allocates;
+  current->seen.add(launch->shown[address]);
+}
+
+void atomic_wrote(const void* address) {
+  AsHost host_allocates;
+  launch->shown[address].add(current->made);
+}
+
+void* dynamic_shared() {
+  if (!current) fail("shared memory on the host");
+  return current->block->shared + kDynamicStart;
+}
+
+void* static_shared(const void* key, size_t bytes) {
+  if (!current) fail("shared memory on the host");
+  AsHost host_allocates;
+  auto& variables = launch->variables;
+  auto found = std::find_if(variables.begin(), variables.end(),
+                            [&](const Variable& variable) { return variable.key == key; });
+  if (found == variables.end()) {
+    size_t offset = kStaticStart, total = bytes;
+    for (const Variable& variable : variables) {
+      offset +=
+          (variable.bytes + kRedZone + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
+      total += variable.bytes;
+    }
+    const size_t dynamic = launch->config.dynamicSmemBytes;
+    const bool opted_in = attributes[launch->kernel].dynamic_shared > int{kDefaultShared};
+    if (total > kDefaultShared || total + dynamic > (opted_in ? kMaxShared : kDefaultShared) ||
+        offset + bytes > kStaticEnd) {
+      fail("%zu bytes of static and %zu of dynamic shared memory", total, dynamic);
+    }
+    found = variables.insert(variables.end(), {key, offset, bytes});
+    for (const Cluster* cluster : launch->clusters) {
+      for (const Block* block : cluster->blocks) {
+        if (block->exited < block->threads.size()) open_variables(*block);
+      }
+    }
+  }
+  return current->block->shared + found->offset;
+}
+
+void* map_shared(const void* pointer, unsigned rank) {
+  const Block& block = *current->block;
+  const size_t offset = static_cast<const char*>(pointer) - block.shared;
+  if (offset >= kSharedBytes) fail("map_shared_rank of what is not the block's shared memory");
+  if (rank >= cluster_blocks()) fail("map_shared_rank to block %u of the cluster", rank);
+  return block.cluster->blocks[rank]->shared + offset;
+}
+
+unsigned cluster_rank() { return current->block->rank; }
+unsigned cluster_blocks() { return current->block->cluster->blocks.size(); }
+
+}  // namespace emulator
+
+// ---- the host's API -----------------------------------------------------------------------------
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorNotSupported:
+      return "operation not supported";
+  }
+  return "unrecognized error code";
+}
+
+// A launch that fails has aborted.
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  using emulator::setting;
+  if (device != 0) return cudaErrorInvalidValue;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = setting("EMULATOR_MULTIPROCESSORS", 3);
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = setting("EMULATOR_CAPABILITY", 90) / 10;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = setting("EMULATOR_CAPABILITY", 90) % 10;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = emulator::kMaxShared;
+      return cudaSuccess;
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  memset(data, value, bytes);
+  return cudaSuccess;
+}

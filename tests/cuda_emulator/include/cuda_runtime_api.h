@@ -1,0 +1,97 @@
+// The part of the CUDA runtime that the project calls from the host, over the emulator.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+// ---- vector types -------------------------------------------------------------------------------
+
+#define EMULATOR_VECTOR2(NAME, TYPE)      \
+  struct alignas(2 * sizeof(TYPE)) NAME { \
+    TYPE x, y;                            \
+  };                                      \
+  inline NAME make_##NAME(TYPE x, TYPE y) { return {x, y}; }
+#define EMULATOR_VECTOR4(NAME, TYPE)      \
+  struct alignas(4 * sizeof(TYPE)) NAME { \
+    TYPE x, y, z, w;                      \
+  };                                      \
+  inline NAME make_##NAME(TYPE x, TYPE y, TYPE z, TYPE w) { return {x, y, z, w}; }
+
+EMULATOR_VECTOR2(float2, float)
+EMULATOR_VECTOR2(int2, int)
+EMULATOR_VECTOR2(uint2, unsigned)
+EMULATOR_VECTOR2(double2, double)
+EMULATOR_VECTOR2(longlong2, long long)
+EMULATOR_VECTOR2(ulonglong2, unsigned long long)
+EMULATOR_VECTOR2(ushort2, unsigned short)
+EMULATOR_VECTOR4(float4, float)
+EMULATOR_VECTOR4(int4, int)
+EMULATOR_VECTOR4(uint4, unsigned)
+EMULATOR_VECTOR4(ushort4, unsigned short)
+EMULATOR_VECTOR4(uchar4, unsigned char)
+
+#undef EMULATOR_VECTOR2
+#undef EMULATOR_VECTOR4
+
+struct uint3 {
+  unsigned x, y, z;
+};
+
+struct dim3 {
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  unsigned x, y, z;
+};
+
+// ---- errors, streams, devices -------------------------------------------------------------------
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorNotSupported = 801,
+};
+
+// Every launch has finished when its call returns, so that all streams are one.
+using cudaStream_t = struct CUstream_st*;
+
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetLastError();
+cudaError_t cudaPeekAtLastError();
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream = nullptr);
+
+// ---- launches -----------------------------------------------------------------------------------
+
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributeNonPortableClusterSizeAllowed = 13,
+};
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+
+union cudaLaunchAttributeValue {
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
+};
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
