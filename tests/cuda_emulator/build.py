@@ -35,7 +35,7 @@ VARIANTS = {
 }
 # Without position independence addr2line can tell a kernel's name from its address.
 COMPILE = ["-std=c++20", "-g", "-fno-pie", "-fno-omit-frame-pointer", "-ffp-contract=off"]
-COMPILE += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-isystem", str(HERE / "include")]
+COMPILE += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-I.", "-isystem", str(HERE / "include")]
 LINK = ["-no-pie", "-pthread"]
 JOBS = 2
 

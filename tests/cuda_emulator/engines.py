@@ -1,0 +1,360 @@
+"""Asks the CUDA engines, compiled over the emulator, for losses and gradients of CPU tensors.
+
+``Calls`` lists calls and the memory they work on; runner.cpp runs them. ``Loss`` makes of one loss
+what csrc/ops_cuda.cpp makes of it.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import build
+from cases import Sample
+
+SOURCES = [Path("csrc/cuda/pointwise.cu"), Path("csrc/cuda/cross_entropy.cu")]
+RUNNER = Path("tests/cuda_emulator/runner.cpp")
+
+# In the order of DType in csrc/engine.h.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
+IGNORED = -(1 << 63)
+FAULT = struct.Struct("iiqdq")
+
+
+class Pass(IntEnum):
+    VALUE = 0
+    FORWARD = 1
+    BACKWARD = 2
+
+
+@dataclass(frozen=True)
+class Place:
+    """Somewhere in the memory of the calls."""
+
+    buffer: int
+    offset: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.buffer} {self.offset}"
+
+
+NOWHERE = Place(-1)
+
+
+def _number(dtype: torch.dtype) -> int:
+    return DTYPES.index(dtype)
+
+
+def _extent(tensor: Tensor) -> int:
+    """How many elements lie between the first and the last."""
+    if not tensor.numel():
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+class Calls:
+    """Calls of the engines, and the buffers that they read and write."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._buffers: list[bytes] = []
+
+    def put(self, tensor: Tensor, shift: int = 0) -> Place:
+        """A buffer with the tensor's elements, as they lie in its memory, behind ``shift`` more."""
+        flat = tensor.detach().as_strided((_extent(tensor),), (1,))
+        data = flat.contiguous().view(torch.uint8).numpy().tobytes()
+        before = shift * tensor.element_size()
+        self._buffers.append(b"\xff" * before + data)
+        return Place(len(self._buffers) - 1, before)
+
+    def empty_like(self, tensor: Tensor, shift: int = 0) -> Place:
+        """A buffer for as much, of bytes that are nan in every dtype."""
+        return self.put(torch.full_like(tensor, math.nan), shift)
+
+    def add(self, engine: str, *words: object) -> None:
+        self._lines.append(" ".join(map(str, (engine, *words))))
+
+    def run(self, program: Path, settings: Mapping[str, str] | None = None) -> None:
+        """Runs the calls in order; ``get`` then finds what they have written."""
+        with tempfile.TemporaryDirectory() as folder:
+            memory, calls = Path(folder, "memory"), Path(folder, "calls")
+            memory.write_bytes(b"".join(self._buffers))
+            sizes = [len(self._buffers), *map(len, self._buffers)]
+            calls.write_text("\n".join([" ".join(map(str, sizes)), *self._lines]))
+            result = build.run(program, str(calls), str(memory), settings=settings)
+            if result.returncode or result.stderr:
+                raise AssertionError(f"runner: exit status {result.returncode}\n{result.stderr}")
+            data = memory.read_bytes()
+        start = 0
+        for i, size in enumerate(sizes[1:]):
+            self._buffers[i] = data[start : start + size]
+            start += size
+
+    def get(self, place: Place, like: Tensor) -> Tensor:
+        """The tensor that lies there as ``like`` does in its memory."""
+        size = _extent(like) * like.element_size()
+        data = bytearray(self._buffers[place.buffer][place.offset : place.offset + size])
+        return torch.frombuffer(data, dtype=like.dtype).as_strided(like.shape, like.stride())
+
+    def fault(self, place: Place) -> tuple[int, int, int, float, int]:
+        """State, what, position, value and classes: see Fault in csrc/cuda/kernels.h."""
+        state, what, position, value, classes = FAULT.unpack(self._buffers[place.buffer])
+        return state, what, position, value, classes
+
+
+def _class_dim(input: Tensor) -> int:
+    return 1 if input.dim() > 1 else 0
+
+
+def _dense_like(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """In the order of input's memory where that has no gaps, else row-major."""
+    dense = _extent(input) == input.numel()
+    layout = torch.preserve_format if dense else torch.contiguous_format
+    return torch.full_like(input, math.nan, dtype=dtype, memory_format=layout)
+
+
+class Loss:
+    """One call of a loss; a pass is queued by ``value``, ``forward`` or ``backward``.
+
+    ``shift`` moves all memory by so many elements off its alignment.
+    """
+
+    def __init__(
+        self,
+        calls: Calls,
+        loss: str,
+        sample: Sample,
+        reduction: str,
+        prediction: tuple[float, float] = (1.0, 0.0),
+        shift: int = 0,
+    ) -> None:
+        self.calls, self.sample, self.reduction, self.shift = calls, sample, reduction, shift
+        self.each = reduction == "none"
+        input, target, options = sample.input, sample.target, dict(sample.options)
+        self.by_class = target.dtype is torch.int64
+        self.weight: Tensor | None = options.get("weight")
+        self.fault = calls.put(torch.zeros(FAULT.size, dtype=torch.uint8))
+        self.scales = calls.put(torch.full((2,), math.nan, dtype=torch.float64))
+        self.prediction = calls.put(torch.tensor(prediction, dtype=torch.float64))
+        self._engine = (_CrossEntropy if loss == "cross_entropy" else _Pointwise)(
+            self, loss, input, target, options
+        )
+        self.loss = calls.empty_like(torch.empty((), dtype=input.dtype))
+        self.gradient = calls.empty_like(_dense_like(input), shift)
+        self.normalizer = self._divide(loss, options)
+
+    def _divide(self, loss: str, options: dict[str, Any]) -> float:
+        """What the mean divides by; nan: it stands in the scales, or will."""
+        input, target, weight = self.sample.input, self.sample.target, self.weight
+        if self.reduction != "mean":
+            return 1
+        if loss in ("cross_entropy", "log_loss"):
+            classes = input.shape[_class_dim(input)]
+            if not self.by_class:
+                return input.numel() / classes
+            wide = loss == "log_loss" or input.dtype is torch.float64
+            dtype = torch.float64 if wide else torch.float32
+            self.calls.add(
+                "class_weights",
+                self.calls.put(target.contiguous()),
+                target.numel(),
+                classes,
+                options.get("ignore_index", -100),
+                NOWHERE if weight is None else self.calls.put(weight.to(dtype)),
+                int(wide),
+                Place(self.scales.buffer, 8),
+                *self._launch(Pass.VALUE, math.nan),
+            )
+            return math.nan
+        if loss in ("mse_loss", "l1_loss") and weight is not None:
+            both = torch.stack([torch.tensor(math.nan).double(), weight.double().sum()])
+            self.scales = self.calls.put(both)
+            return math.nan
+        return input.numel()
+
+    def _launch(
+        self,
+        stage: Pass,
+        normalizer: float,
+        loss: Place = NOWHERE,
+        grad_output: Place = NOWHERE,
+        fresh: bool = False,
+    ) -> list[object]:
+        dtype = _number(self.sample.input.dtype)
+        prediction = NOWHERE if self.each else self.prediction
+        return [
+            *(int(stage), loss, dtype, self.scales, normalizer, prediction),
+            *(grad_output, dtype, int(fresh), self.fault),
+        ]
+
+    def value(self) -> None:
+        self._compute(Pass.VALUE)
+
+    def forward(self) -> None:
+        self._compute(Pass.FORWARD)
+
+    def _compute(self, stage: Pass) -> None:
+        gradient = NOWHERE if stage is Pass.VALUE else self.gradient
+        loss = NOWHERE if self.each else self.loss
+        values = self._engine.value if self.each else NOWHERE
+        self._engine.add(values, gradient, None, self._launch(stage, self.normalizer, loss))
+
+    def backward(self, upstream: Tensor, fresh: bool = False) -> None:
+        """``fresh``: into new memory, whatever forward has left."""
+        if fresh:
+            self.gradient = self.calls.empty_like(_dense_like(self.sample.input), self.shift)
+        grad_output = NOWHERE if self.each else self.calls.put(upstream)
+        launch = self._launch(Pass.BACKWARD, math.nan, NOWHERE, grad_output, fresh)
+        self._engine.add(NOWHERE, self.gradient, upstream if self.each else None, launch)
+
+    def value_found(self) -> Tensor:
+        if not self.each:
+            return self.calls.get(self.loss, torch.empty((), dtype=self.sample.input.dtype))
+        return self._engine.values_found()
+
+    def gradient_found(self) -> Tensor:
+        return self.calls.get(self.gradient, _dense_like(self.sample.input))
+
+    def prediction_found(self) -> list[float]:
+        found: list[float] = self.calls.get(self.prediction, torch.zeros(2).double()).tolist()
+        return found
+
+
+class _Pointwise:
+    PARAMETERS = {"smooth_l1_loss": ("beta", 1.0), "huber_loss": ("delta", 1.0)}
+
+    def __init__(
+        self, of: Loss, loss: str, input: Tensor, target: Tensor, options: dict[str, Any]
+    ) -> None:
+        self.of, self.input = of, input
+        name, default = self.PARAMETERS.get(loss, ("", 0.0))
+        self.parameter: float = options.get(name, default)
+        self.name = loss
+        self.is_log_loss = loss == "log_loss"
+        if loss == "smooth_l1_loss" and self.parameter == 0:
+            self.name = "l1_loss"
+        if "pos_weight" in options:
+            self.name += "_pos_weight"
+        weight = of.weight
+        if self.is_log_loss:
+            self.parameter = torch.finfo(input.dtype).eps
+            if of.by_class:
+                ignored = target == options.get("ignore_index", -100)
+                target = torch.where(ignored, IGNORED, target).unsqueeze(_class_dim(input))
+            if weight is not None:
+                weight = weight.view(-1, *[1] * (input.dim() - 1 - _class_dim(input)))
+        self.order = sorted(range(input.dim()), key=lambda d: -_dense_like(input).stride(d))
+        self.operands = [
+            self._operand(tensor) for tensor in (input, target, weight, options.get("pos_weight"))
+        ]
+        # Elements that are added up to rows are rounded after that.
+        wide = self.is_log_loss and of.each
+        self.value_dtype = torch.promote_types(input.dtype, torch.float32) if wide else input.dtype
+        self.value = of.calls.empty_like(_dense_like(input, self.value_dtype), of.shift)
+
+    def _operand(self, tensor: Tensor | None) -> list[object]:
+        if tensor is None:
+            return [NOWHERE, 0, 1, -1, *[0] * self.input.dim()]
+        by_class = tensor.dtype is torch.int64
+        place = self.of.calls.put(tensor, 0 if by_class else self.of.shift)
+        seen = tensor.expand(self.input.shape).permute(self.order)
+        return [
+            place,
+            _number(tensor.dtype),
+            int(seen.is_contiguous() and not by_class),
+            self.order.index(_class_dim(self.input)) if by_class else -1,
+            *seen.stride(),
+        ]
+
+    def add(
+        self, value: Place, gradient: Place, upstream: Tensor | None, launch: list[object]
+    ) -> None:
+        input = self.input
+        if upstream is not None and self.is_log_loss:
+            upstream = upstream.unsqueeze(_class_dim(input))
+        self.of.calls.add(
+            "pointwise",
+            *(self.name, self.parameter, int(input.dtype is torch.float64), input.numel()),
+            *(input.dim(), *(input.shape[d] for d in self.order)),
+            *(word for operand in self.operands for word in operand),
+            *self._operand(upstream),
+            *(value, _number(self.value_dtype), gradient, _number(input.dtype)),
+            *launch,
+        )
+
+    def values_found(self) -> Tensor:
+        values = self.of.calls.get(self.value, _dense_like(self.input, self.value_dtype))
+        return values.sum(_class_dim(self.input)).to(self.input.dtype) if self.is_log_loss else values
+
+
+class _CrossEntropy:
+    def __init__(
+        self, of: Loss, loss: str, input: Tensor, target: Tensor, options: dict[str, Any]
+    ) -> None:
+        self.of, self.input, calls = of, input, of.calls
+        compute = torch.float64 if input.dtype is torch.float64 else torch.float32
+        sizes = self._rows(input).shape
+        # Of a transposed matrix the rows lie side by side.
+        self.swapped = sizes[1] != 1 and sizes[2] == 1 and self._rows(input).stride(1) != 1
+        outer, classes, inner = reversed(sizes) if self.swapped else sizes
+        self.sizes = (int(compute is torch.float64), outer, classes, inner)
+        self.input_rows = self._words(calls.put(input, of.shift), input)
+        weight = of.weight
+        smoothing = options.get("label_smoothing", 0.0)
+        summed = NOWHERE
+        if weight is not None and smoothing:
+            summed = calls.put(weight.to(compute).double().sum())
+        self.target = [
+            calls.put(target) if of.by_class else NOWHERE,
+            self._words(NOWHERE, input)
+            if of.by_class
+            else self._words(calls.put(target, of.shift), target),
+            NOWHERE if weight is None else calls.put(weight.to(compute)),
+            options.get("ignore_index", -100),
+            smoothing,
+        ]
+        shape = input.shape[: _class_dim(input)] + input.shape[_class_dim(input) + 1 :]
+        self.values = torch.full(shape, math.nan, dtype=input.dtype)
+        self.value = calls.empty_like(self.values)
+        self.weight_sum = summed
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """(outer, classes, inner)"""
+        if tensor.dim() == 1:
+            return tensor.view(1, -1, 1)
+        return tensor.unsqueeze(2) if tensor.dim() == 2 else tensor.flatten(2)
+
+    def _words(self, place: Place, tensor: Tensor) -> str:
+        outer, classes, inner = self._rows(tensor).stride()
+        if self.swapped:
+            outer, inner = inner, outer
+        return f"{place} {_number(tensor.dtype)} {outer} {classes} {inner}"
+
+    def add(
+        self, value: Place, gradient: Place, upstream: Tensor | None, launch: list[object]
+    ) -> None:
+        self.of.calls.add(
+            "cross_entropy",
+            *self.sizes,
+            self.input_rows,
+            self._words(gradient, _dense_like(self.input)),
+            *self.target,
+            value,
+            _number(self.input.dtype),
+            self.weight_sum,
+            NOWHERE if upstream is None else self.of.calls.put(upstream),
+            _number(self.input.dtype),
+            *launch,
+        )
+
+    def values_found(self) -> Tensor:
+        return self.of.calls.get(self.value, self.values)

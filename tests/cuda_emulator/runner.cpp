@@ -1,0 +1,192 @@
+// Runs the calls of the CUDA engines that one file lists, over the memory that another holds and
+// gets back; engines.py writes both.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#include "csrc/cuda/kernels.h"
+
+namespace {
+
+using namespace fusedloss;
+
+// Says why and ends the run.
+void require(bool condition, const std::string& what) {
+  if (condition) return;
+  fprintf(stderr, "runner: %s\n", what.c_str());
+  exit(1);
+}
+
+// Each buffer is an allocation of its own, so that its bounds are watched.
+char* allocate(size_t bytes) {
+  constexpr size_t kAlignment = 256;  // as cudaMalloc's
+  void* memory = nullptr;
+  require(posix_memalign(&memory, kAlignment, bytes) == 0, "no memory");
+  memset(memory, 0xff, bytes);
+  return static_cast<char*>(memory);
+}
+
+class Calls {
+ public:
+  Calls(const char* calls, const char* memory) : in_(calls) {
+    std::ifstream data(memory, std::ios::binary);
+    buffers_.resize(integer());
+    for (Buffer& buffer : buffers_) {
+      buffer.bytes = integer();
+      buffer.memory = allocate(buffer.bytes);
+      data.read(buffer.memory, buffer.bytes);
+    }
+    require(static_cast<bool>(data), "less memory than the calls list");
+  }
+  ~Calls() {
+    for (const Buffer& buffer : buffers_) free(buffer.memory);
+  }
+  Calls(const Calls&) = delete;
+
+  void run() {
+    for (std::string engine; in_ >> engine;) {
+      if (engine == "pointwise") {
+        run_pointwise();
+      } else if (engine == "cross_entropy") {
+        run_cross_entropy();
+      } else if (engine == "class_weights") {
+        run_class_weights();
+      } else {
+        require(false, "no engine is named " + engine);
+      }
+    }
+  }
+
+  void write(const char* memory) const {
+    std::ofstream data(memory, std::ios::binary);
+    for (const Buffer& buffer : buffers_) data.write(buffer.memory, buffer.bytes);
+    require(static_cast<bool>(data), "the memory cannot be written");
+  }
+
+ private:
+  struct Buffer {
+    char* memory;
+    size_t bytes;
+  };
+  std::ifstream in_;
+  std::vector<Buffer> buffers_;
+
+  std::string word() {
+    std::string text;
+    require(static_cast<bool>(in_ >> text), "a call lacks words");
+    return text;
+  }
+  int64_t integer() { return std::stoll(word()); }
+  double number() { return std::stod(word()); }
+  template <class T>
+  T* pointer() {
+    const int64_t buffer = integer(), offset = integer();
+    return buffer < 0 ? nullptr : reinterpret_cast<T*>(buffers_.at(buffer).memory + offset);
+  }
+  DType dtype() { return static_cast<DType>(integer()); }
+  Operand operand(int dims) {
+    Operand operand;
+    operand.data = pointer<void>();
+    operand.dtype = dtype();
+    operand.contiguous = integer();
+    operand.class_dim = static_cast<int>(integer());
+    for (int d = 0; d < dims; ++d) operand.strides[d] = integer();
+    return operand;
+  }
+  Rows rows() {
+    Rows rows;
+    rows.data = pointer<void>();
+    rows.dtype = dtype();
+    rows.outer = integer();
+    rows.classes = integer();
+    rows.inner = integer();
+    return rows;
+  }
+  cuda::Launch launch() {
+    cuda::Launch launch;
+    launch.pass = static_cast<cuda::Pass>(integer());
+    launch.loss = pointer<void>();
+    launch.loss_dtype = dtype();
+    launch.scales = pointer<double>();
+    launch.normalizer = number();
+    launch.prediction = pointer<double>();
+    launch.grad_output = pointer<void>();
+    launch.grad_output_dtype = dtype();
+    launch.fresh = integer();
+    launch.fault = pointer<cuda::Fault>();
+    return launch;
+  }
+
+  template <class Call>
+  static void run(cudaError_t (*engine)(const Call&, const cuda::Launch&), const Call& call,
+                  size_t workspace_bytes, cuda::Launch launch) {
+    launch.workspace = allocate(workspace_bytes);
+    const cudaError_t error = engine(call, launch);
+    require(error == cudaSuccess, cudaGetErrorString(error));
+    free(launch.workspace);
+  }
+
+  void run_pointwise() {
+    Pointwise call;
+    const std::string loss = word();
+    call.loss = loss;
+    call.parameter = number();
+    call.compute_in_double = integer();
+    call.numel = integer();
+    call.space.dims = static_cast<int>(integer());
+    for (int d = 0; d < call.space.dims; ++d) call.space.sizes[d] = integer();
+    for (Operand* operand :
+         {&call.input, &call.target, &call.weight, &call.pos_weight, &call.upstream}) {
+      *operand = this->operand(call.space.dims);
+    }
+    call.value = pointer<void>();
+    call.value_dtype = dtype();
+    call.gradient = pointer<void>();
+    call.gradient_dtype = dtype();
+    run(cuda::pointwise, call, cuda::workspace_bytes(call), launch());
+  }
+
+  void run_cross_entropy() {
+    cuda::CrossEntropyCall call;
+    call.compute_in_double = integer();
+    call.outer = integer();
+    call.classes = integer();
+    call.inner = integer();
+    call.input = rows();
+    call.gradient = rows();
+    call.indices = pointer<int64_t>();
+    call.probabilities = rows();
+    call.weight = pointer<void>();
+    call.ignore_index = integer();
+    call.label_smoothing = number();
+    call.value = pointer<void>();
+    call.value_dtype = dtype();
+    call.weight_sum = pointer<double>();
+    call.upstream = pointer<void>();
+    call.upstream_dtype = dtype();
+    run(cuda::cross_entropy, call, cuda::workspace_bytes(call), launch());
+  }
+
+  void run_class_weights() {
+    cuda::ClassWeights call;
+    call.indices = pointer<int64_t>();
+    call.n = integer();
+    call.classes = integer();
+    call.ignore_index = integer();
+    call.weight = pointer<void>();
+    call.weight_is_double = integer();
+    call.sum = pointer<double>();
+    run(cuda::sum_class_weights, call, cuda::workspace_bytes(call), launch());
+  }
+};
+
+}  // namespace
+
+int main(int, char** arguments) {
+  Calls calls(arguments[1], arguments[2]);
+  calls.run();
+  calls.write(arguments[2]);
+}
