@@ -24,6 +24,7 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <set>
 #include <utility>
 #include <vector>
@@ -290,7 +291,7 @@ struct Launch {
 };
 
 struct Attributes {
-  int dynamic_shared = kDefaultShared;
+  std::optional<size_t> dynamic_shared;  // none: what static variables leave of kDefaultShared
   bool any_cluster = false;
 };
 
@@ -571,9 +572,10 @@ void check_limits() {
   if (!volume(block) || volume(block) > kMaxThreads || block.z > 64) {
     fail("launched with blocks of (%u, %u, %u) threads", block.x, block.y, block.z);
   }
-  if (config.dynamicSmemBytes > static_cast<size_t>(allowed.dynamic_shared)) {
-    fail("launched with %zu bytes of dynamic shared memory, allowed are %d",
-         config.dynamicSmemBytes, allowed.dynamic_shared);
+  const size_t allowed_shared = allowed.dynamic_shared.value_or(kDefaultShared);
+  if (config.dynamicSmemBytes > allowed_shared) {
+    fail("launched with %zu bytes of dynamic shared memory, allowed are %zu",
+         config.dynamicSmemBytes, allowed_shared);
   }
   if (volume(cluster) != 1 && setting("EMULATOR_CAPABILITY", 90) < 90) {
     fail("launched with clusters, which the device does not have");
@@ -860,10 +862,9 @@ void* static_shared(const void* key, size_t bytes) {
           (variable.bytes + kRedZone + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
       total += variable.bytes;
     }
-    const size_t dynamic = launch->config.dynamicSmemBytes;
-    const bool opted_in = attributes[launch->kernel].dynamic_shared > int{kDefaultShared};
-    if (total > kDefaultShared || total + dynamic > (opted_in ? kMaxShared : kDefaultShared) ||
-        offset + bytes > kStaticEnd) {
+    const std::optional<size_t>& allowed = attributes[launch->kernel].dynamic_shared;
+    const size_t dynamic = allowed.value_or(launch->config.dynamicSmemBytes);
+    if (total + dynamic > (allowed ? kMaxShared : kDefaultShared) || offset + bytes > kStaticEnd) {
       fail("%zu bytes of static and %zu of dynamic shared memory", total, dynamic);
     }
     found = variables.insert(variables.end(), {key, offset, bytes});
