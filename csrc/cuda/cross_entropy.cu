@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kScope == Scope::kLanes ? kLanesBlock : kRowBl
     const T logit = target.index >= 0 ? T(widen(line.input[target_class])) : T(0);
     const int64_t y_at = problem.offset(call.probabilities, row);
     const int packets = row < problem.rows ? line.packets() : 0;
-    const int last = max(packets - 1, 0) / step;  // batch
+    const int last = packets > 0 ? (packets - 1) / step : 0;  // batch
 
     P batch[kBatch];
     // f(packet, p, its place in shared memory) for each packet of a batch.
