@@ -512,7 +512,8 @@ __global__ void __launch_bounds__(128) columns(const Problem<Compute<D>> problem
 
 constexpr int kMostBlocks = 8;             // in a cluster, on every device that has them
 constexpr int64_t kMostClasses = 1 << 30;  // that a row of packets counts in int
-constexpr int64_t kLeast = 48 << 10;       // bytes of shared memory that every kernel may have
+constexpr int64_t kDeclared = 4 << 10;  // of shared memory, what kernels declare and the system has
+constexpr int64_t kUnasked = 48 << 10;  // of shared memory, without asking for it
 constexpr int64_t kBatchBytes = kPacketBytes * kBatch;  // of a thread
 
 // How a call is laid over the device.
@@ -584,7 +585,7 @@ Plan plan_for(const CrossEntropy& call) {
   plan.threads = static_cast<int>(std::min<int64_t>(threads, kRowBlock));
   const int64_t batches = ceil_div(share, plan.threads * kBatch);
   plan.shared = (batches - 1) * plan.threads * kBatchBytes;
-  const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kLeast / 16;
+  const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kDeclared;
   plan.keeps = plan.shared <= most;
   if (!plan.keeps) plan.shared = 0;
   plan.blocks = plan.cluster * at_once(rows, batches <= kHeld ? 1024 : 512);
@@ -600,7 +601,7 @@ auto with_plan(const CrossEntropy& call, F&& f) {
 template <class D, Scope kScope, bool kHard>
 cudaError_t run_rows(const CrossEntropyCall& call, const Launch& launch, const Plan& plan) {
   constexpr auto kernel = rows<D, kScope, kHard>;
-  if (plan.shared > kLeast) {
+  if (plan.shared > kUnasked - kDeclared) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared));
     if (error != cudaSuccess) return error;

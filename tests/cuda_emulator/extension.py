@@ -75,9 +75,12 @@ def make_package() -> Path:
 
 
 def main() -> None:
-    paths = [str(make_package()), str(build.ROOT / "tests"), str(build.ROOT)]
+    package = make_package()
+    paths = [str(package), str(build.ROOT)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "FUSEDLOSS_EMULATED": "1"}
-    sys.exit(subprocess.run([sys.executable, *sys.argv[1:]], env=environment, check=False).returncode)
+    # From that folder, for Python looks first where it is started.
+    done = subprocess.run([sys.executable, *sys.argv[1:]], cwd=package, env=environment, check=False)
+    sys.exit(done.returncode)
 
 
 if __name__ == "__main__":
