@@ -33,10 +33,17 @@ VARIANTS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
 }
-# Without position independence addr2line can tell a kernel's name from its address.
-COMPILE = ["-std=c++20", "-g", "-fno-pie", "-fno-omit-frame-pointer", "-ffp-contract=off"]
-COMPILE += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-I.", "-isystem", str(HERE / "include")]
-LINK = ["-no-pie", "-pthread"]
+COMPILE = ["-std=c++20", "-g", "-fPIE", "-fno-omit-frame-pointer", "-ffp-contract=off"]
+COMPILE += [
+    "-fmax-errors=5",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-I.",
+    "-isystem",
+    str(HERE / "include"),
+]
+LINK = ["-pie", "-pthread"]
 JOBS = 2
 
 

@@ -8,9 +8,9 @@
 // schedule. Containers are touched as the host (AsHost): to it, their memory is the host's.
 #include "emulator.h"
 
+#include <dlfcn.h>
 #include <signal.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <bit>
@@ -302,6 +302,8 @@ std::vector<std::unique_ptr<Thread>> all_threads;
 std::deque<Thread*> idle;
 std::vector<char*> free_shared;
 std::map<Kernel, Attributes> attributes;
+void (*watch)(const void* address) = nullptr;
+Coroutine watching_host;  // only a fiber: runs on the stack of who has just written
 
 int setting(const char* name, int otherwise) {
   const char* text = getenv(name);
@@ -321,10 +323,12 @@ size_t volume(dim3 d) { return size_t{d.x} * d.y * d.z; }
 // ---- failures -----------------------------------------------------------------------------------
 
 void print_kernel_name() {
-  char executable[PATH_MAX] = {}, command[PATH_MAX + 100], name[1000];
-  if (readlink("/proc/self/exe", executable, sizeof executable - 1) < 0) return;
-  snprintf(command, sizeof command, "addr2line -sfCe '%s' %p", executable,
-           reinterpret_cast<void*>(launch->kernel));
+  Dl_info module;
+  char command[PATH_MAX + 100], name[1000];
+  if (!dladdr(reinterpret_cast<void*>(launch->kernel), &module)) return;
+  const auto offset =
+      reinterpret_cast<const char*>(launch->kernel) - static_cast<const char*>(module.dli_fbase);
+  snprintf(command, sizeof command, "addr2line -sfCe '%s' %#tx", module.dli_fname, offset);
   FILE* pipe = popen(command, "r");
   if (pipe && fgets(name, sizeof name, pipe)) fprintf(stderr, "kernel %s", name);
   if (pipe) pclose(pipe);
@@ -695,6 +699,11 @@ void run_grid(Kernel kernel, const cudaLaunchConfig_t& config, void (*body)(cons
   launch = nullptr;
 }
 
+void host_watches(void (*look)(const void*)) {
+  watch = look;
+  if (__tsan_create_fiber && !watching_host.fiber) watching_host.fiber = __tsan_create_fiber(0);
+}
+
 cudaError_t set_attribute(Kernel kernel, cudaFuncAttribute attribute, int value) {
   Attributes& allowed = attributes[kernel];
   if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
@@ -824,8 +833,8 @@ void fence(Scope scope) {
   if (!__tsan_acquire) return;
   Thread& self = *current;
   for (const Fence& other : self.seen) {
-    const bool device = other.scope == Scope::kDevice && scope == Scope::kDevice;
-    if (device || other.block == self.block) acquire(other.moment);
+    const bool wide = other.scope != Scope::kBlock && scope != Scope::kBlock;
+    if (wide || other.block == self.block) acquire(other.moment);
   }
   const Moment moment = new_moment();
   release(moment);
@@ -842,6 +851,14 @@ void atomic_reads(const void* address) {
 void atomic_wrote(const void* address) {
   AsHost host_allocates;
   launch->shown[address].add(current->made);
+  if (!watch) return;
+  As watcher(watching_host);
+  acquire(launch->start);
+  for (const Fence& fence : launch->shown[address]) {
+    if (fence.scope == Scope::kSystem) acquire(fence.moment);
+  }
+  watch(address);
+  release(launch->end);
 }
 
 void* dynamic_shared() {

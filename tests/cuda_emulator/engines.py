@@ -293,7 +293,9 @@ class _Pointwise:
 
     def values_found(self) -> Tensor:
         values = self.of.calls.get(self.value, _dense_like(self.input, self.value_dtype))
-        return values.sum(_class_dim(self.input)).to(self.input.dtype) if self.is_log_loss else values
+        return (
+            values.sum(_class_dim(self.input)).to(self.input.dtype) if self.is_log_loss else values
+        )
 
 
 class _CrossEntropy:

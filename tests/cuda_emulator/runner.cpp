@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "csrc/cuda/kernels.h"
+#include "emulator.h"
 
 namespace {
 
@@ -73,6 +74,7 @@ class Calls {
   };
   std::ifstream in_;
   std::vector<Buffer> buffers_;
+  static inline const cuda::Fault* fault_ = nullptr;  // of the call that runs
 
   std::string word() {
     std::string text;
@@ -120,10 +122,21 @@ class Calls {
     return launch;
   }
 
+  // The host may look for a fault at any time.
+  static void look(const void* address) {
+    const cuda::Fault& fault = *static_cast<const cuda::Fault*>(address);
+    if (&fault != fault_) return;
+    if (__atomic_load_n(&fault.state, __ATOMIC_RELAXED) != cuda::Fault::kTold) return;
+    require(fault.what <= cuda::Fault::kTargetOutsideUnit && fault.position >= 0,
+            "the host sees no fault that there could be");
+  }
+
   template <class Call>
   static void run(cudaError_t (*engine)(const Call&, const cuda::Launch&), const Call& call,
                   size_t workspace_bytes, cuda::Launch launch) {
     launch.workspace = allocate(workspace_bytes);
+    fault_ = launch.fault;
+    emulator::host_watches(look);
     const cudaError_t error = engine(call, launch);
     require(error == cudaSuccess, cudaGetErrorString(error));
     free(launch.workspace);

@@ -280,6 +280,30 @@ void test_atomics() {
   check(counter[0] == 2 && counter[1] == 192, "atomicInc, atomicCAS");
 }
 
+// What the host sees amid a launch.
+struct Message {
+  int ready, text;
+};
+Message message;
+
+template <bool kSystem>
+__global__ void tell_host(Message* m) {
+  m->text = 42;
+  if (kSystem) {
+    __threadfence_system();
+  } else {
+    __threadfence();
+  }
+  atomicExch(&m->ready, 1);
+}
+template <bool kSystem>
+void test_tell_host() {
+  emulator::host_watches([](const void* address) {
+    if (address == &message.ready) check(message.text == 42, "told");
+  });
+  tell_host<kSystem><<<1, 1>>>(&message);
+}
+
 // ---- clusters -----------------------------------------------------------------------------------
 
 enum class Leave { kTogether, kAtOnce, kUnstarted };
@@ -554,6 +578,8 @@ const Case kCases[] = {
     {"blocks_unordered_many", test_blocks_unordered_many},
     {"launches_ordered", test_launches_ordered},
     {"atomics", test_atomics},
+    {"tell_host", test_tell_host<true>},
+    {"tell_host_scope", test_tell_host<false>},
     {"cluster", test_cluster<Leave::kTogether>},
     {"cluster_exited", test_cluster<Leave::kAtOnce>},
     {"cluster_unstarted", test_cluster<Leave::kUnstarted>},

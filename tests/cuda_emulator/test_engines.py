@@ -109,3 +109,91 @@ def test_sanitized(family: str, variant: str) -> None:
     questions += [question(case, "bf16") for case in cases_of(family, 1 << 13)]
     check_all(variant, questions, ["mean"])
     check_all(variant, questions[1::3], ["none"])
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def gaps(tensor: Tensor) -> Tensor:
+    """A slice of a larger tensor, whose other elements are nan, or no classes."""
+    fill = math.nan if tensor.is_floating_point() else -(2**40)
+    larger = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), fill, dtype=tensor.dtype)
+    return larger[..., 2:-1].copy_(tensor)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "transposed": ((37, 300), transposed),
+    "gaps": ((37, 1021), gaps),
+    "wide rows side by side": ((300, 37, 8), lambda tensor: tensor),
+    "channels last": ((3, 37, 8, 9), channels_last),
+}
+LAID_OUT = (
+    "mse_loss-weight",
+    "binary_cross_entropy_with_logits-weight-pos_weight",
+    "cross_entropy",
+    "cross_entropy-probabilities-weight-smoothing",
+    "log_loss-weight-ignored_class",
+    "log_loss-probabilities",
+)
+
+
+@pytest.mark.parametrize("variant", ["plain", "address"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str, variant: str) -> None:
+    shape, lay_out = LAYOUTS[layout]
+    questions = []
+    for family, dtype in itertools.product(LAID_OUT, ("fp32", "bf16")):
+        if family.startswith("log_loss") and len(shape) > 3:
+            continue  # the formula has its classes last
+        case = at_shape(family, shape)
+        plain = case.sample(DTYPES[dtype])
+        whole = plain.target.shape == plain.input.shape
+        sample = Sample(
+            lay_out(plain.input), lay_out(plain.target) if whole else plain.target, plain.options
+        )
+        elements = formulas.elements(case.loss, plain.input, plain.target, plain.options)
+        questions.append((case.loss, sample, elements, f"{case.name} {dtype} {layout}"))
+    check_all(variant, questions, ["none", "mean"])
+
+
+@pytest.mark.parametrize("shift", [1, 3])
+@pytest.mark.parametrize("variant", ["plain", "address"])
+def test_unaligned(shift: int, variant: str) -> None:
+    """Memory that begins between two packets."""
+    shapes = ((1,), (2,), (3,), (5,), (300,), (70_001,))
+    questions = []
+    for family, dtype in itertools.product(LAID_OUT, ("fp32", "bf16")):
+        by_class = "cross_entropy" in family or "log_loss" in family
+        for shape in [(3, *s) for s in shapes] if by_class else shapes:
+            questions.append(question(at_shape(family, shape), dtype))
+    check_all(variant, questions, ["mean"], shift)
+
+
+@pytest.mark.parametrize(
+    "loss, what, spoil",
+    [("cross_entropy", 0, "target"), ("binary_cross_entropy", 1, "input")]
+    + [("binary_cross_entropy", 2, "target"), ("log_loss", 0, "target")],
+)
+@pytest.mark.parametrize("variant", ["plain", "thread"])
+def test_faults(loss: str, what: int, spoil: str, variant: str) -> None:
+    """What a loss cannot take is told to the host, once, and makes the loss nan."""
+    case = at_shape(FAMILIES[loss][0].family, (700, 33))
+    sample = case.sample(torch.float32)
+    wrong = {"cross_entropy": 33, "log_loss": -7, "binary_cross_entropy": 1.5}[loss]
+    places = (5, 17, 600) if spoil == "target" and what == 0 else (5, 900, 20_000)
+    getattr(sample, spoil).view(-1)[list(places)] = wrong
+    calls = Calls()
+    asked = Loss(calls, loss, sample, "mean", (1.0, 3.0))
+    asked.forward()
+    calls.run(program(variant))
+    state, told, position, value, classes = calls.fault(asked.fault)
+    assert (state, told, value) == (2, what, wrong)
+    assert position in places
+    assert what != 0 or classes == 33
+    assert asked.value_found().isnan()
+    assert asked.gradient_found().isnan().any()

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 SUFFIXES = {".cu", ".cuh", ".h", ".cpp"}
@@ -26,7 +26,7 @@ class TranslationError(Exception):
     pass
 
 
-def _blank(text: str) -> str:
+def blank(text: str) -> str:
     """The text with comments and strings blanked, each character in its place."""
     return _COMMENT_OR_STRING.sub(lambda m: re.sub(r"[^\n]", " ", m.group()), text)
 
@@ -85,13 +85,13 @@ def _end_of_configuration(text: str, start: int) -> int:
 def translate(text: str) -> str:
     """CUDA C++ to C++ over the emulator's headers."""
     # Edits are made from the end, so that earlier positions hold.
-    for match in reversed(list(_SHARED.finditer(_blank(text)))):
+    for match in reversed(list(_SHARED.finditer(blank(text)))):
         text = text[: match.start()] + _declared(match) + text[match.end() :]
-    blank = _blank(text)
+    code = blank(text)
     edits: list[tuple[int, int, str]] = []
-    for match in re.finditer("<<<", blank):
-        start = _start_of_kernel(blank, match.start())
-        end = _end_of_configuration(blank, match.end())
+    for match in re.finditer("<<<", code):
+        start = _start_of_kernel(code, match.start())
+        end = _end_of_configuration(code, match.end())
         edits += [(start, start, "::emulator::configure("), (match.start(), match.end(), ", ")]
         edits.append((end, end + 3, ")"))
     for start, end, replacement in sorted(edits, reverse=True):
@@ -99,14 +99,19 @@ def translate(text: str) -> str:
     return text
 
 
-def mirror(root: Path, folders: Iterable[Path], out: Path) -> None:
-    """Translates every source below the folders of root into the same place below out."""
+def mirror(
+    root: Path, folders: Iterable[Path], out: Path, changed: Mapping[Path, str] | None = None
+) -> None:
+    """Translates every source below the folders of root into the same place below out.
+
+    ``changed`` holds texts to take instead of what the files hold, by their paths from root.
+    """
     for folder in folders:
         for source in sorted((root / folder).rglob("*")):
             if source.suffix not in SUFFIXES:
                 continue
             place = source.relative_to(root)
-            text = f'#line 1 "{place}"\n{translate(source.read_text())}'
+            text = translate((changed or {}).get(place) or source.read_text())
             target = out / place
             if not target.exists() or target.read_text() != text:
                 target.parent.mkdir(parents=True, exist_ok=True)

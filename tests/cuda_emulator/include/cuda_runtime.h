@@ -155,7 +155,7 @@ T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T
 
 inline void __threadfence_block() { emulator::fence(emulator::Scope::kBlock); }
 inline void __threadfence() { emulator::fence(emulator::Scope::kDevice); }
-inline void __threadfence_system() { emulator::fence(emulator::Scope::kDevice); }
+inline void __threadfence_system() { emulator::fence(emulator::Scope::kSystem); }
 
 // ---- memory and arithmetic ----------------------------------------------------------------------
 
@@ -178,6 +178,33 @@ void __stcs(T* address, std::type_identity_t<T> value) {
 template <class T>
 void __stcg(T* address, std::type_identity_t<T> value) {
   *address = value;
+}
+
+namespace emulator {
+
+template <class A, class B>
+concept Alike = (std::is_integral_v<A> && std::is_integral_v<B>) ||
+                (std::is_floating_point_v<A> && std::is_floating_point_v<B>);
+
+}  // namespace emulator
+
+template <class A, class B>
+  requires emulator::Alike<A, B>
+auto max(A a, B b) {
+  using T = std::common_type_t<A, B>;
+  if constexpr (std::is_floating_point_v<T>)
+    return std::fmax(T(a), T(b));
+  else
+    return T(a) > T(b) ? T(a) : T(b);
+}
+template <class A, class B>
+  requires emulator::Alike<A, B>
+auto min(A a, B b) {
+  using T = std::common_type_t<A, B>;
+  if constexpr (std::is_floating_point_v<T>)
+    return std::fmin(T(a), T(b));
+  else
+    return T(a) < T(b) ? T(a) : T(b);
 }
 
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }

@@ -24,6 +24,10 @@ cudaError_t set_attribute(Kernel kernel, cudaFuncAttribute attribute, int value)
 int blocks_per_multiprocessor(Kernel kernel, int threads, size_t shared_bytes);
 int active_clusters(Kernel kernel, const cudaLaunchConfig_t& config);
 
+// From now on look(address) is called after each atomic write, as by a host thread that has just
+// acquired what stands there, amid the launch. Null: no more.
+void host_watches(void (*look)(const void* address));
+
 // ---- from within a kernel -----------------------------------------------------------------------
 
 enum class Collective { kSyncThreads, kSyncWarp, kShuffle, kVote, kSyncCluster };
@@ -40,7 +44,7 @@ unsigned long long sync_warp(Collective what, unsigned mask, unsigned long long 
 unsigned vote_warp(unsigned mask, bool predicate, Where where);
 int lane();
 
-enum class Scope { kBlock, kDevice };
+enum class Scope { kBlock, kDevice, kSystem };
 void fence(Scope scope);
 
 // A relaxed atomic operation at address reads, and has written. Such operations carry the order
