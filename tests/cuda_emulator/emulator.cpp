@@ -23,6 +23,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <optional>
 #include <set>
@@ -658,6 +659,9 @@ void fail(const char* what, ...) {
 void run_grid(Kernel kernel, const cudaLaunchConfig_t& config, void (*body)(const void*),
               const void* arguments) {
   static long launches = 0;
+  // The host's threads take turns. (Recursive: a kernel that launches another shall not hang.)
+  static std::recursive_mutex turn;
+  const std::lock_guard<std::recursive_mutex> lock(turn);
   if (launch) fail("a kernel launches a kernel");
   if (!first_moment) {
     first_moment = next_moment = map_memory(nullptr, kMomentBytes);
