@@ -136,7 +136,7 @@ void PointwiseOperands::walk(Space& space, int64_t classes, int most_dims) {
     if (input.size(d) == 1 && d != classes) continue;
     // A dimension continues the one outside it where every operand steps evenly over both.
     const int last = space.dims - 1;
-    bool joins = last >= 0 && classes < 0;
+    bool joins = last >= 0 && d != classes && operands_[1]->class_dim != last;
     for (size_t k = 0; joins && k < kOperands; ++k) {
       joins = !tensors_[k].defined() ||
               operands_[k]->strides[last] == tensors_[k].stride(d) * input.size(d);

@@ -673,6 +673,8 @@ def _log_loss(
             reason = dtype
         else:
             reason = _rows_obstacle(input, target, weight, ignore_index, reduction)
+            if indices and input.dim() > 8 and not input.is_cpu:
+                reason = f"class indices over {input.dim()} dimensions"
     if _explaining is not None:
         _report(reason)
     if reason is not None:

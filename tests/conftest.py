@@ -14,9 +14,6 @@ import fusedloss
 # CI sets it, so that a broken build cannot pass by skipping.
 REQUIRE_COMPILED = os.environ.get("FUSEDLOSS_REQUIRE_COMPILED") == "1"
 
-# The CUDA operators stand for the CPU's, over the emulator: see tests/cuda_emulator/extension.py.
-EMULATED = os.environ.get("FUSEDLOSS_EMULATED") == "1"
-
 # One thread, but where a test says otherwise: threads that wait for a busy machine's other cores
 # take ten times as long over small tensors. test_memory.py holds the bits on more threads equal.
 torch.set_num_threads(1)

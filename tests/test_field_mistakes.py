@@ -17,6 +17,7 @@ from helpers import (
     assert_close_to_truth,
     assert_no_worse,
     assert_same_bits,
+    host_sees_errors,
     leaf,
     poisoned_memory,
     same_bits,
@@ -431,6 +432,7 @@ def test_autocast_result_and_gradient_dtypes() -> None:
     assert input.grad is not None and input.grad.dtype == torch.bfloat16
 
 
+@host_sees_errors
 @pytest.mark.parametrize("place", ["first", "last", "in a later chunk"])
 def test_label_out_of_range_is_not_checked(place: str) -> None:
     """A label past the last class was read out of bounds."""

@@ -251,7 +251,6 @@ __device__ inline void finish(const Launch& l, double value) {
 // Tells the host of an input that cannot be; the first to come is told.
 __device__ inline void tell(const Launch& l, Fault::What what, int64_t position, double value,
                             int64_t classes) {
-  if (l.pass == Pass::kBackward) return;  // forward has told it
   Fault* const fault = l.fault;
   if (atomicCAS(&fault->state, int{Fault::kNone}, int{Fault::kBeingWritten}) != Fault::kNone)
     return;

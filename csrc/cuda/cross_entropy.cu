@@ -658,7 +658,8 @@ __global__ void __launch_bounds__(kCountBlock) count(const ClassWeights c, void*
     if (t < 0 || t >= c.classes || t == c.ignore_index) continue;
     total += weight ? weight[t] : W(1);
   }
-  if (grid_sum(total, workspace)) *c.sum = total;
+  // A mean over nothing is nan, whatever label smoothing adds up beside it.
+  if (grid_sum(total, workspace)) *c.sum = total == 0 ? kNan<double> : total;
 }
 
 int64_t blocks_for(const ClassWeights& call) {

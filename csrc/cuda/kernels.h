@@ -68,7 +68,8 @@ cudaError_t pointwise(const Pointwise& call, const Launch& launch);
 cudaError_t cross_entropy(const CrossEntropyCall& call, const Launch& launch);
 
 // What a mean over class indices divides by, into *sum: how many are not ignored, or the sum of
-// their weights (of type float or double). An index out of range counts for nothing.
+// their weights (of type float or double); nan in place of 0. An index out of range counts for
+// nothing.
 struct ClassWeights {
   const int64_t* indices = nullptr;
   int64_t n = 0, classes = 0, ignore_index = -100;

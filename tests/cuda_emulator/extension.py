@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
+from translate import mirror
 
 import build
-from translate import mirror
 
 PACKAGE = build.OUT / "package" / "fusedloss"
 STAND_INS = Path("tests/cuda_emulator/extension")
@@ -32,7 +32,11 @@ def compile_extension() -> Path:
     shared = ["-fPIC", "-fvisibility=hidden"]
     kernels = ["-O1", "-include", "cuda_runtime.h", *shared]
     operators = ["-O1", *shared, f"-I{build.ROOT / STAND_INS}"]
-    operators += [word for path in [*include_paths(), sysconfig.get_paths()["include"]] for word in ("-isystem", path)]
+    operators += [
+        word
+        for path in [*include_paths(), sysconfig.get_paths()["include"]]
+        for word in ("-isystem", path)
+    ]
     operators += [
         "-DTORCH_EXTENSION_NAME=_C",
         "-DFUSEDLOSS_CUDA_KEY=CPU",
@@ -79,7 +83,9 @@ def main() -> None:
     paths = [str(package), str(build.ROOT)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "FUSEDLOSS_EMULATED": "1"}
     # From that folder, for Python looks first where it is started.
-    done = subprocess.run([sys.executable, *sys.argv[1:]], cwd=package, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, *sys.argv[1:]], cwd=package, env=environment, check=False
+    )
     sys.exit(done.returncode)
 
 

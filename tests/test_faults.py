@@ -1,0 +1,97 @@
+"""Input that cannot be, on a GPU: nan where it stands, and an error that nobody waits for.
+
+Runs on a GPU, or where the emulator stands for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fusedloss
+import fusedloss.functional as FL
+from helpers import DEVICE, EMULATED
+
+pytestmark = pytest.mark.skipif(
+    not EMULATED and DEVICE != "cuda", reason="FUSEDLOSS_TEST_DEVICE is not cuda"
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    fusedloss.check()
+    yield
+    fusedloss.check()
+
+
+def class_indices(bad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    input = torch.randn(70, 5, generator=generator).to(DEVICE).requires_grad_()
+    target = torch.randint(5, (70,), generator=generator)
+    target[[3, 40]] = -100
+    target[[7]] = bad
+    return input, target.to(DEVICE)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("bad", [-1, 5, 10**15, -(1 << 63)])
+@pytest.mark.parametrize("loss", ["cross_entropy", "log_loss"])
+def test_class_index_out_of_range(loss: str, bad: int, reduction: str) -> None:
+    input, target = class_indices(bad)
+    if loss == "log_loss":
+        input = input.detach().softmax(1).requires_grad_()
+    if loss == "log_loss" and bad == -(1 << 63):
+        pytest.skip("the number that stands for an ignored row there")
+    value = getattr(FL, loss)(input, target, reduction=reduction)
+    (gradient,) = torch.autograd.grad(value, input, torch.full_like(value, 3.0))
+    assert value.isnan().sum() == 1
+    assert gradient[7].isnan().all()
+    others = torch.arange(70) != 7
+    good = target.where(target != bad, -100)
+    expected = input.detach().requires_grad_()
+    result = getattr(fusedloss.reference, loss)(expected, good, reduction=reduction)
+    (wanted,) = torch.autograd.grad(result, expected, torch.full_like(result, 3.0))
+    torch.testing.assert_close(gradient[others], wanted[others])
+    if reduction == "none":
+        torch.testing.assert_close(value[others], result[others])
+    with pytest.raises(IndexError, match=rf"Target {bad} is out of .*\[7\]; there are 5 classes"):
+        fusedloss.check()
+    fusedloss.check()
+
+
+def test_the_next_call_raises() -> None:
+    input, target = class_indices(9)
+    FL.cross_entropy(input, target)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    x = torch.randn(3, device=DEVICE)
+    with pytest.raises(IndexError, match="Target 9 is out of bounds"):
+        FL.mse_loss(x, x)
+    assert FL.mse_loss(x, x) == 0
+
+
+@pytest.mark.parametrize("which", ["input", "target"])
+@pytest.mark.parametrize("bad", [-0.5, 1.5, float("nan")])
+def test_probability_outside_unit(which: str, bad: float) -> None:
+    tensors = {name: torch.rand(300, device=DEVICE) for name in ("input", "target")}
+    tensors[which][123] = bad
+    tensors["input"].requires_grad_()
+    value = FL.binary_cross_entropy(**tensors, reduction="none")
+    (gradient,) = torch.autograd.grad(value.sum(), tensors["input"])
+    assert value.isnan().nonzero().tolist() == [[123]]
+    assert gradient.isnan().nonzero().tolist() == [[123]]
+    with pytest.raises(RuntimeError, match=rf"elements of {which} should be .* element 123 in"):
+        fusedloss.check()
+
+
+def test_target_changed_before_backward() -> None:
+    """An index leads to memory: a backward that computes looks at it again."""
+    input, target = class_indices(0)
+    value = FL.cross_entropy(input, target) * 7.25  # not the predicted upstream gradient
+    target.data[1] = 10**11
+    value.backward()
+    assert input.grad is not None and input.grad[1].isnan().all()
+    with pytest.raises(IndexError, match="Target 100000000000 is out of bounds"):
+        fusedloss.check()
