@@ -148,7 +148,7 @@ def test_layouts(layout: str, variant: str) -> None:
     shape, lay_out = LAYOUTS[layout]
     questions = []
     for family, dtype in itertools.product(LAID_OUT, ("fp32", "bf16")):
-        if family.startswith("log_loss") and len(shape) > 3:
+        if family.startswith("log_loss") and len(shape) > 2:
             continue  # the formula has its classes last
         case = at_shape(family, shape)
         plain = case.sample(DTYPES[dtype])
