@@ -74,7 +74,7 @@ def small_run() -> tuple[Calls, list[Loss]]:
     ask("mse_loss", Sample(real(20_000), real(20_000), {}))
     ask("mse_loss", Sample(real(130, 140), real(140, 130).t(), {}))
     # Rows of a few lanes, of a block and of a cluster; and rows that lie side by side.
-    for rows, n in ((600, 10), (40, 1000), (30, 5000), (9, 40_000)):
+    for rows, n in ((600, 10), (40, 1000), (30, 5000), (9, 70_000)):
         ask("cross_entropy", Sample(real(rows, n), classes(rows, n), {}))
         ask("cross_entropy", Sample(real(rows, n), real(rows, n).softmax(1), {}))
     ask("cross_entropy", Sample(real(3, 20, 700), classes(3, 20).new_zeros(3, 700), {}))

@@ -90,25 +90,25 @@ def question(case: Case, dtype: str) -> tuple[str, Sample, formulas.Elements, st
     return case.loss, sample, elements, f"{case.name} {dtype}"
 
 
-def cases_of(family: str, most: int) -> list[Case]:
-    """Those not empty, which no engine is asked for, nor larger."""
-    return [case for case in FAMILIES[family] if 0 < math.prod(case.shape) <= most]
+def cases_of(family: str) -> list[Case]:
+    """Those that are not empty: no engine is asked for these."""
+    return [case for case in FAMILIES[family] if math.prod(case.shape)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_values(family: str, dtype: str) -> None:
-    check_all("plain", [question(c, dtype) for c in cases_of(family, 1 << 20)])
+    check_all("plain", [question(c, dtype) for c in cases_of(family)])
 
 
 @pytest.mark.parametrize("variant", ["address", "thread"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sanitized(family: str, variant: str) -> None:
     """Nothing out of bounds, misaligned or unordered."""
-    questions = [question(case, "fp32") for case in cases_of(family, 1 << 20)]
-    questions += [question(case, "bf16") for case in cases_of(family, 1 << 13)]
-    check_all(variant, questions, ["mean"])
-    check_all(variant, questions[1::3], ["none"])
+    cases = cases_of(family)
+    few = {case.name: case for case in (*cases[::4], *cases[-3:])}.values()
+    check_all(variant, [question(case, "fp32") for case in few], ["mean"])
+    check_all(variant, [question(case, "bf16") for case in few], ["none"])
 
 
 def transposed(tensor: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def test_layouts(layout: str, variant: str) -> None:
     shape, lay_out = LAYOUTS[layout]
     questions = []
     for family, dtype in itertools.product(LAID_OUT, ("fp32", "bf16")):
-        if family.startswith("log_loss") and len(shape) > 3:
+        if family.startswith("log_loss") and len(shape) > 2:
             continue  # the formula has its classes last
         case = at_shape(family, shape)
         plain = case.sample(DTYPES[dtype])
