@@ -142,15 +142,15 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target,
                         const OptionalTensor& weight, int64_t ignore_index, double label_smoothing,
                         int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
-    static const auto op = find_operator<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+    static const auto op = find_operator<std::tuple<Tensor, Tensor, Tensor>(
         const Tensor&, const Tensor&, const OptionalTensor&, int64_t, double, int64_t,
         at::ScalarType, const Tensor&)>("fusedloss::cross_entropy_forward");
     const bool hooked = saves_through_hooks();
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [value, gradient, scales, stats] =
+    auto [value, gradient, scales] =
         op.call(input, target, weight, ignore_index, label_smoothing, reduction, dtype,
                 hooked ? no_prediction() : prediction);
-    ctx->save_for_backward({input, target, or_undefined(weight), stats});
+    ctx->save_for_backward({input, target, or_undefined(weight)});
     auto* saved = new Saved;
     if (!hooked) saved->gradient = std::move(gradient);
     saved->scales = std::move(scales);
@@ -167,7 +167,6 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const variable_list inputs = ctx->get_saved_variables();
     const Tensor &input = inputs[0], &target = inputs[1];
     const OptionalTensor weight = optional(inputs[2]);
-    const Tensor& stats = inputs[3];
     Saved& saved = Saved::of(ctx);
     variable_list gradients(8);
     if (needs_reference(grad_outputs[0])) {
@@ -181,12 +180,11 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     }
     static const auto op =
         find_operator<void(const Tensor&, const Tensor&, const Tensor&, bool, const Tensor&,
-                           const Tensor&, const Tensor&, const OptionalTensor&, int64_t, double,
-                           int64_t, at::ScalarType, const Tensor&)>(
-            "fusedloss::cross_entropy_backward_");
+                           const Tensor&, const OptionalTensor&, int64_t, double, int64_t,
+                           at::ScalarType, const Tensor&)>("fusedloss::cross_entropy_backward_");
     bool fresh;
     gradients[0] = saved.take_gradient(input, fresh);
-    op.call(gradients[0], grad_outputs[0], saved.scales, fresh, stats, input, target, weight,
+    op.call(gradients[0], grad_outputs[0], saved.scales, fresh, input, target, weight,
             saved.ignore_index, saved.parameter, saved.reduction, saved.dtype, saved.prediction);
     return gradients;
   }

@@ -580,16 +580,9 @@ Tensor empty_rows(const Tensor& input, int64_t reduction, at::ScalarType dtype) 
   return at::empty_symint(sizes, input.options().dtype(dtype));
 }
 
-Tensor empty_stats(const Tensor& input, at::ScalarType dtype) {
-  const c10::SymInt rows = input.sym_numel() / input.sym_size(class_dim(input));
-  return at::empty_symint({cpu::CrossEntropy::kStats, rows},
-                          input.options().dtype(dtype == at::kDouble ? at::kDouble : at::kFloat));
-}
-
 Tensor write_loss(CrossEntropyCall& p, const Tensor& input, int64_t reduction, at::ScalarType dtype,
-                  double normalizer, const Tensor& stats) {
+                  double normalizer) {
   Tensor value = empty_rows(input, reduction, dtype);
-  p.call.stats = stats.mutable_data_ptr();
   if (reduction == at::Reduction::None) {
     p.call.value = value.mutable_data_ptr();
     p.call.value_dtype = dtype_of(value);
@@ -607,14 +600,13 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTe
   const double normalizer =
       cross_entropy_normalizer(input, target, weight, ignore_index, reduction);
   CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype);
-  return write_loss(p, input, reduction, dtype, normalizer, empty_stats(input, dtype));
+  return write_loss(p, input, reduction, dtype, normalizer);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(
     const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t ignore_index,
     double label_smoothing, int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
   Tensor gradient = empty_gradient(input);  // first: see advise_huge_pages
-  Tensor stats = empty_stats(input, dtype);
   const double normalizer =
       cross_entropy_normalizer(input, target, weight, ignore_index, reduction);
   CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype);
@@ -623,16 +615,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
     advise_huge_pages(gradient);
     p.want_gradient(gradient, upstream / normalizer);
   }
-  Tensor value = write_loss(p, input, reduction, dtype, normalizer, stats);
-  return {value, gradient, pack_scales(input, upstream, normalizer), stats};
+  Tensor value = write_loss(p, input, reduction, dtype, normalizer);
+  return {value, gradient, pack_scales(input, upstream, normalizer)};
 }
 
 void cross_entropy_backward_(const Tensor& gradient, const Tensor& grad_output,
-                             const Tensor& scales, bool fresh, const Tensor& stats,
-                             const Tensor& input, const Tensor& target,
-                             const OptionalTensor& weight, int64_t ignore_index,
-                             double label_smoothing, int64_t reduction, at::ScalarType dtype,
-                             const Tensor& prediction) {
+                             const Tensor& scales, bool fresh, const Tensor& input,
+                             const Tensor& target, const OptionalTensor& weight,
+                             int64_t ignore_index, double label_smoothing, int64_t reduction,
+                             at::ScalarType dtype, const Tensor& prediction) {
   const double* scale = scales.const_data_ptr<double>();
   const bool each = reduction == at::Reduction::None;
   const double upstream = each ? 1 : scalar(grad_output);
@@ -643,10 +634,10 @@ void cross_entropy_backward_(const Tensor& gradient, const Tensor& grad_output,
   // Once more: memory that a target shares may have changed unseen, and an index leads to memory.
   cross_entropy_normalizer(input, target, weight, ignore_index, reduction);
   CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype);
-  p.call.stats = stats.mutable_data_ptr();
-  p.call.have_stats = true;
-  if (each)
-    p.call.upstream = p.hold(grad_output.to(stats.scalar_type()).contiguous()).const_data_ptr();
+  if (each) {
+    const at::ScalarType computes = dtype == at::kDouble ? at::kDouble : at::kFloat;
+    p.call.upstream = p.hold(grad_output.to(computes).contiguous()).const_data_ptr();
+  }
   advise_huge_pages(gradient);
   p.want_gradient(gradient, upstream / scale[1]);
   p.run();
@@ -680,16 +671,16 @@ Tensor cross_entropy_meta(const Tensor& input, const Tensor&, const OptionalTens
   return empty_rows(input, reduction, dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_meta(
-    const Tensor& input, const Tensor&, const OptionalTensor&, int64_t, double, int64_t reduction,
-    at::ScalarType dtype, const Tensor&) {
-  return {empty_rows(input, reduction, dtype), empty_gradient(input), meta_scales(input),
-          empty_stats(input, dtype)};
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_meta(const Tensor& input, const Tensor&,
+                                                              const OptionalTensor&, int64_t,
+                                                              double, int64_t reduction,
+                                                              at::ScalarType dtype, const Tensor&) {
+  return {empty_rows(input, reduction, dtype), empty_gradient(input), meta_scales(input)};
 }
 
 void cross_entropy_backward_meta_(const Tensor&, const Tensor&, const Tensor&, bool, const Tensor&,
-                                  const Tensor&, const Tensor&, const OptionalTensor&, int64_t,
-                                  double, int64_t, at::ScalarType, const Tensor&) {}
+                                  const Tensor&, const OptionalTensor&, int64_t, double, int64_t,
+                                  at::ScalarType, const Tensor&) {}
 
 }  // namespace
 
@@ -720,10 +711,10 @@ TORCH_LIBRARY(fusedloss, m) {
       "cross_entropy_forward(Tensor input, Tensor target, Tensor? "
       "weight, " FUSEDLOSS_CROSS_ENTROPY_OPTIONS
       ", Tensor prediction) -> "
-      "(Tensor loss, Tensor gradient, Tensor scales, Tensor stats)");
+      "(Tensor loss, Tensor gradient, Tensor scales)");
   m.def(
       "cross_entropy_backward_(Tensor(a!) gradient, Tensor grad_output, Tensor scales, bool fresh, "
-      "Tensor stats, Tensor input, Tensor target, Tensor? weight, " FUSEDLOSS_CROSS_ENTROPY_OPTIONS
+      "Tensor input, Tensor target, Tensor? weight, " FUSEDLOSS_CROSS_ENTROPY_OPTIONS
       ", Tensor(b!) prediction) -> ()");
   m.def("empty_gradient(Tensor input) -> Tensor");
 

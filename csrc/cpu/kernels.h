@@ -78,11 +78,6 @@ struct CrossEntropy {
 
   void* value = nullptr;  // (outer, inner), every row's loss; null: not wanted
   DType value_dtype = DType::kFloat32;
-  // (kStats, outer * inner) of the compute type: what a gradient needs to know of its row. Written
-  // by a call that computes the loss, read by one that computes the gradient only.
-  static constexpr int kStats = 3;
-  void* stats = nullptr;
-  bool have_stats = false;
   double scale = 1;                // every gradient element is multiplied by it,
   const void* upstream = nullptr;  // and by its row's: (outer, inner), compute type; null: 1
 };

@@ -102,12 +102,6 @@ void prefetch(const Rows& rows, int64_t offset, int64_t n) {
   for (int64_t b = 0; b < n * size; b += 64) __builtin_prefetch(from + b, 0, 2);
 }
 
-// The kept numbers of the rows, k of them in turn: max, sum, mass.
-template <class T>
-T* stats_of(const CrossEntropy& call, int k, int64_t row) {
-  return static_cast<T*>(call.stats) + k * call.outer * call.inner + row;
-}
-
 template <class T>
 Vec<T> load(const T* p, int64_t count, T rest) {
   if (count >= Vec<T>::size()) return Vec<T>::loadu(p);
@@ -270,13 +264,10 @@ struct RowWalk {
                                       : mass(target_offset, at, n);
       add_distances(x, q, n, static_cast<T>(origin), dot, seen);
     }
-    // Rounded as stats will hold them: a later gradient has these bits.
-    return {top,   static_cast<double>(static_cast<T>(sum)),
-            dot,   static_cast<double>(static_cast<T>(seen)),
-            logit, problem.class_weight(std::max<int64_t>(target, 0))};
+    return {top, sum, dot, seen, logit, problem.class_weight(std::max<int64_t>(target, 0))};
   }
 
-  void write_gradient(int64_t row, const Reduced<double>& reduced, bool have_kept, int64_t offset,
+  void write_gradient(int64_t row, const Reduced<double>& reduced, int64_t offset,
                       int64_t target_offset, int64_t out_offset, int64_t target) {
     const Slope<double> s = slope(problem, reduced, problem.row_scale(row));
     const Vec<T> top(reduced.max), factor(s.factor), scale(s.scale);
@@ -284,7 +275,7 @@ struct RowWalk {
     T* out = gradient;
     for (int64_t at = 0; at < call.classes; at += kBlock) {
       const int64_t n = std::min(kBlock, call.classes - at);
-      const T* x = have_kept ? kept : block(call.input, offset, at, n, logits);
+      const T* x = one_block ? kept : block(call.input, offset, at, n, logits);
       const T* q = nullptr;
       if (!call.indices) {
         q = mass(target_offset, at, n);
@@ -294,7 +285,7 @@ struct RowWalk {
       if (direct) out = static_cast<T*>(const_cast<void*>(call.gradient.data)) + out_offset + at;
       const auto exponential = [&](auto subtract) {
         for_registers<T>(n, [&](int64_t i, int64_t count, int) {
-          const Vec<T> e = have_kept ? load(x + i, count, T(0))
+          const Vec<T> e = one_block ? load(x + i, count, T(0))
                                      : exp_nonpositive(load(x + i, count, T(0)) - top);
           store(subtract(e * factor, i, count), out + i, count);
         });
@@ -332,22 +323,10 @@ struct RowWalk {
     T value = 0;
     if (!problem.ignored(row)) {
       const T logit = *block(call.input, offset, std::max<int64_t>(target, 0), 1, logits);
-      T *top = stats_of<T>(call, 0, row), *sum = stats_of<T>(call, 1, row),
-        *mass_sum = stats_of<T>(call, 2, row);
-      Reduced<double> reduced;
-      if (call.have_stats) {
-        reduced = {*top,      *sum,  0,
-                   *mass_sum, logit, problem.class_weight(std::max<int64_t>(target, 0))};
-      } else {
-        reduced = reduce(offset, target_offset, target, logit);
-        value = static_cast<T>(loss(problem, reduced));
-        *top = static_cast<T>(reduced.max);
-        *sum = static_cast<T>(reduced.sum);
-        *mass_sum = static_cast<T>(reduced.mass);
-      }
+      const Reduced<double> reduced = reduce(offset, target_offset, target, logit);
+      value = static_cast<T>(loss(problem, reduced));
       if (call.gradient.data) {
-        write_gradient(row, reduced, one_block && !call.have_stats, offset, target_offset,
-                       offset_in(call.gradient), target);
+        write_gradient(row, reduced, offset, target_offset, offset_in(call.gradient), target);
       }
     } else if (call.gradient.data) {
       clear_gradient(offset_in(call.gradient));
@@ -477,20 +456,14 @@ struct TileWalk {
       }
     }
     T* const most = top.data();
-    if (call.have_stats) {
-      for (int k = 0; k < CrossEntropy::kStats; ++k) {
-        std::copy_n(stats_of<T>(call, k, row0), n, kept(k).begin());
-      }
-    } else {
-      std::fill_n(most, width, -std::numeric_limits<T>::infinity());
-      for_classes(0, call.classes, n, [&](int64_t c) {
-        // The next class lies in another page: no hardware foresees it.
-        return [=, x = line(c), next = line(c + 1 < call.classes ? c + 1 : 0)](int64_t i) {
-          __builtin_prefetch(next + i, 0, 2);
-          larger(load(x + i, n - i, T(0)), at(most, i)).store(most + i);
-        };
-      });
-    }
+    std::fill_n(most, width, -std::numeric_limits<T>::infinity());
+    for_classes(0, call.classes, n, [&](int64_t c) {
+      // The next class lies in another page: no hardware foresees it.
+      return [=, x = line(c), next = line(c + 1 < call.classes ? c + 1 : 0)](int64_t i) {
+        __builtin_prefetch(next + i, 0, 2);
+        larger(load(x + i, n - i, T(0)), at(most, i)).store(most + i);
+      };
+    });
     // Only now: a target's logit is in the cache, where max has been.
     for (int64_t i = 0; call.indices && i < n; ++i) {
       const int64_t t = target(row0 + i);
@@ -498,22 +471,20 @@ struct TileWalk {
       logit[i] = line(t)[i];
       if (problem.weight) weight[i] = problem.weight[t];
     }
-    if (!call.have_stats) {
-      if (!call.indices) {
-        accumulate(n, mass.data(), [&](int64_t c) {
-          return [q = &wanted[c * width]](int64_t i) { return at(q, i); };
-        });
-      }
-      if (!call.indices || problem.smooth) {
-        accumulate(n, dot.data(), [&](int64_t c) {
-          const T* const q = call.indices ? nullptr : &wanted[c * width];
-          return [=, x = line(c), w = Vec<T>(problem.class_weight(c))](int64_t i) {
-            return (load(x + i, n - i, T(0)) - at(most, i)) * (q ? at(q, i) : w);
-          };
-        });
-      }
+    if (!call.indices) {
+      accumulate(n, mass.data(), [&](int64_t c) {
+        return [q = &wanted[c * width]](int64_t i) { return at(q, i); };
+      });
     }
-    const auto exponential = [&](int64_t c) {
+    if (!call.indices || problem.smooth) {
+      accumulate(n, dot.data(), [&](int64_t c) {
+        const T* const q = call.indices ? nullptr : &wanted[c * width];
+        return [=, x = line(c), w = Vec<T>(problem.class_weight(c))](int64_t i) {
+          return (load(x + i, n - i, T(0)) - at(most, i)) * (q ? at(q, i) : w);
+        };
+      });
+    }
+    accumulate(n, sum.data(), [&](int64_t c) {
       return
           [=, x = line(c), e_line = &table[c * width], is = call.indices ? index.data() : nullptr,
            number = Vec<T>(static_cast<T>(c))](int64_t i) {
@@ -522,29 +493,19 @@ struct TileWalk {
             e.store(e_line + i);
             return e;
           };
-    };
-    Sum sum_of_losses;
-    if (call.have_stats) {
-      for_classes(0, call.classes, n, exponential);
-    } else {
-      accumulate(n, sum.data(), exponential);
-      for (int64_t i = 0; i < n; i += kLanes) {
-        loss<Vec<T>>(problem, reduced(i)).store(&losses[i]);
-      }
-      for (int64_t i = 0; i < n; ++i) {
-        if (problem.ignored(row0 + i)) losses[i] = 0;
-        sum_of_losses.add(losses[i]);
-      }
-      for (int k = 0; k < CrossEntropy::kStats; ++k) {
-        std::copy_n(kept(k).begin(), n, stats_of<T>(call, k, row0));
-      }
-      if (call.value) narrow(losses.data(), n, call.value_dtype, call.value, row0, 1);
+    });
+    for (int64_t i = 0; i < n; i += kLanes) {
+      loss<Vec<T>>(problem, reduced(i)).store(&losses[i]);
     }
+    Sum sum_of_losses;
+    for (int64_t i = 0; i < n; ++i) {
+      if (problem.ignored(row0 + i)) losses[i] = 0;
+      sum_of_losses.add(losses[i]);
+    }
+    if (call.value) narrow(losses.data(), n, call.value_dtype, call.value, row0, 1);
     if (call.gradient.data) write_gradient(o, begin, n);
     return sum_of_losses.value();
   }
-
-  std::vector<T>& kept(int k) { return k == 0 ? top : k == 1 ? sum : mass; }
 
   Reduced<Vec<T>> reduced(int64_t i) const {
     return {at(&top[0], i),  at(&sum[0], i),   at(&dot[0], i),
