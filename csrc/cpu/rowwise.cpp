@@ -56,42 +56,42 @@ struct Reduced {
   N sum;     // of e^(x - max); for class indices over all classes but the target
   N dot;     // of q (x - max); for class indices of w (x - max)
   N mass;    // of q; class probabilities only
-  N logit;   // the target's, and
-  N weight;  // its weight; class indices only
+  N gap;     // from max to the target's logit,
+  N at;      // e^gap, and
+  N weight;  // the target's weight; class indices only
 };
 
 template <class N, class T>
 N loss(const Problem<T>& problem, const Reduced<N>& row) {
   if (!problem.call.indices) return row.mass * log(row.sum) - row.dot;
-  const N gap = row.logit - row.max;
-  // log1p keeps the digits of a small loss, where the target is the largest logit.
-  const N log_sum = select(gap == N(0), log1p(row.sum), log(row.sum + exp_nonpositive(gap)));
-  const N hard = N(problem.keep) * row.weight * (log_sum - gap);
+  // Keeps the digits of a small loss, where the target is the largest logit and at is 1; where it
+  // is not, sum is 1 or more.
+  const N log_sum = log1p(row.sum + (row.at - N(1)));
+  const N hard = N(problem.keep) * row.weight * (log_sum - row.gap);
   if (!problem.smooth) return hard;
   const N classes(static_cast<T>(problem.call.weight_sum));
   return hard + N(problem.spread) * (classes * log_sum - row.dot);
 }
 
-// What the gradient is made of: e^(x - max) * factor - q * scale, and the target's own element.
+// What the gradient is made of: e^(x - max) * factor - q * scale; for class indices, w * scale, and
+// the target has `own` for its e^(x - max).
 template <class N>
 struct Slope {
-  N factor, scale, at_target;
+  N factor, scale, own;
 };
 
 template <class N, class T>
 Slope<N> slope(const Problem<T>& problem, const Reduced<N>& row, N scale) {
-  if (!problem.call.indices) return {row.mass * scale / row.sum, scale, scale};
+  if (!problem.call.indices) return {row.mass * scale / row.sum, scale, N(0)};
   const N keep(problem.keep), spread(problem.spread);
-  const N at = exp_nonpositive(row.logit - row.max);
-  const N total = row.sum + at;
-  N mass = keep * row.weight;
-  N at_target = N(0) - mass * (row.sum / total);
+  const N hard = keep * row.weight;
+  N mass = hard, own = N(0) - row.sum;
   if (problem.smooth) {
-    const N classes(static_cast<T>(problem.call.weight_sum));
-    mass = mass + spread * classes;
-    at_target = at_target + spread * (classes * (at / total) - row.weight);
+    const N soft = spread * N(static_cast<T>(problem.call.weight_sum));
+    mass = hard + soft;
+    own = select(mass == N(0), N(0), (soft * row.at - hard * row.sum) / mass);
   }
-  return {mass * scale / total, spread * scale, at_target * scale};
+  return {mass * scale / (row.sum + row.at), spread * scale, own};
 }
 
 // Asks for the n elements at offset while there is computing to do: an engine that loads and
@@ -164,9 +164,10 @@ T largest(const T* x, int64_t n) {
   return *std::max_element(lanes, lanes + Vec<T>::size());
 }
 
-// Adds the logits x of one block to max and sum; e^(x - max) goes to keep as well, if not null.
+// Adds the logits x of one block, but not x[target], to max and sum; e^(x - max) goes to keep as
+// well, if not null. target may lie outside of [0, n). max counts the target's logit already.
 template <class T>
-void add_exponentials(const T* x, int64_t n, T& top, double& sum, T* keep) {
+void add_exponentials(const T* x, int64_t n, int64_t target, T& top, double& sum, T* keep) {
   const T block_top = largest(x, n);
   if (block_top > top) {
     // Before the first finite logit sum is 0, and e^(-inf - top) = 0 keeps it so.
@@ -180,9 +181,19 @@ void add_exponentials(const T* x, int64_t n, T& top, double& sum, T* keep) {
     if (keep) std::fill(keep, keep + n, std::numeric_limits<T>::quiet_NaN());
     return;
   }
+  // The target's register, without it.
+  constexpr int64_t kLanes = Vec<T>::size();
+  T others[kLanes];
+  int64_t own = -1;
+  if (0 <= target && target < n) {
+    own = target / kLanes * kLanes;
+    std::copy_n(x + own, std::min(kLanes, n - own), others);
+    others[target - own] = -std::numeric_limits<T>::infinity();
+  }
   Accumulators<T> parts(T(0));
   for_registers<T>(n, [&](int64_t i, int64_t count, int u) {
-    const Vec<T> logits = load(x + i, count, -std::numeric_limits<T>::infinity());
+    const Vec<T> logits =
+        load(i == own ? others : x + i, count, -std::numeric_limits<T>::infinity());
     const Vec<T> e = exp_nonpositive(logits - Vec<T>(top));
     parts.v[u] = parts.v[u] + e;
     if (keep) store(e, keep + i, count);
@@ -215,7 +226,7 @@ struct RowWalk {
   const CrossEntropy& call = problem.call;
   // A row of one block keeps its e^(x - max) between the loss and the gradient.
   const bool one_block = call.classes <= kBlock;
-  T logits[kBlock], masked[kBlock], wanted[kBlock], kept[kBlock], gradient[kBlock];
+  T logits[kBlock], wanted[kBlock], kept[kBlock], gradient[kBlock];
 
   explicit RowWalk(const Problem<T>& p) : problem(p) {}
 
@@ -240,8 +251,7 @@ struct RowWalk {
   }
 
   Reduced<double> reduce(int64_t offset, int64_t target_offset, int64_t target, T logit) {
-    const T infinity = std::numeric_limits<T>::infinity();
-    T top = target >= 0 ? logit : -infinity;
+    T top = target >= 0 ? logit : -std::numeric_limits<T>::infinity();
     // Distances are measured from the largest logit so far, so that all have one sign and none
     // cancel: `dot` over classes that count `seen` in all moves with it.
     double sum = 0, dot = 0, seen = 0, origin = 0;
@@ -249,13 +259,7 @@ struct RowWalk {
       const int64_t n = std::min(kBlock, call.classes - at);
       const T* const x = block(call.input, offset, at, n, logits);
       prefetch(call.input, offset + at + n, n);  // the next block, or the next row's first
-      const T* others = x;
-      if (at <= target && target < at + n) {
-        std::memcpy(masked, x, n * sizeof(T));
-        masked[target - at] = -infinity;
-        others = masked;
-      }
-      add_exponentials(others, n, top, sum, one_block ? kept : nullptr);
+      add_exponentials(x, n, target - at, top, sum, one_block ? kept : nullptr);
       if (call.indices && !problem.smooth) continue;
       const double next = std::isfinite(top) ? top : origin;
       dot += seen * (origin - next);
@@ -264,7 +268,14 @@ struct RowWalk {
                                       : mass(target_offset, at, n);
       add_distances(x, q, n, static_cast<T>(origin), dot, seen);
     }
-    return {top, sum, dot, seen, logit, problem.class_weight(std::max<int64_t>(target, 0))};
+    const double gap = double(logit) - double(top);
+    return {top,
+            sum,
+            dot,
+            seen,
+            gap,
+            std::exp(gap),
+            problem.class_weight(std::max<int64_t>(target, 0))};
   }
 
   void write_gradient(int64_t row, const Reduced<double>& reduced, int64_t offset,
@@ -299,7 +310,10 @@ struct RowWalk {
       } else {
         exponential([](Vec<T> g, int64_t, int64_t) { return g; });
       }
-      if (at <= target && target < at + n) out[target - at] = static_cast<T>(s.at_target);
+      if (at <= target && target < at + n) {
+        const double smooth = problem.smooth ? reduced.weight * s.scale : 0;
+        out[target - at] = static_cast<T>(s.own * s.factor - smooth);
+      }
       if (!direct) {
         narrow(out, n, call.gradient.dtype, const_cast<void*>(call.gradient.data), out_offset + at,
                1);
@@ -376,17 +390,16 @@ struct TileWalk {
   const int64_t width;  // rows a full tile: a multiple of kLanes
   const CrossEntropy& call = problem.call;
 
-  // e^(x - max), class by class, and 0 for the target; first the logits, where they do not lie in
-  // memory as T. Then the gradient, likewise.
+  // The logits, class by class: a copy, since lines of the input that lie a power of two apart
+  // throw each other out of the cache. Then e^(x - max), 0 for the target, in their place; then the
+  // gradient, where it does not go to memory as T.
   std::vector<T> table, wanted;
-  std::vector<T> index;  // the target's class, as a number to compare with
   std::vector<T> top, sum, dot, mass, logit, weight, scale, losses;
   std::vector<double> wide;
-  const bool direct = is_dtype<T>(call.input.dtype) && call.input.inner == 1;
 
   TileWalk(const Problem<T>& p, int64_t w)
       : problem(p), width(w), table(call.classes * w), wanted(call.indices ? 0 : call.classes * w) {
-    for (auto* line : {&index, &top, &sum, &dot, &mass, &logit, &weight, &scale, &losses}) {
+    for (auto* line : {&top, &sum, &dot, &mass, &logit, &weight, &scale, &losses}) {
       line->resize(w, T(1));
     }
     wide.resize(w);
@@ -398,40 +411,40 @@ struct TileWalk {
     return o * rows.outer + c * rows.classes + begin * rows.inner;
   }
 
-  void read(const Rows& rows, int64_t o, int64_t begin, int64_t n, std::vector<T>& to) {
-    for (int64_t c = 0; c < call.classes; ++c) {
-      T* line = &to[c * width];
-      widen(rows.dtype, rows.data, offset(rows, o, c, begin), rows.inner, n, line);
-      std::fill(line + n, line + width, T(0));
-    }
+  void read(const Rows& rows, int64_t o, int64_t c, int64_t begin, int64_t n, T* line) {
+    widen(rows.dtype, rows.data, offset(rows, o, c, begin), rows.inner, n, line);
+    std::fill(line + n, line + width, T(0));
   }
 
   // For each class c, f = make(c), and f(i) for each register of the tile's n rows. What f needs is
   // found by make: in f's own loop every store of a register would have it loaded again.
   template <class Make>
-  void for_classes(int64_t first, int64_t last, int64_t n, Make&& make) {
-    for (int64_t c = first; c < last; ++c) {
+  void for_classes(int64_t n, Make&& make) {
+    for (int64_t c = 0; c < call.classes; ++c) {
       const auto f = make(c);
       for (int64_t i = 0; i < n; i += kLanes) f(i);
     }
   }
 
-  // Sums f(i) of every class into to: of many, kFlush at a time in T and these sums in double.
-  template <class Make>
-  void accumulate(int64_t n, T* to, Make&& make) {
+  // Sums f(c, i) of every class c into to: of many, kFlush at a time in T and these sums in double.
+  // f goes by value, as what make returns does above.
+  template <class F>
+  void accumulate(int64_t n, T* to, F f) {
     const bool many = call.classes > kFlush;
     if (many) std::fill(wide.begin(), wide.end(), 0.0);
     for (int64_t first = 0; first < call.classes; first += kFlush) {
-      std::fill_n(to, width, T(0));
-      for_classes(first, std::min(call.classes, first + kFlush), n, [&](int64_t c) {
-        return [to, f = make(c)](int64_t i) { (at(to, i) + f(i)).store(to + i); };
-      });
+      const int64_t last = std::min(call.classes, first + kFlush);
+      for (int64_t i = 0; i < n; i += kLanes) {
+        Vec<T> part(0);
+        for (int64_t c = first; c < last; ++c) part = part + f(c, i);
+        part.store(to + i);
+      }
       if (many) {
-        for (int64_t i = 0; i < width; ++i) wide[i] += to[i];
+        for (int64_t i = 0; i < n; ++i) wide[i] += to[i];
       }
     }
     if (many) {
-      for (int64_t i = 0; i < width; ++i) to[i] = static_cast<T>(wide[i]);
+      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(wide[i]);
     }
   }
 
@@ -440,16 +453,15 @@ struct TileWalk {
 
   double one(int64_t o, int64_t begin, int64_t n) {
     const int64_t row0 = o * call.inner + begin;
-    if (!direct) read(call.input, o, begin, n, table);
-    const auto line = [&](int64_t c) -> const T* {
-      return direct ? static_cast<const T*>(call.input.data) + offset(call.input, o, c, begin)
-                    : &table[c * width];
-    };
+    T* const x = table.data();
+    const int64_t stride = width;
     if (!call.indices) {
-      read(call.probabilities, o, begin, n, wanted);
+      for (int64_t c = 0; c < call.classes; ++c) {
+        read(call.probabilities, o, c, begin, n, &wanted[c * stride]);
+      }
       if (problem.weight || problem.smooth) {
-        for_classes(0, call.classes, n, [&](int64_t c) {
-          T* const q = &wanted[c * width];
+        for_classes(n, [&](int64_t c) {
+          T* const q = &wanted[c * stride];
           const Vec<T> w(problem.class_weight(c)), keep(problem.keep), spread(problem.spread);
           return [=](int64_t i) { ((at(q, i) * keep + spread) * w).store(q + i); };
         });
@@ -457,73 +469,75 @@ struct TileWalk {
     }
     T* const most = top.data();
     std::fill_n(most, width, -std::numeric_limits<T>::infinity());
-    for_classes(0, call.classes, n, [&](int64_t c) {
+    const int64_t size = bytes_of(call.input.dtype);
+    for_classes(n, [&](int64_t c) {
+      read(call.input, o, c, begin, n, x + c * stride);
       // The next class lies in another page: no hardware foresees it.
-      return [=, x = line(c), next = line(c + 1 < call.classes ? c + 1 : 0)](int64_t i) {
-        __builtin_prefetch(next + i, 0, 2);
-        larger(load(x + i, n - i, T(0)), at(most, i)).store(most + i);
+      const bool more = c + 1 < call.classes;
+      const int64_t next = offset(call.input, o, more ? c + 1 : 0, more ? begin : begin + stride);
+      return [=, line = x + c * stride,
+              ahead = static_cast<const char*>(call.input.data) + next * size](int64_t i) {
+        __builtin_prefetch(ahead + i * size, 0, 2);
+        larger(at(line, i), at(most, i)).store(most + i);
       };
     });
-    // Only now: a target's logit is in the cache, where max has been.
+    if (!call.indices) {
+      const T* const q = wanted.data();
+      accumulate(n, mass.data(), [=](int64_t c, int64_t i) { return at(q + c * stride, i); });
+      accumulate(n, dot.data(), [=](int64_t c, int64_t i) {
+        return (at(x + c * stride, i) - at(most, i)) * at(q + c * stride, i);
+      });
+    } else if (problem.smooth) {
+      accumulate(n, dot.data(), [=, p = problem](int64_t c, int64_t i) {
+        return (at(x + c * stride, i) - at(most, i)) * Vec<T>(p.class_weight(c));
+      });
+    }
     for (int64_t i = 0; call.indices && i < n; ++i) {
       const int64_t t = target(row0 + i);
-      index[i] = static_cast<T>(t);
-      logit[i] = line(t)[i];
+      logit[i] = std::exchange(x[t * stride + i], -std::numeric_limits<T>::infinity());
       if (problem.weight) weight[i] = problem.weight[t];
     }
-    if (!call.indices) {
-      accumulate(n, mass.data(), [&](int64_t c) {
-        return [q = &wanted[c * width]](int64_t i) { return at(q, i); };
-      });
-    }
-    if (!call.indices || problem.smooth) {
-      accumulate(n, dot.data(), [&](int64_t c) {
-        const T* const q = call.indices ? nullptr : &wanted[c * width];
-        return [=, x = line(c), w = Vec<T>(problem.class_weight(c))](int64_t i) {
-          return (load(x + i, n - i, T(0)) - at(most, i)) * (q ? at(q, i) : w);
-        };
-      });
-    }
-    accumulate(n, sum.data(), [&](int64_t c) {
-      return
-          [=, x = line(c), e_line = &table[c * width], is = call.indices ? index.data() : nullptr,
-           number = Vec<T>(static_cast<T>(c))](int64_t i) {
-            Vec<T> e = exp_nonpositive(load(x + i, n - i, T(0)) - at(most, i));
-            if (is) e = select(at(is, i) == number, Vec<T>(0), e);
-            e.store(e_line + i);
-            return e;
-          };
+    accumulate(n, sum.data(), [=](int64_t c, int64_t i) {
+      const Vec<T> e = exp_nonpositive(at(x + c * stride, i) - at(most, i));
+      e.store(x + c * stride + i);
+      return e;
     });
+    // Not left to one loop: vectorised, it would load through a null pointer under an empty mask,
+    // which is slow.
+    if (call.upstream) {
+      for (int64_t i = 0; i < n; ++i) scale[i] = static_cast<T>(problem.row_scale(row0 + i));
+    } else {
+      std::fill_n(scale.begin(), n, static_cast<T>(call.scale));
+    }
     for (int64_t i = 0; i < n; i += kLanes) {
-      loss<Vec<T>>(problem, reduced(i)).store(&losses[i]);
+      const Vec<T> gap = at(&logit[0], i) - at(most, i);
+      const Reduced<Vec<T>> row{
+          at(most, i), at(&sum[0], i),       at(&dot[0], i),   at(&mass[0], i),
+          gap,         exp_nonpositive(gap), at(&weight[0], i)};
+      loss(problem, row).store(&losses[i]);
+      const Slope<Vec<T>> s = slope(problem, row, at(&scale[0], i));
+      s.factor.store(&sum[i]);  // each takes its source's place
+      s.scale.store(&scale[i]);
+      s.own.store(&logit[i]);
+    }
+    std::fill(losses.begin() + n, losses.end(), T(0));
+    for (int64_t i = 0; call.indices && i < n; ++i) {
+      if (problem.ignored(row0 + i)) losses[i] = 0;
+    }
+    double lanes[kLanes] = {};
+    for (int64_t i = 0; i < n; i += kLanes) {
+      for (int64_t k = 0; k < kLanes; ++k) lanes[k] += losses[i + k];
     }
     Sum sum_of_losses;
-    for (int64_t i = 0; i < n; ++i) {
-      if (problem.ignored(row0 + i)) losses[i] = 0;
-      sum_of_losses.add(losses[i]);
-    }
+    for (double lane : lanes) sum_of_losses.add(lane);
     if (call.value) narrow(losses.data(), n, call.value_dtype, call.value, row0, 1);
     if (call.gradient.data) write_gradient(o, begin, n);
     return sum_of_losses.value();
   }
 
-  Reduced<Vec<T>> reduced(int64_t i) const {
-    return {at(&top[0], i),  at(&sum[0], i),   at(&dot[0], i),
-            at(&mass[0], i), at(&logit[0], i), at(&weight[0], i)};
-  }
-
   void write_gradient(int64_t o, int64_t begin, int64_t n) {
     const int64_t row0 = o * call.inner + begin;
-    for (int64_t i = 0; i < n; ++i) scale[i] = static_cast<T>(problem.row_scale(row0 + i));
-    T* const factor = sum.data();  // each takes its source's place
-    T* const at_target = losses.data();
-    T* const spread = scale.data();
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const Slope<Vec<T>> s = slope(problem, reduced(i), at(spread, i));
-      s.factor.store(factor + i);
-      s.scale.store(spread + i);
-      s.at_target.store(at_target + i);
-    }
+    for (int64_t i = 0; call.indices && i < n; ++i) table[target(row0 + i) * width + i] = logit[i];
     const Rows& out = call.gradient;
     T* const data = is_dtype<T>(out.dtype) && out.inner == 1
                         ? static_cast<T*>(const_cast<void*>(out.data))
@@ -531,18 +545,18 @@ struct TileWalk {
     const auto line = [&](int64_t c) {
       return data ? data + offset(out, o, c, begin) : &table[c * width];
     };
-    for_classes(0, call.classes, n, [&](int64_t c) {
+    for_classes(n, [&](int64_t c) {
       const T* const q = call.indices ? nullptr : &wanted[c * width];
-      const T* const is = call.indices ? index.data() : nullptr;
       const bool smooth = problem.smooth;
-      const Vec<T> w(problem.class_weight(c)), number(static_cast<T>(c));
-      return [=, e = &table[c * width], to = line(c)](int64_t i) {
+      const Vec<T> w(problem.class_weight(c));
+      return [=, e = &table[c * width], factor = sum.data(), part = scale.data(), to = line(c),
+              next = line(c + 1 < call.classes ? c + 1 : 0)](int64_t i) {
+        __builtin_prefetch(next + i, 1, 2);
         Vec<T> g = at(e, i) * at(factor, i);
         if (q) {
-          g = g - at(q, i) * at(spread, i);
-        } else {
-          if (smooth) g = g - w * at(spread, i);
-          g = select(at(is, i) == number, at(at_target, i), g);
+          g = g - at(q, i) * at(part, i);
+        } else if (smooth) {
+          g = g - w * at(part, i);
         }
         store(g, to + i, n - i);
       };
@@ -569,7 +583,8 @@ double by_tile(const CrossEntropy& call) {
   // A tile of about 128 KiB, well within the L2 cache. Long lines, since each starts a new stream
   // from memory; two cache lines at least.
   const int64_t fit = 131072 / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(call.classes, 1);
-  const int64_t width = std::clamp<int64_t>(fit / kLanes * kLanes, 32, 4096);
+  // An odd number of registers: the lines of one column then differ in their place in the cache.
+  const int64_t width = (std::clamp<int64_t>(fit, 32, 4096) / kLanes | 1) * kLanes;
   const int64_t tiles = (call.inner + width - 1) / width;
   return sum_tasks<TileWalk<T>>(
       call.outer * tiles, [&] { return std::make_unique<TileWalk<T>>(problem, width); },
