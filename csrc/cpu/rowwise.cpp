@@ -3,9 +3,6 @@
 // Fewest bytes for value and gradient: read logits, write gradient, 2 N elements. A row (or a tile
 // of neighbouring rows, where the class dimension is not innermost) is read from memory once and
 // stays in the cache for its second use.
-//
-// A row's loss and gradient are formed from `others`, the sum of e^(x - max) over every class but
-// the target: 1 - p_target is others / sum, with all its digits however confident the row is.
 #include <ATen/Parallel.h>
 
 #include <cmath>
@@ -13,6 +10,7 @@
 #include <memory>
 #include <vector>
 
+#include "../math/cross_entropy.h"
 #include "../math/sum.h"
 #include "staging.h"
 
@@ -23,23 +21,18 @@ namespace {
 constexpr int64_t kTask = 32768;  // elements a task, at least: ATen's own grain
 constexpr int64_t kBlock = 1024;  // elements of a row at a time
 
-// ---- what both walks share: the formulas
-// ---------------------------------------------------------
+// ---- what both walks share ----------------------------------------------------------------------
 
 template <class T>
 struct Problem {
   const CrossEntropy& call;
   const T* weight;
-  // A class counts with q = w (keep y + spread), y the target's share of it.
-  T keep, spread;
-  bool smooth;
+  Shares<T> shares;
 
   explicit Problem(const CrossEntropy& c)
       : call(c),
         weight(static_cast<const T*>(c.weight)),
-        keep(static_cast<T>(1 - c.label_smoothing)),
-        spread(static_cast<T>(c.label_smoothing / static_cast<double>(c.classes))),
-        smooth(c.label_smoothing != 0) {}
+        shares(c.indices, c.label_smoothing, static_cast<double>(c.classes), c.weight_sum) {}
 
   bool ignored(int64_t row) const { return call.indices && call.indices[row] == call.ignore_index; }
   T class_weight(int64_t c) const { return weight ? weight[c] : T(1); }
@@ -48,51 +41,6 @@ struct Problem {
                          : call.scale;
   }
 };
-
-// A row, or a register of rows, once all its logits have been seen. N is double or Vec<T>.
-template <class N>
-struct Reduced {
-  N max;     // of the logits
-  N sum;     // of e^(x - max); for class indices over all classes but the target
-  N dot;     // of q (x - max); for class indices of w (x - max)
-  N mass;    // of q; class probabilities only
-  N logit;   // the target's, and
-  N weight;  // its weight; class indices only
-};
-
-template <class N, class T>
-N loss(const Problem<T>& problem, const Reduced<N>& row) {
-  if (!problem.call.indices) return row.mass * log(row.sum) - row.dot;
-  const N gap = row.logit - row.max;
-  // log1p keeps the digits of a small loss, where the target is the largest logit.
-  const N log_sum = select(gap == N(0), log1p(row.sum), log(row.sum + exp_nonpositive(gap)));
-  const N hard = N(problem.keep) * row.weight * (log_sum - gap);
-  if (!problem.smooth) return hard;
-  const N classes(static_cast<T>(problem.call.weight_sum));
-  return hard + N(problem.spread) * (classes * log_sum - row.dot);
-}
-
-// What the gradient is made of: e^(x - max) * factor - q * scale, and the target's own element.
-template <class N>
-struct Slope {
-  N factor, scale, at_target;
-};
-
-template <class N, class T>
-Slope<N> slope(const Problem<T>& problem, const Reduced<N>& row, N scale) {
-  if (!problem.call.indices) return {row.mass * scale / row.sum, scale, scale};
-  const N keep(problem.keep), spread(problem.spread);
-  const N at = exp_nonpositive(row.logit - row.max);
-  const N total = row.sum + at;
-  N mass = keep * row.weight;
-  N at_target = N(0) - mass * (row.sum / total);
-  if (problem.smooth) {
-    const N classes(static_cast<T>(problem.call.weight_sum));
-    mass = mass + spread * classes;
-    at_target = at_target + spread * (classes * (at / total) - row.weight);
-  }
-  return {mass * scale / total, spread * scale, at_target * scale};
-}
 
 // Asks for the n elements at offset while there is computing to do: an engine that loads and
 // computes by turns leaves memory idle half of the time. Beyond the end of data it does nothing.
@@ -164,9 +112,10 @@ T largest(const T* x, int64_t n) {
   return *std::max_element(lanes, lanes + Vec<T>::size());
 }
 
-// Adds the logits x of one block to max and sum; e^(x - max) goes to keep as well, if not null.
+// Adds the logits x of one block, but not x[target], to max and sum; e^(x - max) goes to keep as
+// well, if not null. target may lie outside of [0, n). max counts the target's logit already.
 template <class T>
-void add_exponentials(const T* x, int64_t n, T& top, double& sum, T* keep) {
+void add_exponentials(const T* x, int64_t n, int64_t target, T& top, double& sum, T* keep) {
   const T block_top = largest(x, n);
   if (block_top > top) {
     // Before the first finite logit sum is 0, and e^(-inf - top) = 0 keeps it so.
@@ -180,9 +129,19 @@ void add_exponentials(const T* x, int64_t n, T& top, double& sum, T* keep) {
     if (keep) std::fill(keep, keep + n, std::numeric_limits<T>::quiet_NaN());
     return;
   }
+  // The target's register, without it.
+  constexpr int64_t kLanes = Vec<T>::size();
+  T others[kLanes];
+  int64_t own = -1;
+  if (0 <= target && target < n) {
+    own = target / kLanes * kLanes;
+    std::copy_n(x + own, std::min(kLanes, n - own), others);
+    others[target - own] = -std::numeric_limits<T>::infinity();
+  }
   Accumulators<T> parts(T(0));
   for_registers<T>(n, [&](int64_t i, int64_t count, int u) {
-    const Vec<T> logits = load(x + i, count, -std::numeric_limits<T>::infinity());
+    const Vec<T> logits =
+        load(i == own ? others : x + i, count, -std::numeric_limits<T>::infinity());
     const Vec<T> e = exp_nonpositive(logits - Vec<T>(top));
     parts.v[u] = parts.v[u] + e;
     if (keep) store(e, keep + i, count);
@@ -215,7 +174,7 @@ struct RowWalk {
   const CrossEntropy& call = problem.call;
   // A row of one block keeps its e^(x - max) between the loss and the gradient.
   const bool one_block = call.classes <= kBlock;
-  T logits[kBlock], masked[kBlock], wanted[kBlock], kept[kBlock], gradient[kBlock];
+  T logits[kBlock], wanted[kBlock], kept[kBlock], gradient[kBlock];
 
   explicit RowWalk(const Problem<T>& p) : problem(p) {}
 
@@ -230,18 +189,18 @@ struct RowWalk {
   // q of the classes [at, at + n), for class probabilities.
   const T* mass(int64_t offset, int64_t at, int64_t n) {
     const T* y = block(call.probabilities, offset, at, n, wanted);
-    if (!problem.weight && !problem.smooth) return y;
+    if (!problem.weight && !problem.shares.smooth) return y;
     for_registers<T>(n, [&](int64_t i, int64_t count, int) {
-      Vec<T> q = load(y + i, count, T(0)) * Vec<T>(problem.keep) + Vec<T>(problem.spread);
+      Vec<T> q =
+          load(y + i, count, T(0)) * Vec<T>(problem.shares.keep) + Vec<T>(problem.shares.spread);
       if (problem.weight) q = q * load(problem.weight + at + i, count, T(0));
       store(q, wanted + i, count);
     });
     return wanted;
   }
 
-  Reduced<double> reduce(int64_t offset, int64_t target_offset, int64_t target, T logit) {
-    const T infinity = std::numeric_limits<T>::infinity();
-    T top = target >= 0 ? logit : -infinity;
+  RowSums<double> reduce(int64_t offset, int64_t target_offset, int64_t target, T logit) {
+    T top = target >= 0 ? logit : -std::numeric_limits<T>::infinity();
     // Distances are measured from the largest logit so far, so that all have one sign and none
     // cancel: `dot` over classes that count `seen` in all moves with it.
     double sum = 0, dot = 0, seen = 0, origin = 0;
@@ -249,14 +208,8 @@ struct RowWalk {
       const int64_t n = std::min(kBlock, call.classes - at);
       const T* const x = block(call.input, offset, at, n, logits);
       prefetch(call.input, offset + at + n, n);  // the next block, or the next row's first
-      const T* others = x;
-      if (at <= target && target < at + n) {
-        std::memcpy(masked, x, n * sizeof(T));
-        masked[target - at] = -infinity;
-        others = masked;
-      }
-      add_exponentials(others, n, top, sum, one_block ? kept : nullptr);
-      if (call.indices && !problem.smooth) continue;
+      add_exponentials(x, n, target - at, top, sum, one_block ? kept : nullptr);
+      if (call.indices && !problem.shares.smooth) continue;
       const double next = std::isfinite(top) ? top : origin;
       dot += seen * (origin - next);
       origin = next;
@@ -264,12 +217,19 @@ struct RowWalk {
                                       : mass(target_offset, at, n);
       add_distances(x, q, n, static_cast<T>(origin), dot, seen);
     }
-    return {top, sum, dot, seen, logit, problem.class_weight(std::max<int64_t>(target, 0))};
+    const double gap = double(logit) - double(top);
+    return {top,
+            sum,
+            dot,
+            seen,
+            gap,
+            std::exp(gap),
+            problem.class_weight(std::max<int64_t>(target, 0))};
   }
 
-  void write_gradient(int64_t row, const Reduced<double>& reduced, int64_t offset,
+  void write_gradient(int64_t row, const RowSums<double>& reduced, int64_t offset,
                       int64_t target_offset, int64_t out_offset, int64_t target) {
-    const Slope<double> s = slope(problem, reduced, problem.row_scale(row));
+    const RowSlope<double> s = problem.shares.slope(reduced, problem.row_scale(row));
     const Vec<T> top(reduced.max), factor(s.factor), scale(s.scale);
     const bool direct = is_dtype<T>(call.gradient.dtype);
     T* out = gradient;
@@ -279,7 +239,7 @@ struct RowWalk {
       const T* q = nullptr;
       if (!call.indices) {
         q = mass(target_offset, at, n);
-      } else if (problem.smooth && problem.weight) {
+      } else if (problem.shares.smooth && problem.weight) {
         q = problem.weight + at;
       }
       if (direct) out = static_cast<T*>(const_cast<void*>(call.gradient.data)) + out_offset + at;
@@ -294,12 +254,15 @@ struct RowWalk {
         exponential([&](Vec<T> g, int64_t i, int64_t count) {
           return g - load(q + i, count, T(0)) * scale;
         });
-      } else if (problem.smooth) {
+      } else if (problem.shares.smooth) {
         exponential([&](Vec<T> g, int64_t, int64_t) { return g - scale; });
       } else {
         exponential([](Vec<T> g, int64_t, int64_t) { return g; });
       }
-      if (at <= target && target < at + n) out[target - at] = static_cast<T>(s.at_target);
+      if (at <= target && target < at + n) {
+        const double smooth = problem.shares.smooth ? reduced.weight * s.scale : 0;
+        out[target - at] = static_cast<T>(s.own * s.factor - smooth);
+      }
       if (!direct) {
         narrow(out, n, call.gradient.dtype, const_cast<void*>(call.gradient.data), out_offset + at,
                1);
@@ -323,8 +286,8 @@ struct RowWalk {
     T value = 0;
     if (!problem.ignored(row)) {
       const T logit = *block(call.input, offset, std::max<int64_t>(target, 0), 1, logits);
-      const Reduced<double> reduced = reduce(offset, target_offset, target, logit);
-      value = static_cast<T>(loss(problem, reduced));
+      const RowSums<double> reduced = reduce(offset, target_offset, target, logit);
+      value = static_cast<T>(problem.shares.loss(reduced));
       if (call.gradient.data) {
         write_gradient(row, reduced, offset, target_offset, offset_in(call.gradient), target);
       }
@@ -376,17 +339,16 @@ struct TileWalk {
   const int64_t width;  // rows a full tile: a multiple of kLanes
   const CrossEntropy& call = problem.call;
 
-  // e^(x - max), class by class, and 0 for the target; first the logits, where they do not lie in
-  // memory as T. Then the gradient, likewise.
+  // The logits, class by class: a copy, since lines of the input that lie a power of two apart
+  // throw each other out of the cache. Then e^(x - max), 0 for the target, in their place; then the
+  // gradient, where it does not go to memory as T.
   std::vector<T> table, wanted;
-  std::vector<T> index;  // the target's class, as a number to compare with
   std::vector<T> top, sum, dot, mass, logit, weight, scale, losses;
   std::vector<double> wide;
-  const bool direct = is_dtype<T>(call.input.dtype) && call.input.inner == 1;
 
   TileWalk(const Problem<T>& p, int64_t w)
       : problem(p), width(w), table(call.classes * w), wanted(call.indices ? 0 : call.classes * w) {
-    for (auto* line : {&index, &top, &sum, &dot, &mass, &logit, &weight, &scale, &losses}) {
+    for (auto* line : {&top, &sum, &dot, &mass, &logit, &weight, &scale, &losses}) {
       line->resize(w, T(1));
     }
     wide.resize(w);
@@ -398,40 +360,40 @@ struct TileWalk {
     return o * rows.outer + c * rows.classes + begin * rows.inner;
   }
 
-  void read(const Rows& rows, int64_t o, int64_t begin, int64_t n, std::vector<T>& to) {
-    for (int64_t c = 0; c < call.classes; ++c) {
-      T* line = &to[c * width];
-      widen(rows.dtype, rows.data, offset(rows, o, c, begin), rows.inner, n, line);
-      std::fill(line + n, line + width, T(0));
-    }
+  void read(const Rows& rows, int64_t o, int64_t c, int64_t begin, int64_t n, T* line) {
+    widen(rows.dtype, rows.data, offset(rows, o, c, begin), rows.inner, n, line);
+    std::fill(line + n, line + width, T(0));
   }
 
   // For each class c, f = make(c), and f(i) for each register of the tile's n rows. What f needs is
   // found by make: in f's own loop every store of a register would have it loaded again.
   template <class Make>
-  void for_classes(int64_t first, int64_t last, int64_t n, Make&& make) {
-    for (int64_t c = first; c < last; ++c) {
+  void for_classes(int64_t n, Make&& make) {
+    for (int64_t c = 0; c < call.classes; ++c) {
       const auto f = make(c);
       for (int64_t i = 0; i < n; i += kLanes) f(i);
     }
   }
 
-  // Sums f(i) of every class into to: of many, kFlush at a time in T and these sums in double.
-  template <class Make>
-  void accumulate(int64_t n, T* to, Make&& make) {
+  // Sums f(c, i) of every class c into to: of many, kFlush at a time in T and these sums in double.
+  // f goes by value, as what make returns does above.
+  template <class F>
+  void accumulate(int64_t n, T* to, F f) {
     const bool many = call.classes > kFlush;
     if (many) std::fill(wide.begin(), wide.end(), 0.0);
     for (int64_t first = 0; first < call.classes; first += kFlush) {
-      std::fill_n(to, width, T(0));
-      for_classes(first, std::min(call.classes, first + kFlush), n, [&](int64_t c) {
-        return [to, f = make(c)](int64_t i) { (at(to, i) + f(i)).store(to + i); };
-      });
+      const int64_t last = std::min(call.classes, first + kFlush);
+      for (int64_t i = 0; i < n; i += kLanes) {
+        Vec<T> part(0);
+        for (int64_t c = first; c < last; ++c) part = part + f(c, i);
+        part.store(to + i);
+      }
       if (many) {
-        for (int64_t i = 0; i < width; ++i) wide[i] += to[i];
+        for (int64_t i = 0; i < n; ++i) wide[i] += to[i];
       }
     }
     if (many) {
-      for (int64_t i = 0; i < width; ++i) to[i] = static_cast<T>(wide[i]);
+      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(wide[i]);
     }
   }
 
@@ -440,90 +402,92 @@ struct TileWalk {
 
   double one(int64_t o, int64_t begin, int64_t n) {
     const int64_t row0 = o * call.inner + begin;
-    if (!direct) read(call.input, o, begin, n, table);
-    const auto line = [&](int64_t c) -> const T* {
-      return direct ? static_cast<const T*>(call.input.data) + offset(call.input, o, c, begin)
-                    : &table[c * width];
-    };
+    T* const x = table.data();
+    const int64_t stride = width;
     if (!call.indices) {
-      read(call.probabilities, o, begin, n, wanted);
-      if (problem.weight || problem.smooth) {
-        for_classes(0, call.classes, n, [&](int64_t c) {
-          T* const q = &wanted[c * width];
-          const Vec<T> w(problem.class_weight(c)), keep(problem.keep), spread(problem.spread);
+      for (int64_t c = 0; c < call.classes; ++c) {
+        read(call.probabilities, o, c, begin, n, &wanted[c * stride]);
+      }
+      if (problem.weight || problem.shares.smooth) {
+        for_classes(n, [&](int64_t c) {
+          T* const q = &wanted[c * stride];
+          const Vec<T> w(problem.class_weight(c)), keep(problem.shares.keep),
+              spread(problem.shares.spread);
           return [=](int64_t i) { ((at(q, i) * keep + spread) * w).store(q + i); };
         });
       }
     }
     T* const most = top.data();
     std::fill_n(most, width, -std::numeric_limits<T>::infinity());
-    for_classes(0, call.classes, n, [&](int64_t c) {
+    const int64_t size = bytes_of(call.input.dtype);
+    for_classes(n, [&](int64_t c) {
+      read(call.input, o, c, begin, n, x + c * stride);
       // The next class lies in another page: no hardware foresees it.
-      return [=, x = line(c), next = line(c + 1 < call.classes ? c + 1 : 0)](int64_t i) {
-        __builtin_prefetch(next + i, 0, 2);
-        larger(load(x + i, n - i, T(0)), at(most, i)).store(most + i);
+      const bool more = c + 1 < call.classes;
+      const int64_t next = offset(call.input, o, more ? c + 1 : 0, more ? begin : begin + stride);
+      return [=, line = x + c * stride,
+              ahead = static_cast<const char*>(call.input.data) + next * size](int64_t i) {
+        __builtin_prefetch(ahead + i * size, 0, 2);
+        larger(at(line, i), at(most, i)).store(most + i);
       };
     });
-    // Only now: a target's logit is in the cache, where max has been.
+    if (!call.indices) {
+      const T* const q = wanted.data();
+      accumulate(n, mass.data(), [=](int64_t c, int64_t i) { return at(q + c * stride, i); });
+      accumulate(n, dot.data(), [=](int64_t c, int64_t i) {
+        return (at(x + c * stride, i) - at(most, i)) * at(q + c * stride, i);
+      });
+    } else if (problem.shares.smooth) {
+      accumulate(n, dot.data(), [=, p = problem](int64_t c, int64_t i) {
+        return (at(x + c * stride, i) - at(most, i)) * Vec<T>(p.class_weight(c));
+      });
+    }
     for (int64_t i = 0; call.indices && i < n; ++i) {
       const int64_t t = target(row0 + i);
-      index[i] = static_cast<T>(t);
-      logit[i] = line(t)[i];
+      logit[i] = std::exchange(x[t * stride + i], -std::numeric_limits<T>::infinity());
       if (problem.weight) weight[i] = problem.weight[t];
     }
-    if (!call.indices) {
-      accumulate(n, mass.data(), [&](int64_t c) {
-        return [q = &wanted[c * width]](int64_t i) { return at(q, i); };
-      });
-    }
-    if (!call.indices || problem.smooth) {
-      accumulate(n, dot.data(), [&](int64_t c) {
-        const T* const q = call.indices ? nullptr : &wanted[c * width];
-        return [=, x = line(c), w = Vec<T>(problem.class_weight(c))](int64_t i) {
-          return (load(x + i, n - i, T(0)) - at(most, i)) * (q ? at(q, i) : w);
-        };
-      });
-    }
-    accumulate(n, sum.data(), [&](int64_t c) {
-      return
-          [=, x = line(c), e_line = &table[c * width], is = call.indices ? index.data() : nullptr,
-           number = Vec<T>(static_cast<T>(c))](int64_t i) {
-            Vec<T> e = exp_nonpositive(load(x + i, n - i, T(0)) - at(most, i));
-            if (is) e = select(at(is, i) == number, Vec<T>(0), e);
-            e.store(e_line + i);
-            return e;
-          };
+    accumulate(n, sum.data(), [=](int64_t c, int64_t i) {
+      const Vec<T> e = exp_nonpositive(at(x + c * stride, i) - at(most, i));
+      e.store(x + c * stride + i);
+      return e;
     });
+    // Not left to one loop: vectorised, it would load through a null pointer under an empty mask,
+    // which is slow.
+    if (call.upstream) {
+      for (int64_t i = 0; i < n; ++i) scale[i] = static_cast<T>(problem.row_scale(row0 + i));
+    } else {
+      std::fill_n(scale.begin(), n, static_cast<T>(call.scale));
+    }
     for (int64_t i = 0; i < n; i += kLanes) {
-      loss<Vec<T>>(problem, reduced(i)).store(&losses[i]);
+      const Vec<T> gap = at(&logit[0], i) - at(most, i);
+      const RowSums<Vec<T>> row{
+          at(most, i), at(&sum[0], i),       at(&dot[0], i),   at(&mass[0], i),
+          gap,         exp_nonpositive(gap), at(&weight[0], i)};
+      problem.shares.loss(row).store(&losses[i]);
+      const RowSlope<Vec<T>> s = problem.shares.slope(row, at(&scale[0], i));
+      s.factor.store(&sum[i]);  // each takes its source's place
+      s.scale.store(&scale[i]);
+      s.own.store(&logit[i]);
+    }
+    std::fill(losses.begin() + n, losses.end(), T(0));
+    for (int64_t i = 0; call.indices && i < n; ++i) {
+      if (problem.ignored(row0 + i)) losses[i] = 0;
+    }
+    double lanes[kLanes] = {};
+    for (int64_t i = 0; i < n; i += kLanes) {
+      for (int64_t k = 0; k < kLanes; ++k) lanes[k] += losses[i + k];
     }
     Sum sum_of_losses;
-    for (int64_t i = 0; i < n; ++i) {
-      if (problem.ignored(row0 + i)) losses[i] = 0;
-      sum_of_losses.add(losses[i]);
-    }
+    for (double lane : lanes) sum_of_losses.add(lane);
     if (call.value) narrow(losses.data(), n, call.value_dtype, call.value, row0, 1);
     if (call.gradient.data) write_gradient(o, begin, n);
     return sum_of_losses.value();
   }
 
-  Reduced<Vec<T>> reduced(int64_t i) const {
-    return {at(&top[0], i),  at(&sum[0], i),   at(&dot[0], i),
-            at(&mass[0], i), at(&logit[0], i), at(&weight[0], i)};
-  }
-
   void write_gradient(int64_t o, int64_t begin, int64_t n) {
     const int64_t row0 = o * call.inner + begin;
-    for (int64_t i = 0; i < n; ++i) scale[i] = static_cast<T>(problem.row_scale(row0 + i));
-    T* const factor = sum.data();  // each takes its source's place
-    T* const at_target = losses.data();
-    T* const spread = scale.data();
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const Slope<Vec<T>> s = slope(problem, reduced(i), at(spread, i));
-      s.factor.store(factor + i);
-      s.scale.store(spread + i);
-      s.at_target.store(at_target + i);
-    }
+    for (int64_t i = 0; call.indices && i < n; ++i) table[target(row0 + i) * width + i] = logit[i];
     const Rows& out = call.gradient;
     T* const data = is_dtype<T>(out.dtype) && out.inner == 1
                         ? static_cast<T*>(const_cast<void*>(out.data))
@@ -531,18 +495,18 @@ struct TileWalk {
     const auto line = [&](int64_t c) {
       return data ? data + offset(out, o, c, begin) : &table[c * width];
     };
-    for_classes(0, call.classes, n, [&](int64_t c) {
+    for_classes(n, [&](int64_t c) {
       const T* const q = call.indices ? nullptr : &wanted[c * width];
-      const T* const is = call.indices ? index.data() : nullptr;
-      const bool smooth = problem.smooth;
-      const Vec<T> w(problem.class_weight(c)), number(static_cast<T>(c));
-      return [=, e = &table[c * width], to = line(c)](int64_t i) {
+      const bool smooth = problem.shares.smooth;
+      const Vec<T> w(problem.class_weight(c));
+      return [=, e = &table[c * width], factor = sum.data(), part = scale.data(), to = line(c),
+              next = line(c + 1 < call.classes ? c + 1 : 0)](int64_t i) {
+        __builtin_prefetch(next + i, 1, 2);
         Vec<T> g = at(e, i) * at(factor, i);
         if (q) {
-          g = g - at(q, i) * at(spread, i);
-        } else {
-          if (smooth) g = g - w * at(spread, i);
-          g = select(at(is, i) == number, at(at_target, i), g);
+          g = g - at(q, i) * at(part, i);
+        } else if (smooth) {
+          g = g - w * at(part, i);
         }
         store(g, to + i, n - i);
       };
@@ -569,7 +533,8 @@ double by_tile(const CrossEntropy& call) {
   // A tile of about 128 KiB, well within the L2 cache. Long lines, since each starts a new stream
   // from memory; two cache lines at least.
   const int64_t fit = 131072 / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(call.classes, 1);
-  const int64_t width = std::clamp<int64_t>(fit / kLanes * kLanes, 32, 4096);
+  // An odd number of registers: the lines of one column then differ in their place in the cache.
+  const int64_t width = (std::clamp<int64_t>(fit, 32, 4096) / kLanes | 1) * kLanes;
   const int64_t tiles = (call.inner + width - 1) / width;
   return sum_tasks<TileWalk<T>>(
       call.outer * tiles, [&] { return std::make_unique<TileWalk<T>>(problem, width); },

@@ -236,6 +236,7 @@ struct Target {
 template <class T>
 struct RowEnd {
   T loss = 0, max = 0;
+  T at_target = 0;  // the gradient there
   RowSlope<T> slope{};
 
   __device__ RowEnd(const Problem<T>& problem, const Shares<T>& shares, const Target& target,
@@ -246,13 +247,16 @@ struct RowEnd {
     }
     if (target.index >= 0) p.move_to(fmax(p.max, logit));
     const T weight = target.index >= 0 ? problem.class_weight(target.index) : T(1);
-    const RowSums<T> sums{p.max, p.sum, p.dot, p.mass, logit, weight};
+    const T gap = logit - p.max;
+    const RowSums<T> sums{p.max, p.sum, p.dot, p.mass, gap, exp_nonpositive(gap), weight};
     loss = shares.loss(sums);
     max = p.max;
     double scale = s.scale;
     const CrossEntropyCall& call = problem.call;
     if (call.upstream) scale *= read<double>(call.upstream, call.upstream_dtype, row);
     slope = shares.slope(sums, static_cast<T>(scale));
+    at_target = slope.own * slope.factor;
+    if (shares.smooth) at_target = at_target - weight * slope.scale;
   }
 };
 
@@ -407,7 +411,7 @@ __global__ void __launch_bounds__(kScope == Scope::kLanes ? kLanesBlock : kRowBl
             g[i] = g[i] - problem.share(shares, y_at, c + i) * end.slope.scale;
           }
         }
-        at_target(c, [&](int i) { g[i] = end.slope.at_target; });
+        at_target(c, [&](int i) { g[i] = end.at_target; });
         line.store(p, pack<D>(g));
       });
     }
@@ -481,7 +485,7 @@ __global__ void __launch_bounds__(128) columns(const Problem<Compute<D>> problem
         sums[j].merge(part);
       }
     }
-    T max[kRows];
+    T max[kRows], at_target[kRows];
     RowSlope<T> slope[kRows];
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
@@ -489,6 +493,7 @@ __global__ void __launch_bounds__(128) columns(const Problem<Compute<D>> problem
       if (call.value) write(call.value, call.value_dtype, row + j, end.loss);
       total += end.loss;
       max[j] = end.max;
+      at_target[j] = end.at_target;
       slope[j] = end.slope;
     }
     if (!s.write) continue;
@@ -499,7 +504,7 @@ __global__ void __launch_bounds__(128) columns(const Problem<Compute<D>> problem
       for (int j = 0; j < kRows; ++j) {
         T g = exp_nonpositive(T(widen(x.element[j])) - max[j]) * slope[j].factor;
         if (!kHard && targets[j].live) g = g - problem.share(shares, y_at[j], c) * slope[j].scale;
-        if (c == targets[j].index) g = slope[j].at_target;
+        if (c == targets[j].index) g = at_target[j];
         out.element[j] = narrow<D>(targets[j].live ? g : targets[j].template rest<T>());
       }
       *reinterpret_cast<Line*>(gradient + c * call.gradient.classes) = out;
@@ -527,9 +532,9 @@ struct Plan {
   bool keeps = true;
 };
 
-// A packet of two doubles would save nothing.
-template <class D>
-constexpr bool kWideHasUse = !std::is_same_v<D, double>;
+// A packet of two doubles would save nothing, and soft targets take too many registers.
+template <class D, bool kHard>
+constexpr bool kWideHasUse = kHard && !std::is_same_v<D, double>;
 
 template <class D>
 bool lies_wide(const Rows& r) {
@@ -544,6 +549,7 @@ Plan plan_for(const CrossEntropy& call) {
   constexpr int kSize = Packet<D>::kSize;
   const int64_t sms = device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t rows = call.outer * call.inner;
+  const bool hard = call.indices && call.label_smoothing == 0;
   Plan plan;
   const auto at_once = [&](int64_t groups, int64_t threads_per_sm) {
     const int64_t per_sm = std::max<int64_t>(1, threads_per_sm / (plan.threads * plan.cluster));
@@ -551,7 +557,8 @@ Plan plan_for(const CrossEntropy& call) {
   };
   if (call.classes > kMostClasses || call.input.classes != 1 ||
       (call.gradient.data && call.gradient.classes != 1)) {
-    const bool wide = kWideHasUse<D> && call.inner % kSize == 0 && lies_wide<D>(call.input) &&
+    const bool wide = (hard ? kWideHasUse<D, true> : kWideHasUse<D, false>) &&
+                      call.inner % kSize == 0 && lies_wide<D>(call.input) &&
                       (!call.gradient.data || lies_wide<D>(call.gradient));
     plan.kernel = wide ? Kernel::kWideColumns : Kernel::kColumns;
     plan.threads = kColumnsBlock;
@@ -633,7 +640,7 @@ cudaError_t run(const CrossEntropyCall& call, const Launch& launch, const Plan& 
     case Plan::Kernel::kCluster:
       return run_rows<D, Scope::kCluster, kHard>(call, launch, plan);
     case Plan::Kernel::kWideColumns:
-      columns<D, kWideHasUse<D>, kHard>
+      columns<D, kWideHasUse<D, kHard>, kHard>
           <<<blocks, kColumnsBlock, 0, launch.stream>>>(problem, launch);
       break;
     case Plan::Kernel::kColumns:

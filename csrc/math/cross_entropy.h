@@ -15,21 +15,23 @@ struct RowSums {
   N sum;     // of e^(x - max); for class indices over all classes but the target
   N dot;     // of q (x - max); for class indices of w (x - max)
   N mass;    // of q; class probabilities only
-  N logit;   // the target's, and
-  N weight;  // its weight; class indices only
+  N gap;     // from max to the target's logit,
+  N at;      // e^gap, and
+  N weight;  // the target's weight; class indices only
 };
 
-// What a gradient element is made of: e^(x - max) * factor - q * scale, but for the target's own.
+// What the gradient is made of: e^(x - max) * factor - q * scale; for class indices w is q, and the
+// target has `own` for its e^(x - max).
 template <class N>
 struct RowSlope {
-  N factor, scale, at_target;
+  N factor, scale, own;
 };
 
 // How targets share out a row. A class counts with q = w (keep y + spread): w its weight, y its
 // share in the target, which label smoothing dilutes.
 template <class T>
 struct Shares {
-  bool indices;    // targets are class indices, and q of `dot` and of a gradient element is w
+  bool indices;
   bool smooth;     // label_smoothing > 0
   T keep, spread;  // 1 - label_smoothing, label_smoothing / classes
   T weights;       // the sum of w over the classes
@@ -44,10 +46,10 @@ struct Shares {
   template <class N>
   FUSEDLOSS_HD N loss(const RowSums<N>& row) const {
     if (!indices) return row.mass * log(row.sum) - row.dot;
-    const N gap = row.logit - row.max;
-    // log1p keeps the digits of a small loss, where the target is the largest logit.
-    const N log_sum = select(gap == N(0), log1p(row.sum), log(row.sum + exp_nonpositive(gap)));
-    const N hard = N(keep) * row.weight * (log_sum - gap);
+    // Keeps the digits of a small loss, where the target is the largest logit and at is 1; where it
+    // is not, sum is 1 or more.
+    const N log_sum = log1p(row.sum + (row.at - N(1)));
+    const N hard = N(keep) * row.weight * (log_sum - row.gap);
     if (!smooth) return hard;
     return hard + N(spread) * (N(weights) * log_sum - row.dot);
   }
@@ -55,16 +57,15 @@ struct Shares {
   // Every element of the gradient times `scale`.
   template <class N>
   FUSEDLOSS_HD RowSlope<N> slope(const RowSums<N>& row, N scale) const {
-    if (!indices) return {row.mass * scale / row.sum, scale, scale};
-    const N at = exp_nonpositive(row.logit - row.max);
-    const N total = row.sum + at;
-    N mass = N(keep) * row.weight;
-    N at_target = N(0) - mass * (row.sum / total);
+    if (!indices) return {row.mass * scale / row.sum, scale, N(0)};
+    const N hard = N(keep) * row.weight;
+    N mass = hard, own = N(0) - row.sum;
     if (smooth) {
-      mass = mass + N(spread) * N(weights);
-      at_target = at_target + N(spread) * (N(weights) * (at / total) - row.weight);
+      const N soft = N(spread) * N(weights);
+      mass = hard + soft;
+      own = select(mass == N(0), N(0), (soft * row.at - hard * row.sum) / mass);
     }
-    return {mass * scale / total, N(spread) * scale, at_target * scale};
+    return {mass * scale / (row.sum + row.at), N(spread) * scale, own};
   }
 };
 
