@@ -28,6 +28,7 @@ RUNNER = Path("tests/cuda_emulator/runner.cpp")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
 IGNORED = -(1 << 63)
 FAULT = struct.Struct("iiqdq")
+PARAMETERS = {"smooth_l1_loss": ("beta", 1.0), "huber_loss": ("delta", 1.0)}
 
 
 class Pass(IntEnum):
@@ -232,13 +233,11 @@ class Loss:
 
 
 class _Pointwise:
-    PARAMETERS = {"smooth_l1_loss": ("beta", 1.0), "huber_loss": ("delta", 1.0)}
-
     def __init__(
         self, of: Loss, loss: str, input: Tensor, target: Tensor, options: dict[str, Any]
     ) -> None:
         self.of, self.input = of, input
-        name, default = self.PARAMETERS.get(loss, ("", 0.0))
+        name, default = PARAMETERS.get(loss, ("", 0.0))
         self.parameter: float = options.get(name, default)
         self.name = loss
         self.is_log_loss = loss == "log_loss"
@@ -254,7 +253,8 @@ class _Pointwise:
                 target = torch.where(ignored, IGNORED, target).unsqueeze(_class_dim(input))
             if weight is not None:
                 weight = weight.view(-1, *[1] * (input.dim() - 1 - _class_dim(input)))
-        self.order = sorted(range(input.dim()), key=lambda d: -_dense_like(input).stride(d))
+        strides = _dense_like(input).stride()
+        self.order = sorted(range(input.dim()), key=lambda d: -strides[d])
         self.operands = [
             self._operand(input, of.input),
             *map(self._operand, (target, weight, options.get("pos_weight"))),
