@@ -6,6 +6,10 @@
 // nothing else, what is ordered: this file is compiled without it, switches fibers without
 // synchronizing them, and tells it of each barrier. A missing barrier is then a data race in any
 // schedule. Containers are touched as the host (AsHost): to it, their memory is the host's.
+//
+// Environment: EMULATOR_SEED, of the schedule; EMULATOR_MULTIPROCESSORS, EMULATOR_OCCUPANCY (blocks
+// on each) and EMULATOR_CAPABILITY (90 for 9.0), what the device says of itself; EMULATOR_THREADS,
+// see take_thread.
 #include "emulator.h"
 
 #include <dlfcn.h>

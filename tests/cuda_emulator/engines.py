@@ -28,6 +28,7 @@ RUNNER = Path("tests/cuda_emulator/runner.cpp")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
 IGNORED = -(1 << 63)
 FAULT = struct.Struct("iiqdq")
+PARAMETERS = {"smooth_l1_loss": ("beta", 1.0), "huber_loss": ("delta", 1.0)}
 
 
 class Pass(IntEnum):
@@ -125,7 +126,7 @@ def _dense_like(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 class Loss:
     """One call of a loss; a pass is queued by ``value``, ``forward`` or ``backward``.
 
-    ``shift`` moves all memory by so many elements off its alignment.
+    ``shifts`` move the input and all else by so many elements off their alignment.
     """
 
     def __init__(
@@ -135,9 +136,10 @@ class Loss:
         sample: Sample,
         reduction: str,
         prediction: tuple[float, float] = (1.0, 0.0),
-        shift: int = 0,
+        shifts: tuple[int, int] = (0, 0),
     ) -> None:
-        self.calls, self.sample, self.reduction, self.shift = calls, sample, reduction, shift
+        self.calls, self.sample, self.reduction = calls, sample, reduction
+        input_shift, self.shift = shifts
         self.each = reduction == "none"
         input, target, options = sample.input, sample.target, dict(sample.options)
         self.by_class = target.dtype is torch.int64
@@ -145,11 +147,12 @@ class Loss:
         self.fault = calls.put(torch.zeros(FAULT.size, dtype=torch.uint8))
         self.scales = calls.put(torch.full((2,), math.nan, dtype=torch.float64))
         self.prediction = calls.put(torch.tensor(prediction, dtype=torch.float64))
+        self.input = calls.put(input, input_shift)
         self._engine = (_CrossEntropy if loss == "cross_entropy" else _Pointwise)(
             self, loss, input, target, options
         )
         self.loss = calls.empty_like(torch.empty((), dtype=input.dtype))
-        self.gradient = calls.empty_like(_dense_like(input), shift)
+        self.gradient = calls.empty_like(_dense_like(input), self.shift)
         self.normalizer = self._divide(loss, options)
 
     def _divide(self, loss: str, options: dict[str, Any]) -> float:
@@ -230,13 +233,11 @@ class Loss:
 
 
 class _Pointwise:
-    PARAMETERS = {"smooth_l1_loss": ("beta", 1.0), "huber_loss": ("delta", 1.0)}
-
     def __init__(
         self, of: Loss, loss: str, input: Tensor, target: Tensor, options: dict[str, Any]
     ) -> None:
         self.of, self.input = of, input
-        name, default = self.PARAMETERS.get(loss, ("", 0.0))
+        name, default = PARAMETERS.get(loss, ("", 0.0))
         self.parameter: float = options.get(name, default)
         self.name = loss
         self.is_log_loss = loss == "log_loss"
@@ -252,20 +253,23 @@ class _Pointwise:
                 target = torch.where(ignored, IGNORED, target).unsqueeze(_class_dim(input))
             if weight is not None:
                 weight = weight.view(-1, *[1] * (input.dim() - 1 - _class_dim(input)))
-        self.order = sorted(range(input.dim()), key=lambda d: -_dense_like(input).stride(d))
+        strides = _dense_like(input).stride()
+        self.order = sorted(range(input.dim()), key=lambda d: -strides[d])
         self.operands = [
-            self._operand(tensor) for tensor in (input, target, weight, options.get("pos_weight"))
+            self._operand(input, of.input),
+            *map(self._operand, (target, weight, options.get("pos_weight"))),
         ]
         # Elements that are added up to rows are rounded after that.
         wide = self.is_log_loss and of.each
         self.value_dtype = torch.promote_types(input.dtype, torch.float32) if wide else input.dtype
         self.value = of.calls.empty_like(_dense_like(input, self.value_dtype), of.shift)
 
-    def _operand(self, tensor: Tensor | None) -> list[object]:
+    def _operand(self, tensor: Tensor | None, place: Place | None = None) -> list[object]:
         if tensor is None:
             return [NOWHERE, 0, 1, -1, *[0] * self.input.dim()]
         by_class = tensor.dtype is torch.int64
-        place = self.of.calls.put(tensor, 0 if by_class else self.of.shift)
+        if place is None:
+            place = self.of.calls.put(tensor, 0 if by_class else self.of.shift)
         seen = tensor.expand(self.input.shape).permute(self.order)
         return [
             place,
@@ -293,9 +297,9 @@ class _Pointwise:
 
     def values_found(self) -> Tensor:
         values = self.of.calls.get(self.value, _dense_like(self.input, self.value_dtype))
-        return (
-            values.sum(_class_dim(self.input)).to(self.input.dtype) if self.is_log_loss else values
-        )
+        if not self.is_log_loss:
+            return values
+        return values.sum(_class_dim(self.input)).to(self.input.dtype)
 
 
 class _CrossEntropy:
@@ -309,7 +313,7 @@ class _CrossEntropy:
         self.swapped = sizes[1] != 1 and sizes[2] == 1 and self._rows(input).stride(1) != 1
         outer, classes, inner = reversed(sizes) if self.swapped else sizes
         self.sizes = (int(compute is torch.float64), outer, classes, inner)
-        self.input_rows = self._words(calls.put(input, of.shift), input)
+        self.input_rows = self._words(of.input, input)
         weight = of.weight
         smoothing = options.get("label_smoothing", 0.0)
         summed = NOWHERE
