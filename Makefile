@@ -10,10 +10,10 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := $(shell find csrc -type f) setup.py fusedloss/_version.py
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench build lint clean
+.PHONY: help demo test test-cuda-emulated bench build lint clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/build.stamp ## train real models with torch's losses and with ours, then the speed table
 	$(BIN)/python -m bench.demo
@@ -21,6 +21,11 @@ demo: $(VENV)/build.stamp ## train real models with torch's losses and with ours
 
 test: $(VENV)/build.stamp ## all tests
 	$(BIN)/python -m pytest tests
+
+test-cuda-emulated: $(VENV)/torch.stamp ## the CUDA kernels on the CPU, plain and under sanitizers
+	@$(PIP) install 'pytest>=8' hypothesis numpy scikit-learn scipy
+	$(BIN)/python -m pytest tests/cuda_emulator
+	$(BIN)/python tests/cuda_emulator/extension.py
 
 bench: $(VENV)/build.stamp ## the speed table alone
 	$(BIN)/python -m bench --out bench/results/cpu
@@ -31,7 +36,7 @@ lint: $(VENV)/lint.stamp ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	find csrc -type f | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc tests/cuda_emulator -name '*.h' -o -name '*.c*' | grep -v pycache | xargs $(BIN)/clang-format --dry-run -Werror
 
 clean: ## remove what was built; the environment stays
 	rm -rf build fusedloss/*.so *.egg-info $(VENV)/build.stamp

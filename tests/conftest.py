@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import fusedloss
+from helpers import EMULATED
 
 # CI sets it, so that a broken build cannot pass by skipping.
 REQUIRE_COMPILED = os.environ.get("FUSEDLOSS_REQUIRE_COMPILED") == "1"
@@ -26,6 +27,8 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if EMULATED and fusedloss.info().build.get("cuda") != "emulated":
+        pytest.exit("FUSEDLOSS_EMULATED=1, but another package was imported", returncode=3)
     config.addinivalue_line("markers", "slow: takes seconds rather than milliseconds")
 
 

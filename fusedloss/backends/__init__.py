@@ -146,9 +146,10 @@ def check() -> None:
     """
     if extension is None or not _built["cuda"]:
         return
-    if torch.cuda.is_initialized():
-        for device in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(device)
+    cuda: Any = torch.cuda  # untyped in some of the releases
+    if cuda.is_initialized():
+        for device in range(cuda.device_count()):
+            cuda.synchronize(device)
     extension.raise_faults()
 
 

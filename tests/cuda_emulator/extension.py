@@ -1,8 +1,8 @@
 """The package with its CUDA operators over the emulator, CPU tensors standing for CUDA ones.
 
 So the whole way from the public functions to the kernels runs where there is no GPU, under the very
-tests that the CPU kernels pass: `python extension.py -m pytest ...` runs Python with that package
-in the place of the installed one.
+tests that the CPU kernels pass: `python extension.py [options of pytest]` runs those below with that
+package in the place of the installed one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ import build
 
 PACKAGE = build.OUT / "package" / "fusedloss"
 STAND_INS = Path("tests/cuda_emulator/extension")
+TESTS = (
+    *("test_values.py", "test_one_pass.py", "test_layouts.py", "test_second_order.py"),
+    *("test_edge_cases.py", "test_faults.py", "test_field_mistakes.py", "test_operators.py"),
+)
 OPERATORS = ("ops.cpp", "ops_cuda.cpp", "tensors.cpp", "autograd.cpp", "python.cpp")
 
 
@@ -46,7 +50,8 @@ def compile_extension() -> Path:
     ]
     sources = [(Path("csrc", name), operators) for name in OPERATORS]
     sources += [(STAND_INS / "no_cpu_kernels.cpp", operators)]
-    sources += [(path.relative_to(build.ROOT), kernels) for path in CUDA_SOURCES]
+    cuda = sorted((build.ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources += [(path.relative_to(build.ROOT), kernels) for path in cuda]
     with ThreadPoolExecutor(build.JOBS) as pool:
         objects = list(pool.map(lambda pair: build.compile_one(*pair, folder), sources))
     objects.append(build.compile_one(build.EMULATOR, ["-O2", "-fPIC"], build.HERE))
@@ -60,9 +65,6 @@ def compile_extension() -> Path:
         subprocess.run(command, check=True)
         unfinished.replace(target)
     return target
-
-
-CUDA_SOURCES = sorted((build.ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
 def make_package() -> Path:
@@ -80,13 +82,14 @@ def make_package() -> Path:
 
 def main() -> None:
     package = make_package()
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    # Its own folders would come first in Python's path, and the installed package from there.
+    command += ["-c", str(build.ROOT / "pyproject.toml"), "--rootdir", str(build.ROOT)]
+    command += ["-o", f"pythonpath={build.ROOT / 'tests'}", *sys.argv[1:]]
+    command += [str(build.ROOT / "tests" / name) for name in TESTS]
     paths = [str(package), str(build.ROOT)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "FUSEDLOSS_EMULATED": "1"}
-    # From that folder, for Python looks first where it is started.
-    done = subprocess.run(
-        [sys.executable, *sys.argv[1:]], cwd=package, env=environment, check=False
-    )
-    sys.exit(done.returncode)
+    sys.exit(subprocess.run(command, cwd=package, env=environment, check=False).returncode)
 
 
 if __name__ == "__main__":
