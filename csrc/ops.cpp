@@ -234,11 +234,12 @@ constexpr double kOutOfRange = -std::numeric_limits<double>::infinity();
                     " classes.");
 }
 
-template <class Weight>
-Classes check_classes(const Tensor& target, int64_t classes, int64_t ignore_index,
-                      Weight&& weight) {
+Classes check_classes(const Tensor& target, int64_t classes, const Tensor& weight,
+                      int64_t ignore_index) {
   Classes result{aligned(target.contiguous())};
   const int64_t* index = result.indices.const_data_ptr<int64_t>();
+  const Tensor wide = weight.defined() ? weight.to(at::kDouble).contiguous() : Tensor();
+  const double* w = wide.defined() ? wide.const_data_ptr<double>() : nullptr;
   const int64_t n = target.numel();
   constexpr int64_t kChunk = 32768;
   const int64_t chunks = (n + kChunk - 1) / kChunk;
@@ -247,12 +248,21 @@ Classes check_classes(const Tensor& target, int64_t classes, int64_t ignore_inde
   at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       const int64_t *begin = index + c * kChunk, *end = index + std::min(n, (c + 1) * kChunk);
-      int64_t outside = 0;
+      int64_t ignored = 0, outside = 0;
       for (const int64_t* t = begin; t != end; ++t) {
-        outside +=
-            (static_cast<uint64_t>(*t) >= static_cast<uint64_t>(classes)) & (*t != ignore_index);
+        const bool ignore = *t == ignore_index;
+        ignored += ignore;
+        outside += !ignore & (static_cast<uint64_t>(*t) >= static_cast<uint64_t>(classes));
       }
-      sums[c] = outside ? kOutOfRange : weight(begin, end);
+      if (outside) {
+        sums[c] = kOutOfRange;
+      } else if (!w) {
+        sums[c] = static_cast<double>(end - begin - ignored);
+      } else {
+        Sum sum;
+        for (const int64_t* t = begin; t != end; ++t) sum.add(*t == ignore_index ? 0 : w[*t]);
+        sums[c] = sum.value();
+      }
     }
   });
   Sum total;
@@ -262,22 +272,6 @@ Classes check_classes(const Tensor& target, int64_t classes, int64_t ignore_inde
   }
   result.weight_sum = total.value();
   return result;
-}
-
-Classes check_classes(const Tensor& target, int64_t classes, const Tensor& weight,
-                      int64_t ignore_index) {
-  if (!weight.defined()) {
-    return check_classes(target, classes, ignore_index, [=](const int64_t* t, const int64_t* end) {
-      return static_cast<double>(end - t - std::count(t, end, ignore_index));
-    });
-  }
-  const Tensor wide = weight.to(at::kDouble).contiguous();
-  const double* w = wide.const_data_ptr<double>();
-  return check_classes(target, classes, ignore_index, [=](const int64_t* t, const int64_t* end) {
-    Sum sum;
-    for (; t != end; ++t) sum.add(*t == ignore_index ? 0 : w[*t]);
-    return sum.value();
-  });
 }
 
 [[noreturn]] void throw_outside_unit(const char* name, const Tensor& t, int64_t linear) {
@@ -479,21 +473,18 @@ void pointwise_backward_(const Tensor& gradient, const Tensor& grad_output, cons
 
 // ---- cross-entropy ------------------------------------------------------------------------------
 
-// (outer, classes, inner) of a tensor of (C), (N, C) or (N, C, d1, ...), without a copy where the
-// inner dimensions step evenly.
-Tensor as_rows(const Tensor& t) {
-  if (t.dim() == 1) return t.view({1, t.size(0), 1});
-  if (t.dim() == 2) return t.unsqueeze(2);
-  return t.dim() == 3 ? t : t.flatten(2);
-}
+// (N, C, d1, ...) as (N, C, d), without a copy where the inner dimensions step evenly.
+Tensor join_inner(const Tensor& t) { return t.dim() <= 3 ? t : t.flatten(2); }
 
+// Of a tensor of (C), (N, C) or (N, C, d); a dimension that it has not is of size 1, whose stride
+// nothing reads.
 cpu::Rows rows_of(const Tensor& t) {
   cpu::Rows rows;
   rows.data = t.const_data_ptr();
   rows.dtype = dtype_of(t);
-  rows.outer = t.stride(0);
-  rows.classes = t.stride(1);
-  rows.inner = t.stride(2);
+  rows.outer = t.dim() > 1 ? t.stride(0) : 1;
+  rows.classes = t.stride(class_dim(t));
+  rows.inner = t.dim() > 2 ? t.stride(2) : 1;
   return rows;
 }
 
@@ -507,15 +498,16 @@ struct CrossEntropyCall {
     call.compute_in_double = wide;
     call.ignore_index = ignore_index;
     call.label_smoothing = label_smoothing;
-    const Tensor rows = hold(as_rows(aligned(input)));
-    call.outer = rows.size(0);
-    call.classes = rows.size(1);
-    call.inner = rows.size(2);
+    held.reserve(4);
+    const Tensor& rows = hold(join_inner(aligned(input)));
+    call.outer = rows.dim() > 1 ? rows.size(0) : 1;
+    call.classes = rows.size(class_dim(rows));
+    call.inner = rows.dim() > 2 ? rows.size(2) : 1;
     call.input = rows_of(rows);
     if (target.scalar_type() == at::kLong) {
       call.indices = hold(aligned(target.contiguous())).const_data_ptr<int64_t>();
     } else {
-      call.probabilities = rows_of(hold(as_rows(aligned(target))));
+      call.probabilities = rows_of(hold(join_inner(aligned(target))));
     }
     if (present(weight)) {
       const Tensor w = hold(aligned(weight->to(wide ? at::kDouble : at::kFloat).contiguous()));
@@ -542,7 +534,7 @@ struct CrossEntropyCall {
   }
 
   void want_gradient(const Tensor& gradient, double scale) {
-    call.gradient = rows_of(as_rows(gradient));
+    call.gradient = rows_of(join_inner(gradient));
     TORCH_CHECK(call.gradient.data == gradient.const_data_ptr(),
                 "fusedloss: the dimensions of input behind the classes must be joinable");
     if (swapped) std::swap(call.gradient.outer, call.gradient.inner);
