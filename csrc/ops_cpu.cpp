@@ -156,11 +156,12 @@ constexpr double kOutOfRange = -std::numeric_limits<double>::infinity();
                     " classes.");
 }
 
-template <class Weight>
-Classes check_classes(const Tensor& target, int64_t classes, int64_t ignore_index,
-                      Weight&& weight) {
+Classes check_classes(const Tensor& target, int64_t classes, const Tensor& weight,
+                      int64_t ignore_index) {
   Classes result{aligned(target.contiguous())};
   const int64_t* index = result.indices.const_data_ptr<int64_t>();
+  const Tensor wide = weight.defined() ? weight.to(at::kDouble).contiguous() : Tensor();
+  const double* w = wide.defined() ? wide.const_data_ptr<double>() : nullptr;
   const int64_t n = target.numel();
   constexpr int64_t kChunk = 32768;
   const int64_t chunks = (n + kChunk - 1) / kChunk;
@@ -169,12 +170,21 @@ Classes check_classes(const Tensor& target, int64_t classes, int64_t ignore_inde
   at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       const int64_t *begin = index + c * kChunk, *end = index + std::min(n, (c + 1) * kChunk);
-      int64_t outside = 0;
+      int64_t ignored = 0, outside = 0;
       for (const int64_t* t = begin; t != end; ++t) {
-        outside +=
-            (static_cast<uint64_t>(*t) >= static_cast<uint64_t>(classes)) & (*t != ignore_index);
+        const bool ignore = *t == ignore_index;
+        ignored += ignore;
+        outside += !ignore & (static_cast<uint64_t>(*t) >= static_cast<uint64_t>(classes));
       }
-      sums[c] = outside ? kOutOfRange : weight(begin, end);
+      if (outside) {
+        sums[c] = kOutOfRange;
+      } else if (!w) {
+        sums[c] = static_cast<double>(end - begin - ignored);
+      } else {
+        Sum sum;
+        for (const int64_t* t = begin; t != end; ++t) sum.add(*t == ignore_index ? 0 : w[*t]);
+        sums[c] = sum.value();
+      }
     }
   });
   Sum total;
@@ -184,22 +194,6 @@ Classes check_classes(const Tensor& target, int64_t classes, int64_t ignore_inde
   }
   result.weight_sum = total.value();
   return result;
-}
-
-Classes check_classes(const Tensor& target, int64_t classes, const Tensor& weight,
-                      int64_t ignore_index) {
-  if (!weight.defined()) {
-    return check_classes(target, classes, ignore_index, [=](const int64_t* t, const int64_t* end) {
-      return static_cast<double>(end - t - std::count(t, end, ignore_index));
-    });
-  }
-  const Tensor wide = weight.to(at::kDouble).contiguous();
-  const double* w = wide.const_data_ptr<double>();
-  return check_classes(target, classes, ignore_index, [=](const int64_t* t, const int64_t* end) {
-    Sum sum;
-    for (; t != end; ++t) sum.add(*t == ignore_index ? 0 : w[*t]);
-    return sum.value();
-  });
 }
 
 // ---- pointwise ----------------------------------------------------------------------------------

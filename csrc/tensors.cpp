@@ -173,21 +173,18 @@ void PointwiseOperands::walk(Space& space, int64_t classes, int most_dims) {
 
 namespace {
 
-// (outer, classes, inner) of a tensor of (C), (N, C) or (N, C, d1, ...), without a copy where the
-// inner dimensions step evenly.
-Tensor as_rows(const Tensor& t) {
-  if (t.dim() == 1) return t.view({1, t.size(0), 1});
-  if (t.dim() == 2) return t.unsqueeze(2);
-  return t.dim() == 3 ? t : t.flatten(2);
-}
+// (N, C, d1, ...) as (N, C, d), without a copy where the inner dimensions step evenly.
+Tensor join_inner(const Tensor& t) { return t.dim() <= 3 ? t : t.flatten(2); }
 
+// Of a tensor of (C), (N, C) or (N, C, d); a dimension that it has not is of size 1, whose stride
+// nothing reads.
 Rows rows_of(const Tensor& t) {
   Rows rows;
   rows.data = t.const_data_ptr();
   rows.dtype = dtype_of(t);
-  rows.outer = t.stride(0);
-  rows.classes = t.stride(1);
-  rows.inner = t.stride(2);
+  rows.outer = t.dim() > 1 ? t.stride(0) : 1;
+  rows.classes = t.stride(class_dim(t));
+  rows.inner = t.dim() > 2 ? t.stride(2) : 1;
   return rows;
 }
 
@@ -197,19 +194,19 @@ CrossEntropyOperands::CrossEntropyOperands(CrossEntropy& call, const Tensor& inp
                                            const Tensor& target, const OptionalTensor& weight,
                                            int64_t ignore_index, double label_smoothing,
                                            at::ScalarType dtype)
-    : input_(as_rows(aligned(input))), target_(target) {
+    : input_(join_inner(aligned(input))), target_(target) {
   const bool wide = dtype == at::kDouble;
   call.compute_in_double = wide;
   call.ignore_index = ignore_index;
   call.label_smoothing = label_smoothing;
-  call.outer = input_.size(0);
-  call.classes = input_.size(1);
-  call.inner = input_.size(2);
+  call.outer = input_.dim() > 1 ? input_.size(0) : 1;
+  call.classes = input_.size(class_dim(input_));
+  call.inner = input_.dim() > 2 ? input_.size(2) : 1;
   call.input = rows_of(input_);
   if (target.scalar_type() == at::kLong) {
     call.indices = target_.const_data_ptr<int64_t>();
   } else {
-    target_ = as_rows(aligned(target));
+    target_ = join_inner(aligned(target));
     call.probabilities = rows_of(target_);
   }
   if (present(weight)) {
@@ -224,7 +221,7 @@ CrossEntropyOperands::CrossEntropyOperands(CrossEntropy& call, const Tensor& inp
 }
 
 void CrossEntropyOperands::want_gradient(CrossEntropy& call, const Tensor& gradient) const {
-  call.gradient = rows_of(as_rows(gradient));
+  call.gradient = rows_of(join_inner(gradient));
   TORCH_CHECK(call.gradient.data == gradient.const_data_ptr(),
               "fusedloss: the dimensions of input behind the classes must be joinable");
   if (swapped_) std::swap(call.gradient.outer, call.gradient.inner);
