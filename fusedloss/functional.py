@@ -37,7 +37,6 @@ __all__ = [
 
 _C: Any = backends.extension
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-_functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
 # ---- which path a call takes ---------------------------------------------------------------------
@@ -95,6 +94,12 @@ def _report(reason: str | None) -> None:
         raise _Explained(Explanation("reference", False, (reason,)))
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _transformed() -> bool:
+    """Whether a torch.func transform is active; a tracing compiler is inside of it as well."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _obstacle(input: Any, target: Any, *others: Any) -> str | None:
     """Why no fused kernel takes these tensors, before their shapes and dtypes; None: one does."""
     if has_torch_function_variadic(input, target, *others):
@@ -109,7 +114,7 @@ def _obstacle(input: Any, target: Any, *others: Any) -> str | None:
         return f"layouts {input.layout} and {target.layout} are not both strided"
     if input.is_nested or target.is_nested:
         return "a nested tensor is involved"
-    if _functorch_level() is not None:
+    if _transformed():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"

@@ -23,7 +23,7 @@ from translate import mirror
 
 PACKAGE = build.OUT / "package" / "fusedloss"
 STAND_INS = Path("tests/cuda_emulator/extension")
-OPERATORS = ("ops.cpp", "ops_cuda.cpp", "tensors.cpp", "autograd.cpp", "python.cpp")
+OPERATORS = ("ops.cpp", "ops_cuda.cpp", "tensors.cpp", "carried.cpp", "autograd.cpp", "python.cpp")
 
 
 def compile_extension() -> Path:
