@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import has_torch_function_variadic
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import autograd, backends, reference
 
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 _C: Any = backends.extension
+_DISABLED = torch._C._disabled_torch_function_impl
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
@@ -100,10 +102,19 @@ def _transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def _overrides(value: Any) -> bool:
+    """Whether a tensor's own class is to see torch functions, or holds other tensors."""
+    kind = type(value)
+    if kind is Tensor or kind is Parameter:
+        return False
+    overriding = getattr(kind, "__torch_function__", _DISABLED) is not _DISABLED
+    return overriding or is_traceable_wrapper_subclass(value)
+
+
 def _obstacle(input: Any, target: Any, *others: Any) -> str | None:
     """Why no fused kernel takes these tensors, before their shapes and dtypes; None: one does."""
-    if has_torch_function_variadic(input, target, *others):
-        return "a tensor subclass or a torch function mode is involved"
+    if any(map(_overrides, (input, target, *others))):
+        return "a tensor subclass is involved"
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         return "input and target are not both tensors"
     if input.device != target.device:
