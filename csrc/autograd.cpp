@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <string>
+#include <tuple>
 
 #include "carried.h"
 
@@ -24,21 +25,24 @@ using torch::autograd::variable_list;
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 Tensor or_undefined(const OptionalTensor& t) { return t.value_or(Tensor()); }
 
-// What a backward needs besides its inputs.
-struct Saved : torch::CustomClassHolder {
+// What a backward needs besides its inputs, as values that compiled autograd can read.
+struct Kept {
   Tensor scales;
-  std::string loss;      // pointwise
-  double parameter = 0;  // of the loss, or label_smoothing
-  int64_t ignore_index = 0, reduction = 0;
-  at::ScalarType dtype = at::kFloat;
+  at::IValue loss;  // what tells one of a Function's losses from another
+  int64_t ignore_index, reduction;
+  at::ScalarType dtype;
 
-  void keep(AutogradContext* ctx) {
-    ctx->saved_data["saved"] = c10::IValue::make_capsule(
-        c10::intrusive_ptr<torch::CustomClassHolder>::unsafe_steal_from_new(this));
+  void in(AutogradContext* ctx) && {
+    ctx->saved_data["scales"] = std::move(scales);
+    ctx->saved_data["loss"] = std::move(loss);
+    ctx->saved_data["options"] =
+        std::make_tuple(ignore_index, reduction, static_cast<int64_t>(dtype));
   }
-  static Saved& of(AutogradContext* ctx) {
-    // A capsule holds only what keep() put there.
-    return static_cast<Saved&>(*ctx->saved_data["saved"].toCapsule());
+  static Kept from(AutogradContext* ctx) {
+    const auto [ignore_index, reduction, dtype] =
+        ctx->saved_data["options"].to<std::tuple<int64_t, int64_t, int64_t>>();
+    return {ctx->saved_data["scales"].toTensor(), ctx->saved_data["loss"], ignore_index, reduction,
+            static_cast<at::ScalarType>(dtype)};
   }
 };
 
@@ -78,14 +82,9 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
                                    reduction, dtype, hooked ? no_prediction(input) : prediction);
     if (hooked) drop_gradient(scales);
     ctx->save_for_backward({input, target, or_undefined(weight), or_undefined(pos_weight)});
-    auto* saved = new Saved;
-    saved->scales = std::move(scales);
-    saved->loss = loss;
-    saved->parameter = parameter;
-    saved->ignore_index = ignore_index;
-    saved->reduction = reduction;
-    saved->dtype = dtype;
-    saved->keep(ctx);
+    Kept{std::move(scales), std::make_tuple(std::string(loss), parameter), ignore_index, reduction,
+         dtype}
+        .in(ctx);
     return value;
   }
 
@@ -93,24 +92,24 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     const variable_list inputs = ctx->get_saved_variables();
     const Tensor &input = inputs[0], &target = inputs[1];
     const OptionalTensor weight = optional(inputs[2]), pos_weight = optional(inputs[3]);
-    Saved& saved = Saved::of(ctx);
+    const Kept kept = Kept::from(ctx);
+    const auto [loss, parameter] = kept.loss.to<std::tuple<std::string, double>>();
     variable_list gradients(10);
     if (needs_reference(grad_outputs[0])) {
       static const auto op =
           find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                                const OptionalTensor&, std::string_view, double, int64_t, int64_t,
                                at::ScalarType)>("fusedloss::pointwise_reference_gradient");
-      gradients[0] = op.call(grad_outputs[0], input, target, weight, pos_weight, saved.loss,
-                             saved.parameter, saved.ignore_index, saved.reduction, saved.dtype);
+      gradients[0] = op.call(grad_outputs[0], input, target, weight, pos_weight, loss, parameter,
+                             kept.ignore_index, kept.reduction, kept.dtype);
       return gradients;
     }
     static const auto op =
         find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                              const OptionalTensor&, const OptionalTensor&, std::string_view, double,
                              int64_t, int64_t, at::ScalarType)>("fusedloss::pointwise_backward");
-    gradients[0] =
-        op.call(grad_outputs[0], saved.scales, input, target, weight, pos_weight, saved.loss,
-                saved.parameter, saved.ignore_index, saved.reduction, saved.dtype);
+    gradients[0] = op.call(grad_outputs[0], kept.scales, input, target, weight, pos_weight, loss,
+                           parameter, kept.ignore_index, kept.reduction, kept.dtype);
     return gradients;
   }
 };
@@ -144,13 +143,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
                                    dtype, hooked ? no_prediction(input) : prediction);
     if (hooked) drop_gradient(scales);
     ctx->save_for_backward({input, target, or_undefined(weight)});
-    auto* saved = new Saved;
-    saved->scales = std::move(scales);
-    saved->parameter = label_smoothing;
-    saved->ignore_index = ignore_index;
-    saved->reduction = reduction;
-    saved->dtype = dtype;
-    saved->keep(ctx);
+    Kept{std::move(scales), label_smoothing, ignore_index, reduction, dtype}.in(ctx);
     return value;
   }
 
@@ -158,23 +151,24 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const variable_list inputs = ctx->get_saved_variables();
     const Tensor &input = inputs[0], &target = inputs[1];
     const OptionalTensor weight = optional(inputs[2]);
-    Saved& saved = Saved::of(ctx);
+    const Kept kept = Kept::from(ctx);
+    const double label_smoothing = kept.loss.toDouble();
     variable_list gradients(8);
     if (needs_reference(grad_outputs[0])) {
       static const auto op =
           find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                                int64_t, double, int64_t, at::ScalarType)>(
               "fusedloss::cross_entropy_reference_gradient");
-      gradients[0] = op.call(grad_outputs[0], input, target, weight, saved.ignore_index,
-                             saved.parameter, saved.reduction, saved.dtype);
+      gradients[0] = op.call(grad_outputs[0], input, target, weight, kept.ignore_index,
+                             label_smoothing, kept.reduction, kept.dtype);
       return gradients;
     }
     static const auto op =
         find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                              const OptionalTensor&, int64_t, double, int64_t, at::ScalarType)>(
             "fusedloss::cross_entropy_backward");
-    gradients[0] = op.call(grad_outputs[0], saved.scales, input, target, weight, saved.ignore_index,
-                           saved.parameter, saved.reduction, saved.dtype);
+    gradients[0] = op.call(grad_outputs[0], kept.scales, input, target, weight, kept.ignore_index,
+                           label_smoothing, kept.reduction, kept.dtype);
     return gradients;
   }
 };
