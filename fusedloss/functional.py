@@ -37,6 +37,10 @@ __all__ = [
 ]
 
 _C: Any = backends.extension
+NO_TORCHSCRIPT = (
+    "fusedloss does not go into TorchScript, which is deprecated: use torch.compile or "
+    "torch.export, or torch.nn's own losses where it must be torch.jit"
+)
 _DISABLED = torch._C._disabled_torch_function_impl
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -113,6 +117,8 @@ def _overrides(value: Any) -> bool:
 
 def _obstacle(input: Any, target: Any, *others: Any) -> str | None:
     """Why no fused kernel takes these tensors, before their shapes and dtypes; None: one does."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(NO_TORCHSCRIPT)
     if any(map(_overrides, (input, target, *others))):
         return "a tensor subclass is involved"
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
@@ -705,3 +711,8 @@ def _log_loss(
     if reduction != "none":
         return loss
     return loss.sum(1 if input.dim() > 1 else 0).to(dtype)
+
+
+# Where torch.jit.script looks before it compiles a function.
+for _name in __all__:
+    setattr(globals()[_name], "__script_unsupported", NO_TORCHSCRIPT)
