@@ -11,8 +11,9 @@
 #include <torch/library.h>
 
 #include <string>
+#include <tuple>
 
-#include "operators.h"
+#include "carried.h"
 
 namespace fusedloss {
 namespace {
@@ -24,29 +25,24 @@ using torch::autograd::variable_list;
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 Tensor or_undefined(const OptionalTensor& t) { return t.value_or(Tensor()); }
 
-// What a backward needs besides its inputs.
-struct Saved : torch::CustomClassHolder {
-  Tensor gradient;  // leaves with the first backward: autograd is its only owner then
-  Tensor scales, prediction;
-  std::string loss;      // pointwise
-  double parameter = 0;  // of the loss, or label_smoothing
-  int64_t ignore_index = 0, reduction = 0;
-  at::ScalarType dtype = at::kFloat;
+// What a backward needs besides its inputs, as values that compiled autograd can read.
+struct Kept {
+  Tensor scales;
+  at::IValue loss;  // what tells one of a Function's losses from another
+  int64_t ignore_index, reduction;
+  at::ScalarType dtype;
 
-  void keep(AutogradContext* ctx) {
-    ctx->saved_data["saved"] = c10::IValue::make_capsule(
-        c10::intrusive_ptr<torch::CustomClassHolder>::unsafe_steal_from_new(this));
+  void in(AutogradContext* ctx) && {
+    ctx->saved_data["scales"] = std::move(scales);
+    ctx->saved_data["loss"] = std::move(loss);
+    ctx->saved_data["options"] =
+        std::make_tuple(ignore_index, reduction, static_cast<int64_t>(dtype));
   }
-  static Saved& of(AutogradContext* ctx) {
-    // A capsule holds only what keep() put there.
-    return static_cast<Saved&>(*ctx->saved_data["saved"].toCapsule());
-  }
-  // The buffer that forward filled, or, in a second backward, a fresh one.
-  Tensor take_gradient(const Tensor& input, bool& fresh) {
-    static const auto empty_gradient =
-        find_operator<Tensor(const Tensor&)>("fusedloss::empty_gradient");
-    fresh = !gradient.defined();
-    return fresh ? empty_gradient.call(input) : std::move(gradient);
+  static Kept from(AutogradContext* ctx) {
+    const auto [ignore_index, reduction, dtype] =
+        ctx->saved_data["options"].to<std::tuple<int64_t, int64_t, int64_t>>();
+    return {ctx->saved_data["scales"].toTensor(), ctx->saved_data["loss"], ignore_index, reduction,
+            static_cast<at::ScalarType>(dtype)};
   }
 };
 
@@ -60,9 +56,14 @@ bool needs_reference(const Tensor& grad_output) {
 }
 
 // Checkpointing and offloading take what is saved away until backward: a gradient written already
-// would stay. There the forward writes none.
+// would stay. There the forward writes none: it has no confidence in its prediction.
 bool saves_through_hooks() { return at::SavedTensorDefaultHooks::get_hooks().has_value(); }
-Tensor no_prediction() { return at::zeros({2}, at::kDouble); }
+Tensor no_prediction(const Tensor& input) {
+  return at::zeros({2}, input.options().dtype(at::kDouble));
+}
+void drop_gradient(const Tensor& scales) {
+  if (Carried* left = carried(scales)) left->gradient.reset();
+}
 
 // ---- pointwise ----------------------------------------------------------------------------------
 
@@ -70,27 +71,20 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target,
                         const OptionalTensor& weight, const OptionalTensor& pos_weight,
                         std::string_view loss, double parameter, int64_t ignore_index,
-                        int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
-    static const auto op = find_operator<std::tuple<Tensor, Tensor, Tensor>(
+                        int64_t reduction, at::ScalarType dtype, const OptionalTensor& prediction) {
+    static const auto op = find_operator<std::tuple<Tensor, Tensor>(
         const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-        std::string_view, double, int64_t, int64_t, at::ScalarType, const Tensor&)>(
+        std::string_view, double, int64_t, int64_t, at::ScalarType, const OptionalTensor&)>(
         "fusedloss::pointwise_forward");
     const bool hooked = saves_through_hooks();
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [value, gradient, scales] =
-        op.call(input, target, weight, pos_weight, loss, parameter, ignore_index, reduction, dtype,
-                hooked ? no_prediction() : prediction);
+    auto [value, scales] = op.call(input, target, weight, pos_weight, loss, parameter, ignore_index,
+                                   reduction, dtype, hooked ? no_prediction(input) : prediction);
+    if (hooked) drop_gradient(scales);
     ctx->save_for_backward({input, target, or_undefined(weight), or_undefined(pos_weight)});
-    auto* saved = new Saved;
-    if (!hooked) saved->gradient = std::move(gradient);
-    saved->scales = std::move(scales);
-    saved->prediction = prediction;
-    saved->loss = loss;
-    saved->parameter = parameter;
-    saved->ignore_index = ignore_index;
-    saved->reduction = reduction;
-    saved->dtype = dtype;
-    saved->keep(ctx);
+    Kept{std::move(scales), std::make_tuple(std::string(loss), parameter), ignore_index, reduction,
+         dtype}
+        .in(ctx);
     return value;
   }
 
@@ -98,26 +92,24 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     const variable_list inputs = ctx->get_saved_variables();
     const Tensor &input = inputs[0], &target = inputs[1];
     const OptionalTensor weight = optional(inputs[2]), pos_weight = optional(inputs[3]);
-    Saved& saved = Saved::of(ctx);
+    const Kept kept = Kept::from(ctx);
+    const auto [loss, parameter] = kept.loss.to<std::tuple<std::string, double>>();
     variable_list gradients(10);
     if (needs_reference(grad_outputs[0])) {
       static const auto op =
           find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                                const OptionalTensor&, std::string_view, double, int64_t, int64_t,
                                at::ScalarType)>("fusedloss::pointwise_reference_gradient");
-      gradients[0] = op.call(grad_outputs[0], input, target, weight, pos_weight, saved.loss,
-                             saved.parameter, saved.ignore_index, saved.reduction, saved.dtype);
+      gradients[0] = op.call(grad_outputs[0], input, target, weight, pos_weight, loss, parameter,
+                             kept.ignore_index, kept.reduction, kept.dtype);
       return gradients;
     }
-    static const auto op = find_operator<void(
-        const Tensor&, const Tensor&, const Tensor&, bool, const Tensor&, const Tensor&,
-        const OptionalTensor&, const OptionalTensor&, std::string_view, double, int64_t, int64_t,
-        at::ScalarType, const Tensor&)>("fusedloss::pointwise_backward_");
-    bool fresh;
-    gradients[0] = saved.take_gradient(input, fresh);
-    op.call(gradients[0], grad_outputs[0], saved.scales, fresh, input, target, weight, pos_weight,
-            saved.loss, saved.parameter, saved.ignore_index, saved.reduction, saved.dtype,
-            saved.prediction);
+    static const auto op =
+        find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                             const OptionalTensor&, const OptionalTensor&, std::string_view, double,
+                             int64_t, int64_t, at::ScalarType)>("fusedloss::pointwise_backward");
+    gradients[0] = op.call(grad_outputs[0], kept.scales, input, target, weight, pos_weight, loss,
+                           parameter, kept.ignore_index, kept.reduction, kept.dtype);
     return gradients;
   }
 };
@@ -125,7 +117,7 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
 Tensor pointwise(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                  const OptionalTensor& pos_weight, std::string_view loss, double parameter,
                  int64_t ignore_index, int64_t reduction, at::ScalarType dtype,
-                 const Tensor& prediction) {
+                 const OptionalTensor& prediction) {
   if (wants_gradient(input)) {
     return PointwiseFunction::apply(input, target, weight, pos_weight, loss, parameter,
                                     ignore_index, reduction, dtype, prediction);
@@ -141,25 +133,17 @@ Tensor pointwise(const Tensor& input, const Tensor& target, const OptionalTensor
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target,
                         const OptionalTensor& weight, int64_t ignore_index, double label_smoothing,
-                        int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
-    static const auto op = find_operator<std::tuple<Tensor, Tensor, Tensor>(
+                        int64_t reduction, at::ScalarType dtype, const OptionalTensor& prediction) {
+    static const auto op = find_operator<std::tuple<Tensor, Tensor>(
         const Tensor&, const Tensor&, const OptionalTensor&, int64_t, double, int64_t,
-        at::ScalarType, const Tensor&)>("fusedloss::cross_entropy_forward");
+        at::ScalarType, const OptionalTensor&)>("fusedloss::cross_entropy_forward");
     const bool hooked = saves_through_hooks();
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [value, gradient, scales] =
-        op.call(input, target, weight, ignore_index, label_smoothing, reduction, dtype,
-                hooked ? no_prediction() : prediction);
+    auto [value, scales] = op.call(input, target, weight, ignore_index, label_smoothing, reduction,
+                                   dtype, hooked ? no_prediction(input) : prediction);
+    if (hooked) drop_gradient(scales);
     ctx->save_for_backward({input, target, or_undefined(weight)});
-    auto* saved = new Saved;
-    if (!hooked) saved->gradient = std::move(gradient);
-    saved->scales = std::move(scales);
-    saved->prediction = prediction;
-    saved->parameter = label_smoothing;
-    saved->ignore_index = ignore_index;
-    saved->reduction = reduction;
-    saved->dtype = dtype;
-    saved->keep(ctx);
+    Kept{std::move(scales), label_smoothing, ignore_index, reduction, dtype}.in(ctx);
     return value;
   }
 
@@ -167,32 +151,31 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const variable_list inputs = ctx->get_saved_variables();
     const Tensor &input = inputs[0], &target = inputs[1];
     const OptionalTensor weight = optional(inputs[2]);
-    Saved& saved = Saved::of(ctx);
+    const Kept kept = Kept::from(ctx);
+    const double label_smoothing = kept.loss.toDouble();
     variable_list gradients(8);
     if (needs_reference(grad_outputs[0])) {
       static const auto op =
           find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                                int64_t, double, int64_t, at::ScalarType)>(
               "fusedloss::cross_entropy_reference_gradient");
-      gradients[0] = op.call(grad_outputs[0], input, target, weight, saved.ignore_index,
-                             saved.parameter, saved.reduction, saved.dtype);
+      gradients[0] = op.call(grad_outputs[0], input, target, weight, kept.ignore_index,
+                             label_smoothing, kept.reduction, kept.dtype);
       return gradients;
     }
     static const auto op =
-        find_operator<void(const Tensor&, const Tensor&, const Tensor&, bool, const Tensor&,
-                           const Tensor&, const OptionalTensor&, int64_t, double, int64_t,
-                           at::ScalarType, const Tensor&)>("fusedloss::cross_entropy_backward_");
-    bool fresh;
-    gradients[0] = saved.take_gradient(input, fresh);
-    op.call(gradients[0], grad_outputs[0], saved.scales, fresh, input, target, weight,
-            saved.ignore_index, saved.parameter, saved.reduction, saved.dtype, saved.prediction);
+        find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                             const OptionalTensor&, int64_t, double, int64_t, at::ScalarType)>(
+            "fusedloss::cross_entropy_backward");
+    gradients[0] = op.call(grad_outputs[0], kept.scales, input, target, weight, kept.ignore_index,
+                           label_smoothing, kept.reduction, kept.dtype);
     return gradients;
   }
 };
 
 Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                      int64_t ignore_index, double label_smoothing, int64_t reduction,
-                     at::ScalarType dtype, const Tensor& prediction) {
+                     at::ScalarType dtype, const OptionalTensor& prediction) {
   if (wants_gradient(input)) {
     return CrossEntropyFunction::apply(input, target, weight, ignore_index, label_smoothing,
                                        reduction, dtype, prediction);

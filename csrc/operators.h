@@ -16,12 +16,12 @@ using PointwiseSignature = at::Tensor(const at::Tensor& input, const at::Tensor&
                                       const OptionalTensor& weight,
                                       const OptionalTensor& pos_weight, std::string_view loss,
                                       double parameter, int64_t ignore_index, int64_t reduction,
-                                      at::ScalarType dtype, const at::Tensor& prediction);
+                                      at::ScalarType dtype, const OptionalTensor& prediction);
 
 using CrossEntropySignature = at::Tensor(const at::Tensor& input, const at::Tensor& target,
                                          const OptionalTensor& weight, int64_t ignore_index,
                                          double label_smoothing, int64_t reduction,
-                                         at::ScalarType dtype, const at::Tensor& prediction);
+                                         at::ScalarType dtype, const OptionalTensor& prediction);
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find_operator(const char* name) {

@@ -1,9 +1,9 @@
 // The operators torch.ops.fusedloss.*: their schemas, and shape-only kernels.
 //
-// Every forward operator returns `scales`, two doubles: the upstream gradient that `gradient` was
-// written for (nan: it was not written), and what reduction "mean" divides by. The backward
-// operators make `gradient` right for the true upstream gradient: for nothing where it is already.
-#include <ATen/ops/empty.h>
+// Every forward operator returns `scales`, two doubles: the upstream gradient that a gradient was
+// written for (nan: none was written), and what reduction "mean" divides by. That gradient is
+// behind them, see carried.h. The backward operators return the gradient for the true upstream
+// gradient: for nothing where it is there already. An operator without a prediction shares one.
 #include <torch/library.h>
 
 #include "tensors.h"
@@ -13,42 +13,43 @@ namespace {
 
 using at::Tensor;
 
-Tensor meta_scales(const Tensor& like) { return at::empty({2}, like.options().dtype(at::kDouble)); }
-
 Tensor pointwise_meta(const Tensor& input, const Tensor&, const OptionalTensor&,
                       const OptionalTensor&, std::string_view, double, int64_t, int64_t reduction,
-                      at::ScalarType dtype, const Tensor&) {
+                      at::ScalarType dtype, const OptionalTensor&) {
   return empty_loss(input, reduction, dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor> pointwise_forward_meta(const Tensor& input, const Tensor&,
-                                                          const OptionalTensor&,
-                                                          const OptionalTensor&, std::string_view,
-                                                          double, int64_t, int64_t reduction,
-                                                          at::ScalarType dtype, const Tensor&) {
-  return {empty_loss(input, reduction, dtype), empty_gradient(input), meta_scales(input)};
+std::tuple<Tensor, Tensor> pointwise_forward_meta(const Tensor& input, const Tensor&,
+                                                  const OptionalTensor&, const OptionalTensor&,
+                                                  std::string_view, double, int64_t,
+                                                  int64_t reduction, at::ScalarType dtype,
+                                                  const OptionalTensor&) {
+  return {empty_loss(input, reduction, dtype), empty_scales(input)};
 }
 
-void pointwise_backward_meta_(const Tensor&, const Tensor&, const Tensor&, bool, const Tensor&,
-                              const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                              std::string_view, double, int64_t, int64_t, at::ScalarType,
-                              const Tensor&) {}
+Tensor pointwise_backward_meta(const Tensor&, const Tensor&, const Tensor& input, const Tensor&,
+                               const OptionalTensor&, const OptionalTensor&, std::string_view,
+                               double, int64_t, int64_t, at::ScalarType) {
+  return empty_gradient(input);
+}
 
 Tensor cross_entropy_meta(const Tensor& input, const Tensor&, const OptionalTensor&, int64_t,
-                          double, int64_t reduction, at::ScalarType dtype, const Tensor&) {
+                          double, int64_t reduction, at::ScalarType dtype, const OptionalTensor&) {
   return empty_row_loss(input, reduction, dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_meta(const Tensor& input, const Tensor&,
-                                                              const OptionalTensor&, int64_t,
-                                                              double, int64_t reduction,
-                                                              at::ScalarType dtype, const Tensor&) {
-  return {empty_row_loss(input, reduction, dtype), empty_gradient(input), meta_scales(input)};
+std::tuple<Tensor, Tensor> cross_entropy_forward_meta(const Tensor& input, const Tensor&,
+                                                      const OptionalTensor&, int64_t, double,
+                                                      int64_t reduction, at::ScalarType dtype,
+                                                      const OptionalTensor&) {
+  return {empty_row_loss(input, reduction, dtype), empty_scales(input)};
 }
 
-void cross_entropy_backward_meta_(const Tensor&, const Tensor&, const Tensor&, bool, const Tensor&,
-                                  const Tensor&, const OptionalTensor&, int64_t, double, int64_t,
-                                  at::ScalarType, const Tensor&) {}
+Tensor cross_entropy_backward_meta(const Tensor&, const Tensor&, const Tensor& input, const Tensor&,
+                                   const OptionalTensor&, int64_t, double, int64_t,
+                                   at::ScalarType) {
+  return empty_gradient(input);
+}
 
 }  // namespace
 
@@ -58,33 +59,38 @@ void cross_entropy_backward_meta_(const Tensor&, const Tensor&, const Tensor&, b
   "int ignore_index, float label_smoothing, int reduction, ScalarType dtype"
 
 TORCH_LIBRARY(fusedloss, m) {
+  // A compiler may trace them; but not into a CUDA graph, whose outputs do not say what a forward
+  // carries to its backward.
+  const std::vector<at::Tag> compiles{at::Tag::pt2_compliant_tag, at::Tag::cudagraph_unsafe};
+
   // Differentiable in input; the kernels behind Autograd compute the value only.
   m.def(
       "pointwise(Tensor input, Tensor target, Tensor? weight, Tensor? "
-      "pos_weight, " FUSEDLOSS_POINTWISE_OPTIONS ", Tensor prediction) -> Tensor");
+      "pos_weight, " FUSEDLOSS_POINTWISE_OPTIONS ", Tensor? prediction) -> Tensor",
+      compiles);
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, " FUSEDLOSS_CROSS_ENTROPY_OPTIONS
-      ", Tensor prediction) -> Tensor");
+      ", Tensor? prediction) -> Tensor",
+      compiles);
 
   m.def(
       "pointwise_forward(Tensor input, Tensor target, Tensor? weight, Tensor? "
       "pos_weight, " FUSEDLOSS_POINTWISE_OPTIONS
-      ", Tensor prediction) -> "
-      "(Tensor loss, Tensor gradient, Tensor scales)");
+      ", Tensor? prediction) -> (Tensor loss, Tensor scales)",
+      compiles);
   m.def(
-      "pointwise_backward_(Tensor(a!) gradient, Tensor grad_output, Tensor scales, bool fresh, "
-      "Tensor input, Tensor target, Tensor? weight, Tensor? "
-      "pos_weight, " FUSEDLOSS_POINTWISE_OPTIONS ", Tensor(b!) prediction) -> ()");
+      "pointwise_backward(Tensor grad_output, Tensor scales, Tensor input, Tensor target, "
+      "Tensor? weight, Tensor? pos_weight, " FUSEDLOSS_POINTWISE_OPTIONS ") -> Tensor",
+      compiles);
   m.def(
       "cross_entropy_forward(Tensor input, Tensor target, Tensor? "
       "weight, " FUSEDLOSS_CROSS_ENTROPY_OPTIONS
-      ", Tensor prediction) -> "
-      "(Tensor loss, Tensor gradient, Tensor scales)");
+      ", Tensor? prediction) -> (Tensor loss, Tensor scales)",
+      compiles);
   m.def(
-      "cross_entropy_backward_(Tensor(a!) gradient, Tensor grad_output, Tensor scales, bool fresh, "
-      "Tensor input, Tensor target, Tensor? weight, " FUSEDLOSS_CROSS_ENTROPY_OPTIONS
-      ", Tensor(b!) prediction) -> ()");
-  m.def("empty_gradient(Tensor input) -> Tensor");
+      "cross_entropy_backward(Tensor grad_output, Tensor scales, Tensor input, Tensor target, "
+      "Tensor? weight, " FUSEDLOSS_CROSS_ENTROPY_OPTIONS ") -> Tensor",
+      compiles);
 
   // Gradients that have a graph themselves: written in Python, by fusedloss/autograd.py.
   m.def(
@@ -95,17 +101,13 @@ TORCH_LIBRARY(fusedloss, m) {
       "Tensor? weight, " FUSEDLOSS_CROSS_ENTROPY_OPTIONS ") -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fusedloss, CompositeExplicitAutograd, m) {
-  m.impl("empty_gradient", &empty_gradient);
-}
-
 TORCH_LIBRARY_IMPL(fusedloss, Meta, m) {
   m.impl("pointwise", &pointwise_meta);
   m.impl("pointwise_forward", &pointwise_forward_meta);
-  m.impl("pointwise_backward_", &pointwise_backward_meta_);
+  m.impl("pointwise_backward", &pointwise_backward_meta);
   m.impl("cross_entropy", &cross_entropy_meta);
   m.impl("cross_entropy_forward", &cross_entropy_forward_meta);
-  m.impl("cross_entropy_backward_", &cross_entropy_backward_meta_);
+  m.impl("cross_entropy_backward", &cross_entropy_backward_meta);
 }
 
 }  // namespace fusedloss

@@ -16,6 +16,7 @@
 #include <cmath>
 #include <limits>
 
+#include "carried.h"
 #include "cpu/kernels.h"
 #include "math/sum.h"
 #include "tensors.h"
@@ -99,8 +100,7 @@ void set_scalar(const Tensor& t, double value) {
 }
 
 // ---- the prediction of the upstream gradient ----------------------------------------------------
-// Two doubles: the upstream gradient that the last backward saw, and how often of late it was the
-// one predicted, 0 to 3. Like a branch predictor's counter: forward writes the gradient at 2 and 3.
+// The confidence is like a branch predictor's counter: forward writes the gradient at 2 and 3.
 // Threads may race on it; a torn pair costs a recomputation, never a wrong gradient.
 
 constexpr double kConfident = 2, kMostConfident = 3;
@@ -127,12 +127,44 @@ void learn(const Tensor& prediction, double upstream) {
   }
 }
 
-Tensor pack_scales(const Tensor& like, double upstream, double normalizer) {
-  Tensor scales = at::empty({2}, like.options().dtype(at::kDouble));
-  scales.mutable_data_ptr<double>()[0] = upstream;
-  scales.mutable_data_ptr<double>()[1] = normalizer;
-  return scales;
-}
+// Of a forward: the upstream gradient that it expects, and the gradient to write for it, if any.
+struct Ahead {
+  Tensor prediction, gradient;
+  double upstream = kNotWritten;
+
+  Ahead(const OptionalTensor& own, std::string_view loss, const Tensor& input, int64_t reduction) {
+    if (reduction == at::Reduction::None) return;
+    prediction = prediction_of(own, loss, input, reduction);
+    upstream = predict(prediction);
+    if (!std::isnan(upstream)) gradient = empty_gradient(input);
+  }
+
+  Tensor scales(const Tensor& input, double normalizer) && {
+    Tensor scales = empty_scales(input);
+    scales.mutable_data_ptr<double>()[0] = upstream;
+    scales.mutable_data_ptr<double>()[1] = normalizer;
+    carry(scales, std::move(gradient), std::move(prediction));
+    return scales;
+  }
+};
+
+// Of a backward: the true upstream gradient, and the gradient, which may be right for it already.
+struct Behind {
+  double upstream = 1;
+  Tensor gradient;
+  bool done = false;
+
+  Behind(const Tensor& grad_output, const Tensor& scales, const Tensor& input, int64_t reduction) {
+    Carried* left = carried(scales);
+    if (left) gradient = std::move(left->gradient);
+    if (reduction != at::Reduction::None) {
+      upstream = scalar(grad_output);
+      if (left) learn(left->prediction, upstream);
+      done = gradient.defined() && same(scales.const_data_ptr<double>()[0], upstream);
+    }
+    if (!gradient.defined()) gradient = empty_gradient(input);
+  }
+};
 
 // ---- class indices ------------------------------------------------------------------------------
 
@@ -257,6 +289,13 @@ struct PointwiseCall {
     return static_cast<double>(input.numel());
   }
 
+  void want_gradient(const Tensor& gradient, double scale) {
+    advise_huge_pages(gradient);
+    call.gradient = gradient.mutable_data_ptr();
+    call.gradient_dtype = dtype_of(gradient);
+    call.scale = scale;
+  }
+
   cpu::PointwiseResult run() { return kernels().pointwise(call); }
 };
 
@@ -275,52 +314,41 @@ void write_loss(PointwiseCall& p, const Tensor& loss, int64_t reduction, double 
 
 Tensor pointwise(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                  const OptionalTensor& pos_weight, std::string_view loss, double parameter,
-                 int64_t ignore_index, int64_t reduction, at::ScalarType dtype, const Tensor&) {
+                 int64_t ignore_index, int64_t reduction, at::ScalarType dtype,
+                 const OptionalTensor&) {
   PointwiseCall p(input, target, weight, pos_weight, {}, loss, parameter, ignore_index, dtype);
   Tensor value = empty_loss(input, reduction, dtype);
   write_loss(p, value, reduction, p.normalizer(reduction, weight));
   return value;
 }
 
-std::tuple<Tensor, Tensor, Tensor> pointwise_forward(
+std::tuple<Tensor, Tensor> pointwise_forward(
     const Tensor& input, const Tensor& target, const OptionalTensor& weight,
     const OptionalTensor& pos_weight, std::string_view loss, double parameter, int64_t ignore_index,
-    int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
-  Tensor gradient = empty_gradient(input);  // first: see advise_huge_pages
+    int64_t reduction, at::ScalarType dtype, const OptionalTensor& prediction) {
+  Ahead ahead(prediction, loss, input, reduction);  // first: see advise_huge_pages
   PointwiseCall p(input, target, weight, pos_weight, {}, loss, parameter, ignore_index, dtype);
   const double normalizer = p.normalizer(reduction, weight);
-  const double upstream = predict(prediction);
   Tensor value = empty_loss(input, reduction, dtype);
-  if (!std::isnan(upstream)) {
-    advise_huge_pages(gradient);
-    p.call.gradient = gradient.mutable_data_ptr();
-    p.call.gradient_dtype = dtype_of(gradient);
-    p.call.scale = upstream / normalizer;
-  }
+  if (ahead.gradient.defined()) p.want_gradient(ahead.gradient, ahead.upstream / normalizer);
   write_loss(p, value, reduction, normalizer);
-  return {value, gradient, pack_scales(input, upstream, normalizer)};
+  return {value, std::move(ahead).scales(input, normalizer)};
 }
 
-void pointwise_backward_(const Tensor& gradient, const Tensor& grad_output, const Tensor& scales,
-                         bool fresh, const Tensor& input, const Tensor& target,
-                         const OptionalTensor& weight, const OptionalTensor& pos_weight,
-                         std::string_view loss, double parameter, int64_t ignore_index,
-                         int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
-  const double* scale = scales.const_data_ptr<double>();
-  const bool each = reduction == at::Reduction::None;
-  const double upstream = each ? 1 : scalar(grad_output);
-  if (!each) {
-    learn(prediction, upstream);
-    if (!fresh && same(scale[0], upstream)) return;
+Tensor pointwise_backward(const Tensor& grad_output, const Tensor& scales, const Tensor& input,
+                          const Tensor& target, const OptionalTensor& weight,
+                          const OptionalTensor& pos_weight, std::string_view loss, double parameter,
+                          int64_t ignore_index, int64_t reduction, at::ScalarType dtype) {
+  Behind behind(grad_output, scales, input, reduction);
+  if (!behind.done) {
+    const bool each = reduction == at::Reduction::None;
+    PointwiseCall p(input, target, weight, pos_weight,
+                    each ? OptionalTensor(grad_output) : std::nullopt, loss, parameter,
+                    ignore_index, dtype);
+    p.want_gradient(behind.gradient, behind.upstream / scales.const_data_ptr<double>()[1]);
+    p.run();
   }
-  PointwiseCall p(input, target, weight, pos_weight,
-                  each ? OptionalTensor(grad_output) : std::nullopt, loss, parameter, ignore_index,
-                  dtype);
-  advise_huge_pages(gradient);
-  p.call.gradient = gradient.mutable_data_ptr();
-  p.call.gradient_dtype = dtype_of(gradient);
-  p.call.scale = upstream / scale[1];
-  p.run();
+  return std::move(behind.gradient);
 }
 
 // ---- cross-entropy ------------------------------------------------------------------------------
@@ -346,6 +374,7 @@ struct CrossEntropyCall {
   }
 
   void want_gradient(const Tensor& gradient, double scale) {
+    advise_huge_pages(gradient);
     operands.want_gradient(call, gradient);
     call.scale = scale;
   }
@@ -384,52 +413,45 @@ Tensor write_loss(CrossEntropyCall& p, const Tensor& input, int64_t reduction, a
 
 Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                      int64_t ignore_index, double label_smoothing, int64_t reduction,
-                     at::ScalarType dtype, const Tensor&) {
+                     at::ScalarType dtype, const OptionalTensor&) {
   const double normalizer =
       cross_entropy_normalizer(input, target, weight, ignore_index, reduction);
   CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype);
   return write_loss(p, input, reduction, dtype, normalizer);
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(
-    const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t ignore_index,
-    double label_smoothing, int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
-  Tensor gradient = empty_gradient(input);  // first: see advise_huge_pages
+std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& input, const Tensor& target,
+                                                 const OptionalTensor& weight, int64_t ignore_index,
+                                                 double label_smoothing, int64_t reduction,
+                                                 at::ScalarType dtype,
+                                                 const OptionalTensor& prediction) {
+  Ahead ahead(prediction, "cross_entropy", input, reduction);  // first: see advise_huge_pages
   const double normalizer =
       cross_entropy_normalizer(input, target, weight, ignore_index, reduction);
   CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype);
-  const double upstream = reduction == at::Reduction::None ? kNotWritten : predict(prediction);
-  if (!std::isnan(upstream)) {
-    advise_huge_pages(gradient);
-    p.want_gradient(gradient, upstream / normalizer);
-  }
+  if (ahead.gradient.defined()) p.want_gradient(ahead.gradient, ahead.upstream / normalizer);
   Tensor value = write_loss(p, input, reduction, dtype, normalizer);
-  return {value, gradient, pack_scales(input, upstream, normalizer)};
+  return {value, std::move(ahead).scales(input, normalizer)};
 }
 
-void cross_entropy_backward_(const Tensor& gradient, const Tensor& grad_output,
-                             const Tensor& scales, bool fresh, const Tensor& input,
-                             const Tensor& target, const OptionalTensor& weight,
-                             int64_t ignore_index, double label_smoothing, int64_t reduction,
-                             at::ScalarType dtype, const Tensor& prediction) {
-  const double* scale = scales.const_data_ptr<double>();
-  const bool each = reduction == at::Reduction::None;
-  const double upstream = each ? 1 : scalar(grad_output);
-  if (!each) {
-    learn(prediction, upstream);
-    if (!fresh && same(scale[0], upstream)) return;
+Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& scales, const Tensor& input,
+                              const Tensor& target, const OptionalTensor& weight,
+                              int64_t ignore_index, double label_smoothing, int64_t reduction,
+                              at::ScalarType dtype) {
+  Behind behind(grad_output, scales, input, reduction);
+  if (!behind.done) {
+    // Once more: memory that a target shares may have changed unseen, and an index leads to memory.
+    cross_entropy_normalizer(input, target, weight, ignore_index, reduction);
+    CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype);
+    if (reduction == at::Reduction::None) {
+      const at::ScalarType computes = dtype == at::kDouble ? at::kDouble : at::kFloat;
+      p.upstream = grad_output.to(computes).contiguous();
+      p.call.upstream = p.upstream.const_data_ptr();
+    }
+    p.want_gradient(behind.gradient, behind.upstream / scales.const_data_ptr<double>()[1]);
+    p.run();
   }
-  // Once more: memory that a target shares may have changed unseen, and an index leads to memory.
-  cross_entropy_normalizer(input, target, weight, ignore_index, reduction);
-  CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype);
-  if (each) {
-    const at::ScalarType computes = dtype == at::kDouble ? at::kDouble : at::kFloat;
-    p.upstream = grad_output.to(computes).contiguous();
-    p.call.upstream = p.upstream.const_data_ptr();
-  }
-  advise_huge_pages(gradient);
-  p.want_gradient(gradient, upstream / scale[1]);
-  p.run();
+  return std::move(behind.gradient);
 }
 
 }  // namespace
@@ -437,10 +459,10 @@ void cross_entropy_backward_(const Tensor& gradient, const Tensor& grad_output,
 TORCH_LIBRARY_IMPL(fusedloss, CPU, m) {
   m.impl("pointwise", &pointwise);
   m.impl("pointwise_forward", &pointwise_forward);
-  m.impl("pointwise_backward_", &pointwise_backward_);
+  m.impl("pointwise_backward", &pointwise_backward);
   m.impl("cross_entropy", &cross_entropy);
   m.impl("cross_entropy_forward", &cross_entropy_forward);
-  m.impl("cross_entropy_backward_", &cross_entropy_backward_);
+  m.impl("cross_entropy_backward", &cross_entropy_backward);
 }
 
 const char* cpu_capability() { return kernels().capability; }

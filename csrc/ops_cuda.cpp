@@ -14,6 +14,7 @@
 #include <mutex>
 #include <sstream>
 
+#include "carried.h"
 #include "cuda/kernels.h"
 #include "tensors.h"
 
@@ -103,18 +104,24 @@ struct Call {
     launch.loss = loss.mutable_data_ptr();
     launch.loss_dtype = dtype_of(loss);
   }
-  void predicts(const Tensor& prediction, int64_t reduction) {
+  void predicts(const Tensor& prediction) {
     TORCH_CHECK(prediction.device() == input.device(), "fusedloss: a prediction on ",
                 prediction.device(), " for input on ", input.device());
-    if (reduction != at::Reduction::None) {
-      launch.prediction = prediction.mutable_data_ptr<double>();
-    }
+    launch.prediction = prediction.mutable_data_ptr<double>();
   }
-  void comes_after(const Tensor& scales, const Tensor& grad_output, bool fresh) {
-    launch.scales = scales.mutable_data_ptr<double>();
-    launch.grad_output = grad_output.const_data_ptr();
-    launch.grad_output_dtype = dtype_of(grad_output);
-    launch.fresh = fresh;
+  // The gradient of a backward: forward's buffer, or a fresh one. Of one upstream gradient (a
+  // reduction's), the kernel finds out whether that buffer is right for it already.
+  Tensor gradient_after(const Tensor& scales, const Tensor& grad_output, int64_t reduction) {
+    Carried* left = carried(scales);
+    Tensor gradient = left ? std::move(left->gradient) : Tensor();
+    if (reduction != at::Reduction::None) {
+      if (left) predicts(left->prediction);
+      launch.scales = scales.mutable_data_ptr<double>();
+      launch.grad_output = grad_output.const_data_ptr();
+      launch.grad_output_dtype = dtype_of(grad_output);
+      launch.fresh = !gradient.defined();
+    }
+    return gradient.defined() ? gradient : empty_gradient(input);
   }
 
   // The mean divides by what a kernel counts, into the second of the scales.
@@ -146,9 +153,25 @@ struct Call {
   }
 };
 
-Tensor empty_scales(const Tensor& input) {
-  return at::empty({2}, input.options().dtype(at::kDouble));
-}
+// Of a forward: the gradient that it may write, and what tells the kernel whether it is to.
+struct Ahead {
+  Tensor prediction, gradient, scales;
+
+  template <class AnyCall>
+  Ahead(const OptionalTensor& own, std::string_view loss, AnyCall& call, int64_t reduction)
+      : scales(empty_scales(call.input)) {
+    if (reduction == at::Reduction::None) return;
+    prediction = prediction_of(own, loss, call.input, reduction);
+    gradient = empty_gradient(call.input);
+    call.predicts(prediction);
+    call.want_gradient(gradient);
+  }
+
+  Tensor carried_on() && {
+    carry(scales, std::move(gradient), std::move(prediction));
+    return std::move(scales);
+  }
+};
 
 // ---- pointwise ----------------------------------------------------------------------------------
 
@@ -221,37 +244,36 @@ struct PointwiseCall : Call {
 
 Tensor pointwise(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                  const OptionalTensor& pos_weight, std::string_view loss, double parameter,
-                 int64_t ignore_index, int64_t reduction, at::ScalarType dtype, const Tensor&) {
+                 int64_t ignore_index, int64_t reduction, at::ScalarType dtype,
+                 const OptionalTensor&) {
   PointwiseCall p(input, target, weight, pos_weight, {}, loss, parameter, ignore_index, dtype,
                   Pass::kValue);
   return p.compute_loss(reduction, dtype, weight, empty_scales(input));
 }
 
-std::tuple<Tensor, Tensor, Tensor> pointwise_forward(
+std::tuple<Tensor, Tensor> pointwise_forward(
     const Tensor& input, const Tensor& target, const OptionalTensor& weight,
     const OptionalTensor& pos_weight, std::string_view loss, double parameter, int64_t ignore_index,
-    int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
+    int64_t reduction, at::ScalarType dtype, const OptionalTensor& prediction) {
   PointwiseCall p(input, target, weight, pos_weight, {}, loss, parameter, ignore_index, dtype,
                   Pass::kForward);
-  Tensor gradient = empty_gradient(input), scales = empty_scales(input);
-  p.predicts(prediction, reduction);
-  p.want_gradient(gradient);
-  return {p.compute_loss(reduction, dtype, weight, scales), gradient, scales};
+  Ahead ahead(prediction, loss, p, reduction);
+  Tensor value = p.compute_loss(reduction, dtype, weight, ahead.scales);
+  return {value, std::move(ahead).carried_on()};
 }
 
-void pointwise_backward_(const Tensor& gradient, const Tensor& grad_output, const Tensor& scales,
-                         bool fresh, const Tensor& input, const Tensor& target,
-                         const OptionalTensor& weight, const OptionalTensor& pos_weight,
-                         std::string_view loss, double parameter, int64_t ignore_index,
-                         int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
+Tensor pointwise_backward(const Tensor& grad_output, const Tensor& scales, const Tensor& input,
+                          const Tensor& target, const OptionalTensor& weight,
+                          const OptionalTensor& pos_weight, std::string_view loss, double parameter,
+                          int64_t ignore_index, int64_t reduction, at::ScalarType dtype) {
   const bool each = reduction == at::Reduction::None;
   PointwiseCall p(input, target, weight, pos_weight,
                   each ? OptionalTensor(grad_output) : std::nullopt, loss, parameter, ignore_index,
                   dtype, Pass::kBackward);
-  p.predicts(prediction, reduction);
-  if (!each) p.comes_after(scales, grad_output, fresh);
+  Tensor gradient = p.gradient_after(scales, grad_output, reduction);
   p.want_gradient(gradient);
   p.run();
+  return gradient;
 }
 
 // ---- cross-entropy ------------------------------------------------------------------------------
@@ -301,37 +323,36 @@ struct CrossEntropyCall : Call {
 
 Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                      int64_t ignore_index, double label_smoothing, int64_t reduction,
-                     at::ScalarType dtype, const Tensor&) {
+                     at::ScalarType dtype, const OptionalTensor&) {
   CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype, Pass::kValue);
   return p.compute_loss(reduction, dtype, empty_scales(input));
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(
-    const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t ignore_index,
-    double label_smoothing, int64_t reduction, at::ScalarType dtype, const Tensor& prediction) {
+std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& input, const Tensor& target,
+                                                 const OptionalTensor& weight, int64_t ignore_index,
+                                                 double label_smoothing, int64_t reduction,
+                                                 at::ScalarType dtype,
+                                                 const OptionalTensor& prediction) {
   CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype, Pass::kForward);
-  Tensor gradient = empty_gradient(input), scales = empty_scales(input);
-  p.predicts(prediction, reduction);
-  p.want_gradient(gradient);
-  return {p.compute_loss(reduction, dtype, scales), gradient, scales};
+  Ahead ahead(prediction, "cross_entropy", p, reduction);
+  Tensor value = p.compute_loss(reduction, dtype, ahead.scales);
+  return {value, std::move(ahead).carried_on()};
 }
 
-void cross_entropy_backward_(const Tensor& gradient, const Tensor& grad_output,
-                             const Tensor& scales, bool fresh, const Tensor& input,
-                             const Tensor& target, const OptionalTensor& weight,
-                             int64_t ignore_index, double label_smoothing, int64_t reduction,
-                             at::ScalarType dtype, const Tensor& prediction) {
+Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& scales, const Tensor& input,
+                              const Tensor& target, const OptionalTensor& weight,
+                              int64_t ignore_index, double label_smoothing, int64_t reduction,
+                              at::ScalarType dtype) {
   CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype, Pass::kBackward);
-  p.predicts(prediction, reduction);
   if (reduction == at::Reduction::None) {
     p.held.push_back(aligned(grad_output.contiguous()));
     p.call.upstream = p.held.back().const_data_ptr();
     p.call.upstream_dtype = dtype_of(grad_output);
-  } else {
-    p.comes_after(scales, grad_output, fresh);
   }
+  Tensor gradient = p.gradient_after(scales, grad_output, reduction);
   p.want_gradient(gradient);
   p.run();
+  return gradient;
 }
 
 }  // namespace
@@ -339,10 +360,10 @@ void cross_entropy_backward_(const Tensor& gradient, const Tensor& grad_output,
 TORCH_LIBRARY_IMPL(fusedloss, FUSEDLOSS_CUDA_KEY, m) {
   m.impl("pointwise", &pointwise);
   m.impl("pointwise_forward", &pointwise_forward);
-  m.impl("pointwise_backward_", &pointwise_backward_);
+  m.impl("pointwise_backward", &pointwise_backward);
   m.impl("cross_entropy", &cross_entropy);
   m.impl("cross_entropy_forward", &cross_entropy_forward);
-  m.impl("cross_entropy_backward_", &cross_entropy_backward_);
+  m.impl("cross_entropy_backward", &cross_entropy_backward);
 }
 
 }  // namespace fusedloss

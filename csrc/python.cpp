@@ -6,50 +6,16 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Reduction.h>
-#include <ATen/ops/full.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <map>
-#include <mutex>
-#include <tuple>
-
-#include "operators.h"
+#include "carried.h"
 
 namespace fusedloss {
 namespace {
 
 namespace py = pybind11;
 using at::Tensor;
-
-// ---- predictions --------------------------------------------------------------------------------
-
-// A call site's prediction: an upstream gradient, and the confidence in it (0 to 3).
-Tensor new_prediction(const at::Device& device) {
-  Tensor prediction = at::full({2}, 1.0, at::dtype(at::kDouble).device(device));
-  prediction.select(0, 1).fill_(3.0);
-  return prediction;
-}
-
-// The predictions of calls that have no module to keep theirs, by what tells call sites apart.
-Tensor shared_prediction(std::string_view loss, const Tensor& input, int64_t reduction) {
-  using Key = std::tuple<std::string, at::DeviceType, int, at::ScalarType, int64_t, int64_t>;
-  static std::mutex mutex;
-  static auto& table = *new std::map<Key, Tensor>;  // outlives whatever runs at exit
-  constexpr size_t kLimit = 512;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const at::Device device = input.device();
-  Key key(loss, device.type(), device.index(), input.scalar_type(), input.numel(), reduction);
-  const auto found = table.find(key);
-  if (found != table.end()) return found->second;
-  if (table.size() >= kLimit) table.clear();
-  return table.emplace(std::move(key), new_prediction(device)).first->second;
-}
-
-Tensor prediction_or_shared(py::handle own, std::string_view loss, const Tensor& input,
-                            int64_t reduction) {
-  return own.is_none() ? shared_prediction(loss, input, reduction) : THPVariable_Unpack(own.ptr());
-}
 
 // ---- plain calls --------------------------------------------------------------------------------
 
@@ -87,6 +53,10 @@ bool computes(at::ScalarType dtype) {
          dtype == at::kHalf;
 }
 
+OptionalTensor optional(py::handle object) {
+  return object.is_none() ? std::nullopt : OptionalTensor(THPVariable_Unpack(object.ptr()));
+}
+
 py::object pointwise(py::handle input_object, py::handle target_object, std::string_view loss,
                      double parameter, int64_t reduction, py::handle prediction) {
   const Tensor *input = plain(input_object), *target = plain(target_object);
@@ -99,7 +69,7 @@ py::object pointwise(py::handle input_object, py::handle target_object, std::str
     return py::none();
   }
   static const auto op = find_operator<PointwiseSignature>("fusedloss::pointwise");
-  const Tensor site = prediction_or_shared(prediction, loss, *input, reduction);
+  const OptionalTensor site = optional(prediction);
   Tensor value;
   {
     py::gil_scoped_release no_gil;
@@ -137,7 +107,7 @@ py::object cross_entropy(py::handle input_object, py::handle target_object,
     weight = *w;
   }
   static const auto op = find_operator<CrossEntropySignature>("fusedloss::cross_entropy");
-  const Tensor site = prediction_or_shared(prediction, "cross_entropy", *input, reduction);
+  const OptionalTensor site = optional(prediction);
   Tensor value;
   {
     py::gil_scoped_release no_gil;
@@ -182,7 +152,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info);
   m.def("new_prediction",
         [](py::handle input) { return new_prediction(THPVariable_Unpack(input.ptr()).device()); });
-  m.def("shared_prediction", &shared_prediction);
   m.def("pointwise", &pointwise, "The loss, or None: not a plain call.");
   m.def("cross_entropy", &cross_entropy, "The loss, or None: not a plain call.");
 #if defined(FUSEDLOSS_CUDA)

@@ -19,6 +19,7 @@ from .modules import (
     MSELoss,
     SmoothL1Loss,
 )
+from .patching import patch, replace
 
 __all__ = [
     "BCELoss",
@@ -36,5 +37,7 @@ __all__ = [
     "explain",
     "functional",
     "info",
+    "patch",
     "reference",
+    "replace",
 ]

@@ -22,16 +22,6 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def _site(prediction: Tensor | None, loss: str, input: Tensor, reduction: int) -> Tensor:
-    """The prediction of a call: its own, or that of calls like it; traced, a new one."""
-    if traced():
-        return torch.tensor([1.0, 3.0], dtype=torch.float64, device=input.device)
-    if prediction is not None:
-        return prediction
-    shared: Tensor = _shared_prediction(loss, input, reduction)
-    return shared
-
-
 def pointwise(
     loss: str,
     input: Tensor,
@@ -46,9 +36,8 @@ def pointwise(
 ) -> Tensor:
     """One fused pointwise call."""
     number = REDUCTIONS[reduction]
-    site = _site(prediction, loss, input, number)
     value: Tensor = _pointwise(
-        input, target, weight, pos_weight, loss, parameter, ignore_index, number, dtype, site
+        input, target, weight, pos_weight, loss, parameter, ignore_index, number, dtype, prediction
     )
     return value
 
@@ -65,9 +54,8 @@ def cross_entropy(
 ) -> Tensor:
     """One fused cross-entropy call."""
     number = REDUCTIONS[reduction]
-    site = _site(prediction, "cross_entropy", input, number)
     value: Tensor = _cross_entropy(
-        input, target, weight, ignore_index, label_smoothing, number, dtype, site
+        input, target, weight, ignore_index, label_smoothing, number, dtype, prediction
     )
     return value
 
@@ -140,7 +128,6 @@ def _cross_entropy_reference_gradient(
 
 
 if backends.extension is not None:
-    _shared_prediction = backends.extension.shared_prediction
     _pointwise = torch.ops.fusedloss.pointwise.default
     _cross_entropy = torch.ops.fusedloss.cross_entropy.default
     _torch_library: Any = torch.library  # untyped in some of the releases

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import has_torch_function_variadic
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import autograd, backends, reference
 
@@ -36,8 +37,12 @@ __all__ = [
 ]
 
 _C: Any = backends.extension
+NO_TORCHSCRIPT = (
+    "fusedloss does not go into TorchScript, which is deprecated: use torch.compile or "
+    "torch.export, or torch.nn's own losses where it must be torch.jit"
+)
+_DISABLED = torch._C._disabled_torch_function_impl
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-_functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
 # ---- which path a call takes ---------------------------------------------------------------------
@@ -95,10 +100,27 @@ def _report(reason: str | None) -> None:
         raise _Explained(Explanation("reference", False, (reason,)))
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _transformed() -> bool:
+    """Whether a torch.func transform is active; a tracing compiler is inside of it as well."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _overrides(value: Any) -> bool:
+    """Whether a tensor's own class is to see torch functions, or holds other tensors."""
+    kind = type(value)
+    if kind is Tensor or kind is Parameter:
+        return False
+    overriding = getattr(kind, "__torch_function__", _DISABLED) is not _DISABLED
+    return overriding or is_traceable_wrapper_subclass(value)
+
+
 def _obstacle(input: Any, target: Any, *others: Any) -> str | None:
     """Why no fused kernel takes these tensors, before their shapes and dtypes; None: one does."""
-    if has_torch_function_variadic(input, target, *others):
-        return "a tensor subclass or a torch function mode is involved"
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(NO_TORCHSCRIPT)
+    if any(map(_overrides, (input, target, *others))):
+        return "a tensor subclass is involved"
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         return "input and target are not both tensors"
     if input.device != target.device:
@@ -109,7 +131,7 @@ def _obstacle(input: Any, target: Any, *others: Any) -> str | None:
         return f"layouts {input.layout} and {target.layout} are not both strided"
     if input.is_nested or target.is_nested:
         return "a nested tensor is involved"
-    if _functorch_level() is not None:
+    if _transformed():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
@@ -691,3 +713,8 @@ def _log_loss(
     if reduction != "none":
         return loss
     return loss.sum(1 if input.dim() > 1 else 0).to(dtype)
+
+
+# Where torch.jit.script looks before it compiles a function.
+for _name in __all__:
+    setattr(globals()[_name], "__script_unsupported", NO_TORCHSCRIPT)

@@ -34,6 +34,10 @@ class _Predicting(nn.Module):
             self.__dict__["_own_prediction"] = prediction
         return prediction
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        # What torch.jit.script asks of a module before it compiles it.
+        raise RuntimeError(F.NO_TORCHSCRIPT)
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy is another call site: it learns its own.
         return {k: v for k, v in self.__dict__.items() if k != "_own_prediction"}

@@ -565,8 +565,9 @@ Plan plan_for(const CrossEntropy& call) {
     plan.blocks = at_once(ceil_div(rows, kColumnsBlock * (wide ? kSize : 1)), 1024);
     return plan;
   }
-  const bool aligned = call.classes % kSize == 0 && call.input.outer % kSize == 0 &&
-                       call.input.inner % kSize == 0 &&
+  const auto whole = [](int64_t size, int64_t stride) { return size == 1 || stride % kSize == 0; };
+  const bool aligned = call.classes % kSize == 0 && whole(call.outer, call.input.outer) &&
+                       whole(call.inner, call.input.inner) &&
                        phase(static_cast<const D*>(call.input.data)) == 0;
   // A row that begins amid a packet may end amid one more.
   const int64_t packets = ceil_div(call.classes, kSize) + (aligned ? 0 : 1);

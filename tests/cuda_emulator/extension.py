@@ -27,7 +27,7 @@ TESTS = (
     *("test_values.py", "test_one_pass.py", "test_layouts.py", "test_second_order.py"),
     *("test_edge_cases.py", "test_faults.py", "test_field_mistakes.py", "test_operators.py"),
 )
-OPERATORS = ("ops.cpp", "ops_cuda.cpp", "tensors.cpp", "autograd.cpp", "python.cpp")
+OPERATORS = ("ops.cpp", "ops_cuda.cpp", "tensors.cpp", "carried.cpp", "autograd.cpp", "python.cpp")
 
 
 def compile_extension() -> Path:

@@ -1,0 +1,237 @@
+"""torch.compile, torch.export and compiled autograd: one opaque operator a loss, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.fx import GraphModule
+
+import fusedloss
+import fusedloss.functional as FL
+from cases import LOSSES, Sample, at_shape
+from helpers import assert_same_bits, leaf
+
+pytestmark = [pytest.mark.usefixtures("compiled"), pytest.mark.slow]
+FAMILIES = [
+    *LOSSES,
+    "huber_loss-delta2-weight",
+    "binary_cross_entropy_with_logits-weight-pos_weight",
+    "cross_entropy-weight-smoothing-ignored",
+    "cross_entropy-probabilities-weight",
+]
+# Right where predicted, wrong, restless, then right again.
+UPSTREAMS = (1.0, 3.0, 3.0, 0.5, -1.0, 2.0, 3.0, 3.0, 3.0, 3.0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+def loss_of(family: str, sample: Sample) -> Callable[[Tensor, Tensor], Tensor]:
+    function = getattr(FL, at_shape(family, (1, 1)).loss)
+    return lambda input, target: function(input * 1.5, target, **sample.options) * 2
+
+
+def gradient(
+    function: Callable[..., Tensor], sample: Sample, upstream: float
+) -> tuple[Tensor, Tensor]:
+    input = leaf(sample.input)
+    value = function(input, sample.target)
+    factor = torch.tensor(upstream, dtype=value.dtype)
+    return value.detach(), torch.autograd.grad(value, input, factor)[0]
+
+
+def probabilities_halved(loss: str, sample: Sample) -> Sample:
+    """Still in [0, 1] after the 1.5 of loss_of()."""
+    if loss in ("binary_cross_entropy", "log_loss"):
+        sample.input.div_(2)
+    return sample
+
+
+def draw(family: str, shape: tuple[int, ...] = (6, 35), seed: int = 0) -> Sample:
+    case = at_shape(family, shape)
+    return probabilities_halved(case.loss, case.sample(torch.float32, seed))
+
+
+class Graphs:
+    """A compiler's backend that notes the operators of what it is given, and runs it as it is."""
+
+    def __init__(self) -> None:
+        self.forward: list[str] = []
+        self.backward: list[str] = []
+        self.backend = aot_autograd(
+            fw_compiler=self._note(self.forward), bw_compiler=self._note(self.backward)
+        )
+
+    @staticmethod
+    def _note(names: list[str]) -> Callable[..., Any]:
+        def compiler(graph: GraphModule, inputs: Any) -> Any:
+            names.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+            return torch._dynamo.backends.debugging.boxed_nop(graph, inputs)
+
+        return compiler
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_graph_holds_one_operator(family: str) -> None:
+    graphs = Graphs()
+    sample = draw(family)
+    function = loss_of(family, sample)
+    compiled = torch.compile(function, backend=graphs.backend, fullgraph=True)
+    for upstream in UPSTREAMS:
+        got, expected = (gradient(f, sample, upstream) for f in (compiled, function))
+        assert_same_bits(got[0], expected[0], "value")
+        assert_same_bits(got[1], expected[1], f"gradient by {upstream}")
+    engine = "cross_entropy" if family.startswith("cross_entropy") else "pointwise"
+    assert [n for n in graphs.forward if "fusedloss" in n] == [
+        f"fusedloss.{engine}_forward.default"
+    ]
+    assert [n for n in graphs.backward if "fusedloss" in n] == [
+        f"fusedloss.{engine}_backward.default"
+    ]
+    names = (*graphs.forward, *graphs.backward)
+    assert not [n for n in names if n.startswith("aten") and ("loss" in n or "entropy" in n)]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: FL.mse_loss, fusedloss.MSELoss], ids=["function", "module"]
+)
+def test_one_pass(make: Callable[[], Callable[..., Tensor]]) -> None:
+    """Backward hands over what forward has written: numbers that change after that go unseen."""
+    loss = make()
+    step = torch.compile(lambda x, y: loss(x, y), backend="inductor", fullgraph=True)
+    input, target = torch.randn(6, 35), torch.randn(6, 35)
+    for upstream in (1.0, 0.5):
+        for _ in range(8):
+            gradient(step, Sample(input, target, {}), upstream)
+        expected = gradient(step, Sample(input, target.clone(), {}), upstream)[1]
+        x, y = leaf(input), target.clone()
+        value = step(x, y)
+        y.data.fill_(0)
+        assert_same_bits(
+            torch.autograd.grad(value, x, torch.tensor(upstream))[0], expected, "handed over"
+        )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("loss", ["binary_cross_entropy_with_logits", "cross_entropy"])
+def test_code_generation(loss: str, dynamic: bool) -> None:
+    """The default backend: no recompilation from the upstream gradient, nor from the shape."""
+    module = {
+        "binary_cross_entropy_with_logits": fusedloss.BCEWithLogitsLoss,
+        "cross_entropy": fusedloss.CrossEntropyLoss,
+    }[loss]()
+
+    def function(input: Tensor, target: Tensor) -> Tensor:
+        return module(input * 1.5, target) * 2
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
+    for rows in (6, 11, 3) if dynamic else (6,):
+        sample = draw(loss, (rows, 35), seed=rows)
+        if loss == "cross_entropy":
+            sample.target[rows // 2] = -100
+        for upstream in UPSTREAMS:
+            torch.testing.assert_close(
+                gradient(compiled, sample, upstream), gradient(function, sample, upstream)
+            )
+
+
+def test_second_backward_of_a_compiled_step() -> None:
+    sample = draw("mse_loss")
+    function = loss_of("mse_loss", sample)
+    input = leaf(sample.input)
+    with torch._functorch.config.patch(donated_buffer=False):  # else retain_graph is refused
+        value = torch.compile(function, backend="aot_eager", fullgraph=True)(input, sample.target)
+        for upstream in (1.0, 3.0, 1.0):
+            (got,) = torch.autograd.grad(value, input, torch.tensor(upstream), retain_graph=True)
+            expected = gradient(function, sample, upstream)[1]
+            assert_same_bits(got, expected, f"by {upstream}")
+            got.fill_(0)
+
+
+@pytest.mark.parametrize("loss", ["mse_loss", "cross_entropy"])
+def test_autocast_inside(loss: str) -> None:
+    sample = draw(loss)
+    weight = torch.randn(35, 35) / 6
+
+    def function(input: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return getattr(FL, loss)(input @ weight, target)
+
+    if loss == "mse_loss":
+        sample = Sample(sample.input, sample.target.bfloat16(), {})
+    graphs = Graphs()
+    compiled = torch.compile(function, backend=graphs.backend, fullgraph=True)
+    got, expected = (gradient(f, sample, 2.0) for f in (compiled, function))
+    assert got[0].dtype == expected[0].dtype == torch.float32
+    torch.testing.assert_close(got, expected)
+    assert any("fusedloss" in n for n in graphs.forward)
+
+
+@pytest.mark.parametrize("loss", ["mse_loss", "cross_entropy"])
+def test_transforms_inside(loss: str) -> None:
+    """torch.func within a compiled function takes the reference, as it does without."""
+    sample = draw(loss)
+    function = getattr(FL, loss)
+
+    def per_row(input: Tensor, target: Tensor) -> Tensor:
+        return torch.func.vmap(torch.func.grad(function))(input, target)
+
+    compiled = torch.compile(per_row, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(
+        compiled(sample.input, sample.target), per_row(sample.input, sample.target)
+    )
+
+
+@pytest.mark.parametrize("loss", ["mse_loss", "cross_entropy"])
+def test_compiled_autograd(loss: str) -> None:
+    sample = draw(loss)
+    function = loss_of(loss, sample)
+    compiler = torch.compile(backend="aot_eager")
+    for upstream in UPSTREAMS[:4]:
+        expected = gradient(function, sample, upstream)
+        with torch._dynamo.compiled_autograd._enable(compiler):
+            got = gradient(function, sample, upstream)
+        assert_same_bits(got[1], expected[1], f"by {upstream}")
+
+
+class Step(nn.Module):
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        result: Tensor = self.loss(input * 1.5, target)
+        return result
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("loss", "module"),
+    [
+        ("huber_loss", fusedloss.HuberLoss(delta=0.5)),
+        ("cross_entropy", fusedloss.CrossEntropyLoss(weight=torch.linspace(0.5, 2, 35))),
+        ("log_loss", fusedloss.LogLoss()),
+    ],
+)
+def test_export(loss: str, module: nn.Module, strict: bool) -> None:
+    """For any number of rows, with and without decompositions, and through a file."""
+    sample, other = draw(loss), draw(loss, (9, 35), seed=1)
+    step = Step(module)
+    rows = {0: torch.export.Dim("rows", min=2, max=64)}
+    program = torch.export.export(
+        step, (sample.input, sample.target), dynamic_shapes=(rows, rows), strict=strict
+    )
+    for exported in (program, program.run_decompositions()):
+        assert "torch.ops.fusedloss." in exported.graph_module.code
+        got = gradient(exported.module(), other, 1.0)
+        torch.testing.assert_close(got, gradient(step, other, 1.0))
