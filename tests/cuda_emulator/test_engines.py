@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -72,27 +73,32 @@ class Ways:
             assert way.calls.fault(way.fault)[0] == 0, f"{what} {name}"
 
 
+class Question(NamedTuple):
+    loss: str
+    sample: Sample
+    elements: formulas.Elements
+    what: str
+    reductions: Sequence[str]
+
+
 def check_all(
-    variant: str,
-    questions: Sequence[tuple[str, Sample, formulas.Elements, str]],
-    reductions: Sequence[str] = REDUCTIONS,
-    shifts: tuple[int, int] = (0, 0),
+    variant: str, questions: Sequence[Question], shifts: tuple[int, int] = (0, 0)
 ) -> None:
     """One run of the program for all of them."""
     calls = Calls()
     asked = [
-        (Ways(calls, loss, sample, reduction, shifts), elements, f"{what} {reduction}")
-        for (loss, sample, elements, what) in questions
-        for reduction in reductions
+        (Ways(calls, q.loss, q.sample, reduction, shifts), q.elements, f"{q.what} {reduction}")
+        for q in questions
+        for reduction in q.reductions
     ]
     calls.run(program(variant))
     for ways, elements, what in asked:
         ways.check(elements, what)
 
 
-def question(case: Case, dtype: str) -> tuple[str, Sample, formulas.Elements, str]:
+def question(case: Case, dtype: str, *reductions: str) -> Question:
     sample, elements = drawn(case, DTYPES[dtype])
-    return case.loss, sample, elements, f"{case.name} {dtype}"
+    return Question(case.loss, sample, elements, f"{case.name} {dtype}", reductions)
 
 
 def cases_of(family: str) -> list[Case]:
@@ -103,17 +109,36 @@ def cases_of(family: str) -> list[Case]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_values(family: str, dtype: str) -> None:
-    check_all("plain", [question(c, dtype) for c in cases_of(family)])
+    check_all("plain", [question(case, dtype, *REDUCTIONS) for case in cases_of(family)])
 
 
-@pytest.mark.parametrize("variant", ["address", "thread"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sanitized(family: str, variant: str) -> None:
-    """Nothing out of bounds, misaligned or unordered."""
+def few_of(family: str) -> list[Question]:
+    """Of small shapes some, and the largest."""
     cases = cases_of(family)
     few = {case.name: case for case in (*cases[::4], *cases[-3:])}.values()
-    check_all(variant, [question(case, "fp32") for case in few], ["mean"])
-    check_all(variant, [question(case, "bf16") for case in few], ["none"])
+    asked = [(question(case, "fp32", "mean"), question(case, "bf16", "none")) for case in few]
+    return list(itertools.chain.from_iterable(asked))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bounds_and_alignment(family: str) -> None:
+    check_all("address", few_of(family))
+
+
+# Of every kernel one family: what its threads wait for does not depend on the loss.
+FAMILIES_OF_KERNELS = (
+    "mse_loss",
+    "mse_loss-weight",
+    "cross_entropy",
+    "cross_entropy-ignored",
+    "cross_entropy-probabilities",
+    "log_loss",
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES_OF_KERNELS)
+def test_order(family: str) -> None:
+    check_all("thread", few_of(family))
 
 
 def transposed(tensor: Tensor) -> Tensor:
@@ -162,8 +187,9 @@ def test_layouts(layout: str, variant: str) -> None:
             lay_out(plain.input), lay_out(plain.target) if whole else plain.target, plain.options
         )
         elements = formulas.elements(case.loss, plain.input, plain.target, plain.options)
-        questions.append((case.loss, sample, elements, f"{case.name} {dtype} {layout}"))
-    check_all(variant, questions, ["none", "mean"])
+        what = f"{case.name} {dtype} {layout}"
+        questions.append(Question(case.loss, sample, elements, what, ("none", "mean")))
+    check_all(variant, questions)
 
 
 @pytest.mark.parametrize("shifts", [(1, 1), (3, 3), (1, 0), (0, 3)], ids=str)
@@ -174,8 +200,9 @@ def test_unaligned(shifts: tuple[int, int], variant: str) -> None:
     for family, dtype in itertools.product(LAID_OUT, ("fp32", "bf16")):
         by_class = "cross_entropy" in family or "log_loss" in family
         for n in (1, 2, 3, 5, 300, 20_001):
-            questions.append(question(at_shape(family, (3, n) if by_class else (n,)), dtype))
-    check_all(variant, questions, ["mean"], shifts)
+            case = at_shape(family, (3, n) if by_class else (n,))
+            questions.append(question(case, dtype, "mean"))
+    check_all(variant, questions, shifts)
 
 
 @pytest.mark.parametrize(
