@@ -151,6 +151,11 @@ def _obstacle(input: Any, target: Any, *others: Any) -> str | None:
     return None
 
 
+def _autocast_refuses(device: str) -> bool:
+    """Whether autocast is on where torch then refuses binary_cross_entropy, with an error."""
+    return device != "cpu" and torch.is_autocast_enabled(device)
+
+
 def _result_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype | str:
     """The dtype of the loss; or, as text, why no fused kernel takes these dtypes."""
     dtype = input.dtype
@@ -214,6 +219,8 @@ def _pointwise(
             reason = f"shapes differ: {tuple(input.shape)} and {tuple(target.shape)}"
         elif isinstance(dtype, str):
             reason = dtype
+        elif loss == "binary_cross_entropy" and _autocast_refuses(input.device.type):
+            reason = "torch refuses it under autocast, as unsafe"
         elif (
             weight is not None
             and not broadcast_weight
