@@ -138,12 +138,18 @@ def _obstacle(input: Any, target: Any, *others: Any) -> str | None:
     grad = torch.is_grad_enabled()
     if grad and target.requires_grad:
         return "a gradient for target is wanted"
+    # Ours needs them in backward, and torch may do without.
+    saved = grad and input.requires_grad
+    if saved and target.is_inference():
+        return "target is an inference tensor, which cannot be saved for backward"
     for other in others:
         if other is not None:
             if not isinstance(other, Tensor) or other.device != input.device:
                 return "a weight is not a tensor on input's device"
             if grad and other.requires_grad:
                 return "a gradient for a weight is wanted"
+            if saved and other.is_inference():
+                return "a weight is an inference tensor, which cannot be saved for backward"
             if other.layout is not torch.strided:
                 return f"a weight's layout is {other.layout}"
     if input.numel() == 0:
