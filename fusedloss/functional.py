@@ -138,8 +138,8 @@ def _obstacle(input: Any, target: Any, *others: Any) -> str | None:
     grad = torch.is_grad_enabled()
     if grad and target.requires_grad:
         return "a gradient for target is wanted"
-    # Ours needs them in backward, and torch may do without.
-    saved = grad and input.requires_grad
+    # Ours needs them in backward, and torch may do without. (A compiler does not trace the question.)
+    saved = grad and input.requires_grad and not torch.compiler.is_compiling()
     if saved and target.is_inference():
         return "target is an inference tensor, which cannot be saved for backward"
     for other in others:
