@@ -2,6 +2,10 @@
 
 #include <ATen/ops/full.h>
 
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
 #include <map>
 #include <mutex>
 #include <string>
@@ -17,21 +21,44 @@ Tensor new_prediction(const at::Device& device) {
   return prediction;
 }
 
+namespace {
+
+// The predictions of calls without one of their own, by what tells call sites apart.
+struct Shared {
+  using Key = std::tuple<std::string, at::DeviceType, int, at::ScalarType, int64_t, int64_t>;
+  std::mutex mutex;
+  std::map<Key, Tensor> table;
+
+  static Shared& one() {
+    static auto& shared = *new Shared;  // outlives whatever runs at exit
+    return shared;
+  }
+
+ private:
+  Shared() {
+#if !defined(_WIN32)
+    // A child of fork() must not inherit the lock from a thread that it has not.
+    pthread_atfork([] { one().mutex.lock(); }, [] { one().mutex.unlock(); },
+                   [] { one().mutex.unlock(); });
+#endif
+  }
+};
+
+}  // namespace
+
 Tensor prediction_of(const OptionalTensor& own, std::string_view loss, const Tensor& input,
                      int64_t reduction) {
   if (own.has_value()) return *own;
-  // By what tells call sites apart.
-  using Key = std::tuple<std::string, at::DeviceType, int, at::ScalarType, int64_t, int64_t>;
-  static std::mutex mutex;
-  static auto& table = *new std::map<Key, Tensor>;  // outlives whatever runs at exit
   constexpr size_t kLimit = 512;
-  const std::lock_guard<std::mutex> lock(mutex);
+  Shared& shared = Shared::one();
+  const std::lock_guard<std::mutex> lock(shared.mutex);
   const at::Device device = input.device();
-  Key key(loss, device.type(), device.index(), input.scalar_type(), input.numel(), reduction);
-  const auto found = table.find(key);
-  if (found != table.end()) return found->second;
-  if (table.size() >= kLimit) table.clear();
-  return table.emplace(std::move(key), new_prediction(device)).first->second;
+  Shared::Key key(loss, device.type(), device.index(), input.scalar_type(), input.numel(),
+                  reduction);
+  const auto found = shared.table.find(key);
+  if (found != shared.table.end()) return found->second;
+  if (shared.table.size() >= kLimit) shared.table.clear();
+  return shared.table.emplace(std::move(key), new_prediction(device)).first->second;
 }
 
 static void destroy(void* carried) { delete static_cast<Carried*>(carried); }

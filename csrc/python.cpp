@@ -53,6 +53,11 @@ bool computes(at::ScalarType dtype) {
          dtype == at::kHalf;
 }
 
+// Ours would need it in backward, and torch may do without.
+bool cannot_be_saved(const Tensor& input, const Tensor& other) {
+  return other.is_inference() && wants_gradient(input);
+}
+
 OptionalTensor optional(py::handle object) {
   return object.is_none() ? std::nullopt : OptionalTensor(THPVariable_Unpack(object.ptr()));
 }
@@ -65,7 +70,8 @@ py::object pointwise(py::handle input_object, py::handle target_object, std::str
   }
   const at::ScalarType dtype = input->scalar_type();
   if (!computes(dtype) || target->scalar_type() != dtype || input->numel() == 0 ||
-      input->sizes() != target->sizes() || wants_gradient(*target)) {
+      input->sizes() != target->sizes() || wants_gradient(*target) ||
+      cannot_be_saved(*input, *target)) {
     return py::none();
   }
   static const auto op = find_operator<PointwiseSignature>("fusedloss::pointwise");
@@ -96,12 +102,15 @@ py::object cross_entropy(py::handle input_object, py::handle target_object,
   }
   at::DimVector rows(input->sizes());
   rows.erase(rows.begin() + (dims > 1 ? 1 : 0));
-  if (target->sizes() != at::IntArrayRef(rows)) return py::none();
+  if (target->sizes() != at::IntArrayRef(rows) || cannot_be_saved(*input, *target)) {
+    return py::none();
+  }
   OptionalTensor weight;
   if (!weight_object.is_none()) {
     const Tensor* w = plain(weight_object);
     if (!w || w->device() != input->device() || w->scalar_type() != dtype || w->dim() != 1 ||
-        w->size(0) != input->size(dims > 1 ? 1 : 0) || wants_gradient(*w)) {
+        w->size(0) != input->size(dims > 1 ? 1 : 0) || wants_gradient(*w) ||
+        cannot_be_saved(*input, *w)) {
       return py::none();
     }
     weight = *w;

@@ -138,17 +138,28 @@ def _obstacle(input: Any, target: Any, *others: Any) -> str | None:
     grad = torch.is_grad_enabled()
     if grad and target.requires_grad:
         return "a gradient for target is wanted"
+    # Ours needs them in backward, and torch may do without. (A compiler does not trace the question.)
+    saved = grad and input.requires_grad and not torch.compiler.is_compiling()
+    if saved and target.is_inference():
+        return "target is an inference tensor, which cannot be saved for backward"
     for other in others:
         if other is not None:
             if not isinstance(other, Tensor) or other.device != input.device:
                 return "a weight is not a tensor on input's device"
             if grad and other.requires_grad:
                 return "a gradient for a weight is wanted"
+            if saved and other.is_inference():
+                return "a weight is an inference tensor, which cannot be saved for backward"
             if other.layout is not torch.strided:
                 return f"a weight's layout is {other.layout}"
     if input.numel() == 0:
         return "input is empty"
     return None
+
+
+def _autocast_refuses(device: str) -> bool:
+    """Whether autocast is on where torch then refuses binary_cross_entropy, with an error."""
+    return device != "cpu" and torch.is_autocast_enabled(device)
 
 
 def _result_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype | str:
@@ -214,6 +225,8 @@ def _pointwise(
             reason = f"shapes differ: {tuple(input.shape)} and {tuple(target.shape)}"
         elif isinstance(dtype, str):
             reason = dtype
+        elif loss == "binary_cross_entropy" and _autocast_refuses(input.device.type):
+            reason = "torch refuses it under autocast, as unsafe"
         elif (
             weight is not None
             and not broadcast_weight

@@ -29,6 +29,7 @@ CLASSES: dict[str, tuple[type[nn.Module], type[nn.Module], str]] = {
     ),
     "CrossEntropyLoss": (fusedloss.CrossEntropyLoss, nn.CrossEntropyLoss, "cross_entropy"),
 }
+FUNCTIONS = {name: loss for name, (_, _, loss) in CLASSES.items()} | {"LogLoss": "log_loss"}
 WEIGHT = torch.linspace(0.5, 2, 7)
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "MSELoss": [{}, {"reduction": "sum"}],
@@ -184,6 +185,24 @@ def test_log_loss(options: dict[str, Any], backend: str) -> None:
     twin = pickle.loads(pickle.dumps(module))
     assert torch.equal(twin(sample.input, sample.target), module(sample.input, sample.target))
     assert "mean" in repr(module)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", [*CLASSES, "LogLoss"])
+def test_torchscript_is_refused(name: str, backend: str) -> None:
+    """In one clear sentence: a module, a model that holds it, a function, one that calls it."""
+    module, function = getattr(fusedloss, name)(), getattr(FL, FUNCTIONS[name])
+    sample = at_shape(FUNCTIONS[name], (5, 7)).sample(torch.float32)
+
+    def step(input: Tensor, target: Tensor) -> Tensor:
+        return function(input, target)
+
+    for scripted in (module, nn.Sequential(nn.Linear(2, 2), module), function, step):
+        with pytest.raises(RuntimeError, match="does not go into TorchScript"):
+            torch.jit.script(scripted)
+    for traced in (module, function):
+        with pytest.raises(RuntimeError, match="does not go into TorchScript"):
+            torch.jit.trace(traced, (sample.input, sample.target))
 
 
 def test_checkpoint_of_torch_loads() -> None:

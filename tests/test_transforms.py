@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -14,11 +15,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fusedloss
 import fusedloss.functional as FL
 from cases import FAMILIES, LOSSES, Sample, at_shape
 from helpers import assert_same_error, draw_upstream, leaf, outcome, sample_truth, torch_loss
 
 SHAPE = (5, 7)
+# Those whose input are probabilities.
+UNIT = ("binary_cross_entropy", "binary_cross_entropy-weight")
 TORCH_LOSSES = [loss for loss in LOSSES if loss != "log_loss"]
 # One family a loss, and those whose options take another way through the code.
 WRAPPED = [
@@ -301,6 +305,131 @@ def test_autocast_cross_entropy_of_low_precision_logits(compiled: str) -> None:
     torch.testing.assert_close(value.double(), expected.value, rtol=2e-6, atol=0)
     allowed = expected.grad.abs() * 2**-8 + 1e-6 * expected.grad_scale
     assert ((grad.double() - expected.grad).abs() <= allowed).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the CPU does not refuse")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_autocast_refuses_binary_cross_entropy(dtype: torch.dtype, compiled: str) -> None:
+    x = torch.full((3,), 0.5, dtype=dtype, device="cuda", requires_grad=True)
+    with torch.autocast("cuda"):
+        for loss in (FL.binary_cross_entropy, fusedloss.BCELoss()):
+            with pytest.raises(RuntimeError, match="unsafe to autocast"):
+                loss(x, x.detach())
+
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loss", ["mse_loss", "binary_cross_entropy_with_logits", "cross_entropy"])
+def test_training_under_autocast(loss: str, dtype: torch.dtype, device: str, compiled: str) -> None:
+    """With a GradScaler where it is fp16: a scale that overflows skips the step, as with torch."""
+    results = []
+    for function in (getattr(FL, loss), torch_loss(loss)):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(6, 7).to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler(
+            device, init_scale=2.0**40, growth_interval=4, enabled=dtype is torch.float16
+        )
+        losses, scales = [], []
+        x = torch.randn(9, 6, device=device)
+        target = at_shape(loss, (9, 7)).sample(dtype).target.to(device)
+        for _ in range(40):
+            with torch.autocast(device, dtype=dtype):
+                value = function(model(x), target)
+            assert value.dtype == torch.float32
+            optimizer.zero_grad()
+            scaler.scale(value).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(value.item())
+            scales.append(scaler.get_scale())
+        assert losses[-1] < losses[0]
+        results.append((scales, losses))
+    assert results[0][0] == results[1][0]
+    torch.testing.assert_close(*(torch.tensor(r[1]) for r in results), rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", WRAPPED)
+def test_functional_call(family: str, backend: str) -> None:
+    """Parameters given from outside, and the gradient taken of those, by either way."""
+
+    def use(f: Callable[..., Tensor], s: Sample) -> Any:
+        model = torch.nn.Linear(7, 7).double()
+        weights = {
+            "weight": torch.eye(7, dtype=torch.float64),
+            "bias": torch.full((7,), 1e-3, dtype=torch.float64),
+        }
+
+        def loss(weights: dict[str, Tensor]) -> Tensor:
+            output = torch.func.functional_call(model, weights, s.input)
+            output = output.clamp(0, 1) if "log_loss" in family or family in UNIT else output
+            return f(output, s.target, **s.options)
+
+        leaves = {name: leaf(w) for name, w in weights.items()}
+        eager = torch.autograd.grad(loss(leaves), list(leaves.values()))
+        return torch.func.grad(loss)(weights), list(eager)
+
+    both(family, use)
+
+
+@pytest.mark.parametrize("family", WRAPPED)
+def test_anomaly_mode(family: str, backend: str) -> None:
+    """It passes what is finite, and names a nan."""
+
+    def use(f: Callable[..., Tensor], s: Sample) -> Any:
+        with warnings.catch_warnings(), torch.autograd.detect_anomaly():
+            warnings.simplefilter("ignore")
+            input = leaf(s.input)
+            (grad,) = torch.autograd.grad(f(input, s.target, **s.options), input)
+            with pytest.raises(RuntimeError, match="returned nan values"):
+                torch.autograd.grad(
+                    f(input, s.target, **s.options), input, torch.tensor(torch.nan).double()
+                )
+        return grad
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that anomaly mode is slow
+        both(family, use)
+
+
+@pytest.mark.parametrize("family", WRAPPED)
+def test_deterministic_mode(family: str, backend: str) -> None:
+    def use(f: Callable[..., Tensor], s: Sample) -> Any:
+        torch.use_deterministic_algorithms(True)
+        try:
+            input = leaf(s.input)
+            value = f(input, s.target, **s.options)
+            return value.detach(), torch.autograd.grad(value, input)[0]
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    both(family, use)
+
+
+@pytest.mark.parametrize("family", WRAPPED)
+def test_inference_tensors(family: str, backend: str) -> None:
+    """Made under inference_mode, and used for training afterwards: torch's answer."""
+
+    def use(f: Callable[..., Tensor], s: Sample) -> Any:
+        with torch.inference_mode():
+            target = s.target.clone()
+        input = leaf(s.input)
+        value = f(input, target, **s.options)
+        return value.detach(), torch.autograd.grad(value, input)[0]
+
+    both(family, use)
+
+
+@pytest.mark.parametrize("mode", [lambda: torch.device("cpu"), CountingMode], ids=["device", "own"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_torch_function_modes_are_fused(loss: str, mode: Any, compiled: str) -> None:
+    """torch.set_default_device is such a mode, and nothing to give the kernels up for."""
+    sample = at_shape(loss, SHAPE).sample(torch.float32)
+    with mode():
+        assert fusedloss.explain(getattr(FL, loss), sample.input, sample.target).fused
 
 
 @pytest.mark.parametrize("family", WRAPPED)
