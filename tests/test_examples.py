@@ -40,7 +40,9 @@ def test_example(example: str) -> None:
     for fused in (False, True):
         with profile() as profiled:
             losses[fused] = torch.tensor(module.train(fused=fused))
-        calls[fused] = sum(event.name == f"fusedloss::{operator}" for event in profiled.function_events)
+        calls[fused] = sum(
+            event.name == f"fusedloss::{operator}" for event in profiled.function_events
+        )
     assert calls[False] == 0 and calls[True] >= len(losses[True])
     assert losses[True][-1] < losses[True][0], "it learns"
     torch.testing.assert_close(losses[True], losses[False], rtol=1e-4, atol=1e-5)

@@ -23,10 +23,7 @@ import build
 
 PACKAGE = build.OUT / "package" / "fusedloss"
 STAND_INS = Path("tests/cuda_emulator/extension")
-TESTS = (
-    *("test_values.py", "test_one_pass.py", "test_layouts.py", "test_second_order.py"),
-    *("test_edge_cases.py", "test_faults.py", "test_field_mistakes.py", "test_operators.py"),
-)
+TESTS = ("test_values.py", "test_edge_cases.py", "test_faults.py", "test_operators.py")
 OPERATORS = ("ops.cpp", "ops_cuda.cpp", "tensors.cpp", "carried.cpp", "autograd.cpp", "python.cpp")
 
 
