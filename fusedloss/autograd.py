@@ -1,12 +1,14 @@
-"""The differentiable operators, and gradients of gradients.
+"""The differentiable operators, predictions, and gradients of gradients.
 
-The autograd Functions themselves are in csrc/autograd.cpp.
+The autograd Functions of the compiled operators are in csrc/autograd.cpp; those here do the same
+for operators that need no compiled extension.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,14 +24,57 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
+def _operators(input: Tensor) -> Any:
+    if backends.fused_on[input.device.type] == "compiled":
+        return torch.ops.fusedloss
+    return _triton_operators()
+
+
+def _triton_operators() -> Any:
+    from .backends import triton
+
+    return triton.operators
+
+
+def _new_prediction(input: Tensor) -> Tensor:
+    """An upstream gradient, and the confidence in it: see csrc/ops_cpu.cpp."""
+    prediction = torch.ones(2, dtype=torch.float64, device=input.device)
+    prediction[1].fill_(3.0)
+    return prediction
+
+
+_shared: dict[tuple[Any, ...], Tensor] = {}
+_shared_lock = threading.Lock()
+_MOST_SHARED = 512
+
+
+def _shared_prediction(loss: str, input: Tensor, reduction: int) -> Tensor:
+    """That of calls that have no module to keep theirs, by what tells call sites apart."""
+    key = (loss, input.device, input.dtype, input.numel(), reduction)
+    with _shared_lock:
+        prediction = _shared.get(key)
+        if prediction is None:
+            if len(_shared) >= _MOST_SHARED:
+                _shared.clear()
+            prediction = _shared[key] = _new_prediction(input)
+        return prediction
+
+
+new_prediction: Callable[[Tensor], Tensor] = _new_prediction
+shared_prediction: Callable[[str, Tensor, int], Tensor] = _shared_prediction
+if backends.extension is not None:
+    # One table with the short way's calls.
+    new_prediction = backends.extension.new_prediction
+    shared_prediction = backends.extension.shared_prediction
+
+
 def _site(prediction: Tensor | None, loss: str, input: Tensor, reduction: int) -> Tensor:
     """The prediction of a call: its own, or that of calls like it; traced, a new one."""
     if traced():
         return torch.tensor([1.0, 3.0], dtype=torch.float64, device=input.device)
     if prediction is not None:
         return prediction
-    shared: Tensor = _shared_prediction(loss, input, reduction)
-    return shared
+    return shared_prediction(loss, input, reduction)
 
 
 def pointwise(
@@ -47,7 +92,7 @@ def pointwise(
     """One fused pointwise call."""
     number = REDUCTIONS[reduction]
     site = _site(prediction, loss, input, number)
-    value: Tensor = _pointwise(
+    value: Tensor = _operators(input).pointwise.default(
         input, target, weight, pos_weight, loss, parameter, ignore_index, number, dtype, site
     )
     return value
@@ -66,7 +111,7 @@ def cross_entropy(
     """One fused cross-entropy call."""
     number = REDUCTIONS[reduction]
     site = _site(prediction, "cross_entropy", input, number)
-    value: Tensor = _cross_entropy(
+    value: Tensor = _operators(input).cross_entropy.default(
         input, target, weight, ignore_index, label_smoothing, number, dtype, site
     )
     return value
@@ -140,9 +185,6 @@ def _cross_entropy_reference_gradient(
 
 
 if backends.extension is not None:
-    _shared_prediction = backends.extension.shared_prediction
-    _pointwise = torch.ops.fusedloss.pointwise.default
-    _cross_entropy = torch.ops.fusedloss.cross_entropy.default
     _torch_library: Any = torch.library  # untyped in some of the releases
     _library = _torch_library.Library("fusedloss", "IMPL")
     for _name, _implementation in (
@@ -150,3 +192,71 @@ if backends.extension is not None:
         ("cross_entropy_reference_gradient", _cross_entropy_reference_gradient),
     ):
         _library.impl(_name, _implementation, "CompositeImplicitAutograd")
+
+
+# ---- the autograd Functions ----------------------------------------------------------------------
+
+
+class _OnePass(torch.autograd.Function):
+    """The forward pass writes the gradient already, for a predicted upstream gradient; backward has
+    it put right where the prediction was wrong."""
+
+    operator: ClassVar[str]
+    tensors: ClassVar[int]  # that a call begins with
+    reference_gradient: ClassVar[Callable[..., Tensor]]
+
+    @classmethod
+    def forward(cls, ctx: Any, *args: Any) -> Tensor:  # type: ignore[override]
+        *call, prediction = args
+        # Hooks take what is saved away until backward: a gradient written already would stay.
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            predicted = prediction.new_zeros(2) if hooked else prediction
+            forward = getattr(_triton_operators(), cls.operator + "_forward").default
+            value, gradient, ctx.scales = forward(*call, predicted)
+        ctx.save_for_backward(*call[: cls.tensors])
+        ctx.gradient = None if hooked else gradient
+        ctx.options = call[cls.tensors :]
+        ctx.prediction = prediction
+        return value  # type: ignore[no-any-return]
+
+    @classmethod
+    def backward(cls, ctx: Any, *grad_outputs: Tensor) -> Any:
+        (grad_output,) = grad_outputs
+        operands = ctx.saved_tensors
+        nothing = (None,) * (len(operands) + len(ctx.options))
+        if torch.is_grad_enabled() or _is_batched(grad_output):
+            reference_gradient = cls.reference_gradient
+            return reference_gradient(grad_output, *operands, *ctx.options), *nothing
+        # The buffer leaves with the first backward: autograd is its only owner then.
+        gradient, ctx.gradient = ctx.gradient, None
+        fresh = gradient is None
+        if fresh:
+            gradient = _triton_operators().empty_gradient.default(operands[0])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            backward_ = getattr(_triton_operators(), cls.operator + "_backward_").default
+            backward_(
+                gradient, grad_output, ctx.scales, fresh, *operands, *ctx.options, ctx.prediction
+            )
+        return gradient, *nothing
+
+
+def _is_batched(t: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return (
+        functorch.is_batchedtensor(t)
+        or functorch.is_gradtrackingtensor(t)
+        or functorch.is_legacy_batchedtensor(t)
+    )
+
+
+class PointwiseFunction(_OnePass):
+    operator = "pointwise"
+    tensors = 4
+    reference_gradient = staticmethod(_pointwise_reference_gradient)
+
+
+class CrossEntropyFunction(_OnePass):
+    operator = "cross_entropy"
+    tensors = 3
+    reference_gradient = staticmethod(_cross_entropy_reference_gradient)

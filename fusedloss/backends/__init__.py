@@ -6,9 +6,13 @@ makes that one name's. Whatever no fused backend covers runs on the reference.
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -44,18 +48,42 @@ class Backend:
     """One row of the table."""
 
     name: str
-    unavailable: str | None  # why it cannot run here; None: it can
+    why_not: Callable[[], str | None]  # why it cannot run here; None: it can
     devices: frozenset[str] | None  # the types of device it covers; None: any
     fused: bool = True
+    by_itself: bool = True  # it need not be asked for by name
+
+    @property
+    def unavailable(self) -> str | None:
+        return self.why_not()
 
 
 _built: dict[str, Any] = {} if extension is None else extension.build_info()
 _compiled_devices = frozenset(("cpu", "cuda") if _built.get("cuda") else ("cpu",))
 
+# Read once, as by Triton's decorators.
+_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+_has_triton = find_spec("triton") is not None
+
+
+def _no_triton() -> str | None:
+    if not _has_triton:
+        return "Triton is not installed: pip install triton"
+    if not (_interpreted or torch.cuda.is_available() or torch.xpu.is_available()):
+        return "there is no GPU, and TRITON_INTERPRET=1 was not set before fusedloss was imported"
+    return None
+
+
 BACKENDS = (
-    Backend("compiled", _no_extension, _compiled_devices),
-    Backend("triton", "this version has no Triton kernels", None),
-    Backend("reference", None, None, fused=False),
+    Backend("compiled", lambda: _no_extension, _compiled_devices),
+    Backend(
+        "triton",
+        _no_triton,
+        frozenset(("cpu",) if _interpreted else ("cuda", "xpu")),
+        # The interpreter is there to find mistakes, a thousand times slower than plain PyTorch.
+        by_itself=_has_triton and not _interpreted,
+    ),
+    Backend("reference", lambda: None, None, fused=False),
 )
 _BY_NAME = {row.name: row for row in BACKENDS}
 
@@ -67,8 +95,10 @@ if _no_extension is not None:
     )
 
 _chosen: Backend | None = None
-# Read at every call, so kept ready: the types of device whose tensors the compiled kernels take.
-compiled_on: frozenset[str] = frozenset()
+# Read at every call, so kept ready: the fused backend of each type of device; and whether the
+# compiled kernels take any.
+fused_on: dict[str, str] = {}
+compiled_in_use = False
 
 
 def obstacle(device: str) -> str | None:
@@ -78,8 +108,9 @@ def obstacle(device: str) -> str | None:
     rows = [row for row in BACKENDS if row.fused] if _chosen is None else [_chosen]
     reasons = []
     for row in rows:
-        if row.unavailable is not None:
-            reasons.append(f"{row.name}: {row.unavailable}")
+        why_not = row.unavailable
+        if why_not is not None:
+            reasons.append(f"{row.name}: {why_not}")
         elif row.devices is not None and device not in row.devices:
             covered = " and ".join(sorted(row.devices))
             reasons.append(f"{row.name}: has kernels for {covered} tensors, not {device}")
@@ -107,8 +138,9 @@ class backend:
         if name is not None and name not in _BY_NAME:
             raise ValueError(f"no backend {name!r}; there are {', '.join(map(repr, _BY_NAME))}")
         row = None if name is None else _BY_NAME[name]
-        if row is not None and row.unavailable is not None:
-            raise RuntimeError(f"backend {row.name!r} cannot run here: {row.unavailable}")
+        why_not = None if row is None else row.unavailable
+        if why_not is not None:
+            raise RuntimeError(f"backend {name!r} cannot run here: {why_not}")
         self._previous = _chosen
         _choose(row)
 
@@ -125,10 +157,16 @@ class backend:
 
 
 def _choose(row: Backend | None) -> None:
-    global _chosen, compiled_on
+    global _chosen, fused_on, compiled_in_use
     _chosen = row
-    runs = _no_extension is None and (row is None or row.name == "compiled")
-    compiled_on = _compiled_devices if runs else frozenset()
+    # A GPU's tensors are there only where that GPU is: whether there is one need not be asked.
+    rows = [r for r in BACKENDS if r.by_itself] if row is None else [row]
+    taken: dict[str, str] = {}
+    for each in rows:
+        if each.name != "compiled" or _no_extension is None:
+            taken |= {d: each.name for d in each.devices or () if d not in taken}
+    fused_on = taken
+    compiled_in_use = "compiled" in taken.values()
 
 
 _choose(None)
@@ -144,12 +182,15 @@ def check() -> None:
         IndexError: a class index outside [0, C) that is not ignore_index.
         RuntimeError: an input or target of binary_cross_entropy outside [0, 1].
     """
-    if extension is None or not _built["cuda"]:
-        return
-    if torch.cuda.is_initialized():
-        for device in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(device)
-    extension.raise_faults()
+    for module in (torch.cuda, torch.xpu):
+        if module.is_initialized():
+            for device in range(module.device_count()):
+                module.synchronize(device)
+    if _built.get("cuda") and extension is not None:
+        extension.raise_faults()
+    triton = sys.modules.get("fusedloss.backends.triton")
+    if triton is not None:
+        triton.raise_faults()
 
 
 @dataclass(frozen=True)
