@@ -131,7 +131,8 @@ def sum_class_weights(
     parts = min(MOST_COUNTS.value, triton.cdiv(n, COUNTS_EACH))
     counts = indices.new_empty(parts, dtype=torch.float64)
     count_classes[(parts,)](
-        indices, weight, counts, n, triton.cdiv(n, parts), classes, ignore_index, BLOCK=COUNT_BLOCK
+        indices, weight, counts, n, triton.cdiv(n, parts), classes, ignore_index,
+        BLOCK=COUNT_BLOCK, **NO_FUSION,
     )  # fmt: skip
     return counts
 

@@ -366,6 +366,7 @@ def run(
         )
         if forward and not each:
             common.finish[(1,)](
-                partials, programs, result, **arguments, NAN_OF_NOTHING=True, BLOCK=FINISH_BLOCK
-            )
+                partials, programs, result, **arguments,
+                NAN_OF_NOTHING=True, BLOCK=FINISH_BLOCK, **common.NO_FUSION,
+            )  # fmt: skip
     return result

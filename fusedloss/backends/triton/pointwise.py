@@ -336,8 +336,9 @@ def run(
         )
         if forward and not each:
             common.finish[(1,)](
-                partials, programs, result, **arguments, NAN_OF_NOTHING=False, BLOCK=FINISH_BLOCK
-            )
+                partials, programs, result, **arguments,
+                NAN_OF_NOTHING=False, BLOCK=FINISH_BLOCK, **common.NO_FUSION,
+            )  # fmt: skip
     return result
 
 
