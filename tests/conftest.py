@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import pytest
+# Before anything imports Triton: without a GPU its kernels run in Triton's interpreter.
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 import fusedloss
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 # CI sets it, so that a broken build cannot pass by skipping.
 REQUIRE_COMPILED = os.environ.get("FUSEDLOSS_REQUIRE_COMPILED") == "1"
@@ -30,6 +37,30 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes seconds rather than milliseconds")
+    config.addinivalue_line("markers", "interpret_all: every instance runs in the interpreter too")
+
+
+# In Triton's interpreter a call takes 50 ms: of each test function that many of its instances run.
+# FUSEDLOSS_INTERPRET_ALL=1 runs them all, in hours.
+INTERPRETED = 6
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not INTERPRETING or os.environ.get("FUSEDLOSS_INTERPRET_ALL") == "1":
+        return
+    of_function: dict[object, list[pytest.Item]] = {}
+    for item in items:
+        params = getattr(item, "callspec", None)
+        if params is not None and "triton" in params.params.values():
+            if item.get_closest_marker("interpret_all") is None:
+                of_function.setdefault(getattr(item, "function", None), []).append(item)
+    dropped = set()
+    for found in of_function.values():
+        # Evenly over them, by a step that meets every value of the other parameters.
+        kept = {i * len(found) // INTERPRETED for i in range(INTERPRETED)}
+        dropped |= {item for i, item in enumerate(found) if i not in kept}
+    config.hook.pytest_deselected(items=list(dropped))
+    items[:] = [item for item in items if item not in dropped]
 
 
 def why_not(backend: str) -> str | None:
@@ -46,9 +77,17 @@ def need(backend: str) -> None:
     pytest.skip(f"{backend} cannot run: {reason}")
 
 
-@pytest.fixture(params=["compiled", "reference"])
+@pytest.fixture(params=["compiled", "triton", "reference"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend that can run here, made the one in use."""
+    need(request.param)
+    with fusedloss.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["compiled", "triton"])
+def fused(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend of fused kernels that can run here, made the one in use."""
     need(request.param)
     with fusedloss.backend(request.param):
         yield request.param

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -187,6 +188,16 @@ def assert_no_worse(result: Tensor, eager: Tensor, truth: Tensor, what: str) -> 
         floor = roundings * rounding * norm(truth) + spacing * truth.numel() ** 0.5
         allowed = max(factor * norm(theirs), floor)
         assert norm(ours) <= allowed, f"{what}: {kind} {norm(ours):.3g}, torch's {norm(theirs):.3g}"
+
+
+T = TypeVar("T")
+
+
+def affordable(things: Sequence[T], backend: str, most: int = 2) -> Sequence[T]:
+    """Everything; of what Triton's interpreter has to run, some."""
+    if backend != "triton" or os.environ.get("TRITON_INTERPRET") != "1":
+        return things
+    return things[:: max(1, len(things) // most)][:most]
 
 
 def inf_norm(tensor: Tensor) -> Tensor:

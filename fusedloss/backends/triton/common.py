@@ -8,6 +8,7 @@ one program, for only the end of a kernel orders the memory of its programs on e
 
 from __future__ import annotations
 
+import os
 import struct
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,6 +22,22 @@ from torch import Tensor
 # Of a kernel's `step`: which pass it is.
 FORWARD, BACKWARD, BACKWARD_FRESH = 0, 1, 2
 NO_FUSION = {"enable_fp_fusion": False}
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+# Triton's interpreter truncates to bfloat16, where a GPU rounds.
+_TRUNCATES = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def narrow(x, D: tl.constexpr):
+    """Rounded to D."""
+    if _TRUNCATES and D == tl.bfloat16:
+        b = x.to(tl.int32, bitcast=True)
+        even = (b + 0x7FFF + ((b >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, even.to(tl.float32, bitcast=True), x)
+    return x.to(D)
+
 
 # ---- the upstream gradient -----------------------------------------------------------------------
 
@@ -94,7 +111,7 @@ def finish(
         value = tl.where(normalizer == 0.0, float("nan"), value)
     if loss.dtype.element_ty != tl.float64:
         value = value.to(tl.float32)
-    tl.store(loss, value.to(loss.dtype.element_ty))
+    tl.store(loss, narrow(value, loss.dtype.element_ty))
     trusted = tl.load(scales + 1) >= CONFIDENT
     tl.store(scales, tl.where(trusted, tl.load(scales), float("nan")))
     tl.store(scales + 1, normalizer)

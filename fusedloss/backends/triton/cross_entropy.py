@@ -90,7 +90,7 @@ def write_gradient(
         g = tl.where(live[:, None], g, rest[:, None])
     inside = exists[:, None] & (cols < classes)[None, :]
     tl.store(
-        rows[:, None] + (cols * stride)[None, :], g.to(rows.dtype.element_ty), mask=inside
+        rows[:, None] + (cols * stride)[None, :], common.narrow(g, rows.dtype.element_ty), mask=inside
     )
 
 
@@ -194,7 +194,7 @@ def cross_entropy(
 
     if step == 0:
         if value is not None:
-            tl.store(value + row, loss.to(value.dtype.element_ty), mask=exists)
+            tl.store(value + row, common.narrow(loss, value.dtype.element_ty), mask=exists)
         tl.store(
             partials + tl.program_id(0), tl.sum(tl.where(exists, loss, 0.0).to(tl.float64))
         )

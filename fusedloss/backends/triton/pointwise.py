@@ -97,12 +97,12 @@ def tile(
         slope = slope * w
     if value is not None:
         if step == 0:
-            tl.store(value + at, v.to(value.dtype.element_ty), mask=mask)
+            tl.store(value + at, common.narrow(v, value.dtype.element_ty), mask=mask)
     if write:
         g = slope
         if upstream is not None:
             g = g * fetch(upstream, at, mask, sizes, T)
-        tl.store(gradient + at, (g * scale).to(gradient.dtype.element_ty), mask=mask)
+        tl.store(gradient + at, common.narrow(g * scale, gradient.dtype.element_ty), mask=mask)
     if mask is not None:
         v = tl.where(mask, v, 0.0)
     return tl.sum(tl.reshape(v, [v.shape[0] // PACKET, PACKET]), 1).to(tl.float64)
