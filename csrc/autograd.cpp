@@ -62,7 +62,9 @@ bool needs_reference(const Tensor& grad_output) {
 // Checkpointing and offloading take what is saved away until backward: a gradient written already
 // would stay. There the forward writes none.
 bool saves_through_hooks() { return at::SavedTensorDefaultHooks::get_hooks().has_value(); }
-Tensor no_prediction() { return at::zeros({2}, at::kDouble); }
+Tensor no_prediction(const Tensor& input) {
+  return at::zeros({2}, input.options().dtype(at::kDouble));
+}
 
 // ---- pointwise ----------------------------------------------------------------------------------
 
@@ -79,7 +81,7 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [value, gradient, scales] =
         op.call(input, target, weight, pos_weight, loss, parameter, ignore_index, reduction, dtype,
-                hooked ? no_prediction() : prediction);
+                hooked ? no_prediction(input) : prediction);
     ctx->save_for_backward({input, target, or_undefined(weight), or_undefined(pos_weight)});
     auto* saved = new Saved;
     if (!hooked) saved->gradient = std::move(gradient);
@@ -149,7 +151,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [value, gradient, scales] =
         op.call(input, target, weight, ignore_index, label_smoothing, reduction, dtype,
-                hooked ? no_prediction() : prediction);
+                hooked ? no_prediction(input) : prediction);
     ctx->save_for_backward({input, target, or_undefined(weight)});
     auto* saved = new Saved;
     if (!hooked) saved->gradient = std::move(gradient);

@@ -20,7 +20,7 @@ from cases import Case, Sample
 
 Loss = Callable[..., Tensor]
 
-# Where value_and_grad() computes; samples and truths stay on the CPU.
+# Where value_and_grad() computes, and where on_device() moves to; truths stay on the CPU.
 DEVICE = os.environ.get("FUSEDLOSS_TEST_DEVICE", "cpu")
 # The CUDA operators stand for the CPU's, over the emulator: see tests/cuda_emulator/extension.py.
 EMULATED = os.environ.get("FUSEDLOSS_EMULATED") == "1"
@@ -93,13 +93,19 @@ def draw_upstream(shape: torch.Size, dtype: torch.dtype, seed: int = 7) -> Tenso
     return (sign * (0.3 + uniform)).to(dtype)
 
 
+def on_device(sample: Sample, device: str = DEVICE) -> Sample:
+    """The sample where the tests compute, or on another device."""
+    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in sample.options.items()}
+    return Sample(sample.input.to(device), sample.target.to(device), options)
+
+
 def value_and_grad(
     function: Loss, sample: Sample, reduction: str, upstream: Tensor | float | None = None
 ) -> tuple[Tensor, Tensor]:
     """The loss and the input's gradient for an upstream gradient (1 where none is given)."""
-    input = leaf(sample.input.to(DEVICE))
-    options = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in sample.options.items()}
-    value = function(input, sample.target.to(DEVICE), reduction=reduction, **options)
+    sample = on_device(sample)
+    input = leaf(sample.input)
+    value = function(input, sample.target, reduction=reduction, **sample.options)
     if upstream is None:
         upstream = torch.ones_like(value)
     elif not isinstance(upstream, Tensor):
@@ -116,6 +122,9 @@ def drawn(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Sample, formul
 
 
 def sample_truth(loss: str, sample: Sample, reduction: str, upstream: Any = 1.0) -> formulas.Truth:
+    sample = on_device(sample, "cpu")
+    if isinstance(upstream, Tensor):
+        upstream = upstream.cpu()
     return formulas.truth(loss, sample.input, sample.target, sample.options, reduction, upstream)
 
 
@@ -131,7 +140,7 @@ def assert_close_to_truth(result: Tensor, truth: Tensor, scale: Tensor, what: st
     info, compute = torch.finfo(result.dtype), torch.finfo(COMPUTE[result.dtype])
     once = 0.0 if info.eps == compute.eps else info.eps / 2
     many = ROUNDINGS * compute.eps
-    result = result.double()
+    result = result.double().cpu()
     # Within a rounding of the overflow either side is right.
     edge = (truth.abs() / info.max - 1).abs() < info.eps
     expected = torch.where(truth.abs() > info.max, truth.sign() * torch.inf, truth)

@@ -21,7 +21,15 @@ from torch.utils.checkpoint import checkpoint
 import fusedloss
 import fusedloss.functional as FL
 from cases import DTYPES, LOSSES, Sample, at_shape
-from helpers import assert_close_to_truth, assert_same_bits, leaf, sample_truth, torch_loss
+from helpers import (
+    DEVICE,
+    assert_close_to_truth,
+    assert_same_bits,
+    leaf,
+    on_device,
+    sample_truth,
+    torch_loss,
+)
 
 NAN, INF = float("nan"), float("inf")
 MODULES = {
@@ -60,14 +68,14 @@ pytestmark = pytest.mark.usefixtures("compiled")
 
 
 def draw(loss: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Sample:
-    return at_shape(loss, SHAPE).sample(dtype, seed)
+    return on_device(at_shape(loss, SHAPE).sample(dtype, seed))
 
 
 def step(site: Callable[..., Tensor], sample: Sample, upstream: float | Tensor) -> Tensor:
     input = leaf(sample.input)
     value = site(input, sample.target)
-    upstream = torch.as_tensor(upstream, dtype=value.dtype).expand_as(value)
-    return torch.autograd.grad(value, input, upstream)[0]
+    upstream = torch.as_tensor(upstream, dtype=value.dtype, device=value.device)
+    return torch.autograd.grad(value, input, upstream.expand_as(value))[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -121,7 +129,7 @@ def test_forward_and_backward_kernels_agree_on_special_numbers(family: str, dtyp
     """nan, infinities and zeros in the input: the gradient of the forward pass is still that of
     the backward pass, which a second backward shows."""
     case = at_shape(family, (7, 67))
-    sample = case.sample(DTYPES[dtype])
+    sample = on_device(case.sample(DTYPES[dtype]))
     if "entropy" in case.loss and "logits" not in case.loss and case.loss != "cross_entropy":
         special = [0.0, 1.0, -0.0]  # probabilities
     else:
@@ -295,11 +303,12 @@ def test_create_graph(loss: str) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_upstream_of_any_layout(loss: str, dtype: str) -> None:
     """reduction "none": not uniform, transposed, expanded, with gaps."""
-    sample = at_shape(loss, (6, 7) if loss != "cross_entropy" else (6, 9, 7)).sample(DTYPES[dtype])
+    shape = (6, 7) if loss != "cross_entropy" else (6, 9, 7)
+    sample = on_device(at_shape(loss, shape).sample(DTYPES[dtype]))
     input = leaf(sample.input)
     value = getattr(FL, loss)(input, sample.target, reduction="none")
     shape = value.shape
-    base = torch.linspace(-1, 2, 4 * value.numel()).to(value.dtype)
+    base = torch.linspace(-1, 2, 4 * value.numel(), device=DEVICE).to(value.dtype)
     turned = (
         base[: value.numel()].view(tuple(reversed(shape))).permute(*reversed(range(value.dim())))
     )
@@ -321,13 +330,13 @@ def test_upstream_of_any_layout(loss: str, dtype: str) -> None:
 def test_fp16_gradient_under_a_loss_scale(loss: str) -> None:
     """2 / N is nothing in fp16: the scale comes before the rounding."""
     case = at_shape(loss, (2**22,))
-    sample = case.sample(torch.float16)
+    sample = on_device(case.sample(torch.float16))
     # fp16 holds no 65536; under autocast the loss, and so its upstream gradient, is fp32.
     for autocast, scale in ((False, 2.0**15), (True, 2.0**16)):
         expected = sample_truth(loss, sample, "mean", scale)
         module = MODULES[loss]()
         for _ in range(2):
-            with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+            with torch.autocast(DEVICE, dtype=torch.float16, enabled=autocast):
                 grad = step(module, sample, scale)
             assert_close_to_truth(grad, expected.grad, expected.grad_scale, f"scale {scale}")
 
@@ -372,12 +381,15 @@ def test_saved_tensors_hooks(loss: str) -> None:
         packed.append(tensor)
         return tensor.numpy(force=True).copy()
 
+    def unpack(array: Any) -> Tensor:
+        return torch.from_numpy(array).to(DEVICE)
+
     for upstream in (1.0, 0.4):
         expected = step(MODULES[loss](), sample, upstream)
         module = MODULES[loss]()
         for _ in range(3):
             input = leaf(sample.input)
-            with torch.autograd.graph.saved_tensors_hooks(pack, torch.from_numpy):
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
                 value = module(input, sample.target)
             (grad,) = torch.autograd.grad(value, input, torch.tensor(upstream))
             assert_same_bits(grad, expected, "hooks")

@@ -8,7 +8,7 @@ import torch
 import fusedloss.functional as FL
 from cases import DTYPES, FAMILIES, REDUCTIONS, at_shape
 from fusedloss import reference
-from helpers import COMPUTE, draw_upstream, leaf
+from helpers import COMPUTE, draw_upstream, leaf, on_device
 
 # Finite differences do not work beside a pole or a clamp.
 SMOOTH = [family for family in FAMILIES if "poles" not in family and "clamped" not in family]
@@ -19,7 +19,7 @@ SHAPE = (3, 5)
 @pytest.mark.parametrize("family", SMOOTH)
 def test_gradcheck(family: str, reduction: str, backend: str) -> None:
     case = at_shape(family, SHAPE)
-    sample = case.sample(torch.float64)
+    sample = on_device(case.sample(torch.float64))
 
     def call(input: torch.Tensor) -> torch.Tensor:
         return getattr(FL, case.loss)(input, sample.target, reduction=reduction, **sample.options)
@@ -33,7 +33,7 @@ def test_gradcheck(family: str, reduction: str, backend: str) -> None:
 def test_gradcheck_with_target(family: str, backend: str) -> None:
     """Where the target is real it has derivatives too, alone and mixed with the input's."""
     case = at_shape(family, SHAPE)
-    sample = case.sample(torch.float64)
+    sample = on_device(case.sample(torch.float64))
     if not sample.target.is_floating_point():
         pytest.skip("class indices have no derivative")
     # Inside (0, 1), where that is the target's range.
@@ -52,16 +52,16 @@ def test_gradcheck_with_target(family: str, backend: str) -> None:
 def test_against_reference(family: str, reduction: str, dtype: str, compiled: str) -> None:
     """Value, gradient, and gradient of a product with the gradient."""
     case = at_shape(family, (5, 67))
-    sample = case.sample(DTYPES[dtype])
+    sample = on_device(case.sample(DTYPES[dtype]))
     results = []
     for module in (FL, reference):
         input = leaf(sample.input)
         value = getattr(module, case.loss)(
             input, sample.target, reduction=reduction, **sample.options
         )
-        upstream = leaf(draw_upstream(value.shape, value.dtype))
+        upstream = leaf(draw_upstream(value.shape, value.dtype).to(value.device))
         (grad,) = torch.autograd.grad(value, input, upstream, create_graph=True)
-        direction = draw_upstream(grad.shape, grad.dtype, seed=3)
+        direction = draw_upstream(grad.shape, grad.dtype, seed=3).to(grad.device)
         if grad.requires_grad:
             second = torch.autograd.grad(
                 grad, (input, upstream), direction, allow_unused=True, materialize_grads=True
@@ -87,7 +87,7 @@ def test_against_reference(family: str, reduction: str, dtype: str, compiled: st
 def test_third_order(family: str, backend: str) -> None:
     """create_graph works to any order."""
     case = at_shape(family, SHAPE)
-    sample = case.sample(torch.float64)
+    sample = on_device(case.sample(torch.float64))
 
     def slope(input: torch.Tensor) -> torch.Tensor:
         value = getattr(FL, case.loss)(input, sample.target, **sample.options)

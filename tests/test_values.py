@@ -20,6 +20,7 @@ from helpers import (
     draw_upstream,
     drawn,
     leaf,
+    on_device,
     result_shape,
     sample_truth,
     torch_loss,
@@ -85,7 +86,7 @@ def test_result_is_described_as_torch_does(
 ) -> None:
     """Same dtype, shape, strides, device, requires_grad and leafness."""
     for case in small(family):
-        sample, _ = drawn(case, DTYPES[dtype])
+        sample = on_device(drawn(case, DTYPES[dtype])[0])
         for wanted in (True, False):
             input = sample.input.clone().requires_grad_(wanted)
             ours, theirs = (
@@ -109,7 +110,7 @@ def test_result_is_described_as_torch_does(
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_gradient_wanted(loss: str, backend: str) -> None:
     """no_grad, inference_mode and plain inputs give the same value, and no graph."""
-    sample = at_shape(loss, (6, 35)).sample(torch.float32)
+    sample = on_device(at_shape(loss, (6, 35)).sample(torch.float32))
     function = getattr(FL, loss)
     with_graph = function(leaf(sample.input), sample.target)
     plain = function(sample.input, sample.target)
@@ -128,7 +129,7 @@ def test_no_gradient_wanted(loss: str, backend: str) -> None:
 def test_inference_tensors(loss: str, backend: str) -> None:
     """Inputs made under inference_mode may be used outside of it, without gradient."""
     with torch.inference_mode():
-        sample = at_shape(loss, (6, 35)).sample(torch.float64)
+        sample = on_device(at_shape(loss, (6, 35)).sample(torch.float64))
     expected = sample_truth(loss, sample, "mean")
     value = getattr(FL, loss)(sample.input, sample.target)
     assert_close_to_truth(value, expected.value, expected.value_scale, loss)
@@ -139,7 +140,7 @@ def test_the_table_takes_the_fused_path(family: str, compiled: str) -> None:
     """What the rest of this file tests on the compiled backend is the compiled backend."""
     case = FAMILIES[family][-1]
     for dtype in DTYPES.values():
-        sample = case.sample(dtype)
+        sample = on_device(case.sample(dtype))
         function = getattr(FL, case.loss)
         input = leaf(sample.input)
         told = fusedloss.explain(function, input, sample.target, **sample.options)
