@@ -268,7 +268,10 @@ def build_kernels() -> type[build_ext]:
                 ext.libraries += ["c10_cuda", "torch_cuda", "cudart"]
             ext.extra_compile_args += [
                 *flags,
-                *(f"-DFUSEDLOSS_BUILT_{name}" for name in CPU_CAPABILITIES),
+                *(
+                    f'-DFUSEDLOSS_BUILT_{name}="{" ".join(flags)}"'
+                    for name, flags in CPU_CAPABILITIES.items()
+                ),
                 f'-DFUSEDLOSS_VERSION="{self.distribution.get_version()}"',
                 f'-DFUSEDLOSS_TORCH_VERSION="{torch.__version__}"',
             ]
