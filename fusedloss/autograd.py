@@ -42,6 +42,23 @@ def pointwise(
     return value
 
 
+def custom(
+    loss: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    parameters: list[float],
+    reduction: int,
+    dtype: torch.dtype,
+    prediction: Tensor | None,
+) -> Tensor:
+    """One fused call of a loss of one's own."""
+    value: Tensor = _custom(
+        input, target, weight, loss, parameters, reduction, dtype, prediction
+    )
+    return value
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -104,6 +121,41 @@ def _pointwise_reference_gradient(
     return _reference_gradient(value, input, grad_output, torch.is_grad_enabled())
 
 
+def _custom_reference_gradient(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    loss: str,
+    parameters: list[float],
+    reduction: int,
+    dtype: torch.dtype,
+    of_input: bool,
+    of_target: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    from .custom import loss_named
+
+    *values, bound = parameters
+    with torch.enable_grad():
+        # Not the tensors themselves, whose hooks the outer backward runs.
+        x, y = input.view_as(input), target.view_as(target)
+        value = loss_named(loss)._reference(
+            _cast(x, dtype),
+            _cast(y, dtype),
+            _REDUCTION_NAMES[reduction],
+            None if weight is None else _cast(weight, dtype),
+            bound,
+            tuple(values),
+        )
+    wanted = [t for t, of in ((x, of_input), (y, of_target)) if of]
+    gradients = iter(
+        torch.autograd.grad(
+            value, wanted, grad_output, create_graph=torch.is_grad_enabled(), materialize_grads=True
+        )
+    )
+    return next(gradients) if of_input else None, next(gradients) if of_target else None
+
+
 def _cross_entropy_reference_gradient(
     grad_output: Tensor,
     input: Tensor,
@@ -129,11 +181,13 @@ def _cross_entropy_reference_gradient(
 
 if backends.extension is not None:
     _pointwise = torch.ops.fusedloss.pointwise.default
+    _custom = torch.ops.fusedloss.custom.default
     _cross_entropy = torch.ops.fusedloss.cross_entropy.default
     _torch_library: Any = torch.library  # untyped in some of the releases
     _library = _torch_library.Library("fusedloss", "IMPL")
     for _name, _implementation in (
         ("pointwise_reference_gradient", _pointwise_reference_gradient),
+        ("custom_reference_gradient", _custom_reference_gradient),
         ("cross_entropy_reference_gradient", _cross_entropy_reference_gradient),
     ):
         _library.impl(_name, _implementation, "CompositeImplicitAutograd")

@@ -48,6 +48,11 @@ FUSEDLOSS_HD float erf(float x) { return ::erff(x); }
 FUSEDLOSS_HD double erf(double x) { return ::erf(x); }
 FUSEDLOSS_HD float pow(float x, float y) { return ::powf(x, y); }
 FUSEDLOSS_HD double pow(double x, double y) { return ::pow(x, y); }
+// x log(y), 0 where x is 0 and y a number, as in torch.
+template <class T>
+FUSEDLOSS_HD T xlogy(T x, T y) {
+  return x == T(0) && y == y ? T(0) : x * log_any(y);
+}
 
 }  // namespace fusedloss
 
@@ -154,6 +159,11 @@ FUSEDLOSS_HD Vec<float> log_any(Vec<float> x) {
   const Vec<float> zero(0.0f), infinity(detail::kInfinity);
   const Vec<float> result = select(x == infinity, infinity, log(x));
   return select(x < zero, Vec<float>(NAN), result);
+}
+
+template <class T>
+FUSEDLOSS_HD Vec<T> xlogy(Vec<T> x, Vec<T> y) {
+  return select(both(x == Vec<T>(0), y == y), Vec<T>(0), x * log_any(y));
 }
 
 // log(1 + x): nan below -1.
