@@ -11,11 +11,13 @@ and compiled where it runs, and as plain PyTorch for whatever the kernels do not
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from .. import autograd, backends, functional
 from ..modules import _Predicting
 from ..reference import reduced
+from .building import CannotCompile, build_cpu
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,8 +35,10 @@ if TYPE_CHECKING:
 __all__ = ["PointwiseLoss", "PointwiseLossModule", "pointwise_loss"]
 
 _C: Any = backends.extension
-# Compiled losses by the name that the operators take.
+# Every loss by number, and the compiled ones by the name that the operators take.
+_defined: WeakValueDictionary[int, PointwiseLoss] = WeakValueDictionary()
 _losses: dict[str, PointwiseLoss] = {}
+_count = itertools.count()
 
 
 class PointwiseLoss:
@@ -46,8 +51,11 @@ class PointwiseLoss:
         self._struct = printing.cpp(self._traced)
         self._value = printing.torch_function(self._traced, self._traced.reference)
         self._slopes = printing.torch_function(self._traced, self._traced.reference_slopes)
-        # By type of device: what the operators call it; or, as an exception, why they cannot.
-        self._keys: dict[str, str | Exception] = {}
+        # By type of device: what the operators call it, and why they cannot.
+        self._keys: dict[str, str] = {}
+        self._obstacles: dict[str, str] = {}
+        self._number = next(_count)
+        _defined[self._number] = self
         self._names = tuple(self._traced.parameters)
         self._defaults = tuple(self._traced.defaults.get(name) for name in self._names)
         self._default_values = self._values({}) if None not in self._defaults else None
@@ -176,14 +184,15 @@ class PointwiseLoss:
             raise ValueError(f"{reduction} is not a valid value for reduction")
         bound = self._bound(clip_grad)
         if weight is None and functional._plain_calls():
-            key = self._keys.get(input.device.type) if isinstance(input, Tensor) else None
-            if type(key) is str:
-                loss = _C.custom(input, target, key, (*values, bound), number, prediction)
+            known = self._keys.get(input.device.type) if isinstance(input, Tensor) else None
+            if known is not None:
+                loss = _C.custom(input, target, known, (*values, bound), number, prediction)
                 if loss is not None:
                     return loss  # type: ignore[no-any-return]
         if weight is not None:
             weight = self._weight(input, weight)
         reason = functional._obstacle(input, target, weight, target_gradient=True)
+        key = ""
         dtype: torch.dtype | str | None = None
         if reason is None:
             dtype = functional._result_dtype(input, target, weight)
@@ -192,7 +201,7 @@ class PointwiseLoss:
             elif input.shape != target.shape:
                 reason = f"shapes differ: {tuple(input.shape)} and {tuple(target.shape)}"
             else:
-                reason = self._prepare(input.device.type)
+                key, reason = _prepared(self._number, input.device.type)
         if functional._explaining is not None:
             functional._report(reason)
         if reason is not None:
@@ -200,9 +209,8 @@ class PointwiseLoss:
                 input, target, reduction=reduction, weight=weight, clip_grad=clip_grad, **parameters
             )
         assert isinstance(dtype, torch.dtype)
-        key = self._keys[input.device.type]
         return autograd.custom(
-            str(key), input, target, weight, [*values, bound], number, dtype, prediction
+            key, input, target, weight, [*values, bound], number, dtype, prediction
         )
 
     def _weight(self, input: Any, weight: Any) -> Any:
@@ -220,20 +228,13 @@ class PointwiseLoss:
 
     # ---- kernels ---------------------------------------------------------------------------------
 
-    def _prepare(self, device: str) -> str | None:
-        """Compiles what is not yet; why it cannot be; None: it is ready."""
-        key = self._keys.get(device)
-        if key is None:
-            key = self._keys[device] = _compiled(self, device)
-        return None if isinstance(key, str) else str(key)
-
     def compile(self, device: str = "cpu") -> None:
         """Compiles the kernels now instead of at the first call.
 
         Raises:
             RuntimeError: they cannot be compiled here; the message says why.
         """
-        reason = backends.obstacle(device) or self._prepare(device)
+        reason = backends.obstacle(device) or _prepared(self._number, device)[1]
         if reason is not None:
             raise RuntimeError(f"{self.__name__} cannot be compiled: {reason}")
 
@@ -446,19 +447,26 @@ class _Clipped(torch.autograd.Function):
         return sum((s * t for s, t in pairs), torch.zeros_like(slopes[0]))
 
 
-def _compiled(loss: PointwiseLoss, device: str) -> str | Exception:
-    """What the operators call it on that device; or why they cannot, which is said once."""
-    from . import building
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _prepared(number: int, device: str) -> tuple[str, str | None]:
+    """What the operators call a loss on that device, compiled if it is not yet; and why they cannot,
+    which is warned of once. (By number, since a tracing compiler knows no loss as a constant.)"""
+    loss = _defined[number]
+    if device not in loss._keys and device not in loss._obstacles:
+        try:
+            loss._keys[device] = _loaded(loss)
+        except CannotCompile as error:
+            loss._obstacles[device] = str(error)
+            warnings.warn(
+                f"{loss.__name__} runs on plain PyTorch, without fused kernels: {error}",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+    return loss._keys.get(device, ""), loss._obstacles.get(device)
 
-    try:
-        key, library = building.build_cpu(loss.__name__, loss._struct)
-    except building.CannotCompile as error:
-        warnings.warn(
-            f"{loss.__name__} runs on plain PyTorch, without fused kernels: {error}",
-            RuntimeWarning,
-            stacklevel=6,
-        )
-        return error
+
+def _loaded(loss: PointwiseLoss) -> str:
+    key, library = build_cpu(loss.__name__, loss._struct)
     if key not in _losses:
         _C.load_custom(key, str(library))
         _losses[key] = loss
