@@ -1,5 +1,5 @@
-// The autograd Functions behind the differentiable operators: pointwise losses, losses of one's own,
-// and cross-entropy.
+// The autograd Functions behind the differentiable operators: pointwise losses, losses of one's
+// own, and cross-entropy.
 //
 // The forward pass writes the gradient already, for a predicted upstream gradient. Backward hands
 // it over where the prediction was right, and has the same kernel compute it from the saved inputs
@@ -140,9 +140,8 @@ struct CustomFunction : torch::autograd::Function<CustomFunction> {
                         at::ArrayRef<double> parameters, int64_t reduction, at::ScalarType dtype,
                         const OptionalTensor& prediction) {
     static const auto op = find_operator<std::tuple<Tensor, Tensor>(
-        const Tensor&, const Tensor&, const OptionalTensor&, std::string_view,
-        at::ArrayRef<double>, int64_t, at::ScalarType, bool, bool, const OptionalTensor&)>(
-        "fusedloss::custom_forward");
+        const Tensor&, const Tensor&, const OptionalTensor&, std::string_view, at::ArrayRef<double>,
+        int64_t, at::ScalarType, bool, bool, const OptionalTensor&)>("fusedloss::custom_forward");
     const bool hooked = saves_through_hooks();
     const bool of_input = input.requires_grad(), of_target = target.requires_grad();
     at::AutoDispatchBelowADInplaceOrView below;

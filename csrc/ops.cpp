@@ -86,7 +86,8 @@ TORCH_LIBRARY(fusedloss, m) {
   // carries to its backward.
   const std::vector<at::Tag> compiles{at::Tag::pt2_compliant_tag, at::Tag::cudagraph_unsafe};
 
-  // Differentiable in input, custom in target too; the kernels behind Autograd compute the value only.
+  // Differentiable in input, custom in target too; the kernels behind Autograd compute the value
+  // only.
   m.def(
       "pointwise(Tensor input, Tensor target, Tensor? weight, Tensor? "
       "pos_weight, " FUSEDLOSS_POINTWISE_OPTIONS ", Tensor? prediction) -> Tensor",
@@ -108,10 +109,9 @@ TORCH_LIBRARY(fusedloss, m) {
       "pointwise_backward(Tensor grad_output, Tensor scales, Tensor input, Tensor target, "
       "Tensor? weight, Tensor? pos_weight, " FUSEDLOSS_POINTWISE_OPTIONS ") -> Tensor",
       compiles);
-  m.def(
-      "custom_forward(Tensor input, Tensor target, Tensor? weight, " FUSEDLOSS_CUSTOM_OPTIONS
-      ", bool of_input, bool of_target, Tensor? prediction) -> (Tensor loss, Tensor scales)",
-      compiles);
+  m.def("custom_forward(Tensor input, Tensor target, Tensor? weight, " FUSEDLOSS_CUSTOM_OPTIONS
+        ", bool of_input, bool of_target, Tensor? prediction) -> (Tensor loss, Tensor scales)",
+        compiles);
   // The gradients that are wanted; the other is undefined.
   m.def(
       "custom_backward(Tensor grad_output, Tensor scales, Tensor input, Tensor target, "

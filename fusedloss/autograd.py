@@ -53,9 +53,7 @@ def custom(
     prediction: Tensor | None,
 ) -> Tensor:
     """One fused call of a loss of one's own."""
-    value: Tensor = _custom(
-        input, target, weight, loss, parameters, reduction, dtype, prediction
-    )
+    value: Tensor = _custom(input, target, weight, loss, parameters, reduction, dtype, prediction)
     return value
 
 

@@ -116,9 +116,7 @@ def _overrides(value: Any) -> bool:
     return overriding or is_traceable_wrapper_subclass(value)
 
 
-def _obstacle(
-    input: Any, target: Any, *others: Any, target_gradient: bool = False
-) -> str | None:
+def _obstacle(input: Any, target: Any, *others: Any, target_gradient: bool = False) -> str | None:
     """Why no fused kernel takes these tensors, before their shapes and dtypes; None: one does.
 
     target_gradient: a kernel gives the gradient for target too.

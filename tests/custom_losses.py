@@ -83,9 +83,7 @@ def _tukey(x: Tensor, y: Tensor, c: float) -> Tensor:
 CASES = [
     CustomCase(charbonnier, lambda x, y, eps: ((x - y) ** 2 + eps**2).sqrt(), {"eps": 0.3}),
     CustomCase(cauchy, lambda x, y, c: c**2 / 2 * torch.log1p(((x - y) / c) ** 2), {"c": 0.7}),
-    CustomCase(
-        quantile, lambda x, y, q: torch.maximum(q * (y - x), (q - 1) * (y - x)), {"q": 0.9}
-    ),
+    CustomCase(quantile, lambda x, y, q: torch.maximum(q * (y - x), (q - 1) * (y - x)), {"q": 0.9}),
     CustomCase(focal, _focal, {"gamma": 1.5, "alpha": 0.3}, unit_target=True),
     CustomCase(tukey, _tukey, {"c": 3.0}),
     CustomCase(gaussian_kl, lambda x, y: 0.5 * (x**2 + torch.expm1(y) - y)),

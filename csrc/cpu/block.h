@@ -16,8 +16,8 @@ namespace CPU_CAPABILITY {
 
 constexpr int kUnroll = 4;  // registers with sums of their own
 
-// What a loop is compiled for. kFactor: whether there is a factor, or, of a loss of one's own, may be:
-// it has loops enough to compile.
+// What a loop is compiled for. kFactor: whether there is a factor, or, of a loss of one's own, may
+// be: it has loops enough to compile.
 template <bool sum, bool value, bool gradient, bool target_gradient, bool factor>
 struct Wanted {
   static constexpr bool kSum = sum, kValue = value, kGradient = gradient,

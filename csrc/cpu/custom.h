@@ -47,9 +47,9 @@ constexpr CustomKernel custom_kernel() {
 }  // namespace CPU_CAPABILITY
 }  // namespace fusedloss::cpu
 
-#define FUSEDLOSS_CUSTOM(LOSS)                                                        \
-  extern "C" __attribute__((visibility("default"))) const fusedloss::cpu::CustomKernel* \
-  FUSEDLOSS_CUSTOM_ENTRY() {                                                          \
-    static constexpr auto kernel = fusedloss::cpu::CPU_CAPABILITY::custom_kernel<LOSS>();             \
-    return &kernel;                                                                   \
+#define FUSEDLOSS_CUSTOM(LOSS)                                                            \
+  extern "C" __attribute__((visibility("default"))) const fusedloss::cpu::CustomKernel*   \
+  FUSEDLOSS_CUSTOM_ENTRY() {                                                              \
+    static constexpr auto kernel = fusedloss::cpu::CPU_CAPABILITY::custom_kernel<LOSS>(); \
+    return &kernel;                                                                       \
   }

@@ -105,8 +105,8 @@ PointwiseResult run(const Pointwise& call, const Loss& loss) {
   at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       bool ok = true;
-      sums[c] = chunk<Loss, Want, T>(call, loss, c * kChunk,
-                                     std::min(call.numel, (c + 1) * kChunk), ok);
+      sums[c] =
+          chunk<Loss, Want, T>(call, loss, c * kChunk, std::min(call.numel, (c + 1) * kChunk), ok);
       in_unit[c] = ok;
     }
   });

@@ -1,8 +1,8 @@
 // More words than vocabulary.h has: elementary functions over their whole domain, infinities
 // and nan included, which a loss of one's own may call with anything.
 //
-// Errors are in ULP as there, by tests/elementary.cpp; tests/test_elementary.py holds them. In double
-// the SIMD forms are libm's, lane by lane.
+// Errors are in ULP as there, by tests/elementary.cpp; tests/test_elementary.py holds them. In
+// double the SIMD forms are libm's, lane by lane.
 #pragma once
 
 #include "vocabulary.h"
@@ -85,9 +85,9 @@ FUSEDLOSS_HD Vec<T> sign(Vec<T> x) {
 using simd::sqrt;
 
 // Libm's, lane by lane: all doubles, and floats beyond where a function's own form holds.
-#define FUSEDLOSS_LANES(NAME, FUNCTION)                               \
-  FUSEDLOSS_HD Vec<double> NAME(Vec<double> x) {                      \
-    return x.map([](double lane) { return std::FUNCTION(lane); });    \
+#define FUSEDLOSS_LANES(NAME, FUNCTION)                            \
+  FUSEDLOSS_HD Vec<double> NAME(Vec<double> x) {                   \
+    return x.map([](double lane) { return std::FUNCTION(lane); }); \
   }
 FUSEDLOSS_LANES(log_any, log)
 FUSEDLOSS_LANES(log1p_any, log1p)
@@ -108,9 +108,7 @@ using Int = Vec<int32_t>;
 constexpr float kInfinity = INFINITY;
 
 // 2^n for n in [-126, 127], from the integer that adding kRounder left in a mantissa.
-FUSEDLOSS_HD Vec<float> power_of_two(Int n) {
-  return simd::cast<float>((n + Int(127)) << Int(23));
-}
+FUSEDLOSS_HD Vec<float> power_of_two(Int n) { return simd::cast<float>((n + Int(127)) << Int(23)); }
 
 // x = n ln 2 + r with |r| <= ln(2) / 2: n, and e^r - 1. |x| < 2^15, or nan.
 struct Reduced {
@@ -182,11 +180,11 @@ FUSEDLOSS_HD Vec<float> tanh(Vec<float> x) {
 FUSEDLOSS_HD Vec<float> erf(Vec<float> x) {
   using namespace detail;
   // x + x p(x^2), and 1 - exp(-r(|x|)), both minimax.
-  static constexpr float p[] = {0.1283792f,    -0.37612635f,   0.112837195f, -0.026860733f,
-                                0.005204383f,  -0.00081812846f, 8.535948e-05f};
-  static constexpr float r[] = {-0.00014233188f, 1.1293333f,    0.6337849f,     0.10768884f,
-                                -0.024630973f,   0.0039183586f, -0.00035455555f, 6.9814655e-06f,
-                                1.0657806e-06f};
+  static constexpr float p[] = {0.1283792f,   -0.37612635f,    0.112837195f, -0.026860733f,
+                                0.005204383f, -0.00081812846f, 8.535948e-05f};
+  static constexpr float r[] = {-0.00014233188f, 1.1293333f,     0.6337849f,
+                                0.10768884f,     -0.024630973f,  0.0039183586f,
+                                -0.00035455555f, 6.9814655e-06f, 1.0657806e-06f};
   const Vec<float> one(1.0f), size = simd::clamp(abs(x), Vec<float>(0.0f), Vec<float>(4.0f));
   const Vec<float> square = size * size;
   const Vec<float> small = simd::fmadd(x, polynomial(square, square * square, p), x);
@@ -232,8 +230,8 @@ FUSEDLOSS_HD Vec<float> cos(Vec<float> x) {
   return detail::sine(x, 1, [](float lane) { return std::cos(lane); });
 }
 
-// x^y: exp(y log|x|) with the logarithm in two floats, so that a large exponent keeps its digits. Of
-// a negative x, nan unless y is an integer. y is finite.
+// x^y: exp(y log|x|) with the logarithm in two floats, so that a large exponent keeps its digits.
+// Of a negative x, nan unless y is an integer. y is finite.
 FUSEDLOSS_HD Vec<float> pow(Vec<float> x, Vec<float> y) {
   using namespace detail;
   const Vec<float> zero(0.0f), one(1.0f), infinity(kInfinity);
@@ -262,7 +260,8 @@ FUSEDLOSS_HD Vec<float> pow(Vec<float> x, Vec<float> y) {
   Vec<float> result = exp_times(product, select(abs(more) < one, more, zero));
   result = select(x == x, result, x);
   // 0 and infinity, of which there is no logarithm.
-  const Vec<float> limit = select(y < zero, infinity, zero), other = select(y < zero, zero, infinity);
+  const Vec<float> limit = select(y < zero, infinity, zero),
+                   other = select(y < zero, zero, infinity);
   result = select(size == zero, limit, select(size == infinity, other, result));
   result = select(y == zero, one, result);
   // Every float from 2^24 on is even.

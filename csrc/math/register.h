@@ -23,10 +23,10 @@ constexpr int kBytes = 16;
 // The compiler's type, and signed integers as wide, which is what it gives for a comparison.
 template <class T>
 struct Vector;
-#define FUSEDLOSS_VECTOR(T, INTEGER)                        \
-  template <>                                               \
-  struct Vector<T> {                                        \
-    typedef T Native __attribute__((vector_size(kBytes)));  \
+#define FUSEDLOSS_VECTOR(T, INTEGER)                           \
+  template <>                                                  \
+  struct Vector<T> {                                           \
+    typedef T Native __attribute__((vector_size(kBytes)));     \
     typedef INTEGER Bits __attribute__((vector_size(kBytes))); \
   };
 FUSEDLOSS_VECTOR(float, int32_t)
@@ -83,12 +83,16 @@ class Vectorized {
     for (int i = 0; i < size(); ++i) found |= bits()[i] != 0;
     return found;
   }
-  FUSEDLOSS_HD Vectorized abs() const {
-    return from_bits(bits() & ~Vectorized(T(-0.0)).bits());
+  FUSEDLOSS_HD Vectorized abs() const { return from_bits(bits() & ~Vectorized(T(-0.0)).bits()); }
+  FUSEDLOSS_HD Vectorized exp() const {
+    return map([](T x) { return std::exp(x); });
   }
-  FUSEDLOSS_HD Vectorized exp() const { return map([](T x) { return std::exp(x); }); }
-  FUSEDLOSS_HD Vectorized log() const { return map([](T x) { return std::log(x); }); }
-  FUSEDLOSS_HD Vectorized log1p() const { return map([](T x) { return std::log1p(x); }); }
+  FUSEDLOSS_HD Vectorized log() const {
+    return map([](T x) { return std::log(x); });
+  }
+  FUSEDLOSS_HD Vectorized log1p() const {
+    return map([](T x) { return std::log1p(x); });
+  }
 
   FUSEDLOSS_HD friend Vectorized operator-(Vectorized a) { return -a.v_; }
   FUSEDLOSS_HD friend Vectorized operator+(Vectorized a, Vectorized b) { return a.v_ + b.v_; }

@@ -151,8 +151,7 @@ FUSEDLOSS_HD Vec<float> log_normal(Vec<float> t, Vec<float> addend) {
   const Int bits = simd::cast<int32_t>(t) - Int(0x3f3504f3);
   const Int exponent = bits & Int(static_cast<int32_t>(0xff800000));
   const Vec<float> n = simd::convert<float>(exponent) * Vec<float>(1.0f / (1 << 23));
-  const Vec<float> f =
-      simd::cast<float>(simd::cast<int32_t>(t) - exponent) - Vec<float>(1.0f);
+  const Vec<float> f = simd::cast<float>(simd::cast<int32_t>(t) - exponent) - Vec<float>(1.0f);
   // log(1 + f) = f - f^2 / 2 + f^3 q(f), q minimax on [sqrt(1/2) - 1, sqrt(2) - 1].
   static constexpr float q[] = {0.3333333f,  -0.2500082f,  0.20001227f, -0.16623357f,
                                 0.14201757f, -0.13160183f, 0.12761578f, -0.076344974f};
@@ -178,8 +177,8 @@ FUSEDLOSS_HD Vec<float> exp_nonpositive(Vec<float> x) {
   const Vec<float> r2 = r * r;
   const Vec<float> p = simd::fmadd(r2, polynomial(r, r2, q), r);  // e^r - 1
   // The integer in shifted's mantissa, moved up to the exponent: 2^n.
-  const Vec<float> scale = simd::cast<float>(
-      (simd::cast<int32_t>(shifted) << Vec<int32_t>(23)) + Vec<int32_t>(0x3f800000));
+  const Vec<float> scale = simd::cast<float>((simd::cast<int32_t>(shifted) << Vec<int32_t>(23)) +
+                                             Vec<int32_t>(0x3f800000));
   return zero_below(x, -87.33f, simd::fmadd(p, scale, scale));  // nan, as p is, where x is nan
 }
 

@@ -395,9 +395,7 @@ class PointwiseLossModule(_Predicting):
         return self.loss.__name__
 
     def extra_repr(self) -> str:
-        numbers = zip(
-            self.loss._names, self.loss._values(self.parameters_of_loss), strict=True
-        )
+        numbers = zip(self.loss._names, self.loss._values(self.parameters_of_loss), strict=True)
         shown = [f"{name}={value:g}" for name, value in numbers]
         shown.append(f"reduction={self.reduction!r}")
         if self.clip_grad is not None:

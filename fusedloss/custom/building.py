@@ -68,7 +68,9 @@ def find_compiler() -> str:
 
 @functools.cache
 def _version(program: str) -> str:
-    return subprocess.run([program, "--version"], check=False, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [program, "--version"], check=False, capture_output=True, text=True
+    ).stdout
 
 
 @functools.cache

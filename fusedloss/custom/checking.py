@@ -207,9 +207,7 @@ def _kinks(probe: _Probe) -> Iterator[tuple[sympy.Expr, Tensor, Tensor]]:
             yield switch, (low + high) / 2, target
 
 
-def _kinks_in_words(
-    probe: _Probe, kinks: list[tuple[sympy.Expr, Tensor, Tensor]]
-) -> Iterator[str]:
+def _kinks_in_words(probe: _Probe, kinks: list[tuple[sympy.Expr, Tensor, Tensor]]) -> Iterator[str]:
     for switch, x, y in kinks:
         width = 1e-7 * (1 + x.abs())
         (before, after) = (probe.slopes(x + s * width, y)[0] for s in (-1, 1))

@@ -225,6 +225,9 @@ class _TorchConstant(_Torch):
     def number(self, x: float) -> str:
         return f"number({str(x)!r})"
 
+    def _Where(self, e: Expr) -> str:
+        return self.call("select", e.args)
+
 
 def _call(word: Any, *args: Any) -> Any:
     like = next((arg for arg in args if isinstance(arg, Tensor)), None)
@@ -286,6 +289,7 @@ _NAMESPACE: dict[str, Any] = {
     "call": _call,
     "where": _where,
     "number": _number,
+    "select": torch.where,
     "both": _both,
     "either": _either,
     "negation": _negation,

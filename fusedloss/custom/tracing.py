@@ -83,7 +83,9 @@ class Traced:
         constants: dict[Expr, Expr] = {}  # formula: symbol
 
         def is_constant(e: Expr) -> bool:
-            return isinstance(e, sympy.Expr) and bool(e.free_symbols) and e.free_symbols <= parameters
+            return (
+                isinstance(e, sympy.Expr) and bool(e.free_symbols) and e.free_symbols <= parameters
+            )
 
         def constant(e: Expr) -> Expr:
             return constants.setdefault(e, sympy.Symbol(f"c{len(constants)}", real=True))
@@ -148,7 +150,9 @@ def _signature(function: Callable[..., Any], name: str) -> dict[str, float | Non
                     f"and its parameters as keywords, behind a *: {form}"
                 )
             if parameter.default is not parameter.empty:
-                raise TypeError(f"{name}: {parameter.name!r} is a tensor and has no default: {form}")
+                raise TypeError(
+                    f"{name}: {parameter.name!r} is a tensor and has no default: {form}"
+                )
             continue
         if parameter.name in (*RESERVED, INPUT, TARGET):
             raise ValueError(
@@ -182,7 +186,7 @@ def _explained(name: str, error: Exception) -> Exception:
             "maximum or minimum, and join conditions by &, | and ~"
         )
     torch_function = re.match(r"(\w+)\(\)(?:: argument|: expected| received|:? missing)", said)
-    if torch_function or "Tensor" in said:
+    if torch_function or "tensor" in said.lower():
         word = torch_function[1] if torch_function else ""
         called = f"torch's {word}()" if word else "a torch function or tensor"
         advice = write(word) or "write it in the words of fusedloss.math, and numbers as parameters"
@@ -193,7 +197,8 @@ def _explained(name: str, error: Exception) -> Exception:
         advice = write(word) or (
             "a loss is of one element, and reduction is its caller's keyword: return the element's "
             "value"
-            if word in ("mean", "sum", "item", "shape", "size", "dim", "numel", "max", "min", "dtype")
+            if word
+            in ("mean", "sum", "item", "shape", "size", "dim", "numel", "max", "min", "dtype")
             else "write it in the words of fusedloss.math"
         )
         return TypeError(f"{name}: a symbol has no .{word}: {advice}")

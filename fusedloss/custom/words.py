@@ -12,6 +12,7 @@ A condition is a SymPy relation, or an And, Or or Not of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -70,7 +71,7 @@ Erf = _word(
     "erf",
     torch.erf,
     derivatives=lambda self: (
-        sympy.Float(1.1283791670955126) * ExpNonpositive(-self.args[0] ** 2),
+        sympy.Float(1.1283791670955126) * ExpNonpositive(-(self.args[0] ** 2)),
     ),
 )
 # Of arguments known to be in the domain of the name: what derivatives and lowered forms are made of.
@@ -175,13 +176,23 @@ class Relu(Word):
 
 
 class Power(Word):
-    """b^e for an exponent that is not a small whole or half number."""
+    """b^e for an exponent that is not a small whole number."""
 
     nargs = 2
     torch = staticmethod(torch.pow)
 
+    def lowered(self) -> Expr:
+        base, exponent = self.args
+        twice = _twice(exponent)
+        if twice is None:
+            return self
+        whole = twice // 2
+        return base**whole * Sqrt(base) if whole >= 0 else base ** (whole + 1) / Sqrt(base)
+
     def derivatives(self) -> tuple[Expr, ...]:
         base, exponent = self.args
+        if _twice(exponent) is not None:
+            return exponent * _power(base, exponent - 1), ZERO
         # e b^e / b, b^e being there already; at 0 its limit.
         limit = Where(sympy.Eq(exponent, 0), ZERO, exponent * Power(ZERO, exponent - 1))
         by_base = Where(sympy.Eq(base, 0), limit, exponent * self / base)
@@ -312,16 +323,20 @@ _OF_SYMPY: dict[Any, Any] = {
 def _power(base: Expr, exponent: Expr) -> Expr:
     if base == sympy.E:
         return Exp(exponent)
-    if exponent.is_number:
-        twice = 2 * exponent
-        if twice == int(twice) and abs(twice) <= 32:
-            whole, half = divmod(int(twice), 2)
-            if half == 0:
-                return base**whole
-            if whole >= 0:
-                return base**whole * Sqrt(base)
-            return base ** (whole + 1) / Sqrt(base)
+    twice = _twice(exponent)
+    if twice is not None:
+        exponent = Rational(twice, 2)
+        if exponent.is_Integer:
+            return base**exponent
+        if exponent == HALF:
+            return Sqrt(base)
     return Power(base, exponent)
+
+
+def _twice(exponent: Expr) -> int | None:
+    """Twice a small whole or half exponent; None: it is none."""
+    twice = 2 * float(exponent) if exponent.is_number else math.inf  # SymPy tells 3.0 from 3
+    return int(twice) if abs(twice) <= 32 and twice.is_integer() else None
 
 
 def lowered(expression: Expr) -> Expr:
