@@ -415,7 +415,7 @@ def test_transforms(backend: str) -> None:
         torch.testing.assert_close(torch.func.grad(total)(x, y), expected)
         rows = torch.func.vmap(torch.func.grad(total))(x, y)
         torch.testing.assert_close(rows, expected)
-        _, tangent = torch.func.jvp(lambda a: total(a, y), (x,), (torch.ones_like(x),))  # noqa: B023
+        _, tangent = torch.func.jvp(lambda a: total(a, y), (x,), (torch.ones_like(x),))
         torch.testing.assert_close(tangent, expected.sum())
         a = leaf(x)
         (first,) = torch.autograd.grad(total(a, y), a, create_graph=True)
@@ -507,7 +507,9 @@ def definitions() -> dict[str, tuple[Any, type[Exception], str]]:
     """A definition that is none, its error, and what that says."""
 
     def with_if(input, target):  # type: ignore[no-untyped-def]
-        return input if input > target else target
+        if input > target:
+            return input
+        return 2 * target
 
     def keyword(input, target, *, weight=1.0):  # type: ignore[no-untyped-def]
         return input * weight

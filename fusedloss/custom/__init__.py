@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import autograd, backends, functional
 from ..modules import _Predicting
@@ -279,7 +279,8 @@ class PointwiseLoss:
             result = torch.float32
         # Reduced precision is computed in float32, as by the kernels.
         compute = result if result is torch.float64 else torch.float32
-        x, y = torch.broadcast_tensors(input.to(compute), target.to(compute))
+        shape = torch.broadcast_shapes(input.shape, target.shape)  # type: ignore[no-untyped-call]
+        x, y = (t.to(compute).expand(shape) for t in (input, target))
         if bound == math.inf:
             value = self._elements(x, y, values)
         else:
@@ -432,13 +433,13 @@ class _Clipped(torch.autograd.Function):
         ctx.save_for_forward(x, y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         loss, bound, values = ctx.rest
         of_x, of_y = loss._bounded_slopes(*ctx.saved_tensors, bound, values)
         return grad * of_x, grad * of_y, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, x: Tensor | None, y: Tensor | None, *_: Any) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, x: Tensor | None, y: Tensor | None, *_: Any) -> Tensor:
         loss, bound, values = ctx.rest
         slopes = loss._bounded_slopes(*ctx.saved_tensors, bound, values)
         pairs = [(s, t) for s, t in zip(slopes, (x, y), strict=True) if t is not None]
@@ -452,6 +453,10 @@ def _prepared(number: int, device: str) -> tuple[str, str | None]:
     loss = _defined[number]
     if device not in loss._keys and device not in loss._obstacles:
         try:
+            if device != "cpu":
+                raise CannotCompile(
+                    f"losses of one's own are not compiled for {device} tensors yet"
+                )
             loss._keys[device] = _loaded(loss)
         except CannotCompile as error:
             loss._obstacles[device] = str(error)

@@ -65,7 +65,8 @@ class _Probe:
 def check(loss: PointwiseLoss, values: tuple[float, ...]) -> Report:
     """See :meth:`fusedloss.custom.PointwiseLoss.check`."""
     probe = _Probe(loss, values)
-    errors, remarks = [], []
+    errors: list[str] = []
+    remarks: list[str] = []
     generator = torch.Generator().manual_seed(0)
 
     def draw() -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import sympy
 import torch
@@ -23,7 +23,7 @@ class Printer:
     term joins: the difference of neighbours is exact.
     """
 
-    operators = {
+    operators: ClassVar[dict[Any, str]] = {
         sympy.Gt: ">",
         sympy.Ge: ">=",
         sympy.Lt: "<",
@@ -31,14 +31,15 @@ class Printer:
         sympy.Eq: "==",
         sympy.Ne: "!=",
     }
-    names: dict[str, str] = {}  # of symbols
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self.names = names  # of symbols, where they are not their own
 
     def __call__(self, e: Expr) -> str:
         for kind in type(e).__mro__:
             method = getattr(self, f"_{kind.__name__}", None)
             if method is not None:
-                text: str = method(e)
-                return text
+                return str(method(e))
         raise TypeError(f"no way to print {e!r}")  # tracing lets none through
 
     def number(self, x: float) -> str:
@@ -123,8 +124,7 @@ def _is_negative(e: Expr) -> bool:
 class _Cpp(Printer):
     """Of elements: T is a number or a SIMD register."""
 
-    names = {INPUT: "x", TARGET: "y"}
-    renamed = {
+    renamed: ClassVar[dict[str, str]] = {
         "log": "log_any",
         "log1p": "log1p_any",
         "Abs": "abs",
@@ -168,9 +168,9 @@ def cpp(traced: Traced) -> str:
     """The struct that csrc/math/custom.h describes. Its last parameter bounds the slopes."""
     program = traced.kernel
     count = len(program.constants) + 1
-    of_call, of_element = _CppConstant(), _Cpp()
     given = list(traced.parameters)
-    of_call.names = {name: f"parameters[{i}]" for i, name in enumerate(given)}
+    of_call = _CppConstant({name: f"parameters[{i}]" for i, name in enumerate(given)})
+    of_element = _Cpp({INPUT: "x", TARGET: "y"})
     lines = [
         f"// {traced.name}: {_comment(traced.value)}",
         f"struct Loss : CustomLoss<{count}> {{",
@@ -204,8 +204,6 @@ def _comment(value: Expr) -> str:
 class _Torch(Printer):
     """Of tensors x and y; Python numbers stand for constants."""
 
-    names = {INPUT: "x", TARGET: "y"}
-
     def number(self, x: float) -> str:
         return f"float({str(x)!r})" if math.isinf(x) else repr(x)
 
@@ -219,8 +217,6 @@ class _Torch(Printer):
 
 class _TorchConstant(_Torch):
     """Of float64 tensors of one number: arithmetic of Python's own would raise on 1 / 0."""
-
-    names = {}
 
     def number(self, x: float) -> str:
         return f"number({str(x)!r})"
@@ -303,7 +299,7 @@ _NAMESPACE: dict[str, Any] = {
 
 def torch_source(traced: Traced, program: Program) -> str:
     """Two functions: ``constants(parameters...)``, and ``results(x, y, constants...)``."""
-    constant, element = _TorchConstant(), _Torch()
+    constant, element = _TorchConstant({}), _Torch({INPUT: "x", TARGET: "y"})
     symbols = [str(symbol) for symbol, _ in program.constants]
     formulas = [constant(e) for _, e in program.constants]
     return "\n".join(
@@ -324,7 +320,7 @@ Compiled = Callable[[Tensor, Tensor, tuple[float, ...]], tuple[Any, ...]]
 def torch_function(traced: Traced, program: Program) -> Compiled:
     """The formulas as a function of input, target and the parameters' numbers."""
     namespace = dict(_NAMESPACE)
-    exec(compile(torch_source(traced, program), f"<{traced.name}>", "exec"), namespace)
+    exec(compile(torch_source(traced, program), f"<{traced.name}>", "exec"), namespace)  # noqa: S102 - of our own print
     results = namespace["results"]
 
     @functools.lru_cache(maxsize=64)

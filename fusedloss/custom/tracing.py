@@ -235,7 +235,7 @@ def _checked(name: str, result: Any, known: set[Expr]) -> Expr:
         if node.has(sympy.I, sympy.zoo, sympy.nan):
             raise ValueError(f"{name} is no real number: {value}")
         if isinstance(node, sympy.Function) and not isinstance(node, words.Word):
-            raise ValueError(
+            raise TypeError(
                 f"{name}: {node.func} is none of the functions of fusedloss.math, which are "
                 f"{', '.join(_words())}"
             )

@@ -12,9 +12,10 @@ A condition is a SymPy relation, or an And, Or or Not of them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import sympy
 import torch
@@ -24,22 +25,19 @@ from torch.nn import functional as F
 
 Expr = Any  # SymPy is untyped
 
-_negated_logsigmoid: Callable[[Tensor], Tensor] = lambda x: -F.logsigmoid(-x)  # noqa: E731
 ONE, ZERO, HALF = Integer(1), Integer(0), Rational(1, 2)
 
 
 class Word(sympy.Function):  # type: ignore[misc]
     """A function of real numbers."""
 
+    torch: ClassVar[Any]
+
     def derivatives(self) -> tuple[Expr, ...]:
         raise NotImplementedError(f"{self.func.__name__} is a word of kernels alone")
 
     def lowered(self) -> Expr:
         return self
-
-    @staticmethod
-    def torch(*args: Any) -> Tensor:
-        raise NotImplementedError
 
     # SymPy's own hook. A word whose arguments do not all count everywhere chooses among their
     # derivatives instead of multiplying by 0: what is infinite there must not make a nan.
@@ -59,15 +57,15 @@ def _word(name: str, function: Callable[..., Tensor], **methods: Any) -> Any:
 
 # ---- words that kernels have ---------------------------------------------------------------------
 
-Exp = _word("exp", torch.exp, derivatives=lambda self: (self,))
-Expm1 = _word("expm1", torch.expm1, derivatives=lambda self: (Exp(self.args[0]),))
-Log = _word("log", torch.log, derivatives=lambda self: (1 / self.args[0],))
-Log1p = _word("log1p", torch.log1p, derivatives=lambda self: (1 / (1 + self.args[0]),))
-Sqrt = _word("sqrt", torch.sqrt, derivatives=lambda self: (HALF / self,))
-Sin = _word("sin", torch.sin, derivatives=lambda self: (Cos(self.args[0]),))
-Cos = _word("cos", torch.cos, derivatives=lambda self: (-Sin(self.args[0]),))
-Tanh = _word("tanh", torch.tanh, derivatives=lambda self: (SechSquared(self.args[0]),))
-Erf = _word(
+Exp: Any = _word("exp", torch.exp, derivatives=lambda self: (self,))
+Expm1: Any = _word("expm1", torch.expm1, derivatives=lambda self: (Exp(self.args[0]),))
+Log: Any = _word("log", torch.log, derivatives=lambda self: (1 / self.args[0],))
+Log1p: Any = _word("log1p", torch.log1p, derivatives=lambda self: (1 / (1 + self.args[0]),))
+Sqrt: Any = _word("sqrt", torch.sqrt, derivatives=lambda self: (HALF / self,))
+Sin: Any = _word("sin", torch.sin, derivatives=lambda self: (Cos(self.args[0]),))
+Cos: Any = _word("cos", torch.cos, derivatives=lambda self: (-Sin(self.args[0]),))
+Tanh: Any = _word("tanh", torch.tanh, derivatives=lambda self: (SechSquared(self.args[0]),))
+Erf: Any = _word(
     "erf",
     torch.erf,
     derivatives=lambda self: (
@@ -75,8 +73,8 @@ Erf = _word(
     ),
 )
 # Of arguments known to be in the domain of the name: what derivatives and lowered forms are made of.
-ExpNonpositive = _word("exp_nonpositive", torch.exp)
-Log1pUnit = _word("log1p_unit", torch.log1p)
+ExpNonpositive: Any = _word("exp_nonpositive", torch.exp)
+Log1pUnit: Any = _word("log1p_unit", torch.log1p)
 
 
 def _is_negated(x: Expr) -> bool:
@@ -255,8 +253,11 @@ class LogSigmoid(Word):
 
 class Softplus(Word):
     nargs = 1
-    # Not F.softplus, which is x from 20 on: off by 1e-10 there.
-    torch = staticmethod(_negated_logsigmoid)
+
+    @staticmethod
+    def torch(x: Tensor) -> Tensor:
+        # Not F.softplus, which is x from 20 on: off by 1e-10 there.
+        return -F.logsigmoid(-x)
 
     def derivatives(self) -> tuple[Expr, ...]:
         return (Sigmoid(self.args[0]),)
@@ -290,11 +291,8 @@ def canonical(expression: Expr) -> Expr:
         if isinstance(node, sympy.exp):
             return Exp(*args)
         if isinstance(node, sympy.Max | sympy.Min):
-            word = Maximum if isinstance(node, sympy.Max) else Minimum
-            result = args[0]
-            for arg in args[1:]:
-                result = word(result, arg)
-            return result
+            extremum: Any = Maximum if isinstance(node, sympy.Max) else Minimum
+            return functools.reduce(extremum, args)
         if isinstance(node, sympy.Piecewise):
             value, condition = args[-1].args
             result = value if condition == sympy.true else Where(condition, value, sympy.nan)
