@@ -277,3 +277,30 @@ FUSEDLOSS_HD Vec<float> pow(Vec<float> x, Vec<float> y) {
 }  // namespace CPU_CAPABILITY
 }  // namespace fusedloss
 #endif  // FUSEDLOSS_NO_TORCH
+
+// ---- both ---------------------------------------------------------------------------------------
+namespace fusedloss {
+
+// x^exponent for a number that is the same for all elements: products for the usual ones.
+template <class T>
+FUSEDLOSS_HD T power(T x, double exponent) {
+  if (exponent == 2) return x * x;
+  if (exponent == 1) return x;
+  if (exponent == 3) return x * x * x;
+  if (exponent == 0.5) return sqrt(x);
+  if (exponent == 0) return T(1);
+  return pow(x, T(exponent));
+}
+
+// Its derivative, where value is x^exponent; at 0 the limit.
+template <class T>
+FUSEDLOSS_HD T power_slope(T x, T value, double exponent) {
+  if (exponent == 2) return x + x;
+  if (exponent == 1) return T(1);
+  if (exponent == 3) return T(3) * x * x;
+  if (exponent == 0) return T(0);
+  const T at_zero(exponent * ::pow(0.0, exponent - 1));
+  return select(x == T(0), at_zero, T(exponent) * value / x);
+}
+
+}  // namespace fusedloss

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import words
-from .tracing import INPUT, TARGET
+from .words import INPUT, TARGET
 
 if TYPE_CHECKING:
     from . import PointwiseLoss

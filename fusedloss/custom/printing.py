@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import words
-from .tracing import INPUT, TARGET, Program, Traced
-from .words import Expr
+from .tracing import Program, Traced
+from .words import INPUT, TARGET, Expr
 
 
 class Printer:
@@ -132,7 +132,6 @@ class _Cpp(Printer):
         "Maximum": "maximum",
         "Minimum": "minimum",
         "Clamp": "between",
-        "Power": "pow",
         "XLogY": "xlogy",
         "Where": "select",
     }
@@ -147,6 +146,25 @@ class _Cpp(Printer):
     def _Relu(self, e: Expr) -> str:
         return f"at_least({self(e.args[0])}, T(0))"
 
+    def _reciprocal(self, e: Expr) -> str:
+        return f"({self.number(1.0)} / {self(e.args[0])})"
+
+    def _Power(self, e: Expr) -> str:
+        base, exponent = e.args
+        number = self._of_call(exponent)
+        return self.call("pow", e.args) if number is None else f"power({self(base)}, {number})"
+
+    def _PowerSlope(self, e: Expr) -> str:
+        base, exponent, value = e.args
+        return f"power_slope({self(base)}, {self(value)}, {self._of_call(exponent)})"
+
+    def _of_call(self, e: Expr) -> str | None:
+        """A number that is the same for all elements, as a double; None: it is none."""
+        if e.is_number:
+            return _cpp_number(float(e))
+        is_constant = e.is_Symbol and e.name.startswith("c")
+        return f"constants[{e.name[1:]}]" if is_constant else None
+
 
 class _CppConstant(_Cpp):
     """Of a call's numbers, in double."""
@@ -156,6 +174,9 @@ class _CppConstant(_Cpp):
 
     def _Relu(self, e: Expr) -> str:
         return f"at_least({self(e.args[0])}, 0.0)"
+
+    def _Power(self, e: Expr) -> str:
+        return self.call("pow", e.args)
 
 
 def _cpp_number(x: float) -> str:

@@ -18,9 +18,8 @@ import sympy
 from sympy.core.parameters import distribute
 
 from . import words
-from .words import Expr
+from .words import INPUT, TARGET, Expr
 
-INPUT, TARGET = "input", "target"
 RESERVED = ("reduction", "weight", "clip_grad")  # keywords that every loss has
 
 

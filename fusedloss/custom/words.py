@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Expr = Any  # SymPy is untyped
+INPUT, TARGET = "input", "target"  # the symbols' names
 
 ONE, ZERO, HALF = Integer(1), Integer(0), Rational(1, 2)
 
@@ -75,6 +76,8 @@ Erf: Any = _word(
 # Of arguments known to be in the domain of the name: what derivatives and lowered forms are made of.
 ExpNonpositive: Any = _word("exp_nonpositive", torch.exp)
 Log1pUnit: Any = _word("log1p_unit", torch.log1p)
+# 1 / x as one division, which powers and quotients share.
+Reciprocal: Any = _word("reciprocal", torch.reciprocal)
 
 
 def _is_negated(x: Expr) -> bool:
@@ -191,13 +194,24 @@ class Power(Word):
         base, exponent = self.args
         if _twice(exponent) is not None:
             return exponent * _power(base, exponent - 1), ZERO
+        of_element = {str(s) for s in exponent.free_symbols} & {INPUT, TARGET}
+        if not of_element:
+            return PowerSlope(base, exponent, self), ZERO
         # e b^e / b, b^e being there already; at 0 its limit.
         limit = Where(sympy.Eq(exponent, 0), ZERO, exponent * Power(ZERO, exponent - 1))
         by_base = Where(sympy.Eq(base, 0), limit, exponent * self / base)
-        if not exponent.free_symbols & base.free_symbols and exponent.is_number:
-            return by_base, ZERO
         vanishes = sympy.And(sympy.Eq(base, 0), exponent >= 0)
         return by_base, Where(vanishes, ZERO, self * Log(base))
+
+
+class PowerSlope(Word):
+    """The derivative of b^e by b, from b, an e that is the same for all elements, and b^e."""
+
+    nargs = 3
+
+    @staticmethod
+    def torch(base: Tensor, exponent: Tensor, value: Tensor) -> Tensor:
+        return torch.where(exponent == 0, 0.0, exponent * base ** (exponent - 1))
 
 
 class XLogY(Word):
@@ -229,7 +243,7 @@ class Sigmoid(Word):
 
     def lowered(self) -> Expr:
         e = _decay(self.args[0])
-        return Where(self.args[0] < 0, e, ONE) / (1 + e)
+        return Where(self.args[0] < 0, e, ONE) * Reciprocal(1 + e)
 
 
 class SigmoidSlope(Word):
@@ -237,7 +251,7 @@ class SigmoidSlope(Word):
 
     def lowered(self) -> Expr:
         e = _decay(self.args[0])
-        return e / (1 + e) ** 2
+        return e * Reciprocal(1 + e) ** 2
 
 
 class LogSigmoid(Word):
@@ -273,7 +287,7 @@ class SechSquared(Word):
 
     def lowered(self) -> Expr:
         e = ExpNonpositive(-2 * Abs(self.args[0]))
-        return 4 * e / (1 + e) ** 2
+        return 4 * e * Reciprocal(1 + e) ** 2
 
 
 def canonical(expression: Expr) -> Expr:
