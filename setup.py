@@ -81,7 +81,7 @@ class ShipHeaders(build_py):
         super().run()
         if getattr(self, "editable_mode", False):
             return  # found beside the package
-        for header in sorted([*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.cuh")]):
+        for header in sorted([*Path("csrc/math").glob("*.h"), *Path("csrc/cpu").glob("*.h")]):
             target = Path(self.build_lib, "fusedloss", "include", header.relative_to("csrc"))
             self.mkpath(str(target.parent))
             self.copy_file(str(header), str(target))

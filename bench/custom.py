@@ -110,6 +110,7 @@ def measure(power: int, repeats: int) -> None:
         def eager(a: Tensor, b: Tensor, case: Case = case) -> Tensor:
             return case.eager(a, b).mean()
 
+        torch.compiler.reset()  # else the cases are recompilations of one function, up to a limit
         detached = x.detach()
         runs: list[Callable[[], Any]] = [
             lambda detached=detached: torch.add(detached, y),  # type: ignore[misc]

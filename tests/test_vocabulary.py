@@ -34,15 +34,16 @@ BOUNDS = {
     # Without torch's registers.
     "elementary": {
         "exp": (1.0, 1.1),
-        "expm1": (1.6, 1.5),
+        "expm1": (1.7, 1.6),
         "tanh": (2.5, 2.5),
         "erf": (1.5, 1.3),
-        "sin": (1.7, 1.6),
-        "cos": (2.7, 1.6),
+        # Without: beside a zero, of which the reduced argument has lost digits.
+        "sin": (6.0, 1.6),
+        "cos": (6.0, 1.6),
         "sqrt": (0.5, 0.5),
         "log_any": (0.9, 0.9),
         "log1p_any": (1.3, 1.3),
-        "pow": (65.0, 7.0),  # x^101
+        "pow": (66.0, 8.0),  # x^101
     },
 }
 # Floats of each domain that the test tries; 2**32 are all of them and take minutes.

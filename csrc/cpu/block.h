@@ -29,10 +29,10 @@ template <class Loss, class Want, class T>
 FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, T scale, int64_t i, int64_t count,
                        Vec<T>& sum, Vec<T>& valid) {
   const bool full = count == Vec<T>::size();
-  const auto load = [&](const T* p) {
+  const auto load = [&](const T* p) __attribute__((always_inline)) {
     return full ? Vec<T>::loadu(p + i) : Vec<T>::loadu(p + i, count);
   };
-  const auto store = [&](const Vec<T>& x, T* p) {
+  const auto store = [&](const Vec<T>& x, T* p) __attribute__((always_inline)) {
     if (full) {
       x.store(p + i);
     } else {
@@ -40,7 +40,7 @@ FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, T scale, int64_t i, 
     }
   };
   const Vec<T> x = load(run.input), y = load(run.target);
-  auto at = [&] {
+  auto at = [&]() __attribute__((always_inline)) {
     if constexpr (Loss::kPosWeight) {
       return loss.eval(x, y, load(run.pos_weight));
     } else {
