@@ -4,6 +4,13 @@ The functions of :mod:`fusedloss.functional` and the modules here take the place
 :mod:`torch.nn.functional`'s and :mod:`torch.nn`'s of the same names.
 """
 
+try:
+    import torch as _torch  # noqa: F401
+except (ImportError, OSError) as error:
+    from .doctor import torch_does_not_import
+
+    raise ImportError(torch_does_not_import(error)) from error
+
 from . import functional, reference
 from ._version import __version__
 from .backends import backend, check, info
