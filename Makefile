@@ -10,7 +10,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := $(shell find csrc -type f) setup.py fusedloss/_version.py
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cuda-emulated bench build lint clean
+.PHONY: help demo test test-cuda-emulated bench build docs dist lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
@@ -32,6 +32,13 @@ bench: $(VENV)/build.stamp ## the speed table alone
 
 build: $(VENV)/build.stamp ## the environment and the extension
 
+docs: $(VENV)/docs.stamp ## the pages, into build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --site-dir build/site
+
+dist: $(VENV)/torch.stamp ## sdist and wheel for the torch in the environment, into dist/
+	@$(PIP) install build
+	$(BIN)/python -m build --no-isolation
+
 lint: $(VENV)/lint.stamp ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -39,7 +46,7 @@ lint: $(VENV)/lint.stamp ## ruff, mypy and clang-format, changing nothing
 	find csrc tests/cuda_emulator -name '*.h' -o -name '*.c*' | grep -v pycache | xargs $(BIN)/clang-format --dry-run -Werror
 
 clean: ## remove what was built; the environment stays
-	rm -rf build fusedloss/*.so *.egg-info $(VENV)/build.stamp
+	rm -rf build dist fusedloss/*.so *.egg-info $(VENV)/build.stamp
 
 # Each stamp is written when its step has succeeded, so that one that was cut short runs again.
 
@@ -69,4 +76,9 @@ $(VENV)/build.stamp: $(VENV)/torch.stamp pyproject.toml $(SOURCES)
 
 $(VENV)/lint.stamp: $(VENV)/build.stamp pyproject.toml
 	@$(PIP) install --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# No torch: the API reference is read from the sources.
+$(VENV)/docs.stamp: $(VENV)/python.stamp docs/requirements.txt
+	@$(PIP) install -r docs/requirements.txt
 	@touch $@

@@ -169,10 +169,20 @@ def _extensions(package: Path) -> list[str]:
     )
 
 
-def extension(package: Path, why_not: str | None, torch_found: str) -> Iterator[Finding]:
-    """Why the compiled extension does not run, if it does not."""
+def extension(
+    package: Path, why_not: str | None, loaded: str | None, torch_found: str
+) -> Iterator[Finding]:
+    """Why the compiled extension does not run, or is not this package's; ``loaded``: its file."""
     if why_not is None:
-        yield Finding("ok", "the compiled extension loads")
+        if loaded is not None and Path(loaded).resolve().parent != package.resolve():
+            # What setuptools does for the parts that an editable installation has and we have not.
+            yield Finding(
+                "trouble",
+                f"the compiled extension is of another copy of the package: {loaded}",
+                f"build this one: {_reinstall()}",
+            )
+        else:
+            yield Finding("ok", "the compiled extension loads")
         return
     files = _extensions(package)
     library = re.search(r"(lib[\w.+-]+): cannot open shared object file", why_not)
@@ -363,11 +373,11 @@ def examine(also_import: Sequence[str] = ()) -> list[Finding]:
     """
     import torch
 
-    from .backends import info
+    from . import backends
 
     for name in also_import:
         import_module(name)
-    told = info()
+    told = backends.info()
     found = _distribution()
     build: dict[str, Any] = told.build
     maps = Path("/proc/self/maps")
@@ -375,7 +385,12 @@ def examine(also_import: Sequence[str] = ()) -> list[Finding]:
         *python(),
         *torch_release(torch.__version__, found.requires if found else None),
         *copies(PACKAGE, sys.path),
-        *extension(PACKAGE, told.backends["compiled"], torch.__version__),
+        *extension(
+            PACKAGE,
+            told.backends["compiled"],
+            getattr(backends.extension, "__file__", None),
+            torch.__version__,
+        ),
         *tools(),
         *cuda(
             torch.version.cuda,
