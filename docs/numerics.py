@@ -230,7 +230,7 @@ def block(results: dict[str, Any]) -> str:
 
 
 def write_page(results: dict[str, Any]) -> None:
-    begin, end = "<!-- figures:numerics -->\n", "\n<!-- /figures -->"
+    begin, end = "<!-- numerics -->\n", "\n<!-- /numerics -->"
     pattern = re.escape(begin) + ".*?" + re.escape(end)
     text, found = re.subn(
         pattern, lambda _: begin + block(results) + end, PAGE.read_text(), flags=re.DOTALL

@@ -202,9 +202,15 @@ def numerics(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_numerics_page_is_what_was_measured(numerics: ModuleType) -> None:
     results = json.loads(numerics.RESULTS.read_text())
     page = numerics.PAGE.read_text()
-    assert f"<!-- figures:numerics -->\n{numerics.block(results)}\n<!-- /figures -->" in page
+    assert f"<!-- numerics -->\n{numerics.block(results)}\n<!-- /numerics -->" in page
     covered = {(row["loss"], row["dtype"]) for row in results["rows"]}
     assert len(covered) == len(results["rows"]) == len(numerics.LOSSES) * len(numerics.DTYPES)
+    # What the page says of them.
+    for row in results["rows"]:
+        for column, error in row["ours"].items():
+            assert error < row["torch"][column] + 1, row
+            if row["dtype"] in ("bfloat16", "float16"):
+                assert error < 0.505, row
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
