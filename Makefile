@@ -33,7 +33,7 @@ bench: $(VENV)/build.stamp ## the speed table alone
 build: $(VENV)/build.stamp ## the environment and the extension
 
 docs: $(VENV)/docs.stamp ## the pages, into build/site; a broken link fails
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --site-dir build/site
 
 dist: $(VENV)/torch.stamp ## sdist and wheel for the torch in the environment, into dist/
 	@$(PIP) install build

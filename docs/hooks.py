@@ -22,6 +22,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parent.parent
 # Where the files of the repository stand among the pages.
 REPOSITORY = "repository"
+_AS_THEY_ARE = (".png", ".svg", ".json")
 
 _LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
@@ -38,24 +39,22 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Adds what pages link to outside of docs/: Markdown as a page, text as a page that shows it."""
     waiting = [(file.src_uri, file.content_string) for file in files.documentation_pages()]
     while waiting:
-        uri, text = waiting.pop()
+        here, text = waiting.pop()
         for match in _LINK.finditer(text):
-            path = _in_repository(uri, match[2])
-            if path is None or files.get_file_from_path(_page_of(path)) is not None:
+            path = _in_repository(here, match[2])
+            if path is None or files.get_file_from_path(_among_pages(path)) is not None:
                 continue
             source = ROOT / path
-            if source.suffix in (".png", ".svg", ".json"):
-                file = File.generated(config, _page_of(path), abs_src_path=str(source))
+            if source.suffix in _AS_THEY_ARE:
+                file = File.generated(config, _among_pages(path), abs_src_path=str(source))
             else:
                 shown = source.read_text()
                 if source.suffix == ".md":
-                    waiting.append((_page_of(path), shown))
+                    waiting.append((_among_pages(path), shown))
                 else:
-                    kind = {".h": "cpp", ".cu": "cpp", ".cuh": "cpp"}.get(
-                        source.suffix, source.suffix[1:]
-                    )
+                    kind = "cpp" if source.suffix in (".h", ".cu", ".cuh") else source.suffix[1:]
                     shown = f"# {path}\n\n```{kind}\n{shown.rstrip()}\n```\n"
-                file = File.generated(config, _page_of(path), content=shown)
+                file = File.generated(config, _among_pages(path), content=shown)
             files.append(file)
     return files
 
@@ -68,27 +67,29 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         path = _in_repository(here, match[2])
         if path is None:
             return match[0]
-        there = posixpath.relpath(_page_of(path), posixpath.dirname(here) or ".")
+        there = posixpath.relpath(_among_pages(path), posixpath.dirname(here) or ".")
         return f"{match[1]}{there}{match[3] or ''}"
 
     return _LINK.sub(relink, markdown)
 
 
-def _in_repository(uri: str, target: str) -> str | None:
-    """The path in the repository of a file that a page links to; None: it is none, or in docs/."""
-    if ":" in target or target.startswith("/"):
-        return None
-    inside = uri.startswith(REPOSITORY + "/")
-    folder = posixpath.dirname(uri.removeprefix(REPOSITORY + "/") if inside else f"docs/{uri}")
+def _in_repository(here: str, target: str) -> str | None:
+    """The path in the repository of a file that a page links to; None: it is no such file."""
+    folder = posixpath.dirname(here)
+    if folder == REPOSITORY or folder.startswith(REPOSITORY + "/"):
+        folder = folder[len(REPOSITORY) + 1 :]
+    else:
+        folder = posixpath.join("docs", folder)
     path = posixpath.normpath(posixpath.join(folder, target))
-    if path.startswith("docs/") and not path.endswith(".py"):
-        return None
     return path if (ROOT / path).is_file() else None
 
 
-def _page_of(path: str) -> str:
-    shown = Path(path).suffix in (".md", ".png", ".svg", ".json")
-    return f"{REPOSITORY}/{path}" if shown else f"{REPOSITORY}/{path}.md"
+def _among_pages(path: str) -> str:
+    """Where a file of the repository stands among the pages."""
+    suffix = Path(path).suffix
+    if path.startswith("docs/") and suffix != ".py":
+        return path.removeprefix("docs/")
+    return f"{REPOSITORY}/{path}" + ("" if suffix in (".md", *_AS_THEY_ARE) else ".md")
 
 
 # ---- formulas ------------------------------------------------------------------------------------
