@@ -63,18 +63,13 @@ def _distribution() -> metadata.Distribution | None:
         return None
 
 
-def _installed_from(editable: bool) -> str | None:
-    """The URL that pip was given, of an installation that is editable or is not."""
-    found = _distribution()
-    told = json.loads(found and found.read_text("direct_url.json") or "{}")
-    url: str | None = told.get("url")
-    return url if told.get("dir_info", {}).get("editable", False) is editable else None
-
-
 def _editable_source() -> Path | None:
     """The folder that `pip install -e` was given, if it was."""
-    url = _installed_from(editable=True)
-    return Path(unquote(urlparse(url).path)) if url else None
+    found = _distribution()
+    told = json.loads(found and found.read_text("direct_url.json") or "{}")
+    if not told.get("dir_info", {}).get("editable"):
+        return None
+    return Path(unquote(urlparse(told["url"]).path))
 
 
 def _reinstall() -> str:
@@ -82,8 +77,8 @@ def _reinstall() -> str:
     pip = f"{sys.executable} -m pip install"
     if (PACKAGE.parent / "setup.py").is_file():
         return f"{pip} --no-deps -e {PACKAGE.parent}"
-    source = _installed_from(editable=False) or "fusedloss"
-    return f"{pip} --force-reinstall --no-deps --no-cache-dir {source}"
+    # Neither a wheel that was built elsewhere, nor one that pip has kept.
+    return f"{pip} --force-reinstall --no-deps --no-cache-dir SOURCE  (a checkout or the sdist)"
 
 
 def _install_torch() -> str:
@@ -132,7 +127,7 @@ def torch_release(found: str, requirements: Sequence[str] | None) -> Iterator[Fi
             yield Finding(
                 "trouble",
                 f"torch {found}, and fusedloss was installed for {wanted[0]}",
-                f"{_reinstall()}  (or install the torch that it was built for)",
+                f"{_reinstall()}; or install the torch that it was built for",
             )
             return
     yield Finding("ok", f"torch {found}")
