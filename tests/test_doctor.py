@@ -16,7 +16,7 @@ import torch
 import fusedloss
 from fusedloss import doctor
 from fusedloss.__main__ import NO_BENCH, main
-from fusedloss.doctor import Finding
+from fusedloss.doctor import PACKAGE, Finding
 
 HERE = "_C" + EXTENSION_SUFFIXES[0]
 
@@ -97,16 +97,21 @@ def test_torch_out_of_range(release: str, wanted: str, fits: bool) -> None:
 
 def test_torch_that_does_not_import(tmp_path: Path) -> None:
     """A torch whose library is missing, and none at all: one sentence with the cure, no riddle."""
-    root = Path(fusedloss.__file__).parent.parent
-    broken = tmp_path / "torch"
-    broken.mkdir()
+    # Apart from a torch that may be installed beside the package.
+    site = tmp_path / "site"
+    shutil.copytree(PACKAGE, site / "fusedloss", ignore=shutil.ignore_patterns("*.so"))
+    broken = tmp_path / "broken" / "torch"
+    broken.mkdir(parents=True)
     (broken / "__init__.py").write_text(
         "raise OSError('libcudart.so.99: cannot open shared object file')"
     )
     # -S: without site-packages, and so without the torch there.
     for path, said in (
-        ([str(tmp_path), str(root)], "libcudart.so.99: cannot open shared object file. Cure: "),
-        ([str(root)], "has none. Cure: "),
+        (
+            [str(broken.parent), str(site)],
+            "libcudart.so.99: cannot open shared object file. Cure: ",
+        ),
+        ([str(site)], "has none. Cure: "),
     ):
         done = subprocess.run(
             [sys.executable, "-S", "-m", "fusedloss", "doctor"],
@@ -114,7 +119,7 @@ def test_torch_that_does_not_import(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             check=False,
-            cwd=tmp_path / "torch",
+            cwd=tmp_path,
         )
         assert done.returncode == 1
         assert said in done.stderr.splitlines()[-1]
@@ -167,7 +172,7 @@ def test_damaged_installation(damage: str, tmp_path: Path) -> None:
     packages = [
         path for path in sys.path if Path(path, "torch").is_dir() or "site-packages" in path
     ]
-    shutil.copytree(Path(fusedloss.__file__).parent, copy, ignore=shutil.ignore_patterns("*.so"))
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so"))
     if damage == "renamed":
         (copy / "_C.cpython-39-x86_64-linux-gnu.so").touch()
         said = "the compiled extension is of another Python"
