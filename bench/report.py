@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -305,7 +306,7 @@ def where(about: Mapping[str, Any]) -> str:
             f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, "
             f"{about['cpu_capability']}"
         )
-    return where + (f"\n{about['caveat']}" if about["caveat"] else "")
+    return "\n".join([where, *textwrap.wrap(about["caveat"] or "", 80)])
 
 
 _COLOURS = {
@@ -338,12 +339,21 @@ def curves(rows: Sequence[Row], about: Mapping[str, Any]) -> Figure | None:
     axes = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
     for axis, (loss, own) in zip(axes, panels.items(), strict=False):
         classes = len(own[0].case.shape) > 1
+        if not classes:  # torch.compile is measured at a few of the sizes, in the table of speed
+            own = own + [
+                row
+                for row in rows
+                if row.case.table == "speed"
+                and (row.case.loss, len(row.case.shape)) == (loss, 1)
+                and row.case.dtype == own[0].case.dtype
+                and {"compile", "limit"} <= row.samples.keys()
+            ]
         own.sort(key=lambda row: row.case.shape[-1])
         for name, (label, colour) in _COLOURS.items():
             shown = [
                 (row.case.shape[-1], *quantiles(row.samples["limit"], row.samples[name]))
                 for row in own
-                if name in row.samples
+                if name in row.samples and (row.case.table == "curve" or name == "compile")
             ]
             if not shown:
                 continue
@@ -353,8 +363,8 @@ def curves(rows: Sequence[Row], about: Mapping[str, Any]) -> Figure | None:
         axis.axhline(1, color="black", lw=1)
         axis.set_xscale("log", base=2)
         axis.set_title(LABELS.get(loss, loss), fontsize=10)
-        rows_and = own[0].case.shape[0] * own[0].case.shape[-1]
-        axis.set_xlabel(f"classes, {rows_and:.3g} logits" if classes else "elements")
+        logits = own[0].case.shape[0] * own[0].case.shape[-1]
+        axis.set_xlabel(f"classes, {logits:.3g} logits in all" if classes else "elements")
         axis.grid(alpha=0.3)
         axis.set_ylim(bottom=0)
         axis.yaxis.set_major_formatter(PercentFormatter(1))

@@ -356,9 +356,12 @@ def peer(monkeypatch):
 
 
 def test_installed_peer_joins_with_an_input_of_its_own(peer):
-    """Others measured beside it, before and after, still see the input that they share."""
-    row = measure.Speed(2, wanted=["liger", "eager"])(TINY["ce"])
+    x, t = TINY["ce"].inputs()
+    before = x.detach().clone()
+    case = dataclasses.replace(TINY["ce"], draw=lambda _: (x, t))
+    row = measure.Speed(2, wanted=["liger", "eager"])(case)
     assert not row.problems
+    assert torch.equal(x, before), "the input that the others share"
     assert row.samples.keys() == {"eager", "ours", "limit", "liger"}
     assert "liger" in row.ratios()
     text = report.tables([row])
