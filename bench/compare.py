@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,18 @@ def spread(row: Mapping[str, Any]) -> tuple[str, np.ndarray[Any, Any]] | None:
     return None
 
 
-def verdict(before: Sequence[float], after: Sequence[float]) -> str:
+# Apart by less than this, nothing is said to have changed: memory has no spread.
+LEAST = 0.02
+WORDS = {"s": ("faster", "SLOWER"), "bytes": ("less", "MORE")}
+
+
+def verdict(before: Sequence[float], after: Sequence[float], unit: str = "s") -> str:
     """Of 20 %, median and 80 %: a difference is one where the spreads lie apart."""
-    if after[2] < before[0]:
-        return "faster"
-    if after[0] > before[2]:
-        return "SLOWER"
+    better, worse = WORDS[unit]
+    if after[2] < before[0] * (1 - LEAST):
+        return better
+    if after[0] > before[2] * (1 + LEAST):
+        return worse
     return "same"
 
 
@@ -51,7 +58,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, ...]]
         yardstick = before[0]
         figures = [f"{s[1]:.3g} ({s[0]:.3g} to {s[2]:.3g})" for _, s in (before, after)]
         change = after[1][1] / before[1][1] - 1
-        said = verdict(before[1].tolist(), after[1].tolist())
+        said = verdict(before[1].tolist(), after[1].tolist(), row["unit"])
         lines.append((name, yardstick, *figures, f"{change:+.1%}", said))
     return lines
 
@@ -61,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m bench compare",
         description="Compare ours between two runs, each time in units of what the same run "
         "measured beside it (the limit, else eager), so that a slower machine is not taken for "
-        "slower code. Faster or slower is said where the 20 % to 80 % spreads lie apart.",
-        epilog="The exit status is 1 if a case got slower.",
+        "slower code. Faster or slower is said where the spreads, from 20 %% to 80 %%, lie apart.",
+        epilog="The exit status is 1 if a case got slower or takes more memory.",
     )
     parser.add_argument("before", type=Path, metavar="A.json")
     parser.add_argument("after", type=Path, metavar="B.json")
@@ -81,11 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("the two runs have no case in common")
     headers = ["case", "in units of", "A", "B", "change", "verdict"]
     print("\n" + tabulate(lines, headers, tablefmt="github", disable_numparse=True))
-    counts = {
-        word: sum(line[-1] == word for line in lines) for word in ("faster", "same", "SLOWER")
-    }
-    print("\n" + ", ".join(f"{count} {word.lower()}" for word, count in counts.items()))
-    return 1 if counts["SLOWER"] else 0
+    counts = Counter(line[-1] for line in lines)
+    print("\n" + ", ".join(f"{count} {word}" for word, count in counts.items()))
+    return 1 if counts["SLOWER"] or counts["MORE"] else 0
 
 
 if __name__ == "__main__":

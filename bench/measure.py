@@ -96,7 +96,7 @@ class Row:
 
     def missed(self) -> list[str]:
         """Columns whose bar is not reached; without a result of ours, none of them is."""
-        if "ours" in self.problems:
+        if "ours" in self.broken():
             return list(self.case.bars)
         return [name for name, ratio in self.ratios().items() if ratio.met is False]
 

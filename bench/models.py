@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -36,6 +37,9 @@ from .measure import BLOCK_SECONDS, interleave, quantiles
 from .memory import resident
 
 ROUNDS, QUICK_ROUNDS = 11, 3
+# Freed memory goes back at once: what glibc keeps for later differs from run to run, by more than
+# losses do.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
 # Training magnifies roundings; this is far above what a few steps make of them.
 SAME = 1e-3
 
@@ -260,7 +264,12 @@ def peak_elsewhere(name: str, contestant: str, device: str, quick: bool) -> int:
     command = [sys.executable, "-m", "bench.models", "--peak", name, contestant]
     command += ["--device", device, *(["--quick"] if quick else [])]
     done = subprocess.run(
-        command, check=False, cwd=Path(__file__).parent.parent, capture_output=True, text=True
+        command,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, **GIVE_BACK},
+        capture_output=True,
+        text=True,
     )
     if done.returncode != 0:
         raise RuntimeError(f"{shlex.join(command)}: {done.stderr.strip()[-300:]}")
