@@ -129,6 +129,13 @@ class Case:
         """Whether a target is a class index for each row, or a distribution over classes."""
         return self.loss in ("cross_entropy", "log_loss")
 
+    @property
+    def least_bytes(self) -> int:
+        """What forward and backward move at least, as the limit does: input, target and gradient;
+        of class indices next to nothing."""
+        tensors = 2 if self.by_rows and not self.probabilities else 3
+        return tensors * math.prod(self.shape) * self.dtype.itemsize
+
     def inputs(self) -> tuple[Tensor, Tensor]:
         """The leaf and its target, the same on every call; written in place, so that making
         them leaves no mark in a process's peak memory."""

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m bench compare",
         description="Compare ours between two runs, each time in units of what the same run "
         "measured beside it (the limit, else eager), so that a slower machine is not taken for "
-        "slower code. Faster or slower is said where the spreads, from 20 %% to 80 %%, lie apart.",
+        "slower code. Faster or slower is said where the spreads, from 20 % to 80 %, lie apart.",
         epilog="The exit status is 1 if a case got slower or takes more memory.",
     )
     parser.add_argument("before", type=Path, metavar="A.json")

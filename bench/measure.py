@@ -212,7 +212,7 @@ def make_step(case: Case, contestant: str, x: Tensor, t: Tensor) -> Step:
         def step() -> Tensor:
             # Kept in x.grad, so that it is freed when a gradient is: at the next step.
             x.grad = None
-            x.grad = x.clone() if x.shape != t.shape or case.by_rows else torch.add(x, t)
+            x.grad = torch.add(x, t) if x.shape == t.shape else x.clone()
             return x.grad
 
         return step

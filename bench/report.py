@@ -148,13 +148,14 @@ def _row(row: Row) -> dict[str, Any]:
         "missed": row.missed(),
         "problems": {name: problem._asdict() for name, problem in row.problems.items()},
         "unit": row.unit,
+        "least_bytes": row.case.least_bytes,
         "samples": row.samples,
         "compile_seconds": row.compile_seconds,
     }
 
 
 def _bar(name: str, bar: float) -> str:
-    return f"{'≥' if COLUMNS[name].at_least else '≤'} {bar:g}"
+    return f"{'≥' if COLUMNS[name].at_least else '≤'} {bar:.3g}"
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -180,7 +181,15 @@ def _cells(row: Row, columns: Sequence[str], barred: frozenset[str]) -> list[str
         if name in barred:
             bar = row.case.bars.get(name)
             cells.append("" if bar is None else _bar(name, bar))
+    if "limit" in TABLES[row.case.table].contestants:
+        cells.append(_bandwidth(row))
     return [*cells, _verdict(row)]
+
+
+def _bandwidth(row: Row) -> str:
+    if "ours" not in row.samples:
+        return ""
+    return f"{row.case.least_bytes / np.median(row.samples['ours']) / 1e9:.3g}"
 
 
 def _verdict(row: Row) -> str:
@@ -210,6 +219,8 @@ def tables(rows: Sequence[Row]) -> str:
             headers += (
                 [COLUMNS[column].heading, "bar"] if column in barred else [COLUMNS[column].heading]
             )
+        if "limit" in table.contestants:
+            headers.append("ours, GB/s")
         body = [_cells(row, shown, barred) for row in own]
         text = tabulate(body, [*headers, "verdict"], tablefmt="github", disable_numparse=True)
         parts.append(f"## {table.title}\n\n{text}\n")
@@ -271,8 +282,8 @@ def markdown(rows: Sequence[Row], about: Mapping[str, Any], pictures: Mapping[st
 {images}- **eager** is `torch.nn.functional`, **torch.compile** the same call compiled (fixed shapes, \
 compiling not timed), **ours** `fusedloss.functional`. Each step delivers a fresh gradient.
 - **limit** is the least traffic a step can have, by PyTorch's own operator: `torch.add(x, y)` into \
-fresh memory for a pointwise loss, `x.clone()` for cross-entropy. Only cheaper fresh memory (huge \
-pages) can beat it.
+fresh memory for a pointwise loss, `x.clone()` where targets are class indices. Only cheaper fresh memory (huge \
+pages) can beat it. GB/s counts that traffic alone.
 {_ABOUT_GPU if about["device"] == "cuda" else _ABOUT_CPU}
 
 {tables(rows)}
