@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 from itertools import groupby
@@ -498,6 +499,9 @@ def test_pages_have_the_figures_of_the_committed_results():
     for page in figures.pages():
         text = page.read_text()
         assert figures.rewrite(text) == text, f"{page}: run python -m bench figures"
+        # What is said to be so many times as fast was measured, and stands in a mark.
+        unmarked = re.search(r"\d\.\d+\s*(x|×|times)\b", figures.BLOCK.sub("", text))
+        assert unmarked is None, f"{page}: {unmarked}"
     assert "<!-- figures: cpu/speed " in (figures.ROOT / "README.md").read_text()
 
 
