@@ -514,7 +514,7 @@ def test_models_quick(monkeypatch, tmp_path, capsys, scale):
             return super().forward(input, target) * scale
 
     monkeypatch.setattr(fusedloss, "MSELoss", Loss)
-    monkeypatch.setattr(models, "peak_elsewhere", models.peak)
+    monkeypatch.setattr(models, "peak_elsewhere", lambda *_: 2**20)
     names = list(models.MODELS) if scale == 1 else ["autoencoder"]
     arguments = ["models", "--quick", "--rounds", "1", "--out", str(tmp_path), "--only", *names]
     status = cli.main(arguments)
@@ -528,6 +528,13 @@ def test_models_quick(monkeypatch, tmp_path, capsys, scale):
         assert "no measurement" in run["caveat"] and "no measurement" in out
         assert (tmp_path / "models.png").read_bytes().startswith(b"\x89PNG")
         assert "small GPT on docstrings" in figures.steps(run)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc/self/status")
+def test_peak_memory_of_training():
+    """At least the gradients and AdamW's two moments."""
+    weights = sum(p.numel() for p in models.recommender(models.SIZES["quick"]).model.parameters())
+    assert models.peak_elsewhere("recommender", "ours", "cpu", True) >= 3 * 4 * weights
 
 
 GPU = Path(__file__).parent.parent / ".ci" / "gpu"
