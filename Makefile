@@ -10,14 +10,14 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := $(shell find csrc -type f) setup.py fusedloss/_version.py
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cuda-emulated bench build docs dist lint clean
+.PHONY: help demo test test-cuda-emulated bench gpu figures build docs dist lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/build.stamp ## train real models with torch's losses and with ours, then the speed table
 	$(BIN)/python -m bench.demo
-	$(BIN)/python -m bench --out bench/results/cpu
+	$(BIN)/python -m bench
 
 test: $(VENV)/build.stamp ## all tests
 	$(BIN)/python -m pytest tests
@@ -28,7 +28,13 @@ test-cuda-emulated: $(VENV)/torch.stamp ## the CUDA kernels on the CPU, plain an
 	$(BIN)/python tests/cuda_emulator/extension.py
 
 bench: $(VENV)/build.stamp ## the speed table alone
-	$(BIN)/python -m bench --out bench/results/cpu
+	$(BIN)/python -m bench
+
+gpu: ## on an NVIDIA GPU: build, tests, sanitized run and bench, with PYTHON's own torch; installs nothing
+	PYTHON=$(PYTHON) .ci/gpu
+
+figures: $(VENV)/build.stamp ## the figures of README and docs, from bench/results
+	$(BIN)/python -m bench figures
 
 build: $(VENV)/build.stamp ## the environment and the extension
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import fusedloss
+from cases import DEVICE
 from helpers import EMULATED
 
 # CI sets it, so that a broken build cannot pass by skipping.
@@ -29,7 +30,38 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 def pytest_configure(config: pytest.Config) -> None:
     if EMULATED and fusedloss.info().build.get("cuda") != "emulated":
         pytest.exit("FUSEDLOSS_EMULATED=1, but another package was imported", returncode=3)
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        pytest.exit("FUSEDLOSS_TEST_DEVICE=cuda, but torch finds no GPU", returncode=3)
     config.addinivalue_line("markers", "slow: takes seconds rather than milliseconds")
+
+
+# What has another side on another device; the rest is about the CPU, or about no device.
+ON_ANY_DEVICE = frozenset(
+    f"test_{name}"
+    for name in (
+        *("values", "second_order", "one_pass", "field_mistakes", "edge_cases", "layouts"),
+        *("properties", "log_loss", "operators", "faults", "cuda"),
+    )
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if DEVICE == "cpu":
+        return
+    skip = pytest.mark.skip(reason="is not about the device of FUSEDLOSS_TEST_DEVICE")
+    for item in items:
+        if item.path.stem not in ON_ANY_DEVICE:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def on_the_device() -> Iterator[None]:
+    """Tensors that a test makes are on the device that it is about."""
+    if DEVICE == "cpu":
+        yield
+    else:
+        with torch.device(DEVICE):
+            yield
 
 
 def why_not(backend: str) -> str | None:

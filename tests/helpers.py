@@ -16,16 +16,14 @@ from torch import Tensor
 
 import formulas
 import fusedloss.functional as FL
-from cases import Case, Sample
+from cases import DEVICE, Case, Sample
 
 Loss = Callable[..., Tensor]
 
-# Where value_and_grad() computes; samples and truths stay on the CPU.
-DEVICE = os.environ.get("FUSEDLOSS_TEST_DEVICE", "cpu")
 # The CUDA operators stand for the CPU's, over the emulator: see tests/cuda_emulator/extension.py.
 EMULATED = os.environ.get("FUSEDLOSS_EMULATED") == "1"
 host_sees_errors = pytest.mark.skipif(
-    EMULATED, reason="the host hears of them later: test_faults.py"
+    EMULATED or DEVICE == "cuda", reason="the host hears of them later: test_faults.py"
 )
 
 # Arithmetic is in fp32 for the reduced precisions, else in the dtype itself.
@@ -88,24 +86,24 @@ def result_shape(loss: str, sample: Sample, reduction: str) -> torch.Size:
 def draw_upstream(shape: torch.Size, dtype: torch.dtype, seed: int = 7) -> Tensor:
     """Upstream gradient: of both signs, never 1, never all alike."""
     generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
-    sign = torch.where(torch.rand(shape, generator=generator) < 0.5, -1.0, 1.0)
-    return (sign * (0.3 + uniform)).to(dtype)
+    with torch.device("cpu"):
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+        sign = torch.where(torch.rand(shape, generator=generator) < 0.5, -1.0, 1.0)
+    return (sign * (0.3 + uniform)).to(DEVICE, dtype)
 
 
 def value_and_grad(
     function: Loss, sample: Sample, reduction: str, upstream: Tensor | float | None = None
 ) -> tuple[Tensor, Tensor]:
     """The loss and the input's gradient for an upstream gradient (1 where none is given)."""
-    input = leaf(sample.input.to(DEVICE))
-    options = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in sample.options.items()}
-    value = function(input, sample.target.to(DEVICE), reduction=reduction, **options)
+    input = leaf(sample.input)
+    value = function(input, sample.target, reduction=reduction, **sample.options)
     if upstream is None:
         upstream = torch.ones_like(value)
     elif not isinstance(upstream, Tensor):
         upstream = torch.full_like(value, upstream)
-    (grad,) = torch.autograd.grad(value, input, upstream.to(DEVICE))
-    return value.detach().cpu(), grad.cpu()
+    (grad,) = torch.autograd.grad(value, input, upstream)
+    return value.detach(), grad
 
 
 @lru_cache(maxsize=64)

@@ -12,7 +12,8 @@ import torch
 
 import fusedloss
 import fusedloss.functional as FL
-from helpers import DEVICE, EMULATED
+from cases import DEVICE
+from helpers import EMULATED
 
 pytestmark = pytest.mark.skipif(
     not EMULATED and DEVICE != "cuda", reason="FUSEDLOSS_TEST_DEVICE is not cuda"
@@ -28,8 +29,8 @@ def nothing_left() -> Iterator[None]:
 
 def class_indices(bad: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
-    input = torch.randn(70, 5, generator=generator).to(DEVICE).requires_grad_()
-    target = torch.randint(5, (70,), generator=generator)
+    input = torch.randn(70, 5, generator=generator, device="cpu").to(DEVICE).requires_grad_()
+    target = torch.randint(5, (70,), generator=generator, device="cpu")
     target[[3, 40]] = -100
     target[[7]] = bad
     return input, target.to(DEVICE)

@@ -12,7 +12,7 @@ from torch import Tensor
 import formulas
 import fusedloss
 import fusedloss.functional as FL
-from cases import Sample, at_shape
+from cases import DEVICE, Sample, at_shape
 from helpers import (
     assert_close_to_truth,
     assert_no_worse,
@@ -32,11 +32,12 @@ pytestmark = pytest.mark.usefixtures("compiled")
 
 def logits(rows: int, classes: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, classes, generator=generator).mul(3).to(dtype)
+    return torch.randn(rows, classes, generator=generator, device="cpu").mul(3).to(DEVICE, dtype)
 
 
 def labels(rows: int, classes: int, seed: int = 0) -> Tensor:
-    return torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(classes, (rows,), generator=generator, device="cpu").to(DEVICE)
 
 
 def truth(
@@ -106,7 +107,7 @@ def test_small_gradients_vanish_under_a_loss_scale() -> None:
     module = fusedloss.CrossEntropyLoss()
     for _ in range(3):
         input = leaf(x)
-        with torch.autocast("cpu", dtype=torch.float16):
+        with torch.autocast(DEVICE, dtype=torch.float16):
             value = module(input, y)
         (grad,) = torch.autograd.grad(value, input, torch.tensor(65536.0))
         expected = truth(x, y, 65536.0)
@@ -425,7 +426,7 @@ def test_autocast_result_and_gradient_dtypes() -> None:
     """Under autocast the loss came out in bf16, or the gradient in fp32."""
     x, y = logits(9, 67, torch.bfloat16), labels(9, 67)
     input = leaf(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         value = FL.cross_entropy(input, y)
     assert value.dtype == torch.float32
     value.backward()

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedloss
 import fusedloss.functional as FL
-from cases import DTYPES, LOSSES, Sample, at_shape
+from cases import DEVICE, DTYPES, LOSSES, Sample, at_shape
 from helpers import assert_close_to_truth, assert_same_bits, leaf, sample_truth, torch_loss
 
 NAN, INF = float("nan"), float("inf")
@@ -327,7 +327,7 @@ def test_fp16_gradient_under_a_loss_scale(loss: str) -> None:
         expected = sample_truth(loss, sample, "mean", scale)
         module = MODULES[loss]()
         for _ in range(2):
-            with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+            with torch.autocast(DEVICE, dtype=torch.float16, enabled=autocast):
                 grad = step(module, sample, scale)
             assert_close_to_truth(grad, expected.grad, expected.grad_scale, f"scale {scale}")
 
@@ -377,7 +377,7 @@ def test_saved_tensors_hooks(loss: str) -> None:
         module = MODULES[loss]()
         for _ in range(3):
             input = leaf(sample.input)
-            with torch.autograd.graph.saved_tensors_hooks(pack, torch.from_numpy):
+            with torch.autograd.graph.saved_tensors_hooks(pack, torch.asarray):
                 value = module(input, sample.target)
             (grad,) = torch.autograd.grad(value, input, torch.tensor(upstream))
             assert_same_bits(grad, expected, "hooks")
