@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 import fusedloss
-from helpers import EMULATED
+from helpers import EMULATED, FUSED, INTERPRETED
 
 # CI sets it, so that a broken build cannot pass by skipping.
 REQUIRE_COMPILED = os.environ.get("FUSEDLOSS_REQUIRE_COMPILED") == "1"
@@ -30,6 +31,33 @@ def pytest_configure(config: pytest.Config) -> None:
     if EMULATED and fusedloss.info().build.get("cuda") != "emulated":
         pytest.exit("FUSEDLOSS_EMULATED=1, but another package was imported", returncode=3)
     config.addinivalue_line("markers", "slow: takes seconds rather than milliseconds")
+    config.addinivalue_line("markers", "interpret_all: in Triton's interpreter too")
+
+
+# Of each test function so many instances run in Triton's interpreter, spread evenly.
+INTERPRETED_EACH = 8
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On Triton the tests of its kernels alone, and in its interpreter those of them that are quick
+    there."""
+    if FUSED != "triton":
+        return
+    functions: dict[Any, list[pytest.Item]] = {}
+    for item in items:
+        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        if backend == FUSED or "fused" in getattr(item, "fixturenames", ()):
+            functions.setdefault(getattr(item, "function", item), []).append(item)
+    kept: set[pytest.Item] = set()
+    for found in functions.values():
+        if INTERPRETED and found[0].get_closest_marker("slow"):
+            continue
+        if INTERPRETED and not found[0].get_closest_marker("interpret_all"):
+            golden = 0.6180339887498949
+            found = [found[int(i * golden % 1 * len(found))] for i in range(INTERPRETED_EACH)]
+        kept.update(found)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def why_not(backend: str) -> str | None:
@@ -46,12 +74,20 @@ def need(backend: str) -> None:
     pytest.skip(f"{backend} cannot run: {reason}")
 
 
-@pytest.fixture(params=["compiled", "reference"])
+@pytest.fixture(params=[FUSED, "reference"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend that can run here, made the one in use."""
     need(request.param)
     with fusedloss.backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def fused() -> Iterator[str]:
+    """The backend of fused kernels that is tested, made the one in use."""
+    need(FUSED)
+    with fusedloss.backend(FUSED):
+        yield FUSED
 
 
 @pytest.fixture

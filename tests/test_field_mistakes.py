@@ -27,7 +27,7 @@ from helpers import (
 
 INF = float("inf")
 
-pytestmark = pytest.mark.usefixtures("compiled")
+pytestmark = pytest.mark.usefixtures("fused")
 
 
 def logits(rows: int, classes: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -94,7 +94,7 @@ def test_same_bits_again_and_on_any_number_of_threads(
 
 
 @pytest.mark.parametrize("family", BASES)
-def test_forward_only_has_the_value_of_the_training_step(family: str, compiled: str) -> None:
+def test_forward_only_has_the_value_of_the_training_step(family: str, fused: str) -> None:
     for shape in shapes(FAMILIES[family][0].loss):
         case = at_shape(family, shape)
         for dtype in DTYPES.values():

@@ -257,7 +257,7 @@ def raise_faults() -> None:
         number = struct.unpack("<d", struct.pack("<q", value))[0]
         raise RuntimeError(
             f"all elements of {name} should be between 0 and 1, but element {position} in memory "
-            f"order is {number:.6g}{when}"
+            f"order is {number:.9g}{when}"
         )
 
 

@@ -87,7 +87,9 @@ def write_gradient(
         g = tl.where(live[:, None], g, rest[:, None])
     inside = exists[:, None] & (cols < classes)[None, :]
     tl.store(
-        rows[:, None] + (cols * stride)[None, :], common.narrow(g, rows.dtype.element_ty), mask=inside
+        rows[:, None] + (cols * stride)[None, :],
+        common.narrow(g, rows.dtype.element_ty),
+        mask=inside,
     )
 
 
@@ -192,9 +194,7 @@ def cross_entropy(
     if step < common.IS_BACKWARD:
         if value is not None:
             tl.store(value + row, common.narrow(loss, value.dtype.element_ty), mask=exists)
-        tl.store(
-            partials + tl.program_id(0), tl.sum(tl.where(exists, loss, 0.0).to(tl.float64))
-        )
+        tl.store(partials + tl.program_id(0), tl.sum(tl.where(exists, loss, 0.0).to(tl.float64)))
     if write:
         g_rows = gradient + (outer * gradient_strides[0] + behind * gradient_strides[2]) * UNIT
         if WHOLE:
@@ -259,6 +259,7 @@ def empty_loss(input: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
 
 
 def run(
+    do: Pass,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -266,7 +267,6 @@ def run(
     label_smoothing: float,
     reduction: int,
     dtype: torch.dtype,
-    do: Pass,
 ) -> Tensor | None:
     """As pointwise.run()."""
     common.check_shapes(input, target)

@@ -117,7 +117,7 @@ def _differentiable(
 
     def operator(*args: Any) -> Tensor:
         if torch.is_grad_enabled() and args[0].requires_grad:
-            return OnePass.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
+            return OnePass.apply(*args)  # type: ignore[no-any-return]
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return getattr(operators, loss).default(*args)  # type: ignore[no-any-return]
 
@@ -132,8 +132,8 @@ class Engine:
     """An engine behind the operators of one family. call: as in their schemas."""
 
     name: str
-    call: str  # the arguments of run(), of which the last two are the reduction and the dtype
-    run: Callable[..., Tensor | None]  # (call, Pass)
+    call: str  # the arguments of a call, of which the last two are the reduction and the dtype
+    run: Callable[..., Tensor | None]  # of a Pass, and those arguments
     loss: Callable[..., str]  # what tells predictions apart
     empty_loss: Callable[[Tensor, int, torch.dtype], Tensor]
     reference_gradient: Callable[..., Tensor]
@@ -141,7 +141,7 @@ class Engine:
     def value(self, *args: Any) -> Tensor | None:
         *call, _ = args
         common.raise_faults()
-        return self.run(call, Pass(common.VALUE, common.empty_scales(call[0])))
+        return self.run(Pass(common.VALUE, common.empty_scales(call[0])), *call)
 
     def forward(self, *args: Any) -> tuple[Tensor | None, Tensor]:
         *call, own = args
@@ -149,16 +149,16 @@ class Engine:
         common.raise_faults()
         if reduction == 0:
             scales = common.empty_scales(input)
-            return self.run(call, Pass(common.VALUE, scales)), scales
+            return self.run(Pass(common.VALUE, scales), *call), scales
         prediction = _prediction_of(own, self.loss(*call), input, reduction)
         # What other streams teach the prediction meanwhile is not this call's.
         scales, gradient = prediction.clone(), common.empty_like(input, input.dtype)
-        value = self.run(call, Pass(common.FORWARD, scales, gradient))
+        value = self.run(Pass(common.FORWARD, scales, gradient), *call)
         carry(scales, Carried(gradient, prediction))
         return value, scales
 
     def backward(self, grad_output: Tensor, scales: Tensor, *call: Any) -> Tensor:
-        input, reduction = call[0], call[-2]
+        input = call[0]
         left, gradient = carried(scales), None
         if left is not None:
             gradient, left.gradient = left.gradient, None
@@ -166,7 +166,7 @@ class Engine:
         if gradient is None:
             gradient = common.empty_like(input, input.dtype)
         prediction = torch.empty_like(scales) if left is None else left.prediction
-        self.run(call, Pass(step, scales, gradient, prediction, grad_output))
+        self.run(Pass(step, scales, gradient, prediction, grad_output), *call)
         return gradient
 
     def meta_value(self, *args: Any) -> Tensor:
@@ -206,13 +206,25 @@ class Engine:
         _library.impl(self.name, operator, "Autograd")
 
 
-def _run_pointwise(call: Any, do: Pass) -> Tensor | None:
-    input, target, weight, pos_weight, name, parameter, ignore_index, reduction, dtype = call
+def _run_pointwise(
+    do: Pass,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    name: str,
+    parameter: float,
+    ignore_index: int,
+    reduction: int,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    if name not in POINTWISE:
+        raise ValueError(f"fusedloss: no pointwise loss is named {name!r}")
     loss = POINTWISE[name]
     operands = () if pos_weight is None else (pos_weight,)
     parameters = (parameter,) * loss.parameters
     return pointwise.run(
-        loss, input, target, weight, operands, parameters, ignore_index, reduction, dtype, do
+        do, loss, input, target, weight, operands, parameters, ignore_index, reduction, dtype
     )
 
 
@@ -229,7 +241,7 @@ Engine(
     "cross_entropy",
     "Tensor input, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
     "int reduction, ScalarType dtype",
-    lambda call, do: cross_entropy.run(*call, do),
+    cross_entropy.run,
     lambda *call: "cross_entropy",
     cross_entropy.empty_loss,
     autograd.cross_entropy_reference_gradient,

@@ -82,7 +82,7 @@ def tile(
     y = fetch_target(target, at, mask, sizes, CLASS_DIM, T)
     more = ()
     for k in tl.static_range(len(operands)):
-        more = more + (fetch(operands[k], at, mask, sizes, T),)
+        more = more + (fetch(operands[k], at, mask, sizes, T),)  # type: ignore[assignment]
     result = LOSS(x, y, *more, *parameters)
     v, factor = result[0], scale
     if UNIT_INTERVAL:
@@ -161,7 +161,7 @@ def pointwise(
     scale = factor.to(T)
     numbers = ()
     for k in tl.static_range(len(parameters)):
-        numbers = numbers + (common.from_bits(parameters[k]).to(T),)
+        numbers = numbers + (common.from_bits(parameters[k]).to(T),)  # type: ignore[assignment]
     first = tl.program_id(0).to(INDEX) * (TILE * TILES)
     at = first + tl.arange(0, TILE)
     total = tl.zeros([TILE // PACKET], tl.float64)
@@ -219,7 +219,8 @@ def walk(operands: Sequence[Tensor | None], class_dim: int) -> Space:
         return Space((), -1, [None if t is None else (t, ()) for t in operands])
     order = list(range(input.dim()))
     if common.is_dense(input):
-        order.sort(key=lambda d: -input.stride(d))
+        steps = input.stride()
+        order.sort(key=lambda d: -steps[d])
     sizes: list[int] = []
     strides: list[list[int]] = [[] for _ in there]
     joined_class_dim = -1
@@ -265,6 +266,7 @@ def empty_loss(input: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
 
 
 def run(
+    do: Pass,
     loss: PointwiseLoss,
     input: Tensor,
     target: Tensor,
@@ -274,7 +276,6 @@ def run(
     ignore_index: int,
     reduction: int,
     dtype: torch.dtype,
-    do: Pass,
     target_gradient: Tensor | None = None,
 ) -> Tensor | None:
     """Forward: the loss. Backward: what of the gradients is not right yet is written.
