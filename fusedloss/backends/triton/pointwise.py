@@ -17,9 +17,9 @@ from . import common
 from .common import Divisor, Pass
 from .losses import PointwiseLoss
 
-WARPS = 4
-PACKETS = 2  # of 16 bytes, of each operand, in flight a thread
-TILES = 8  # a program
+# Fixed: a program of 4 warps, 8 elements a thread at a time (16 bytes of half precision), whose
+# registers leave room for several programs on a multiprocessor.
+WARPS, TILE, TILES = 4, 1024, 8
 PACKET = tl.constexpr(4)  # elements added up in the compute type, before float64
 MOST_DIMS = 8  # of operands that are not all contiguous; more are made so
 
@@ -31,8 +31,7 @@ def place(at, sizes, strides):
         return at
     else:
         offset = at.to(tl.int64) * 0
-        for i in tl.static_range(len(sizes)):
-            d: tl.constexpr = len(sizes) - 1 - i
+        for d in tl.static_range(len(sizes) - 1, -1, -1):
             outer = at // sizes[d]
             offset += (at - outer * sizes[d]).to(tl.int64) * strides[d]
             at = outer
@@ -52,8 +51,8 @@ def fetch_target(source, at, mask, sizes, CLASS_DIM: tl.constexpr, T: tl.constex
         return fetch(source, at, mask, sizes, T)
     else:
         index = fetch(source, at, mask, sizes, tl.int64)
-        for i in tl.static_range(len(sizes) - 1 - CLASS_DIM):
-            at = at // sizes[len(sizes) - 1 - i]
+        for d in tl.static_range(len(sizes) - 1, CLASS_DIM, -1):
+            at = at // sizes[d]
         position = at % sizes[CLASS_DIM]
         hot = tl.where(index == position, 1.0, 0.0).to(T)
         return tl.where(is_class_fault(index, sizes[CLASS_DIM]), float("nan"), hot)
@@ -303,8 +302,7 @@ def run(
     if do.forward and reduction == 1:
         divisor = _divisor(loss, input, indices, weight, ignore_index)
     numel = input.numel()
-    block = 16 // input.element_size() * PACKETS * WARPS * 32
-    programs = triton.cdiv(numel, block * TILES)
+    programs = triton.cdiv(numel, TILE * TILES)
     partials = do.scales.new_empty(programs) if do.forward else do.scales
     # What a pass does not use is another tensor of its type: one compiled kernel serves them all.
     arguments = {"scales": do.scales, "step": do.step, **divisor.arguments(do.scales)}
@@ -327,8 +325,8 @@ def run(
             UNIT_INTERVAL=loss.unit_interval,
             CLASS_DIM=space.class_dim,
             T=tl.float64 if dtype is torch.float64 else tl.float32,
-            INDEX=tl.int32 if numel + block * TILES < 1 << 31 else tl.int64,
-            TILE=block,
+            INDEX=tl.int32 if numel + TILE * TILES < 1 << 31 else tl.int64,
+            TILE=TILE,
             TILES=TILES,
             num_warps=WARPS,
             **common.NO_FUSION,
