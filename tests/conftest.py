@@ -50,11 +50,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             functions.setdefault(getattr(item, "function", item), []).append(item)
     kept: set[pytest.Item] = set()
     for found in functions.values():
-        if INTERPRETED and found[0].get_closest_marker("slow"):
-            continue
         if INTERPRETED and not found[0].get_closest_marker("interpret_all"):
+            quick = [item for item in found if not item.get_closest_marker("slow")]
             golden = 0.6180339887498949
-            found = [found[int(i * golden % 1 * len(found))] for i in range(INTERPRETED_EACH)]
+            spread = (i * golden % 1 for i in range(INTERPRETED_EACH))
+            found = [quick[int(at * len(quick))] for at in spread if quick]
         kept.update(found)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]

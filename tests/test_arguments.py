@@ -14,6 +14,7 @@ import fusedloss.functional as FL
 from cases import LOSSES, at_shape
 from fusedloss import reference
 from helpers import (
+    FOR_A_GPU,
     assert_same_error,
     compare_with_torch,
     host_sees_errors,
@@ -170,6 +171,8 @@ def test_nan_and_infinity(loss: str, dtype: str, reduction: str, backend: str) -
             continue  # no probability
         if loss == "binary_cross_entropy_with_logits" and in_input == -INF:
             continue  # torch's formula gives nan there; the loss is infinite
+        if loss == "binary_cross_entropy" and FOR_A_GPU and (in_input, in_target) != (0.5, 0.5):
+            continue  # the host hears of them later: test_faults.py
         sample = at_shape(family, shape).sample(getattr(torch, dtype))
         sample.input[2, 17] = in_input
         sample.input[3] = in_input

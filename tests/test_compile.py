@@ -16,7 +16,7 @@ import fusedloss.functional as FL
 from cases import LOSSES, Sample, at_shape
 from helpers import NAMESPACE, assert_same_bits, leaf
 
-pytestmark = [pytest.mark.usefixtures("fused"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("fused")]
 FAMILIES = [
     *LOSSES,
     "huber_loss-delta2-weight",

@@ -334,7 +334,7 @@ def test_smoothing_with_masked_logits() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rows", [65_505, 70_001])
+@pytest.mark.parametrize("rows", [65_505, pytest.param(70_001, marks=pytest.mark.slow)])
 def test_half_mean_of_many_rows(rows: int, dtype: torch.dtype) -> None:
     """The number of rows was held in fp16, which ends at 65,504: nan or infinity."""
     x, y = logits(rows, 4, dtype), labels(rows, 4)

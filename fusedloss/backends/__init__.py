@@ -77,7 +77,7 @@ BACKENDS = (
         "triton",
         _no_triton,
         frozenset(("cpu",) if INTERPRETED else ("cuda", "xpu")),
-        # The interpreter is there to find mistakes: a thousand times slower than plain PyTorch.
+        # The interpreter is there to find mistakes: it is far slower than plain PyTorch.
         unasked=_has_triton and not INTERPRETED,
     ),
     Backend("reference", lambda: None, frozenset(), fused=False),

@@ -66,9 +66,10 @@ def _prediction_of(own: Tensor | None, loss: str, input: Tensor, reduction: int)
 def _needs_reference(grad_output: Tensor) -> bool:
     """create_graph, and batches of upstream gradients (is_grads_batched)."""
     functorch = torch._C._functorch
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
     return (
-        torch.is_grad_enabled()
-        or functorch.is_batchedtensor(grad_output)
+        functorch.is_batchedtensor(grad_output)
         or functorch.is_gradtrackingtensor(grad_output)
         or functorch.is_legacy_batchedtensor(grad_output)
     )
