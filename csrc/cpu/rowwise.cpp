@@ -346,6 +346,9 @@ struct TileWalk {
   std::vector<T> table, wanted;
   std::vector<T> top, sum, dot, mass, logit, weight, scale, losses;
   std::vector<double> wide;
+  // For class indices: where in the table each row's target stands (an ignored row's: class 0).
+  std::vector<int64_t> own;
+  int64_t ignored = 0;  // rows of the tile
 
   TileWalk(const Problem<T>& p, int64_t w)
       : problem(p), width(w), table(call.classes * w), wanted(call.indices ? 0 : call.classes * w) {
@@ -353,6 +356,7 @@ struct TileWalk {
       line->resize(w, T(1));
     }
     wide.resize(w);
+    own.resize(call.indices ? w : 0);
   }
 
   static Vec<T> at(const T* line, int64_t i) { return Vec<T>::loadu(line + i); }
@@ -398,8 +402,17 @@ struct TileWalk {
     }
   }
 
-  // The class index of each row, 0 for an ignored one.
-  int64_t target(int64_t row) const { return problem.ignored(row) ? 0 : call.indices[row]; }
+  void find_targets(int64_t row0, int64_t n) {
+    const int64_t *const indices = call.indices + row0, stride = width, ignore = call.ignore_index;
+    int64_t* const place = own.data();
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const bool skip = indices[i] == ignore;
+      count += skip;
+      place[i] = (skip ? 0 : indices[i]) * stride + i;
+    }
+    ignored = count;
+  }
 
   double one(int64_t o, int64_t begin, int64_t n) {
     const int64_t row0 = o * call.inner + begin;
@@ -419,19 +432,12 @@ struct TileWalk {
       }
     }
     T* const most = top.data();
-    std::fill_n(most, width, -std::numeric_limits<T>::infinity());
-    const int64_t size = bytes_of(call.input.dtype);
-    for_classes(n, [&](int64_t c) {
-      read(call.input, o, c, begin, n, x + c * stride);
-      // The next class lies in another page: no hardware foresees it.
-      const bool more = c + 1 < call.classes;
-      const int64_t next = offset(call.input, o, more ? c + 1 : 0, more ? begin : begin + stride);
-      return [=, line = x + c * stride,
-              ahead = static_cast<const char*>(call.input.data) + next * size](int64_t i) {
-        __builtin_prefetch(ahead + i * size, 0, 2);
-        larger(at(line, i), at(most, i)).store(most + i);
-      };
-    });
+    for (int64_t c = 0; c < call.classes; ++c) read(call.input, o, c, begin, n, x + c * stride);
+    for (int64_t i = 0; i < n; i += kLanes) {
+      Vec<T> highest(-std::numeric_limits<T>::infinity());
+      for (int64_t c = 0; c < call.classes; ++c) highest = larger(at(x + c * stride, i), highest);
+      highest.store(most + i);
+    }
     if (!call.indices) {
       const T* const q = wanted.data();
       accumulate(n, mass.data(), [=](int64_t c, int64_t i) { return at(q + c * stride, i); });
@@ -443,12 +449,25 @@ struct TileWalk {
         return (at(x + c * stride, i) - at(most, i)) * Vec<T>(p.class_weight(c));
       });
     }
-    for (int64_t i = 0; call.indices && i < n; ++i) {
-      const int64_t t = target(row0 + i);
-      logit[i] = std::exchange(x[t * stride + i], -std::numeric_limits<T>::infinity());
-      if (problem.weight) weight[i] = problem.weight[t];
+    if (call.indices) {
+      find_targets(row0, n);
+      const int64_t* const place = own.data();
+      T* const logits = logit.data();
+      for (int64_t i = 0; i < n; ++i) {
+        logits[i] = std::exchange(x[place[i]], -std::numeric_limits<T>::infinity());
+      }
+      if (problem.weight) {
+        for (int64_t i = 0; i < n; ++i) weight[i] = problem.weight[place[i] / stride];
+      }
     }
+    // The next tile's logits are asked for meanwhile: its lines lie in as many pages as there are
+    // classes, and begin where no hardware foresees it.
+    const int64_t size = bytes_of(call.input.dtype);
+    const char* const ahead =
+        static_cast<const char*>(call.input.data) + offset(call.input, o, 0, begin + width) * size;
+    const int64_t line = call.input.classes * size, step = call.input.inner * size;
     accumulate(n, sum.data(), [=](int64_t c, int64_t i) {
+      __builtin_prefetch(ahead + c * line + i * step, 0, 2);
       const Vec<T> e = exp_nonpositive(at(x + c * stride, i) - at(most, i));
       e.store(x + c * stride + i);
       return e;
@@ -472,7 +491,7 @@ struct TileWalk {
       s.own.store(&logit[i]);
     }
     std::fill(losses.begin() + n, losses.end(), T(0));
-    for (int64_t i = 0; call.indices && i < n; ++i) {
+    for (int64_t i = 0; ignored && i < n; ++i) {
       if (problem.ignored(row0 + i)) losses[i] = 0;
     }
     double lanes[kLanes] = {};
@@ -488,7 +507,12 @@ struct TileWalk {
 
   void write_gradient(int64_t o, int64_t begin, int64_t n) {
     const int64_t row0 = o * call.inner + begin;
-    for (int64_t i = 0; call.indices && i < n; ++i) table[target(row0 + i) * width + i] = logit[i];
+    if (call.indices) {
+      const int64_t* const place = own.data();
+      const T* const slope = logit.data();
+      T* const e = table.data();
+      for (int64_t i = 0; i < n; ++i) e[place[i]] = slope[i];
+    }
     const Rows& out = call.gradient;
     T* const data = is_dtype<T>(out.dtype) && out.inner == 1
                         ? static_cast<T*>(const_cast<void*>(out.data))
@@ -512,12 +536,10 @@ struct TileWalk {
         store(g, to + i, n - i);
       };
     });
-    if (call.indices) {
-      for (int64_t i = 0; i < n; ++i) {
-        if (!problem.ignored(row0 + i)) continue;
-        // Whatever its logits hold, nan included: 0.
-        for (int64_t c = 0; c < call.classes; ++c) line(c)[i] = T(0);
-      }
+    for (int64_t i = 0; ignored && i < n; ++i) {
+      if (!problem.ignored(row0 + i)) continue;
+      // Whatever its logits hold, nan included: 0.
+      for (int64_t c = 0; c < call.classes; ++c) line(c)[i] = T(0);
     }
     if (data) return;
     for (int64_t c = 0; c < call.classes; ++c) {
@@ -531,9 +553,9 @@ template <class T>
 double by_tile(const CrossEntropy& call) {
   const Problem<T> problem(call);
   constexpr int64_t kLanes = Vec<T>::size();
-  // A tile of about 128 KiB, well within the L2 cache. Long lines, since each starts a new stream
-  // from memory; two cache lines at least.
-  const int64_t fit = 131072 / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(call.classes, 1);
+  // A tile of about 32 KiB stays in the L1 cache through its three uses; lines of two cache lines
+  // at least.
+  const int64_t fit = 32768 / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(call.classes, 1);
   // An odd number of registers: the lines of one column then differ in their place in the cache.
   const int64_t width = (std::clamp<int64_t>(fit, 32, 4096) / kLanes | 1) * kLanes;
   const int64_t tiles = (call.inner + width - 1) / width;
