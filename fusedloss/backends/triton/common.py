@@ -66,15 +66,19 @@ def narrow(x, D: tl.constexpr):
     return x.to(D)
 
 
-def bits(x: float) -> int:
-    """A float64 as an int64, for Triton passes a float as float32."""
-    result: int = struct.unpack("<q", struct.pack("<d", x))[0]
-    return result
+def halves(x: float) -> tuple[int, int]:
+    """The bits of a float64, for Triton passes a float as float32.
+
+    Odd, and too large for 32 bits: Triton compiles a kernel anew for numbers that are not.
+    """
+    low, high = struct.unpack("<II", struct.pack("<d", x))
+    return 2 * high + 1 + (1 << 40), 2 * low + 1 + (1 << 40)
 
 
 @triton.jit
-def from_bits(x):
-    return x.to(tl.int64).to(tl.float64, bitcast=True)
+def from_halves(halves):
+    bits = ((halves[0] >> 1) << 32) | ((halves[1] >> 1) & 0xFFFFFFFF)
+    return bits.to(tl.float64, bitcast=True)
 
 
 # ---- the upstream gradient -----------------------------------------------------------------------

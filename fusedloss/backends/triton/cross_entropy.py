@@ -93,11 +93,11 @@ def write_gradient(
     )
 
 
-@triton.jit(do_not_specialize=["label_smoothing", "ignore_index", "parts", "divisor", "step"])
+@triton.jit(do_not_specialize=["rows", "class_units", "ignore_index", "parts", "divisor", "step"])
 def cross_entropy(
     input, target, weight, weight_sum, upstream, value, gradient,
     rows, class_units, inner, input_strides, target_strides, gradient_strides,
-    ignore_index, label_smoothing: tl.int64, partials, scales, prediction, grad_output, counts,
+    ignore_index, label_smoothing, partials, scales, prediction, grad_output, counts,
     parts, divisor, fault, step,
     T: tl.constexpr, SOFT: tl.constexpr, SMOOTH: tl.constexpr, WHOLE: tl.constexpr,
     UNIT: tl.constexpr, CLASS_INDEX: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
@@ -139,7 +139,7 @@ def cross_entropy(
     at = index.to(CLASS_INDEX)
     rest = tl.where(faulty, float("nan"), 0.0).to(T)
 
-    smoothing = common.from_bits(label_smoothing)
+    smoothing = common.from_halves(label_smoothing)
     weights = smoothing * 0.0 + classes
     if weight_sum is not None:
         weights = tl.load(weight_sum)
@@ -327,7 +327,7 @@ def run(
             target_strides=y_steps,
             gradient_strides=in_units(*g_steps),
             ignore_index=ignore_index,
-            label_smoothing=common.bits(label_smoothing),
+            label_smoothing=common.halves(label_smoothing),
             partials=partials,
             prediction=do.scales if do.prediction is None else do.prediction,
             grad_output=do.grad_output if result is None else result,

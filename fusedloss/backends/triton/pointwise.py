@@ -140,7 +140,7 @@ def tell_fault(bad, input, target, sizes, fault, CLASS_DIM: tl.constexpr):
         common.tell(fault, what, bad, number, 0)
 
 
-@triton.jit(do_not_specialize=["numel", "parameters", "parts", "divisor", "step"])
+@triton.jit(do_not_specialize=["numel", "parts", "divisor", "step"])
 def pointwise(
     input, target, weight, operands, upstream, value, gradient, target_gradient, sizes, numel,
     parameters, partials, scales, prediction, grad_output, counts, parts, divisor, fault, step,
@@ -160,7 +160,7 @@ def pointwise(
     scale = factor.to(T)
     numbers = ()
     for k in tl.static_range(len(parameters)):
-        numbers = numbers + (common.from_bits(parameters[k]).to(T),)  # type: ignore[assignment]
+        numbers = numbers + (common.from_halves(parameters[k]).to(T),)  # type: ignore[assignment]
     first = tl.program_id(0).to(INDEX) * (TILE * TILES)
     at = first + tl.arange(0, TILE)
     total = tl.zeros([TILE // PACKET], tl.float64)
@@ -316,7 +316,7 @@ def run(
             target_gradient=target_gradient,
             sizes=space.sizes,
             numel=numel,
-            parameters=tuple(map(common.bits, parameters)),
+            parameters=tuple(map(common.halves, parameters)),
             partials=partials,
             prediction=do.scales if do.prediction is None else do.prediction,
             grad_output=do.grad_output if result is None else result,
