@@ -122,7 +122,7 @@ def test_one_pass(make: Callable[[], Callable[..., Tensor]]) -> None:
         )
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("loss", ["binary_cross_entropy_with_logits", "cross_entropy"])
 def test_code_generation(loss: str, dynamic: bool) -> None:
     """The default backend: no recompilation from the upstream gradient, nor from the shape."""
