@@ -21,6 +21,7 @@ demo: $(VENV)/build.stamp ## train real models with torch's losses and with ours
 
 test: $(VENV)/build.stamp ## all tests
 	$(BIN)/python -m pytest tests
+	TRITON_INTERPRET=1 FUSEDLOSS_TEST_BACKEND=triton $(BIN)/python -m pytest tests
 
 test-cuda-emulated: $(VENV)/torch.stamp ## the CUDA kernels on the CPU, plain and under sanitizers
 	@$(PIP) install 'pytest>=8' hypothesis numpy scikit-learn scipy

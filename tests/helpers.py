@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -19,11 +19,19 @@ import fusedloss.functional as FL
 from cases import DEVICE, Case, Sample
 
 Loss = Callable[..., Tensor]
+T = TypeVar("T")
 
 # The CUDA operators stand for the CPU's, over the emulator: see tests/cuda_emulator/extension.py.
 EMULATED = os.environ.get("FUSEDLOSS_EMULATED") == "1"
+# The backend that tests of fused kernels run on: "triton" makes it Triton's, and the tests of those
+# kernels (the fixtures `fused` and `backend`) the only ones. Without a GPU, in its interpreter.
+FUSED = os.environ.get("FUSEDLOSS_TEST_BACKEND", "compiled")
+INTERPRETED = FUSED == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+NAMESPACE = "fusedloss_triton" if FUSED == "triton" else "fusedloss"  # of its operators
+# A CPU stands for a GPU: what a GPU's kernels compute is compared with the truth, not with torch's.
+FOR_A_GPU = EMULATED or INTERPRETED
 host_sees_errors = pytest.mark.skipif(
-    EMULATED or DEVICE == "cuda", reason="the host hears of them later: test_faults.py"
+    FOR_A_GPU or DEVICE == "cuda", reason="the host hears of them later: test_faults.py"
 )
 
 # Arithmetic is in fp32 for the reduced precisions, else in the dtype itself.
@@ -64,6 +72,11 @@ def torch_log_loss(
 def torch_loss(loss: str) -> Loss:
     """What torch offers for the loss."""
     return torch_log_loss if loss == "log_loss" else getattr(F, loss)
+
+
+def operators() -> Any:
+    """torch.ops.* of the backend that is tested, once that has been used."""
+    return getattr(torch.ops, NAMESPACE)
 
 
 def leaf(tensor: Tensor) -> Tensor:
@@ -186,7 +199,7 @@ def assert_no_worse(result: Tensor, eager: Tensor, truth: Tensor, what: str) -> 
     rounding = info.eps / 2 * (1 + 2**-8)
     spacing = info.smallest_normal * info.eps
     wider = COMPUTE[result.dtype] is not result.dtype
-    if EMULATED and not wider:
+    if FOR_A_GPU and not wider:
         return  # a GPU's kernels are to be compared with torch's on a GPU
     if wider:
         checks = [(torch.linalg.vector_norm, "error in norm", 1.0, 1), (inf_norm, "error", 1.0, 1)]
@@ -198,6 +211,11 @@ def assert_no_worse(result: Tensor, eager: Tensor, truth: Tensor, what: str) -> 
         floor = roundings * rounding * norm(truth) + spacing * truth.numel() ** 0.5
         allowed = max(factor * norm(theirs), floor)
         assert norm(ours) <= allowed, f"{what}: {kind} {norm(ours):.3g}, torch's {norm(theirs):.3g}"
+
+
+def affordable(things: Sequence[T], most: int) -> Sequence[T]:
+    """All of them; of what Triton's interpreter has to run, at 10 ms a kernel, some."""
+    return things[:: -(-len(things) // most)] if INTERPRETED else things
 
 
 def inf_norm(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Input that cannot be, on a GPU: nan where it stands, and an error that nobody waits for.
 
-Runs on a GPU, or where the emulator stands for one.
+Runs on a GPU, or where the emulator or Triton's interpreter stands for one.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import torch
 import fusedloss
 import fusedloss.functional as FL
 from cases import DEVICE
-from helpers import EMULATED
+from helpers import FOR_A_GPU
 
-pytestmark = pytest.mark.skipif(
-    not EMULATED and DEVICE != "cuda", reason="FUSEDLOSS_TEST_DEVICE is not cuda"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not FOR_A_GPU and DEVICE != "cuda", reason="FUSEDLOSS_TEST_DEVICE is not cuda"
+    ),
+    pytest.mark.usefixtures("fused"),
+]
 
 
 @pytest.fixture(autouse=True)

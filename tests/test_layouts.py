@@ -118,7 +118,9 @@ WEIGHTED = {
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("shape", [(6, 35), (300, 257), (2, 5, 6, 7)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(6, 35), pytest.param((300, 257), marks=pytest.mark.slow), (2, 5, 6, 7)], ids=str
+)
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "log_loss"])
 def test_layouts(loss: str, shape: tuple[int, ...], dtype: str, backend: str) -> None:
     family = WEIGHTED.get(loss, loss)
