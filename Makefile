@@ -10,17 +10,18 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := $(shell find csrc -type f) setup.py fusedloss/_version.py
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cuda-emulated bench build lint clean
+.PHONY: help demo test test-cuda-emulated bench gpu figures build docs dist lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/build.stamp ## train real models with torch's losses and with ours, then the speed table
 	$(BIN)/python -m bench.demo
-	$(BIN)/python -m bench --out bench/results/cpu
+	$(BIN)/python -m bench
 
 test: $(VENV)/build.stamp ## all tests
 	$(BIN)/python -m pytest tests
+	TRITON_INTERPRET=1 FUSEDLOSS_TEST_BACKEND=triton $(BIN)/python -m pytest tests
 
 test-cuda-emulated: $(VENV)/torch.stamp ## the CUDA kernels on the CPU, plain and under sanitizers
 	@$(PIP) install 'pytest>=8' hypothesis numpy scikit-learn scipy
@@ -28,9 +29,22 @@ test-cuda-emulated: $(VENV)/torch.stamp ## the CUDA kernels on the CPU, plain an
 	$(BIN)/python tests/cuda_emulator/extension.py
 
 bench: $(VENV)/build.stamp ## the speed table alone
-	$(BIN)/python -m bench --out bench/results/cpu
+	$(BIN)/python -m bench
+
+gpu: ## on an NVIDIA GPU: build, tests, sanitized run and bench, with PYTHON's own torch; installs nothing
+	PYTHON=$(PYTHON) .ci/gpu
+
+figures: $(VENV)/build.stamp ## the figures of README and docs, from bench/results
+	$(BIN)/python -m bench figures
 
 build: $(VENV)/build.stamp ## the environment and the extension
+
+docs: $(VENV)/docs.stamp ## the pages, into build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --site-dir build/site
+
+dist: $(VENV)/torch.stamp ## sdist and wheel for the torch in the environment, into dist/
+	@$(PIP) install build
+	$(BIN)/python -m build --no-isolation
 
 lint: $(VENV)/lint.stamp ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check
@@ -39,7 +53,7 @@ lint: $(VENV)/lint.stamp ## ruff, mypy and clang-format, changing nothing
 	find csrc tests/cuda_emulator -name '*.h' -o -name '*.c*' | grep -v pycache | xargs $(BIN)/clang-format --dry-run -Werror
 
 clean: ## remove what was built; the environment stays
-	rm -rf build fusedloss/*.so *.egg-info $(VENV)/build.stamp
+	rm -rf build dist fusedloss/*.so *.egg-info $(VENV)/build.stamp
 
 # Each stamp is written when its step has succeeded, so that one that was cut short runs again.
 
@@ -69,4 +83,9 @@ $(VENV)/build.stamp: $(VENV)/torch.stamp pyproject.toml $(SOURCES)
 
 $(VENV)/lint.stamp: $(VENV)/build.stamp pyproject.toml
 	@$(PIP) install --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# No torch: the API reference is read from the sources.
+$(VENV)/docs.stamp: $(VENV)/python.stamp docs/requirements.txt
+	@$(PIP) install -r docs/requirements.txt
 	@touch $@

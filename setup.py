@@ -103,11 +103,13 @@ def expose_environment() -> None:
     sys.path += [path for path in json.loads(answer.stdout) if path and path not in sys.path]
 
 
-def installed_torch() -> str | None:
+def installed_torch() -> tuple[str | None, bool]:
+    """The version of torch here, if any, and whether it will do."""
     try:
-        return metadata.version(TORCH.name)
+        found = metadata.version(TORCH.name)
     except metadata.PackageNotFoundError:
-        return None
+        return None, False
+    return found, TORCH.specifier.contains(found, prereleases=True)
 
 
 @dataclass(frozen=True)
@@ -311,8 +313,7 @@ def compiled_part() -> dict[str, Any]:
 
         os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ["PATH"]
 
-    found = installed_torch()
-    usable = found is not None and TORCH.specifier.contains(found, prereleases=True)
+    found, usable = installed_torch()
     extension = Extension(
         "fusedloss._C",
         sources=sorted(str(p) for p in Path("csrc").glob("*.cpp") if p.stem != "ops_cuda"),
@@ -330,5 +331,15 @@ def compiled_part() -> dict[str, Any]:
     }
 
 
+def torch_requirement(compiled: bool) -> str:
+    """What is installed with a compiled extension asks for the torch that it was built against."""
+    found, usable = installed_torch()
+    if not compiled or not usable or "sdist" in sys.argv:
+        return str(TORCH)
+    assert found is not None
+    return f"{TORCH.name}=={found.split('+')[0]}"
+
+
 expose_environment()
-setup(install_requires=[str(TORCH)], **compiled_part())
+compiled = compiled_part()
+setup(install_requires=[torch_requirement(bool(compiled))], **compiled)

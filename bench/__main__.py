@@ -6,27 +6,57 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from . import memory, report
+from . import compare, figures, memory, models, report
 from .cases import CASES, TABLES, Case
-from .measure import CASE_SECONDS, COMPILE_SECONDS, ENOUGH_ROUNDS, Row, Speed, describe
+from .measure import (
+    CASE_SECONDS,
+    COMPILE_SECONDS,
+    ENOUGH_ROUNDS,
+    JOINING,
+    Problem,
+    Row,
+    Speed,
+    contestants,
+    describe,
+)
 
 ROUNDS, QUICK_ROUNDS = 15, 7
 QUICK_COMPILE_SECONDS = 30.0
+PEERS = ("eager", "compile", *JOINING)
+COMMANDS = {
+    "compare": (compare.main, "what got faster or slower between two runs"),
+    "figures": (figures.main, "write the figures of README and docs from committed results"),
+    "models": (models.main, "whole training steps of small models"),
+}
 
 
-def run(cases: Sequence[Case], rounds: int, compile_seconds: float | None) -> list[Row]:
+def run(
+    cases: Sequence[Case],
+    rounds: int,
+    compile_seconds: float,
+    wanted: Collection[str] | None = None,
+    seconds: float | None = None,
+) -> list[Row]:
     """Measure each case; one that fails says so in its own row. Ctrl-C ends with what is there."""
-    speed = Speed(rounds, compile_seconds)
+    speed = Speed(rounds, compile_seconds, wanted)
     rows = []
+    start = time.monotonic()
     progress = tqdm(cases, unit="case", disable=None)  # None: no bar where there is no terminal
     for case in progress:
         progress.set_description(case.id)
         try:
+            if seconds is not None and time.monotonic() - start > seconds:
+                problem = Problem("skipped", f"no time left of the {seconds:g} s of this run")
+                problems = dict.fromkeys(contestants(case, wanted), problem)
+                rows.append(Row(case, "s", problems=problems))
+                continue
             rows.append(memory.measure(case) if case.table == "memory" else speed(case))
         except KeyboardInterrupt:
             break
@@ -35,6 +65,8 @@ def run(cases: Sequence[Case], rounds: int, compile_seconds: float | None) -> li
             rows.append(
                 Row(case, "s", problems=dict.fromkeys(TABLES[case.table].contestants, problem))
             )
+        if case.device == "cuda":
+            torch.cuda.empty_cache()
     return rows
 
 
@@ -52,21 +84,53 @@ def regex(text: str) -> re.Pattern[str]:
         raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
 
 
+def peers(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in PEERS:
+            raise argparse.ArgumentTypeError(f"no peer {name!r}; there are {', '.join(PEERS)}")
+    return names
+
+
+def device(text: str) -> str:
+    if text not in CASES:
+        raise argparse.ArgumentTypeError(f"no cases for {text!r}; there are {', '.join(CASES)}")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch finds no GPU here")
+    return text
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]][0](argv[1:])
+    others = "".join(
+        f"\n  python -m bench {name:<8} {what}" for name, (_, what) in COMMANDS.items()
+    )
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Measure the fused losses beside PyTorch eager, torch.compile and the memory "
-        "limit; print the table and write it as Markdown, JSON and a picture.",
+        description="Measure the fused losses beside PyTorch eager, torch.compile, whichever peers "
+        "are installed, and the memory limit;\nprint the table and write it as Markdown, JSON and "
+        "pictures.",
         epilog="The exit status is 1 if a result of ours was wrong or missing. A bar that is "
-        "missed is shown as missed, and is no failure of the run.",
+        f"missed is shown as missed,\nand is no failure of the run.\n\nother commands:{others}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: a first look")
     parser.add_argument(
         "--only", type=regex, metavar="REGEX", help="cases whose 'table: name' matches (search)"
     )
     parser.add_argument(
-        "--out", type=Path, default=report.RESULTS, metavar="DIR", help="default: bench/results/cpu"
+        "--peers",
+        type=peers,
+        metavar="NAMES",
+        help=f"of {','.join(PEERS)}, those to measure beside ours (default: all that are here)",
+    )
+    parser.add_argument(
+        "--device", type=device, default="cpu", metavar="DEVICE", help="cpu (default) or cuda"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: bench/results/cpu, or the GPU's name"
     )
     parser.add_argument(
         "--rounds",
@@ -75,28 +139,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"default: {ROUNDS}, quick: {QUICK_ROUNDS}; "
         f"a case of more than {CASE_SECONDS:.0f} s stops at {ENOUGH_ROUNDS} or later",
     )
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="start no case later than this (default: all)"
+    )
     arguments = parser.parse_args(argv)
 
-    cases = [case for case in CASES if case.quick or not arguments.quick]
+    known = CASES[arguments.device]
+    cases = [case for case in known if case.quick or not arguments.quick]
     if arguments.only:
         cases = [case for case in cases if arguments.only.search(case.id)]
         if not cases:
-            known = "\n  ".join(case.id for case in CASES)
-            parser.error(f"--only {arguments.only.pattern!r} matches none of\n  {known}")
+            names = "\n  ".join(case.id for case in known)
+            parser.error(f"--only {arguments.only.pattern!r} matches none of\n  {names}")
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     compile_seconds = QUICK_COMPILE_SECONDS if arguments.quick else COMPILE_SECONDS
+    if arguments.seconds is not None:  # compiling leaves time for measuring
+        compile_seconds = min(compile_seconds, arguments.seconds / 3)
     if report.caveat():
         print(report.caveat())
 
-    rows = run(cases, rounds, None if arguments.no_compile else compile_seconds)
-    about = report.environment(shlex.join(["python", "-m", "bench", *argv]), rounds)
+    rows = run(cases, rounds, compile_seconds, arguments.peers, arguments.seconds)
+    command = shlex.join(["python", "-m", "bench", *argv])
+    about = report.environment(command, rounds, arguments.device)
     print(f"\n{report.tables(rows)}\n{report.summary(rows)}\n")
     if about["caveat"]:
         print(f"{about['caveat']}\n")
     # A part never takes the place of the whole table.
-    stem = "speed" if len(rows) == len(CASES) else "speed-part"
-    for path in report.write(rows, about, arguments.out, stem):
+    stem = "speed" if len(rows) == len(known) else "speed-part"
+    folder = arguments.out or report.results(arguments.device)
+    for path in report.write(rows, about, folder, stem):
         print(f"wrote {path}")
     if len(rows) < len(cases):
         return 130  # as a shell says of an interrupted command

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+Loss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,12 @@ COLUMNS = {
     "limit": Column("ours / limit", "ours", "limit", at_least=False),
     "unit": Column("ours / ours at upstream 1", "ours", "unit", at_least=False),
     "memory": Column("ours / eager", "ours", "eager", at_least=False),
+    # Peers, where they are installed and cover the case; and the backend that is not the first.
+    "triton": Column("triton backend / ours", "triton", "ours", at_least=True),
+    "liger": Column("Liger-Kernel / ours", "liger", "ours", at_least=True),
+    "quack": Column("quack / ours", "quack", "ours", at_least=True),
+    "flash_attn": Column("flash-attn / ours", "flash_attn", "ours", at_least=True),
+    "apex": Column("apex / ours", "apex", "ours", at_least=True),
 }
 
 
@@ -34,6 +42,7 @@ class Table:
     title: str
     contestants: tuple[str, ...]
     columns: tuple[str, ...]
+    peers: bool = False  # whether installed peers that cover a case join it
 
 
 TABLES = {
@@ -41,15 +50,26 @@ TABLES = {
         "Forward + backward",
         ("eager", "compile", "ours", "limit"),
         ("eager", "compile", "limit"),
+        peers=True,
+    ),
+    "curve": Table(
+        "Forward + backward, by size",
+        ("eager", "ours", "limit"),
+        ("eager", "limit"),
+        peers=True,
     ),
     "upstream": Table(
         "Forward + backward, upstream gradient other than 1, steady state",
         ("eager", "ours", "unit"),
         ("eager", "unit"),
+        peers=True,
     ),
-    "small": Table("Forward + backward, small inputs", ("eager", "ours"), ("eager",)),
+    "small": Table("Forward + backward, small inputs, host time", ("eager", "ours"), ("eager",)),
+    "graph": Table(
+        "Forward + backward, small inputs, replayed in a CUDA graph", ("eager", "ours"), ("eager",)
+    ),
     "none": Table('Forward + backward, reduction="none"', ("eager", "ours"), ("eager",)),
-    "forward": Table("Forward only, no gradient wanted", ("eager", "ours"), ("eager",)),
+    "forward": Table("Forward only, no gradient wanted", ("eager", "ours"), ("eager",), peers=True),
     "memory": Table(
         "Peak memory of forward + backward, beyond its inputs", ("eager", "ours"), ("memory",)
     ),
@@ -66,8 +86,22 @@ MODULES = {
 }
 
 
+def plain_log_loss(x: Tensor, t: Tensor, reduction: str = "mean") -> Tensor:
+    """Log loss as one writes it where torch has no function of that name."""
+    log_p = x.clamp(torch.finfo(x.dtype).eps, 1).log()
+    return torch.nn.functional.nll_loss(log_p, t, reduction=reduction)
+
+
 @dataclass(frozen=True)
 class Case:
+    """One loss at one shape.
+
+    A loss that is in neither torch.nn.functional nor fusedloss.functional brings its own callables,
+    `functions`, each called as ``function(x, t, reduction=...)``: "eager" (which is compiled for
+    "compile" and, in float64, gives the truth) and "ours"; and `draw`, which gives the leaf and its
+    target.
+    """
+
     name: str
     table: str
     loss: str
@@ -76,7 +110,11 @@ class Case:
     dtype: torch.dtype = torch.float32
     probabilities: bool = False
     upstream: float = 1.0
+    autocast: bool = False
     quick: bool = False
+    device: str = "cpu"
+    functions: Mapping[str, Loss] = field(default_factory=dict)
+    draw: Callable[[Case], tuple[Tensor, Tensor]] | None = None
 
     @property
     def id(self) -> str:
@@ -87,40 +125,52 @@ class Case:
         return "none" if self.table == "none" else "mean"
 
     @property
-    def autocast(self) -> bool:
-        return self.dtype != torch.float32
+    def by_rows(self) -> bool:
+        """Whether a target is a class index for each row, or a distribution over classes."""
+        return self.loss in ("cross_entropy", "log_loss")
+
+    @property
+    def least_bytes(self) -> int:
+        """What forward and backward move at least, as the limit does: input, target and gradient;
+        of class indices next to nothing."""
+        tensors = 2 if self.by_rows and not self.probabilities else 3
+        return tensors * math.prod(self.shape) * self.dtype.itemsize
 
     def inputs(self) -> tuple[Tensor, Tensor]:
         """The leaf and its target, the same on every call; written in place, so that making
         them leaves no mark in a process's peak memory."""
-        generator = torch.Generator().manual_seed(0)
-        x = torch.empty(self.shape, dtype=self.dtype)
+        if self.draw is not None:
+            return self.draw(self)
+        generator = torch.Generator(self.device).manual_seed(0)
+        x = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         if self.loss == "binary_cross_entropy":
             x.uniform_(1e-3, 1 - 1e-3, generator=generator)
+        elif self.loss == "log_loss":
+            x.uniform_(1e-3, 1, generator=generator)
+            x /= x.sum(1, keepdim=True)
         else:
             x.normal_(generator=generator)
-        if self.loss != "cross_entropy":
-            t = torch.empty(self.shape, dtype=self.dtype)
+        if not self.by_rows:
+            t = torch.empty_like(x)
             if self.loss.startswith("binary"):
                 t.bernoulli_(0.5, generator=generator)
             else:
                 t.normal_(generator=generator)
         elif self.probabilities:
-            t = torch.empty(self.shape, dtype=self.dtype).uniform_(generator=generator)
+            t = torch.empty_like(x).uniform_(generator=generator)
             t /= t.sum(1, keepdim=True)
         else:
-            t = torch.empty(self.shape[:1] + self.shape[2:], dtype=torch.int64)
+            rows = self.shape[:1] + self.shape[2:]
+            t = torch.empty(rows, dtype=torch.int64, device=self.device)
             t.random_(self.shape[1], generator=generator)
         return x.requires_grad_(), t
 
 
-def _bars(*values: float | None) -> dict[str, float]:
-    """Bars of the speed table, in the order of its columns."""
-    named = zip(TABLES["speed"].columns, values, strict=False)
-    return {column: value for column, value in named if value is not None}
+def bars(**named: float | None) -> dict[str, float]:
+    return {column: value for column, value in named.items() if value is not None}
 
 
-# loss: label, then the bars (x eager, x compile, x limit) at 2^18, 2^22 and 2^24 elements
+# loss: label, then the bars (x eager, x compile, x limit) on the CPU at 2^18, 2^22 and 2^24 elements
 _POINTWISE = {
     "mse_loss": ("mse", (1.8, 1.5), (2.4, 1.4, 1.25), (2.0, 1.4, 1.25)),
     "l1_loss": ("l1", (3, 1.5), (4, 1.5, 1.25), (4, 1.5, 1.25)),
@@ -135,6 +185,8 @@ _POINTWISE = {
     "binary_cross_entropy": ("bce", (10, 1.5), (10, 2, 3), (5, 2, 3)),
 }
 _POWERS = (18, 22, 24)
+LABELS = {loss: label for loss, (label, *_) in _POINTWISE.items()}
+LABELS |= {"cross_entropy": "cross_entropy", "log_loss": "log_loss"}
 
 _CROSS_ENTROPY: tuple[tuple[tuple[int, ...], tuple[float | None, ...]], ...] = (
     ((4096, 1000), (2.5, 2.5, 2.4)),
@@ -149,6 +201,12 @@ _QUICK = {
     "speed: bce_with_logits 2^22",
     "speed: cross_entropy 4096x1000",
     "speed: cross_entropy 512x32000",
+    "curve: mse 2^12",
+    "curve: mse 2^16",
+    "curve: mse 2^20",
+    "curve: cross_entropy 65536x64",
+    "curve: cross_entropy 4096x1024",
+    "curve: log_loss 4096x1024",
     "upstream: mse 2^22, upstream 65536",
     "small: mse 32",
     "small: cross_entropy 32x10",
@@ -158,74 +216,183 @@ _QUICK = {
     "memory: mse 2^24",
     "memory: cross_entropy 512x32000",
 }
+_QUICK_CUDA = {
+    "speed: mse 2^28",
+    "speed: bce_with_logits 2^28, bf16",
+    "speed: cross_entropy 8192x128256, bf16",
+    "speed: cross_entropy 16384x32000, bf16",
+    "speed: cross_entropy 32768x4096, bf16",
+    "curve: mse 2^16",
+    "curve: mse 2^22",
+    "curve: cross_entropy 131072x4096, bf16",
+    "upstream: mse 2^28, upstream 65536",
+    "upstream: cross_entropy 8192x128256, bf16, upstream 65536",
+    "small: mse 32",
+    "small: cross_entropy 32x10",
+    "graph: mse 16384",
+    "graph: cross_entropy 32x10",
+    "none: mse 2^28",
+    "forward: cross_entropy 8192x128256, bf16",
+    "memory: mse 2^28",
+    "memory: cross_entropy 8192x128256, bf16",
+}
 
 
-def _case(
+def case(
     table: str,
-    label: str,
     loss: str,
     shape: tuple[int, ...],
     bars: Mapping[str, float],
     *,
+    device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     probabilities: bool = False,
     upstream: float = 1.0,
+    autocast: bool = False,
 ) -> Case:
-    if loss == "cross_entropy":
+    """A case of one of torch's losses, named after its options."""
+    if len(shape) > 1:
         size = "x".join(map(str, shape))
     else:
         power = math.log2(shape[0])
-        size = f"2^{power:.0f}" if power.is_integer() and power > 14 else str(shape[0])
-    name = f"{label} {size}"
+        # A curve's sizes are all powers; elsewhere a small one reads better as a number.
+        short = power.is_integer() and (power > 14 or table == "curve")
+        size = f"2^{power:.0f}" if short else str(shape[0])
+    name = f"{LABELS[loss]} {size}"
     if probabilities:
         name += ", class probabilities"
     if dtype == torch.bfloat16:
-        name += ", bf16 under autocast"
+        name += ", bf16 under autocast" if autocast else ", bf16"
     if upstream != 1:
         name += f", upstream {upstream:.4g}" if upstream < 1 else f", upstream {upstream:.0f}"
-    quick = f"{table}: {name}" in _QUICK
-    return Case(name, table, loss, shape, bars, dtype, probabilities, upstream, quick)
+    quick = f"{table}: {name}" in (_QUICK if device == "cpu" else _QUICK_CUDA)
+    return Case(
+        name, table, loss, shape, bars, dtype, probabilities, upstream, autocast, quick, device
+    )
 
 
-def _cases() -> tuple[Case, ...]:
+def _with_own_eager(cases: list[Case]) -> tuple[Case, ...]:
+    return tuple(
+        replace(case, functions={"eager": plain_log_loss}) if case.loss == "log_loss" else case
+        for case in cases
+    )
+
+
+def _cpu() -> tuple[Case, ...]:
+    bf16 = torch.bfloat16
     cases = []
-    for loss, (label, *bars) in _POINTWISE.items():
-        for power, goals in zip(_POWERS, bars, strict=True):
-            cases.append(_case("speed", label, loss, (2**power,), _bars(*goals)))
-    ce = ("cross_entropy", "cross_entropy")
-    for shape, values in _CROSS_ENTROPY:
-        cases.append(_case("speed", *ce, shape, _bars(*values)))
-    cases.append(_case("speed", *ce, (4096, 1000), _bars(2), probabilities=True))
-    cases.append(_case("speed", *ce, (512, 32000), _bars(4), dtype=torch.bfloat16))
+    for loss, (_, *goals) in _POINTWISE.items():
+        for power, (eager, compiled, limit) in zip(
+            _POWERS, (((*g, None, None, None)[:3]) for g in goals), strict=True
+        ):
+            reach = bars(eager=eager, compile=compiled, limit=limit)
+            cases.append(case("speed", loss, (2**power,), reach))
+    for shape, (eager, compiled, limit) in _CROSS_ENTROPY:
+        reach = bars(eager=eager, compile=compiled, limit=limit)
+        cases.append(case("speed", "cross_entropy", shape, reach))
+    ce = "cross_entropy"
+    cases.append(case("speed", ce, (4096, 1000), bars(eager=2), probabilities=True))
+    cases.append(case("speed", ce, (512, 32000), bars(eager=4), dtype=bf16, autocast=True))
+    for loss in ("mse_loss", "binary_cross_entropy_with_logits"):
+        cases.append(case("speed", loss, (2**22,), {}, dtype=bf16))
+    cases.append(case("speed", ce, (512, 32000), {}, dtype=bf16))
+    cases.append(case("speed", "log_loss", (4096, 1000), {}))
+
+    for loss in _POINTWISE:
+        for power in range(10, 25, 2):
+            cases.append(case("curve", loss, (2**power,), {}))
+    # As many logits each time, in ever longer rows.
+    for loss, powers in ((ce, range(4, 17, 2)), ("log_loss", range(6, 15, 4))):
+        for power in powers:
+            cases.append(case("curve", loss, (2 ** (22 - power), 2**power), {}))
 
     for upstream in (65536.0, 1 / 3):
         steady = {"unit": 1.05}
         for loss in ("mse_loss", "binary_cross_entropy_with_logits"):
-            cases.append(
-                _case("upstream", _POINTWISE[loss][0], loss, (2**22,), steady, upstream=upstream)
-            )
+            cases.append(case("upstream", loss, (2**22,), steady, upstream=upstream))
         for shape in ((4096, 1000), (512, 32000)):
-            cases.append(_case("upstream", *ce, shape, steady, upstream=upstream))
+            cases.append(case("upstream", ce, shape, steady, upstream=upstream))
 
-    for loss, (label, *_) in _POINTWISE.items():
+    for loss in _POINTWISE:
         for elements in (1, 32, 1024, 16384):
-            cases.append(_case("small", label, loss, (elements,), _bars(1.1)))
-    cases.append(_case("small", *ce, (32, 10), _bars(1.1)))
+            cases.append(case("small", loss, (elements,), bars(eager=1.1)))
+    cases.append(case("small", ce, (32, 10), bars(eager=1.1)))
 
     for table in ("none", "forward"):
-        for loss, (label, *_) in _POINTWISE.items():
+        for loss in _POINTWISE:
             for power in (18, 22):
-                cases.append(_case(table, label, loss, (2**power,), _bars(1)))
+                cases.append(case(table, loss, (2**power,), bars(eager=1)))
         for shape, _ in _CROSS_ENTROPY:
-            cases.append(_case(table, *ce, shape, _bars(1)))
+            cases.append(case(table, ce, shape, bars(eager=1)))
 
-    for loss, (label, *_) in _POINTWISE.items():
-        cases.append(_case("memory", label, loss, (2**24,), {"memory": 1}))
+    for loss in _POINTWISE:
+        cases.append(case("memory", loss, (2**24,), {"memory": 1}))
     for shape, _ in _CROSS_ENTROPY:
-        cases.append(_case("memory", *ce, shape, {"memory": 1}))
-    cases.append(_case("memory", *ce, (4096, 1000), {"memory": 1}, probabilities=True))
-    cases.append(_case("memory", *ce, (512, 32000), {"memory": 1}, dtype=torch.bfloat16))
-    return tuple(cases)
+        cases.append(case("memory", ce, shape, {"memory": 1}))
+    cases.append(case("memory", ce, (4096, 1000), {"memory": 1}, probabilities=True))
+    cases.append(case("memory", ce, (512, 32000), {"memory": 1}, dtype=bf16, autocast=True))
+    return _with_own_eager(cases)
 
 
-CASES = _cases()
+def _cuda() -> tuple[Case, ...]:
+    bf16 = torch.bfloat16
+    cases = []
+
+    def add(
+        table: str, loss: str, shape: tuple[int, ...], bars: Mapping[str, float], **options: object
+    ) -> None:
+        cases.append(case(table, loss, shape, bars, device="cuda", **options))  # type: ignore[arg-type]
+
+    # Most telling first: a run that is short of time leaves out the last.
+    aims = {
+        "mse_loss": 2.4,
+        "l1_loss": 3.6,
+        "binary_cross_entropy": 2.7,
+        "binary_cross_entropy_with_logits": 6.5,
+    }
+    large = bars(eager=2.8, compile=1.45, liger=1.6, quack=1.3, limit=1 / 0.88)
+    other = bars(eager=2.5, compile=1.4, quack=1.3, limit=1 / 0.85)
+    add("speed", "cross_entropy", (8192, 128256), large, dtype=bf16)
+    for shape in ((16384, 32000), (32768, 4096), (65536, 1024), (131072, 256)):
+        add("speed", "cross_entropy", shape, other, dtype=bf16)
+    for loss, eager in aims.items():
+        for dtype in (torch.float32, bf16):
+            aim = bars(eager=eager, compile=1.55, limit=1 / 0.92)
+            add("speed", loss, (2**28,), aim, dtype=dtype)
+    for loss in ("smooth_l1_loss", "huber_loss"):
+        add("speed", loss, (2**28,), {})
+    add("speed", "cross_entropy", (8192, 128256), {})
+    add("speed", "cross_entropy", (16384, 32000), {}, dtype=bf16, autocast=True)
+    add("speed", "cross_entropy", (16, 21, 1024, 1024), {})
+    add("speed", "cross_entropy", (16384, 8192), {}, probabilities=True)
+    add("speed", "log_loss", (16384, 8192), {})
+
+    steady = {"unit": 1.03}
+    add("upstream", "cross_entropy", (8192, 128256), steady, dtype=bf16, upstream=65536.0)
+    add("upstream", "mse_loss", (2**28,), steady, upstream=65536.0)
+    add("upstream", "cross_entropy", (16384, 32000), steady, dtype=bf16, upstream=1 / 3)
+
+    for loss in LABELS:
+        shapes = ((32, 10),) if loss in ("cross_entropy", "log_loss") else ((32,), (16384,))
+        for shape in shapes:
+            add("small", loss, shape, bars(eager=1))
+            add("graph", loss, shape, {})
+
+    for power in range(6, 19, 2):
+        add("curve", "cross_entropy", (2 ** (29 - power), 2**power), {}, dtype=bf16)
+    for loss in _POINTWISE:
+        for power in range(16, 29, 2):
+            add("curve", loss, (2**power,), {})
+
+    for shape in ((8192, 128256), (16384, 32000)):
+        add("memory", "cross_entropy", shape, {"memory": 1}, dtype=bf16)
+        add("forward", "cross_entropy", shape, bars(eager=1), dtype=bf16)
+        add("none", "cross_entropy", shape, bars(eager=1), dtype=bf16)
+    for loss in _POINTWISE:
+        add("memory", loss, (2**28,), {"memory": 1})
+        add("forward", loss, (2**28,), bars(eager=1))
+        add("none", loss, (2**28,), bars(eager=1))
+    return _with_own_eager(cases)
+
+
+CASES = {"cpu": _cpu(), "cuda": _cuda()}

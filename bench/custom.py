@@ -104,7 +104,9 @@ def measure(power: int, repeats: int) -> None:
         return lambda: torch.autograd.grad(loss(x, y), x)
 
     print(f"2^{power} float32 elements, {torch.get_num_threads()} threads; times the limit's")
-    print(f"{'loss':<14}{'limit':>10}{'ours':>8}{'eager':>8}{'compile':>9}   eager/ours compile/ours")
+    print(
+        f"{'loss':<14}{'limit':>10}{'ours':>8}{'eager':>8}{'compile':>9}   eager/ours compile/ours"
+    )
     for case in CASES:
 
         def eager(a: Tensor, b: Tensor, case: Case = case) -> Tensor:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 import fusedloss
 
-from .measure import Loss, interleave, quantiles
-from .report import RESULTS, caveat
+from .cases import Loss
+from .measure import interleave, quantiles
+from .report import caveat, results
 
 ROUNDS = 15
 
@@ -235,22 +236,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="The exit status is 1 if the curves differ by more than rounding explains.",
     )
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results/cpu"
+        "--out", type=Path, default=results("cpu"), metavar="DIR", help="default: bench/results/cpu"
     )
     arguments = parser.parse_args(argv)
     if caveat():
         print(caveat())
 
-    results = [(task, *run(task)) for task in TASKS]
+    runs = [(task, *run(task)) for task in TASKS]
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "demo.png"
-    plot(results).savefig(path, dpi=110)
+    plot(runs).savefig(path, dpi=110)
     print(
         "These models are tiny, and so are their losses; `python -m bench` measures large ones.\n"
         f"wrote {path}"
     )
     status = 0
-    for task, plain, ours, allowed in results:
+    for task, plain, ours, allowed in runs:
         gap = max(difference(ours, plain))
         if not gap <= allowed:
             print(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -19,10 +20,10 @@ from torch.utils.benchmark import Timer
 import fusedloss
 import fusedloss.functional as FL
 
-from .cases import COLUMNS, MODULES, TABLES, Case
+from .cases import COLUMNS, MODULES, TABLES, Case, Loss
+from .peers import PEERS
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-Step = Callable[[], Tensor]
+Step = Callable[[], object]
 
 # Here to expose a contestant that computes something else, not to rank roundings: far above an
 # honest fp32 sum of 2^24 terms or one rounding to bf16, far below any missing term. Norm-wise.
@@ -30,6 +31,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-8}
 
 # Long enough a block for the clock, short enough that a round sees one state of the machine.
 BLOCK_SECONDS = 0.01
+# Of a round on a GPU, where each step is timed alone, over a cache that holds none of its data.
+GPU_BLOCK_SECONDS = 0.04
 
 # Past it, a case starts no further round, once it has enough of them for a median and a spread.
 CASE_SECONDS = 20.0
@@ -73,7 +76,7 @@ class Row:
     def ratios(self) -> dict[str, Ratio]:
         """The table's columns, as far as both contestants of one were measured."""
         ratios = {}
-        for name in TABLES[self.case.table].columns:
+        for name in (*TABLES[self.case.table].columns, *JOINING):
             column = COLUMNS[name]
             if column.of not in self.samples or column.over not in self.samples:
                 continue
@@ -93,14 +96,16 @@ class Row:
 
     def missed(self) -> list[str]:
         """Columns whose bar is not reached; without a result of ours, none of them is."""
-        if "ours" in self.problems:
+        if "ours" in self.broken():
             return list(self.case.bars)
         return [name for name, ratio in self.ratios().items() if ratio.met is False]
 
     def unmeasured(self) -> list[str]:
         """Columns whose bar could be neither reached nor missed, for want of a rival."""
         known = {*self.missed(), *self.ratios()}
-        return [name for name in self.case.bars if name not in known]
+        # A peer that is not installed here leaves nothing unmeasured.
+        wanted = {*TABLES[self.case.table].columns, *self.problems}
+        return [name for name in self.case.bars if name in wanted and name not in known]
 
 
 def quantiles(of: list[float], over: list[float]) -> tuple[float, float, float]:
@@ -122,9 +127,53 @@ def describe(error: Exception) -> Problem:
     return Problem("failed", text if len(text) <= 160 else text[:157] + "...")
 
 
+# What may join a table beside its own contestants.
+JOINING = ("triton", *PEERS)
+
+
+def second_backend(device: str) -> str | None:
+    """The fused backend that runs on the device, but is not the one that calls go to."""
+    if device == "cpu":
+        return None  # Triton's is an interpreter there, for finding mistakes
+    x = torch.zeros(2, device=device)
+    first = fusedloss.explain(FL.mse_loss, x, x).backend
+    for name, why_not in fusedloss.info().backends.items():
+        if why_not is None and name != first:
+            with fusedloss.backend(name):
+                if fusedloss.explain(FL.mse_loss, x, x).fused:
+                    return name
+    return None
+
+
+def contestants(case: Case, wanted: Collection[str] | None = None) -> list[str]:
+    """Who is measured: ours and the limit always, the others as wanted (None: whoever is here)."""
+    table = TABLES[case.table]
+    names = list(table.contestants)
+    if table.peers:
+        second = second_backend(case.device)
+        names += [second] if second and not case.functions else []
+        names += [p.name for p in PEERS.values() if p.covers(case) and p.version is not None]
+    own = ("ours", "unit", "limit")
+    return [name for name in names if wanted is None or name in wanted or name in own]
+
+
+def running(contestant: str) -> AbstractContextManager[None]:
+    """What holds while a contestant is built, checked or timed."""
+    return fusedloss.backend(contestant) if contestant == "triton" else nullcontext()
+
+
+def eager_loss(case: Case) -> Loss:
+    return case.functions.get("eager") or getattr(F, case.loss)
+
+
+def our_loss(case: Case) -> Loss:
+    return case.functions.get("ours") or getattr(FL, case.loss)
+
+
 def build_loss(case: Case, contestant: str) -> Loss:
-    eager: Callable[..., Tensor] = getattr(F, case.loss)
-    loss: Callable[..., Tensor]
+    if contestant in PEERS:
+        return PEERS[contestant].load()
+    loss: Loss
     if case.table == "upstream":
         # Modules, as each keeps a prediction of its own: calls of one function at both upstream
         # gradients in turn would measure the mispredicted path.
@@ -135,9 +184,9 @@ def build_loss(case: Case, contestant: str) -> Loss:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         # Cases recompile one function: past dynamo's limit it would quietly run eagerly.
         torch._dynamo.reset()
-        loss = torch.compile(eager, fullgraph=True, dynamic=False)
+        loss = torch.compile(eager_loss(case), fullgraph=True, dynamic=False)
     else:
-        loss = eager if contestant == "eager" else getattr(FL, case.loss)
+        loss = eager_loss(case) if contestant == "eager" else our_loss(case)
     # A partial costs every call: only where it is needed.
     return loss if case.reduction == "mean" else partial(loss, reduction=case.reduction)
 
@@ -145,10 +194,13 @@ def build_loss(case: Case, contestant: str) -> Loss:
 def upstream_of(case: Case, contestant: str, x: Tensor, t: Tensor) -> Tensor | None:
     """The gradient given to backward()."""
     if case.reduction == "none":
-        shape = t.shape if case.loss == "cross_entropy" else x.shape
-        return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        shape = case.shape[:1] + case.shape[2:] if case.by_rows else case.shape
+        generator = torch.Generator(case.device).manual_seed(1)
+        return torch.randn(shape, generator=generator, device=case.device, dtype=case.dtype)
     if case.table == "upstream":
-        return torch.tensor(1.0 if contestant == "unit" else case.upstream)
+        value = 1.0 if contestant == "unit" else case.upstream
+        # Eager's loss has the input's dtype, and peers' have float32: backward() casts.
+        return torch.tensor(value, device=case.device)
     return None
 
 
@@ -160,7 +212,7 @@ def make_step(case: Case, contestant: str, x: Tensor, t: Tensor) -> Step:
         def step() -> Tensor:
             # Kept in x.grad, so that it is freed when a gradient is: at the next step.
             x.grad = None
-            x.grad = x.clone() if case.loss == "cross_entropy" else torch.add(x, t)
+            x.grad = torch.add(x, t) if x.shape == t.shape else x.clone()
             return x.grad
 
         return step
@@ -173,7 +225,7 @@ def make_step(case: Case, contestant: str, x: Tensor, t: Tensor) -> Step:
             return loss(x, t)
 
     elif case.autocast:
-        autocast = torch.autocast("cpu", dtype=case.dtype)
+        autocast = torch.autocast(case.device, dtype=case.dtype)
 
         def step() -> Tensor:
             x.grad = None
@@ -194,18 +246,35 @@ def make_step(case: Case, contestant: str, x: Tensor, t: Tensor) -> Step:
     return step
 
 
-def path(case: Case, x: Tensor, t: Tensor) -> str:
+def captured(step: Step, x: Tensor) -> Step:
+    """The step in a CUDA graph; its replay is what is timed."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    x.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def path(case: Case, x: Tensor, t: Tensor) -> str | None:
     """The backend that a call of ours takes: "ours" may be the fall-back."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case.autocast):
-        ours = getattr(FL, case.loss)
-        return fusedloss.explain(ours, x, t, reduction=case.reduction).backend
+    with torch.autocast(case.device, dtype=torch.bfloat16, enabled=case.autocast):
+        try:
+            return fusedloss.explain(our_loss(case), x, t, reduction=case.reduction).backend
+        except TypeError:  # a callable that explain() does not know
+            return None
 
 
 def expected(case: Case, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
     """Loss and gradient in float64 (no gradient: forward only)."""
     x64 = x.detach().double().requires_grad_(case.table != "forward")
     t64 = t.double() if t.is_floating_point() else t
-    loss = getattr(F, case.loss)(x64, t64, reduction=case.reduction)
+    loss = eager_loss(case)(x64, t64, reduction=case.reduction)
     if case.table != "forward":
         upstream = upstream_of(case, "ours", x, t)
         loss.backward(None if upstream is None else upstream.double())
@@ -217,7 +286,9 @@ def check(
 ) -> None:
     """Hold a contestant's loss and gradient against float64."""
     x.grad = None
-    value = step().detach()
+    value = step()
+    assert isinstance(value, Tensor)
+    value = value.detach()
     loss, gradient = truth
     if contestant == "unit" and gradient is not None:
         gradient = gradient / case.upstream
@@ -226,75 +297,118 @@ def check(
             continue
         if got is None:
             raise WrongResult(f"no {name}")
-        if got.shape != right.shape:
+        if got.shape != right.shape and contestant not in PEERS:  # one of them gives (1,)
             raise WrongResult(f"{name} of shape {tuple(got.shape)}, not {tuple(right.shape)}")
-        error = float((got.double() - right).norm() / right.norm())
+        error = float((got.double().view_as(right) - right).norm() / right.norm())
         # Written so that nan fails.
         if not error <= TOLERANCE[got.dtype]:
             raise WrongResult(f"{name} off by {error:.2g} (norm-wise) from float64")
 
 
+def host_clock(step: Step, block_seconds: float) -> Callable[[], float]:
+    """Seconds a step, by blocks of steps that the host waits for once, at their end.
+
+    `Timer.timeit` warms up before it reads the clock, so that nobody pays for what the one before
+    left in caches and heap.
+    """
+    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+    # Best of a few: a single first call may be slow, and would make the blocks too short.
+    seconds = min(timer.timeit(1).mean for _ in range(3))
+    number = math.ceil(block_seconds / seconds)
+    return lambda: timer.timeit(number).mean
+
+
+def gpu_clock(step: Step, block_seconds: float) -> Callable[[], float]:
+    """Seconds a step on the GPU, each step alone and over a cache that was emptied before it."""
+    from triton.testing import do_bench
+
+    milliseconds = 1e3 * block_seconds
+    return lambda: (
+        1e-3 * do_bench(step, warmup=milliseconds / 4, rep=milliseconds, return_mode="median")
+    )
+
+
 def interleave(
-    steps: Mapping[str, Callable[[], object]], rounds: int, block_seconds: float = BLOCK_SECONDS
+    steps: Mapping[str, Step],
+    rounds: int,
+    block_seconds: float = BLOCK_SECONDS,
+    clock: Callable[[Step, float], Callable[[], float]] = host_clock,
 ) -> dict[str, list[float]]:
     """Seconds a step of each contestant, one sample a round.
 
-    Each round times every contestant once, the order rotating. `Timer.timeit` warms up before it
-    reads the clock, so that nobody pays for what the one before left in caches and heap.
+    Each round times every contestant once, the order rotating.
     """
-    threads = torch.get_num_threads()
-    timers = {
-        name: Timer("step()", globals={"step": step}, num_threads=threads)
-        for name, step in steps.items()
-    }
-    number = {}
-    for name, timer in timers.items():
-        # Best of a few: a single first call may be slow, and would make the blocks too short.
-        seconds = min(timer.timeit(1).mean for _ in range(3))
-        number[name] = math.ceil(block_seconds / seconds)
-    samples: dict[str, list[float]] = {name: [] for name in timers}
-    order = list(timers)
+    clocks = {}
+    for name, step in steps.items():
+        with running(name):
+            clocks[name] = clock(step, block_seconds)
+    samples: dict[str, list[float]] = {name: [] for name in clocks}
+    order = list(clocks)
     start = time.perf_counter()
     for done in range(rounds):
         if done >= ENOUGH_ROUNDS and time.perf_counter() - start > CASE_SECONDS:
             break
         for name in order:
-            samples[name].append(timers[name].timeit(number[name]).mean)
+            with running(name):
+                samples[name].append(clocks[name]())
         order.append(order.pop(0))
     return samples
 
 
 class Speed:
-    """Times cases one by one, within the run's allowance for compiling (None: no compiling)."""
+    """Times cases one by one, within the run's allowance for compiling."""
 
-    def __init__(self, rounds: int, compile_seconds: float | None = COMPILE_SECONDS) -> None:
+    def __init__(
+        self,
+        rounds: int,
+        compile_seconds: float = COMPILE_SECONDS,
+        wanted: Collection[str] | None = None,
+    ) -> None:
         self.rounds = rounds
         self.compile_left = compile_seconds
+        self.wanted = wanted
 
     def __call__(self, case: Case) -> Row:
         row = Row(case, "s")
         x, t = case.inputs()
         truth = expected(case, x, t)
-        steps = {}
-        for name in TABLES[case.table].contestants:
-            if name == "compile":
-                if self.compile_left is None:
-                    continue
-                if self.compile_left <= 0:
-                    row.problems[name] = Problem("skipped", "no time for compiling left")
-                    continue
+        steps: dict[str, Step] = {}
+        for name in contestants(case, self.wanted):
+            if name == "compile" and self.compile_left <= 0:
+                row.problems[name] = Problem("skipped", "no time for compiling left")
+                continue
             start = time.perf_counter()
             try:
-                step = make_step(case, name, x, t)
-                if name != "limit":
-                    check(case, name, step, x, truth)
+                with running(name):
+                    steps[name] = self.prepare(case, name, x, t, truth)
                 if name == "ours":
                     row.path = path(case, x, t)
-                steps[name] = step
             except Exception as error:  # noqa: BLE001 - the others are still measured
                 row.problems[name] = describe(error)
-            if name == "compile" and self.compile_left is not None:
+            if name == "compile":
                 row.compile_seconds = time.perf_counter() - start
                 self.compile_left -= row.compile_seconds
-        row.samples = interleave(steps, self.rounds)
+        del truth  # twice the size of the inputs and more
+        if case.device == "cuda" and case.table not in ("small", "graph"):
+            row.samples = interleave(steps, self.rounds, GPU_BLOCK_SECONDS, gpu_clock)
+        else:
+            row.samples = interleave(steps, self.rounds)
         return row
+
+    def prepare(
+        self,
+        case: Case,
+        name: str,
+        x: Tensor,
+        t: Tensor,
+        truth: tuple[Tensor, Tensor | None],
+    ) -> Step:
+        """A contestant's step, found right; whoever is wrong raises."""
+        if name == "limit":
+            return make_step(case, name, x, t)
+        overwrites = name in PEERS and PEERS[name].overwrites_input
+        if overwrites:
+            x = x.detach().clone().requires_grad_()
+        step = make_step(case, name, x, t)
+        check(case, name, step, x, truth)
+        return captured(step, x) if case.table == "graph" else step

@@ -1,4 +1,8 @@
-"""Peak memory of forward + backward: each contestant of a case in a process of its own."""
+"""Peak memory of forward + backward, beyond the inputs.
+
+On the CPU what the process holds, each contestant of a case in a process of its own; on a GPU what
+torch's allocator handed out.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 from .cases import CASES, TABLES, Case
 from .measure import Problem, Row, describe, make_step
@@ -25,8 +31,21 @@ def resident(field: str) -> int:
     return int(match[1]) * 1024
 
 
+def allocated(case: Case, contestant: str) -> int:
+    """Bytes of the GPU that a step took at most."""
+    x, t = case.inputs()
+    step = make_step(case, contestant, x, t)
+    step()  # a prediction, a workspace, handles: made once, and not a step's
+    x.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def growth(case: Case, contestant: str) -> int:
-    """Bytes that the steps of a fresh process took at most, beyond the inputs."""
+    """Bytes that the steps of a fresh process took at most."""
     x, t = case.inputs()
     small = x.detach()[:2].requires_grad_()
     # Code pages and threads are no part of a step's memory.
@@ -42,6 +61,12 @@ def growth(case: Case, contestant: str) -> int:
 def measure(case: Case) -> Row:
     row = Row(case, "bytes")
     for contestant in TABLES[case.table].contestants:
+        if case.device == "cuda":
+            try:
+                row.samples[contestant] = [float(allocated(case, contestant))]
+            except Exception as error:  # noqa: BLE001 - the others are still measured
+                row.problems[contestant] = describe(error)
+            continue
         command = [sys.executable, "-m", "bench.memory", case.id, contestant]
         done = subprocess.run(
             command, check=False, cwd=Path(__file__).parent.parent, capture_output=True, text=True
@@ -60,7 +85,7 @@ def main() -> None:
         prog="python -m bench.memory",
         description="Print the bytes that one contestant's steps take at most, beyond the inputs.",
     )
-    memory_cases = {case.id: case for case in CASES if case.table == "memory"}
+    memory_cases = {case.id: case for case in CASES["cpu"] if case.table == "memory"}
     parser.add_argument("case", choices=memory_cases, metavar="CASE")
     parser.add_argument("contestant", choices=TABLES["memory"].contestants)
     arguments = parser.parse_args()

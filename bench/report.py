@@ -1,4 +1,4 @@
-"""Rows as a table in the terminal, Markdown, JSON and a picture."""
+"""Rows as a table in the terminal, Markdown, JSON and pictures."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import os
 import platform
 import re
 import subprocess
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,19 @@ from tabulate import tabulate
 
 import fusedloss
 
-from .cases import COLUMNS, TABLES
-from .measure import Row, quantiles
+from .cases import COLUMNS, LABELS, TABLES
+from .measure import JOINING, Row, quantiles
+from .peers import PEERS
 
-RESULTS = Path(__file__).parent / "results" / "cpu"
+RESULTS = Path(__file__).parent / "results"
+
+
+def results(device: str) -> Path:
+    """Where a device's results are kept: cpu, or a GPU's name."""
+    if device == "cpu":
+        return RESULTS / "cpu"
+    name = torch.cuda.get_device_name()
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def caveat() -> str | None:
@@ -80,7 +91,14 @@ def _huge_pages() -> str | None:
     return match[1] if match else None
 
 
-def environment(command: str, rounds: int) -> dict[str, Any]:
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment(command: str, rounds: int, device: str = "cpu") -> dict[str, Any]:
     """What a stranger needs to judge the figures, or to repeat them; asked for after the run."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     threads = torch.get_num_threads()
@@ -91,9 +109,15 @@ def environment(command: str, rounds: int) -> dict[str, Any]:
         "commit": _commit(),
         "fusedloss": fusedloss.__version__,
         "caveat": " ".join(warnings) or None,
+        "device": device,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "peers": {name: peer.version for name, peer in PEERS.items() if peer.version is not None},
         "python": platform.python_version(),
         "compiler": fusedloss.info().build.get("compiler"),
+        "nvcc": fusedloss.info().build.get("cuda") or None,
         "cpu": _cpu(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
@@ -114,6 +138,8 @@ def _row(row: Row) -> dict[str, Any]:
         "loss": row.case.loss,
         "shape": row.case.shape,
         "dtype": str(row.case.dtype).removeprefix("torch."),
+        "autocast": row.case.autocast,
+        "upstream": row.case.upstream,
         "path": row.path,
         "ratios": {
             name: {**asdict(ratio), "ratio": f"{COLUMNS[name].of} / {COLUMNS[name].over}"}
@@ -122,19 +148,26 @@ def _row(row: Row) -> dict[str, Any]:
         "missed": row.missed(),
         "problems": {name: problem._asdict() for name, problem in row.problems.items()},
         "unit": row.unit,
+        "least_bytes": row.case.least_bytes,
         "samples": row.samples,
         "compile_seconds": row.compile_seconds,
     }
 
 
 def _bar(name: str, bar: float) -> str:
-    return f"{'≥' if COLUMNS[name].at_least else '≤'} {bar:g}"
+    return f"{'≥' if COLUMNS[name].at_least else '≤'} {bar:.3g}"
 
 
-def _cells(row: Row) -> list[str]:
+def columns(rows: Sequence[Row]) -> list[str]:
+    """A table's columns: its own, and those of whoever joined it."""
+    joined = {name for row in rows for name in (*row.samples, *row.problems)}
+    return [*TABLES[rows[0].case.table].columns, *(c for c in JOINING if c in joined)]
+
+
+def _cells(row: Row, columns: Sequence[str], barred: frozenset[str]) -> list[str]:
     cells = [row.case.name]
     ratios = row.ratios()
-    for name in TABLES[row.case.table].columns:
+    for name in columns:
         column = COLUMNS[name]
         if name in ratios:
             ratio = ratios[name]
@@ -144,9 +177,19 @@ def _cells(row: Row) -> list[str]:
         else:
             failed = [c for c in (column.of, column.over) if c in row.problems]
             cell = f"{failed[0]} {row.problems[failed[0]].verdict}" if failed else "not measured"
-        bar = row.case.bars.get(name)
-        cells += [cell, "" if bar is None else _bar(name, bar)]
+        cells.append(cell)
+        if name in barred:
+            bar = row.case.bars.get(name)
+            cells.append("" if bar is None else _bar(name, bar))
+    if "limit" in TABLES[row.case.table].contestants:
+        cells.append(_bandwidth(row))
     return [*cells, _verdict(row)]
+
+
+def _bandwidth(row: Row) -> str:
+    if "ours" not in row.samples:
+        return ""
+    return f"{row.case.least_bytes / np.median(row.samples['ours']) / 1e9:.3g}"
 
 
 def _verdict(row: Row) -> str:
@@ -169,10 +212,16 @@ def tables(rows: Sequence[Row]) -> str:
         own = [row for row in rows if row.case.table == name]
         if not own:
             continue
+        shown = columns(own)
+        barred = frozenset(column for row in own for column in row.case.bars)
         headers = ["case"]
-        for column in table.columns:
-            headers += [COLUMNS[column].heading, "bar"]
-        body = [_cells(row) for row in own]
+        for column in shown:
+            headers += (
+                [COLUMNS[column].heading, "bar"] if column in barred else [COLUMNS[column].heading]
+            )
+        if "limit" in table.contestants:
+            headers.append("ours, GB/s")
+        body = [_cells(row, shown, barred) for row in own]
         text = tabulate(body, [*headers, "verdict"], tablefmt="github", disable_numparse=True)
         parts.append(f"## {table.title}\n\n{text}\n")
         notes = [note for row in own for note in _notes(row)]
@@ -185,6 +234,12 @@ def _notes(row: Row) -> list[str]:
     notes = [
         f"{row.case.name}: {name} {problem.verdict}: {problem.text}"
         for name, problem in row.problems.items()
+    ]
+    notes += [
+        f"{row.case.name}: {PEERS[name].package} overwrites its input, and is timed doing so, on a "
+        "copy of its own"
+        for name in row.samples
+        if name in PEERS and PEERS[name].overwrites_input
     ]
     if row.path not in (None, "compiled"):
         notes.append(f"{row.case.name}: ours took the path {row.path}, not the compiled kernel")
@@ -203,38 +258,163 @@ def summary(rows: Sequence[Row]) -> str:
     return "\n\n".join(lines)
 
 
-def markdown(rows: Sequence[Row], about: Mapping[str, Any], picture: str | None) -> str:
-    facts = tabulate(
-        [
-            (name.replace("_", " "), "unknown" if value is None else value)
-            for name, value in about.items()
-            if name != "caveat"
-        ],
-        ["setting", "value"],
-        tablefmt="github",
-        disable_numparse=True,
-    )
+_ABOUT_CPU = """\
+- Every figure is a ratio: the median over rounds of the ratio within a round, with the 20 % and \
+80 % quantiles in brackets. All contestants run in one process in turn, once a round, in rotating \
+order. Each is first held against float64; one that is wrong gets no figure.
+- Peak memory is resident memory, each contestant in a process of its own."""
+_ABOUT_GPU = """\
+- Every figure is a ratio: the median over rounds of the ratio within a round, with the 20 % and \
+80 % quantiles in brackets. All contestants run in one process in turn, once a round, in rotating \
+order; a sample is the median of steps that each start with a cache emptied of their data \
+(`triton.testing.do_bench`). Each is first held against float64; one that is wrong gets no figure.
+- Small inputs are timed by the host, in blocks of calls that it waits for at their end.
+- Peak memory is what torch's allocator handed out."""
+
+
+def markdown(rows: Sequence[Row], about: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     warning = f"\n**{about['caveat']}**\n" if about["caveat"] else ""
-    image = f"![Speed-up over eager, and distance to the limit]({picture})\n\n" if picture else ""
+    images = "".join(f"![{title}]({name})\n\n" for title, name in pictures.items())
     return f"""# Speed and memory, beside PyTorch
 
 {summary(rows)}
 {warning}
-{image}- **eager** is `torch.nn.functional`, **torch.compile** the same call compiled (fixed shapes, \
+{images}- **eager** is `torch.nn.functional`, **torch.compile** the same call compiled (fixed shapes, \
 compiling not timed), **ours** `fusedloss.functional`. Each step delivers a fresh gradient.
 - **limit** is the least traffic a step can have, by PyTorch's own operator: `torch.add(x, y)` into \
-fresh memory for a pointwise loss, `x.clone()` for cross-entropy. Only cheaper fresh memory (huge \
-pages) can beat it.
-- Every figure is a ratio: the median over rounds of the ratio within a round, with the 20 % and \
-80 % quantiles in brackets. All contestants run in one process in turn, once a round, in rotating \
-order. Each is first held against float64; one that is wrong gets no figure.
-- Peak memory is resident memory, each contestant in a process of its own.
+fresh memory for a pointwise loss, `x.clone()` where targets are class indices. Only cheaper fresh memory (huge \
+pages) can beat it. GB/s counts that traffic alone.
+{_ABOUT_GPU if about["device"] == "cuda" else _ABOUT_CPU}
 
 {tables(rows)}
-## Setting
-
-{facts}
+{facts(about)}
 """
+
+
+def facts(about: Mapping[str, Any]) -> str:
+    """What the figures were measured with, as a section of Markdown."""
+    lines = [(name.replace("_", " "), _fact(value)) for name, value in about.items()]
+    text = tabulate(
+        [line for line in lines if line[0] != "caveat"],
+        ["setting", "value"],
+        tablefmt="github",
+        disable_numparse=True,
+    )
+    return f"## Setting\n\n{text}"
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items()) or "none"
+    return "unknown" if value is None else str(value)
+
+
+def where(about: Mapping[str, Any]) -> str:
+    if about["gpu"]:
+        where = f"{about['gpu']}, torch {about['torch']}"
+    else:
+        where = (
+            f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, "
+            f"{about['cpu_capability']}"
+        )
+    return "\n".join([where, *textwrap.wrap(about["caveat"] or "", 80)])
+
+
+_COLOURS = {
+    "ours": ("fusedloss", "tab:blue"),
+    "eager": ("PyTorch eager", "0.5"),
+    "compile": ("torch.compile", "0.7"),
+    "triton": ("fusedloss, Triton", "tab:cyan"),
+    "liger": ("Liger-Kernel", "tab:orange"),
+    "quack": ("quack", "tab:green"),
+    "flash_attn": ("flash-attn", "tab:purple"),
+    "apex": ("apex", "tab:brown"),
+}
+
+
+def curves(rows: Sequence[Row], about: Mapping[str, Any]) -> Figure | None:
+    """Share of the limit's speed by size, a panel a loss: a roofline, whose roof is at 100 %."""
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.case.table == "curve" and "limit" in row.samples:
+            panels.setdefault(row.case.loss, []).append(row)
+    if not panels:
+        return None
+    across = min(4, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(3.6 * across, 3 * down + 1.2), layout="constrained")
+    figure.suptitle(
+        "Share of the memory limit's speed, by size, forward + backward\n" + where(about),
+        fontsize=11,
+    )
+    axes = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
+    for axis, (loss, own) in zip(axes, panels.items(), strict=False):
+        classes = len(own[0].case.shape) > 1
+        if not classes:  # torch.compile is measured at a few of the sizes, in the table of speed
+            own = own + [
+                row
+                for row in rows
+                if row.case.table == "speed"
+                and (row.case.loss, len(row.case.shape)) == (loss, 1)
+                and row.case.dtype == own[0].case.dtype
+                and {"compile", "limit"} <= row.samples.keys()
+            ]
+        own.sort(key=lambda row: row.case.shape[-1])
+        for name, (label, colour) in _COLOURS.items():
+            shown = [
+                (row.case.shape[-1], *quantiles(row.samples["limit"], row.samples[name]))
+                for row in own
+                if name in row.samples and (row.case.table == "curve" or name == "compile")
+            ]
+            if not shown:
+                continue
+            at, low, median, high = np.array(shown).T
+            axis.plot(at, median, ".-", color=colour, label=label)
+            axis.fill_between(at, low, high, color=colour, alpha=0.2, lw=0)
+        axis.axhline(1, color="black", lw=1)
+        axis.set_xscale("log", base=2)
+        axis.set_title(LABELS.get(loss, loss), fontsize=10)
+        logits = own[0].case.shape[0] * own[0].case.shape[-1]
+        axis.set_xlabel(f"classes, {logits:.3g} logits in all" if classes else "elements")
+        axis.grid(alpha=0.3)
+        axis.set_ylim(bottom=0)
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    labelled = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            labelled[label] = handle
+    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def memory_picture(rows: Sequence[Row], about: Mapping[str, Any]) -> Figure | None:
+    """Peak memory of eager and of ours."""
+    rows = [row for row in rows if row.case.table == "memory" and row.samples]
+    if not rows:
+        return None
+    figure = Figure(figsize=(9, 2 + 0.45 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    figure.suptitle(
+        "Peak memory of forward + backward, beyond the inputs\n" + where(about), fontsize=11
+    )
+    for name, offset in (("eager", -0.2), ("ours", 0.2)):
+        shown = [
+            (place + offset, row.samples[name][0] / 2**20)
+            for place, row in enumerate(rows)
+            if name in row.samples
+        ]
+        label, colour = _COLOURS[name]
+        at, size = np.array(shown).reshape(-1, 2).T
+        bars = axis.barh(at, size, 0.38, color=colour, label=label)
+        axis.bar_label(bars, fmt="{:.0f}".format, padding=3, fontsize=7)
+    axis.set_yticks(range(len(rows)), [row.case.name for row in rows])
+    axis.invert_yaxis()
+    axis.set_xlabel("MiB")
+    axis.margins(x=0.1)
+    axis.legend()
+    return figure
 
 
 def picture(rows: Sequence[Row], about: Mapping[str, Any]) -> Figure | None:
@@ -245,9 +425,7 @@ def picture(rows: Sequence[Row], about: Mapping[str, Any]) -> Figure | None:
     figure = Figure(figsize=(13, 3.5 + 0.4 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     figure.suptitle(
-        "One loss step, forward + backward: fusedloss beside PyTorch\n"
-        f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, "
-        f"{about['cpu_capability']}" + (f"\n{about['caveat']}" if about["caveat"] else ""),
+        "One loss step, forward + backward: fusedloss beside PyTorch\n" + where(about),
         fontsize=11,
     )
     series = {"ours": ("fusedloss", "tab:blue", -0.2), "compile": ("torch.compile", "0.6", 0.2)}
@@ -295,11 +473,18 @@ def picture(rows: Sequence[Row], about: Mapping[str, Any]) -> Figure | None:
 def write(rows: Sequence[Row], about: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
     """The files written."""
     folder.mkdir(parents=True, exist_ok=True)
-    figure = picture(rows, about)
+    pictures = {
+        "Speed-up over eager, and distance to the limit": (picture, f"{stem}.png"),
+        "Share of the limit by size": (curves, f"{stem}-curves.png"),
+        "Peak memory": (memory_picture, f"{stem}-memory.png"),
+    }
+    drawn = {}
+    for title, (draw, name) in pictures.items():
+        figure = draw(rows, about)
+        if figure is not None:
+            figure.savefig(folder / name, dpi=110)
+            drawn[title] = name
     paths = [folder / f"{stem}.md", folder / f"{stem}.json"]
-    paths[0].write_text(markdown(rows, about, f"{stem}.png" if figure else None))
+    paths[0].write_text(markdown(rows, about, drawn))
     paths[1].write_text(as_json(rows, about))
-    if figure:
-        paths.append(folder / f"{stem}.png")
-        figure.savefig(paths[-1], dpi=110)
-    return paths
+    return paths + [folder / name for name in drawn.values()]

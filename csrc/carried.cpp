@@ -15,13 +15,14 @@ namespace fusedloss {
 
 using at::Tensor;
 
+namespace {
+
+// A call site's: an upstream gradient, and the confidence in it (0 to 3).
 Tensor new_prediction(const at::Device& device) {
   Tensor prediction = at::full({2}, 1.0, at::dtype(at::kDouble).device(device));
   prediction.select(0, 1).fill_(3.0);
   return prediction;
 }
-
-namespace {
 
 // The predictions of calls without one of their own, by what tells call sites apart.
 struct Shared {

@@ -9,9 +9,6 @@
 
 namespace fusedloss {
 
-// A call site's prediction: an upstream gradient, and the confidence in it (0 to 3).
-at::Tensor new_prediction(const at::Device& device);
-
 // A call's own prediction, or, for one that has none, that of all calls like it.
 at::Tensor prediction_of(const OptionalTensor& own, std::string_view loss, const at::Tensor& input,
                          int64_t reduction);

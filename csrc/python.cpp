@@ -187,8 +187,6 @@ py::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "What was built and what of it runs, and the short way into torch.ops.fusedloss.*.";
   m.def("build_info", &build_info);
-  m.def("new_prediction",
-        [](py::handle input) { return new_prediction(THPVariable_Unpack(input.ptr()).device()); });
   m.def("pointwise", &pointwise, "The loss, or None: not a plain call.");
   m.def("custom", &custom, "The loss, or None: not a plain call.");
   m.def("load_custom", &load_custom, "Loads a compiled loss under a name.");

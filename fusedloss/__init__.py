@@ -6,6 +6,13 @@ The functions of :mod:`fusedloss.functional` and the modules here take the place
 
 from typing import Any
 
+try:
+    import torch as _torch  # noqa: F401
+except (ImportError, OSError) as error:
+    from .doctor import torch_does_not_import
+
+    raise ImportError(torch_does_not_import(error)) from error
+
 from . import functional, reference
 from ._version import __version__
 from .backends import backend, check, info

@@ -1,17 +1,78 @@
-"""``python -m fusedloss info``"""
+"""``python -m fusedloss info|doctor|bench``"""
+
+from __future__ import annotations
 
 import argparse
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
+from . import doctor
 from .backends import info
 
+NO_BENCH = (
+    "fusedloss: the benchmark is part of the source tree, not of the installed package: "
+    "unpack the sdist or clone the repository, and run `python -m bench` there"
+)
 
-def main() -> None:
+
+def bench(arguments: Sequence[str]) -> int:
+    """Hands over to the benchmark beside the package or, of an installed package, in this folder."""
+    for root in (Path(__file__).parent.parent, Path.cwd()):
+        # Another program's bench is not to be run in its place.
+        if (root / "bench" / "measure.py").is_file() and (root / "csrc" / "engine.h").is_file():
+            break
+    else:
+        print(NO_BENCH, file=sys.stderr)
+        return 2
+    sys.path.insert(0, str(root))
+    sys.argv = ["bench", *arguments]
+    try:
+        runpy.run_module("bench", run_name="__main__", alter_sys=True)
+    except ModuleNotFoundError as missing:
+        print(
+            f"fusedloss: the benchmark needs {missing.name}: {sys.executable} -m pip install "
+            "'fusedloss[bench]'",
+            file=sys.stderr,
+        )
+        return 2
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m fusedloss")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what was built, what runs, and why the rest does not")
-    parser.parse_args()
-    print(info())
+    examination = commands.add_parser(
+        "doctor",
+        help="the usual troubles of an installation, and the cure of each",
+        epilog="The exit status is 1 where there is a trouble; a note is none.",
+    )
+    examination.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import this as well, as the program in question does; may be repeated",
+    )
+    # What follows is the benchmark's own, --help too.
+    commands.add_parser("bench", help="the benchmark, with its own options", add_help=False)
+    if argv[:1] == ["bench"]:
+        return bench(argv[1:])
+    chosen = parser.parse_args(argv)
+    if chosen.command == "info":
+        print(info())
+        return 0
+    try:
+        findings = doctor.examine(chosen.modules)
+    except ImportError as error:
+        parser.error(str(error))
+    print(doctor.report(findings))
+    return 1 if any(finding.kind == "trouble" for finding in findings) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

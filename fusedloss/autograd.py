@@ -1,11 +1,12 @@
-"""The differentiable operators, and gradients of gradients.
+"""The differentiable operators, predictions, and gradients of gradients.
 
-The autograd Functions themselves are in csrc/autograd.cpp.
+The autograd Functions themselves are in csrc/autograd.cpp and backends/triton/operators.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,6 +23,27 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _load_triton() -> bool:
+    """Defines its operators: at their first use, and not inside of what a compiler traces."""
+    import_module("fusedloss.backends.triton")
+    return True
+
+
+def _operators(input: Tensor) -> Any:
+    if backends.fused_on[input.device.type] == "compiled":
+        return torch.ops.fusedloss
+    _load_triton()
+    return torch.ops.fusedloss_triton
+
+
+def new_prediction(input: Tensor) -> Tensor:
+    """A call site's, on input's device: an upstream gradient, and the confidence in it (0 to 3)."""
+    prediction = torch.ones(2, dtype=torch.float64, device=input.device)
+    prediction[1].fill_(3.0)
+    return prediction
+
+
 def pointwise(
     loss: str,
     input: Tensor,
@@ -36,7 +58,7 @@ def pointwise(
 ) -> Tensor:
     """One fused pointwise call."""
     number = REDUCTIONS[reduction]
-    value: Tensor = _pointwise(
+    value: Tensor = _operators(input).pointwise.default(
         input, target, weight, pos_weight, loss, parameter, ignore_index, number, dtype, prediction
     )
     return value
@@ -53,7 +75,9 @@ def custom(
     prediction: Tensor | None,
 ) -> Tensor:
     """One fused call of a loss of one's own."""
-    value: Tensor = _custom(input, target, weight, loss, parameters, reduction, dtype, prediction)
+    value: Tensor = torch.ops.fusedloss.custom.default(
+        input, target, weight, loss, parameters, reduction, dtype, prediction
+    )
     return value
 
 
@@ -69,7 +93,7 @@ def cross_entropy(
 ) -> Tensor:
     """One fused cross-entropy call."""
     number = REDUCTIONS[reduction]
-    value: Tensor = _cross_entropy(
+    value: Tensor = _operators(input).cross_entropy.default(
         input, target, weight, ignore_index, label_smoothing, number, dtype, prediction
     )
     return value
@@ -92,7 +116,7 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.to(dtype) if t.is_floating_point() else t
 
 
-def _pointwise_reference_gradient(
+def pointwise_reference_gradient(
     grad_output: Tensor,
     input: Tensor,
     target: Tensor,
@@ -119,7 +143,7 @@ def _pointwise_reference_gradient(
     return _reference_gradient(value, input, grad_output, torch.is_grad_enabled())
 
 
-def _custom_reference_gradient(
+def custom_reference_gradient(
     grad_output: Tensor,
     input: Tensor,
     target: Tensor,
@@ -154,7 +178,7 @@ def _custom_reference_gradient(
     return next(gradients) if of_input else None, next(gradients) if of_target else None
 
 
-def _cross_entropy_reference_gradient(
+def cross_entropy_reference_gradient(
     grad_output: Tensor,
     input: Tensor,
     target: Tensor,
@@ -178,14 +202,11 @@ def _cross_entropy_reference_gradient(
 
 
 if backends.extension is not None:
-    _pointwise = torch.ops.fusedloss.pointwise.default
-    _custom = torch.ops.fusedloss.custom.default
-    _cross_entropy = torch.ops.fusedloss.cross_entropy.default
     _torch_library: Any = torch.library  # untyped in some of the releases
     _library = _torch_library.Library("fusedloss", "IMPL")
     for _name, _implementation in (
-        ("pointwise_reference_gradient", _pointwise_reference_gradient),
-        ("custom_reference_gradient", _custom_reference_gradient),
-        ("cross_entropy_reference_gradient", _cross_entropy_reference_gradient),
+        ("pointwise_reference_gradient", pointwise_reference_gradient),
+        ("custom_reference_gradient", custom_reference_gradient),
+        ("cross_entropy_reference_gradient", cross_entropy_reference_gradient),
     ):
         _library.impl(_name, _implementation, "CompositeImplicitAutograd")

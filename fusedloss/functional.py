@@ -93,11 +93,11 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     raise TypeError(f"{fn!r} is not a loss of fusedloss: there is no path to explain")
 
 
-def _report(reason: str | None) -> None:
+def _report(reason: str | None, input: Any = None) -> None:
     if _explaining == threading.get_ident():
         if reason is None:
             why = "value and gradient in one pass over the inputs"
-            raise _Explained(Explanation("compiled", True, (why,)))
+            raise _Explained(Explanation(backends.fused_on[input.device.type], True, (why,)))
         raise _Explained(Explanation("reference", False, (reason,)))
 
 
@@ -129,7 +129,7 @@ def _obstacle(input: Any, target: Any, *others: Any, target_gradient: bool = Fal
         return "input and target are not both tensors"
     if input.device != target.device:
         return f"input is on {input.device} and target on {target.device}"
-    if input.device.type not in backends.compiled_on:
+    if input.device.type not in backends.fused_on:
         return backends.obstacle(input.device.type)
     if input.layout is not torch.strided or target.layout is not torch.strided:
         return f"layouts {input.layout} and {target.layout} are not both strided"
@@ -196,7 +196,7 @@ def _broadcasts_to(small: Tensor, big: Tensor) -> bool:
 
 def _plain_calls() -> bool:
     """Whether the short way into the operators is open: it explains and traces nothing."""
-    return bool(backends.compiled_on) and _explaining is None and not torch.compiler.is_compiling()
+    return backends.compiled_runs and _explaining is None and not torch.compiler.is_compiling()
 
 
 def _pointwise(
@@ -249,7 +249,7 @@ def _pointwise(
                 ):
                     reason = f"a weight of shape {tuple(w.shape)}"
     if _explaining is not None:
-        _report(reason)
+        _report(reason, input)
     if reason is not None:
         return torch_loss(*args)
     assert isinstance(dtype, torch.dtype)
@@ -648,7 +648,7 @@ def _cross_entropy(
         else:
             reason = _rows_obstacle(input, target, weight, ignore_index, reduction)
     if _explaining is not None:
-        _report(reason)
+        _report(reason, input)
     if reason is not None:
         return reference.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
@@ -718,7 +718,7 @@ def _log_loss(
             if indices and input.dim() > 8 and not input.is_cpu:
                 reason = f"class indices over {input.dim()} dimensions"
     if _explaining is not None:
-        _report(reason)
+        _report(reason, input)
     if reason is not None:
         return reference.log_loss(input, target, weight, reduction, ignore_index)
     if weight is not None:

@@ -26,11 +26,13 @@ class _Predicting(nn.Module):
     """Keeps the module's own prediction of its upstream gradient, apart from its state."""
 
     def _prediction(self, input: Any) -> Tensor | None:
-        if not isinstance(input, Tensor) or backends.extension is None or autograd.traced():
+        if not isinstance(input, Tensor) or autograd.traced():
+            return None
+        if input.device.type not in backends.fused_on:
             return None
         prediction: Tensor | None = self.__dict__.get("_own_prediction")
         if prediction is None or prediction.device != input.device:
-            prediction = backends.extension.new_prediction(input)
+            prediction = autograd.new_prediction(input)
             self.__dict__["_own_prediction"] = prediction
         return prediction
 

@@ -7,6 +7,7 @@ family at one shape. ``Case.sample`` draws inputs that are valid for the loss, i
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,9 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 Draw = Callable[[Shape, torch.dtype, torch.Generator], Tensor]
+
+# Where the tests compute. conftest.py makes it the default device, and what is drawn is moved there.
+DEVICE = os.environ.get("FUSEDLOSS_TEST_DEVICE", "cpu")
 
 DTYPES = {
     "fp64": torch.float64,
@@ -206,13 +210,16 @@ class Case:
         return f"{self.family}-{'x'.join(map(str, self.shape)) or 'scalar'}"
 
     def sample(self, dtype: torch.dtype, seed: int = 0) -> Sample:
-        """Draw the arguments; same seed, same numbers (rounded to ``dtype``)."""
+        """Draw the arguments; same seed, same numbers (rounded to ``dtype``) on every device."""
         generator = torch.Generator().manual_seed(seed)
-        drawn = {key: draw(self.shape, dtype, generator) for key, draw in self.tensors.items()}
+        with torch.device("cpu"):
+            drawn = {key: draw(self.shape, dtype, generator) for key, draw in self.tensors.items()}
+            input = self.draw_input(self.shape, dtype, generator)
+            target = self.draw_target(self.shape, dtype, generator)
         return Sample(
-            input=self.draw_input(self.shape, dtype, generator),
-            target=self.draw_target(self.shape, dtype, generator),
-            options={**self.options, **drawn},
+            input=input.to(DEVICE),
+            target=target.to(DEVICE),
+            options={**self.options, **{key: t.to(DEVICE) for key, t in drawn.items()}},
         )
 
 

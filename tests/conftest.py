@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 import fusedloss
-from helpers import EMULATED
+from cases import DEVICE
+from helpers import EMULATED, FUSED, INTERPRETED
 
 # CI sets it, so that a broken build cannot pass by skipping.
 REQUIRE_COMPILED = os.environ.get("FUSEDLOSS_REQUIRE_COMPILED") == "1"
@@ -29,7 +31,63 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 def pytest_configure(config: pytest.Config) -> None:
     if EMULATED and fusedloss.info().build.get("cuda") != "emulated":
         pytest.exit("FUSEDLOSS_EMULATED=1, but another package was imported", returncode=3)
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        pytest.exit("FUSEDLOSS_TEST_DEVICE=cuda, but torch finds no GPU", returncode=3)
     config.addinivalue_line("markers", "slow: takes seconds rather than milliseconds")
+    config.addinivalue_line("markers", "interpret_all: in Triton's interpreter too")
+
+
+# What has another side on another device; the rest is about the CPU, or about no device.
+ON_ANY_DEVICE = frozenset(
+    f"test_{name}"
+    for name in (
+        *("values", "second_order", "one_pass", "field_mistakes", "edge_cases", "layouts"),
+        *("properties", "log_loss", "operators", "faults", "cuda"),
+    )
+)
+
+
+# Of each test function so many instances run in Triton's interpreter, spread evenly.
+INTERPRETED_EACH = 8
+
+
+def keep_tests_of_triton(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The tests of its kernels alone, and in its interpreter those of them that are quick there."""
+    functions: dict[Any, list[pytest.Item]] = {}
+    for item in items:
+        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        if backend == FUSED or "fused" in getattr(item, "fixturenames", ()):
+            functions.setdefault(getattr(item, "function", item), []).append(item)
+    kept: set[pytest.Item] = set()
+    for found in functions.values():
+        if INTERPRETED and not found[0].get_closest_marker("interpret_all"):
+            quick = [item for item in found if not item.get_closest_marker("slow")]
+            golden = 0.6180339887498949
+            spread = (i * golden % 1 for i in range(INTERPRETED_EACH))
+            found = [quick[int(at * len(quick))] for at in spread if quick]
+        kept.update(found)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if FUSED == "triton":
+        keep_tests_of_triton(config, items)
+    if DEVICE != "cpu":
+        skip = pytest.mark.skip(reason="is not about the device of FUSEDLOSS_TEST_DEVICE")
+        for item in items:
+            if item.path.stem not in ON_ANY_DEVICE:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def on_the_device() -> Iterator[None]:
+    """Tensors that a test makes are on the device that it is about."""
+    if DEVICE == "cpu":
+        yield
+    else:
+        with torch.device(DEVICE):
+            yield
 
 
 def why_not(backend: str) -> str | None:
@@ -46,12 +104,20 @@ def need(backend: str) -> None:
     pytest.skip(f"{backend} cannot run: {reason}")
 
 
-@pytest.fixture(params=["compiled", "reference"])
+@pytest.fixture(params=[FUSED, "reference"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend that can run here, made the one in use."""
     need(request.param)
     with fusedloss.backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def fused() -> Iterator[str]:
+    """The backend of fused kernels that is tested, made the one in use."""
+    need(FUSED)
+    with fusedloss.backend(FUSED):
+        yield FUSED
 
 
 @pytest.fixture

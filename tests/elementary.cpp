@@ -11,8 +11,8 @@ int main(int argc, char** argv) {
   if (!points) return 2;
   namespace F = fusedloss;
   const float inf = Limits::infinity();
-#define MEASURE(NAME, LOW, HIGH)                                   \
-  measure(                                                         \
+#define MEASURE(NAME, LOW, HIGH)                                     \
+  measure(                                                           \
       #NAME, LOW, HIGH, points, [](Floats x) { return F::NAME(x); }, \
       [](double x) { return std::NAME(x); })
   MEASURE(exp, -inf, inf);

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -16,16 +16,22 @@ from torch import Tensor
 
 import formulas
 import fusedloss.functional as FL
-from cases import Case, Sample
+from cases import DEVICE, Case, Sample
 
 Loss = Callable[..., Tensor]
+T = TypeVar("T")
 
-# Where value_and_grad() computes; samples and truths stay on the CPU.
-DEVICE = os.environ.get("FUSEDLOSS_TEST_DEVICE", "cpu")
 # The CUDA operators stand for the CPU's, over the emulator: see tests/cuda_emulator/extension.py.
 EMULATED = os.environ.get("FUSEDLOSS_EMULATED") == "1"
+# The backend that tests of fused kernels run on: "triton" makes it Triton's, and the tests of those
+# kernels (the fixtures `fused` and `backend`) the only ones. Without a GPU, in its interpreter.
+FUSED = os.environ.get("FUSEDLOSS_TEST_BACKEND", "compiled")
+INTERPRETED = FUSED == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+NAMESPACE = "fusedloss_triton" if FUSED == "triton" else "fusedloss"  # of its operators
+# A CPU stands for a GPU: what a GPU's kernels compute is compared with the truth, not with torch's.
+FOR_A_GPU = EMULATED or INTERPRETED
 host_sees_errors = pytest.mark.skipif(
-    EMULATED, reason="the host hears of them later: test_faults.py"
+    FOR_A_GPU or DEVICE == "cuda", reason="the host hears of them later: test_faults.py"
 )
 
 # Arithmetic is in fp32 for the reduced precisions, else in the dtype itself.
@@ -68,6 +74,11 @@ def torch_loss(loss: str) -> Loss:
     return torch_log_loss if loss == "log_loss" else getattr(F, loss)
 
 
+def operators() -> Any:
+    """torch.ops.* of the backend that is tested, once that has been used."""
+    return getattr(torch.ops, NAMESPACE)
+
+
 def leaf(tensor: Tensor) -> Tensor:
     """A fresh leaf that wants a gradient, in the same layout."""
     return tensor.detach().requires_grad_()
@@ -88,24 +99,24 @@ def result_shape(loss: str, sample: Sample, reduction: str) -> torch.Size:
 def draw_upstream(shape: torch.Size, dtype: torch.dtype, seed: int = 7) -> Tensor:
     """Upstream gradient: of both signs, never 1, never all alike."""
     generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
-    sign = torch.where(torch.rand(shape, generator=generator) < 0.5, -1.0, 1.0)
-    return (sign * (0.3 + uniform)).to(dtype)
+    with torch.device("cpu"):
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+        sign = torch.where(torch.rand(shape, generator=generator) < 0.5, -1.0, 1.0)
+    return (sign * (0.3 + uniform)).to(DEVICE, dtype)
 
 
 def value_and_grad(
     function: Loss, sample: Sample, reduction: str, upstream: Tensor | float | None = None
 ) -> tuple[Tensor, Tensor]:
     """The loss and the input's gradient for an upstream gradient (1 where none is given)."""
-    input = leaf(sample.input.to(DEVICE))
-    options = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in sample.options.items()}
-    value = function(input, sample.target.to(DEVICE), reduction=reduction, **options)
+    input = leaf(sample.input)
+    value = function(input, sample.target, reduction=reduction, **sample.options)
     if upstream is None:
         upstream = torch.ones_like(value)
     elif not isinstance(upstream, Tensor):
         upstream = torch.full_like(value, upstream)
-    (grad,) = torch.autograd.grad(value, input, upstream.to(DEVICE))
-    return value.detach().cpu(), grad.cpu()
+    (grad,) = torch.autograd.grad(value, input, upstream)
+    return value.detach(), grad
 
 
 @lru_cache(maxsize=64)
@@ -188,7 +199,7 @@ def assert_no_worse(result: Tensor, eager: Tensor, truth: Tensor, what: str) -> 
     rounding = info.eps / 2 * (1 + 2**-8)
     spacing = info.smallest_normal * info.eps
     wider = COMPUTE[result.dtype] is not result.dtype
-    if EMULATED and not wider:
+    if FOR_A_GPU and not wider:
         return  # a GPU's kernels are to be compared with torch's on a GPU
     if wider:
         checks = [(torch.linalg.vector_norm, "error in norm", 1.0, 1), (inf_norm, "error", 1.0, 1)]
@@ -200,6 +211,11 @@ def assert_no_worse(result: Tensor, eager: Tensor, truth: Tensor, what: str) -> 
         floor = roundings * rounding * norm(truth) + spacing * truth.numel() ** 0.5
         allowed = max(factor * norm(theirs), floor)
         assert norm(ours) <= allowed, f"{what}: {kind} {norm(ours):.3g}, torch's {norm(theirs):.3g}"
+
+
+def affordable(things: Sequence[T], most: int) -> Sequence[T]:
+    """All of them; of what Triton's interpreter has to run, at 10 ms a kernel, some."""
+    return things[:: -(-len(things) // most)] if INTERPRETED else things
 
 
 def inf_norm(tensor: Tensor) -> Tensor:

@@ -13,7 +13,14 @@ import torch.nn.functional as F
 import fusedloss.functional as FL
 from cases import LOSSES, at_shape
 from fusedloss import reference
-from helpers import assert_same_error, compare_with_torch, outcome, torch_loss
+from helpers import (
+    FOR_A_GPU,
+    assert_same_error,
+    compare_with_torch,
+    host_sees_errors,
+    outcome,
+    torch_loss,
+)
 
 TORCH_LOSSES = [loss for loss in LOSSES if loss != "log_loss"]
 SHAPE = (5, 7)
@@ -92,6 +99,7 @@ def test_label_smoothing_out_of_range(value: float, backend: str) -> None:
         compare_with_torch("cross_entropy", sample.input, sample.target, label_smoothing=value)
 
 
+@host_sees_errors
 @pytest.mark.parametrize("value", [7, 8, -1, -2, -99, -101, 2**31, 2**40, -(2**40)])
 @pytest.mark.parametrize("place", [0, 3, 4])
 def test_class_out_of_range(value: int, place: int, backend: str) -> None:
@@ -114,11 +122,13 @@ def test_class_out_of_range(value: int, place: int, backend: str) -> None:
         FL.log_loss(rows.input, rows.target)
 
 
+@host_sees_errors
 def test_class_out_of_range_unbatched(backend: str) -> None:
     compare_with_torch("cross_entropy", torch.randn(7), torch.tensor(7))
     compare_with_torch("cross_entropy", torch.randn(7), torch.tensor(-100))
 
 
+@host_sees_errors
 @pytest.mark.parametrize("bad", [-0.1, 1.1, -1e-7, 1.0000002, float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [0, 3, 70_000])
 def test_bce_input_outside_the_unit_interval(bad: float, place: int, backend: str) -> None:
@@ -136,6 +146,7 @@ def test_bce_input_outside_the_unit_interval(bad: float, place: int, backend: st
         FL.binary_cross_entropy(sample.input, sample.target)
 
 
+@host_sees_errors
 @pytest.mark.parametrize("bad", [-0.5, 1.5, 7.0])
 def test_bce_target_outside_the_unit_interval(bad: float, backend: str) -> None:
     sample = at_shape("binary_cross_entropy", (33,)).sample(torch.float32)
@@ -160,6 +171,8 @@ def test_nan_and_infinity(loss: str, dtype: str, reduction: str, backend: str) -
             continue  # no probability
         if loss == "binary_cross_entropy_with_logits" and in_input == -INF:
             continue  # torch's formula gives nan there; the loss is infinite
+        if loss == "binary_cross_entropy" and FOR_A_GPU and (in_input, in_target) != (0.5, 0.5):
+            continue  # the host hears of them later: test_faults.py
         sample = at_shape(family, shape).sample(getattr(torch, dtype))
         sample.input[2, 17] = in_input
         sample.input[3] = in_input

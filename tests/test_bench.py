@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
+import subprocess
 from itertools import groupby
 from pathlib import Path
 
@@ -17,14 +20,21 @@ for _needed in ("tqdm", "tabulate", "matplotlib", "sklearn"):
 import fusedloss
 import fusedloss.functional as FL
 from bench import __main__ as cli
-from bench import cases, demo, measure, memory, report
+from bench import cases, compare, demo, figures, measure, memory, models, peers, report
 from bench.cases import Case
 
 TINY = {
     "mse": Case("mse", "speed", "mse_loss", (3000,), {"eager": 1e-3, "compile": 1, "limit": 1e-3}),
     "l1": Case("l1", "speed", "l1_loss", (3000,), {"eager": 1e-3}),
     "ce": Case("ce", "speed", "cross_entropy", (8, 40), {"eager": 1e-3}),
-    "autocast": Case("autocast", "speed", "cross_entropy", (8, 40), dtype=torch.bfloat16),
+    "autocast": Case(
+        "autocast", "speed", "cross_entropy", (8, 40), dtype=torch.bfloat16, autocast=True
+    ),
+    "bf16": Case("bf16", "speed", "l1_loss", (300,), dtype=torch.bfloat16),
+    "log_loss": Case(
+        "log_loss", "curve", "log_loss", (8, 40), functions={"eager": cases.plain_log_loss}
+    ),
+    "curve": Case("curve", "curve", "mse_loss", (3000,)),
     "upstream": Case("upstream", "upstream", "mse_loss", (3000,), upstream=1 / 3),
     "none": Case("none", "none", "cross_entropy", (8, 40)),
     "forward": Case("forward", "forward", "binary_cross_entropy", (3000,)),
@@ -36,8 +46,8 @@ def run(monkeypatch, tmp_path, capsys):
     """Run the command over tiny cases; gives exit status, printed text and the JSON's rows."""
 
     def run(*names: str, compile: bool = False):
-        monkeypatch.setattr(cli, "CASES", [TINY[name] for name in names])
-        options = [] if compile else ["--no-compile"]
+        monkeypatch.setattr(cli, "CASES", {"cpu": [TINY[name] for name in names]})
+        options = [] if compile else ["--peers", "eager"]
         status = cli.main(["--rounds", "2", "--out", str(tmp_path), *options])
         about = json.loads((tmp_path / "speed.json").read_text())
         rows = {row["case"]: row for row in about["rows"]}
@@ -48,7 +58,7 @@ def run(monkeypatch, tmp_path, capsys):
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch):
-    monkeypatch.setattr(measure.interleave, "__defaults__", (1e-4,))
+    monkeypatch.setattr(measure.interleave, "__defaults__", (1e-4, measure.host_clock))
 
 
 class _Scaled(torch.autograd.Function):
@@ -117,7 +127,7 @@ def test_files_and_setting(run, tmp_path):
 def test_part_of_the_table_leaves_the_whole_one_alone(run, tmp_path):
     run("mse", "l1")
     whole = (tmp_path / "speed.json").read_bytes()
-    cli.main(["--only", "l1$", "--rounds", "1", "--no-compile", "--out", str(tmp_path)])
+    cli.main(["--only", "l1$", "--rounds", "1", "--peers", "eager", "--out", str(tmp_path)])
     assert (tmp_path / "speed.json").read_bytes() == whole
     part = json.loads((tmp_path / "speed-part.json").read_text())
     assert [row["case"] for row in part["rows"]] == ["l1"]
@@ -259,11 +269,17 @@ def test_busy_machine_is_told(load, warned):
     assert (report.busy(load, threads=2) is not None) == warned
 
 
-def test_cases_are_told_apart():
-    ids = [case.id for case in cases.CASES]
+@pytest.mark.parametrize("device", cases.CASES)
+def test_cases_are_told_apart(device):
+    own = cases.CASES[device]
+    ids = [case.id for case in own]
     assert len(set(ids)) == len(ids)
-    assert {case.table for case in cases.CASES} == cases.TABLES.keys()
-    assert {case.table for case in cases.CASES if case.quick} == cases.TABLES.keys()
+    wanted = cases.TABLES.keys() - ({"graph"} if device == "cpu" else set())
+    assert {case.table for case in own} == wanted
+    assert {case.table for case in own if case.quick} == wanted
+    assert {case.loss for case in own} >= cases.LABELS.keys()
+    listed = cases._QUICK if device == "cpu" else cases._QUICK_CUDA
+    assert {case.id for case in own if case.quick} == listed, "a name that is no case's"
 
 
 @pytest.mark.parametrize(
@@ -272,6 +288,8 @@ def test_cases_are_told_apart():
         (["--only", "("], "'(' is no regular expression"),
         (["--only", "nothing like it"], "'nothing like it' matches none of"),
         (["--rounds", "0"], "0 is not a number of rounds"),
+        (["--peers", "eager,nobody"], "no peer 'nobody'; there are eager, compile"),
+        (["--device", "tpu"], "no cases for 'tpu'; there are cpu, cuda"),
     ],
 )
 def test_bad_options_are_named(option, problem, capsys):
@@ -282,7 +300,7 @@ def test_bad_options_are_named(option, problem, capsys):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc/self/clear_refs")
 def test_peak_memory_sees_each_tensor_that_eager_makes(monkeypatch):
-    case = next(case for case in cases.CASES if case.id == "memory: mse 2^24")
+    case = next(case for case in cases.CASES["cpu"] if case.id == "memory: mse 2^24")
     monkeypatch.setitem(
         cases.TABLES, "memory", dataclasses.replace(cases.TABLES["memory"], contestants=("eager",))
     )
@@ -308,3 +326,226 @@ def test_demo_fails_where_curves_part(monkeypatch, tmp_path, capsys, scale):
     assert "largest difference of the curves" in out
     assert f"wrote {tmp_path / 'demo.png'}" in out
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+class _Overwriting(torch.autograd.Function):
+    """Cross-entropy whose forward leaves its gradient where its input was."""
+
+    @staticmethod
+    def forward(ctx, x, t):
+        with torch.enable_grad():
+            inner = x.detach().clone().requires_grad_()
+            value = F.cross_entropy(inner, t)
+        (gradient,) = torch.autograd.grad(value, inner)
+        x.data.copy_(gradient)
+        ctx.save_for_backward(gradient)
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.saved_tensors[0] * upstream, None
+
+
+@pytest.fixture
+def peer(monkeypatch):
+    """One that is installed and covers every case."""
+    load = lambda: _Overwriting.apply
+    liger = dataclasses.replace(peers.PEERS["liger"], module="torch", load=load)
+    monkeypatch.setattr(type(liger), "covers", lambda self, case: self.name == "liger")
+    monkeypatch.setitem(peers.PEERS, "liger", liger)
+    return liger
+
+
+def test_installed_peer_joins_with_an_input_of_its_own(peer):
+    x, t = TINY["ce"].inputs()
+    before = x.detach().clone()
+    case = dataclasses.replace(TINY["ce"], draw=lambda _: (x, t))
+    row = measure.Speed(2, wanted=["liger", "eager"])(case)
+    assert not row.problems
+    assert torch.equal(x, before), "the input that the others share"
+    assert row.samples.keys() == {"eager", "ours", "limit", "liger"}
+    assert "liger" in row.ratios()
+    text = report.tables([row])
+    assert "Liger-Kernel / ours" in text
+    assert "ce: liger-kernel overwrites its input" in text
+
+
+def test_peer_is_checked(monkeypatch, peer):
+    monkeypatch.setitem(
+        peers.PEERS, "liger", dataclasses.replace(peer, load=lambda: lambda x, t: x.mean())
+    )
+    row = measure.Speed(2, wanted=["liger"])(TINY["ce"])
+    assert row.problems["liger"].verdict == "wrong"
+    assert row.samples.keys() == {"ours", "limit"}
+
+
+def test_peers_by_name(peer):
+    assert measure.contestants(TINY["ce"], ["eager"]) == ["eager", "ours", "limit"]
+    assert "liger" in measure.contestants(TINY["ce"])
+    assert "liger" not in measure.contestants(TINY["none"]), "a table that none joins"
+
+
+def test_second_backend_joins(monkeypatch):
+    assert "triton" not in measure.contestants(TINY["mse"])
+    monkeypatch.setattr(measure, "second_backend", lambda device: "triton")
+    assert "triton" in measure.contestants(TINY["mse"])
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_case_with_callables_of_its_own(run, monkeypatch, factor):
+    def plain(x, t, reduction="mean"):
+        return ((x - t) ** 4).mean()
+
+    def draw(case):
+        return torch.randn(case.shape).requires_grad_(), torch.randn(case.shape)
+
+    functions = {"eager": plain, "ours": lambda x, t, reduction="mean": factor * plain(x, t)}
+    own = Case("quartic", "speed", "quartic_loss", (500,), functions=functions, draw=draw)
+    monkeypatch.setitem(TINY, "quartic", own)
+    status, _, rows = run("quartic")
+    assert status == (factor != 1)
+    assert rows["quartic"]["path"] is None
+    assert ("ours" in rows["quartic"]["samples"]) == (factor == 1)
+
+
+def test_run_that_is_short_of_time_says_what_it_left_out(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "CASES", {"cpu": [TINY["mse"], TINY["l1"]]})
+    assert cli.main(["--seconds", "0", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [row["samples"] for row in rows] == [{}, {}]
+    assert [row["missed"] for row in rows] == [[], []]
+    assert "no time left of the 0 s of this run" in capsys.readouterr().out
+
+
+def test_pictures_of_sizes_and_memory():
+    about = report.environment("test", 1)
+    curve = [
+        measure.Row(
+            dataclasses.replace(TINY["curve"], shape=(size,)),
+            "s",
+            {"limit": [1.0, 1.0], "ours": [1.25, 1.25], "eager": [4.0, 4.0]},
+        )
+        for size in (2**12, 2**10)
+    ]
+    figure = report.curves(curve, about)
+    assert figure is not None
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    assert lines["fusedloss"].get_xdata().tolist() == [2**10, 2**12]
+    assert lines["fusedloss"].get_ydata().tolist() == [0.8, 0.8]
+    case = dataclasses.replace(TINY["mse"], table="memory")
+    rows = [measure.Row(case, "bytes", {"eager": [2**21], "ours": [2**20]})]
+    figure = report.memory_picture(rows, about)
+    assert figure is not None
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [2.0, 1.0]
+
+
+def _run_of(ours, limit=(1.0, 1.0, 1.0)):
+    about = {"date": "2026-01-01", "cpu": "a CPU", "torch": "2", "commit": "c"}
+    samples = {"ours": list(ours), "limit": list(limit)}
+    row = {"table": "speed", "case": "mse", "unit": "s", "samples": samples}
+    return {**about, "rows": [row]}
+
+
+@pytest.mark.parametrize(
+    ("after", "limit", "said", "status"),
+    [
+        ((1.0, 1.1, 1.2), (1.0, 1.0, 1.0), "same", 0),
+        ((2.0, 2.1, 2.2), (1.0, 1.0, 1.0), "SLOWER", 1),
+        ((0.5, 0.6, 0.7), (1.0, 1.0, 1.0), "faster", 0),
+        # Of a machine that is half as fast.
+        ((2.0, 2.2, 2.4), (2.0, 2.0, 2.0), "same", 0),
+    ],
+)
+def test_compare(tmp_path, capsys, after, limit, said, status):
+    for name, run in (("a", _run_of((1.0, 1.1, 1.2))), ("b", _run_of(after, limit))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(run))
+    paths = [str(tmp_path / f"{name}.json") for name in "ab"]
+    assert cli.main(["compare", *paths]) == status
+    line = next(x for x in capsys.readouterr().out.splitlines() if "speed: mse" in x)
+    assert said in line
+    with pytest.raises(SystemExit):
+        compare.main([paths[0], str(tmp_path / "none.json")])
+    assert "none.json" in capsys.readouterr().err
+
+
+def test_figures_come_from_the_results(run, tmp_path):
+    run("mse", "l1", "upstream")
+    page = (
+        'a <!-- figures: speed ratio speed "^mse$" eager -->0<!-- /figures --> b\n'
+        "<!-- figures: speed ratios speed -->\nold\n<!-- /figures -->\n"
+        "<!-- figures: speed missed --><!-- /figures -->"
+    )
+    fresh = figures.rewrite(page, tmp_path)
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    number = f"{rows[0]['ratios']['eager']['median']:.2f}"
+    assert f'a <!-- figures: speed ratio speed "^mse$" eager -->{number}<!-- /' in fresh
+    assert f"| mse    | {number} " in fresh
+    assert "old" not in fresh
+    assert "-->1 of 2<!-- /figures -->" in fresh  # mse's third bar is out of reach
+    assert figures.rewrite(fresh, tmp_path) == fresh
+    for wrong, problem in (
+        ("speed ratio speed nobody eager", "no case of 'speed' matches 'nobody'"),
+        ("speed ratio speed mse quack", "has no 'quack'"),
+        ("speed shout", "no view ['shout']"),
+        ("elsewhere missed", "No such file"),
+    ):
+        with pytest.raises(figures.NoFigure) as raised:
+            figures.rewrite(f"<!-- figures: {wrong} --><!-- /figures -->", tmp_path)
+        assert problem in str(raised.value)
+
+
+@pytest.mark.skipif(not figures.pages(), reason="no pages here")
+def test_pages_have_the_figures_of_the_committed_results():
+    for page in figures.pages():
+        text = page.read_text()
+        assert figures.rewrite(text) == text, f"{page}: run python -m bench figures"
+        # What is said to be so many times as fast was measured, and stands in a mark.
+        unmarked = re.search(r"\d\.\d+\s*(x|×|times)\b", figures.BLOCK.sub("", text))
+        assert unmarked is None, f"{page}: {unmarked}"
+    assert "<!-- figures: cpu/speed " in (figures.ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.01])
+def test_models_quick(monkeypatch, tmp_path, capsys, scale):
+    """Whole steps are measured; trainings that part are told, not measured."""
+
+    class Loss(fusedloss.MSELoss):
+        def forward(self, input, target):
+            return super().forward(input, target) * scale
+
+    monkeypatch.setattr(fusedloss, "MSELoss", Loss)
+    monkeypatch.setattr(models, "peak_elsewhere", lambda *_: 2**20)
+    names = list(models.MODELS) if scale == 1 else ["autoencoder"]
+    arguments = ["models", "--quick", "--rounds", "1", "--out", str(tmp_path), "--only", *names]
+    status = cli.main(arguments)
+    out, err = capsys.readouterr()
+    assert status == (scale != 1)
+    assert ("autoencoder: the losses of torch and ours are" in err) == (scale != 1)
+    if scale == 1:
+        run = json.loads((tmp_path / "models.json").read_text())
+        assert [model["name"] for model in run["models"]] == names
+        assert all(0 < model["share"]["median"] for model in run["models"])
+        assert "no measurement" in run["caveat"] and "no measurement" in out
+        assert (tmp_path / "models.png").read_bytes().startswith(b"\x89PNG")
+        assert "small GPT on docstrings" in figures.steps(run)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc/self/status")
+def test_peak_memory_of_training():
+    """At least the gradients and AdamW's two moments."""
+    weights = sum(p.numel() for p in models.recommender(models.SIZES["quick"]).model.parameters())
+    assert models.peak_elsewhere("recommender", "ours", "cpu", True) >= 3 * 4 * weights
+
+
+GPU = Path(__file__).parent.parent / ".ci" / "gpu"
+
+
+@pytest.mark.skipif(
+    not GPU.exists() or shutil.which("nvidia-smi") is not None, reason="needs .ci/gpu and no GPU"
+)
+def test_make_gpu_says_what_it_lacks():
+    done = subprocess.run([GPU], check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "make gpu: no nvidia-smi on the PATH: this needs an NVIDIA GPU with its driver\n"
+    )

@@ -14,9 +14,9 @@ from torch.fx import GraphModule
 import fusedloss
 import fusedloss.functional as FL
 from cases import LOSSES, Sample, at_shape
-from helpers import assert_same_bits, leaf
+from helpers import NAMESPACE, assert_same_bits, leaf
 
-pytestmark = [pytest.mark.usefixtures("compiled"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("fused")]
 FAMILIES = [
     *LOSSES,
     "huber_loss-delta2-weight",
@@ -93,10 +93,10 @@ def test_the_graph_holds_one_operator(family: str) -> None:
         assert_same_bits(got[1], expected[1], f"gradient by {upstream}")
     engine = "cross_entropy" if family.startswith("cross_entropy") else "pointwise"
     assert [n for n in graphs.forward if "fusedloss" in n] == [
-        f"fusedloss.{engine}_forward.default"
+        f"{NAMESPACE}.{engine}_forward.default"
     ]
     assert [n for n in graphs.backward if "fusedloss" in n] == [
-        f"fusedloss.{engine}_backward.default"
+        f"{NAMESPACE}.{engine}_backward.default"
     ]
     names = (*graphs.forward, *graphs.backward)
     assert not [n for n in names if n.startswith("aten") and ("loss" in n or "entropy" in n)]
@@ -122,7 +122,7 @@ def test_one_pass(make: Callable[[], Callable[..., Tensor]]) -> None:
         )
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("loss", ["binary_cross_entropy_with_logits", "cross_entropy"])
 def test_code_generation(loss: str, dynamic: bool) -> None:
     """The default backend: no recompilation from the upstream gradient, nor from the shape."""
@@ -232,6 +232,6 @@ def test_export(loss: str, module: nn.Module, strict: bool) -> None:
         step, (sample.input, sample.target), dynamic_shapes=(rows, rows), strict=strict
     )
     for exported in (program, program.run_decompositions()):
-        assert "torch.ops.fusedloss." in exported.graph_module.code
+        assert f"torch.ops.{NAMESPACE}." in exported.graph_module.code
         got = gradient(exported.module(), other, 1.0)
         torch.testing.assert_close(got, gradient(step, other, 1.0))

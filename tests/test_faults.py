@@ -1,6 +1,6 @@
 """Input that cannot be, on a GPU: nan where it stands, and an error that nobody waits for.
 
-Runs on a GPU, or where the emulator stands for one.
+Runs on a GPU, or where the emulator or Triton's interpreter stands for one.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ import torch
 
 import fusedloss
 import fusedloss.functional as FL
-from helpers import DEVICE, EMULATED
+from cases import DEVICE
+from helpers import FOR_A_GPU
 
-pytestmark = pytest.mark.skipif(
-    not EMULATED and DEVICE != "cuda", reason="FUSEDLOSS_TEST_DEVICE is not cuda"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not FOR_A_GPU and DEVICE != "cuda", reason="FUSEDLOSS_TEST_DEVICE is not cuda"
+    ),
+    pytest.mark.usefixtures("fused"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +32,8 @@ def nothing_left() -> Iterator[None]:
 
 def class_indices(bad: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
-    input = torch.randn(70, 5, generator=generator).to(DEVICE).requires_grad_()
-    target = torch.randint(5, (70,), generator=generator)
+    input = torch.randn(70, 5, generator=generator, device="cpu").to(DEVICE).requires_grad_()
+    target = torch.randint(5, (70,), generator=generator, device="cpu")
     target[[3, 40]] = -100
     target[[7]] = bad
     return input, target.to(DEVICE)

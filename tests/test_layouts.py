@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fusedloss.functional as FL
-from cases import DTYPES, LOSSES, Sample, at_shape
+from cases import DEVICE, DTYPES, LOSSES, Sample, at_shape
 from helpers import (
     EMULATED,
     assert_close_to_truth,
@@ -118,7 +118,9 @@ WEIGHTED = {
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("shape", [(6, 35), (300, 257), (2, 5, 6, 7)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(6, 35), pytest.param((300, 257), marks=pytest.mark.slow), (2, 5, 6, 7)], ids=str
+)
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "log_loss"])
 def test_layouts(loss: str, shape: tuple[int, ...], dtype: str, backend: str) -> None:
     family = WEIGHTED.get(loss, loss)
@@ -160,8 +162,8 @@ def test_class_weight_layouts(loss: str, backend: str) -> None:
 def test_shifted_language_model(backend: str) -> None:
     """logits[:, :-1] against labels[:, 1:], as (N, C) and as (B, C, T)."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 9, 37, generator=generator)
-    labels = torch.randint(37, (3, 9), generator=generator)
+    logits = torch.randn(3, 9, 37, generator=generator, device="cpu").to(DEVICE)
+    labels = torch.randint(37, (3, 9), generator=generator, device="cpu").to(DEVICE)
     labels[0, 3] = -100
     flat = Sample(logits[:, :-1].reshape(-1, 37), labels[:, 1:].reshape(-1), {})
     check("cross_entropy", flat, "flattened", backend)
@@ -213,7 +215,7 @@ def test_expanded(loss: str, backend: str) -> None:
 
 def test_overlapping(backend: str) -> None:
     """A sliding window: one element of memory in many places."""
-    series = torch.randn(60, generator=torch.Generator().manual_seed(0))
+    series = at_shape("mse_loss", (60,)).sample(torch.float32).input
     windows = series.unfold(0, 9, 1)
     check("mse_loss", Sample(windows, windows.flip(0), {}), "windows", backend)
     check("cross_entropy", Sample(windows, torch.arange(52) % 9, {}), "windows", backend)
@@ -231,7 +233,8 @@ def test_overlapping(backend: str) -> None:
 def test_memory_on_no_boundary(loss: str, dtype: str, backend: str) -> None:
     for shape in ((1, 5), (9, 67)):
         sample = at_shape(loss, shape).sample(DTYPES[dtype])
-        for change in (byte_offset, unaligned):
+        # On a GPU torch has no way to a tensor that is not aligned to its own element.
+        for change in (byte_offset, unaligned) if DEVICE == "cpu" else (byte_offset,):
             check(loss, laid_out(sample, change, "input and target"), change.__name__, backend)
 
 
@@ -245,7 +248,7 @@ def test_any_number_of_dimensions(loss: str, dims: int, backend: str) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_dimensions_that_do_not_join(loss: str, backend: str) -> None:
     """Ten dimensions, each operand striding through them in its own order."""
-    if EMULATED and loss == "log_loss":
+    if (EMULATED or DEVICE == "cuda") and loss == "log_loss":
         pytest.skip("on a GPU these class indices go to the reference")
     sample = at_shape(loss, (2, 3, 2, 2, 1, 2, 2, 2, 2, 2)).sample(torch.float64)
     if loss == "log_loss":
@@ -253,7 +256,7 @@ def test_dimensions_that_do_not_join(loss: str, backend: str) -> None:
             at_shape("mse_loss", sample.input.shape).sample(torch.float64).input, 1
         )
         sample = Sample(input, torch.randint(3, (2, 2, 2, 1, 2, 2, 2, 2, 2)), {})
-    order = torch.randperm(10, generator=torch.Generator().manual_seed(0)).tolist()
+    order = [3, 8, 0, 5, 9, 1, 7, 2, 6, 4]
     back = [order.index(d) for d in range(10)]
     shuffled = sample.input.permute(order).contiguous().permute(back)
     compare_with_torch(loss, shuffled, sample.target)

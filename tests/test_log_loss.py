@@ -19,7 +19,10 @@ def test_class_indices(shape: tuple[int, int], dtype: torch.dtype, backend: str)
     input = sample.input / sample.input.sum(1, keepdim=True)
     for normalize, reduction in ((True, "mean"), (False, "sum")):
         expected = sklearn_metrics.log_loss(
-            sample.target.numpy(), input.numpy(), labels=range(shape[1]), normalize=normalize
+            sample.target.cpu().numpy(),
+            input.cpu().numpy(),
+            labels=range(shape[1]),
+            normalize=normalize,
         )
         value = FL.log_loss(input, sample.target, reduction=reduction)
         assert value.item() == pytest.approx(expected, rel=1e-12 if dtype.itemsize == 8 else 1e-6)
@@ -30,7 +33,9 @@ def test_certain_and_wrong(backend: str) -> None:
     for dtype in (torch.float64, torch.float32):
         input = torch.tensor([[1, 0, 0], [0, 1, 0], [0.25, 0.25, 0.5]], dtype=dtype)
         target = torch.tensor([1, 1, 2])
-        expected = sklearn_metrics.log_loss(target.numpy(), input.numpy(), labels=range(3))
+        expected = sklearn_metrics.log_loss(
+            target.cpu().numpy(), input.cpu().numpy(), labels=range(3)
+        )
         assert FL.log_loss(input, target).item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -47,10 +52,10 @@ def test_sample_weights_as_class_weights(backend: str) -> None:
     sample = at_shape("log_loss-weight", (64, 10)).sample(torch.float64)
     weight = sample.options["weight"]
     expected = sklearn_metrics.log_loss(
-        sample.target.numpy(),
-        sample.input.numpy(),
+        sample.target.cpu().numpy(),
+        sample.input.cpu().numpy(),
         labels=range(10),
-        sample_weight=weight[sample.target].numpy(),
+        sample_weight=weight[sample.target].cpu().numpy(),
     )
     assert FL.log_loss(sample.input, sample.target, weight).item() == pytest.approx(expected)
 

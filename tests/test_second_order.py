@@ -49,7 +49,7 @@ def test_gradcheck_with_target(family: str, backend: str) -> None:
 @pytest.mark.parametrize("dtype", ["fp64", "fp32"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_against_reference(family: str, reduction: str, dtype: str, compiled: str) -> None:
+def test_against_reference(family: str, reduction: str, dtype: str, fused: str) -> None:
     """Value, gradient, and gradient of a product with the gradient."""
     case = at_shape(family, (5, 67))
     sample = case.sample(DTYPES[dtype])

@@ -14,7 +14,6 @@
 #include <initializer_list>
 #include <limits>
 
-
 namespace {
 
 using Floats = fusedloss::Vec<float>;

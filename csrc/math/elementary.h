@@ -225,7 +225,7 @@ FUSEDLOSS_HD Vec<float> sine(Vec<float> x, int quarters, Exact exact) {
 
 }  // namespace detail
 
-// Error 1.6, and SINE without fused multiply-add.
+// Error 1.7.
 FUSEDLOSS_HD Vec<float> sin(Vec<float> x) {
   return detail::sine(x, 0, [](float lane) { return std::sin(lane); });
 }
@@ -234,8 +234,8 @@ FUSEDLOSS_HD Vec<float> cos(Vec<float> x) {
 }
 
 // x^y: exp(y log|x|) with the logarithm in two floats, so that a large exponent keeps its digits.
-// Of a negative x, nan unless y is an integer. y is finite. Error 2 for results of usual size, 8 at x^101; without fused
-// multiply-add the logarithm has one float's digits, and 66 there.
+// Of a negative x, nan unless y is an integer. y is finite. Error 2 for results of usual size, 8 at
+// x^101; without fused multiply-add the logarithm has one float's digits, and 66 there.
 FUSEDLOSS_HD Vec<float> pow(Vec<float> x, Vec<float> y) {
   using namespace detail;
   const Vec<float> zero(0.0f), one(1.0f), infinity(kInfinity);

@@ -6,9 +6,13 @@ makes that one name's. Whatever no fused backend covers runs on the reference.
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -44,47 +48,74 @@ class Backend:
     """One row of the table."""
 
     name: str
-    unavailable: str | None  # why it cannot run here; None: it can
-    devices: frozenset[str] | None  # the types of device it covers; None: any
+    why_not: Callable[[], str | None]  # why it cannot run here; None: it can
+    devices: frozenset[str]  # the types of device it covers; of the reference: any
     fused: bool = True
+    unasked: bool = True  # it runs without being chosen by name
 
 
 _built: dict[str, Any] = {} if extension is None else extension.build_info()
 _compiled_devices = frozenset(("cpu", "cuda") if _built.get("cuda") else ("cpu",))
 
+# Triton's decorators read it when they run, which is once.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_has_triton = find_spec("triton") is not None
+
+
+def _no_triton() -> str | None:
+    if not _has_triton:
+        return "Triton is not installed"
+    # Asked when somebody wants to know: it starts the drivers.
+    if not INTERPRETED and not torch.cuda.is_available() and not torch.xpu.is_available():
+        return "there is no GPU, and TRITON_INTERPRET=1 was not set when fusedloss was imported"
+    return None
+
+
 BACKENDS = (
-    Backend("compiled", _no_extension, _compiled_devices),
-    Backend("triton", "this version has no Triton kernels", None),
-    Backend("reference", None, None, fused=False),
+    Backend("compiled", lambda: _no_extension, _compiled_devices),
+    Backend(
+        "triton",
+        _no_triton,
+        frozenset(("cpu",) if INTERPRETED else ("cuda", "xpu")),
+        # The interpreter is there to find mistakes: it is far slower than plain PyTorch.
+        unasked=_has_triton and not INTERPRETED,
+    ),
+    Backend("reference", lambda: None, frozenset(), fused=False),
 )
 _BY_NAME = {row.name: row for row in BACKENDS}
 
 if _no_extension is not None:
+    _instead = "on plain PyTorch, and on Triton for a GPU's tensors"
+    if not _has_triton:
+        _instead = "on plain PyTorch"
     warnings.warn(
-        f"fusedloss runs on plain PyTorch, without fused kernels: {_no_extension}",
+        f"fusedloss runs {_instead}, without compiled kernels: {_no_extension}",
         RuntimeWarning,
         stacklevel=3,
     )
 
 _chosen: Backend | None = None
-# Read at every call, so kept ready: the types of device whose tensors the compiled kernels take.
-compiled_on: frozenset[str] = frozenset()
+# Read at every call, so kept ready: the fused backend of each type of device, and whether the
+# compiled kernels are one.
+fused_on: dict[str, str] = {}
+compiled_runs = False
 
 
-def obstacle(device: str) -> str | None:
-    """Why no fused backend takes calls on ``device``; None: one does."""
+def obstacle(device: str) -> str:
+    """Why no fused backend takes calls on ``device``, which ``fused_on`` lacks."""
     if _chosen is not None and not _chosen.fused:
         return f"backend {_chosen.name!r} was chosen"
     rows = [row for row in BACKENDS if row.fused] if _chosen is None else [_chosen]
     reasons = []
     for row in rows:
-        if row.unavailable is not None:
-            reasons.append(f"{row.name}: {row.unavailable}")
-        elif row.devices is not None and device not in row.devices:
+        why_not = row.why_not()
+        if why_not is not None:
+            reasons.append(f"{row.name}: {why_not}")
+        elif not row.unasked and _chosen is None:
+            reasons.append(f"{row.name}: its interpreter was not chosen")
+        elif device not in row.devices:
             covered = " and ".join(sorted(row.devices))
             reasons.append(f"{row.name}: has kernels for {covered} tensors, not {device}")
-        else:
-            return None
     return "; ".join(reasons)
 
 
@@ -92,8 +123,9 @@ class backend:
     """Choose the backend of every call from here on; as a context manager, until it is left.
 
     Args:
-        name: ``"compiled"`` (C++ kernels), ``"triton"`` or ``"reference"`` (plain PyTorch), or
-            ``None`` for the first that can run, the default.
+        name: ``"compiled"`` (C++ and CUDA kernels), ``"triton"`` (for GPUs; on CPU tensors in
+            Triton's interpreter, if ``TRITON_INTERPRET=1`` was set when fusedloss was imported) or
+            ``"reference"`` (plain PyTorch), or ``None`` for the first that can run, the default.
 
     A call that the chosen backend's kernels do not cover runs on the reference;
     :func:`fusedloss.explain` says so. The choice holds for all threads.
@@ -107,8 +139,9 @@ class backend:
         if name is not None and name not in _BY_NAME:
             raise ValueError(f"no backend {name!r}; there are {', '.join(map(repr, _BY_NAME))}")
         row = None if name is None else _BY_NAME[name]
-        if row is not None and row.unavailable is not None:
-            raise RuntimeError(f"backend {row.name!r} cannot run here: {row.unavailable}")
+        why_not = None if row is None else row.why_not()
+        if why_not is not None:
+            raise RuntimeError(f"backend {name!r} cannot run here: {why_not}")
         self._previous = _chosen
         _choose(row)
 
@@ -125,10 +158,14 @@ class backend:
 
 
 def _choose(row: Backend | None) -> None:
-    global _chosen, compiled_on
+    global _chosen, fused_on, compiled_runs
     _chosen = row
-    runs = _no_extension is None and (row is None or row.name == "compiled")
-    compiled_on = _compiled_devices if runs else frozenset()
+    rows = [row] if row is not None else [row for row in BACKENDS if row.unasked]
+    if _no_extension is not None:
+        rows = [row for row in rows if row.name != "compiled"]
+    # Whether there is a GPU need not be asked: only then are there tensors of its type.
+    fused_on = {device: row.name for row in reversed(rows) for device in row.devices}
+    compiled_runs = "compiled" in fused_on.values()
 
 
 _choose(None)
@@ -137,20 +174,23 @@ _choose(None)
 def check() -> None:
     """Waits for the GPUs, and raises what a fused kernel has found wrong with its input there.
 
-    On a GPU nothing waits for a kernel: of a target out of range the loss and the gradient are nan,
-    and the next fused call, or this function, raises.
+    On a GPU, and on the Triton backend anywhere, nothing waits for a kernel: of a target out of
+    range the loss and the gradient are nan, and the next fused call, or this function, raises.
 
     Raises:
         IndexError: a class index outside [0, C) that is not ignore_index.
         RuntimeError: an input or target of binary_cross_entropy outside [0, 1].
     """
-    if extension is None or not _built["cuda"]:
-        return
-    cuda: Any = torch.cuda  # untyped in some of the releases
-    if cuda.is_initialized():
-        for device in range(cuda.device_count()):
-            cuda.synchronize(device)
-    extension.raise_faults()
+    gpus: tuple[Any, ...] = (torch.cuda, torch.xpu)  # untyped in some of the releases
+    for gpu in gpus:
+        if gpu.is_initialized():
+            for device in range(gpu.device_count()):
+                gpu.synchronize(device)
+    if extension is not None and _built["cuda"]:
+        extension.raise_faults()
+    triton = sys.modules.get("fusedloss.backends.triton")
+    if triton is not None:
+        triton.raise_faults()
 
 
 @dataclass(frozen=True)
@@ -186,6 +226,6 @@ def info() -> Info:
         torch=torch.__version__,
         compiled=extension is not None,
         cpu_capability=_built.get("cpu_capability"),
-        backends={row.name: row.unavailable for row in BACKENDS},
+        backends={row.name: row.why_not() for row in BACKENDS},
         build=_built,
     )

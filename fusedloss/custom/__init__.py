@@ -203,7 +203,7 @@ class PointwiseLoss:
             else:
                 key, reason = _prepared(self._number, input.device.type)
         if functional._explaining is not None:
-            functional._report(reason)
+            functional._report(reason, input)
         if reason is not None:
             return self.reference(
                 input, target, reduction=reduction, weight=weight, clip_grad=clip_grad, **parameters
@@ -234,7 +234,8 @@ class PointwiseLoss:
         Raises:
             RuntimeError: they cannot be compiled here; the message says why.
         """
-        reason = backends.obstacle(device) or _prepared(self._number, device)[1]
+        fused = device in backends.fused_on
+        reason = _prepared(self._number, device)[1] if fused else backends.obstacle(device)
         if reason is not None:
             raise RuntimeError(f"{self.__name__} cannot be compiled: {reason}")
 
@@ -451,6 +452,8 @@ def _prepared(number: int, device: str) -> tuple[str, str | None]:
     """What the operators call a loss on that device, compiled if it is not yet; and why they cannot,
     which is warned of once. (By number, since a tracing compiler knows no loss as a constant.)"""
     loss = _defined[number]
+    if (backend := backends.fused_on[device]) != "compiled" or device != "cpu":
+        return "", f"{backend}: has no kernels of losses of one's own for {device} tensors"
     if device not in loss._keys and device not in loss._obstacles:
         try:
             if device != "cpu":

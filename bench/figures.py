@@ -1,0 +1,191 @@
+"""The figures of README and docs, from committed results: `python -m bench figures`.
+
+A page marks where figures go, and this writes what stands between the marks:
+
+    <!-- figures: cpu/speed ratios speed -->
+    <!-- /figures -->
+
+The first word is a JSON under bench/results; then come a view and what the view is asked for (a word
+with spaces in quotes). A mark may stand within a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from .cases import COLUMNS
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+BLOCK = re.compile(r"(<!-- figures: (.+?) -->)(.*?)(<!-- /figures -->)", re.DOTALL)
+
+Run = Mapping[str, Any]
+
+
+class NoFigure(Exception):
+    """A mark asks for what is not in the results."""
+
+
+@cache
+def load(path: Path) -> Run:
+    try:
+        run: Run = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise NoFigure(str(error)) from None
+    return run
+
+
+def rows_of(run: Run, table: str, name: str = "") -> list[Run]:
+    """The table's rows whose case matches the regular expression."""
+    rows = [r for r in run["rows"] if r["table"] == table and re.search(name, r["case"])]
+    if not rows:
+        raise NoFigure(f"no case of {table!r} matches {name!r}")
+    return rows
+
+
+def _ratio(row: Run, column: str) -> float:
+    try:
+        median: float = row["ratios"][column]["median"]
+    except KeyError:
+        raise NoFigure(f"{row['table']}: {row['case']} has no {column!r}") from None
+    return median
+
+
+def ratios(run: Run, table: str, name: str = "") -> str:
+    """A table: the case, and each ratio that was measured."""
+    rows = rows_of(run, table, name)
+    columns = [c for c in COLUMNS if any(c in row["ratios"] for row in rows)]
+    body = [
+        [row["case"]]
+        + [f"{row['ratios'][c]['median']:.2f}" if c in row["ratios"] else "" for c in columns]
+        for row in rows
+    ]
+    headers = ["case", *(COLUMNS[c].heading for c in columns)]
+    return f"\n{tabulate(body, headers, tablefmt='github', disable_numparse=True)}\n"
+
+
+def ratio(run: Run, table: str, name: str, column: str) -> str:
+    """One number: of all cases that match, which must be one."""
+    rows = rows_of(run, table, name)
+    if len(rows) > 1:
+        raise NoFigure(f"{len(rows)} cases of {table!r} match {name!r}")
+    return f"{_ratio(rows[0], column):.2f}"
+
+
+def span(run: Run, table: str, name: str, column: str) -> str:
+    """The smallest and the largest of the cases that match."""
+    found = [_ratio(row, column) for row in rows_of(run, table, name)]
+    return f"{min(found):.2f} to {max(found):.2f}"
+
+
+def missed(run: Run) -> str:
+    """How many cases with a bar miss one, and how many there are."""
+    barred = [
+        row
+        for row in run["rows"]
+        if row["missed"] or any(ratio["bar"] is not None for ratio in row["ratios"].values())
+    ]
+    return f"{sum(bool(row['missed']) for row in barred)} of {len(barred)}"
+
+
+def setting(run: Run) -> str:
+    """Where and when."""
+    if run.get("gpu"):
+        where = run["gpu"]
+    else:
+        where = f"{run['threads']} threads of {run['cpu']} ({run['cpu_capability']})"
+    return f"`{run['command']}` on {where}, torch {run['torch']}, {run['date'][:10]}"
+
+
+def steps(run: Run) -> str:
+    """The models' training steps."""
+    headers = [
+        "model",
+        "loss, share of the step",
+        "step, torch / ours",
+        "loss, torch / ours",
+        "peak memory, ours / torch",
+    ]
+    body = [
+        [
+            f"{model['title']}",
+            f"{model['share']['median']:.1%}",
+            f"{model['step']['median']:.2f}",
+            f"{model['loss']['median']:.2f}",
+            f"{model['memory']['ours'] / model['memory']['torch']:.2f}",
+        ]
+        for model in run["models"]
+    ]
+    return f"\n{tabulate(body, headers, tablefmt='github', disable_numparse=True)}\n"
+
+
+VIEWS: dict[str, Callable[..., str]] = {
+    view.__name__: view for view in (ratios, ratio, span, missed, setting, steps)
+}
+
+
+def figure(request: str, results: Path = RESULTS) -> str:
+    source, *asked = shlex.split(request)
+    if not asked or asked[0] not in VIEWS:
+        raise NoFigure(f"no view {asked[:1]}; there are {', '.join(VIEWS)}")
+    view, *arguments = asked
+    try:
+        return VIEWS[view](load(results / f"{source}.json"), *arguments)
+    except TypeError as error:
+        raise NoFigure(str(error)) from None
+
+
+def rewrite(text: str, results: Path = RESULTS) -> str:
+    """The page with the figures of its marks."""
+
+    def block(match: re.Match[str]) -> str:
+        try:
+            return match[1] + figure(match[2], results) + match[4]
+        except NoFigure as error:
+            raise NoFigure(f"figures: {match[2]}: {error}") from None
+
+    return BLOCK.sub(block, text)
+
+
+def pages() -> list[Path]:
+    return [*ROOT.glob("README.md"), *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench figures",
+        description="Write the figures of README and docs from the results under bench/results.",
+        epilog="The exit status is 1 if --check finds a page that differs.",
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing, tell what differs")
+    arguments = parser.parse_args(argv)
+    status = 0
+    for page in pages():
+        text = page.read_text()
+        try:
+            fresh = rewrite(text)
+        except NoFigure as error:
+            parser.exit(2, f"{page}: {error}\n")
+        if fresh == text:
+            continue
+        if arguments.check:
+            print(f"{page}: differs from the results; python -m bench figures writes it")
+            status = 1
+        else:
+            page.write_text(fresh)
+            print(f"wrote {page}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

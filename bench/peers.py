@@ -1,0 +1,87 @@
+"""Others' fused losses, measured wherever they are installed: all of them cross-entropy on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+
+from torch import Tensor
+
+from .cases import Case, Loss
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str  # in COLUMNS
+    package: str  # what it installs as
+    module: str
+    load: Callable[[], Loss]
+    # Writes its gradient over its input, as its users let it: it is timed so, on a copy of its own.
+    overwrites_input: bool = False
+
+    @property
+    def version(self) -> str | None:
+        """The installed version; None: not installed."""
+        try:
+            found = find_spec(self.module) is not None
+        except ModuleNotFoundError:  # not even the package that the module is in
+            found = False
+        if not found:
+            return None
+        try:
+            return metadata.version(self.package)
+        except metadata.PackageNotFoundError:
+            return "of unknown version"
+
+    def covers(self, case: Case) -> bool:
+        """Class indices for the rows of a matrix, on a GPU, value and gradient of a mean."""
+        return (
+            case.loss == "cross_entropy"
+            and case.device == "cuda"
+            and len(case.shape) == 2
+            and not case.probabilities
+            and not case.functions
+            and case.reduction == "mean"
+        )
+
+
+def _liger() -> Loss:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return lambda x, t: liger_cross_entropy(x, t)  # type: ignore[no-any-return]
+
+
+def _quack() -> Loss:
+    from quack.cross_entropy import cross_entropy
+
+    return lambda x, t: cross_entropy(x, t, reduction="mean")  # type: ignore[no-any-return]
+
+
+def _flash_attn() -> Loss:
+    from flash_attn.losses.cross_entropy import CrossEntropyLoss
+
+    return CrossEntropyLoss()  # type: ignore[no-any-return]
+
+
+def _apex() -> Loss:
+    from apex.contrib.xentropy import SoftmaxCrossEntropyLoss
+
+    def loss(x: Tensor, t: Tensor) -> Tensor:
+        # Smoothing 0; the padding index is 0 otherwise, which is a class here.
+        mean: Tensor = SoftmaxCrossEntropyLoss.apply(x, t, 0.0, -100).mean()
+        return mean
+
+    return loss
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("liger", "liger-kernel", "liger_kernel", _liger, overwrites_input=True),
+        Peer("quack", "quack-kernels", "quack.cross_entropy", _quack),
+        Peer("flash_attn", "flash-attn", "flash_attn.losses", _flash_attn),
+        Peer("apex", "apex", "apex.contrib.xentropy", _apex),
+    )
+}

@@ -1,0 +1,270 @@
+"""Measures docs/numerics.md: the largest error of every loss and dtype, ours and torch's.
+
+    python docs/numerics.py [--write]
+
+The truth is computed in x86's 80-bit floating point, which has 11 bits more than float64. Without
+--write the table is only printed; with it, bench/results/cpu/numerics.json and the page are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fusedloss
+import fusedloss.functional as FL
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "numerics.md"
+RESULTS = ROOT / "bench" / "results" / "cpu" / "numerics.json"
+
+Wide = npt.NDArray[np.longdouble]
+# The value of each element or row, and the derivative with respect to the input.
+Formula = Callable[..., tuple[Wide, Wide]]
+Draw = Callable[[torch.Generator], tuple[Tensor, Tensor]]
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+UPSTREAM = 1000 / 3  # a loss scale, say; rounded to the dtype
+SEEDS = 3
+ELEMENTS, ROWS, CLASSES = 250_000, 512, 1000
+
+
+def _mse(x: Wide, y: Wide) -> tuple[Wide, Wide]:
+    return (x - y) ** 2, 2 * (x - y)
+
+
+def _l1(x: Wide, y: Wide) -> tuple[Wide, Wide]:
+    return np.abs(x - y), np.sign(x - y)
+
+
+def _huber(x: Wide, y: Wide) -> tuple[Wide, Wide]:
+    """Smooth L1 too, at beta 1 and delta 1."""
+    d = x - y
+    slope = np.clip(d, -1, 1)
+    return slope * (d - slope / 2), slope
+
+
+def _bce(x: Wide, y: Wide) -> tuple[Wide, Wide]:
+    return -(y * np.log(x) + (1 - y) * np.log1p(-x)), (x - y) / (x * (1 - x))
+
+
+def _bce_with_logits(x: Wide, y: Wide) -> tuple[Wide, Wide]:
+    """Each term is positive, so that none cancels another."""
+    positive, negative = np.logaddexp(0, -x), np.logaddexp(0, x)
+    slope = (1 - y) / (1 + np.exp(-x)) - y / (1 + np.exp(x))
+    return y * positive + (1 - y) * negative, slope
+
+
+def _cross_entropy(x: Wide, y: npt.NDArray[np.int64]) -> tuple[Wide, Wide]:
+    rows = np.arange(len(y))
+    e = np.exp(x - x.max(1, keepdims=True))
+    chosen = e[rows, y].copy()
+    total = e.sum(1)
+    e[rows, y] = 0
+    # 1 - p of the target's class as the sum of the others, of which none is lost.
+    others = e.sum(1)
+    slope = e / total[:, None]
+    slope[rows, y] = -others / total
+    value = np.where(chosen > others, np.log1p(others / chosen), np.log(total) - np.log(chosen))
+    return value, slope
+
+
+def _log_loss(x: Wide, y: npt.NDArray[np.int64], eps: float) -> tuple[Wide, Wide]:
+    """Each probability is at least eps, below which the slope is 0."""
+    rows = np.arange(len(y))
+    p = x[rows, y]
+    slope = np.zeros_like(x)
+    slope[rows, y] = np.where(p < eps, 0, -1 / p)
+    return -np.log(np.maximum(p, eps)), slope
+
+
+def _real(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    x, y = torch.randn(2, ELEMENTS, generator=generator, dtype=torch.float64)
+    return x, y
+
+
+def _probability(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    x, y = torch.rand(2, ELEMENTS, generator=generator, dtype=torch.float64)
+    return x * 0.98 + 0.01, y.round()
+
+
+def _logit(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    x, y = torch.randn(2, ELEMENTS, generator=generator, dtype=torch.float64)
+    return 4 * x, (y > 0).double()
+
+
+def _classes(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    x = torch.randn(ROWS, CLASSES, generator=generator, dtype=torch.float64)
+    return 4 * x, torch.randint(CLASSES, (ROWS,), generator=generator)
+
+
+def _distribution(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Few classes: most of many would be below bfloat16's eps."""
+    x = torch.randn(ELEMENTS // 10, 10, generator=generator, dtype=torch.float64)
+    return x.softmax(1), torch.randint(10, (ELEMENTS // 10,), generator=generator)
+
+
+def _torch_log_loss(x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+    """As one writes it with torch's functions."""
+    return F.nll_loss(x.clamp(torch.finfo(x.dtype).eps, 1).log(), y, reduction=reduction)
+
+
+@dataclass(frozen=True)
+class Loss:
+    name: str
+    draw: Draw
+    truth: Formula
+    eager: Callable[..., Tensor]
+
+
+LOSSES = (
+    Loss("mse_loss", _real, _mse, F.mse_loss),
+    Loss("l1_loss", _real, _l1, F.l1_loss),
+    Loss("smooth_l1_loss", _real, _huber, F.smooth_l1_loss),
+    Loss("huber_loss", _real, _huber, F.huber_loss),
+    Loss("binary_cross_entropy", _probability, _bce, F.binary_cross_entropy),
+    Loss("binary_cross_entropy_with_logits", _logit, _bce_with_logits,
+         F.binary_cross_entropy_with_logits),
+    Loss("cross_entropy", _classes, _cross_entropy, F.cross_entropy),
+    Loss("log_loss", _distribution, _log_loss, _torch_log_loss),
+)  # fmt: skip
+
+
+def wide(t: Tensor) -> Wide:
+    return t.detach().double().numpy().astype(np.longdouble)
+
+
+def ulps(result: Tensor, truth: Wide) -> float:
+    """The largest distance, in units in the last place of the truth in the result's dtype."""
+    info = torch.finfo(result.dtype)
+    _, exponent = np.frexp(truth)
+    spacing = np.ldexp(np.longdouble(info.eps), exponent - 1)
+    smallest = np.longdouble(info.smallest_normal) * np.longdouble(info.eps)
+    spacing = np.where(truth == 0, smallest, np.maximum(spacing, smallest))
+    return float(np.max(np.abs(wide(result) - truth) / spacing))
+
+
+def errors(
+    call: Callable[..., Tensor], x: Tensor, y: Tensor, value: Wide, slope: Wide
+) -> dict[str, float]:
+    """The three columns of the table for one draw."""
+    upstream = torch.tensor(UPSTREAM, dtype=x.dtype)
+    input = x.clone().requires_grad_()
+    mean = call(input, y)
+    (gradient,) = torch.autograd.grad(mean, input, upstream)
+    factor = np.longdouble(upstream.double().item()) / value.size
+    with torch.no_grad():
+        each = call(x, y, reduction="none")
+    return {
+        "element": ulps(each, value),
+        "mean": ulps(mean, np.asarray(value.mean())),
+        "gradient": ulps(gradient, slope * factor),
+    }
+
+
+def measure() -> list[dict[str, Any]]:
+    rows = []
+    for loss in LOSSES:
+        for dtype in DTYPES:
+            row: dict[str, Any] = {"loss": loss.name, "dtype": str(dtype).removeprefix("torch.")}
+            for seed in range(SEEDS):
+                x, y = loss.draw(torch.Generator().manual_seed(seed))
+                x = x.to(dtype)
+                y = y.to(dtype) if y.is_floating_point() else y
+                told = fusedloss.explain(getattr(FL, loss.name), x, y)
+                if told.backend != "compiled":
+                    sys.exit(f"{loss.name} does not run on the compiled kernels: {told}")
+                target = wide(y) if y.is_floating_point() else y.numpy()
+                extra = [torch.finfo(dtype).eps] if loss.truth is _log_loss else []
+                truth = loss.truth(wide(x), target, *extra)
+                for who, call in (("ours", getattr(FL, loss.name)), ("torch", loss.eager)):
+                    worst = row.setdefault(who, {})
+                    for column, error in errors(call, x, y, *truth).items():
+                        worst[column] = max(worst.get(column, 0.0), error)
+            rows.append(row)
+    return rows
+
+
+def number(ulp: float) -> str:
+    """Two decimals where the half of an ulp that any rounding costs is to be seen."""
+    return f"{ulp:.2f}" if ulp < 9.995 else f"{ulp:.3g}" if ulp < 1e5 else f"{ulp:.1e}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| loss | dtype | element | | mean | | gradient | |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+        "| | | ours | torch | ours | torch | ours | torch |",
+    ]
+    for row in rows:
+        cells = [
+            number(row[who][column])
+            for column in ("element", "mean", "gradient")
+            for who in ("ours", "torch")
+        ]
+        lines.append(f"| `{row['loss']}` | {row['dtype']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def block(results: dict[str, Any]) -> str:
+    """What stands on the page between the markers."""
+    return (
+        f"{table(results['rows'])}\n\n"
+        f"Measured on {results['date'][:10]} by `{results['command']}`, torch {results['torch']}, "
+        f"{results['cpu_capability']} kernels."
+    )
+
+
+def write_page(results: dict[str, Any]) -> None:
+    begin, end = "<!-- numerics -->\n", "\n<!-- /numerics -->"
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
+    text, found = re.subn(
+        pattern, lambda _: begin + block(results) + end, PAGE.read_text(), flags=re.DOTALL
+    )
+    if found != 1:
+        sys.exit(f"{PAGE} has {found} blocks {begin.strip()!r}, not 1")
+    PAGE.write_text(text)
+
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="the JSON and the page")
+    arguments = parser.parse_args()
+    if np.finfo(np.longdouble).nmant < 63:
+        parser.error("numpy's longdouble is no wider than float64 here")
+    results = {
+        "command": "python docs/numerics.py --write",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "fusedloss": fusedloss.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu_capability": fusedloss.info().cpu_capability,
+        "elements": ELEMENTS,
+        "rows_x_classes": [ROWS, CLASSES],
+        "upstream": UPSTREAM,
+        "seeds": SEEDS,
+        "rows": measure(),
+    }
+    print(table(results["rows"]))
+    if arguments.write:
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        write_page(results)
+
+
+if __name__ == "__main__":
+    main()

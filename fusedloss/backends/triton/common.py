@@ -1,0 +1,318 @@
+"""What the Triton engines share: the upstream gradient's prediction, the second stage of a sum,
+what a mean divides by, and faults.
+
+Kernels are compiled without contraction to fused multiply-add, and one compiled kernel serves every
+pass: a gradient has the same bits whichever of them forms it. A sum's second stage is a kernel of
+one program, for only the end of a kernel orders the memory of its programs on every GPU.
+"""
+
+from __future__ import annotations
+
+import struct
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import backends
+
+NO_FUSION = {"enable_fp_fusion": False}
+FINISH_BLOCK = 1024
+
+# ---- passes --------------------------------------------------------------------------------------
+
+# The kernels' `step`. BACKWARD: the gradient may be right already; FRESH: there is none yet.
+VALUE, FORWARD, BACKWARD, FRESH = 0, 1, 2, 3
+IS_VALUE = tl.constexpr(VALUE)
+IS_FORWARD = tl.constexpr(FORWARD)
+IS_BACKWARD = tl.constexpr(BACKWARD)
+IS_FRESH = tl.constexpr(FRESH)
+
+
+@dataclass
+class Pass:
+    """What an engine is to do with the operands of a call."""
+
+    step: int
+    # Two float64. FORWARD: finds the prediction there. VALUE, FORWARD: leave there the upstream
+    # gradient that the gradient was written for (nan: none was) and what the loss was divided by.
+    scales: Tensor
+    gradient: Tensor | None = None
+    prediction: Tensor | None = None  # to be told of the upstream gradient
+    grad_output: Tensor | None = None
+
+    @property
+    def forward(self) -> bool:
+        return self.step < BACKWARD
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+# Triton's interpreter truncates to bfloat16, where a GPU rounds.
+_TRUNCATES = tl.constexpr(backends.INTERPRETED)
+
+
+@triton.jit
+def narrow(x, D: tl.constexpr):
+    """Rounded to D."""
+    if _TRUNCATES and D == tl.bfloat16:
+        b = x.to(tl.float32).to(tl.int32, bitcast=True)
+        even = (b + 0x7FFF + ((b >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, even.to(tl.float32, bitcast=True), x)
+    return x.to(D)
+
+
+def halves(x: float) -> tuple[int, int]:
+    """The bits of a float64, for Triton passes a float as float32.
+
+    Odd, and too large for 32 bits: Triton compiles a kernel anew for numbers that are not.
+    """
+    low, high = struct.unpack("<II", struct.pack("<d", x))
+    return 2 * high + 1 + (1 << 40), 2 * low + 1 + (1 << 40)
+
+
+@triton.jit
+def from_halves(halves):
+    bits = ((halves[0] >> 1) << 32) | ((halves[1] >> 1) & 0xFFFFFFFF)
+    return bits.to(tl.float64, bitcast=True)
+
+
+# ---- the upstream gradient -----------------------------------------------------------------------
+
+CONFIDENT = tl.constexpr(2.0)
+MOST_CONFIDENT = tl.constexpr(3.0)
+
+
+@triton.jit
+def same(a, b):
+    """The same number, sign of zero included; nan is none."""
+    return (a == b) & (a.to(tl.int64, bitcast=True) == b.to(tl.int64, bitcast=True))
+
+
+MOST_COUNTS = tl.constexpr(256)
+
+
+@triton.jit
+def normalizer_of(counts, parts, divisor):
+    """What the loss is divided by: the sum of `counts`, or where there are none `divisor`."""
+    normalizer = divisor.to(tl.float64)
+    if parts > 0:
+        at = tl.arange(0, MOST_COUNTS)
+        normalizer = tl.sum(tl.load(counts + at, mask=at < parts, other=0.0))
+    return normalizer
+
+
+@triton.jit
+def scaling(step, scales, grad_output, counts, parts, divisor, EACH: tl.constexpr):
+    """Whether the gradient is to be written, every element times what; and the upstream gradient.
+
+    EACH: reduction "none", whose elements have upstream gradients of their own.
+    """
+    if EACH:
+        return step == IS_FRESH, step.to(tl.float64) * 0.0 + 1.0, step.to(tl.float64)
+    else:
+        ahead = step < IS_BACKWARD
+        first, second = tl.load(scales), tl.load(scales + 1)
+        upstream = tl.where(ahead, first, tl.load(grad_output).to(tl.float64))
+        normalizer = tl.where(ahead, normalizer_of(counts, parts, divisor), second)
+        trusted = (step == IS_FORWARD) & (second >= CONFIDENT)
+        wrong = (step == IS_BACKWARD) & (same(first, upstream) == 0)
+        return trusted | wrong | (step == IS_FRESH), upstream / normalizer, upstream
+
+
+@triton.jit
+def teach(prediction, upstream):
+    """Tells a prediction what it was about."""
+    predicted, confidence = tl.load(prediction), tl.load(prediction + 1)
+    right = same(predicted, upstream)
+    more = tl.minimum(confidence + 1.0, MOST_CONFIDENT)
+    tl.store(prediction, upstream)
+    tl.store(prediction + 1, tl.where(right, more, tl.maximum(confidence - 1.0, 0.0)))
+
+
+# ---- sums ----------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n", "parts", "divisor", "step"])
+def finish(
+    partials, n, loss, scales, counts, parts, divisor, step,
+    NAN_OF_NOTHING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The loss from the programs' sums, always in the same order; and what backward needs."""
+    at = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, n, BLOCK):
+        total += tl.load(partials + first + at, mask=first + at < n, other=0.0)
+    normalizer = normalizer_of(counts, parts, divisor)
+    value = tl.sum(total) / normalizer
+    if NAN_OF_NOTHING:
+        value = tl.where(normalizer == 0.0, float("nan"), value)
+    if loss.dtype.element_ty != tl.float64:
+        value = value.to(tl.float32)
+    tl.store(loss, narrow(value, loss.dtype.element_ty))
+    trusted = (step == IS_FORWARD) & (tl.load(scales + 1) >= CONFIDENT)
+    tl.store(scales, tl.where(trusted, tl.load(scales), float("nan")))
+    tl.store(scales + 1, normalizer)
+
+
+@triton.jit(do_not_specialize=["n", "each", "classes", "ignore_index"])
+def count_classes(
+    indices, weight, counts, n, each, classes, ignore_index, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Of each program's share of the indices: how many count, or the sum of their weights. An index
+    out of range counts for nothing."""
+    begin = tl.program_id(0).to(tl.int64) * each
+    at = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, each, BLOCK):
+        here = (first + at < each) & (begin + first + at < n)
+        index = tl.load(indices + begin + first + at, mask=here, other=-1)
+        counted = here & (index >= 0) & (index < classes) & (index != ignore_index)
+        if weight is None:
+            total += counted.to(tl.float64)
+        else:
+            total += tl.load(weight + index, mask=counted, other=0.0).to(tl.float64)
+    tl.store(counts + tl.program_id(0), tl.sum(total))
+
+
+COUNTS_EACH, COUNT_BLOCK = 4096, 1024
+
+
+@dataclass
+class Divisor:
+    """What the loss is divided by: the sum of counts, or without them a number."""
+
+    number: int = 1
+    counts: Tensor | None = None
+
+    @classmethod
+    def of_classes(
+        cls, indices: Tensor, weight: Tensor | None, classes: int, ignore_index: int
+    ) -> Divisor:
+        """How many of the class indices count, or the sum of their weights."""
+        n = indices.numel()
+        parts = min(MOST_COUNTS.value, triton.cdiv(n, COUNTS_EACH))
+        counts = indices.new_empty(parts, dtype=torch.float64)
+        count_classes[(parts,)](
+            indices, weight, counts, n, triton.cdiv(n, parts), classes, ignore_index,
+            BLOCK=COUNT_BLOCK, **NO_FUSION,
+        )  # fmt: skip
+        return cls(counts=counts)
+
+    def arguments(self, scales: Tensor) -> dict[str, Any]:
+        return {
+            "counts": scales if self.counts is None else self.counts,
+            "parts": 0 if self.counts is None else self.counts.numel(),
+            "divisor": self.number,
+        }
+
+
+# ---- faults --------------------------------------------------------------------------------------
+# The first input of a device that a loss cannot take, written by a kernel into page-locked memory,
+# where the host looks whenever it likes: state, what, position, value, classes.
+
+_NONE, _BEING_WRITTEN, _TOLD = 0, 1, 2
+TARGET_CLASS = tl.constexpr(0)
+INPUT_OUTSIDE_UNIT = tl.constexpr(1)
+TARGET_OUTSIDE_UNIT = tl.constexpr(2)
+NO_FAULT = tl.constexpr(1 << 62)  # a position behind all others
+_faults: dict[torch.device, Tensor] = {}
+
+
+@triton.jit
+def tell(fault, what, position, value, classes):
+    """Tells the host; the first to come is told. value: an int64, or the bits of a float64."""
+    zero = position * 0
+    if tl.atomic_cas(fault, zero, zero + 1, scope="sys") == 0:
+        tl.store(fault + 1, zero + what)
+        tl.store(fault + 2, position)
+        tl.store(fault + 3, value)
+        tl.store(fault + 4, zero + classes)
+        tl.atomic_xchg(fault, zero + 2, sem="release", scope="sys")
+
+
+def fault_of(device: torch.device) -> Tensor:
+    fault = _faults.get(device)
+    if fault is None:
+        pinned = device.type != "cpu"
+        fault = torch.zeros(5, dtype=torch.int64, device="cpu", pin_memory=pinned)
+        fault = _faults.setdefault(device, fault)
+    return fault
+
+
+def raise_faults() -> None:
+    """Raises what a kernel has found wrong with its input since the last time, if it is known."""
+    when = " (In an earlier call of fusedloss, whose loss and gradient are nan there.)"
+    for fault in tuple(_faults.values()):
+        state, what, position, value, classes = fault.tolist()
+        if state != _TOLD:
+            continue
+        fault[0] = _NONE
+        if what == TARGET_CLASS.value:
+            raise IndexError(
+                f"Target {value} is out of bounds. It stands at target.flatten()[{position}]; "
+                f"there are {classes} classes.{when}"
+            )
+        name = "input" if what == INPUT_OUTSIDE_UNIT.value else "target"
+        number = struct.unpack("<d", struct.pack("<q", value))[0]
+        raise RuntimeError(
+            f"all elements of {name} should be between 0 and 1, but element {position} in memory "
+            f"order is {number:.9g}{when}"
+        )
+
+
+# ---- tensors -------------------------------------------------------------------------------------
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device. The interpreter is NumPy, which warns of every nan."""
+    if tensor.device.type == "cpu":
+        import numpy as np
+
+        return np.errstate(all="ignore")
+    context: AbstractContextManager[Any] = torch.get_device_module(tensor.device).device(
+        tensor.device
+    )
+    return context
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Memory that a caller brought along may begin between two elements: a copy does not."""
+    fits = tensor.data_ptr() % tensor.element_size() == 0
+    return tensor if fits else tensor.clone(memory_format=torch.preserve_format)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    dense: bool = torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
+    return dense
+
+
+def empty_like(input: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the order of input's strides where they are dense, else row-major."""
+    order = torch.preserve_format if is_dense(input) else torch.contiguous_format
+    return torch.empty_like(input, dtype=dtype, requires_grad=False, memory_format=order)
+
+
+def empty_scales(input: Tensor) -> Tensor:
+    return input.new_empty(2, dtype=torch.float64)
+
+
+def class_dim(input: Tensor) -> int:
+    return 1 if input.dim() > 1 else 0
+
+
+def check_shapes(input: Tensor, target: Tensor) -> None:
+    expected = list(input.shape)
+    if target.dtype is torch.int64:
+        if not expected:
+            raise ValueError("fusedloss: input of shape () has no class dimension")
+        del expected[class_dim(input)]
+    if list(target.shape) != expected:
+        raise ValueError(
+            f"fusedloss: target of shape {list(target.shape)} does not fit input of shape "
+            f"{list(input.shape)}"
+        )

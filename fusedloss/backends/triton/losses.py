@@ -1,0 +1,212 @@
+"""The maths of csrc/math, mirrored: the words, the pointwise losses, and a row of cross-entropy.
+
+All numbers of a call are of one type, float32 or float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+
+# ---- words ---------------------------------------------------------------------------------------
+# Only operations that every backend of Triton has: its libdevice is not one.
+
+
+@triton.jit
+def divide(x, y):
+    """x / y, rounded once."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def exp_nonpositive(x):
+    """e^x for x in [-inf, 0] or nan; in float32, 0 below -87.33.
+
+    tl.exp multiplies x by log2(e) first, which costs 7 bits where x is large.
+    """
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        # Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+        shifted = x * 1.4426950408889634 + 12582912.0
+        n = shifted - 12582912.0
+        # ln 2 in two parts; the first has 15 bits, so that n times it is exact.
+        r = (x - n * 0.693145751953125) - n * 1.42860682030941723e-6
+        scale = (shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000
+        p = tl.exp2(r * 1.4426950408889634) * scale.to(tl.float32, bitcast=True)
+        return tl.where(x < -87.33, 0.0, p)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x in [-1, inf): what 1 + x rounds away is added in first order."""
+    u = 1.0 + x
+    lost = x - (u - 1.0)
+    # u = 0: lost is 0 as well, and the logarithm -inf.
+    return tl.log(u) + divide(lost, tl.maximum(u, 1e-30))
+
+
+@triton.jit
+def at_least(x, low):
+    return tl.where(x < low, low, x)
+
+
+@triton.jit
+def between(x, low, high):
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+# ---- pointwise -----------------------------------------------------------------------------------
+# A loss is a jit function of one element,
+#
+#     loss(input, target, *operands, *parameters) -> value, slope  [, slope by target]
+#
+# of blocks of numbers of one type, and gives blocks of that type: the value, its derivative by
+# input and, where a call wants a gradient for target, that by target. operands are further tensors
+# of input's shape (a pos_weight); parameters are numbers, known at run time. The engine multiplies
+# by weight, upstream gradient and what a mean divides by.
+
+
+@triton.jit
+def _mse(x, y):
+    d = x - y
+    return d * d, d + d
+
+
+@triton.jit
+def _l1(x, y):
+    d = x - y
+    return tl.abs(d), tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, 0.0)).to(d.dtype)
+
+
+@triton.jit
+def _smooth_l1(x, y, beta):
+    d = x - y
+    slope = divide(between(d, -beta, beta), beta)
+    return slope * (d - 0.5 * beta * slope), slope
+
+
+@triton.jit
+def _huber(x, y, delta):
+    d = x - y
+    slope = between(d, -delta, delta)
+    return slope * (d - 0.5 * slope), slope
+
+
+@triton.jit
+def _bce(x, y):
+    log_x = at_least(tl.log(x), -100.0)
+    log_1_x = at_least(log1p(-x), -100.0)
+    # 1e-12 as a float32, as in torch.
+    slope = divide(x - y, at_least((1.0 - x) * x, 9.999999960041972e-13))
+    return (y - 1.0) * log_1_x - y * log_x, slope
+
+
+@triton.jit
+def _bce_with_logits(x, y):
+    e = exp_nonpositive(-tl.abs(x))
+    q = divide(e, 1.0 + e)
+    s = tl.where(x < 0.0, -y, 1.0 - y)
+    return log1p(e) + s * x, s + tl.where(x < 0.0, q, -q)
+
+
+@triton.jit
+def _bce_with_logits_pos_weight(x, y, p):
+    e = exp_nonpositive(-tl.abs(x))
+    factor = 1.0 + (p - 1.0) * y
+    q = factor * divide(e, 1.0 + e)
+    value = (1.0 - y) * x + factor * (log1p(e) + at_least(-x, 0.0))
+    return value, tl.where(x < 0.0, q - p * y, (1.0 - y) - q)
+
+
+@triton.jit
+def _log_loss(x, y, eps):
+    p = between(x, eps, 1.0)
+    inside = (x >= eps) & (x <= 1.0)
+    return 0.0 - y * tl.log(p), tl.where(inside, 0.0 - divide(y, p), x * 0.0)
+
+
+@dataclass(frozen=True)
+class PointwiseLoss:
+    """A loss, and what an engine must know of it; as in csrc/math/losses.h."""
+
+    function: Any
+    mean: str = "elements"  # what reduction "mean" divides by: or "weights", or "rows"
+    unit_interval: bool = False  # input and target must lie in [0, 1]
+    parameters: int = 0  # how many it takes
+
+
+POINTWISE = {
+    "mse_loss": PointwiseLoss(_mse, mean="weights"),
+    "l1_loss": PointwiseLoss(_l1, mean="weights"),
+    "smooth_l1_loss": PointwiseLoss(_smooth_l1, parameters=1),
+    "huber_loss": PointwiseLoss(_huber, parameters=1),
+    "binary_cross_entropy": PointwiseLoss(_bce, unit_interval=True),
+    "binary_cross_entropy_with_logits": PointwiseLoss(_bce_with_logits),
+    "binary_cross_entropy_with_logits_pos_weight": PointwiseLoss(_bce_with_logits_pos_weight),
+    "log_loss": PointwiseLoss(_log_loss, mean="rows", parameters=1),
+}
+
+
+# ---- cross-entropy -------------------------------------------------------------------------------
+# What some of a row's classes add up to: max of the logits; sum of e^(x - max), for class indices
+# over all classes but the target; dot of q (x - max); mass of q. A class counts with
+# q = w (keep y + spread), for class indices with w: see csrc/math/cross_entropy.h.
+
+
+@triton.jit
+def origin(max):
+    """To measure distances from: a row of nothing but -inf has none."""
+    return tl.where(max == float("-inf"), 0.0, max)
+
+
+@triton.jit
+def move_to(top, max, sum, dot, mass):
+    """The sums, as measured from another origin."""
+    sum = sum * exp_nonpositive(max - origin(top))  # 0 where max is -inf
+    return sum, dot + mass * (origin(max) - origin(top))
+
+
+@triton.jit
+def merge(max, sum, dot, mass, other_max, other_sum, other_dot, other_mass):
+    top = tl.maximum(max, other_max)
+    sum, dot = move_to(top, max, sum, dot, mass)
+    other_sum, other_dot = move_to(top, other_max, other_sum, other_dot, other_mass)
+    return top, sum + other_sum, dot + other_dot, mass + other_mass
+
+
+@triton.jit
+def soft_row(sum, dot, mass, scale):
+    """Of class probabilities: the loss; and the gradient, as e^(x - max) factor - q scale."""
+    return mass * tl.log(sum) - dot, divide(mass * scale, sum)
+
+
+@triton.jit
+def hard_row(max, sum, dot, logit, weight, scale, keep, spread, weights, SMOOTH: tl.constexpr):
+    """Of class indices: the loss; and the gradient, as e^(x - max) factor - w spread scale, but for
+    the target's own element."""
+    gap = logit - max
+    at = exp_nonpositive(gap)
+    # Keeps the digits of a small loss, where the target is the largest logit and at is 1; where it
+    # is not, sum is 1 or more.
+    log_sum = log1p(sum + (at - 1.0))
+    mass = keep * weight
+    loss = mass * (log_sum - gap)
+    own = 0.0 - sum
+    if SMOOTH:
+        soft = spread * weights
+        loss = loss + spread * (weights * log_sum - dot)
+        own = soft * at - mass * sum
+        mass = mass + soft
+        own = tl.where(mass == 0.0, 0.0, divide(own, mass))
+    factor = divide(mass * scale, sum + at)
+    at_target = own * factor
+    if SMOOTH:
+        at_target = at_target - weight * (spread * scale)
+    return loss, factor, at_target

@@ -1,0 +1,249 @@
+"""The operators torch.ops.fusedloss_triton.*: those of csrc/ops.cpp and csrc/autograd.cpp, with
+their schemas and their ways, in Python: they need no compiled extension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import autograd
+from . import common, cross_entropy, pointwise
+from .common import Pass
+from .losses import POINTWISE
+
+DEVICES = ("CPU", "CUDA", "XPU")  # CPU: in Triton's interpreter
+
+_torch_library: Any = torch.library  # untyped in some of the releases
+_library = _torch_library.Library("fusedloss_triton", "DEF")
+operators: Any = torch.ops.fusedloss_triton
+
+
+# ---- what a forward leaves for its backward ------------------------------------------------------
+
+
+@dataclass
+class Carried:
+    """Lives and dies with the memory of a forward's `scales`, as in csrc/carried.h."""
+
+    gradient: Tensor | None  # None: handed over already
+    prediction: Tensor
+
+
+def carry(scales: Tensor, carried: Carried) -> None:
+    scales.untyped_storage().carried = carried  # type: ignore[attr-defined]
+
+
+def carried(scales: Tensor) -> Carried | None:
+    """None for scales that are no longer where forward left them."""
+    return getattr(scales.untyped_storage(), "carried", None)
+
+
+_MOST_SHARED = 512
+_shared: dict[tuple[Any, ...], Tensor] = {}
+
+
+def _prediction_of(own: Tensor | None, loss: str, input: Tensor, reduction: int) -> Tensor:
+    """A call's own prediction, or, for one that has none, that of all calls like it."""
+    if own is not None:
+        return own
+    key = (loss, input.device, input.dtype, input.numel(), reduction)
+    known = _shared.get(key)
+    if known is None:
+        if len(_shared) >= _MOST_SHARED:
+            _shared.clear()
+        known = _shared.setdefault(key, autograd.new_prediction(input))
+    return known
+
+
+# ---- autograd ------------------------------------------------------------------------------------
+
+
+def _needs_reference(grad_output: Tensor) -> bool:
+    """create_graph, and batches of upstream gradients (is_grads_batched)."""
+    functorch = torch._C._functorch
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return (
+        functorch.is_batchedtensor(grad_output)
+        or functorch.is_gradtrackingtensor(grad_output)
+        or functorch.is_legacy_batchedtensor(grad_output)
+    )
+
+
+def _saves_through_hooks() -> bool:
+    """They take what is saved away until backward: a gradient written already would stay."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _differentiable(
+    loss: str, tensors: int, reference_gradient: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """The operator for autograd. A call begins with so many tensors and ends with a prediction."""
+
+    class OnePass(torch.autograd.Function):
+        """The forward pass writes the gradient already, for a predicted upstream gradient; the
+        backward operator has it computed where the prediction was wrong."""
+
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Tensor:
+            *call, prediction = args
+            hooked = _saves_through_hooks()
+            if hooked:
+                prediction = call[0].new_zeros(2, dtype=torch.float64)  # no confidence in it
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                value, scales = getattr(operators, loss + "_forward").default(*call, prediction)
+            if hooked:
+                scales = scales.clone()
+            ctx.save_for_backward(scales, *call[:tensors])
+            ctx.options = call[tensors:]
+            return value  # type: ignore[no-any-return]
+
+        @staticmethod
+        def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+            (grad_output,) = grad_outputs
+            scales, *operands = ctx.saved_tensors
+            call = (*operands, *ctx.options)
+            if _needs_reference(grad_output):
+                gradient = reference_gradient(grad_output, *call)
+            else:
+                gradient = getattr(operators, loss + "_backward").default(
+                    grad_output, scales, *call
+                )
+            return gradient, *(None,) * len(call)
+
+    def operator(*args: Any) -> Tensor:
+        if torch.is_grad_enabled() and args[0].requires_grad:
+            return OnePass.apply(*args)  # type: ignore[no-any-return]
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return getattr(operators, loss).default(*args)  # type: ignore[no-any-return]
+
+    return operator
+
+
+# ---- operators -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine behind the operators of one family. call: as in their schemas."""
+
+    name: str
+    call: str  # the arguments of a call, of which the last two are the reduction and the dtype
+    run: Callable[..., Tensor | None]  # of a Pass, and those arguments
+    loss: Callable[..., str]  # what tells predictions apart
+    empty_loss: Callable[[Tensor, int, torch.dtype], Tensor]
+    reference_gradient: Callable[..., Tensor]
+
+    def value(self, *args: Any) -> Tensor | None:
+        *call, _ = args
+        common.raise_faults()
+        return self.run(Pass(common.VALUE, common.empty_scales(call[0])), *call)
+
+    def forward(self, *args: Any) -> tuple[Tensor | None, Tensor]:
+        *call, own = args
+        input, reduction = call[0], call[-2]
+        common.raise_faults()
+        if reduction == 0:
+            scales = common.empty_scales(input)
+            return self.run(Pass(common.VALUE, scales), *call), scales
+        prediction = _prediction_of(own, self.loss(*call), input, reduction)
+        # What other streams teach the prediction meanwhile is not this call's.
+        scales, gradient = prediction.clone(), common.empty_like(input, input.dtype)
+        value = self.run(Pass(common.FORWARD, scales, gradient), *call)
+        carry(scales, Carried(gradient, prediction))
+        return value, scales
+
+    def backward(self, grad_output: Tensor, scales: Tensor, *call: Any) -> Tensor:
+        input = call[0]
+        left, gradient = carried(scales), None
+        if left is not None:
+            gradient, left.gradient = left.gradient, None
+        step = common.FRESH if gradient is None else common.BACKWARD
+        if gradient is None:
+            gradient = common.empty_like(input, input.dtype)
+        prediction = torch.empty_like(scales) if left is None else left.prediction
+        self.run(Pass(step, scales, gradient, prediction, grad_output), *call)
+        return gradient
+
+    def meta_value(self, *args: Any) -> Tensor:
+        input, reduction, dtype = args[0], *args[-3:-1]
+        return self.empty_loss(input, reduction, dtype)
+
+    def meta_forward(self, *args: Any) -> tuple[Tensor, Tensor]:
+        return self.meta_value(*args), common.empty_scales(args[0])
+
+    def meta_backward(self, grad_output: Tensor, scales: Tensor, *call: Any) -> Tensor:
+        return common.empty_like(call[0], call[0].dtype)
+
+    def define(self) -> None:
+        # As in csrc/ops.cpp: traced by compilers, but not into a CUDA graph.
+        tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+        for name, schema, kernel, meta in (
+            ("", f"({self.call}, Tensor? prediction) -> Tensor", self.value, self.meta_value),
+            (
+                "_forward",
+                f"({self.call}, Tensor? prediction) -> (Tensor loss, Tensor scales)",
+                self.forward,
+                self.meta_forward,
+            ),
+            (
+                "_backward",
+                f"(Tensor grad_output, Tensor scales, {self.call}) -> Tensor",
+                self.backward,
+                self.meta_backward,
+            ),
+        ):
+            _library.define(self.name + name + schema, tags=tags)
+            for device in DEVICES:
+                _library.impl(self.name + name, kernel, device)
+            _library.impl(self.name + name, meta, "Meta")
+        tensors = self.call.count("Tensor")
+        operator = _differentiable(self.name, tensors, self.reference_gradient)
+        _library.impl(self.name, operator, "Autograd")
+
+
+def _run_pointwise(
+    do: Pass,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    name: str,
+    parameter: float,
+    ignore_index: int,
+    reduction: int,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    if name not in POINTWISE:
+        raise ValueError(f"fusedloss: no pointwise loss is named {name!r}")
+    loss = POINTWISE[name]
+    operands = () if pos_weight is None else (pos_weight,)
+    parameters = (parameter,) * loss.parameters
+    return pointwise.run(
+        do, loss, input, target, weight, operands, parameters, ignore_index, reduction, dtype
+    )
+
+
+Engine(
+    "pointwise",
+    "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, str loss, float parameter, "
+    "int ignore_index, int reduction, ScalarType dtype",
+    _run_pointwise,
+    lambda *call: call[4],
+    pointwise.empty_loss,
+    autograd.pointwise_reference_gradient,
+).define()
+Engine(
+    "cross_entropy",
+    "Tensor input, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
+    "int reduction, ScalarType dtype",
+    cross_entropy.run,
+    lambda *call: "cross_entropy",
+    cross_entropy.empty_loss,
+    autograd.cross_entropy_reference_gradient,
+).define()

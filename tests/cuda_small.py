@@ -1,0 +1,44 @@
+"""A small run of every kernel, for compute-sanitizer: `compute-sanitizer python cuda_small.py`.
+
+Values are the other tests' matter; here memory and races are, so nothing else is computed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import fusedloss
+import fusedloss.functional as FL
+from cases import DEVICE, FAMILIES, at_shape
+from helpers import leaf
+
+# Tails of packets; rows of a warp, of a block, and of a cluster; classes not innermost.
+FLAT = ((1,), (4099,), (33, 130))
+CLASSES = ((5, 3), (9, 257), (3, 4099), (2, 70_001), (2, 5, 7))
+
+
+def main() -> None:
+    with torch.device(DEVICE):
+        for family, cases in FAMILIES.items():
+            loss = cases[0].loss
+            for shape in CLASSES if loss in ("cross_entropy", "log_loss") else FLAT:
+                if loss == "log_loss" and len(shape) > 2:
+                    continue
+                for dtype in (torch.float32, torch.bfloat16):
+                    sample = at_shape(family, shape).sample(dtype)
+                    for reduction in ("mean", "none"):
+                        # As predicted, and not as predicted.
+                        for upstream in (1.0, 0.5):
+                            input = leaf(sample.input)
+                            value = getattr(FL, loss)(
+                                input, sample.target, reduction=reduction, **sample.options
+                            )
+                            value.backward(torch.full_like(value, upstream))
+                    with torch.no_grad():
+                        getattr(FL, loss)(sample.input, sample.target, **sample.options)
+    fusedloss.check()
+    print(f"ran {len(FAMILIES)} families on {DEVICE}, {fusedloss.info().backends}")
+
+
+if __name__ == "__main__":
+    main()

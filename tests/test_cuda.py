@@ -1,0 +1,247 @@
+"""What only a GPU has: CUDA graphs, streams, other devices, and memory for 2^31 elements."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedloss
+import fusedloss.functional as FL
+from cases import DEVICE, FAMILIES, LOSSES, REDUCTIONS, Sample, at_shape
+from helpers import (
+    assert_close_to_truth,
+    assert_same_bits,
+    draw_upstream,
+    leaf,
+    result_shape,
+    sample_truth,
+    value_and_grad,
+)
+
+pytestmark = [
+    pytest.mark.skipif(DEVICE != "cuda", reason="FUSEDLOSS_TEST_DEVICE is not cuda"),
+    pytest.mark.usefixtures("compiled"),
+]
+
+GIB = 2**30
+
+
+def need_memory(gib: float) -> None:
+    """Skip where the GPU has not as much left."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    if free < gib * GIB:
+        pytest.skip(f"needs {gib:g} GiB of GPU memory, {free / GIB:.1f} are free")
+
+
+def to(sample: Sample, device: torch.device | str) -> Sample:
+    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in sample.options.items()}
+    return Sample(sample.input.to(device), sample.target.to(device), options)
+
+
+# ---- CUDA graphs --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuda_graph(family: str, reduction: str) -> None:
+    """Captured once, replayed over other numbers and other upstream gradients: the bits of a call
+    outside of the graph. A call that asks the host anything cannot be captured at all."""
+    case = at_shape(family, (33, 257))
+    samples = [case.sample(torch.float32, seed) for seed in range(3)]
+    function = getattr(FL, case.loss)
+    still = Sample(samples[0].input.clone(), samples[0].target.clone(), {**samples[0].options})
+    for key, option in still.options.items():
+        still.options[key] = option.clone() if isinstance(option, Tensor) else option
+    shape = result_shape(case.loss, still, reduction)
+    upstream = draw_upstream(shape, torch.float32)
+
+    def step() -> tuple[Tensor, Tensor]:
+        input = leaf(still.input)
+        value = function(input, still.target, reduction=reduction, **still.options)
+        return value.detach(), torch.autograd.grad(value, input, upstream)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value, grad = step()
+    for seed, sample in enumerate(samples):
+        still.input.copy_(sample.input)
+        still.target.copy_(sample.target)
+        for key, option in sample.options.items():
+            if isinstance(option, Tensor):
+                still.options[key].copy_(option)
+        # The predicted upstream gradient, and others: the first replay mispredicts.
+        for again in range(2):
+            upstream.copy_(draw_upstream(shape, torch.float32, seed=seed))
+            graph.replay()
+            expected = value_and_grad(function, sample, reduction, upstream.clone())
+            assert_same_bits(value, expected[0], f"value, sample {seed}, replay {again}")
+            assert_same_bits(grad, expected[1], f"gradient, sample {seed}, replay {again}")
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """torch raises at each synchronisation of its own; a capture does at anyone's."""
+    samples = {loss: at_shape(loss, (33, 65)).sample(torch.float32) for loss in LOSSES}
+    for loss, sample in samples.items():
+        value_and_grad(getattr(FL, loss), sample, "mean", 0.5)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for loss, sample in samples.items():
+            input = leaf(sample.input)
+            getattr(FL, loss)(input, sample.target).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- streams and devices ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_side_stream(loss: str) -> None:
+    """The kernels queue on the current stream: behind the copy there that makes their input."""
+    large = at_shape(loss, (2**12, 1024))
+    sample, other = large.sample(torch.float32), large.sample(torch.float32, seed=1)
+    expected = value_and_grad(getattr(FL, loss), sample, "mean", 0.5)
+    late = Sample(other.input.clone(), other.target.clone(), {})
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(20_000_000)  # long enough that another stream would be through
+        late.input.copy_(sample.input)
+        late.target.copy_(sample.target)
+        got = value_and_grad(getattr(FL, loss), late, "mean", 0.5)
+    side.synchronize()
+    assert_same_bits(got[0], expected[0], "value")
+    assert_same_bits(got[1], expected[1], "gradient")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_streams_at_once(loss: str) -> None:
+    """Threads with a stream each, one call site, an upstream gradient each."""
+    samples = [at_shape(loss, (257, 129)).sample(torch.float32, seed) for seed in range(4)]
+    function = getattr(FL, loss)
+    expected = [value_and_grad(function, s, "mean", 0.5 + i) for i, s in enumerate(samples)]
+    torch.cuda.synchronize()
+    wrong: list[str] = []
+
+    def work(i: int) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(20):
+                    got = value_and_grad(function, samples[i], "mean", 0.5 + i)
+                    torch.cuda.current_stream().synchronize()
+                    assert_same_bits(got[0], expected[i][0], f"value of thread {i}")
+                    assert_same_bits(got[1], expected[i][1], f"gradient of thread {i}")
+        except Exception as error:  # noqa: BLE001 - carried over to the main thread
+            wrong.append(str(error))
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_another_device_than_the_current_one(loss: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU here, and this needs two")
+    sample = at_shape(loss, (33, 257)).sample(torch.float32)
+    far = to(sample, "cuda:1")
+    assert torch.cuda.current_device() == 0
+    for module in (None, getattr(fusedloss, _MODULES[loss])()):
+        function = getattr(FL, loss) if module is None else module
+        for on in (sample, far, sample):  # a module moves along with its inputs
+            input = leaf(on.input)
+            value = function(input, on.target)
+            (grad,) = torch.autograd.grad(value, input, torch.full_like(value, 0.5))
+            assert value.device == grad.device == on.input.device
+            expected = sample_truth(loss, sample, "mean", 0.5)
+            assert_close_to_truth(
+                value.detach().to("cuda:0"), expected.value, expected.value_scale, "value"
+            )
+            assert_close_to_truth(grad.to("cuda:0"), expected.grad, expected.grad_scale, "gradient")
+
+
+_MODULES = {
+    "mse_loss": "MSELoss",
+    "l1_loss": "L1Loss",
+    "smooth_l1_loss": "SmoothL1Loss",
+    "huber_loss": "HuberLoss",
+    "binary_cross_entropy": "BCELoss",
+    "binary_cross_entropy_with_logits": "BCEWithLogitsLoss",
+    "cross_entropy": "CrossEntropyLoss",
+    "log_loss": "LogLoss",
+}
+
+
+# ---- more than 2^31 elements --------------------------------------------------------------------
+
+# Past 2^31 and 2^32 elements, with a tail that fills no packet of 16 bytes.
+PAST_2_31 = 2**31 + 4099
+PAST_2_32 = 2**32 + 4099
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("elements", [PAST_2_31, PAST_2_32])
+@pytest.mark.parametrize("loss", ["mse_loss", "binary_cross_entropy_with_logits"])
+def test_pointwise_past_2_31_elements(loss: str, elements: int) -> None:
+    """The gradient of each part is the one that it has alone, and the sum is that of the parts."""
+    need_memory(3 * 2 * elements / GIB + 2)
+    unit = at_shape(loss, (4099,)).sample(torch.bfloat16)
+    whole, rest = divmod(elements, 4099)
+
+    def step(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        input = leaf(input)
+        # bf16 holds no sum of so many.
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            value = getattr(FL, loss)(input, target, reduction="sum")
+        return value.detach().double(), torch.autograd.grad(value, input, torch.tensor(0.5))[0]
+
+    one, alone = step(unit.input, unit.target)
+    tail, _ = step(unit.input[:rest], unit.target[:rest])
+    value, grad = step(_tiled(unit.input, elements), _tiled(unit.target, elements))
+    assert abs(value / (one * whole + tail) - 1) < 1e-6
+    for start in (0, whole // 2 * 4099, (whole - 1) * 4099):
+        assert_same_bits(grad[start : start + 4099], alone, f"at {start}")
+    assert_same_bits(grad[whole * 4099 :], alone[:rest], "tail")
+    assert bool((grad[::4099] == alone[0]).all()), "the first element of every part"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rows", "classes"), [(2**14 + 3, 2**17 + 5), (2**27 + 9, 17), (33, 2**26 + 1)], ids=str
+)
+def test_cross_entropy_past_2_31_elements(rows: int, classes: int) -> None:
+    """Rows from the first to the last against float64."""
+    need_memory(2 * 2 * rows * classes / GIB + 8 * rows / GIB + 6)
+    assert rows * classes > 2**31
+    input = torch.empty(rows, classes, dtype=torch.bfloat16).normal_().requires_grad_()
+    target = torch.randint(classes, (rows,))
+    value = FL.cross_entropy(input, target, reduction="sum")
+    (grad,) = torch.autograd.grad(value, input, torch.full_like(value, 0.5))
+    few = max(1, min(rows, 2**20 // classes))
+    for start in (0, rows // 2, rows - few):
+        part = slice(start, start + few)
+        sample = Sample(input.detach()[part], target[part], {})
+        expected = sample_truth("cross_entropy", sample, "sum", 0.5)
+        assert_close_to_truth(grad[part], expected.grad, expected.grad_scale, f"from row {start}")
+
+
+def _tiled(unit: Tensor, elements: int) -> Tensor:
+    """The same numbers over and over, without a second tensor of that size."""
+    result = torch.empty(elements, dtype=unit.dtype)
+    whole = elements // unit.numel()
+    result[: whole * unit.numel()].view(whole, -1).copy_(unit)
+    result[whole * unit.numel() :].copy_(unit[: elements % unit.numel()])
+    return result

@@ -1,0 +1,226 @@
+"""The pages say what the code does: snippets run, messages are explained, figures are measured."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import importlib
+import io
+import json
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+# Tests of an installed package have no pages beside them.
+pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="no docs/ here")
+
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+SNIPPET = re.compile(
+    r"^```python\n(?P<code>.*?)^```$(?:\n+```text\n(?P<output>.*?)^```$)?", re.DOTALL | re.MULTILINE
+)
+
+
+# ---- snippets ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_process_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", **address}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("compiled", "one_process_of_torchrun")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_snippets_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in one namespace a page; what is shown below one is what it prints."""
+    # Traced as by the default backend, without half a minute of a C++ compiler.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    text = page.read_text()
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for snippet in SNIPPET.finditer(text):
+        # The line numbers of an error are the page's.
+        before = "\n" * (text[: snippet.start("code")].count("\n"))
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(before + snippet["code"], str(page), "exec"), namespace)  # noqa: S102
+        if snippet["output"] is not None:
+            assert printed.getvalue() == snippet["output"], f"{page.name}: {snippet['code']}"
+
+
+# ---- messages ------------------------------------------------------------------------------------
+# A message as its source has it: the texts between what is filled in.
+
+Message = tuple[str, ...]
+
+
+def _texts(node: ast.expr) -> Message:
+    """The constant texts of a string, in order; empty where the expression is no string."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return (node.value,)
+    if isinstance(node, ast.JoinedStr):
+        return tuple(part.value for part in node.values if isinstance(part, ast.Constant))
+    return ()
+
+
+# Functions that return a message, or a tuple that holds one; others' strings are no messages.
+_GIVE_REASONS = {
+    *("_load", "torch_does_not_import", "find_toolkit"),
+    *("obstacle", "_obstacle", "_result_dtype", "_rows_obstacle"),
+}
+_SAY = {"warnings.warn", "sys.exit", "print", "_report"}
+
+
+def python_messages(path: Path) -> Iterator[Message]:
+    """What a file raises, warns of, or gives a reason with."""
+    tree = ast.parse(path.read_text())
+    constants = {
+        node.targets[0].id: _texts(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    said: list[ast.expr] = []
+    for node in ast.walk(tree):
+        match node:
+            case ast.Raise(exc=ast.Call(args=[first, *_])):
+                said.append(first)
+            case ast.Call(func=function, args=[first, *_]) if ast.unparse(function) in _SAY:
+                said.append(first)
+            case ast.Assign(targets=[ast.Name(id="reason")], value=value):
+                said.append(value)
+            case ast.FunctionDef(name=name) if name in _GIVE_REASONS:
+                for inner in ast.walk(node):
+                    if isinstance(inner, ast.Return) and inner.value is not None:
+                        parts = inner.value
+                        said += parts.elts if isinstance(parts, ast.Tuple) else [parts]
+    for expression in said:
+        name = expression.id if isinstance(expression, ast.Name) else None
+        texts = constants.get(name, ()) if name else _texts(expression)
+        if any(re.search(r"[A-Za-z]{2}", text) for text in texts):
+            yield texts
+
+
+def _arguments(code: str, start: int) -> list[str]:
+    """The arguments of the macro whose parenthesis opens at ``start``."""
+    arguments, depth, begin = [], 0, start + 1
+    tokens = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'|[(\[{]|[)\]}]|,')
+    for token in tokens.finditer(code, start):
+        if token[0] in "([{":
+            depth += 1
+        elif token[0] in ")]}":
+            depth -= 1
+        if depth == 0 or (token[0] == "," and depth == 1):
+            arguments.append(code[begin : token.start()].strip())
+            begin = token.end()
+        if depth == 0:
+            return arguments
+    raise AssertionError(f"no end: {code[start : start + 80]}")
+
+
+def cpp_messages(path: Path) -> Iterator[Message]:
+    """What a file's TORCH_CHECKs and TORCH_WARNs say."""
+    code = path.read_text()
+    for macro in re.finditer(r"\bTORCH_(CHECK\w*|WARN\w*)\(", code):
+        arguments = _arguments(code, macro.end() - 1)
+        said = arguments if macro[1].startswith("WARN") else arguments[1:]
+        literals = ("".join(re.findall(r'"((?:[^"\\]|\\.)*)"', text)) for text in said)
+        texts = tuple(
+            literal for text, literal in zip(said, literals, strict=True) if text[0] == '"'
+        )
+        assert texts, f"{path.name}: a check without a message: {arguments}"
+        yield texts
+
+
+def messages() -> dict[str, Message]:
+    found = {}
+    for path in [ROOT / "setup.py", *sorted((ROOT / "fusedloss").rglob("*.py"))]:
+        for message in python_messages(path):
+            found[f"{path.name}: {'…'.join(message)}"] = message
+    for path in sorted((ROOT / "csrc").rglob("*.cpp")):
+        for message in cpp_messages(path):
+            found[f"{path.name}: {'…'.join(message)}"] = message
+    return found
+
+
+@functools.cache
+def _explained() -> str:
+    """The messages of the page: its lines that are indented code, one of them a line."""
+    lines = (DOCS / "troubleshooting.md").read_text().splitlines()
+    return "\n".join(line[4:] for line in lines if line.startswith("    "))
+
+
+def test_every_message_is_explained() -> None:
+    """As the source has it, with something in the place of what is filled in."""
+    found = messages()
+    assert len(found) > 25
+    unexplained = [
+        where
+        for where, message in found.items()
+        if not re.search(".*".join(re.escape(text.strip()) for text in message), _explained())
+    ]
+    assert not unexplained, "not in docs/troubleshooting.md:\n" + "\n".join(unexplained)
+
+
+def test_every_explained_message_exists() -> None:
+    """A line that no source says any more is to go."""
+    patterns = [".*".join(map(re.escape, message)) for message in messages().values()]
+    source = "\n".join(
+        path.read_text()
+        for path in [ROOT / "setup.py", *(ROOT / "fusedloss").rglob("*.py")]
+    )  # fmt: skip
+    stale = [
+        line
+        for line in _explained().splitlines()
+        if not any(re.search(pattern, line) for pattern in patterns)
+        # Reasons that explain() and info() give are text in the source, or begin with one.
+        and line not in source
+    ]
+    assert not stale, stale
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def numerics(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """docs/numerics.py."""
+    monkeypatch.syspath_prepend(DOCS)
+    return importlib.import_module("numerics")
+
+
+def test_numerics_page_is_what_was_measured(numerics: ModuleType) -> None:
+    results = json.loads(numerics.RESULTS.read_text())
+    page = numerics.PAGE.read_text()
+    assert f"<!-- numerics -->\n{numerics.block(results)}\n<!-- /numerics -->" in page
+    covered = {(row["loss"], row["dtype"]) for row in results["rows"]}
+    assert len(covered) == len(results["rows"]) == len(numerics.LOSSES) * len(numerics.DTYPES)
+    # What the page says of them.
+    for row in results["rows"]:
+        for column, error in row["ours"].items():
+            assert error < row["torch"][column] + 1, row
+            if row["dtype"] in ("bfloat16", "float16"):
+                assert error < 0.505, row
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_an_ulp_is_one_unit_in_the_last_place(numerics: ModuleType, dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    for truth, spacing in (
+        (1.0, info.eps),
+        (3.0, 2 * info.eps),
+        (0.0, info.smallest_normal * info.eps),
+    ):
+        exact = torch.tensor([truth], dtype=dtype)
+        assert numerics.ulps(exact, numerics.wide(exact)) == 0
+        assert numerics.ulps(exact + spacing, numerics.wide(exact)) == 1

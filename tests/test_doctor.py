@@ -1,0 +1,432 @@
+"""python -m fusedloss: each trouble of an installation, made on purpose, and what is said of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedloss
+from fusedloss import doctor
+from fusedloss.__main__ import NO_BENCH, main
+from fusedloss.doctor import PACKAGE, Finding
+
+HERE = "_C" + EXTENSION_SUFFIXES[0]
+
+
+def only(findings: Iterable[Finding], kind: str) -> Finding:
+    """The one finding that is not ok, which is of this kind and has a cure."""
+    (found,) = (finding for finding in findings if finding.kind != "ok")
+    assert found.kind == kind and found.cure, found
+    return found
+
+
+def program(folder: Path, name: str, prints: str) -> Path:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\ncat <<'END'\n{prints}\nEND\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def bare_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The only folder on the PATH: nothing but cat is in it."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    cat = shutil.which("cat")
+    assert cat is not None
+    (folder / "cat").symlink_to(cat)
+    monkeypatch.setenv("PATH", str(folder))
+    for name in ("CXX", "NVCC", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A package of that name, without an extension."""
+    folder = tmp_path / "site" / "fusedloss"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    return folder
+
+
+# ---- Python and torch ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("version", "kind"), [((3, 9), "trouble"), ((3, 10), "ok"), ((3, 13), "ok"), ((3, 14), "note")]
+)
+def test_python(version: tuple[int, int], kind: str) -> None:
+    (found,) = doctor.python(version)
+    assert found.kind == kind
+
+
+def test_tested_pythons_are_those_that_pyproject_names() -> None:
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    for minor in range(8, 17):
+        tested = doctor.OLDEST_PYTHON <= (3, minor) <= doctor.NEWEST_PYTHON
+        assert (f'"Programming Language :: Python :: 3.{minor}"' in text) is tested
+
+
+@pytest.mark.parametrize(
+    ("release", "wanted", "fits"),
+    [
+        ("2.11.0", "torch<2.16,>=2.11", True),
+        ("2.15.3+cu130", "torch<2.16,>=2.11", True),
+        ("2.10.1", "torch<2.16,>=2.11", False),
+        ("2.16.0", "torch<2.16,>=2.11", False),
+        ("2.14.1+cu130", "torch==2.14.1", True),
+        ("2.14.2", "torch==2.14.1", False),
+    ],
+)
+def test_torch_out_of_range(release: str, wanted: str, fits: bool) -> None:
+    findings = list(doctor.torch_release(release, ["numpy", wanted]))
+    if fits:
+        assert [finding.kind for finding in findings] == ["ok"]
+    else:
+        assert release in only(findings, "trouble").what
+
+
+def test_torch_that_does_not_import(tmp_path: Path) -> None:
+    """A torch whose library is missing, and none at all: one sentence with the cure, no riddle."""
+    # Apart from a torch that may be installed beside the package.
+    site = tmp_path / "site"
+    shutil.copytree(PACKAGE, site / "fusedloss", ignore=shutil.ignore_patterns("*.so"))
+    broken = tmp_path / "broken" / "torch"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text(
+        "raise OSError('libcudart.so.99: cannot open shared object file')"
+    )
+    # -S: without site-packages, and so without the torch there.
+    for path, said in (
+        (
+            [str(broken.parent), str(site)],
+            "libcudart.so.99: cannot open shared object file. Cure: ",
+        ),
+        ([str(site)], "has none. Cure: "),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-S", "-m", "fusedloss", "doctor"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 1
+        assert said in done.stderr.splitlines()[-1]
+
+
+# ---- the extension -------------------------------------------------------------------------------
+
+
+def test_extension_that_was_not_built(package: Path, bare_path: Path) -> None:
+    found = only(doctor.extension(package, "not built", None, "2.14.1"), "trouble")
+    assert found.what == f"no compiled extension in {package}"
+    assert "install a C++ compiler" in str(found.cure)
+    program(bare_path, "c++", "")
+    found = only(doctor.extension(package, "not built", None, "2.14.1"), "trouble")
+    assert "compiler" not in str(found.cure)
+
+
+def test_extension_of_another_python(package: Path) -> None:
+    (package / "_C.cpython-39-x86_64-linux-gnu.so").touch()
+    found = only(doctor.extension(package, "not built", None, "2.14.1"), "trouble")
+    assert "of another Python (_C.cpython-39-x86_64-linux-gnu.so)" in found.what
+
+
+@pytest.mark.parametrize(
+    ("why_not", "said"),
+    [
+        ("the extension was built against torch 2.13.0, and this is", "of another torch than 2.14.1"),
+        ("undefined symbol: _ZN2at4_ops3add4callE", "of another torch than 2.14.1"),
+        ("libcudart.so.12: cannot open shared object file", "needs libcudart.so.12"),
+        ("/lib/libstdc++.so.6: version `GLIBCXX_3.4.32' not found", "of a newer system"),
+        ("file too short", "does not load: file too short"),
+    ],
+)  # fmt: skip
+def test_extension_that_does_not_load(package: Path, why_not: str, said: str) -> None:
+    (package / HERE).touch()
+    found = only(doctor.extension(package, why_not, None, "2.14.1"), "trouble")
+    assert said in found.what
+    assert "pip install" in str(found.cure)
+
+
+SYMBOL = (
+    'extern "C" int of_another_torch(); extern "C" int PyInit__C() { return of_another_torch(); }'
+)
+
+
+@pytest.mark.parametrize("damage", ["renamed", "another torch"])
+def test_damaged_installation(damage: str, tmp_path: Path) -> None:
+    """The whole command, on a copy of the package whose extension is not right."""
+    copy = tmp_path / "fusedloss"
+    packages = [
+        path for path in sys.path if Path(path, "torch").is_dir() or "site-packages" in path
+    ]
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so"))
+    if damage == "renamed":
+        (copy / "_C.cpython-39-x86_64-linux-gnu.so").touch()
+        said = "the compiled extension is of another Python"
+    else:
+        compiler = shutil.which("c++")
+        if compiler is None:
+            pytest.skip("no C++ compiler")
+        (tmp_path / "other.cpp").write_text(SYMBOL)
+        subprocess.run(
+            [compiler, "-shared", "-fPIC", "-o", copy / HERE, tmp_path / "other.cpp"], check=True
+        )
+        said = "the compiled extension is of another torch than"
+    done = subprocess.run(
+        # -S: an editable installation would lend its extension.
+        [sys.executable, "-S", "-W", "ignore", "-m", "fusedloss", "doctor"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *packages])},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"trouble  {said}" in done.stdout
+
+
+def test_extension_of_another_copy(package: Path, tmp_path: Path) -> None:
+    found = only(doctor.extension(package, None, str(tmp_path / HERE), "2.14.1"), "trouble")
+    assert f"of another copy of the package: {tmp_path / HERE}" in found.what
+    (own,) = doctor.extension(package, None, str(package / HERE), "2.14.1")
+    assert own.kind == "ok"
+
+
+def test_checkout_that_hides_the_installation(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_editable_source", lambda: None)
+    checkout = tmp_path / "checkout" / "fusedloss"
+    checkout.mkdir(parents=True)
+    (checkout / "__init__.py").touch()
+    path = [str(checkout.parent), str(package.parent)]
+    note = only(doctor.copies(checkout, path), "note")
+    assert str(package) in note.what
+    # Worse, where the copy that is hidden is the one that has kernels.
+    (package / HERE).touch()
+    found = only(doctor.copies(checkout, path), "trouble")
+    assert "which has the compiled extension that the former lacks" in found.what
+    (checkout / HERE).touch()
+    only(doctor.copies(checkout, path), "note")
+
+
+def test_the_same_folder_twice_is_one_copy(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_editable_source", lambda: package.parent)
+    (tmp_path / "link").symlink_to(package.parent)
+    path = [str(package.parent), str(tmp_path / "link"), str(tmp_path / "nothing")]
+    assert [finding.kind for finding in doctor.copies(package, path)] == ["ok"]
+
+
+# ---- compilers -----------------------------------------------------------------------------------
+
+
+def test_missing_tools(bare_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
+    compiler, headers, ninja = doctor.tools(tmp_path)
+    assert "no C++ compiler" in compiler.what and "g++" in str(compiler.cure)
+    assert f"no Python.h in {tmp_path}" in headers.what and "-dev" in str(headers.cure)
+    assert "no ninja" in ninja.what and "pip install ninja" in str(ninja.cure)
+    assert {compiler.kind, headers.kind, ninja.kind} == {"note"}
+
+
+def test_tools_that_are_there(bare_path: Path, tmp_path: Path) -> None:
+    program(bare_path, "clang++", "")
+    program(bare_path, "ninja", "")
+    (tmp_path / "Python.h").touch()
+    assert [finding.kind for finding in doctor.tools(tmp_path)] == ["ok"] * 3
+
+
+def test_compiler_chosen_by_hand(bare_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(bare_path, "c++", "")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert next(doctor.tools()).what == "CXX=no-such-compiler is no program"
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+
+def test_missing_nvcc(bare_path: Path) -> None:
+    found = only(doctor.cuda("13.0", None, None, fused=False), "note")
+    assert "no nvcc was found" in found.what and "toolkit 13.0" in str(found.cure)
+    # With a GPU at hand that is a trouble, unless another backend drives it.
+    assert only(doctor.cuda("13.0", None, (13, 0), fused=False), "trouble") == Finding(
+        "trouble", found.what, found.cure
+    )
+    assert "another backend" in only(doctor.cuda("13.0", None, (13, 0), fused=True), "note").what
+
+
+@pytest.mark.parametrize("variable", ["PATH", "NVCC", "CUDA_HOME"])
+def test_nvcc_of_another_cuda(
+    variable: str, bare_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variable == "PATH":
+        nvcc = program(bare_path, "nvcc", "Cuda compilation tools, release 12.4, V12.4.131")
+    else:
+        (tmp_path / "cuda" / "bin").mkdir(parents=True)
+        nvcc = program(tmp_path / "cuda" / "bin", "nvcc", "release 12.4, V12.4.131")
+        monkeypatch.setenv(variable, str(nvcc if variable == "NVCC" else tmp_path / "cuda"))
+    found = only(doctor.cuda("13.0", None, None, fused=False), "note")
+    assert f"{nvcc} is of CUDA 12.4, and torch of CUDA 13.0" in found.what
+    same = only(doctor.cuda("12.8", None, None, fused=False), "note")
+    assert f"{nvcc} could build them" in same.what
+
+
+def test_kernels_of_another_cuda() -> None:
+    found = only(doctor.cuda("13.0", "12.4", None, fused=True), "trouble")
+    assert "the CUDA kernels are of CUDA 12.4, and torch of CUDA 13.0" in found.what
+    assert all(finding.kind == "ok" for finding in doctor.cuda("13.0", "13.1", None, fused=True))
+
+
+def test_torch_for_the_cpu_beside_a_gpu() -> None:
+    found = only(doctor.cuda(None, None, (12, 4), fused=False), "trouble")
+    assert "torch is built for the CPU" in found.what
+    assert [finding.kind for finding in doctor.cuda(None, None, None, fused=False)] == ["ok"]
+
+
+@pytest.mark.parametrize(("number", "kind"), [(12040, "trouble"), (13000, "note"), (13010, "ok")])
+def test_old_driver(number: int, kind: str, tmp_path: Path) -> None:
+    """A stand-in for NVIDIA's library says what it runs; a process of its own loads it."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source = tmp_path / "driver.cpp"
+    source.write_text(
+        f'extern "C" int cuDriverGetVersion(int* version) {{ *version = {number}; return 0; }}'
+    )
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    code = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("doctor", {doctor.__file__!r})
+doctor = sys.modules["doctor"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(doctor)
+print(*doctor.cuda("13.1", "13.1", doctor.driver_version(), True), sep="\\n")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first = done.stdout.splitlines()[0]
+    assert first.startswith(kind) and f"CUDA {'' if kind == 'ok' else 'up to '}" in first
+    assert ("update the driver" in done.stdout) is (kind != "ok")
+
+
+# ---- OpenMP --------------------------------------------------------------------------------------
+
+MAPS = "7f0000000000-7f0000001000 r-xp 00000000 08:01 42                   {}\n"
+
+
+def test_two_openmp_runtimes() -> None:
+    def findings(*names: str) -> list[Finding]:
+        # Each library is mapped several times.
+        return list(doctor.openmp("".join(MAPS.format(name) for name in names + names)))
+
+    torchs, sklearns = (
+        "/site/torch/lib/libgomp.so.1",
+        "/site/sklearn.libs/libgomp-e985bcbb.so.1.0.0",
+    )
+    assert findings(torchs, "/lib/libc.so.6", "/lib/libcompletely.so")[0].kind == "ok"
+    assert findings("/lib/libc.so.6")[0].kind == "ok"
+    assert torchs in only(findings(torchs, sklearns), "note").what
+    for other in ("/opt/conda/lib/libiomp5.so", "/usr/lib/llvm-19/lib/libomp.so.5"):
+        assert other in only(findings(torchs, other), "trouble").what
+
+
+# ---- the commands --------------------------------------------------------------------------------
+
+
+def test_nothing_is_wrong_here(compiled: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the tests run on: at most notes, so status 0."""
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert f"ok       torch {torch.__version__}" in said
+    assert "ok       the compiled extension loads" in said
+    assert (
+        said.splitlines()[-1] == "no trouble found"
+        or said.splitlines()[-1].split()[1][:4] == "note"
+    )
+
+
+def test_status_tells(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    findings = [
+        Finding("trouble", "ill", "rest"),
+        Finding("note", "pale", "walk"),
+        Finding("ok", "fit"),
+    ]
+    monkeypatch.setattr(doctor, "examine", lambda modules: findings)
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "trouble  ill",
+        "         cure: rest",
+        "note     pale",
+        "         cure: walk",
+        "ok       fit",
+        "1 trouble, 1 note",
+    ]
+    del findings[0]
+    assert main(["doctor"]) == 0
+
+
+def test_other_modules_are_imported_first(capsys: pytest.CaptureFixture[str]) -> None:
+    sys.modules.pop("this", None)
+    main(["doctor", "--import", "this"])
+    assert "this" in sys.modules
+    with pytest.raises(SystemExit, match="2"):
+        main(["doctor", "--import", "no_such_module"])
+    assert "No module named 'no_such_module'" in capsys.readouterr().err
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out == f"{fusedloss.info()}\n"
+
+
+def test_bench_without_the_source_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An installed package, and another program's bench in the folder."""
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__main__.py").write_text("raise AssertionError('not ours')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "fusedloss.__main__.__file__", str(tmp_path / "site" / "fusedloss" / "x.py")
+    )
+    assert main(["bench", "--quick"]) == 2
+    assert capsys.readouterr().err == f"{NO_BENCH}\n"
+
+
+def test_bench_is_handed_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "engine.h").touch()
+    (tmp_path / "bench" / "__init__.py").touch()
+    (tmp_path / "bench" / "measure.py").touch()
+    (tmp_path / "bench" / "__main__.py").write_text(
+        "import sys\nif sys.argv[1:] == ['missing']: import no_such_package\nsys.exit(len(sys.argv))"
+    )
+    for name in [name for name in sys.modules if name.split(".")[0] == "bench"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("fusedloss.__main__.__file__", str(tmp_path / "fusedloss" / "__main__.py"))
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    with pytest.raises(SystemExit, match="3"):
+        main(["bench", "--help", "--only=mse"])
+    assert main(["bench", "missing"]) == 2

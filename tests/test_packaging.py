@@ -1,0 +1,75 @@
+"""The version stands in one place, and a wheel asks for the torch that it was built against."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fusedloss
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_version_stands_in_one_place() -> None:
+    version = fusedloss.__version__
+    build = fusedloss.info().build
+    assert build.get("version", version) == version
+    changes = ROOT / "CHANGELOG.md"
+    if not changes.exists():
+        return  # the tests of an installed package
+    newest = re.search(r"^## (\S+)", changes.read_text(), re.MULTILINE)
+    assert newest is not None and newest[1] == version
+    stated = [
+        path.name
+        for path in ROOT.glob("*.*")
+        if path.suffix in (".py", ".toml", ".yml", ".in") and f'"{version}"' in path.read_text()
+    ]
+    assert stated == []
+
+
+@pytest.fixture
+def requirement(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], str]:
+    """setup.py's torch_requirement(), without what the file does besides."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    # It adds to both.
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    made: dict[str, Any] = runpy.run_path(str(ROOT / "setup.py"))
+    found: Callable[[bool], str] = made["torch_requirement"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("torch", "command", "compiled", "asks"),
+    [
+        ("2.14.1+cu130", "bdist_wheel", True, "torch==2.14.1"),
+        ("2.14.1", "bdist_wheel", False, "torch<2.16,>=2.11"),
+        ("2.14.1", "sdist", True, "torch<2.16,>=2.11"),
+        ("2.10.0", "egg_info", True, "torch<2.16,>=2.11"),
+        (None, "egg_info", True, "torch<2.16,>=2.11"),
+    ],
+)
+def test_requirement_of_torch(
+    requirement: Callable[[bool], str],
+    monkeypatch: pytest.MonkeyPatch,
+    torch: str | None,
+    command: str,
+    compiled: bool,
+    asks: str,
+) -> None:
+    def version(name: str) -> str:
+        if torch is None:
+            raise metadata.PackageNotFoundError(name)
+        return torch
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(sys, "argv", ["setup.py", command])
+    assert requirement(compiled) == asks

@@ -1,0 +1,115 @@
+"""What the Triton backend has of its own: functions of one's own in its engine, and that it needs
+no compiled extension. The tests over the table run on it as well: FUSED in helpers.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fusedloss
+from fusedloss import backends
+from helpers import FUSED, assert_same_bits
+
+triton = pytest.importorskip("triton")
+import triton.language as tl
+
+from fusedloss.backends.triton import common, pointwise
+from fusedloss.backends.triton.losses import PointwiseLoss
+
+
+@triton.jit
+def _saturating(x, y, p, scale, slope):
+    """p scale (1 - e^-d^2) + slope x y, with d = x - y."""
+    d = x - y
+    e = tl.exp(-d * d)
+    by_d = p * scale * 2.0 * d * e
+    return p * scale * (1.0 - e) + slope * x * y, by_d + slope * y, slope * x - by_d
+
+
+@pytest.mark.skipif(FUSED != "triton", reason="FUSEDLOSS_TEST_BACKEND is not triton")
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_function_of_ones_own(reduction: int, layout: str, fused: str) -> None:
+    """An operand, two parameters, and a gradient for target: the engine takes a jit function."""
+    loss = PointwiseLoss(_saturating, parameters=2)
+    shape = (70, 33)
+    x, y, p, upstream = torch.randn(4, *shape, dtype=torch.float64).unbind()
+    if layout == "transposed":
+        x = x.t().contiguous().t()
+    parameters = (0.3, -1.75)
+    expected = [t.clone().requires_grad_() for t in (x, y)]
+    d = expected[0] - expected[1]
+    each = p * 0.3 * (1 - (-d * d).exp()) - 1.75 * expected[0] * expected[1]
+    value = each if reduction == 0 else each.mean() if reduction == 1 else each.sum()
+    upstream = upstream if reduction == 0 else torch.tensor(0.7, dtype=torch.float64)
+    wanted = torch.autograd.grad(value, expected, upstream)
+
+    def run(do: common.Pass, by_target: torch.Tensor | None = None) -> torch.Tensor | None:
+        return pointwise.run(
+            do, loss, x, y, None, (p,), parameters, 0, reduction, torch.float64, by_target
+        )
+
+    scales = torch.tensor([0.7, 3.0], dtype=torch.float64)  # as predicted
+    forward = common.Pass(common.FORWARD if reduction else common.VALUE, scales)
+    predicted = [common.empty_like(x, x.dtype) for _ in range(2)]
+    if reduction:
+        forward.gradient = predicted[0]
+    torch.testing.assert_close(run(forward, predicted[1] if reduction else None), value.detach())
+    gradients = [common.empty_like(x, x.dtype) for _ in range(2)]
+    prediction = torch.ones(2, dtype=torch.float64)
+    run(common.Pass(common.FRESH, scales, gradients[0], prediction, upstream), gradients[1])
+    for got, right in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(got, right)
+    for ahead, got in zip(predicted if reduction else [], gradients, strict=False):
+        assert_same_bits(ahead, got, "written by the forward pass, and by the backward pass")
+
+
+def test_it_takes_what_the_extension_has_no_kernels_for() -> None:
+    """Unasked: CPU tensors are the compiled kernels', a GPU's without CUDA kernels Triton's."""
+    interpreted = backends.INTERPRETED
+    built = backends.extension is not None
+    cuda = "compiled" if built and fusedloss.info().build["cuda"] else "triton"
+    expected = {"cpu": "compiled"} if built else {}
+    if cuda == "compiled" or not interpreted:
+        expected["cuda"] = cuda
+    if not interpreted:
+        expected["xpu"] = "triton"
+    assert backends.fused_on == expected
+
+
+_WITHOUT_EXTENSION = """
+import sys, warnings
+sys.modules["fusedloss._C"] = None  # as where there was no compiler
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import fusedloss
+assert "without compiled kernels" in str(caught[0].message), caught
+import torch, fusedloss.functional as FL
+assert fusedloss.info().backends["compiled"] and not fusedloss.info().backends["triton"]
+x, y = torch.randn(9, 5, requires_grad=True), torch.randint(5, (9,))
+assert not fusedloss.explain(FL.cross_entropy, x, y).fused  # the interpreter is to be asked for
+fusedloss.backend("triton")
+assert fusedloss.explain(FL.cross_entropy, x, y).backend == "triton"
+module = fusedloss.CrossEntropyLoss()
+compiled = torch.compile(lambda x: module(x, y), fullgraph=True, backend="aot_eager")
+for call in (lambda x: FL.cross_entropy(x, y), lambda x: module(x, y), compiled):
+    for upstream in (1.0, 1.0, 3.0):
+        (got,) = torch.autograd.grad(call(x) * upstream, x)
+        right = torch.nn.functional.cross_entropy(x, y) * upstream
+        torch.testing.assert_close(got, torch.autograd.grad(right, x)[0])
+"""
+
+
+def test_without_the_extension() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_EXTENSION],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,80 @@
+"""The Triton kernels, compiled for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusedloss import backends
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(backends.INTERPRETED, reason="TRITON_INTERPRET=1"),
+]
+SCRIPT = Path(__file__).with_name("triton_compile.py")
+
+
+def compiled(*options: str, cache: Path) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *options],
+        env={**os.environ, "TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+# Each operand and option of the kernels is in one of them: indices as rows, broadcast operands,
+# a parameter, probabilities in [0, 1], weights, smoothing, rows in one tile and in several.
+@pytest.mark.parametrize(
+    ("target", "dtype", "families"),
+    [
+        (
+            "sm_90",
+            "bf16",
+            [
+                "mse_loss",
+                "binary_cross_entropy",
+                "log_loss-weight-ignored_class",
+                "cross_entropy",
+                "cross_entropy-probabilities-weight-smoothing",
+            ],
+        ),
+        ("sm_80", "fp32", ["huber_loss", "cross_entropy-weight-smoothing-ignored"]),
+        (
+            "gfx942",
+            "fp16",
+            [
+                "binary_cross_entropy_with_logits-lastdim_weight-lastdim_pos_weight",
+                "cross_entropy",
+            ],
+        ),
+    ],
+)
+def test_kernels(target: str, dtype: str, families: list[str], tmp_path: Path) -> None:
+    options = ["--target", target, "--dtype", dtype, "--classes", "1000", "32000"]
+    for family in families:
+        options += ["--family", family]
+    told = compiled(*options, cache=tmp_path)
+    calls: dict[str, list[dict[str, Any]]] = {}
+    for row in told:
+        if row["kernel"] in ("pointwise", "cross_entropy"):
+            calls.setdefault(row["call"], []).append(row)
+    rows = sum(family.startswith("cross_entropy") for family in families)
+    assert len(calls) == len(families) + rows
+    for call, (forward, backward) in calls.items():
+        # So a gradient has the same bits from both passes.
+        assert forward["binary"] == backward["binary"], call
+        if target.startswith("sm"):
+            # Bytes a thread: a tile that its registers do not hold would spill far more.
+            assert forward["spills"] <= 64, call
+            assert forward["load"] == forward["store"] == 16, call

@@ -1,0 +1,145 @@
+"""The Triton kernels, compiled for GPUs that need not be there: `python triton_compile.py`.
+
+Takes each call's own way from tensors to kernels, on CPU tensors, and stops short of the launch.
+Prints, a line each, what the compilers say of every kernel, as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import fusedloss.functional as FL
+from cases import DTYPES, FAMILIES, at_shape
+from fusedloss import backends
+from fusedloss.backends.triton import common, cross_entropy, pointwise
+from helpers import leaf
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+KERNELS = [(pointwise, "pointwise"), (cross_entropy, "cross_entropy")]
+KERNELS += [(common, "finish"), (common, "count_classes")]
+
+
+class Driver:
+    """As much of one as compiling asks for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.get_current_target = lambda: target
+        # Triton keeps what it has compiled by device.
+        self.get_current_device = lambda: list(TARGETS.values()).index(target)
+        self.get_current_stream = lambda device: 0
+        self.get_active_torch_device = lambda: torch.device("cpu")
+
+
+class Compiled:
+    """A kernel that is compiled where it would be launched."""
+
+    def __init__(self, kernel: Any, tell: Callable[[str, Any, float], None]) -> None:
+        self.kernel, self.tell = kernel, tell
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def compile_only(*args: Any, **options: Any) -> None:
+            started = time.perf_counter()
+            compiled = self.kernel.warmup(*args, grid=grid, **options)
+            self.tell(self.kernel.__name__, compiled, time.perf_counter() - started)
+
+        return compile_only
+
+
+@contextmanager
+def compiling(target: GPUTarget, tell: Callable[[str, Any, float], None]) -> Iterator[None]:
+    driver.set_active(Driver(target))
+    backends.fused_on = {"cpu": "triton"}
+    backends.compiled_runs = False
+    kernels = [(module, name, getattr(module, name)) for module, name in KERNELS]
+    for module, name, kernel in kernels:
+        setattr(module, name, Compiled(kernel, tell))
+    try:
+        yield
+    finally:
+        for module, name, kernel in kernels:
+            setattr(module, name, kernel)
+
+
+def of_nvidia(target: GPUTarget, ptx: str) -> dict[str, Any]:
+    """What ptxas says of it, and how wide it reads and writes memory."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        arch = "sm_90a" if target.arch == 90 else f"sm_{target.arch}"
+        command = [get_ptxas(target.arch).path, "-v", "--fmad=false", f"--gpu-name={arch}"]
+        told = subprocess.run(
+            [*command, source, "-o", cubin], capture_output=True, text=True, check=True
+        ).stderr
+
+    def number(pattern: str) -> int:
+        return sum(map(int, re.findall(pattern, told)))
+
+    def widest(instruction: str) -> int:
+        """Bytes of the widest access."""
+        found = re.findall(rf"{instruction}\.global[\w:.]*?(?:\.v(\d))?\.b(\d+)", ptx)
+        return max((int(vector or 1) * int(size) // 8 for vector, size in found), default=0)
+
+    return {
+        "registers": number(r"Used (\d+) registers"),
+        "spills": number(r"(\d+) bytes spill"),
+        "load": widest("ld"),
+        "store": widest("st"),
+    }
+
+
+def report(target: str, call: str, kernel: str, compiled: Any, seconds: float) -> None:
+    told: dict[str, Any] = {
+        "target": target,
+        "call": call,
+        "kernel": kernel,
+        "seconds": round(seconds, 2),
+    }
+    told |= {"shared": compiled.metadata.shared, "binary": compiled.hash}
+    if TARGETS[target].backend == "cuda":
+        told |= of_nvidia(TARGETS[target], compiled.asm["ptx"])
+    print(json.dumps(told), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", choices=TARGETS, action="append")
+    parser.add_argument("--family", choices=FAMILIES, action="append")
+    parser.add_argument("--dtype", choices=DTYPES, action="append")
+    parser.add_argument("--classes", type=int, nargs="+", default=[32, 1000, 32000])
+    asked = parser.parse_args()
+    for target, family, dtype in itertools.product(
+        asked.target or TARGETS, asked.family or FAMILIES, asked.dtype or DTYPES
+    ):
+        rows = family.startswith("cross_entropy")
+        for shape in [(64, c) for c in asked.classes] if rows else [(640, 200)]:
+            case = at_shape(family, shape)
+            sample = case.sample(DTYPES[dtype])
+            tell = functools.partial(report, target, f"{case.name} {dtype}")
+            with compiling(TARGETS[target], tell):
+                value = getattr(FL, case.loss)(leaf(sample.input), sample.target, **sample.options)
+                value.backward()
+
+
+if __name__ == "__main__":
+    main()
