@@ -443,6 +443,24 @@ def test_torch_compile(compiled: str) -> None:
         torch.testing.assert_close(mine, right)
 
 
+def test_operator(compiled: str) -> None:
+    """Schema, shape-only kernels and autograd registration hold."""
+    focal.compile()
+    x, y = (leaf(t) for t in CASES[3].sample(torch.float32, (5, 3)))
+    weight = torch.rand(5, 3)
+    loss, parameters = focal._keys["cpu"], [2.0, 0.25, math.inf]
+    for reduction in (0, 1):
+        torch.library.opcheck(
+            torch.ops.fusedloss.custom.default,
+            (x, y, weight, loss, parameters, reduction, torch.float32, None),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )
+    with pytest.raises(ValueError, match="has 3 parameters, and the call 1"):
+        torch.ops.fusedloss.custom(x, y, None, loss, [2.0], 1, torch.float32, None)
+    with pytest.raises(RuntimeError, match="no kernel of a loss 'none' is loaded"):
+        torch.ops.fusedloss.custom(x, y, None, "none", [], 1, torch.float32, None)
+
+
 # ---- the object ----------------------------------------------------------------------------------
 
 

@@ -24,7 +24,15 @@ import build
 PACKAGE = build.OUT / "package" / "fusedloss"
 STAND_INS = Path("tests/cuda_emulator/extension")
 TESTS = ("test_values.py", "test_edge_cases.py", "test_faults.py", "test_operators.py")
-OPERATORS = ("ops.cpp", "ops_cuda.cpp", "tensors.cpp", "carried.cpp", "autograd.cpp", "python.cpp")
+OPERATORS = (
+    "ops.cpp",
+    "ops_cuda.cpp",
+    "tensors.cpp",
+    "carried.cpp",
+    "custom.cpp",
+    "autograd.cpp",
+    "python.cpp",
+)
 
 
 def compile_extension() -> Path:
