@@ -35,6 +35,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 from packaging.requirements import Requirement
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 TORCH = Requirement("torch>=2.11,<2.16")
 
@@ -71,6 +72,19 @@ CXX_FLAGS = [
     # What gcc 12 says of its own AVX-512 headers, and of calls that are inlined anyway.
     *("-Wno-maybe-uninitialized", "-Wno-psabi"),
 ]
+
+
+class ShipHeaders(build_py):
+    """Puts into the package what a loss of one's own is compiled with, where the package is used."""
+
+    def run(self) -> None:
+        super().run()
+        if getattr(self, "editable_mode", False):
+            return  # found beside the package
+        for header in sorted([*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.cuh")]):
+            target = Path(self.build_lib, "fusedloss", "include", header.relative_to("csrc"))
+            self.mkpath(str(target.parent))
+            self.copy_file(str(header), str(target))
 
 
 def expose_environment() -> None:
@@ -270,7 +284,10 @@ def build_kernels() -> type[build_ext]:
                 ext.libraries += ["c10_cuda", "torch_cuda", "cudart"]
             ext.extra_compile_args += [
                 *flags,
-                *(f"-DFUSEDLOSS_BUILT_{name}" for name in CPU_CAPABILITIES),
+                *(
+                    f'-DFUSEDLOSS_BUILT_{name}="{" ".join(flags)}"'
+                    for name, flags in CPU_CAPABILITIES.items()
+                ),
                 f'-DFUSEDLOSS_VERSION="{self.distribution.get_version()}"',
                 f'-DFUSEDLOSS_TORCH_VERSION="{torch.__version__}"',
             ]
@@ -288,7 +305,7 @@ def compiled_part() -> dict[str, Any]:
     compiler = find_compiler()
     if compiler is None:
         print("fusedloss: no C++ compiler (CXX, c++, g++, clang++): installing without kernels")
-        return {}
+        return {"cmdclass": {"build_py": ShipHeaders}}
     os.environ["CXX"] = compiler
     if importlib.util.find_spec("ninja"):
         # Called by its path, an environment's python does not have its programs on the PATH.
@@ -306,7 +323,10 @@ def compiled_part() -> dict[str, Any]:
     )
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": build_kernels() if usable else needs_torch(found)},
+        "cmdclass": {
+            "build_ext": build_kernels() if usable else needs_torch(found),
+            "build_py": ShipHeaders,
+        },
         "setup_requires": [] if usable else [str(TORCH)],
     }
 

@@ -1,4 +1,5 @@
-// The autograd Functions behind the differentiable operators: pointwise losses, and cross-entropy.
+// The autograd Functions behind the differentiable operators: pointwise losses, losses of one's
+// own, and cross-entropy.
 //
 // The forward pass writes the gradient already, for a predicted upstream gradient. Backward hands
 // it over where the prediction was right, and has the same kernel compute it from the saved inputs
@@ -61,8 +62,11 @@ bool saves_through_hooks() { return at::SavedTensorDefaultHooks::get_hooks().has
 Tensor no_prediction(const Tensor& input) {
   return at::zeros({2}, input.options().dtype(at::kDouble));
 }
-void drop_gradient(const Tensor& scales) {
-  if (Carried* left = carried(scales)) left->gradient.reset();
+void drop_gradients(const Tensor& scales) {
+  if (Carried* left = carried(scales)) {
+    left->gradient.reset();
+    left->target_gradient.reset();
+  }
 }
 
 // ---- pointwise ----------------------------------------------------------------------------------
@@ -80,7 +84,7 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [value, scales] = op.call(input, target, weight, pos_weight, loss, parameter, ignore_index,
                                    reduction, dtype, hooked ? no_prediction(input) : prediction);
-    if (hooked) drop_gradient(scales);
+    if (hooked) drop_gradients(scales);
     ctx->save_for_backward({input, target, or_undefined(weight), or_undefined(pos_weight)});
     Kept{std::move(scales), std::make_tuple(std::string(loss), parameter), ignore_index, reduction,
          dtype}
@@ -128,6 +132,71 @@ Tensor pointwise(const Tensor& input, const Tensor& target, const OptionalTensor
                  prediction);
 }
 
+// ---- losses of one's own ------------------------------------------------------------------------
+
+struct CustomFunction : torch::autograd::Function<CustomFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target,
+                        const OptionalTensor& weight, std::string_view loss,
+                        at::ArrayRef<double> parameters, int64_t reduction, at::ScalarType dtype,
+                        const OptionalTensor& prediction) {
+    static const auto op = find_operator<std::tuple<Tensor, Tensor>(
+        const Tensor&, const Tensor&, const OptionalTensor&, std::string_view, at::ArrayRef<double>,
+        int64_t, at::ScalarType, bool, bool, const OptionalTensor&)>("fusedloss::custom_forward");
+    const bool hooked = saves_through_hooks();
+    const bool of_input = input.requires_grad(), of_target = target.requires_grad();
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [value, scales] = op.call(input, target, weight, loss, parameters, reduction, dtype,
+                                   of_input, of_target, hooked ? no_prediction(input) : prediction);
+    if (hooked) drop_gradients(scales);
+    ctx->save_for_backward({input, target, or_undefined(weight)});
+    Kept{std::move(scales),
+         std::make_tuple(std::string(loss), parameters.vec(), of_input, of_target), 0, reduction,
+         dtype}
+        .in(ctx);
+    return value;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const variable_list inputs = ctx->get_saved_variables();
+    const Tensor &input = inputs[0], &target = inputs[1];
+    const OptionalTensor weight = optional(inputs[2]);
+    const Kept kept = Kept::from(ctx);
+    const auto [loss, parameters, of_input, of_target] =
+        kept.loss.to<std::tuple<std::string, std::vector<double>, bool, bool>>();
+    variable_list gradients(8);
+    if (needs_reference(grad_outputs[0])) {
+      static const auto op = find_operator<std::tuple<Tensor, Tensor>(
+          const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, std::string_view,
+          at::ArrayRef<double>, int64_t, at::ScalarType, bool, bool)>(
+          "fusedloss::custom_reference_gradient");
+      std::tie(gradients[0], gradients[1]) =
+          op.call(grad_outputs[0], input, target, weight, loss, parameters, kept.reduction,
+                  kept.dtype, of_input, of_target);
+      return gradients;
+    }
+    static const auto op = find_operator<std::tuple<Tensor, Tensor>(
+        const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+        std::string_view, at::ArrayRef<double>, int64_t, at::ScalarType, bool, bool)>(
+        "fusedloss::custom_backward");
+    std::tie(gradients[0], gradients[1]) =
+        op.call(grad_outputs[0], kept.scales, input, target, weight, loss, parameters,
+                kept.reduction, kept.dtype, of_input, of_target);
+    return gradients;
+  }
+};
+
+Tensor custom(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+              std::string_view loss, at::ArrayRef<double> parameters, int64_t reduction,
+              at::ScalarType dtype, const OptionalTensor& prediction) {
+  if (wants_gradient(input) || wants_gradient(target)) {
+    return CustomFunction::apply(input, target, weight, loss, parameters, reduction, dtype,
+                                 prediction);
+  }
+  static const auto op = find_operator<CustomSignature>("fusedloss::custom");
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(input, target, weight, loss, parameters, reduction, dtype, prediction);
+}
+
 // ---- cross-entropy ------------------------------------------------------------------------------
 
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
@@ -141,7 +210,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [value, scales] = op.call(input, target, weight, ignore_index, label_smoothing, reduction,
                                    dtype, hooked ? no_prediction(input) : prediction);
-    if (hooked) drop_gradient(scales);
+    if (hooked) drop_gradients(scales);
     ctx->save_for_backward({input, target, or_undefined(weight)});
     Kept{std::move(scales), label_smoothing, ignore_index, reduction, dtype}.in(ctx);
     return value;
@@ -190,6 +259,7 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTe
 
 TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) {
   m.impl("pointwise", &pointwise);
+  m.impl("custom", &custom);
   m.impl("cross_entropy", &cross_entropy);
 }
 

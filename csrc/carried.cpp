@@ -64,8 +64,9 @@ Tensor prediction_of(const OptionalTensor& own, std::string_view loss, const Ten
 
 static void destroy(void* carried) { delete static_cast<Carried*>(carried); }
 
-void carry(const Tensor& scales, Tensor gradient, Tensor prediction) {
-  auto* carried = new Carried{std::move(gradient), std::move(prediction), {}};
+void carry(const Tensor& scales, Tensor gradient, Tensor prediction, Tensor target_gradient) {
+  auto* carried =
+      new Carried{std::move(gradient), std::move(target_gradient), std::move(prediction), {}};
   c10::StorageImpl* storage = scales.storage().unsafeGetStorageImpl();
   carried->memory = storage->set_data_ptr(
       c10::DataPtr(storage->mutable_data(), carried, &destroy, storage->device()));

@@ -17,12 +17,14 @@ at::Tensor prediction_of(const OptionalTensor& own, std::string_view loss, const
 // that return a fresh tensor, for a tracing compiler too, and yet hand over what forward has
 // written: seen as an output of forward, it would be copied there.
 struct Carried {
-  at::Tensor gradient;  // undefined: not written, or handed over already
+  at::Tensor gradient;         // undefined: not written, or handed over already
+  at::Tensor target_gradient;  // likewise, of a loss of one's own
   at::Tensor prediction;
   c10::DataPtr memory;  // of the scales
 };
 
-void carry(const at::Tensor& scales, at::Tensor gradient, at::Tensor prediction);
+void carry(const at::Tensor& scales, at::Tensor gradient, at::Tensor prediction,
+           at::Tensor target_gradient = {});
 
 // Null for scales that are no longer where forward left them: a copy, or a tensor without numbers.
 Carried* carried(const at::Tensor& scales);

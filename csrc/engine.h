@@ -44,6 +44,8 @@ struct Pointwise {
   DType value_dtype = DType::kFloat32;
   void* gradient = nullptr;  // slope * weight * upstream, times what the engine's call says
   DType gradient_dtype = DType::kFloat32;
+  void* target_gradient = nullptr;  // likewise; losses of one's own alone
+  DType target_gradient_dtype = DType::kFloat32;
 };
 
 // A tensor of (outer, classes, inner), strides in elements. Its rows are the outer * inner vectors

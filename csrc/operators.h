@@ -23,6 +23,11 @@ using CrossEntropySignature = at::Tensor(const at::Tensor& input, const at::Tens
                                          double label_smoothing, int64_t reduction,
                                          at::ScalarType dtype, const OptionalTensor& prediction);
 
+using CustomSignature = at::Tensor(const at::Tensor& input, const at::Tensor& target,
+                                   const OptionalTensor& weight, std::string_view loss,
+                                   at::ArrayRef<double> parameters, int64_t reduction,
+                                   at::ScalarType dtype, const OptionalTensor& prediction);
+
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();

@@ -33,6 +33,28 @@ Tensor pointwise_backward_meta(const Tensor&, const Tensor&, const Tensor& input
   return empty_gradient(input);
 }
 
+Tensor custom_meta(const Tensor& input, const Tensor&, const OptionalTensor&, std::string_view,
+                   at::ArrayRef<double>, int64_t reduction, at::ScalarType dtype,
+                   const OptionalTensor&) {
+  return empty_loss(input, reduction, dtype);
+}
+
+std::tuple<Tensor, Tensor> custom_forward_meta(const Tensor& input, const Tensor&,
+                                               const OptionalTensor&, std::string_view,
+                                               at::ArrayRef<double>, int64_t reduction,
+                                               at::ScalarType dtype, bool, bool,
+                                               const OptionalTensor&) {
+  return {empty_loss(input, reduction, dtype), empty_scales(input)};
+}
+
+std::tuple<Tensor, Tensor> custom_backward_meta(const Tensor&, const Tensor&, const Tensor& input,
+                                                const Tensor& target, const OptionalTensor&,
+                                                std::string_view, at::ArrayRef<double>, int64_t,
+                                                at::ScalarType, bool of_input, bool of_target) {
+  return {of_input ? empty_gradient(input) : Tensor(),
+          of_target ? empty_target_gradient(input, target) : Tensor()};
+}
+
 Tensor cross_entropy_meta(const Tensor& input, const Tensor&, const OptionalTensor&, int64_t,
                           double, int64_t reduction, at::ScalarType dtype, const OptionalTensor&) {
   return empty_row_loss(input, reduction, dtype);
@@ -55,6 +77,7 @@ Tensor cross_entropy_backward_meta(const Tensor&, const Tensor&, const Tensor& i
 
 #define FUSEDLOSS_POINTWISE_OPTIONS \
   "str loss, float parameter, int ignore_index, int reduction, ScalarType dtype"
+#define FUSEDLOSS_CUSTOM_OPTIONS "str loss, float[] parameters, int reduction, ScalarType dtype"
 #define FUSEDLOSS_CROSS_ENTROPY_OPTIONS \
   "int ignore_index, float label_smoothing, int reduction, ScalarType dtype"
 
@@ -63,11 +86,15 @@ TORCH_LIBRARY(fusedloss, m) {
   // carries to its backward.
   const std::vector<at::Tag> compiles{at::Tag::pt2_compliant_tag, at::Tag::cudagraph_unsafe};
 
-  // Differentiable in input; the kernels behind Autograd compute the value only.
+  // Differentiable in input, custom in target too; the kernels behind Autograd compute the value
+  // only.
   m.def(
       "pointwise(Tensor input, Tensor target, Tensor? weight, Tensor? "
       "pos_weight, " FUSEDLOSS_POINTWISE_OPTIONS ", Tensor? prediction) -> Tensor",
       compiles);
+  m.def("custom(Tensor input, Tensor target, Tensor? weight, " FUSEDLOSS_CUSTOM_OPTIONS
+        ", Tensor? prediction) -> Tensor",
+        compiles);
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, " FUSEDLOSS_CROSS_ENTROPY_OPTIONS
       ", Tensor? prediction) -> Tensor",
@@ -81,6 +108,15 @@ TORCH_LIBRARY(fusedloss, m) {
   m.def(
       "pointwise_backward(Tensor grad_output, Tensor scales, Tensor input, Tensor target, "
       "Tensor? weight, Tensor? pos_weight, " FUSEDLOSS_POINTWISE_OPTIONS ") -> Tensor",
+      compiles);
+  m.def("custom_forward(Tensor input, Tensor target, Tensor? weight, " FUSEDLOSS_CUSTOM_OPTIONS
+        ", bool of_input, bool of_target, Tensor? prediction) -> (Tensor loss, Tensor scales)",
+        compiles);
+  // The gradients that are wanted; the other is undefined.
+  m.def(
+      "custom_backward(Tensor grad_output, Tensor scales, Tensor input, Tensor target, "
+      "Tensor? weight, " FUSEDLOSS_CUSTOM_OPTIONS
+      ", bool of_input, bool of_target) -> (Tensor, Tensor)",
       compiles);
   m.def(
       "cross_entropy_forward(Tensor input, Tensor target, Tensor? "
@@ -97,6 +133,10 @@ TORCH_LIBRARY(fusedloss, m) {
       "pointwise_reference_gradient(Tensor grad_output, Tensor input, Tensor target, "
       "Tensor? weight, Tensor? pos_weight, " FUSEDLOSS_POINTWISE_OPTIONS ") -> Tensor");
   m.def(
+      "custom_reference_gradient(Tensor grad_output, Tensor input, Tensor target, "
+      "Tensor? weight, " FUSEDLOSS_CUSTOM_OPTIONS
+      ", bool of_input, bool of_target) -> (Tensor, Tensor)");
+  m.def(
       "cross_entropy_reference_gradient(Tensor grad_output, Tensor input, Tensor target, "
       "Tensor? weight, " FUSEDLOSS_CROSS_ENTROPY_OPTIONS ") -> Tensor");
 }
@@ -105,6 +145,9 @@ TORCH_LIBRARY_IMPL(fusedloss, Meta, m) {
   m.impl("pointwise", &pointwise_meta);
   m.impl("pointwise_forward", &pointwise_forward_meta);
   m.impl("pointwise_backward", &pointwise_backward_meta);
+  m.impl("custom", &custom_meta);
+  m.impl("custom_forward", &custom_forward_meta);
+  m.impl("custom_backward", &custom_backward_meta);
   m.impl("cross_entropy", &cross_entropy_meta);
   m.impl("cross_entropy_forward", &cross_entropy_forward_meta);
   m.impl("cross_entropy_backward", &cross_entropy_backward_meta);

@@ -18,6 +18,7 @@
 
 #include "carried.h"
 #include "cpu/kernels.h"
+#include "custom.h"
 #include "math/sum.h"
 #include "tensors.h"
 
@@ -127,42 +128,58 @@ void learn(const Tensor& prediction, double upstream) {
   }
 }
 
-// Of a forward: the upstream gradient that it expects, and the gradient to write for it, if any.
+// Whose gradients are wanted.
+struct Wants {
+  bool input = true, target = false;
+};
+
+// Of a forward: the upstream gradient that it expects, and the gradients to write for it, if any.
 struct Ahead {
-  Tensor prediction, gradient;
+  Tensor prediction, gradient, target_gradient;
   double upstream = kNotWritten;
 
-  Ahead(const OptionalTensor& own, std::string_view loss, const Tensor& input, int64_t reduction) {
+  Ahead(const OptionalTensor& own, std::string_view loss, const Tensor& input, int64_t reduction,
+        const Tensor& target = {}, Wants wants = {}) {
     if (reduction == at::Reduction::None) return;
     prediction = prediction_of(own, loss, input, reduction);
     upstream = predict(prediction);
-    if (!std::isnan(upstream)) gradient = empty_gradient(input);
+    if (std::isnan(upstream)) return;
+    if (wants.input) gradient = empty_gradient(input);
+    if (wants.target) target_gradient = empty_target_gradient(input, target);
   }
 
   Tensor scales(const Tensor& input, double normalizer) && {
     Tensor scales = empty_scales(input);
     scales.mutable_data_ptr<double>()[0] = upstream;
     scales.mutable_data_ptr<double>()[1] = normalizer;
-    carry(scales, std::move(gradient), std::move(prediction));
+    carry(scales, std::move(gradient), std::move(prediction), std::move(target_gradient));
     return scales;
   }
 };
 
-// Of a backward: the true upstream gradient, and the gradient, which may be right for it already.
+// Of a backward: the true upstream gradient, and the gradients, which may be right for it already.
 struct Behind {
   double upstream = 1;
-  Tensor gradient;
+  Tensor gradient, target_gradient;
   bool done = false;
 
-  Behind(const Tensor& grad_output, const Tensor& scales, const Tensor& input, int64_t reduction) {
+  Behind(const Tensor& grad_output, const Tensor& scales, const Tensor& input, int64_t reduction,
+         const Tensor& target = {}, Wants wants = {}) {
     Carried* left = carried(scales);
-    if (left) gradient = std::move(left->gradient);
+    if (left) {
+      gradient = std::move(left->gradient);
+      target_gradient = std::move(left->target_gradient);
+    }
     if (reduction != at::Reduction::None) {
       upstream = scalar(grad_output);
       if (left) learn(left->prediction, upstream);
-      done = gradient.defined() && same(scales.const_data_ptr<double>()[0], upstream);
+      done = (gradient.defined() || !wants.input) && (target_gradient.defined() || !wants.target) &&
+             same(scales.const_data_ptr<double>()[0], upstream);
     }
-    if (!gradient.defined()) gradient = empty_gradient(input);
+    if (wants.input && !gradient.defined()) gradient = empty_gradient(input);
+    if (wants.target && !target_gradient.defined()) {
+      target_gradient = empty_target_gradient(input, target);
+    }
   }
 };
 
@@ -273,9 +290,21 @@ struct PointwiseCall {
     operands.emplace(call, input, target, weight, pos_weight, upstream, kMaxDims);
   }
 
+  // A loss of one's own: its mean is over the weights.
+  PointwiseCall(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                const OptionalTensor& upstream, std::string_view loss,
+                at::ArrayRef<double> parameters, at::ScalarType result)
+      : PointwiseCall(input, target, weight, {}, upstream, loss, 0, 0, result) {
+    call.custom = &custom_kernel(loss);
+    call.parameters = parameters.data();
+    TORCH_CHECK_VALUE(call.custom->parameters == static_cast<int64_t>(parameters.size()),
+                      "fusedloss: '", loss, "' has ", call.custom->parameters,
+                      " parameters, and the call ", parameters.size());
+  }
+
   double normalizer(int64_t reduction, const OptionalTensor& weight) const {
     if (reduction != at::Reduction::Mean) return 1;
-    switch (mean_of(call.loss)) {
+    switch (call.custom ? Mean::kWeights : mean_of(call.loss)) {
       case Mean::kWeights:
         if (present(weight)) return weight->sum(at::kDouble).item<double>();
         break;
@@ -294,6 +323,20 @@ struct PointwiseCall {
     call.gradient = gradient.mutable_data_ptr();
     call.gradient_dtype = dtype_of(gradient);
     call.scale = scale;
+  }
+
+  void want_target_gradient(const Tensor& gradient, double scale) {
+    advise_huge_pages(gradient);
+    call.target_gradient = gradient.mutable_data_ptr();
+    call.target_gradient_dtype = dtype_of(gradient);
+    call.scale = scale;
+  }
+
+  // Those of an Ahead or Behind.
+  template <class Gradients>
+  void want_gradients(const Gradients& g, double scale) {
+    if (g.gradient.defined()) want_gradient(g.gradient, scale);
+    if (g.target_gradient.defined()) want_target_gradient(g.target_gradient, scale);
   }
 
   cpu::PointwiseResult run() { return kernels().pointwise(call); }
@@ -349,6 +392,47 @@ Tensor pointwise_backward(const Tensor& grad_output, const Tensor& scales, const
     p.run();
   }
   return std::move(behind.gradient);
+}
+
+// ---- losses of one's own ------------------------------------------------------------------------
+
+Tensor custom(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+              std::string_view loss, at::ArrayRef<double> parameters, int64_t reduction,
+              at::ScalarType dtype, const OptionalTensor&) {
+  PointwiseCall p(input, target, weight, {}, loss, parameters, dtype);
+  Tensor value = empty_loss(input, reduction, dtype);
+  write_loss(p, value, reduction, p.normalizer(reduction, weight));
+  return value;
+}
+
+std::tuple<Tensor, Tensor> custom_forward(const Tensor& input, const Tensor& target,
+                                          const OptionalTensor& weight, std::string_view loss,
+                                          at::ArrayRef<double> parameters, int64_t reduction,
+                                          at::ScalarType dtype, bool of_input, bool of_target,
+                                          const OptionalTensor& prediction) {
+  Ahead ahead(prediction, loss, input, reduction, target, {of_input, of_target});
+  PointwiseCall p(input, target, weight, {}, loss, parameters, dtype);
+  const double normalizer = p.normalizer(reduction, weight);
+  Tensor value = empty_loss(input, reduction, dtype);
+  p.want_gradients(ahead, ahead.upstream / normalizer);
+  write_loss(p, value, reduction, normalizer);
+  return {value, std::move(ahead).scales(input, normalizer)};
+}
+
+std::tuple<Tensor, Tensor> custom_backward(const Tensor& grad_output, const Tensor& scales,
+                                           const Tensor& input, const Tensor& target,
+                                           const OptionalTensor& weight, std::string_view loss,
+                                           at::ArrayRef<double> parameters, int64_t reduction,
+                                           at::ScalarType dtype, bool of_input, bool of_target) {
+  Behind behind(grad_output, scales, input, reduction, target, {of_input, of_target});
+  if (!behind.done) {
+    const bool each = reduction == at::Reduction::None;
+    PointwiseCall p(input, target, weight, each ? OptionalTensor(grad_output) : std::nullopt, loss,
+                    parameters, dtype);
+    p.want_gradients(behind, behind.upstream / scales.const_data_ptr<double>()[1]);
+    p.run();
+  }
+  return {std::move(behind.gradient), std::move(behind.target_gradient)};
 }
 
 // ---- cross-entropy ------------------------------------------------------------------------------
@@ -460,6 +544,9 @@ TORCH_LIBRARY_IMPL(fusedloss, CPU, m) {
   m.impl("pointwise", &pointwise);
   m.impl("pointwise_forward", &pointwise_forward);
   m.impl("pointwise_backward", &pointwise_backward);
+  m.impl("custom", &custom);
+  m.impl("custom_forward", &custom_forward);
+  m.impl("custom_backward", &custom_backward);
   m.impl("cross_entropy", &cross_entropy);
   m.impl("cross_entropy_forward", &cross_entropy_forward);
   m.impl("cross_entropy_backward", &cross_entropy_backward);

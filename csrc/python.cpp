@@ -10,6 +10,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "carried.h"
+#include "custom.h"
 
 namespace fusedloss {
 namespace {
@@ -84,6 +85,28 @@ py::object pointwise(py::handle input_object, py::handle target_object, std::str
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(value)));
 }
 
+py::object custom(py::handle input_object, py::handle target_object, std::string_view loss,
+                  const std::vector<double>& parameters, int64_t reduction, py::handle prediction) {
+  const Tensor *input = plain(input_object), *target = plain(target_object);
+  if (!input || !target || input->device() != target->device() || !plain_context(*input)) {
+    return py::none();
+  }
+  const at::ScalarType dtype = input->scalar_type();
+  if (!computes(dtype) || target->scalar_type() != dtype || input->numel() == 0 ||
+      input->sizes() != target->sizes() || cannot_be_saved(*input, *target) ||
+      cannot_be_saved(*target, *input)) {
+    return py::none();
+  }
+  static const auto op = find_operator<CustomSignature>("fusedloss::custom");
+  const OptionalTensor site = optional(prediction);
+  Tensor value;
+  {
+    py::gil_scoped_release no_gil;
+    value = op.call(*input, *target, {}, loss, parameters, reduction, dtype, site);
+  }
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(value)));
+}
+
 py::object cross_entropy(py::handle input_object, py::handle target_object,
                          py::handle weight_object, int64_t ignore_index, double label_smoothing,
                          int64_t reduction, py::handle prediction) {
@@ -134,11 +157,15 @@ constexpr const char* kCompiler = "gcc " __VERSION__;
 py::dict build_info() {
   py::list capabilities;
   capabilities.append("DEFAULT");
+  const std::string_view runs = cpu_capability();
+  std::string flags;
 #if defined(FUSEDLOSS_BUILT_AVX2)
   capabilities.append("AVX2");
+  if (runs == "AVX2") flags = FUSEDLOSS_BUILT_AVX2;
 #endif
 #if defined(FUSEDLOSS_BUILT_AVX512)
   capabilities.append("AVX512");
+  if (runs == "AVX512") flags = FUSEDLOSS_BUILT_AVX512;
 #endif
   py::dict info;
   info["version"] = FUSEDLOSS_VERSION;
@@ -150,7 +177,8 @@ py::dict build_info() {
   info["cuda"] = py::none();
 #endif
   info["cpu_capabilities"] = capabilities;
-  info["cpu_capability"] = cpu_capability();
+  info["cpu_capability"] = runs;
+  info["cpu_flags"] = flags;  // of the compiler, for that capability
   return info;
 }
 
@@ -160,6 +188,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "What was built and what of it runs, and the short way into torch.ops.fusedloss.*.";
   m.def("build_info", &build_info);
   m.def("pointwise", &pointwise, "The loss, or None: not a plain call.");
+  m.def("custom", &custom, "The loss, or None: not a plain call.");
+  m.def("load_custom", &load_custom, "Loads a compiled loss under a name.");
   m.def("cross_entropy", &cross_entropy, "The loss, or None: not a plain call.");
 #if defined(FUSEDLOSS_CUDA)
   m.def("raise_faults", &raise_faults,

@@ -81,6 +81,10 @@ static Tensor empty_dense_like(const Tensor& input, at::ScalarType dtype) {
 
 Tensor empty_gradient(const Tensor& input) { return empty_dense_like(input, input.scalar_type()); }
 
+Tensor empty_target_gradient(const Tensor& input, const Tensor& target) {
+  return empty_dense_like(input, target.scalar_type());
+}
+
 Tensor empty_scales(const Tensor& input) {
   return at::empty({2}, input.options().dtype(at::kDouble));
 }

@@ -37,6 +37,8 @@ void check_class_weight(const at::Tensor& input, const OptionalTensor& weight);
 
 // Dense in the order of input's strides, else row-major: what AccumulateGrad takes without a copy.
 at::Tensor empty_gradient(const at::Tensor& input);
+// In input's order too, for an engine writes both alike.
+at::Tensor empty_target_gradient(const at::Tensor& input, const at::Tensor& target);
 // Two doubles, on input's device.
 at::Tensor empty_scales(const at::Tensor& input);
 // A number, or of reduction "none" every element's, or every row's, loss.

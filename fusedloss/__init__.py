@@ -4,6 +4,8 @@ The functions of :mod:`fusedloss.functional` and the modules here take the place
 :mod:`torch.nn.functional`'s and :mod:`torch.nn`'s of the same names.
 """
 
+from typing import Any
+
 try:
     import torch as _torch  # noqa: F401
 except (ImportError, OSError) as error:
@@ -14,6 +16,7 @@ except (ImportError, OSError) as error:
 from . import functional, reference
 from ._version import __version__
 from .backends import backend, check, info
+from .custom import pointwise_loss
 from .functional import explain
 from .modules import (
     BCELoss,
@@ -44,7 +47,18 @@ __all__ = [
     "explain",
     "functional",
     "info",
+    "math",
     "patch",
+    "pointwise_loss",
     "reference",
     "replace",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Not imported above, for it imports SymPy, which takes a while.
+    if name == "math":
+        from importlib import import_module
+
+        return import_module(".math", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

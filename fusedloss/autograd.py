@@ -64,6 +64,23 @@ def pointwise(
     return value
 
 
+def custom(
+    loss: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    parameters: list[float],
+    reduction: int,
+    dtype: torch.dtype,
+    prediction: Tensor | None,
+) -> Tensor:
+    """One fused call of a loss of one's own."""
+    value: Tensor = torch.ops.fusedloss.custom.default(
+        input, target, weight, loss, parameters, reduction, dtype, prediction
+    )
+    return value
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -126,6 +143,41 @@ def pointwise_reference_gradient(
     return _reference_gradient(value, input, grad_output, torch.is_grad_enabled())
 
 
+def custom_reference_gradient(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    loss: str,
+    parameters: list[float],
+    reduction: int,
+    dtype: torch.dtype,
+    of_input: bool,
+    of_target: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    from .custom import loss_named
+
+    *values, bound = parameters
+    with torch.enable_grad():
+        # Not the tensors themselves, whose hooks the outer backward runs.
+        x, y = input.view_as(input), target.view_as(target)
+        value = loss_named(loss)._reference(
+            _cast(x, dtype),
+            _cast(y, dtype),
+            _REDUCTION_NAMES[reduction],
+            None if weight is None else _cast(weight, dtype),
+            bound,
+            tuple(values),
+        )
+    wanted = [t for t, of in ((x, of_input), (y, of_target)) if of]
+    gradients = iter(
+        torch.autograd.grad(
+            value, wanted, grad_output, create_graph=torch.is_grad_enabled(), materialize_grads=True
+        )
+    )
+    return next(gradients) if of_input else None, next(gradients) if of_target else None
+
+
 def cross_entropy_reference_gradient(
     grad_output: Tensor,
     input: Tensor,
@@ -154,6 +206,7 @@ if backends.extension is not None:
     _library = _torch_library.Library("fusedloss", "IMPL")
     for _name, _implementation in (
         ("pointwise_reference_gradient", pointwise_reference_gradient),
+        ("custom_reference_gradient", custom_reference_gradient),
         ("cross_entropy_reference_gradient", cross_entropy_reference_gradient),
     ):
         _library.impl(_name, _implementation, "CompositeImplicitAutograd")

@@ -74,7 +74,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Which path ``fn(*args, **kwargs)`` takes, and why, without computing it.
 
     Args:
-        fn: a function of :mod:`fusedloss.functional` or a module of :mod:`fusedloss`.
+        fn: a function of :mod:`fusedloss.functional`, a module of :mod:`fusedloss`, or a loss of
+            one's own.
 
     Raises:
         TypeError: ``fn`` is none of these.
@@ -115,8 +116,11 @@ def _overrides(value: Any) -> bool:
     return overriding or is_traceable_wrapper_subclass(value)
 
 
-def _obstacle(input: Any, target: Any, *others: Any) -> str | None:
-    """Why no fused kernel takes these tensors, before their shapes and dtypes; None: one does."""
+def _obstacle(input: Any, target: Any, *others: Any, target_gradient: bool = False) -> str | None:
+    """Why no fused kernel takes these tensors, before their shapes and dtypes; None: one does.
+
+    target_gradient: a kernel gives the gradient for target too.
+    """
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(NO_TORCHSCRIPT)
     if any(map(_overrides, (input, target, *others))):
@@ -136,12 +140,15 @@ def _obstacle(input: Any, target: Any, *others: Any) -> str | None:
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     grad = torch.is_grad_enabled()
-    if grad and target.requires_grad:
+    if grad and target.requires_grad and not target_gradient:
         return "a gradient for target is wanted"
     # Ours needs them in backward, and torch may do without. (A compiler does not trace the question.)
-    saved = grad and input.requires_grad and not torch.compiler.is_compiling()
+    wanted = input.requires_grad or target.requires_grad
+    saved = grad and wanted and not torch.compiler.is_compiling()
     if saved and target.is_inference():
         return "target is an inference tensor, which cannot be saved for backward"
+    if saved and input.is_inference():
+        return "input is an inference tensor, which cannot be saved for backward"
     for other in others:
         if other is not None:
             if not isinstance(other, Tensor) or other.device != input.device:

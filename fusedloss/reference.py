@@ -77,6 +77,17 @@ def log_loss_elements(
     return terms if weight is None else terms * weight
 
 
+def reduced(value: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """Elements' losses, weighted and reduced; a mean is over the weights."""
+    if weight is not None:
+        value = value * weight
+    if reduction == "none":
+        return value
+    if reduction == "sum":
+        return value.sum()
+    return value.mean() if weight is None else value.sum() / weight.sum()
+
+
 def class_weight(weight: Tensor, input: Tensor) -> Tensor:
     """A weight of shape (C), shaped to broadcast against ``input``."""
     return weight.view(-1, *[1] * (input.dim() - 2)) if input.dim() > 2 else weight

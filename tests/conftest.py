@@ -145,3 +145,11 @@ def unchanged_settings() -> Iterator[None]:
         torch.get_default_dtype(),
     )
     assert after == before
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Losses are compiled afresh by every test run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSEDLOSS_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -1,4 +1,4 @@
-"""The errors of our own SIMD exponential, logarithms and quotient, from compiling vocabulary.cpp."""
+"""The errors of our own SIMD functions, from compiling vocabulary.cpp and elementary.cpp."""
 
 from __future__ import annotations
 
@@ -23,12 +23,27 @@ CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]
 # ULP: the largest error, rounded up, without fused multiply-add (DEFAULT) and with it. Found over
 # all floats of the domain; for ratio, a quotient by some betas, over 2**28.
 BOUNDS = {
-    "exp_nonpositive": (1.0, 1.1),
-    "log": (0.9, 0.9),
-    "log1p": (1.3, 1.3),
-    "log1p_unit": (2.0, 2.0),
-    "ratio": (1.3, 0.6),
-    "ratio_tiny": (1.3, 1.3),
+    "vocabulary": {
+        "exp_nonpositive": (1.0, 1.1),
+        "log": (0.9, 0.9),
+        "log1p": (1.3, 1.3),
+        "log1p_unit": (2.0, 2.0),
+        "ratio": (1.3, 0.6),
+        "ratio_tiny": (1.3, 1.3),
+    },
+    # Without torch's registers.
+    "elementary": {
+        "exp": (1.0, 1.1),
+        "expm1": (1.6, 1.5),
+        "tanh": (2.5, 2.5),
+        "erf": (1.5, 1.3),
+        "sin": (1.7, 1.6),
+        "cos": (2.7, 1.6),
+        "sqrt": (0.5, 0.5),
+        "log_any": (0.9, 0.9),
+        "log1p_any": (1.3, 1.3),
+        "pow": (65.0, 7.0),  # x^101
+    },
 }
 # Floats of each domain that the test tries; 2**32 are all of them and take minutes.
 POINTS = 10_000_000
@@ -59,7 +74,8 @@ def build(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_errors(capability: str, build: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", BOUNDS)
+def test_errors(source: str, capability: str, build: dict[str, Any], tmp_path: Path) -> None:
     if capability not in build["CPU_CAPABILITIES"]:
         pytest.skip(f"no kernels are built for {capability} on this machine")
     has = torch.backends.cpu.get_cpu_capability()
@@ -72,21 +88,22 @@ def test_errors(capability: str, build: dict[str, Any], tmp_path: Path) -> None:
 
     from torch.utils.cpp_extension import include_paths  # needs setuptools
 
-    program = tmp_path / "vocabulary"
+    program = tmp_path / source
     includes = [word for path in include_paths() for word in ("-isystem", path)]
+    if source == "elementary":
+        includes = ["-DFUSEDLOSS_NO_TORCH"]
     flags = [*build["CXX_FLAGS"], *build["CPU_CAPABILITIES"][capability], *includes]
     flags += [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
     flags += ["-I", str(ROOT / "csrc")]
-    source = str(TESTS / "vocabulary.cpp")
-    run([compiler, *flags, source, "-o", str(program)])
+    run([compiler, *flags, str(TESTS / f"{source}.cpp"), "-o", str(program)])
 
     errors = {}
     for line in run([str(program), str(POINTS)]).splitlines():
         function, error, argument, result = line.split()
         errors[function] = float(error)
-        bound = BOUNDS[function][capability != "DEFAULT"]
+        bound = BOUNDS[source][function][capability != "DEFAULT"]
         assert errors[function] <= bound, f"{function}({argument}) = {result}: {error} ULP off"
-    assert errors.keys() == BOUNDS.keys()
+    assert errors.keys() == BOUNDS[source].keys()
 
 
 def run(command: list[str]) -> str:

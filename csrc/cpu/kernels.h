@@ -2,12 +2,16 @@
 #pragma once
 
 #include "../engine.h"
+#include "custom_kernel.h"
 
 namespace fusedloss::cpu {
 
 struct Pointwise : fusedloss::Pointwise {
   double scale = 1;  // every gradient element is multiplied by it
   bool want_sum = false;
+  // A loss of one's own, instead of `loss` and `parameter`; its parameters are as many as it has.
+  const CustomKernel* custom = nullptr;
+  const double* parameters = nullptr;
 };
 
 struct PointwiseResult {

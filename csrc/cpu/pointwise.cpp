@@ -11,6 +11,7 @@
 
 #include "../math/losses.h"
 #include "../math/sum.h"
+#include "block.h"
 #include "staging.h"
 
 namespace fusedloss::cpu {
@@ -19,94 +20,42 @@ namespace {
 
 constexpr int64_t kChunk = 32768;  // elements a task: ATen's own grain
 constexpr int64_t kBlock = 2048;   // elements a run: a few of these fit the L1 cache
-constexpr int kUnroll = 4;         // registers with sums of their own
 
-// Pointers of one run. factor multiplies the value and the slope; null: 1.
-template <class T>
-struct Run {
-  const T *input, *target, *pos_weight, *factor;
-  T* value;
-  T* gradient;
+// A loss of one's own: its block is in a library, found for what the call wants.
+struct Custom {
+  const CustomKernel* kernel;
+  std::vector<double> constants;
+  int wants = 0;
+
+  explicit Custom(const Pointwise& call) : kernel(call.custom), constants(kernel->constants) {
+    kernel->prepare(call.parameters, constants.data());
+    wants = call.want_sum * kWantsSum + (call.value != nullptr) * kWantsValue +
+            (call.gradient != nullptr) * kWantsGradient +
+            (call.target_gradient != nullptr) * kWantsTargetGradient;
+  }
 };
 
-// One SIMD register of elements at i; adds the value to sum.
-template <class Loss, bool kSum, bool kValue, bool kGradient, bool kFactor, class T>
-FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, T scale, int64_t i, int64_t count,
-                       Vec<T>& sum, Vec<T>& valid) {
-  const bool full = count == Vec<T>::size();
-  const auto load = [&](const T* p) {
-    return full ? Vec<T>::loadu(p + i) : Vec<T>::loadu(p + i, count);
-  };
-  const Vec<T> x = load(run.input), y = load(run.target);
-  Eval<Vec<T>> at;
-  if constexpr (Loss::kPosWeight) {
-    at = loss.eval(x, y, load(run.pos_weight));
+using CPU_CAPABILITY::block;
+template <class Want, class T>
+double block(const Custom& loss, const Run<T>& run, T scale, int64_t n, bool&) {
+  if constexpr (std::is_same_v<T, float>) {
+    return loss.kernel->float_blocks[loss.wants](loss.constants.data(), &run, scale, n);
   } else {
-    at = loss.eval(x, y);
-  }
-  if constexpr (Loss::kUnitInterval && (kSum || kValue)) {
-    // x (1 - x) >= 0 just where 0 <= x <= 1.
-    const Vec<T> zero(0), one(1);
-    valid = valid & both(x * (one - x) >= zero, y * (one - y) >= zero);
-  }
-  if constexpr (kFactor) {
-    const Vec<T> factor = load(run.factor);
-    at.value = at.value * factor;
-    at.slope = at.slope * factor;
-  }
-  if constexpr (kSum) {
-    sum = sum + (full ? at.value : Vec<T>::set(Vec<T>(0), at.value, count));
-  }
-  if constexpr (kValue) at.value.store(run.value + i, static_cast<int>(count));
-  if constexpr (kGradient) {
-    const Vec<T> gradient = at.slope * Vec<T>(scale);
-    if (full) {
-      gradient.store(run.gradient + i);
-    } else {
-      gradient.store(run.gradient + i, static_cast<int>(count));
-    }
+    return loss.kernel->double_blocks[loss.wants](loss.constants.data(), &run, scale, n);
   }
 }
 
-// By value: what a store might have changed would be loaded, and worked out, again for each
-// register.
-template <class Loss, bool kSum, bool kValue, bool kGradient, bool kFactor, class T>
-double block(Loss loss, Run<T> run, T scale, int64_t n, bool& in_unit) {
-  constexpr int64_t kLanes = Vec<T>::size();
-  Vec<T> sums[kUnroll];
-  for (Vec<T>& sum : sums) sum = Vec<T>(0);
-  Vec<T> valid = Vec<T>(0) == Vec<T>(0);
-  int64_t i = 0;
-  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
-#if !defined(CPU_CAPABILITY_DEFAULT)  // there a register is a loop itself
-#pragma GCC unroll 4
-#endif
-    for (int u = 0; u < kUnroll; ++u) {
-      step<Loss, kSum, kValue, kGradient, kFactor>(loss, run, scale, i + u * kLanes, kLanes,
-                                                   sums[u], valid);
-    }
-  }
-  for (; i < n; i += kLanes) {
-    step<Loss, kSum, kValue, kGradient, kFactor>(loss, run, scale, i, std::min(kLanes, n - i),
-                                                 sums[0], valid);
-  }
-  if constexpr (Loss::kUnitInterval) in_unit = in_unit && valid.zero_mask() == 0;
-  if constexpr (!kSum) return 0;
-  for (int u = 1; u < kUnroll; ++u) sums[0] = sums[0] + sums[u];
-  T lanes[kLanes];
-  sums[0].store(lanes);
-  double total = 0;
-  for (T lane : lanes) total += lane;
-  return total;
-}
-
-template <class Loss, bool kSum, bool kValue, bool kGradient, bool kFactor, class T>
+template <class Loss, class Want, class T>
 double chunk(const Pointwise& call, const Loss& loss, int64_t begin, int64_t end, bool& in_unit) {
   // Where an operand is staged; left unread by operands that lie in memory as the engine wants.
   T input[kBlock], target[kBlock], pos_weight[kBlock], weight[kBlock], upstream[kBlock];
-  T value[kBlock], gradient[kBlock];
-  const bool value_direct = kValue && is_dtype<T>(call.value_dtype);
-  const bool gradient_direct = kGradient && is_dtype<T>(call.gradient_dtype);
+  T value[kBlock], gradient[kBlock], target_gradient[kBlock];
+  const bool has_value = Want::kValue && call.value;
+  const bool has_gradient = Want::kGradient && call.gradient;
+  const bool has_target_gradient = Want::kTargetGradient && call.target_gradient;
+  const bool value_direct = has_value && is_dtype<T>(call.value_dtype);
+  const bool gradient_direct = has_gradient && is_dtype<T>(call.gradient_dtype);
+  const bool target_direct = has_target_gradient && is_dtype<T>(call.target_gradient_dtype);
   double sum = 0;
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t n = std::min(kBlock, end - i);
@@ -118,8 +67,9 @@ double chunk(const Pointwise& call, const Loss& loss, int64_t begin, int64_t end
                staged(call.pos_weight, pos_weight),
                nullptr,
                value,
-               gradient};
-    if constexpr (kFactor) {
+               gradient,
+               target_gradient};
+    if constexpr (Want::kFactor) {
       run.factor = staged(call.weight, weight);
       if (const T* u = staged(call.upstream, upstream)) {
         if (run.factor) {
@@ -131,23 +81,23 @@ double chunk(const Pointwise& call, const Loss& loss, int64_t begin, int64_t end
     }
     if (value_direct) run.value = static_cast<T*>(call.value) + i;
     if (gradient_direct) run.gradient = static_cast<T*>(call.gradient) + i;
-    sum += block<Loss, kSum, kValue, kGradient, kFactor>(loss, run, static_cast<T>(call.scale), n,
-                                                         in_unit);
-    if (kValue && !value_direct) narrow(value, n, call.value_dtype, call.value, i, 1);
-    if (kGradient && !gradient_direct)
+    if (target_direct) run.target_gradient = static_cast<T*>(call.target_gradient) + i;
+    sum += block<Want>(loss, run, static_cast<T>(call.scale), n, in_unit);
+    if (has_value && !value_direct) narrow(value, n, call.value_dtype, call.value, i, 1);
+    if (has_gradient && !gradient_direct)
       narrow(gradient, n, call.gradient_dtype, call.gradient, i, 1);
+    if (has_target_gradient && !target_direct)
+      narrow(target_gradient, n, call.target_gradient_dtype, call.target_gradient, i, 1);
   }
   return sum;
 }
 
-template <class Loss, bool kSum, bool kValue, bool kGradient, bool kFactor, class T>
-PointwiseResult run(const Pointwise& call) {
-  const Loss loss{{call.parameter}};
+template <class Loss, class Want, class T>
+PointwiseResult run(const Pointwise& call, const Loss& loss) {
   PointwiseResult result;
   const int64_t chunks = (call.numel + kChunk - 1) / kChunk;
   if (chunks == 1) {
-    result.sum =
-        chunk<Loss, kSum, kValue, kGradient, kFactor, T>(call, loss, 0, call.numel, result.in_unit);
+    result.sum = chunk<Loss, Want, T>(call, loss, 0, call.numel, result.in_unit);
     return result;
   }
   std::vector<double> sums(chunks);
@@ -155,8 +105,8 @@ PointwiseResult run(const Pointwise& call) {
   at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       bool ok = true;
-      sums[c] = chunk<Loss, kSum, kValue, kGradient, kFactor, T>(
-          call, loss, c * kChunk, std::min(call.numel, (c + 1) * kChunk), ok);
+      sums[c] =
+          chunk<Loss, Want, T>(call, loss, c * kChunk, std::min(call.numel, (c + 1) * kChunk), ok);
       in_unit[c] = ok;
     }
   });
@@ -171,10 +121,11 @@ PointwiseResult run(const Pointwise& call) {
 
 template <class Loss, class T>
 PointwiseResult choose(const Pointwise& call) {
+  const Loss loss{{call.parameter}};
   const bool factor = call.weight.data || call.upstream.data;
   const auto with_factor = [&](auto sum, auto value, auto gradient) {
-    return factor ? run<Loss, sum(), value(), gradient(), true, T>(call)
-                  : run<Loss, sum(), value(), gradient(), false, T>(call);
+    return factor ? run<Loss, Wanted<sum(), value(), gradient(), false, true>, T>(call, loss)
+                  : run<Loss, Wanted<sum(), value(), gradient(), false, false>, T>(call, loss);
   };
   constexpr std::true_type yes;
   constexpr std::false_type no;
@@ -185,6 +136,12 @@ PointwiseResult choose(const Pointwise& call) {
 }  // namespace
 
 PointwiseResult pointwise(const Pointwise& call) {
+  if (call.custom) {
+    using Any = Wanted<true, true, true, true, true>;  // the block knows
+    const Custom loss(call);
+    return call.compute_in_double ? run<Custom, Any, double>(call, loss)
+                                  : run<Custom, Any, float>(call, loss);
+  }
 #define FUSEDLOSS_RUN(NAME, LOSS) \
   if (call.loss == NAME)          \
     return call.compute_in_double ? choose<LOSS, double>(call) : choose<LOSS, float>(call);

@@ -6,6 +6,7 @@
 //   kUnitInterval   input and target must lie in [0, 1]; the CPU engine checks it on the way
 //   kPosWeight      eval takes pos_weight as a third operand
 //   kMean           what reduction "mean" divides by
+//   kCustom         a loss of one's own, see custom.h
 #pragma once
 
 #include "vocabulary.h"
@@ -22,6 +23,7 @@ struct PointwiseLoss {
   static constexpr Mean kMean = Mean::kElements;
   static constexpr bool kUnitInterval = false;
   static constexpr bool kPosWeight = false;
+  static constexpr bool kCustom = false;
   double parameter;
 };
 

@@ -63,14 +63,22 @@ FUSEDLOSS_HD double log1p(double x) { return ::log1p(x); }
 // Compiled once for each CPU capability: the inline namespace keeps the versions apart at link
 // time.
 #if defined(CPU_CAPABILITY)
+#if defined(FUSEDLOSS_NO_TORCH)
+#include "register.h"
+#else
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+
+namespace fusedloss {
+namespace simd = at::vec;
+}
+#endif
 
 namespace fusedloss {
 inline namespace CPU_CAPABILITY {
 
 template <class T>
-using Vec = at::vec::Vectorized<T>;
+using Vec = simd::Vectorized<T>;
 
 template <class T>
 FUSEDLOSS_HD Vec<T> select(Vec<T> condition, Vec<T> yes, Vec<T> no) {
@@ -82,11 +90,11 @@ FUSEDLOSS_HD Vec<T> both(Vec<T> a, Vec<T> b) {
 }
 template <class T>
 FUSEDLOSS_HD Vec<T> at_least(Vec<T> x, Vec<T> low) {
-  return at::vec::clamp_min(x, low);
+  return simd::clamp_min(x, low);
 }
 template <class T>
 FUSEDLOSS_HD Vec<T> between(Vec<T> x, Vec<T> low, Vec<T> high) {
-  return at::vec::clamp(x, low, high);
+  return simd::clamp(x, low, high);
 }
 template <class T>
 FUSEDLOSS_HD Vec<T> abs(Vec<T> x) {
@@ -104,7 +112,7 @@ FUSEDLOSS_HD Vec<double> log1p_unit(Vec<double> x) { return x.log1p(); }
 template <class T>
 FUSEDLOSS_HD Vec<T> ratio(Vec<T> x, Vec<T> y, Vec<T> reciprocal) {
   const Vec<T> near = x * reciprocal;
-  return at::vec::fmadd(at::vec::fmadd(-near, y, x), reciprocal, near);
+  return simd::fmadd(simd::fmadd(-near, y, x), reciprocal, near);
 }
 
 namespace detail {
@@ -113,11 +121,11 @@ namespace detail {
 template <int N>
 FUSEDLOSS_HD Vec<float> polynomial(Vec<float> x, Vec<float> x2, const float (&c)[N]) {
   const auto pair = [&](int i) {
-    return i + 1 < N ? at::vec::fmadd(x, Vec<float>(c[i + 1]), Vec<float>(c[i])) : Vec<float>(c[i]);
+    return i + 1 < N ? simd::fmadd(x, Vec<float>(c[i + 1]), Vec<float>(c[i])) : Vec<float>(c[i]);
   };
   int i = (N - 1) / 2 * 2;
   Vec<float> sum = pair(i);
-  while ((i -= 2) >= 0) sum = at::vec::fmadd(sum, x2, pair(i));
+  while ((i -= 2) >= 0) sum = simd::fmadd(sum, x2, pair(i));
   return sum;
 }
 
@@ -140,19 +148,18 @@ constexpr float kLn2Lo = 1.42860682030941723e-6f;
 FUSEDLOSS_HD Vec<float> log_normal(Vec<float> t, Vec<float> addend) {
   using Int = Vec<int32_t>;
   // t = 2^n m with m in [sqrt(1/2), sqrt(2)), so that m - 1 is exact and small.
-  const Int bits = at::vec::cast<int32_t>(t) - Int(0x3f3504f3);
+  const Int bits = simd::cast<int32_t>(t) - Int(0x3f3504f3);
   const Int exponent = bits & Int(static_cast<int32_t>(0xff800000));
-  const Vec<float> n = at::vec::convert<float>(exponent) * Vec<float>(1.0f / (1 << 23));
-  const Vec<float> f =
-      at::vec::cast<float>(at::vec::cast<int32_t>(t) - exponent) - Vec<float>(1.0f);
+  const Vec<float> n = simd::convert<float>(exponent) * Vec<float>(1.0f / (1 << 23));
+  const Vec<float> f = simd::cast<float>(simd::cast<int32_t>(t) - exponent) - Vec<float>(1.0f);
   // log(1 + f) = f - f^2 / 2 + f^3 q(f), q minimax on [sqrt(1/2) - 1, sqrt(2) - 1].
   static constexpr float q[] = {0.3333333f,  -0.2500082f,  0.20001227f, -0.16623357f,
                                 0.14201757f, -0.13160183f, 0.12761578f, -0.076344974f};
   const Vec<float> f2 = f * f;
-  Vec<float> low = at::vec::fmadd(f2 * f, polynomial(f, f2, q), addend);
-  low = at::vec::fmadd(n, Vec<float>(kLn2Lo), low);
-  low = at::vec::fmadd(f2, Vec<float>(-0.5f), low);
-  return at::vec::fmadd(n, Vec<float>(kLn2Hi), f + low);
+  Vec<float> low = simd::fmadd(f2 * f, polynomial(f, f2, q), addend);
+  low = simd::fmadd(n, Vec<float>(kLn2Lo), low);
+  low = simd::fmadd(f2, Vec<float>(-0.5f), low);
+  return simd::fmadd(n, Vec<float>(kLn2Hi), f + low);
 }
 
 }  // namespace detail
@@ -160,19 +167,19 @@ FUSEDLOSS_HD Vec<float> log_normal(Vec<float> t, Vec<float> addend) {
 // e^x. Domain [-inf, 0] and nan. Error 1.03; below -87.33, where e^x < 1.01 * 2^-126, it is 0.
 FUSEDLOSS_HD Vec<float> exp_nonpositive(Vec<float> x) {
   using namespace detail;
-  const Vec<float> shifted = at::vec::fmadd(x, Vec<float>(1.44269504f), Vec<float>(kRounder));
+  const Vec<float> shifted = simd::fmadd(x, Vec<float>(1.44269504f), Vec<float>(kRounder));
   const Vec<float> n = shifted - Vec<float>(kRounder);
-  Vec<float> r = at::vec::fmadd(n, Vec<float>(-kLn2Hi), x);
-  r = at::vec::fmadd(n, Vec<float>(-kLn2Lo), r);
+  Vec<float> r = simd::fmadd(n, Vec<float>(-kLn2Hi), x);
+  r = simd::fmadd(n, Vec<float>(-kLn2Lo), r);
   // e^r = 1 + r + r^2 q(r), q minimax on [-ln(2) / 2, ln(2) / 2].
   static constexpr float q[] = {0.49999994f, 0.16666521f, 0.041668255f, 0.008368663f,
                                 0.0013821468f};
   const Vec<float> r2 = r * r;
-  const Vec<float> p = at::vec::fmadd(r2, polynomial(r, r2, q), r);  // e^r - 1
+  const Vec<float> p = simd::fmadd(r2, polynomial(r, r2, q), r);  // e^r - 1
   // The integer in shifted's mantissa, moved up to the exponent: 2^n.
-  const Vec<float> scale = at::vec::cast<float>(
-      (at::vec::cast<int32_t>(shifted) << Vec<int32_t>(23)) + Vec<int32_t>(0x3f800000));
-  return zero_below(x, -87.33f, at::vec::fmadd(p, scale, scale));  // nan, as p is, where x is nan
+  const Vec<float> scale = simd::cast<float>((simd::cast<int32_t>(shifted) << Vec<int32_t>(23)) +
+                                             Vec<int32_t>(0x3f800000));
+  return zero_below(x, -87.33f, simd::fmadd(p, scale, scale));  // nan, as p is, where x is nan
 }
 
 // Natural logarithm. Domain [0, FLT_MAX] with subnormals, and nan. Error 0.87.
@@ -193,7 +200,7 @@ FUSEDLOSS_HD Vec<float> log1p(Vec<float> x) {
   // the loss is at most half a unit of t's last place.
   const Vec<float> lost = x - (t - one);
   const Vec<float> slope =
-      at::vec::clamp_min(at::vec::fmadd(x, Vec<float>(-0.5f), one), Vec<float>(0.0f));
+      simd::clamp_min(simd::fmadd(x, Vec<float>(-0.5f), one), Vec<float>(0.0f));
   const Vec<float> result = detail::log_normal(t, lost * slope);  // lost is nan for nan
   return select(t == Vec<float>(0.0f), Vec<float>(-INFINITY), result);
 }
@@ -204,7 +211,7 @@ FUSEDLOSS_HD Vec<float> log1p_unit(Vec<float> x) {
   static constexpr float q[] = {0.66666675f, 0.3999889f, 0.28616595f, 0.21430741f, 0.24289557f};
   const Vec<float> s = x / (Vec<float>(2.0f) + x);
   const Vec<float> s2 = s * s;
-  return at::vec::fmadd(s2 * s, detail::polynomial(s2, s2 * s2, q), s + s);
+  return simd::fmadd(s2 * s, detail::polynomial(s2, s2 * s2, q), s + s);
 }
 
 }  // namespace CPU_CAPABILITY

@@ -1,0 +1,102 @@
+// The innermost loop of the pointwise engine: one loss over a run of elements that lies in the L1
+// cache, as the type it is computed in. No torch header: a loss of one's own is compiled with it
+// too, on the machine it runs on.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "../math/vocabulary.h"
+#include "run.h"
+
+namespace fusedloss::cpu {
+
+namespace CPU_CAPABILITY {
+
+constexpr int kUnroll = 4;  // registers with sums of their own
+
+// What a loop is compiled for. kFactor: whether there is a factor, or, of a loss of one's own, may
+// be: it has loops enough to compile.
+template <bool sum, bool value, bool gradient, bool target_gradient, bool factor>
+struct Wanted {
+  static constexpr bool kSum = sum, kValue = value, kGradient = gradient,
+                        kTargetGradient = target_gradient, kFactor = factor;
+};
+
+// One SIMD register of elements at i; adds the value to sum.
+template <class Loss, class Want, class T>
+FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, T scale, int64_t i, int64_t count,
+                       Vec<T>& sum, Vec<T>& valid) {
+  const bool full = count == Vec<T>::size();
+  const auto load = [&](const T* p) {
+    return full ? Vec<T>::loadu(p + i) : Vec<T>::loadu(p + i, count);
+  };
+  const auto store = [&](const Vec<T>& x, T* p) {
+    if (full) {
+      x.store(p + i);
+    } else {
+      x.store(p + i, static_cast<int>(count));
+    }
+  };
+  const Vec<T> x = load(run.input), y = load(run.target);
+  auto at = [&] {
+    if constexpr (Loss::kPosWeight) {
+      return loss.eval(x, y, load(run.pos_weight));
+    } else {
+      return loss.eval(x, y);
+    }
+  }();
+  if constexpr (Loss::kUnitInterval && (Want::kSum || Want::kValue)) {
+    // x (1 - x) >= 0 just where 0 <= x <= 1.
+    const Vec<T> zero(0), one(1);
+    valid = valid & both(x * (one - x) >= zero, y * (one - y) >= zero);
+  }
+  if (Want::kFactor && (!Loss::kCustom || run.factor)) {
+    const Vec<T> factor = load(run.factor);
+    at.value = at.value * factor;
+    at.slope = at.slope * factor;
+    if constexpr (Loss::kCustom) at.target_slope = at.target_slope * factor;
+  }
+  if constexpr (Want::kSum) {
+    sum = sum + (full ? at.value : Vec<T>::set(Vec<T>(0), at.value, count));
+  }
+  if constexpr (Want::kValue) store(at.value, run.value);
+  if constexpr (Want::kGradient) store(at.slope * Vec<T>(scale), run.gradient);
+  if constexpr (Want::kTargetGradient) {
+    store(at.target_slope * Vec<T>(scale), run.target_gradient);
+  }
+}
+
+// By value: what a store might have changed would be loaded, and worked out, again for each
+// register.
+template <class Want, class Loss, class T>
+double block(Loss loss, Run<T> run, T scale, int64_t n, [[maybe_unused]] bool& in_unit) {
+  constexpr int64_t kLanes = Vec<T>::size();
+  Vec<T> sums[kUnroll];
+  for (Vec<T>& sum : sums) sum = Vec<T>(0);
+  Vec<T> valid = Vec<T>(0) == Vec<T>(0);
+  int64_t i = 0;
+  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+#if !defined(CPU_CAPABILITY_DEFAULT) || defined(FUSEDLOSS_NO_TORCH)  // else a register is a loop
+#pragma GCC unroll 4
+#endif
+    for (int u = 0; u < kUnroll; ++u) {
+      step<Loss, Want>(loss, run, scale, i + u * kLanes, kLanes, sums[u], valid);
+    }
+  }
+  for (; i < n; i += kLanes) {
+    step<Loss, Want>(loss, run, scale, i, std::min(kLanes, n - i), sums[0], valid);
+  }
+  if constexpr (Loss::kUnitInterval) in_unit = in_unit && valid.zero_mask() == 0;
+  if constexpr (!Want::kSum) return 0;
+  for (int u = 1; u < kUnroll; ++u) sums[0] = sums[0] + sums[u];
+  T lanes[kLanes];
+  sums[0].store(lanes);
+  double total = 0;
+  for (T lane : lanes) total += lane;
+  return total;
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fusedloss::cpu

@@ -1,0 +1,55 @@
+// Makes the library of a loss of one's own out of its struct: the CPU engine's innermost loops.
+// Compiled on the machine it runs on, with no torch header.
+#pragma once
+
+#include "../math/custom.h"
+#include "block.h"
+#include "custom_kernel.h"
+
+namespace fusedloss::cpu {
+namespace CPU_CAPABILITY {
+
+template <class Loss, class Want, class T>
+double custom_block(const double* constants, const Run<T>* run, double scale, int64_t n) {
+  Loss loss;
+  std::copy_n(constants, Loss::kConstants, loss.constants);
+  bool in_unit = true;
+  return block<Want>(loss, *run, static_cast<T>(scale), n, in_unit);
+}
+
+template <class Loss, class T, bool sum, bool value, bool input, bool target>
+constexpr void add(CustomBlock<T> (&blocks)[kCustomBlocks]) {
+  blocks[sum * kWantsSum + value * kWantsValue + input * kWantsGradient +
+         target * kWantsTargetGradient] =
+      &custom_block<Loss, Wanted<sum, value, input, target, true>, T>;
+}
+
+template <class Loss, class T>
+constexpr void fill(CustomBlock<T> (&blocks)[kCustomBlocks]) {
+  add<Loss, T, true, false, false, false>(blocks);
+  add<Loss, T, true, false, true, false>(blocks);
+  add<Loss, T, true, false, false, true>(blocks);
+  add<Loss, T, true, false, true, true>(blocks);
+  add<Loss, T, false, true, false, false>(blocks);
+  add<Loss, T, false, false, true, false>(blocks);
+  add<Loss, T, false, false, false, true>(blocks);
+  add<Loss, T, false, false, true, true>(blocks);
+}
+
+template <class Loss>
+constexpr CustomKernel custom_kernel() {
+  CustomKernel kernel{kCustomVersion, Loss::kParameters, Loss::kConstants, &Loss::prepare, {}, {}};
+  fill<Loss>(kernel.float_blocks);
+  fill<Loss>(kernel.double_blocks);
+  return kernel;
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fusedloss::cpu
+
+#define FUSEDLOSS_CUSTOM(LOSS)                                                            \
+  extern "C" __attribute__((visibility("default"))) const fusedloss::cpu::CustomKernel*   \
+  FUSEDLOSS_CUSTOM_ENTRY() {                                                              \
+    static constexpr auto kernel = fusedloss::cpu::CPU_CAPABILITY::custom_kernel<LOSS>(); \
+    return &kernel;                                                                       \
+  }

@@ -1,0 +1,13 @@
+// A short run of elements that lies in the L1 cache, as the type it is computed in.
+#pragma once
+
+namespace fusedloss::cpu {
+
+// factor multiplies the value and the slopes; null: 1.
+template <class T>
+struct Run {
+  const T *input, *target, *pos_weight, *factor;
+  T *value, *gradient, *target_gradient;
+};
+
+}  // namespace fusedloss::cpu

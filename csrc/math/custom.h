@@ -1,0 +1,33 @@
+// What the generated struct of a loss of one's own builds on: like those of losses.h, with the
+// derivative with respect to target as well, and numbers worked out once a call.
+//
+// Such a struct is
+//   struct Loss : fusedloss::CustomLoss<kConstants> {
+//     static constexpr int kParameters;
+//     static void prepare(const double* parameters, double* constants);
+//     template <class T> CustomEval<T> eval(T x, T y) const;
+//   };
+// prepare() works out, in double, whatever depends on the parameters alone.
+#pragma once
+
+#include "elementary.h"
+
+namespace fusedloss {
+
+template <class T>
+struct CustomEval {
+  T value;
+  T slope;         // derivative with respect to input,
+  T target_slope;  // and to target
+};
+
+template <int count>
+struct CustomLoss {
+  static constexpr bool kUnitInterval = false;
+  static constexpr bool kPosWeight = false;
+  static constexpr bool kCustom = true;
+  static constexpr int kConstants = count;
+  double constants[count];
+};
+
+}  // namespace fusedloss

@@ -1,0 +1,306 @@
+// More words than vocabulary.h has: elementary functions over their whole domain, infinities
+// and nan included, which a loss of one's own may call with anything.
+//
+// Errors are in ULP as there, by tests/elementary.cpp; tests/test_elementary.py holds them. In
+// double the SIMD forms are libm's, lane by lane.
+#pragma once
+
+#include "vocabulary.h"
+
+namespace fusedloss {
+
+// ---- scalars ------------------------------------------------------------------------------------
+
+FUSEDLOSS_HD bool either(bool a, bool b) { return a || b; }
+FUSEDLOSS_HD bool negation(bool a) { return !a; }
+// nan where either is, as in torch.
+template <class T>
+FUSEDLOSS_HD T maximum(T a, T b) {
+  return a != a ? a : (a > b ? a : b);
+}
+template <class T>
+FUSEDLOSS_HD T minimum(T a, T b) {
+  return a != a ? a : (a < b ? a : b);
+}
+// 0 for zeros and nan, as in torch.
+template <class T>
+FUSEDLOSS_HD T sign(T x) {
+  return T(x > T(0)) - T(x < T(0));
+}
+// The logarithms of vocabulary.h know a domain; these know every number.
+FUSEDLOSS_HD float log_any(float x) { return ::logf(x); }
+FUSEDLOSS_HD double log_any(double x) { return ::log(x); }
+FUSEDLOSS_HD float log1p_any(float x) { return ::log1pf(x); }
+FUSEDLOSS_HD double log1p_any(double x) { return ::log1p(x); }
+FUSEDLOSS_HD float exp(float x) { return ::expf(x); }
+FUSEDLOSS_HD double exp(double x) { return ::exp(x); }
+FUSEDLOSS_HD float expm1(float x) { return ::expm1f(x); }
+FUSEDLOSS_HD double expm1(double x) { return ::expm1(x); }
+FUSEDLOSS_HD float sqrt(float x) { return ::sqrtf(x); }
+FUSEDLOSS_HD double sqrt(double x) { return ::sqrt(x); }
+FUSEDLOSS_HD float sin(float x) { return ::sinf(x); }
+FUSEDLOSS_HD double sin(double x) { return ::sin(x); }
+FUSEDLOSS_HD float cos(float x) { return ::cosf(x); }
+FUSEDLOSS_HD double cos(double x) { return ::cos(x); }
+FUSEDLOSS_HD float tanh(float x) { return ::tanhf(x); }
+FUSEDLOSS_HD double tanh(double x) { return ::tanh(x); }
+FUSEDLOSS_HD float erf(float x) { return ::erff(x); }
+FUSEDLOSS_HD double erf(double x) { return ::erf(x); }
+FUSEDLOSS_HD float pow(float x, float y) { return ::powf(x, y); }
+FUSEDLOSS_HD double pow(double x, double y) { return ::pow(x, y); }
+// x log(y), 0 where x is 0 and y a number, as in torch.
+template <class T>
+FUSEDLOSS_HD T xlogy(T x, T y) {
+  return x == T(0) && y == y ? T(0) : x * log_any(y);
+}
+
+}  // namespace fusedloss
+
+// ---- CPU SIMD registers -------------------------------------------------------------------------
+#if defined(FUSEDLOSS_NO_TORCH)
+namespace fusedloss {
+inline namespace CPU_CAPABILITY {
+
+template <class T>
+FUSEDLOSS_HD Vec<T> either(Vec<T> a, Vec<T> b) {
+  return a | b;
+}
+template <class T>
+FUSEDLOSS_HD Vec<T> negation(Vec<T> a) {
+  return ~a;
+}
+template <class T>
+FUSEDLOSS_HD Vec<T> maximum(Vec<T> a, Vec<T> b) {
+  return select(either(a > b, a != a), a, b);
+}
+template <class T>
+FUSEDLOSS_HD Vec<T> minimum(Vec<T> a, Vec<T> b) {
+  return select(either(a < b, a != a), a, b);
+}
+template <class T>
+FUSEDLOSS_HD Vec<T> sign(Vec<T> x) {
+  const Vec<T> zero(0);
+  return select(x > zero, Vec<T>(1), select(x < zero, Vec<T>(-1), zero));
+}
+using simd::sqrt;
+
+// Libm's, lane by lane: all doubles, and floats beyond where a function's own form holds.
+#define FUSEDLOSS_LANES(NAME, FUNCTION)                            \
+  FUSEDLOSS_HD Vec<double> NAME(Vec<double> x) {                   \
+    return x.map([](double lane) { return std::FUNCTION(lane); }); \
+  }
+FUSEDLOSS_LANES(log_any, log)
+FUSEDLOSS_LANES(log1p_any, log1p)
+FUSEDLOSS_LANES(exp, exp)
+FUSEDLOSS_LANES(expm1, expm1)
+FUSEDLOSS_LANES(sin, sin)
+FUSEDLOSS_LANES(cos, cos)
+FUSEDLOSS_LANES(tanh, tanh)
+FUSEDLOSS_LANES(erf, erf)
+#undef FUSEDLOSS_LANES
+FUSEDLOSS_HD Vec<double> pow(Vec<double> x, Vec<double> y) {
+  return x.map([](double a, double b) { return std::pow(a, b); }, y);
+}
+
+namespace detail {
+
+using Int = Vec<int32_t>;
+constexpr float kInfinity = INFINITY;
+
+// 2^n for n in [-126, 127], from the integer that adding kRounder left in a mantissa.
+FUSEDLOSS_HD Vec<float> power_of_two(Int n) { return simd::cast<float>((n + Int(127)) << Int(23)); }
+
+// x = n ln 2 + r with |r| <= ln(2) / 2: n, and e^r - 1. |x| < 2^15, or nan.
+struct Reduced {
+  Int n;
+  Vec<float> r_expm1;
+};
+FUSEDLOSS_HD Reduced reduce_exp(Vec<float> x) {
+  const Vec<float> shifted = simd::fmadd(x, Vec<float>(1.44269504f), Vec<float>(kRounder));
+  const Vec<float> n = shifted - Vec<float>(kRounder);
+  Vec<float> r = simd::fmadd(n, Vec<float>(-kLn2Hi), x);
+  r = simd::fmadd(n, Vec<float>(-kLn2Lo), r);
+  static constexpr float q[] = {0.49999994f, 0.16666521f, 0.041668255f, 0.008368663f,
+                                0.0013821468f};
+  const Vec<float> r2 = r * r;
+  return {simd::cast<int32_t>(shifted) - Int(0x4b400000), simd::fmadd(r2, polynomial(r, r2, q), r)};
+}
+
+// e^x (1 + more), |more| small. In two steps of scaling, to reach subnormals and infinity.
+FUSEDLOSS_HD Vec<float> exp_times(Vec<float> x, Vec<float> more) {
+  const Reduced e = reduce_exp(simd::clamp(x, Vec<float>(-104.0f), Vec<float>(89.0f)));
+  const Int half = e.n >> Int(1);
+  const Vec<float> first = power_of_two(half), second = power_of_two(e.n - half);
+  const Vec<float> one(1.0f), p = e.r_expm1;
+  return simd::fmadd(first, simd::fmadd(more, one + p, p), first) * second;
+}
+
+}  // namespace detail
+
+// e^x. Error 1.1, 1.6 without fused multiply-add.
+FUSEDLOSS_HD Vec<float> exp(Vec<float> x) { return detail::exp_times(x, Vec<float>(0.0f)); }
+
+// e^x - 1.
+FUSEDLOSS_HD Vec<float> expm1(Vec<float> x) {
+  using namespace detail;
+  const Reduced e = reduce_exp(simd::clamp(x, Vec<float>(-25.0f), Vec<float>(89.0f)));
+  // 2^128 is no float: there the last doubling waits.
+  const Int beyond = simd::cast<int32_t>(simd::cast<float>(e.n == Int(128))) & Int(1);
+  const Vec<float> scale = power_of_two(e.n - beyond);
+  const Vec<float> sum = simd::fmadd(e.r_expm1, scale, scale - Vec<float>(1.0f));
+  const Vec<float> result = sum * power_of_two(beyond);
+  return select(x == Vec<float>(0.0f), x, result);  // -0
+}
+
+// Natural logarithm: nan below 0.
+FUSEDLOSS_HD Vec<float> log_any(Vec<float> x) {
+  const Vec<float> zero(0.0f), infinity(detail::kInfinity);
+  const Vec<float> result = select(x == infinity, infinity, log(x));
+  return select(x < zero, Vec<float>(NAN), result);
+}
+
+template <class T>
+FUSEDLOSS_HD Vec<T> xlogy(Vec<T> x, Vec<T> y) {
+  return select(both(x == Vec<T>(0), y == y), Vec<T>(0), x * log_any(y));
+}
+
+// log(1 + x): nan below -1.
+FUSEDLOSS_HD Vec<float> log1p_any(Vec<float> x) {
+  const Vec<float> infinity(detail::kInfinity);
+  const Vec<float> result = select(x == infinity, infinity, log1p(x));
+  return select(x < Vec<float>(-1.0f), Vec<float>(NAN), result);
+}
+
+FUSEDLOSS_HD Vec<float> tanh(Vec<float> x) {
+  const Vec<float> two(2.0f), e = expm1(-two * abs(x));
+  const Vec<float> size = -e / (two + e);
+  return select(x < Vec<float>(0.0f), -size, select(x == Vec<float>(0.0f), x, size));
+}
+
+FUSEDLOSS_HD Vec<float> erf(Vec<float> x) {
+  using namespace detail;
+  // x + x p(x^2), and 1 - exp(-r(|x|)), both minimax.
+  static constexpr float p[] = {0.1283792f,   -0.37612635f,    0.112837195f, -0.026860733f,
+                                0.005204383f, -0.00081812846f, 8.535948e-05f};
+  static constexpr float r[] = {-0.00014233188f, 1.1293333f,     0.6337849f,
+                                0.10768884f,     -0.024630973f,  0.0039183586f,
+                                -0.00035455555f, 6.9814655e-06f, 1.0657806e-06f};
+  const Vec<float> one(1.0f), size = simd::clamp(abs(x), Vec<float>(0.0f), Vec<float>(4.0f));
+  const Vec<float> square = size * size;
+  const Vec<float> small = simd::fmadd(x, polynomial(square, square * square, p), x);
+  const Vec<float> big = one - exp_nonpositive(-polynomial(size, square, r));
+  return select(size < Vec<float>(0.9f), small, select(x < Vec<float>(0.0f), -big, big));
+}
+
+namespace detail {
+
+// sin(x + quarters pi / 2). Beyond kTurns what the reduction loses would show: libm's there.
+template <class Exact>
+FUSEDLOSS_HD Vec<float> sine(Vec<float> x, int quarters, Exact exact) {
+  constexpr float kTurns = 1000.0f;
+  const Vec<float> shifted = simd::fmadd(x, Vec<float>(0.636619772f), Vec<float>(kRounder));
+  const Vec<float> n = shifted - Vec<float>(kRounder);
+  // pi / 2 in four parts, the first two of 11 bits: exact products with n.
+  Vec<float> r = simd::fmadd(n, Vec<float>(-1.5703125f), x);
+  r = simd::fmadd(n, Vec<float>(-4.83751296997070312e-4f), r);
+  r = simd::fmadd(n, Vec<float>(-7.5497899548918822e-8f), r);
+  r = simd::fmadd(n, Vec<float>(1.715124499e-15f), r);
+  const Int quadrant = simd::cast<int32_t>(shifted) + Int(quarters);
+  static constexpr float s[] = {-0.16666667f, 0.008333329f, -0.00019839295f, 2.7179399e-06f};
+  static constexpr float c[] = {0.041666668f, -0.0013888883f, 2.479943e-05f, -2.7204646e-07f};
+  const Vec<float> z = r * r, z2 = z * z;
+  const Vec<float> of_sine = simd::fmadd(r * z, polynomial(z, z2, s), r);
+  const Vec<float> of_cosine =
+      simd::fmadd(z2, polynomial(z, z2, c), simd::fmadd(z, Vec<float>(-0.5f), Vec<float>(1.0f)));
+  const Vec<float> odd = simd::cast<float>((quadrant & Int(1)) == Int(1));
+  const Vec<float> size = select(odd, of_cosine, of_sine);
+  const Vec<float> negative = simd::cast<float>((quadrant & Int(2)) == Int(2));
+  const Vec<float> result = select(negative, -size, size);
+  const Vec<float> far = abs(x) > Vec<float>(kTurns);
+  if (__builtin_expect(far.any(), 0)) return select(far, x.map(exact), result);
+  return result;
+}
+
+}  // namespace detail
+
+FUSEDLOSS_HD Vec<float> sin(Vec<float> x) {
+  return detail::sine(x, 0, [](float lane) { return std::sin(lane); });
+}
+FUSEDLOSS_HD Vec<float> cos(Vec<float> x) {
+  return detail::sine(x, 1, [](float lane) { return std::cos(lane); });
+}
+
+// x^y: exp(y log|x|) with the logarithm in two floats, so that a large exponent keeps its digits.
+// Of a negative x, nan unless y is an integer. y is finite.
+FUSEDLOSS_HD Vec<float> pow(Vec<float> x, Vec<float> y) {
+  using namespace detail;
+  const Vec<float> zero(0.0f), one(1.0f), infinity(kInfinity);
+  const Vec<float> size = abs(x);
+  const Vec<float> tiny = size < Vec<float>(1.17549435e-38f);
+  const Vec<float> t = select(tiny, size * Vec<float>(8388608.0f), size);
+  const Int bits = simd::cast<int32_t>(t) - Int(0x3f3504f3);
+  const Int exponent = bits & Int(static_cast<int32_t>(0xff800000));
+  const Vec<float> n = simd::convert<float>(exponent) * Vec<float>(1.0f / (1 << 23)) -
+                       select(tiny, Vec<float>(23.0f), zero);
+  const Vec<float> f = simd::cast<float>(simd::cast<int32_t>(t) - exponent) - one;
+  static constexpr float q[] = {0.3333333f,  -0.2500082f,  0.20001227f, -0.16623357f,
+                                0.14201757f, -0.13160183f, 0.12761578f, -0.076344974f};
+  // n ln2 + f - f^2 / 2, each sum with what it loses beside it.
+  const Vec<float> turns = n * Vec<float>(kLn2Hi), f2 = f * f, half = Vec<float>(0.5f) * f2;
+  const Vec<float> sum = turns + f, lost_f = f - (sum - turns);
+  const Vec<float> most = sum - half, lost_half = (sum - most) - half;
+  const Vec<float> lost_square = Vec<float>(-0.5f) * simd::fmadd(f, f, -f2);
+  Vec<float> low = simd::fmadd(f2 * f, polynomial(f, f2, q), lost_f + lost_half);
+  low = simd::fmadd(n, Vec<float>(kLn2Lo), low + lost_square);
+  const Vec<float> high = most + low;
+  low = low - (high - most);
+  // What a product of y with both parts loses goes into the exponential as a factor.
+  const Vec<float> product = y * high;
+  const Vec<float> more = simd::fmadd(y, low, simd::fmadd(y, high, -product));
+  Vec<float> result = exp_times(product, select(abs(more) < one, more, zero));
+  result = select(x == x, result, x);
+  // 0 and infinity, of which there is no logarithm.
+  const Vec<float> limit = select(y < zero, infinity, zero),
+                   other = select(y < zero, zero, infinity);
+  result = select(size == zero, limit, select(size == infinity, other, result));
+  result = select(y == zero, one, result);
+  // Every float from 2^24 on is even.
+  const Vec<float> bounded = simd::clamp(y, Vec<float>(-16777216.0f), Vec<float>(16777216.0f));
+  const Int whole = simd::convert<int32_t>(bounded);
+  const Vec<float> is_whole = simd::convert<float>(whole) == bounded;
+  const Vec<float> is_odd = both(is_whole, simd::cast<float>((whole & Int(1)) == Int(1)));
+  const Vec<float> known = either(is_whole, either(size == zero, size == infinity));
+  const Vec<float> of_negative = select(known, select(is_odd, -result, result), Vec<float>(NAN));
+  return select(simd::cast<float>(simd::cast<int32_t>(x) < Int(0)), of_negative, result);
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fusedloss
+#endif  // FUSEDLOSS_NO_TORCH
+
+// ---- both ---------------------------------------------------------------------------------------
+namespace fusedloss {
+
+// x^exponent for a number that is the same for all elements: products for the usual ones.
+template <class T>
+FUSEDLOSS_HD T power(T x, double exponent) {
+  if (exponent == 2) return x * x;
+  if (exponent == 1) return x;
+  if (exponent == 3) return x * x * x;
+  if (exponent == 0.5) return sqrt(x);
+  if (exponent == 0) return T(1);
+  return pow(x, T(exponent));
+}
+
+// Its derivative, where value is x^exponent; at 0 the limit.
+template <class T>
+FUSEDLOSS_HD T power_slope(T x, T value, double exponent) {
+  if (exponent == 2) return x + x;
+  if (exponent == 1) return T(1);
+  if (exponent == 3) return T(3) * x * x;
+  if (exponent == 0) return T(0);
+  const T at_zero(exponent * ::pow(0.0, exponent - 1));
+  return select(x == T(0), at_zero, T(exponent) * value / x);
+}
+
+}  // namespace fusedloss

@@ -1,0 +1,481 @@
+"""A loss of one's own: one line of maths, with the built-in losses' kernels.
+
+    @fusedloss.pointwise_loss
+    def charbonnier(input, target, *, eps=1e-3):
+        return fm.sqrt((input - target) ** 2 + eps ** 2)
+
+The function is traced once, with SymPy symbols; SymPy differentiates. What comes out is printed as C++
+and compiled where it runs, and as plain PyTorch for whatever the kernels do not cover.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from .. import autograd, backends, functional
+from ..modules import _Predicting
+from ..reference import reduced
+from .building import CannotCompile, build_cpu
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .checking import Report
+
+__all__ = ["PointwiseLoss", "PointwiseLossModule", "pointwise_loss"]
+
+_C: Any = backends.extension
+# Every loss by number, and the compiled ones by the name that the operators take.
+_defined: WeakValueDictionary[int, PointwiseLoss] = WeakValueDictionary()
+_losses: dict[str, PointwiseLoss] = {}
+_count = itertools.count()
+
+
+class PointwiseLoss:
+    """A loss of one's own, as :func:`pointwise_loss` makes it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        from . import printing, tracing
+
+        self._traced = tracing.trace(function)
+        self._struct = printing.cpp(self._traced)
+        self._value = printing.torch_function(self._traced, self._traced.reference)
+        self._slopes = printing.torch_function(self._traced, self._traced.reference_slopes)
+        # By type of device: what the operators call it, and why they cannot.
+        self._keys: dict[str, str] = {}
+        self._obstacles: dict[str, str] = {}
+        self._number = next(_count)
+        _defined[self._number] = self
+        self._names = tuple(self._traced.parameters)
+        self._defaults = tuple(self._traced.defaults.get(name) for name in self._names)
+        self._default_values = self._values({}) if None not in self._defaults else None
+        self.function = function
+        self.__wrapped__ = function
+        self.__name__: str = self._traced.name
+        self.__qualname__: str = getattr(function, "__qualname__", self.__name__)
+        self.__module__: str = getattr(function, "__module__", "")
+        self.__doc__ = function.__doc__
+        self.__signature__ = self._signature()
+
+    # ---- what it is ------------------------------------------------------------------------------
+
+    def _signature(self) -> inspect.Signature:
+        own = inspect.signature(self.function).parameters.values()
+        more = (("reduction", "mean"), ("weight", None), ("clip_grad", None))
+        return inspect.Signature(
+            [
+                *own,
+                *(
+                    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+                    for name, default in more
+                ),
+            ]
+        )
+
+    def __repr__(self) -> str:
+        given = "".join(
+            f", {name}" if default is None else f", {name}={default:g}"
+            for name, default in zip(self._names, self._defaults, strict=True)
+        )
+        head = f"{self.__name__}(input, target{', *' if given else ''}{given})"
+        return f"<fusedloss.pointwise_loss {head} = {self.formula}>"
+
+    def __reduce__(self) -> str:
+        return self.__qualname__  # found again by name, like a function
+
+    @property
+    def formula(self) -> str:
+        """The loss of one element, as text."""
+        return " ".join(str(self._traced.value).split())
+
+    @property
+    def slopes(self) -> tuple[str, str]:
+        """Its derivatives with respect to input and target, as text."""
+        of_input, of_target = (" ".join(str(slope).split()) for slope in self._traced.slopes)
+        return of_input, of_target
+
+    # ---- calls -----------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        clip_grad: float | None = None,
+        **parameters: float,
+    ) -> Tensor:
+        """The loss.
+
+        Args:
+            input: predictions, any shape, of float32, float64, bfloat16 or float16. The latter two
+                are computed in float32.
+            target: of input's shape and dtype; another shape is broadcast, with a warning. Both may
+                want a gradient.
+            reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+            weight: multiplies each element's loss; broadcast to input's shape. With it ``"mean"``
+                divides by its sum, as :func:`torch.nn.functional.mse_loss`'s does: a weighted mean.
+            clip_grad: bounds the slope of each element, before weight and upstream gradient, to
+                [-clip_grad, clip_grad]; the value stays.
+            parameters: the loss's own, numbers. Another number compiles nothing anew.
+
+        Returns:
+            A 0-d tensor, or one of input's shape for ``"none"``, of input's dtype (float32 under
+            autocast).
+
+        Raises:
+            TypeError: a parameter is unknown, missing or no number.
+            ValueError: reduction is none of the three, clip_grad is not positive, or weight does
+                not broadcast to input's shape.
+            RuntimeError: the shapes do not broadcast.
+        """
+        return self._call(input, target, reduction, weight, clip_grad, parameters, None)
+
+    def _values(self, parameters: Mapping[str, Any]) -> tuple[float, ...]:
+        """The parameters' numbers, in order."""
+        values = []
+        for name, default in zip(self._names, self._defaults, strict=True):
+            value = parameters.get(name, default)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                if value is None and name not in parameters:
+                    raise TypeError(f"{self.__name__}() needs its parameter {name!r}, a number")
+                hint = ": pass tensor.item()" if isinstance(value, Tensor) else ""
+                raise TypeError(f"{self.__name__}(): {name} is to be a number, not {value!r}{hint}")
+            values.append(float(value))
+        for name in parameters:
+            if name not in self._names:
+                known = ", ".join((*self._names, "reduction", "weight", "clip_grad"))
+                raise TypeError(f"{self.__name__}() has no parameter {name!r}; it has {known}")
+        return tuple(values)
+
+    def _bound(self, clip_grad: float | None) -> float:
+        if clip_grad is None:
+            return math.inf
+        if isinstance(clip_grad, bool) or not isinstance(clip_grad, Real) or not clip_grad > 0:
+            raise ValueError(f"{self.__name__}(): clip_grad is to be positive, not {clip_grad!r}")
+        return float(clip_grad)
+
+    def _call(
+        self,
+        input: Tensor,
+        target: Tensor,
+        reduction: str,
+        weight: Tensor | None,
+        clip_grad: float | None,
+        parameters: Mapping[str, Any],
+        prediction: Tensor | None,
+    ) -> Tensor:
+        values = self._default_values
+        if parameters or values is None:
+            values = self._values(parameters)
+        number = autograd.REDUCTIONS.get(reduction) if type(reduction) is str else None
+        if number is None:
+            raise ValueError(f"{reduction} is not a valid value for reduction")
+        bound = self._bound(clip_grad)
+        if weight is None and functional._plain_calls():
+            known = self._keys.get(input.device.type) if isinstance(input, Tensor) else None
+            if known is not None:
+                loss = _C.custom(input, target, known, (*values, bound), number, prediction)
+                if loss is not None:
+                    return loss  # type: ignore[no-any-return]
+        if weight is not None:
+            weight = self._weight(input, weight)
+        reason = functional._obstacle(input, target, weight, target_gradient=True)
+        key = ""
+        dtype: torch.dtype | str | None = None
+        if reason is None:
+            dtype = functional._result_dtype(input, target, weight)
+            if isinstance(dtype, str):
+                reason = dtype
+            elif input.shape != target.shape:
+                reason = f"shapes differ: {tuple(input.shape)} and {tuple(target.shape)}"
+            else:
+                key, reason = _prepared(self._number, input.device.type)
+        if functional._explaining is not None:
+            functional._report(reason)
+        if reason is not None:
+            return self.reference(
+                input, target, reduction=reduction, weight=weight, clip_grad=clip_grad, **parameters
+            )
+        assert isinstance(dtype, torch.dtype)
+        return autograd.custom(
+            key, input, target, weight, [*values, bound], number, dtype, prediction
+        )
+
+    def _weight(self, input: Any, weight: Any) -> Any:
+        """Of input's shape, whose sum is what a mean divides by."""
+        if not isinstance(weight, Tensor) or not isinstance(input, Tensor):
+            raise TypeError(f"{self.__name__}(): weight is to be a tensor, not {weight!r}")
+        if weight.shape != input.shape:
+            if not functional._broadcasts_to(weight, input):
+                raise ValueError(
+                    f"{self.__name__}(): weight of shape {tuple(weight.shape)} does not broadcast "
+                    f"to input's {tuple(input.shape)}"
+                )
+            weight = weight.expand_as(input)
+        return weight
+
+    # ---- kernels ---------------------------------------------------------------------------------
+
+    def compile(self, device: str = "cpu") -> None:
+        """Compiles the kernels now instead of at the first call.
+
+        Raises:
+            RuntimeError: they cannot be compiled here; the message says why.
+        """
+        reason = backends.obstacle(device) or _prepared(self._number, device)[1]
+        if reason is not None:
+            raise RuntimeError(f"{self.__name__} cannot be compiled: {reason}")
+
+    # ---- plain PyTorch ---------------------------------------------------------------------------
+
+    def reference(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        clip_grad: float | None = None,
+        **parameters: float,
+    ) -> Tensor:
+        """The same loss in plain PyTorch, differentiable to any order: what the kernels are checked
+        against, and the last fall-back. Arguments and errors are the loss's own."""
+        values = self._values(parameters)
+        if weight is not None:
+            weight = self._weight(input, weight)
+        if input.shape != target.shape:
+            warnings.warn(
+                f"{self.__name__}: target of shape {tuple(target.shape)} differs from input's "
+                f"{tuple(input.shape)}, and is broadcast; make sure that is what is meant",
+                stacklevel=3,
+            )
+        return self._reference(input, target, reduction, weight, self._bound(clip_grad), values)
+
+    def _reference(
+        self,
+        input: Tensor,
+        target: Tensor,
+        reduction: str,
+        weight: Tensor | None,
+        bound: float,
+        values: tuple[float, ...],
+    ) -> Tensor:
+        result = torch.promote_types(input.dtype, target.dtype)
+        if not result.is_floating_point:
+            raise TypeError(f"{self.__name__}() needs floating-point tensors, not {result}")
+        if torch.is_autocast_enabled(input.device.type) and result is not torch.float64:
+            result = torch.float32
+        # Reduced precision is computed in float32, as by the kernels.
+        compute = result if result is torch.float64 else torch.float32
+        shape = torch.broadcast_shapes(input.shape, target.shape)  # type: ignore[no-untyped-call]
+        x, y = (t.to(compute).expand(shape) for t in (input, target))
+        if bound == math.inf:
+            value = self._elements(x, y, values)
+        else:
+            value = _Clipped.apply(x, y, self, bound, values)
+        wide = None if weight is None else weight.to(compute)
+        return reduced(value, wide, reduction).to(result)
+
+    def _elements(self, x: Tensor, y: Tensor, values: tuple[float, ...]) -> Tensor:
+        (value,) = self._value(x, y, values)
+        return torch.broadcast_to(value, x.shape)
+
+    def _bounded_slopes(
+        self, x: Tensor, y: Tensor, bound: float, values: tuple[float, ...]
+    ) -> list[Tensor]:
+        return [
+            (
+                slope.clamp(-bound, bound)
+                if isinstance(slope, Tensor)
+                else torch.full_like(x, min(max(slope, -bound), bound), requires_grad=False)
+            )
+            for slope in self._slopes(x, y, values)
+        ]
+
+    # ---- modules, checks, plots ------------------------------------------------------------------
+
+    def module(
+        self,
+        *,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        clip_grad: float | None = None,
+        **parameters: float,
+    ) -> PointwiseLossModule:
+        """The loss as an :class:`torch.nn.Module` with these options; see :meth:`__call__`.
+
+        Raises:
+            TypeError, ValueError: as a call with these options does.
+        """
+        return PointwiseLossModule(self, reduction, weight, clip_grad, parameters)
+
+    def check(self, **parameters: float) -> Report:
+        """Looks for what makes a loss hard to train with, at random points and along lines.
+
+        Args:
+            parameters: the loss's own, for which to check it.
+
+        Returns:
+            A report that prints, and whose ``ok`` says whether value and gradient are right.
+        """
+        from .checking import check
+
+        return check(self, self._values(parameters))
+
+    def plot(self, path: str | Path, **parameters: float) -> None:
+        """Draws value, slope and curvature against input, for a few targets.
+
+        Args:
+            path: the picture; its name's end is its format, such as ``.png`` or ``.svg``.
+            parameters: the loss's own, for which to draw it.
+
+        Raises:
+            ModuleNotFoundError: there is no matplotlib.
+        """
+        from .checking import plot
+
+        plot(self, self._values(parameters), path)
+
+
+def pointwise_loss(function: Callable[..., Any]) -> PointwiseLoss:
+    """Makes a loss of one line of maths: value and gradients come from one fused kernel.
+
+    Args:
+        function: takes ``input`` and ``target``, one element of each, and keyword parameters behind
+            a ``*``; returns the element's loss, in the words of :mod:`fusedloss.math` and Python's
+            operators. It is called once, with symbols.
+
+    Returns:
+        The loss, to be called like those of :mod:`fusedloss.functional`; see
+        :meth:`PointwiseLoss.__call__`.
+
+    Raises:
+        TypeError, ValueError: the function defines no such loss; the message says what to write
+            instead.
+    """
+    return PointwiseLoss(function)
+
+
+class PointwiseLossModule(_Predicting):
+    """A loss of one's own as a module; see :meth:`PointwiseLoss.module`."""
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        loss: PointwiseLoss,
+        reduction: str,
+        weight: Tensor | None,
+        clip_grad: float | None,
+        parameters: Mapping[str, float],
+    ) -> None:
+        super().__init__()
+        loss._values(parameters)
+        loss._bound(clip_grad)
+        if reduction not in autograd.REDUCTIONS:
+            raise ValueError(f"{reduction} is not a valid value for reduction")
+        self.loss = loss
+        self.reduction = reduction
+        self.register_buffer("weight", weight)
+        self.clip_grad = clip_grad
+        self.parameters_of_loss = dict(parameters)
+
+    def _get_name(self) -> str:
+        return self.loss.__name__
+
+    def extra_repr(self) -> str:
+        numbers = zip(self.loss._names, self.loss._values(self.parameters_of_loss), strict=True)
+        shown = [f"{name}={value:g}" for name, value in numbers]
+        shown.append(f"reduction={self.reduction!r}")
+        if self.clip_grad is not None:
+            shown.append(f"clip_grad={self.clip_grad:g}")
+        return f"{self.loss.formula}, {', '.join(shown)}"
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return self.loss._call(
+            input,
+            target,
+            self.reduction,
+            self.weight,
+            self.clip_grad,
+            self.parameters_of_loss,
+            self._prediction(input),
+        )
+
+
+class _Clipped(torch.autograd.Function):
+    """The elements' values with bounded slopes, which are no longer the value's derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, y: Tensor, loss: PointwiseLoss, bound: float, values: tuple[float, ...]
+    ) -> Tensor:
+        return loss._elements(x, y, values).clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, y, *ctx.rest = inputs
+        ctx.save_for_backward(x, y)
+        ctx.save_for_forward(x, y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        loss, bound, values = ctx.rest
+        of_x, of_y = loss._bounded_slopes(*ctx.saved_tensors, bound, values)
+        return grad * of_x, grad * of_y, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor | None, y: Tensor | None, *_: Any) -> Tensor:
+        loss, bound, values = ctx.rest
+        slopes = loss._bounded_slopes(*ctx.saved_tensors, bound, values)
+        pairs = [(s, t) for s, t in zip(slopes, (x, y), strict=True) if t is not None]
+        return sum((s * t for s, t in pairs), torch.zeros_like(slopes[0]))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _prepared(number: int, device: str) -> tuple[str, str | None]:
+    """What the operators call a loss on that device, compiled if it is not yet; and why they cannot,
+    which is warned of once. (By number, since a tracing compiler knows no loss as a constant.)"""
+    loss = _defined[number]
+    if device not in loss._keys and device not in loss._obstacles:
+        try:
+            if device != "cpu":
+                raise CannotCompile(
+                    f"losses of one's own are not compiled for {device} tensors yet"
+                )
+            loss._keys[device] = _loaded(loss)
+        except CannotCompile as error:
+            loss._obstacles[device] = str(error)
+            warnings.warn(
+                f"{loss.__name__} runs on plain PyTorch, without fused kernels: {error}",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+    return loss._keys.get(device, ""), loss._obstacles.get(device)
+
+
+def _loaded(loss: PointwiseLoss) -> str:
+    key, library = build_cpu(loss.__name__, loss._struct)
+    if key not in _losses:
+        _C.load_custom(key, str(library))
+        _losses[key] = loss
+    return key
+
+
+def loss_named(key: str) -> PointwiseLoss:
+    """The loss that the operators call so."""
+    return _losses[key]

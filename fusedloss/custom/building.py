@@ -1,0 +1,175 @@
+"""Compiles a printed loss on the machine it runs on, once: a cache on disk keeps it by its content.
+
+One file, one compiler call: there is nothing that a build system could order or skip.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from .. import backends
+
+_CXX_FLAGS = [
+    *("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-w"),
+    # As the package's own kernels: see setup.py.
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+    "-DFUSEDLOSS_NO_TORCH",
+]
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class CannotCompile(Exception):
+    """Why there is no compiled kernel; the reference runs instead."""
+
+
+@functools.cache
+def headers() -> Path:
+    """The folder with the headers that a printed loss includes: in the package, or, in a source
+    tree, beside it."""
+    shipped = _PACKAGE / "include"
+    return shipped if shipped.is_dir() else _PACKAGE.parent / "csrc"
+
+
+def cache_directory() -> Path:
+    """Where compiled losses are kept: FUSEDLOSS_CACHE_DIR, else a folder of XDG_CACHE_HOME, else of
+    ~/.cache."""
+    chosen = os.environ.get("FUSEDLOSS_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fusedloss")
+
+
+def find_compiler() -> str:
+    """The C++ compiler: CXX, else the first of the usual names on the PATH.
+
+    Raises:
+        CannotCompile: there is none.
+    """
+    chosen = os.environ.get("CXX")
+    for name in (chosen,) if chosen else ("c++", "g++", "clang++"):
+        found = shutil.which(name)
+        if found is not None:
+            return found
+    raise CannotCompile(
+        f"CXX={chosen!r} is no program" if chosen else "no C++ compiler (CXX, c++, g++, clang++)"
+    )
+
+
+@functools.cache
+def _version(program: str) -> str:
+    return subprocess.run(
+        [program, "--version"], check=False, capture_output=True, text=True
+    ).stdout
+
+
+@functools.cache
+def _headers_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(headers().rglob("*.h")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def cpu_command() -> list[str]:
+    """The compiler call, up to the file names."""
+    build = backends.info().build
+    capability: str = build["cpu_capability"]
+    flags = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    return [find_compiler(), *_CXX_FLAGS, *build["cpu_flags"].split(), *flags, f"-I{headers()}"]
+
+
+def build_cpu(name: str, struct: str) -> tuple[str, Path]:
+    """Compiles a struct, as printing.cpp() prints it, for the CPU engine.
+
+    Returns:
+        A name that tells it from any other, and the library.
+
+    Raises:
+        CannotCompile: there is no compiler, or it fails.
+    """
+    source = (
+        '#include "cpu/custom.h"\n\nnamespace fusedloss {\nnamespace {\n\n'
+        f"{struct}\n}}  // namespace\n}}  // namespace fusedloss\n\nFUSEDLOSS_CUSTOM(fusedloss::Loss)\n"
+    )
+    return _build(name, "CPU", ".cpp", source, cpu_command())
+
+
+def _build(
+    name: str, target: str, suffix: str, source: str, command: list[str]
+) -> tuple[str, Path]:
+    digest = hashlib.sha256()
+    for part in (source, _headers_digest(), _version(command[0]), shlex.join(command)):
+        digest.update(part.encode() + b"\0")
+    key = f"{name}-{digest.hexdigest()[:24]}"
+    library = _cache() / f"{key}.so"
+    if not library.exists():
+        with _alone(library.with_suffix(".lock")):
+            if not library.exists():
+                _compile(name, target, suffix, source, command, library)
+    return key, library
+
+
+def _cache() -> Path:
+    folder = cache_directory()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    # Where nothing can be kept, each process compiles for itself.
+    return folder if writable else _own_folder()
+
+
+@functools.cache
+def _own_folder() -> Path:
+    folder = tempfile.TemporaryDirectory(prefix="fusedloss-")
+    _kept.append(folder)
+    return Path(folder.name)
+
+
+_kept: list[tempfile.TemporaryDirectory[str]] = []
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process compiles, others wait for it. Without locks all compile, which does no harm."""
+    with ExitStack() as held:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(held.enter_context(lock.open("w")), fcntl.LOCK_EX)
+        yield
+
+
+def _compile(
+    name: str, target: str, suffix: str, source: str, command: list[str], library: Path
+) -> None:
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".building-") as folder:
+        file, built = Path(folder, f"{library.stem}{suffix}"), Path(folder, library.name)
+        file.write_text(source)
+        done = subprocess.run(
+            [*command, str(file), "-o", str(built)], check=False, capture_output=True, text=True
+        )
+        if done.returncode != 0:
+            raise CannotCompile(f"{shlex.join(command)} fails: {done.stderr.strip()[-2000:]}")
+        # Whole or not at all, for processes that look at the same time; the source for whoever
+        # wants to read it.
+        os.replace(file, library.with_suffix(suffix))
+        os.replace(built, library)
+    seconds = time.perf_counter() - started
+    print(
+        f"fusedloss: compiled {name} for the {target} in {seconds:.1f} s; kept in {library.parent}",
+        file=sys.stderr,
+    )

@@ -1,0 +1,356 @@
+"""Prints formulas: as a C++ struct in the vocabulary of the kernels, as PyTorch, as Triton."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import sympy
+import torch
+from torch import Tensor
+
+from . import words
+from .tracing import Program, Traced
+from .words import INPUT, TARGET, Expr
+
+
+class Printer:
+    """Formulas as text of one operator precedence: everything but names and calls in brackets.
+
+    A sum of both elements starts with them, so that ``input - target`` is formed before a smaller
+    term joins: the difference of neighbours is exact.
+    """
+
+    operators: ClassVar[dict[Any, str]] = {
+        sympy.Gt: ">",
+        sympy.Ge: ">=",
+        sympy.Lt: "<",
+        sympy.Le: "<=",
+        sympy.Eq: "==",
+        sympy.Ne: "!=",
+    }
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self.names = names  # of symbols, where they are not their own
+
+    def __call__(self, e: Expr) -> str:
+        for kind in type(e).__mro__:
+            method = getattr(self, f"_{kind.__name__}", None)
+            if method is not None:
+                return str(method(e))
+        raise TypeError(f"no way to print {e!r}")  # tracing lets none through
+
+    def number(self, x: float) -> str:
+        raise NotImplementedError
+
+    def call(self, name: str, args: Sequence[Expr]) -> str:
+        return f"{name}({', '.join(map(self, args))})"
+
+    def _Symbol(self, e: Expr) -> str:
+        return self.names.get(e.name, e.name)
+
+    def _Number(self, e: Expr) -> str:
+        return self.number(float(e))
+
+    def _NumberSymbol(self, e: Expr) -> str:
+        return self.number(float(e))
+
+    def _Add(self, e: Expr) -> str:
+        def is_plain(term: Expr) -> bool:
+            symbol = term.as_coeff_Mul()[1]
+            return bool(symbol.is_Symbol and symbol.name in (INPUT, TARGET))
+
+        several = sum(map(is_plain, e.args)) > 1
+
+        def rank(term: Expr) -> tuple[bool, bool, str]:
+            return not (several and is_plain(term)), _is_negative(term), sympy.srepr(term)
+
+        first, *rest = sorted(e.args, key=rank)
+        text = self(first)
+        for term in rest:
+            negative = _is_negative(term)
+            text = f"{text} {'-' if negative else '+'} {self(-term if negative else term)}"
+        return f"({text})"
+
+    def _Mul(self, e: Expr) -> str:
+        above, below = [], []
+        negative = False
+        for factor in e.args:
+            if factor == -1:
+                negative = not negative
+            elif factor.is_Pow and factor.exp.is_Integer and factor.exp < 0:
+                below.append(1 / factor)
+            else:
+                above.append(factor)
+        text = " * ".join(map(self, above)) if above else self.number(1.0)
+        if below:
+            text = f"({text}) / ({' * '.join(map(self, below))})"
+        return f"(-({text}))" if negative else f"({text})"
+
+    def _Pow(self, e: Expr) -> str:
+        base, exponent = self(e.base), int(e.exp)
+        product = " * ".join([base] * abs(exponent))
+        return f"({product})" if exponent > 0 else f"({self.number(1.0)} / ({product}))"
+
+    def _Relational(self, e: Expr) -> str:
+        return f"({self(e.lhs)} {self.operators[e.func]} {self(e.rhs)})"
+
+    def _joined(self, e: Expr, name: str) -> str:
+        first, *rest = e.args
+        return functools.reduce(lambda text, arg: f"{name}({text}, {self(arg)})", rest, self(first))
+
+    def _And(self, e: Expr) -> str:
+        return self._joined(e, "both")
+
+    def _Or(self, e: Expr) -> str:
+        return self._joined(e, "either")
+
+    def _Not(self, e: Expr) -> str:
+        return self.call("negation", e.args)
+
+    def _Word(self, e: Expr) -> str:
+        return self.call(e.func.__name__, e.args)
+
+
+def _is_negative(e: Expr) -> bool:
+    return bool(e.as_coeff_Mul()[0].is_negative)
+
+
+# ---- C++ -----------------------------------------------------------------------------------------
+
+
+class _Cpp(Printer):
+    """Of elements: T is a number or a SIMD register."""
+
+    renamed: ClassVar[dict[str, str]] = {
+        "log": "log_any",
+        "log1p": "log1p_any",
+        "Abs": "abs",
+        "Sign": "sign",
+        "Maximum": "maximum",
+        "Minimum": "minimum",
+        "Clamp": "between",
+        "XLogY": "xlogy",
+        "Where": "select",
+    }
+
+    def number(self, x: float) -> str:
+        return f"T({_cpp_number(x)})"
+
+    def _Word(self, e: Expr) -> str:
+        name = e.func.__name__
+        return self.call(self.renamed.get(name, name), e.args)
+
+    def _Relu(self, e: Expr) -> str:
+        return f"at_least({self(e.args[0])}, T(0))"
+
+    def _reciprocal(self, e: Expr) -> str:
+        return f"({self.number(1.0)} / {self(e.args[0])})"
+
+    def _Power(self, e: Expr) -> str:
+        base, exponent = e.args
+        number = self._of_call(exponent)
+        return self.call("pow", e.args) if number is None else f"power({self(base)}, {number})"
+
+    def _PowerSlope(self, e: Expr) -> str:
+        base, exponent, value = e.args
+        return f"power_slope({self(base)}, {self(value)}, {self._of_call(exponent)})"
+
+    def _of_call(self, e: Expr) -> str | None:
+        """A number that is the same for all elements, as a double; None: it is none."""
+        if e.is_number:
+            return _cpp_number(float(e))
+        is_constant = e.is_Symbol and e.name.startswith("c")
+        return f"constants[{e.name[1:]}]" if is_constant else None
+
+
+class _CppConstant(_Cpp):
+    """Of a call's numbers, in double."""
+
+    def number(self, x: float) -> str:
+        return f"double({_cpp_number(x)})"
+
+    def _Relu(self, e: Expr) -> str:
+        return f"at_least({self(e.args[0])}, 0.0)"
+
+    def _Power(self, e: Expr) -> str:
+        return self.call("pow", e.args)
+
+
+def _cpp_number(x: float) -> str:
+    if math.isinf(x):
+        return "INFINITY" if x > 0 else "-INFINITY"
+    return repr(x)
+
+
+def cpp(traced: Traced) -> str:
+    """The struct that csrc/math/custom.h describes. Its last parameter bounds the slopes."""
+    program = traced.kernel
+    count = len(program.constants) + 1
+    given = list(traced.parameters)
+    of_call = _CppConstant({name: f"parameters[{i}]" for i, name in enumerate(given)})
+    of_element = _Cpp({INPUT: "x", TARGET: "y"})
+    lines = [
+        f"// {traced.name}: {_comment(traced.value)}",
+        f"struct Loss : CustomLoss<{count}> {{",
+        f"  static constexpr int kParameters = {len(given) + 1};",
+        "  static void prepare(const double* parameters, double* constants) {",
+        *(
+            f"    constants[{i}] = {of_call(formula)};"
+            for i, (_, formula) in enumerate(program.constants)
+        ),
+        f"    constants[{count - 1}] = parameters[{len(given)}];",
+        "  }",
+        "  template <class T>",
+        "  FUSEDLOSS_HD CustomEval<T> eval([[maybe_unused]] T x, [[maybe_unused]] T y) const {",
+        *(f"    const T c{i}(constants[{i}]);" for i in range(count - 1)),
+        f"    const T clip(constants[{count - 1}]);",
+        *(f"    const auto {symbol} = {of_element(e)};" for symbol, e in program.shared),
+    ]
+    value, *slopes = map(of_element, program.results)
+    bounded = [f"between({slope}, -clip, clip)" for slope in slopes]
+    lines += [f"    return {{{', '.join([value, *bounded])}}};", "  }", "};"]
+    return "\n".join(lines) + "\n"
+
+
+def _comment(value: Expr) -> str:
+    return " ".join(str(value).split())
+
+
+# ---- PyTorch -------------------------------------------------------------------------------------
+
+
+class _Torch(Printer):
+    """Of tensors x and y; Python numbers stand for constants."""
+
+    def number(self, x: float) -> str:
+        return f"float({str(x)!r})" if math.isinf(x) else repr(x)
+
+    def _Word(self, e: Expr) -> str:
+        return f"call({', '.join([e.func.__name__, *map(self, e.args)])})"
+
+    def _Where(self, e: Expr) -> str:
+        condition, yes, no = e.args
+        return f"where({self(condition)}, lambda x, y: {self(yes)}, lambda x, y: {self(no)}, x, y)"
+
+
+class _TorchConstant(_Torch):
+    """Of float64 tensors of one number: arithmetic of Python's own would raise on 1 / 0."""
+
+    def number(self, x: float) -> str:
+        return f"number({str(x)!r})"
+
+    def _Where(self, e: Expr) -> str:
+        return self.call("select", e.args)
+
+
+def _call(word: Any, *args: Any) -> Any:
+    like = next((arg for arg in args if isinstance(arg, Tensor)), None)
+    if like is None:
+        args = tuple(torch.tensor(arg, dtype=torch.float64) for arg in args)
+        return word.torch(*args).item()
+    return word.torch(
+        *(
+            arg
+            if isinstance(arg, Tensor)
+            else torch.full((), arg, dtype=like.dtype, device=like.device)
+            for arg in args
+        )
+    )
+
+
+Branch = Callable[[Any, Any], Any]
+
+
+def _where(condition: Any, yes: Branch, no: Branch, x: Any, y: Any) -> Any:
+    """Either branch sees, where it is not taken, numbers without a graph: its gradient there may be
+    infinite or nan, and is cut off before it meets anything, in any order of differentiation."""
+    if not isinstance(condition, Tensor):
+        return yes(x, y) if condition else no(x, y)
+    taken = _cut(condition, x, y, yes)
+    other = _cut(~condition, x, y, no)
+    like = x if isinstance(x, Tensor) else condition.double()
+    pair = (
+        side if isinstance(side, Tensor) else torch.full_like(like, side, requires_grad=False)
+        for side in (taken, other)
+    )
+    return torch.where(condition, *pair)
+
+
+def _cut(taken: Tensor, x: Any, y: Any, branch: Branch) -> Any:
+    def keep(t: Any) -> Any:
+        return torch.where(taken, t, t.detach()) if isinstance(t, Tensor) else t
+
+    return branch(keep(x), keep(y))
+
+
+def _number(text: str) -> Tensor:
+    return torch.tensor(float(text), dtype=torch.float64)
+
+
+def _both(a: Any, b: Any) -> Any:
+    return a & b
+
+
+def _either(a: Any, b: Any) -> Any:
+    return a | b
+
+
+def _negation(a: Any) -> Any:
+    return ~a if isinstance(a, Tensor) else not a
+
+
+_NAMESPACE: dict[str, Any] = {
+    "call": _call,
+    "where": _where,
+    "number": _number,
+    "select": torch.where,
+    "both": _both,
+    "either": _either,
+    "negation": _negation,
+    **{
+        word.__name__: word
+        for word in vars(words).values()
+        if isinstance(word, type) and issubclass(word, words.Word)
+    },
+}
+
+
+def torch_source(traced: Traced, program: Program) -> str:
+    """Two functions: ``constants(parameters...)``, and ``results(x, y, constants...)``."""
+    constant, element = _TorchConstant({}), _Torch({INPUT: "x", TARGET: "y"})
+    symbols = [str(symbol) for symbol, _ in program.constants]
+    formulas = [constant(e) for _, e in program.constants]
+    return "\n".join(
+        [
+            f"def constants({', '.join(traced.parameters)}):",
+            f"    return [{', '.join(formulas)}]",
+            "",
+            f"def results({', '.join(['x', 'y', *symbols])}):",
+            f"    return {', '.join(map(element, program.results))},",
+            "",
+        ]
+    )
+
+
+Compiled = Callable[[Tensor, Tensor, tuple[float, ...]], tuple[Any, ...]]
+
+
+def torch_function(traced: Traced, program: Program) -> Compiled:
+    """The formulas as a function of input, target and the parameters' numbers."""
+    namespace = dict(_NAMESPACE)
+    exec(compile(torch_source(traced, program), f"<{traced.name}>", "exec"), namespace)  # noqa: S102 - of our own print
+    results = namespace["results"]
+
+    @functools.lru_cache(maxsize=64)
+    def constants(parameters: tuple[float, ...]) -> tuple[float, ...]:
+        numbers = (torch.tensor(p, dtype=torch.float64) for p in parameters)
+        return tuple(float(c) for c in namespace["constants"](*numbers))
+
+    def run(input: Tensor, target: Tensor, parameters: tuple[float, ...]) -> tuple[Any, ...]:
+        computed: tuple[Any, ...] = results(input, target, *constants(parameters))
+        return computed
+
+    return run

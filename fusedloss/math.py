@@ -1,0 +1,218 @@
+"""The words that a loss of one's own is written in; see :func:`fusedloss.pointwise_loss`.
+
+Each is stable over its whole domain, with a slope to match, and keeps PyTorch's convention at kinks.
+They take the symbols that a loss is traced with, numbers, and tensors, to which they are PyTorch's
+functions of the same meaning. Arguments are real numbers, elementwise and unitless. Arithmetic,
+powers and comparisons are Python's own operators; conditions are joined by ``&``, ``|``, ``~``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from .custom import words
+
+__all__ = [
+    "abs",
+    "clamp",
+    "cos",
+    "equal",
+    "erf",
+    "exp",
+    "expm1",
+    "log",
+    "log1p",
+    "log_sigmoid",
+    "maximum",
+    "minimum",
+    "not_equal",
+    "pow",
+    "relu",
+    "sigmoid",
+    "sign",
+    "sin",
+    "softplus",
+    "sqrt",
+    "tanh",
+    "where",
+    "xlogy",
+]
+
+Operand = Any  # a traced expression, a number or a tensor
+
+
+def _tensors(*args: Operand) -> list[Tensor] | None:
+    """All of them as tensors, if one is."""
+    like = next((arg for arg in args if isinstance(arg, Tensor)), None)
+    if like is None:
+        return None
+    return [
+        arg if isinstance(arg, Tensor) else torch.as_tensor(arg, dtype=like.dtype).to(like.device)
+        for arg in args
+    ]
+
+
+def _call(word: Any, *args: Operand) -> Any:
+    tensors = _tensors(*args)
+    return word(*map(_expression, args)) if tensors is None else word.torch(*tensors)
+
+
+def _expression(x: Operand) -> Any:
+    try:
+        expression = sympy.sympify(x, strict=True)
+    except sympy.SympifyError:
+        expression = None
+    if expression is None or isinstance(x, bool) or not isinstance(expression, sympy.Expr):
+        raise TypeError(f"fusedloss.math takes numbers, symbols and tensors, not {x!r}")
+    return expression
+
+
+def exp(x: Operand) -> Any:
+    """:math:`e^x`."""
+    return _call(words.Exp, x)
+
+
+def expm1(x: Operand) -> Any:
+    """:math:`e^x - 1`, exact to rounding near 0."""
+    return _call(words.Expm1, x)
+
+
+def log(x: Operand) -> Any:
+    """Natural logarithm: -inf at 0, nan below. See :func:`xlogy` for ``x * log(y)``."""
+    return _call(words.Log, x)
+
+
+def log1p(x: Operand) -> Any:
+    """:math:`\\log(1 + x)`, exact to rounding near 0."""
+    return _call(words.Log1p, x)
+
+
+def sqrt(x: Operand) -> Any:
+    """Square root: nan below 0; the slope at 0 is infinite."""
+    return _call(words.Sqrt, x)
+
+
+def abs(x: Operand) -> Any:
+    """:math:`|x|`. Slope at the kink: 0."""
+    return _call(words.Abs, x)
+
+
+def sign(x: Operand) -> Any:
+    """-1, 0 or 1; 0 for nan. Slope: 0."""
+    return _call(words.Sign, x)
+
+
+def sin(x: Operand) -> Any:
+    """Sine of radians."""
+    return _call(words.Sin, x)
+
+
+def cos(x: Operand) -> Any:
+    """Cosine of radians."""
+    return _call(words.Cos, x)
+
+
+def tanh(x: Operand) -> Any:
+    """Hyperbolic tangent; its slope does not cancel where it saturates."""
+    return _call(words.Tanh, x)
+
+
+def sigmoid(x: Operand) -> Any:
+    """:math:`1 / (1 + e^{-x})`."""
+    return _call(words.Sigmoid, x)
+
+
+def log_sigmoid(x: Operand) -> Any:
+    """:math:`\\log(1 / (1 + e^{-x}))`, never infinite for a finite x."""
+    return _call(words.LogSigmoid, x)
+
+
+def softplus(x: Operand) -> Any:
+    """:math:`\\log(1 + e^x)`, never infinite for a finite x. Exact: without torch's threshold."""
+    return _call(words.Softplus, x)
+
+
+def erf(x: Operand) -> Any:
+    """Gauss's error function."""
+    return _call(words.Erf, x)
+
+
+def pow(x: Operand, exponent: Operand) -> Any:
+    """:math:`x^p`, as ``x ** p``: nan for a negative x unless p is whole. A whole or half p that is
+    written down is computed by products and square roots, any other by logarithms."""
+    tensors = _tensors(x, exponent)
+    if tensors is None:
+        return _expression(x) ** _expression(exponent)
+    return words.Power.torch(*tensors)
+
+
+def maximum(a: Operand, b: Operand) -> Any:
+    """The larger; nan where either is. Where they are equal, half the slope goes to each."""
+    return _call(words.Maximum, a, b)
+
+
+def minimum(a: Operand, b: Operand) -> Any:
+    """The smaller; nan where either is. Where they are equal, half the slope goes to each."""
+    return _call(words.Minimum, a, b)
+
+
+def clamp(x: Operand, min: Operand | None = None, max: Operand | None = None) -> Any:
+    """x, at least min and at most max. Slope 1 inside, at the bounds too, and 0 outside.
+
+    Raises:
+        TypeError: neither bound is given.
+    """
+    if min is None and max is None:
+        raise TypeError("clamp needs min, max or both")
+    low = float("-inf") if min is None else min
+    high = float("inf") if max is None else max
+    return _call(words.Clamp, x, low, high)
+
+
+def relu(x: Operand) -> Any:
+    """:math:`\\max(x, 0)`. Slope at the kink: 0."""
+    return _call(words.Relu, x)
+
+
+def xlogy(x: Operand, y: Operand) -> Any:
+    """:math:`x \\log y`, and 0 where x is 0."""
+    return _call(words.XLogY, x, y)
+
+
+def where(condition: Any, yes: Operand, no: Operand) -> Any:
+    """``yes`` where the condition holds, else ``no``. What is not taken never counts, for the slope
+    neither: it may be infinite or nan there.
+
+    Raises:
+        TypeError: the condition is a Python bool. (``==`` compares symbols, not their values: write
+            :func:`equal`.)
+    """
+    if isinstance(condition, Tensor):
+        like = yes if isinstance(yes, Tensor) else no
+        pair = _tensors(yes, no) if isinstance(like, Tensor) else [yes, no]
+        assert pair is not None
+        return torch.where(condition, *pair)
+    if isinstance(condition, bool) or not isinstance(
+        condition, sympy.logic.boolalg.Boolean | sympy.core.relational.Relational
+    ):
+        raise TypeError(
+            f"where needs a condition of symbols, such as input > target, not {condition!r}; "
+            "write fusedloss.math.equal(a, b) for a == b, and join conditions by &, | and ~"
+        )
+    return words.Where(condition, _expression(yes), _expression(no))
+
+
+def equal(a: Operand, b: Operand) -> Any:
+    """The condition a = b."""
+    tensors = _tensors(a, b)
+    return sympy.Eq(_expression(a), _expression(b)) if tensors is None else torch.eq(*tensors)
+
+
+def not_equal(a: Operand, b: Operand) -> Any:
+    """The condition a ≠ b."""
+    tensors = _tensors(a, b)
+    return sympy.Ne(_expression(a), _expression(b)) if tensors is None else torch.ne(*tensors)

@@ -1,0 +1,90 @@
+"""Losses of one's own for the tests: each in our words, and as one would write it in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fusedloss
+from fusedloss import math as fm
+from fusedloss.custom import PointwiseLoss
+
+
+@fusedloss.pointwise_loss
+def charbonnier(input, target, *, eps=1e-3):  # type: ignore[no-untyped-def]
+    return fm.sqrt((input - target) ** 2 + eps**2)
+
+
+@fusedloss.pointwise_loss
+def cauchy(input, target, *, c=1.0):  # type: ignore[no-untyped-def]
+    return c**2 / 2 * fm.log1p(((input - target) / c) ** 2)
+
+
+@fusedloss.pointwise_loss
+def quantile(input, target, *, q=0.5):  # type: ignore[no-untyped-def]
+    d = target - input
+    return fm.maximum(q * d, (q - 1) * d)
+
+
+@fusedloss.pointwise_loss
+def focal(input, target, *, gamma=2.0, alpha=0.25):  # type: ignore[no-untyped-def]
+    hit = -alpha * fm.sigmoid(-input) ** gamma * fm.log_sigmoid(input)
+    miss = -(1 - alpha) * fm.sigmoid(input) ** gamma * fm.log_sigmoid(-input)
+    return target * hit + (1 - target) * miss
+
+
+@fusedloss.pointwise_loss
+def tukey(input, target, *, c=4.685):  # type: ignore[no-untyped-def]
+    d = (input - target) / c
+    return c**2 / 6 * fm.where(fm.abs(d) <= 1, 1 - (1 - d**2) ** 3, 1.0)
+
+
+@fusedloss.pointwise_loss
+def gaussian_kl(mu, logvar):  # type: ignore[no-untyped-def]
+    """VAE's: the Kullback-Leibler divergence from a standard normal distribution."""
+    return 0.5 * (mu**2 + fm.expm1(logvar) - logvar)
+
+
+@dataclass(frozen=True)
+class CustomCase:
+    loss: PointwiseLoss
+    eager: Callable[..., Tensor]  # elements' losses
+    options: dict[str, float] = field(default_factory=dict)
+    unit_target: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.loss.__name__
+
+    def sample(self, dtype: torch.dtype, shape: Any = (4099,), seed: int = 0) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        x, y = torch.randn((2, *shape), generator=generator, dtype=torch.float64) * 2
+        if self.unit_target:
+            y = (y > 0).double()
+        return [x.to(dtype), y.to(dtype)]
+
+
+def _focal(x: Tensor, y: Tensor, gamma: float, alpha: float) -> Tensor:
+    hit = -alpha * torch.sigmoid(-x) ** gamma * F.logsigmoid(x)
+    miss = -(1 - alpha) * torch.sigmoid(x) ** gamma * F.logsigmoid(-x)
+    return y * hit + (1 - y) * miss
+
+
+def _tukey(x: Tensor, y: Tensor, c: float) -> Tensor:
+    d = (x - y) / c
+    return c**2 / 6 * torch.where(d.abs() <= 1, 1 - (1 - d**2) ** 3, torch.ones_like(d))
+
+
+CASES = [
+    CustomCase(charbonnier, lambda x, y, eps: ((x - y) ** 2 + eps**2).sqrt(), {"eps": 0.3}),
+    CustomCase(cauchy, lambda x, y, c: c**2 / 2 * torch.log1p(((x - y) / c) ** 2), {"c": 0.7}),
+    CustomCase(quantile, lambda x, y, q: torch.maximum(q * (y - x), (q - 1) * (y - x)), {"q": 0.9}),
+    CustomCase(focal, _focal, {"gamma": 1.5, "alpha": 0.3}, unit_target=True),
+    CustomCase(tukey, _tukey, {"c": 3.0}),
+    CustomCase(gaussian_kl, lambda x, y: 0.5 * (x**2 + torch.expm1(y) - y)),
+]

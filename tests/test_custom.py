@@ -1,0 +1,580 @@
+"""Losses of one's own: values, gradients, options, and every way that a call can take."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedloss
+from conftest import need
+from custom_losses import CASES, CustomCase, charbonnier, focal, gaussian_kl, quantile, tukey
+from fusedloss import math as fm
+from helpers import assert_same_bits, draw_upstream, leaf, poisoned_memory, threads
+
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def gradients(
+    loss: Any, x: Tensor, y: Tensor, upstream: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    a, b = leaf(x), leaf(y)
+    value = loss(a, b, **options)
+    upstream = torch.ones_like(value) if upstream is None else upstream
+    return value.detach(), *torch.autograd.grad(value, (a, b), upstream)
+
+
+def truth(case: CustomCase, x: Tensor, y: Tensor, upstream: Tensor, reduction: str, w: Tensor):  # type: ignore[no-untyped-def]
+    """In float64, by PyTorch's own derivatives."""
+
+    def eager(a: Tensor, b: Tensor) -> Tensor:
+        elements = case.eager(a, b, **case.options) * w
+        if reduction == "none":
+            return elements
+        return elements.sum() / (w.sum() if reduction == "mean" else 1)
+
+    return gradients(eager, x.double(), y.double(), upstream.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@by_case
+def test_value_and_gradients(compiled: str, case: CustomCase, dtype: torch.dtype) -> None:
+    """Both gradients for a random upstream gradient, weighted or not, against float64."""
+    x, y = case.sample(dtype)
+    w = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype) + 0.5
+    eps = torch.finfo(dtype).eps
+    for reduction, weight in itertools.product(("none", "mean", "sum"), (None, w)):
+        upstream = draw_upstream(x.shape if reduction == "none" else (), dtype)
+        options = {**case.options, "reduction": reduction, "weight": weight}
+        assert fusedloss.explain(case.loss, x, y, **options).fused
+        with poisoned_memory():
+            ours = gradients(case.loss, x, y, upstream, **options)
+        ones = torch.ones_like(x) if weight is None else w
+        expected = truth(case, x, y, upstream, reduction, ones.double())
+        for name, mine, right in zip(("value", "input", "target"), ours, expected, strict=True):
+            assert mine.dtype is dtype and mine.shape == right.shape
+            # A few roundings of the terms, whose size is about right's largest; then of the result.
+            allowed = 16 * max(torch.finfo(torch.float32).eps, 0) * right.abs().max()
+            if dtype is torch.float64:
+                allowed = 64 * eps * right.abs().max()
+            off = (mine.double() - right).abs() - right.abs() * eps / 2 - allowed
+            off -= torch.finfo(dtype).smallest_normal
+            assert off.max() <= 0, f"{name}, {reduction}: {off.max():.3g} beyond {allowed:.3g}"
+
+
+@by_case
+def test_against_reference(compiled: str, case: CustomCase) -> None:
+    """First and second derivatives, in both arguments, of the kernels and the printed PyTorch."""
+    x, y = case.sample(torch.float64, (7,))
+    x, y = leaf(x), leaf(y)
+
+    def call(a: Tensor, b: Tensor) -> Tensor:
+        return case.loss(a, b, reduction="none", **case.options)
+
+    assert torch.autograd.gradcheck(call, (x, y))
+    assert torch.autograd.gradgradcheck(call, (x, y))
+    clipped = [{"clip_grad": 0.4}, {}]
+    for options in clipped:
+        ours = gradients(case.loss, x, y, **case.options, **options)
+        reference = gradients(case.loss.reference, x, y, **case.options, **options)
+        for mine, theirs in zip(ours, reference, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_layouts(compiled: str) -> None:
+    """Strided, transposed, expanded and unaligned operands; gradients in input's own layout."""
+    base = torch.randn(64, 130)
+    pool = torch.randn(64 * 130)
+    for x in (
+        base,
+        base.t()[:, :7],
+        base[::2, 1::3],
+        base.flatten()[1:],
+        base[:, :1].expand(64, 5),
+    ):
+        y = pool[: x.numel()].view(x.shape)
+        for target in (y, y.flip(-1), y[..., :1].expand_as(y)):
+            ours = gradients(charbonnier, x, target)
+            for mine, right in zip(ours, gradients(charbonnier.reference, x, target), strict=True):
+                torch.testing.assert_close(mine, right)
+    strided = leaf(base.t())
+    charbonnier(strided, pool.view(130, 64)).backward()
+    assert strided.grad is not None and strided.grad.stride() == strided.stride()
+
+
+# ---- the words -----------------------------------------------------------------------------------
+
+INF, NAN = math.inf, math.nan
+EXTREMES = (0.0, 1e-30, 1e-8, 0.3, 1.0, 2.5, 88.0, 100.0, 1e4, 1e30, INF)
+
+
+def sech2(x: float) -> float:
+    return 0.0 if abs(x) > 350 else 1 / math.cosh(x) ** 2
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x > -700 else math.exp(x)
+
+
+def or_inf(f: Any) -> Any:
+    """math's functions raise where a float is infinite or nan."""
+
+    def safe(x: float) -> float:
+        try:
+            return float(f(x))
+        except OverflowError:
+            return INF
+        except ValueError:
+            return NAN
+        except ZeroDivisionError:
+            return INF
+
+    return safe
+
+
+# The word, its value and its slope, of one number, by Python's own functions.
+WORDS: dict[str, tuple[Any, Any, Any]] = {
+    "exp": (fm.exp, math.exp, math.exp),
+    "expm1": (fm.expm1, math.expm1, math.exp),
+    "log": (fm.log, lambda x: -INF if x == 0 else math.log(x), lambda x: 1 / x),
+    "log1p": (fm.log1p, lambda x: -INF if x == -1 else math.log1p(x), lambda x: 1 / (1 + x)),
+    "sqrt": (fm.sqrt, math.sqrt, lambda x: 0.5 / math.sqrt(x)),
+    "abs": (fm.abs, abs, lambda x: (x > 0) - (x < 0)),
+    "sign": (fm.sign, lambda x: (x > 0) - (x < 0), lambda x: 0.0),
+    "sin": (fm.sin, math.sin, math.cos),
+    "cos": (fm.cos, math.cos, lambda x: -math.sin(x)),
+    "tanh": (fm.tanh, math.tanh, sech2),
+    "sigmoid": (fm.sigmoid, sigmoid, lambda x: sigmoid(-abs(x)) * (1 - sigmoid(-abs(x)))),
+    "log_sigmoid": (
+        fm.log_sigmoid,
+        lambda x: min(x, 0) - math.log1p(math.exp(-abs(x))),
+        lambda x: sigmoid(-x),
+    ),
+    "softplus": (fm.softplus, lambda x: max(x, 0) + math.log1p(math.exp(-abs(x))), sigmoid),
+    "erf": (fm.erf, math.erf, lambda x: 2 / math.sqrt(math.pi) * math.exp(-x * x)),
+    "relu": (fm.relu, lambda x: max(x, 0), lambda x: float(x > 0)),
+    "clamp": (lambda x: fm.clamp(x, -1, 2.5), lambda x: min(max(x, -1), 2.5), None),
+    "pow": (lambda x: x**2.7, lambda x: x**2.7 if x >= 0 else NAN, None),
+    "root": (lambda x: x**1.5, lambda x: x * math.sqrt(x), lambda x: 1.5 * math.sqrt(x)),
+    "inverse": (lambda x: x**-2, lambda x: 1 / x**2, lambda x: -2 / x**3),
+}
+
+
+@fusedloss.pointwise_loss
+def any_word(input, target, *, which=0.0):  # type: ignore[no-untyped-def]
+    """The word of a number: all are computed everywhere, and those not chosen must not show."""
+    result = 0 * target
+    for number, (word, _, _) in enumerate(WORDS.values()):
+        result = fm.where(fm.equal(which, float(number)), word(input), result)
+    return result
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("word", WORDS)
+def test_words_at_extremes(compiled: str, word: str, dtype: torch.dtype) -> None:
+    points = [*EXTREMES, *(-x for x in EXTREMES), NAN]
+    x = torch.tensor(points, dtype=dtype)
+    _, value, slope = WORDS[word]
+    which = float(list(WORDS).index(word))
+    ours, of_input, of_target = gradients(
+        any_word, x, torch.ones_like(x), torch.ones_like(x), which=which, reduction="none"
+    )
+    assert not of_target.any()  # 0 * target is cut off with the branch
+    info = torch.finfo(dtype)
+    for results, function in ((ours, value), (of_input, slope)):
+        if function is None:
+            continue
+        for at, mine in zip(x.tolist(), results.tolist(), strict=True):
+            if at == 0 and results is of_input and word in ("sqrt", "inverse", "log"):
+                right = {"sqrt": INF, "inverse": -INF, "log": INF}[word] * math.copysign(
+                    1.0, at if word != "sqrt" else 1.0
+                )
+            elif math.isnan(at):
+                right = {"sign": 0.0, "abs": NAN, "relu": NAN}.get(word, NAN)
+                if results is of_input:
+                    right = {"sign": 0.0, "abs": 0.0, "relu": 0.0}.get(word, NAN)
+            elif at == -INF and word == "pow":
+                right = INF  # as C has it
+            else:
+                right = or_inf(function)(at)
+            right = torch.tensor(right, dtype=torch.float64).to(dtype).item()
+            same = mine == right or (math.isnan(mine) and math.isnan(right))
+            near = abs(mine - right) <= 16 * info.eps * abs(right) + info.smallest_normal
+            assert same or near, f"{word}({at}): {mine}, not {right}"
+
+
+def test_words_on_tensors() -> None:
+    x = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    for word, (function, value, _) in WORDS.items():
+        expected = torch.tensor([or_inf(value)(at) for at in x.tolist()], dtype=torch.float64)
+        torch.testing.assert_close(function(x), expected, equal_nan=True, msg=word)
+    assert fm.where(x > 0, x, 0.0).min() == 0 and fm.equal(x, 3.0).sum() == 1
+    assert fm.xlogy(torch.zeros(1), 0.0) == 0
+
+
+def test_branch_not_taken(compiled: str) -> None:
+    """Its infinite value or slope never shows, in any order of differentiation."""
+
+    @fusedloss.pointwise_loss
+    def guarded(input, target):  # type: ignore[no-untyped-def]
+        safe = fm.where(input > 0, fm.log(input) / input + fm.sqrt(input), input * target)
+        return safe + fm.xlogy(target, fm.relu(target)) + fm.where(target > 0, target**-3, 0.0)
+
+    x = torch.tensor([-1.0, 0.0, 2.0, 0.0], dtype=torch.float64)
+    y = torch.tensor([0.0, 0.0, 3.0, 2.0], dtype=torch.float64)
+    for call in (guarded, guarded.reference):
+        value, of_input, of_target = gradients(call, x, y, torch.ones_like(x), reduction="none")
+        assert value.isfinite().all() and of_input.isfinite().all()
+        assert of_target[2:].isfinite().all()
+    a = leaf(x)
+    (first,) = torch.autograd.grad(guarded(a, y, reduction="sum"), a, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), a)
+    assert second.isfinite().all()
+
+
+def test_kinks(compiled: str) -> None:
+    """As PyTorch has them."""
+
+    @fusedloss.pointwise_loss
+    def kinked(input, target):  # type: ignore[no-untyped-def]
+        return (
+            2 * fm.abs(input)
+            + 4 * fm.relu(input)
+            + 8 * fm.maximum(input, target)
+            + 16 * fm.minimum(input, target)
+            + 32 * fm.clamp(input, 0, 1)
+            + 64 * fm.sign(input)
+        )
+
+    zero = torch.zeros(3)
+    for call in (kinked, kinked.reference):
+        _, of_input, of_target = gradients(call, zero, zero, reduction="sum")
+        assert of_input.tolist() == [4 + 8 + 32] * 3 and of_target.tolist() == [4 + 8] * 3
+
+
+def test_simplification_keeps_digits(compiled: str) -> None:
+    """A difference of neighbours is formed first, and no factor is multiplied into it."""
+
+    @fusedloss.pointwise_loss
+    def shifted(input, target, *, margin=1e-6):  # type: ignore[no-untyped-def]
+        return fm.abs((input - target) / 3 + margin) + 7 * (input - target) * (input - target) / 3
+
+    x = torch.tensor([10000.001, 8191.5])
+    y = torch.tensor([10000.0, 8191.499])
+    value, of_input, _ = gradients(shifted, x, y, reduction="sum")
+    d = x.double() - y.double()
+    right = (d / 3 + 1e-6).abs() + 7 * d * d / 3
+    torch.testing.assert_close(value.double(), right.sum(), rtol=4e-7, atol=0)
+    torch.testing.assert_close(of_input.double(), 1 / 3 + 14 * d / 3, rtol=4e-7, atol=0)
+
+
+# ---- one pass, threads, options ------------------------------------------------------------------
+
+
+def test_one_pass(compiled: str) -> None:
+    """Whatever the history of upstream gradients, the gradients are those of a fresh computation."""
+    x, y = CASES[0].sample(torch.float32, (70_001,))
+    for upstream in (1.0, 1.0, 3.0, 3.0, 0.1, 7.0, 0.2, 0.2, 0.2):
+        ours = gradients(charbonnier, x, y, torch.tensor(upstream))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            fresh = gradients(charbonnier, x, y, torch.tensor(upstream))  # computed in backward
+        for mine, right in zip(ours, fresh, strict=True):
+            assert_same_bits(mine, right, f"upstream {upstream}")
+    a, b = leaf(x), leaf(y)
+    value = charbonnier(a, b)
+    first = torch.autograd.grad(value, (a, b), retain_graph=True)
+    second = torch.autograd.grad(value, (a, b))
+    for one, other in zip(first, second, strict=True):
+        assert_same_bits(one, other, "second backward")
+        assert one.data_ptr() != other.data_ptr()
+
+
+def test_written_in_forward(compiled: str) -> None:
+    """Forward writes both gradients, and backward hands them over."""
+    x, y = CASES[0].sample(torch.float32, (3, 5))
+    gradients(charbonnier, x, y)
+    gradients(charbonnier, x, y)
+    a, b = leaf(x.clone()), leaf(y)
+    value = charbonnier(a, b)
+    # Were they computed in backward, they would be those of the changed input.
+    with torch.no_grad():
+        a.data.zero_()
+    for mine, right in zip(
+        torch.autograd.grad(value, (a, b)), gradients(charbonnier, x, y)[1:], strict=True
+    ):
+        assert_same_bits(mine, right, "gradient")
+
+
+def test_same_bits_on_any_threads(compiled: str) -> None:
+    x, y = CASES[3].sample(torch.float32, (2**17 + 3,))
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            results.append(gradients(focal, x, y, torch.tensor(0.7)))
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert_same_bits(one, two, "threads")
+
+
+def test_parameters_compile_nothing(compiled: str, capfd: pytest.CaptureFixture[str]) -> None:
+    charbonnier.compile()
+    capfd.readouterr()
+    x = torch.tensor([3.0])
+    values = [charbonnier(x, 0 * x, eps=eps).item() for eps in (4, 0.0, 1e-20)]
+    assert values == [5, 3, 3]
+    assert not capfd.readouterr().err
+
+
+def test_weight(compiled: str) -> None:
+    """A mean is over the weights; they broadcast; their own gradient is the reference's."""
+    x, y = torch.zeros(2, 3), torch.ones(2, 3)
+    w = torch.tensor([1.0, 2.0, 5.0])
+    for call in (gaussian_kl, gaussian_kl.reference):
+        assert call(y, x, weight=w).item() == 0.5
+        assert call(y, x, weight=w, reduction="sum").item() == 8
+        assert call(y, x, weight=w, reduction="none").tolist() == [[0.5, 1, 2.5]] * 2
+        assert call(y, x, weight=0 * w).isnan()
+    wanted = leaf(w)
+    assert "weight" in str(fusedloss.explain(gaussian_kl, y, x, weight=wanted))
+    gaussian_kl(y, x, weight=wanted, reduction="sum").backward()
+    assert wanted.grad is not None and wanted.grad.tolist() == [1, 1, 1]
+
+
+def test_clip_grad(compiled: str) -> None:
+    """Of the slope alone, before weight and upstream gradient; the value stays."""
+    x, y = torch.tensor([0.1, 5.0, -5.0]), torch.zeros(3)
+    free = gradients(gaussian_kl, x, y, reduction="sum")
+    value, of_input, _ = gradients(
+        gaussian_kl,
+        x,
+        y,
+        torch.tensor(3.0),
+        reduction="sum",
+        clip_grad=2.0,
+        weight=2 * torch.ones(3),
+    )
+    assert value == 2 * free[0]
+    torch.testing.assert_close(of_input, torch.tensor([0.6, 12.0, -12.0]))
+
+
+def test_autocast(compiled: str) -> None:
+    x, y = torch.randn(9).bfloat16(), torch.randn(9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fusedloss.explain(charbonnier, x, y).fused
+        value, of_input, of_target = gradients(charbonnier, x, y)
+    assert (value.dtype, of_input.dtype, of_target.dtype) == (
+        torch.float32,
+        torch.bfloat16,
+        torch.float32,
+    )
+    torch.testing.assert_close(value, charbonnier(x.float(), y))
+
+
+# ---- the reference's calls -----------------------------------------------------------------------
+
+
+def test_explained(compiled: str) -> None:
+    x = torch.randn(3)
+    fused = fusedloss.explain
+    assert fused(charbonnier, x, x).fused and fused(charbonnier.module(), leaf(x), leaf(x)).fused
+    for reason, call in {
+        "shapes differ": (x, x[:1]),
+        "dtypes differ": (x, x.double()),
+        "empty": (x[:0], x[:0]),
+        "not both strided": (x.to_sparse(), x),
+    }.items():
+        assert reason in str(fused(charbonnier, *call))
+    with fusedloss.backend("reference"):
+        assert "was chosen" in str(fused(charbonnier, x, x))
+        torch.testing.assert_close(
+            charbonnier(x, 2 * x), (x**2 + 1e-6).sqrt().mean(), rtol=1e-6, atol=0
+        )
+    with pytest.warns(UserWarning, match=r"target of shape \(1,\) differs from input's \(3,\)"):
+        value = charbonnier(x, x[:1], reduction="sum")
+    torch.testing.assert_close(value, charbonnier(x, x[:1].expand(3), reduction="sum"))
+    assert charbonnier(x[:0], x[:0]).isnan() and charbonnier(x[:0], x[:0], reduction="sum") == 0
+
+
+def test_transforms(backend: str) -> None:
+    x, y = CASES[0].sample(torch.float64, (4, 3))
+    expected = gradients(tukey, x, y, reduction="sum", clip_grad=0.5)[1]
+    for options in ({}, {"clip_grad": 0.5}):
+        expected = gradients(tukey, x, y, reduction="sum", **options)[1]
+
+        def total(a: Tensor, b: Tensor, options: Any = options) -> Tensor:
+            return tukey(a, b, reduction="sum", **options)
+
+        torch.testing.assert_close(torch.func.grad(total)(x, y), expected)
+        rows = torch.func.vmap(torch.func.grad(total))(x, y)
+        torch.testing.assert_close(rows, expected)
+        _, tangent = torch.func.jvp(lambda a: total(a, y), (x,), (torch.ones_like(x),))
+        torch.testing.assert_close(tangent, expected.sum())
+        a = leaf(x)
+        (first,) = torch.autograd.grad(total(a, y), a, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), a)
+        direct = torch.func.hessian(total)(x, y).sum((0, 1))
+        torch.testing.assert_close(second, direct)
+
+
+@pytest.mark.slow
+def test_torch_compile(compiled: str) -> None:
+    """Whole, with a kernel compiled while tracing, and the same result."""
+
+    @fusedloss.pointwise_loss
+    def fresh(input, target, *, scale=2.0):  # type: ignore[no-untyped-def]
+        return fm.log1p(scale * (input - target) ** 2)
+
+    criterion = fresh.module(scale=3.0, clip_grad=0.4)
+    x, y = CASES[0].sample(torch.float32, (65,))
+
+    def step(a: Tensor, b: Tensor) -> Tensor:
+        return criterion(2 * a, b) + fresh(a, b * 2, reduction="sum")
+
+    compiled_step = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for mine, right in zip(gradients(compiled_step, x, y), gradients(step, x, y), strict=True):
+        torch.testing.assert_close(mine, right)
+
+
+# ---- the object ----------------------------------------------------------------------------------
+
+
+def test_module(backend: str) -> None:
+    weight = torch.rand(5)
+    criterion = quantile.module(q=0.9, reduction="sum", weight=weight, clip_grad=3)
+    assert repr(criterion) == (f"quantile({quantile.formula}, q=0.9, reduction='sum', clip_grad=3)")
+    x, y = torch.randn(5), torch.randn(5)
+    expected = quantile(x, y, q=0.9, reduction="sum", weight=weight, clip_grad=3)
+    for other in (criterion, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        torch.testing.assert_close(other(x, y), expected)
+        assert other.loss is quantile
+    assert list(criterion.state_dict()) == ["weight"]
+    with pytest.raises(TypeError, match="no parameter 'p'; it has q"):
+        quantile.module(p=0.1)
+
+
+def test_loss_object() -> None:
+    assert pickle.loads(pickle.dumps(charbonnier)) is charbonnier
+    assert repr(charbonnier) == (
+        "<fusedloss.pointwise_loss charbonnier(input, target, *, eps=0.001) = "
+        "sqrt(eps**2 + (input - target)**2)>"
+    )
+    assert charbonnier.slopes[0] == "(input - target)/sqrt(eps**2 + (input - target)**2)"
+    assert gaussian_kl.__doc__ is not None and gaussian_kl.__doc__.startswith("VAE's")
+
+
+def test_check(compiled: str) -> None:
+    def report(loss: Any, **parameters: float) -> str:
+        found = loss.check(**parameters)
+        assert found.ok, found
+        return str(found)
+
+    assert "agrees with finite differences at 2000 random points" in report(charbonnier)
+    assert "kink: at" in report(quantile, q=0.9)
+    assert "from -0.9 to 0.1" in report(quantile, q=0.9)
+    assert "vanishes as input goes to +inf" in report(tukey)
+    assert "grows without bound as input goes to -inf" in report(gaussian_kl)
+
+    @fusedloss.pointwise_loss
+    def stepped(input, target):  # type: ignore[no-untyped-def]
+        return fm.where(input > target, fm.log(input), 2.0)
+
+    text = report(stepped)
+    assert "jump: at input - target = 0" in text and "domain: the value is not finite" in text
+    wrong = copy.copy(charbonnier)
+    wrong._slopes = lambda x, y, values: (x, y)
+    assert not wrong.check().ok and "finite differences say" in str(wrong.check())
+
+
+def test_plot(tmp_path: Any) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "focal.png"
+    focal.plot(path, gamma=1.0)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+def definitions() -> dict[str, tuple[Any, type[Exception], str]]:
+    """A definition that is none, its error, and what that says."""
+
+    def with_if(input, target):  # type: ignore[no-untyped-def]
+        if input > target:
+            return input
+        return 2 * target
+
+    def keyword(input, target, *, weight=1.0):  # type: ignore[no-untyped-def]
+        return input * weight
+
+    def text_default(input, target, *, eps="small"):  # type: ignore[no-untyped-def]
+        return input
+
+    return {
+        "one argument": (lambda input: input, TypeError, "takes input and target, not 1 of them"),
+        "three arguments": (lambda input, target, eps: input, TypeError, "behind a [*]"),
+        "args": (lambda input, target, *args: input, TypeError, "name every parameter"),
+        "not a function": (3, TypeError, "takes a function"),
+        "keyword": (keyword, ValueError, "'weight' already"),
+        "default": (text_default, TypeError, "default of 'eps' is to be a number, not 'small'"),
+        "None": (lambda input, target: None, TypeError, "write return"),
+        "tuple": (lambda input, target: (input, target), TypeError, "returns 2 values"),
+        "condition": (lambda input, target: input > target, TypeError, "where"),
+        "constant": (lambda input, target: fm.exp(2), ValueError, "nothing to learn"),
+        "torch": (lambda input, target: torch.exp(input), TypeError, "write fusedloss.math.exp"),
+        "tensor": (lambda input, target: input * torch.ones(2), TypeError, "parameters"),
+        "method": (lambda input, target: input.abs(), TypeError, "write fusedloss.math.abs"),
+        "reduction": (lambda input, target: (input - target).mean(), TypeError, "one element"),
+        "math": (lambda input, target: math.exp(input), TypeError, "math or numpy"),
+        "if": (with_if, TypeError, "fusedloss.math.where"),
+        "max": (lambda input, target: max(input, target), TypeError, "maximum"),
+        "chain": (lambda input, target: fm.where(0 < input < 1, 1, 2), TypeError, "&"),
+        "equals": (lambda input, target: fm.where(input == target, 1, 2), TypeError, "equal"),
+        "complex": (lambda input, target: input * (-1) ** 0.5, ValueError, "no real number"),
+    }
+
+
+@pytest.mark.parametrize("name", definitions())
+def test_bad_definition(name: str) -> None:
+    function, error, says = definitions()[name]
+    with pytest.raises(error, match=says):
+        fusedloss.pointwise_loss(function)
+
+
+def test_bad_call(backend: str) -> None:
+    x = torch.randn(3)
+    with pytest.raises(TypeError, match="no parameter 'epsilon'; it has eps, reduction"):
+        charbonnier(x, x, epsilon=1.0)
+    with pytest.raises(TypeError, match=r"eps is to be a number, not tensor.*\.item\(\)"):
+        charbonnier(x, x, eps=torch.tensor(1.0))
+    with pytest.raises(ValueError, match="total is not a valid value for reduction"):
+        charbonnier(x, x, reduction="total")
+    with pytest.raises(ValueError, match="clip_grad is to be positive, not 0"):
+        charbonnier(x, x, clip_grad=0)
+    with pytest.raises(ValueError, match=r"\(2,\) does not broadcast to input's \(3,\)"):
+        charbonnier(x, x, weight=torch.ones(2))
+
+    @fusedloss.pointwise_loss
+    def demanding(input, target, *, scale):  # type: ignore[no-untyped-def]
+        return scale * input
+
+    with pytest.raises(TypeError, match="needs its parameter 'scale'"):
+        demanding(x, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(RuntimeError):
+            charbonnier(x, torch.randn(2))
+
+
+def test_need_compiled() -> None:
+    need("compiled")
+    charbonnier.compile()
+    with pytest.raises(RuntimeError, match="cannot be compiled: .*meta"):
+        charbonnier.compile("meta")
