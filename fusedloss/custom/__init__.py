@@ -203,7 +203,7 @@ class PointwiseLoss:
             else:
                 key, reason = _prepared(self._number, input.device.type)
         if functional._explaining is not None:
-            functional._report(reason)
+            functional._report(reason, input)
         if reason is not None:
             return self.reference(
                 input, target, reduction=reduction, weight=weight, clip_grad=clip_grad, **parameters
