@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
-from translate import mirror
 
 import build
+from translate import mirror
 
 PACKAGE = build.OUT / "package" / "fusedloss"
 STAND_INS = Path("tests/cuda_emulator/extension")

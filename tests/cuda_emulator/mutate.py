@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from engines import RUNNER, SOURCES, Calls, Loss
-from translate import blank, mirror
 
 import build
 from cases import Sample
+from engines import RUNNER, SOURCES, Calls, Loss
+from translate import blank, mirror
 
 KERNELS = Path("csrc/cuda")
 _BARRIER = re.compile(

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from engines import RUNNER, SOURCES, Calls, Loss
 from torch import Tensor
 
 import formulas
 from build import build
 from cases import DTYPES, FAMILIES, REDUCTIONS, Case, Sample, at_shape
+from engines import RUNNER, SOURCES, Calls, Loss
 from helpers import assert_close_to_truth, assert_same_bits, draw_upstream, drawn, result_shape
 
 

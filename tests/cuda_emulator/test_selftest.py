@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from translate import TranslationError, translate
 
 from build import ROOT, VARIANTS, build, run
+from translate import TranslationError, translate
 
 SELFTEST = Path("tests/cuda_emulator/selftest.cu")
 
