@@ -1,7 +1,9 @@
-"""Losses of one's own for the tests: each in our words, and as one would write it in PyTorch."""
+"""Losses of one's own, each in our words and as one would write it in PyTorch: what the tests call, and
+what docs/gallery.py shows."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +18,12 @@ from fusedloss.custom import PointwiseLoss
 
 
 @fusedloss.pointwise_loss
+def log_cosh(input, target):  # type: ignore[no-untyped-def]
+    d = input - target
+    return d + fm.softplus(-2 * d) - math.log(2)
+
+
+@fusedloss.pointwise_loss
 def charbonnier(input, target, *, eps=1e-3):  # type: ignore[no-untyped-def]
     return fm.sqrt((input - target) ** 2 + eps**2)
 
@@ -26,9 +34,31 @@ def cauchy(input, target, *, c=1.0):  # type: ignore[no-untyped-def]
 
 
 @fusedloss.pointwise_loss
+def welsch(input, target, *, c=2.985):  # type: ignore[no-untyped-def]
+    return -(c**2) / 2 * fm.expm1(-(((input - target) / c) ** 2))
+
+
+@fusedloss.pointwise_loss
 def quantile(input, target, *, q=0.5):  # type: ignore[no-untyped-def]
     d = target - input
     return fm.maximum(q * d, (q - 1) * d)
+
+
+@fusedloss.pointwise_loss
+def smooth_quantile(input, target, *, q=0.5, width=0.1):  # type: ignore[no-untyped-def]
+    d = target - input
+    return q * d + width * fm.softplus(-d / width)
+
+
+@fusedloss.pointwise_loss
+def asymmetric(input, target, *, under=4.0, over=1.0):  # type: ignore[no-untyped-def]
+    d = target - input
+    return fm.where(d > 0, under, over) * d**2
+
+
+@fusedloss.pointwise_loss
+def poisson(input, target):  # type: ignore[no-untyped-def]
+    return fm.exp(input) - target * input
 
 
 @fusedloss.pointwise_loss
@@ -80,10 +110,26 @@ def _tukey(x: Tensor, y: Tensor, c: float) -> Tensor:
     return c**2 / 6 * torch.where(d.abs() <= 1, 1 - (1 - d**2) ** 3, torch.ones_like(d))
 
 
+def _smooth_quantile(x: Tensor, y: Tensor, q: float, width: float) -> Tensor:
+    over, under = (1 - q) * (x - y), q * (y - x)
+    return width * torch.logaddexp(over / width, under / width)
+
+
 CASES = [
+    CustomCase(log_cosh, lambda x, y: torch.logaddexp(x - y, y - x) - math.log(2)),
     CustomCase(charbonnier, lambda x, y, eps: ((x - y) ** 2 + eps**2).sqrt(), {"eps": 0.3}),
     CustomCase(cauchy, lambda x, y, c: c**2 / 2 * torch.log1p(((x - y) / c) ** 2), {"c": 0.7}),
+    CustomCase(
+        welsch, lambda x, y, c: c**2 / 2 * (1 - torch.exp(-(((x - y) / c) ** 2))), {"c": 2.0}
+    ),
     CustomCase(quantile, lambda x, y, q: torch.maximum(q * (y - x), (q - 1) * (y - x)), {"q": 0.9}),
+    CustomCase(smooth_quantile, _smooth_quantile, {"q": 0.9, "width": 0.3}),
+    CustomCase(
+        asymmetric,
+        lambda x, y, under, over: under * F.relu(y - x) ** 2 + over * F.relu(x - y) ** 2,
+        {"under": 3.0, "over": 0.5},
+    ),
+    CustomCase(poisson, lambda x, y: F.poisson_nll_loss(x, y, reduction="none")),
     CustomCase(focal, _focal, {"gamma": 1.5, "alpha": 0.3}, unit_target=True),
     CustomCase(tukey, _tukey, {"c": 3.0}),
     CustomCase(gaussian_kl, lambda x, y: 0.5 * (x**2 + torch.expm1(y) - y)),

@@ -77,8 +77,9 @@ def _texts(node: ast.expr) -> Message:
 # Functions that return a message, or a tuple that holds one; others' strings are no messages.
 _GIVE_REASONS = {
     *("_load", "torch_does_not_import", "find_toolkit"),
-    *("obstacle", "_obstacle", "_result_dtype", "_rows_obstacle"),
+    *("obstacle", "_obstacle", "_result_dtype", "_rows_obstacle", "_prepared"),
 }
+_GIVE_ERRORS = {"_explained"}  # functions that return what is then raised
 _SAY = {"warnings.warn", "sys.exit", "print", "_report"}
 
 
@@ -99,11 +100,18 @@ def python_messages(path: Path) -> Iterator[Message]:
                 said.append(first)
             case ast.Assign(targets=[ast.Name(id="reason")], value=value):
                 said.append(value)
+            case ast.FunctionDef(name=name) if name in _GIVE_ERRORS:
+                for inner in ast.walk(node):
+                    if isinstance(inner, ast.Return) and isinstance(inner.value, ast.Call):
+                        said += inner.value.args[:1]
             case ast.FunctionDef(name=name) if name in _GIVE_REASONS:
                 for inner in ast.walk(node):
                     if isinstance(inner, ast.Return) and inner.value is not None:
                         parts = inner.value
                         said += parts.elts if isinstance(parts, ast.Tuple) else [parts]
+    for either in said:
+        if isinstance(either, ast.IfExp):
+            said += [either.body, either.orelse]
     for expression in said:
         name = expression.id if isinstance(expression, ast.Name) else None
         texts = constants.get(name, ()) if name else _texts(expression)

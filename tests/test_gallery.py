@@ -1,0 +1,45 @@
+"""The gallery of docs/custom-losses.md: its text is what docs/gallery.py writes of the losses that the
+tests hold to independent formulas, in test_custom.py and here."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from custom_losses import CASES, CustomCase
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_against_its_formula(compiled: str, case: CustomCase) -> None:
+    """With the default parameters, in float64; and check() finds nothing wrong."""
+    parameters = case.loss._traced.defaults
+    x, y = (t.requires_grad_() for t in case.sample(torch.float64))
+    ours, formula = case.loss(x, y, reduction="none"), case.eager(x, y, **parameters)
+    torch.testing.assert_close(ours, formula, rtol=1e-12, atol=1e-13)
+    for mine, right in zip(
+        torch.autograd.grad(ours.sum(), (x, y)),
+        torch.autograd.grad(formula.sum(), (x, y)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-13)
+    report = case.loss.check()
+    assert report.ok, report
+
+
+@pytest.mark.skipif(not DOCS.is_dir(), reason="no docs/ here")
+def test_page_shows_what_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS)
+    gallery = importlib.import_module("gallery")
+    page = gallery.PAGE.read_text()
+    tested = {case.loss for case in CASES}
+    for entry in gallery.GALLERY:
+        name = entry.loss.__name__
+        assert entry.loss in tested
+        assert f"```python\n{gallery.definition(entry.loss)}\n" in page, name
+        assert f"](gallery/{name}.png)" in page
+        assert 0 < (gallery.PICTURES / f"{name}.png").stat().st_size < 40_000
