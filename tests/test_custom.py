@@ -403,6 +403,25 @@ def test_explained(compiled: str) -> None:
     assert charbonnier(x[:0], x[:0]).isnan() and charbonnier(x[:0], x[:0], reduction="sum") == 0
 
 
+def test_told_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: plain PyTorch runs, which is warned of once."""
+    monkeypatch.setattr(fusedloss.backends, "fused_on", {"cpu": "triton"})
+
+    @fusedloss.pointwise_loss
+    def squared(input: Any, target: Any) -> Any:
+        return (input - target) ** 2
+
+    x, y = torch.randn(2, 3)
+    reason = "triton: has no kernels of losses of one's own for cpu tensors"
+    with pytest.warns(RuntimeWarning, match=f"squared runs on plain PyTorch.*: {reason}"):
+        value = squared(x, y)
+    torch.testing.assert_close(value, (x - y).square().mean())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert squared(x, y) == value
+    assert reason in str(fusedloss.explain(squared, x, y))
+
+
 def test_transforms(backend: str) -> None:
     x, y = CASES[0].sample(torch.float64, (4, 3))
     expected = gradients(tukey, x, y, reduction="sum", clip_grad=0.5)[1]

@@ -51,9 +51,9 @@ class PointwiseLoss:
         self._struct = printing.cpp(self._traced)
         self._value = printing.torch_function(self._traced, self._traced.reference)
         self._slopes = printing.torch_function(self._traced, self._traced.reference_slopes)
-        # By type of device: what the operators call it, and why they cannot.
+        # By type of device: what the operators call it. By backend and that: why they cannot.
         self._keys: dict[str, str] = {}
-        self._obstacles: dict[str, str] = {}
+        self._obstacles: dict[tuple[str, str], str] = {}
         self._number = next(_count)
         _defined[self._number] = self
         self._names = tuple(self._traced.parameters)
@@ -452,23 +452,26 @@ def _prepared(number: int, device: str) -> tuple[str, str | None]:
     """What the operators call a loss on that device, compiled if it is not yet; and why they cannot,
     which is warned of once. (By number, since a tracing compiler knows no loss as a constant.)"""
     loss = _defined[number]
-    if (backend := backends.fused_on[device]) != "compiled" or device != "cpu":
-        return "", f"{backend}: has no kernels of losses of one's own for {device} tensors"
-    if device not in loss._keys and device not in loss._obstacles:
+    backend = backends.fused_on[device]
+    runs = (backend, device)
+    if runs == ("compiled", "cpu") and device in loss._keys:
+        return loss._keys[device], None
+    if runs not in loss._obstacles:
         try:
-            if device != "cpu":
+            if runs != ("compiled", "cpu"):
                 raise CannotCompile(
-                    f"losses of one's own are not compiled for {device} tensors yet"
+                    f"{backend}: has no kernels of losses of one's own for {device} tensors"
                 )
             loss._keys[device] = _loaded(loss)
+            return loss._keys[device], None
         except CannotCompile as error:
-            loss._obstacles[device] = str(error)
+            loss._obstacles[runs] = str(error)
             warnings.warn(
                 f"{loss.__name__} runs on plain PyTorch, without fused kernels: {error}",
                 RuntimeWarning,
                 stacklevel=5,
             )
-    return loss._keys.get(device, ""), loss._obstacles.get(device)
+    return "", loss._obstacles[runs]
 
 
 def _loaded(loss: PointwiseLoss) -> str:
