@@ -39,7 +39,7 @@ LOSSES = {"bce": FL.binary_cross_entropy_with_logits, "focal": focal}
 
 def fit(loss: str, x: Tensor, y: Tensor, steps: int) -> nn.Module:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1), nn.Flatten(0))
+    network = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 1), nn.Flatten(0))
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.01, weight_decay=0.01)
     for _ in range(steps):
         optimizer.zero_grad()

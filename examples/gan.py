@@ -37,7 +37,7 @@ def layers(inputs: int, outputs: int) -> nn.Sequential:
     )
 
 
-def train(steps: int = 2500, batch: int = 128) -> tuple[nn.Module, list[tuple[float, float]]]:
+def train(steps: int = 2000, batch: int = 128) -> tuple[nn.Module, list[tuple[float, float]]]:
     """The generator, its weights averaged over the last steps, and each step's losses: the
     discriminator's and the generator's."""
     torch.manual_seed(0)
@@ -72,15 +72,17 @@ def train(steps: int = 2500, batch: int = 128) -> tuple[nn.Module, list[tuple[fl
 def draw(samples: Tensor, history: list[tuple[float, float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure((9, 3.8), layout="constrained")
+    figure = Figure((9, 3.4), layout="constrained")
     image, curves = figure.subplots(1, 2)
     grid = nn.functional.pad(samples.view(5, 8, 8, 8), (0, 1, 0, 1))
-    image.imshow(grid.permute(0, 2, 1, 3).reshape(5 * 9, 8 * 9), cmap="gray_r", vmin=-1, vmax=1)
+    image.imshow(
+        grid.permute(0, 2, 1, 3).reshape(5 * 9, 8 * 9).numpy(), cmap="gray_r", vmin=-1, vmax=1
+    )
     image.set_axis_off()
     image.set_title("samples")
     smooth = torch.tensor(history).unfold(0, 50, 50).mean(2)
-    for name, values in zip(("discriminator", "generator"), smooth.T, strict=True):
-        curves.plot(torch.arange(len(values)) * 50, values, label=name)
+    for name, values in zip(("discriminator", "generator"), smooth.T.tolist(), strict=True):
+        curves.plot(range(0, 50 * len(values), 50), values, label=name)
     curves.set(xlabel="step", ylabel="loss, mean of 50 steps", ylim=(0, None))
     curves.legend(frameon=False)
     figure.savefig(path, dpi=80)

@@ -57,10 +57,12 @@ def train(epochs: int = 100) -> tuple[nn.Module, list[tuple[float, float]]]:
 def draw(samples: Tensor, history: list[tuple[float, float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure((9, 3.8), layout="constrained")
+    figure = Figure((9, 3.4), layout="constrained")
     image, curves = figure.subplots(1, 2)
     grid = nn.functional.pad(samples.view(5, 8, 8, 8), (0, 1, 0, 1), value=0.5)
-    image.imshow(grid.permute(0, 2, 1, 3).reshape(5 * 9, 8 * 9), cmap="gray_r", vmin=0, vmax=1)
+    image.imshow(
+        grid.permute(0, 2, 1, 3).reshape(5 * 9, 8 * 9).numpy(), cmap="gray_r", vmin=0, vmax=1
+    )
     image.set_axis_off()
     image.set_title("samples")
     for name, values in zip(
