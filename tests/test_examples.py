@@ -1,13 +1,17 @@
-"""Each example trains as with torch's losses, and on the fused operators."""
+"""Each example trains on the fused operators: as with torch's losses, or to what its own are for."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch.autograd.profiler import profile
+
+import fusedloss
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # What each needs beyond the package itself, and the operator that its loss becomes.
@@ -18,11 +22,27 @@ NEEDS = {
     "hugging_face_trainer": (["transformers", "accelerate"], "cross_entropy_forward"),
 }
 
+# Those with losses of one's own: these, and what a quick training takes.
+OWN: dict[str, tuple[list[str], dict[str, int]]] = {
+    "asymmetric_forecast": (["bill"], {"splits": 3, "steps": 200}),
+    "focal_imbalance": (["focal"], {"splits": 4, "steps": 200}),
+    "vae": (["kl_divergence"], {"epochs": 6}),
+    "gan": (["non_saturating"], {"steps": 150}),
+}
+
 pytestmark = pytest.mark.usefixtures("compiled")
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(NEEDS)
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NEEDS, *OWN}
+
+
+def load(example: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(example, EXAMPLES / f"{example}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.slow
@@ -32,10 +52,7 @@ def test_example(example: str) -> None:
     packages, operator = NEEDS[example]
     for package in packages:
         pytest.importorskip(package, reason=f"examples/{example}.py needs {package}")
-    spec = importlib.util.spec_from_file_location(example, EXAMPLES / f"{example}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load(example)
     calls, losses = {}, {}
     for fused in (False, True):
         with profile() as profiled:
@@ -46,3 +63,60 @@ def test_example(example: str) -> None:
     assert calls[False] == 0 and calls[True] >= len(losses[True])
     assert losses[True][-1] < losses[True][0], "it learns"
     torch.testing.assert_close(losses[True], losses[False], rtol=1e-4, atol=1e-5)
+
+
+def check_asymmetric_forecast(module: ModuleType, held_out: Any) -> Any:
+    (plain, plain_low, plain_rmse), (priced, low, rmse) = (
+        module.scores(*held_out[name]) for name in ("mse", "bill")
+    )
+    assert priced < 0.8 * plain, "what it is for: a smaller bill"
+    assert low < 0.7 * plain_low
+    assert rmse > plain_rmse, "and what that costs"
+    return held_out
+
+
+def check_focal_imbalance(module: ModuleType, held_out: Any) -> Any:
+    plain, focal = (module.scores(held_out[name]) for name in ("bce", "focal"))
+    assert focal[0] > plain[0], "recall at a probability of one half"
+    assert min(plain[2], focal[2]) > 0.2, "average precision; by chance it is 0.02"
+    return held_out
+
+
+def check_vae(module: ModuleType, trained: Any) -> Any:
+    decoder, history = trained
+    start, *_, end = map(sum, history)
+    assert end < 0.85 * start, "the bound on the likelihood rises"
+    assert history[-1][1] < 8 and history[-1][1] > 1, "the code carries something, but not too much"
+    return torch.sigmoid(decoder(torch.randn(40, module.CODE))), history
+
+
+def check_gan(module: ModuleType, trained: Any) -> Any:
+    generator, history = trained
+    judged, fooled = torch.tensor(history)[-50:].mean(0)
+    assert judged < 0.65, "the discriminator does better than by guessing"
+    assert 0.5 < fooled < 4, "neither of the two has won"
+    samples = generator(torch.randn(200, module.NOISE))
+    assert samples.std(0).mean() > 0.1, "the samples differ"
+    return samples[:40], history
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", OWN)
+def test_own_loss(example: str, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason=f"examples/{example}.py needs scikit-learn")
+    losses, quick = OWN[example]
+    module = load(example)
+    with profile() as profiled:
+        module.train(**dict.fromkeys(quick, 1))
+    names = {event.name for event in profiled.function_events}
+    assert "fusedloss::custom_forward" in names
+    assert "fusedloss::pointwise_forward" in names
+    trained = module.train(**quick)
+    drawn = globals()[f"check_{example}"](module, trained)
+    for loss in losses:
+        sample = torch.zeros(2, requires_grad=True), torch.ones(2)
+        assert fusedloss.explain(getattr(module, loss), *sample).fused
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    picture = tmp_path / "picture.png"
+    module.draw(*(drawn if isinstance(drawn, tuple) else (drawn,)), picture)
+    assert picture.stat().st_size > 5000
