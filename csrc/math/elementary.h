@@ -107,30 +107,11 @@ namespace detail {
 using Int = Vec<int32_t>;
 constexpr float kInfinity = INFINITY;
 
-// 2^n for n in [-126, 127], from the integer that adding kRounder left in a mantissa.
-FUSEDLOSS_HD Vec<float> power_of_two(Int n) { return simd::cast<float>((n + Int(127)) << Int(23)); }
-
-// x = n ln 2 + r with |r| <= ln(2) / 2: n, and e^r - 1. |x| < 2^15, or nan.
-struct Reduced {
-  Int n;
-  Vec<float> r_expm1;
-};
-FUSEDLOSS_HD Reduced reduce_exp(Vec<float> x) {
-  const Vec<float> shifted = simd::fmadd(x, Vec<float>(1.44269504f), Vec<float>(kRounder));
-  const Vec<float> n = shifted - Vec<float>(kRounder);
-  Vec<float> r = simd::fmadd(n, Vec<float>(-kLn2Hi), x);
-  r = simd::fmadd(n, Vec<float>(-kLn2Lo), r);
-  static constexpr float q[] = {0.49999994f, 0.16666521f, 0.041668255f, 0.008368663f,
-                                0.0013821468f};
-  const Vec<float> r2 = r * r;
-  return {simd::cast<int32_t>(shifted) - Int(0x4b400000), simd::fmadd(r2, polynomial(r, r2, q), r)};
-}
-
 // e^x (1 + more), |more| small. In two steps of scaling, to reach subnormals and infinity.
 FUSEDLOSS_HD Vec<float> exp_times(Vec<float> x, Vec<float> more) {
   const Reduced e = reduce_exp(simd::clamp(x, Vec<float>(-104.0f), Vec<float>(89.0f)));
-  const Int half = e.n >> Int(1);
-  const Vec<float> first = power_of_two(half), second = power_of_two(e.n - half);
+  const Int n = e.n(), half = n >> Int(1);
+  const Vec<float> first = power_of_two(half), second = power_of_two(n - half);
   const Vec<float> one(1.0f), p = e.r_expm1;
   return simd::fmadd(first, simd::fmadd(more, one + p, p), first) * second;
 }
@@ -145,8 +126,8 @@ FUSEDLOSS_HD Vec<float> expm1(Vec<float> x) {
   using namespace detail;
   const Reduced e = reduce_exp(simd::clamp(x, Vec<float>(-25.0f), Vec<float>(89.0f)));
   // 2^128 is no float: there the last doubling waits.
-  const Int beyond = simd::cast<int32_t>(simd::cast<float>(e.n == Int(128))) & Int(1);
-  const Vec<float> scale = power_of_two(e.n - beyond);
+  const Int n = e.n(), beyond = simd::cast<int32_t>(simd::cast<float>(n == Int(128))) & Int(1);
+  const Vec<float> scale = power_of_two(n - beyond);
   const Vec<float> sum = simd::fmadd(e.r_expm1, scale, scale - Vec<float>(1.0f));
   const Vec<float> result = sum * power_of_two(beyond);
   return select(x == Vec<float>(0.0f), x, result);  // -0

@@ -162,11 +162,18 @@ FUSEDLOSS_HD Vec<float> log_normal(Vec<float> t, Vec<float> addend) {
   return simd::fmadd(n, Vec<float>(kLn2Hi), f + low);
 }
 
-}  // namespace detail
+// 2^n for n in [-126, 127], or for the integer that adding kRounder to such an n leaves.
+FUSEDLOSS_HD Vec<float> power_of_two(Vec<int32_t> n) {
+  return simd::cast<float>((n + Vec<int32_t>(127)) << Vec<int32_t>(23));
+}
 
-// e^x. Domain [-inf, 0] and nan. Error 1.03; below -87.33, where e^x < 1.01 * 2^-126, it is 0.
-FUSEDLOSS_HD Vec<float> exp_nonpositive(Vec<float> x) {
-  using namespace detail;
+// x = n ln 2 + r with |r| <= ln(2) / 2. |x| < 2^15, or nan.
+struct Reduced {
+  Vec<int32_t> bits;   // of n + kRounder
+  Vec<float> r_expm1;  // e^r - 1
+  FUSEDLOSS_HD Vec<int32_t> n() const { return bits - Vec<int32_t>(0x4b400000); }
+};
+FUSEDLOSS_HD Reduced reduce_exp(Vec<float> x) {
   const Vec<float> shifted = simd::fmadd(x, Vec<float>(1.44269504f), Vec<float>(kRounder));
   const Vec<float> n = shifted - Vec<float>(kRounder);
   Vec<float> r = simd::fmadd(n, Vec<float>(-kLn2Hi), x);
@@ -175,11 +182,18 @@ FUSEDLOSS_HD Vec<float> exp_nonpositive(Vec<float> x) {
   static constexpr float q[] = {0.49999994f, 0.16666521f, 0.041668255f, 0.008368663f,
                                 0.0013821468f};
   const Vec<float> r2 = r * r;
-  const Vec<float> p = simd::fmadd(r2, polynomial(r, r2, q), r);  // e^r - 1
-  // The integer in shifted's mantissa, moved up to the exponent: 2^n.
-  const Vec<float> scale = simd::cast<float>((simd::cast<int32_t>(shifted) << Vec<int32_t>(23)) +
-                                             Vec<int32_t>(0x3f800000));
-  return zero_below(x, -87.33f, simd::fmadd(p, scale, scale));  // nan, as p is, where x is nan
+  return {simd::cast<int32_t>(shifted), simd::fmadd(r2, polynomial(r, r2, q), r)};
+}
+
+}  // namespace detail
+
+// e^x. Domain [-inf, 0] and nan. Error 1.03; below -87.33, where e^x < 1.01 * 2^-126, it is 0.
+FUSEDLOSS_HD Vec<float> exp_nonpositive(Vec<float> x) {
+  using namespace detail;
+  const Reduced e = reduce_exp(x);
+  const Vec<float> scale = power_of_two(e.bits);
+  // nan, as e^r - 1 is, where x is nan.
+  return zero_below(x, -87.33f, simd::fmadd(e.r_expm1, scale, scale));
 }
 
 // Natural logarithm. Domain [0, FLT_MAX] with subnormals, and nan. Error 0.87.

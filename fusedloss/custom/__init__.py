@@ -51,9 +51,10 @@ class PointwiseLoss:
         self._struct = printing.cpp(self._traced)
         self._value = printing.torch_function(self._traced, self._traced.reference)
         self._slopes = printing.torch_function(self._traced, self._traced.reference_slopes)
-        # By type of device: what the operators call it. By backend and that: why they cannot.
+        # What the operators call it, by type of device: for the short way into them. By backend and
+        # that: the same, and why they cannot.
         self._keys: dict[str, str] = {}
-        self._obstacles: dict[tuple[str, str], str] = {}
+        self._prepared: dict[tuple[str, str], tuple[str, str | None]] = {}
         self._number = next(_count)
         _defined[self._number] = self
         self._names = tuple(self._traced.parameters)
@@ -453,25 +454,24 @@ def _prepared(number: int, device: str) -> tuple[str, str | None]:
     which is warned of once. (By number, since a tracing compiler knows no loss as a constant.)"""
     loss = _defined[number]
     backend = backends.fused_on[device]
-    runs = (backend, device)
-    if runs == ("compiled", "cpu") and device in loss._keys:
-        return loss._keys[device], None
-    if runs not in loss._obstacles:
+    found = loss._prepared.get((backend, device))
+    if found is None:
         try:
-            if runs != ("compiled", "cpu"):
+            if (backend, device) != ("compiled", "cpu"):
                 raise CannotCompile(
                     f"{backend}: has no kernels of losses of one's own for {device} tensors"
                 )
             loss._keys[device] = _loaded(loss)
-            return loss._keys[device], None
+            found = loss._keys[device], None
         except CannotCompile as error:
-            loss._obstacles[runs] = str(error)
+            found = "", str(error)
             warnings.warn(
                 f"{loss.__name__} runs on plain PyTorch, without fused kernels: {error}",
                 RuntimeWarning,
                 stacklevel=5,
             )
-    return "", loss._obstacles[runs]
+        loss._prepared[backend, device] = found
+    return found
 
 
 def _loaded(loss: PointwiseLoss) -> str:
