@@ -7,6 +7,7 @@ import torch
 
 import fusedloss.functional as FL
 from cases import at_shape
+from helpers import assert_same_bits
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
 
@@ -66,3 +67,22 @@ def test_it_is_cross_entropy_of_a_softmax(backend: str) -> None:
         FL.log_loss(sample.input.softmax(1), sample.target),
         FL.cross_entropy(sample.input, sample.target),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+def test_targets_of_zero_by_themselves(dtype: torch.dtype, backend: str) -> None:
+    """Kernels pass over stretches of targets that are all 0, with the bits that they would have
+    beside a target that is not; nan stays."""
+    special = [float("nan"), float("inf"), -float("inf"), -1.0, -0.0, 0.0, 1e-30, 0.5, 1.0, 2.0]
+    input = torch.tensor(special * 64, dtype=dtype).view(-1, 64).requires_grad_()
+    gradients = []
+    for last in (0.0, 1.0):  # as the last element of every eight
+        target = torch.zeros_like(input, requires_grad=False)
+        target[:, 7::8] = last
+        value = FL.log_loss(input, target, reduction="sum")
+        assert value.isnan()
+        gradients.append(torch.autograd.grad(value, input)[0].unflatten(1, (8, 8))[..., :7])
+    alone, beside = gradients
+    assert alone.isnan().any()
+    assert torch.equal(alone.isnan(), beside.isnan())
+    assert_same_bits(alone.nan_to_num(3.0), beside.nan_to_num(3.0), "gradient")

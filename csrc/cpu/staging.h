@@ -130,10 +130,15 @@ template <class T>
     if (op.class_dim < 0) {
       widen(op.dtype, op.data, offset, op.strides[last], run, scratch + done);
     } else {
-      const int64_t* classes = static_cast<const int64_t*>(op.data);
-      for (int64_t i = 0; i < run; ++i) {
-        const int64_t at = op.class_dim == last ? index[last] + i : index[op.class_dim];
-        scratch[done + i] = classes[offset + i * op.strides[last]] == at ? T(1) : T(0);
+      const int64_t* classes = static_cast<const int64_t*>(op.data) + offset;
+      if (op.class_dim == last) {  // one index for all of the run
+        std::fill_n(scratch + done, run, T(0));
+        const bool here = *classes >= index[last] && *classes < index[last] + run;
+        if (here) scratch[done + *classes - index[last]] = T(1);
+      } else {
+        for (int64_t i = 0; i < run; ++i) {
+          scratch[done + i] = T(classes[i * op.strides[last]] == index[op.class_dim]);
+        }
       }
     }
     done += run;

@@ -112,14 +112,18 @@ struct BCEWithLogitsPosWeight : PointwiseLoss {
   }
 };
 
-// -y log(x), x bounded to [eps, 1]; the slope outside these bounds is 0.
+// -y log(x), x bounded to [eps, 1]; the slope outside these bounds is 0. Most targets are 0, of
+// class indices all but one a row: neither logarithm nor quotient then.
 struct LogLoss : PointwiseLoss {
   static constexpr Mean kMean = Mean::kRows;
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T eps(parameter), zero(0), one(1);
     const T p = between(x, eps, one);
-    return {zero - y * log(p), select(both(x >= eps, x <= one), zero - y / p, x * zero)};
+    const auto inside = both(x >= eps, x <= one);
+    const T nothing = x * zero;  // but nan stays
+    if (all_zero(y)) return {p * zero, select(inside, zero, nothing)};
+    return {zero - y * log(p), select(inside, zero - y / p, nothing)};
   }
 };
 

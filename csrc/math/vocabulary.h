@@ -33,6 +33,9 @@ template <class T>
 FUSEDLOSS_HD bool both(T a, T b) {
   return a && b;
 }
+// Of a register: in all lanes.
+FUSEDLOSS_HD bool all_zero(float x) { return x == 0; }
+FUSEDLOSS_HD bool all_zero(double x) { return x == 0; }
 // x bounded; nan stays nan, as in torch.clamp. The bounds are numbers.
 template <class T>
 FUSEDLOSS_HD T at_least(T x, T low) {
@@ -87,6 +90,10 @@ FUSEDLOSS_HD Vec<T> select(Vec<T> condition, Vec<T> yes, Vec<T> no) {
 template <class T>
 FUSEDLOSS_HD Vec<T> both(Vec<T> a, Vec<T> b) {
   return a & b;
+}
+template <class T>
+FUSEDLOSS_HD bool all_zero(Vec<T> x) {
+  return x.zero_mask() == (1 << Vec<T>::size()) - 1;
 }
 template <class T>
 FUSEDLOSS_HD Vec<T> at_least(Vec<T> x, Vec<T> low) {
