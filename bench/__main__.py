@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Collection, Sequence
@@ -44,7 +45,8 @@ def run(
     wanted: Collection[str] | None = None,
     seconds: float | None = None,
 ) -> list[Row]:
-    """Measure each case; one that fails says so in its own row. Ctrl-C ends with what is there."""
+    """Measure each case; one that fails says so in its own row. Ctrl-C, and whoever else ends the
+    process, ends with what is there."""
     speed = Speed(rounds, compile_seconds, wanted)
     rows = []
     start = time.monotonic()
@@ -158,7 +160,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if report.caveat():
         print(report.caveat())
 
-    rows = run(cases, rounds, compile_seconds, arguments.peers, arguments.seconds)
+    told_to_end = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        rows = run(cases, rounds, compile_seconds, arguments.peers, arguments.seconds)
+    finally:
+        signal.signal(signal.SIGTERM, told_to_end)
     command = shlex.join(["python", "-m", "bench", *argv])
     about = report.environment(command, rounds, arguments.device)
     print(f"\n{report.tables(rows)}\n{report.summary(rows)}\n")

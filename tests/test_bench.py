@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 from itertools import groupby
 from pathlib import Path
@@ -538,6 +540,63 @@ def test_peak_memory_of_training():
 
 
 GPU = Path(__file__).parent.parent / ".ci" / "gpu"
+
+
+# Stand for a GPU's machine: each stage but the build takes as long as it is let.
+STUBS = {
+    "nvidia-smi": "echo GPU 0",
+    "compute-sanitizer": "sleep 100",
+    "python3": """case $* in
+  *get_device_capability*) echo 9.0 ;;
+  *'-m pytest'*) sleep 100 ;;
+  *'-m bench --device'*) echo "$*" >"$STUBS/bench"; sleep 100 ;;
+  *bench.gpu_report*) cp "$3" "$STUBS/stages" ;;
+esac""",
+}
+
+
+@pytest.mark.skipif(not GPU.exists(), reason="needs .ci/gpu")
+def test_make_gpu_ends_in_time(tmp_path):
+    """What is begun late is stopped early, what comes later is skipped, and all of it is told."""
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]),
+        "PYTHON": "python3",
+        "STUBS": str(tmp_path),
+    }
+    # The stages leave 25 of these seconds.
+    environment["GPU_SECONDS"] = "28"
+    done = subprocess.run(
+        [GPU], check=False, capture_output=True, text=True, env=environment, timeout=28
+    )
+    assert done.returncode == 1, done.stderr
+    stages = [line.split("\t") for line in (tmp_path / "stages").read_text().splitlines()]
+    names = ["build", "tests", "tests that only a GPU has", "memcheck", "racecheck", "bench"]
+    assert [name for name, _, _ in stages] == names
+    results = [result for _, result, _ in stages]
+    assert results[0] == "passed"
+    assert re.fullmatch(r"stopped after [1-3] s", results[1])
+    assert results[2:] == ["skipped: no time left"] * 4
+    assert sum(int(seconds) for _, _, seconds in stages) <= 4
+
+
+def test_bench_told_to_end_writes_what_it_has(run, monkeypatch, tmp_path):
+    def measure_one(speed, case):
+        if case.name == "l1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(speed, case)
+
+    original = measure.Speed.__call__
+    monkeypatch.setattr(measure.Speed, "__call__", measure_one)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(FileNotFoundError):  # no whole table
+        run("mse", "l1", "ce")
+    part = json.loads((tmp_path / "speed-part.json").read_text())
+    assert [row["case"] for row in part["rows"]] == ["mse"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.skipif(

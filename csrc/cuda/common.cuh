@@ -156,65 +156,87 @@ __device__ inline double block_sum(double x) {
   return x;
 }
 
+__device__ inline bool same(double a, double b) { return a == b && signbit(a) == signbit(b); }
+
 struct Workspace {
   unsigned* ticket;
-  double* partials;  // one a block
+  double2* parts;  // one a block: of the sum, and what all shall have in common
 
   __host__ __device__ explicit Workspace(void* p)
-      : ticket(static_cast<unsigned*>(p)), partials(static_cast<double*>(p) + 1) {}
-  static size_t bytes(int64_t blocks) { return blocks > 1 ? (blocks + 1) * sizeof(double) : 0; }
+      : ticket(static_cast<unsigned*>(p)), parts(static_cast<double2*>(p) + 1) {}
+  static size_t bytes(int64_t blocks) { return blocks > 1 ? (blocks + 1) * sizeof(double2) : 0; }
 };
 
 // The sum of x over the grid's threads: true in the one thread that has it. No order of blocks
-// changes its bits: each leaves what it has, and the last to come adds all of it up.
-__device__ inline bool grid_sum(double& x, void* workspace) {
+// changes its bits: each leaves what it has, and the last to come adds all of it up. There
+// `common`, a block's own, is nan unless all blocks have the same.
+__device__ inline bool grid_sum(double& x, double& common, void* workspace) {
   x = block_sum(x);
   if (gridDim.x == 1) return threadIdx.x == 0;
   const Workspace w(workspace);
   __shared__ bool last;
   if (threadIdx.x == 0) {
-    w.partials[blockIdx.x] = x;
-    __threadfence();  // the partial before the ticket
+    w.parts[blockIdx.x] = make_double2(x, common);
+    __threadfence();  // the part before the ticket
     last = atomicAdd(w.ticket, 1u) == gridDim.x - 1;
   }
   __syncthreads();
   if (!last) return false;
-  __threadfence();  // the tickets before their partials
+  __threadfence();  // the tickets before their parts
   x = 0;
-  for (unsigned b = threadIdx.x; b < gridDim.x; b += blockDim.x) x += __ldcg(&w.partials[b]);
+  bool agreed = true;
+  for (unsigned b = threadIdx.x; b < gridDim.x; b += blockDim.x) {
+    const double2 part = __ldcg(&w.parts[b]);
+    x += part.x;
+    agreed = agreed && same(part.y, common);
+  }
   x = block_sum(x);
-  return threadIdx.x == 0;
+  agreed = __syncthreads_and(agreed);
+  if (threadIdx.x > 0) return false;
+  if (!agreed) common = std::numeric_limits<double>::quiet_NaN();
+  return true;
 }
 
 // ---- the upstream gradient ----------------------------------------------------------------------
 
 constexpr double kConfident = 2, kMostConfident = 3;
 
-__device__ inline bool same(double a, double b) { return a == b && signbit(a) == signbit(b); }
-
-// What the threads of a call all find, before they start.
+// What a call multiplies the gradient by.
 struct Scaling {
   bool write;       // the gradient, every element times
   double scale;     // upstream / normalizer
   double upstream;  // nan: the gradient is not written
   double normalizer;
 
-  __device__ explicit Scaling(const Launch& l) {
-    write = false;
-    scale = 0;
-    upstream = std::numeric_limits<double>::quiet_NaN();
+  // Meanwhile a backward on another stream may teach the prediction. So one thread of the block
+  // reads it, and only once; all threads go by what that one has seen. Value and confidence need
+  // not be of one teaching: any upstream gradient may be predicted, as long as scales tell which.
+  __device__ static Scaling of_block(const Launch& l) {
+    if (threadIdx.x == 0) seen() = read(l);
+    __syncthreads();
+    return seen();
+  }
+  __device__ static Scaling& seen() {
+    __shared__ Scaling scaling;
+    return scaling;
+  }
+
+ private:
+  __device__ static Scaling read(const Launch& l) {
+    Scaling s{false, 0, std::numeric_limits<double>::quiet_NaN(), 1};
     if (l.pass == Pass::kBackward) {
-      upstream = l.grad_output ? read<double>(l.grad_output, l.grad_output_dtype, 0) : 1;
-      normalizer = l.grad_output ? l.scales[1] : 1;
-      write = !l.grad_output || l.fresh || !same(l.scales[0], upstream);
+      s.upstream = l.grad_output ? cuda::read<double>(l.grad_output, l.grad_output_dtype, 0) : 1;
+      if (l.grad_output) s.normalizer = l.scales[1];
+      s.write = !l.grad_output || l.fresh || !same(l.scales[0], s.upstream);
     } else {
-      normalizer = isnan(l.normalizer) ? l.scales[1] : l.normalizer;
+      s.normalizer = isnan(l.normalizer) ? l.scales[1] : l.normalizer;
       if (l.pass == Pass::kForward && l.prediction && l.prediction[1] >= kConfident) {
-        upstream = l.prediction[0];
-        write = true;
+        s.upstream = l.prediction[0];
+        s.write = true;
       }
     }
-    if (write) scale = upstream / normalizer;
+    if (s.write) s.scale = s.upstream / s.normalizer;
+    return s;
   }
 };
 
@@ -222,7 +244,7 @@ struct Scaling {
 __device__ inline bool settled(const Launch& l, const Scaling& s) {
   if (l.pass != Pass::kBackward) return false;
   if (l.prediction && blockIdx.x == 0 && threadIdx.x == 0) {
-    double* const p = l.prediction;
+    volatile double* const p = l.prediction;
     if (same(p[0], s.upstream)) {
       p[1] = fmin(p[1] + 1, kMostConfident);
     } else {
@@ -233,12 +255,13 @@ __device__ inline bool settled(const Launch& l, const Scaling& s) {
   return !s.write;
 }
 
-// Ends a pass that computes the loss: value is each thread's share of it.
+// Ends a pass that computes the loss: value is each thread's share of it. Where blocks have seen
+// different predictions the gradient is patchwork: none has been written, scales say.
 __device__ inline void finish(const Launch& l, double value) {
   if (l.pass == Pass::kBackward) return;
   const bool first = blockIdx.x == 0 && threadIdx.x == 0;
-  if (l.loss ? !grid_sum(value, l.workspace) : !first) return;
-  const Scaling s(l);  // once more: kept, it would take registers all the way
+  Scaling& s = Scaling::seen();  // once more: kept, it would take registers all the way
+  if (l.loss ? !grid_sum(value, s.upstream, l.workspace) : !first) return;
   if (l.loss) write(l.loss, l.loss_dtype, 0, value / s.normalizer);
   if (l.pass == Pass::kForward) {
     l.scales[0] = s.upstream;

@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(kScope == Scope::kLanes ? kLanesBlock : kRowBl
   using P = Packet<D>;
   extern __shared__ uint4 shared[];
   P* const places = reinterpret_cast<P*>(shared);
-  const Scaling s(l);
+  const Scaling s = Scaling::of_block(l);
   if (settled(l, s)) return;
   const CrossEntropyCall& call = problem.call;
   const Shares<T> shares = problem.template shares<kHard>();
@@ -431,7 +431,7 @@ __global__ void __launch_bounds__(128) columns(const Problem<Compute<D>> problem
   struct alignas(kWide ? kPacketBytes : sizeof(D)) Line {
     D element[kRows];
   };
-  const Scaling s(l);
+  const Scaling s = Scaling::of_block(l);
   if (settled(l, s)) return;
   const CrossEntropyCall& call = problem.call;
   const Shares<T> shares = problem.template shares<kHard>();
@@ -666,8 +666,9 @@ __global__ void __launch_bounds__(kCountBlock) count(const ClassWeights c, void*
     if (t < 0 || t >= c.classes || t == c.ignore_index) continue;
     total += weight ? weight[t] : W(1);
   }
+  double nothing = 0;  // in common
   // A mean over nothing is nan, whatever label smoothing adds up beside it.
-  if (grid_sum(total, workspace)) *c.sum = total == 0 ? kNan<double> : total;
+  if (grid_sum(total, nothing, workspace)) *c.sum = total == 0 ? kNan<double> : total;
 }
 
 int64_t blocks_for(const ClassWeights& call) {

@@ -44,8 +44,9 @@ struct Launch {
   double normalizer = 1;  // what scales[1] shall be; nan: it is there already
 
   // Two doubles: the predicted upstream gradient, and the confidence in it. Forward reads them,
-  // backward teaches them. Null with reduction "none", of which backward computes the gradient.
-  double* prediction = nullptr;
+  // backward teaches them, and passes on other streams do so at the same time: each access is one,
+  // and of all of a number. Null with reduction "none", of which backward computes the gradient.
+  volatile double* prediction = nullptr;
   const void* grad_output = nullptr;  // backward: one number; null with reduction "none"
   DType grad_output_dtype = DType::kFloat32;
   bool fresh = false;  // backward: the gradient is a new buffer, whatever scales say

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kPlain ? kBlocksPerSM : 1)
     flat(const Flat<D> c, const Launch l) {
   using T = Compute<D>;
   using P = Packet<D>;
-  const Scaling s(l);
+  const Scaling s = Scaling::of_block(l);
   if (settled(l, s)) return;
   const Loss loss{{c.numbers.parameter}};
   const T scale = static_cast<T>(s.scale);
@@ -200,7 +200,7 @@ __device__ T fetch(const Source& s, const Strided& c, int64_t linear, const Inde
 
 template <class Loss, class T>
 __global__ void __launch_bounds__(kThreads) strided(const Strided c, const Launch l) {
-  const Scaling s(l);
+  const Scaling s = Scaling::of_block(l);
   if (settled(l, s)) return;
   const Loss loss{{c.numbers.parameter}};
   const T scale = static_cast<T>(s.scale);

@@ -31,7 +31,8 @@ EMULATOR = Path("emulator.cpp")
 VARIANTS = {
     "plain": [],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-fsanitize=thread"],
+    # See __tsan_volatile_read8 in emulator.cpp.
+    "thread": ["-fsanitize=thread", "--param=tsan-distinguish-volatile=1"],
 }
 COMPILE = ["-std=c++20", "-g", "-fPIE", "-fno-omit-frame-pointer", "-ffp-contract=off"]
 COMPILE += [

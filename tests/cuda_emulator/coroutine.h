@@ -16,6 +16,9 @@ extern "C" {
 [[gnu::weak]] void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 [[gnu::weak]] void __tsan_acquire(void* address);
 [[gnu::weak]] void __tsan_release(void* address);
+[[gnu::weak]] long long __tsan_atomic64_load(const volatile long long* address, int order);
+[[gnu::weak]] long long __tsan_atomic64_fetch_add(volatile long long* address, long long value,
+                                                  int order);
 [[gnu::weak]] void __asan_poison_memory_region(const volatile void* address, size_t bytes);
 [[gnu::weak]] void __asan_unpoison_memory_region(const volatile void* address, size_t bytes);
 [[gnu::weak]] void __sanitizer_start_switch_fiber(void** save, const void* bottom, size_t bytes);

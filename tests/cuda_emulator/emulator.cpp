@@ -162,7 +162,8 @@ std::deque<Thread*> idle;
 std::vector<char*> free_shared;
 std::map<Kernel, Attributes> attributes;
 void (*watch)(const void* address) = nullptr;
-Coroutine watching_host;  // only a fiber: runs on the stack of who has just written
+void (*other_stream)() = nullptr;
+Coroutine bystander;  // only a fiber: the host or another stream, on the stack of who runs
 
 int setting(const char* name, int otherwise) {
   const char* text = getenv(name);
@@ -264,6 +265,24 @@ void catch_faults() {
   sigaction(SIGSEGV, &action, nullptr);
 }
 
+// ---- who is no thread of the launch -------------------------------------------------------------
+
+void let_in_bystanders() {
+  if (__tsan_create_fiber && !bystander.fiber) bystander.fiber = __tsan_create_fiber(0);
+}
+
+// act() by a bystander who knows what came before the launch, and these fences.
+template <class Act>
+void stand_by(const Fences& fences, Act&& act) {
+  As the_bystander(bystander);
+  acquire(launch->start);
+  for (const Fence& fence : fences) {
+    if (fence.scope == Scope::kSystem) acquire(fence.moment);
+  }
+  act();
+  release(launch->end);
+}
+
 // ---- scheduling ---------------------------------------------------------------------------------
 
 void wake(Thread& thread) {
@@ -286,6 +305,7 @@ void go_to_host() {
 // Leaves the current thread for any that is ready, be it itself.
 void reschedule() {
   Thread& self = *current;
+  if (other_stream) stand_by({}, other_stream);
   if (ready.empty()) return go_to_host();
   std::swap(ready[next_random() % ready.size()], ready.back());
   Thread* next = ready.back();
@@ -563,7 +583,12 @@ void run_grid(Kernel kernel, const cudaLaunchConfig_t& config, void (*body)(cons
 
 void host_watches(void (*look)(const void*)) {
   watch = look;
-  if (__tsan_create_fiber && !watching_host.fiber) watching_host.fiber = __tsan_create_fiber(0);
+  let_in_bystanders();
+}
+
+void meanwhile(void (*act)()) {
+  other_stream = act;
+  let_in_bystanders();
 }
 
 cudaError_t set_attribute(Kernel kernel, cudaFuncAttribute attribute, int value) {
@@ -712,15 +737,9 @@ void atomic_reads(const void* address) {
 
 void atomic_wrote(const void* address) {
   AsHost host_allocates;
-  launch->shown[address].add(current->made);
-  if (!watch) return;
-  As watcher(watching_host);
-  acquire(launch->start);
-  for (const Fence& fence : launch->shown[address]) {
-    if (fence.scope == Scope::kSystem) acquire(fence.moment);
-  }
-  watch(address);
-  release(launch->end);
+  Fences& shown = launch->shown[address];
+  shown.add(current->made);
+  if (watch) stand_by(shown, [=] { watch(address); });
 }
 
 void* dynamic_shared() {
@@ -769,6 +788,14 @@ unsigned cluster_rank() { return current->block->rank; }
 unsigned cluster_blocks() { return current->block->cluster->blocks.size(); }
 
 }  // namespace emulator
+
+// A volatile access is a relaxed atomic one on the device. This ThreadSanitizer learns before each.
+extern "C" {
+void __tsan_volatile_read8(long long* address) { __tsan_atomic64_load(address, __ATOMIC_RELAXED); }
+void __tsan_volatile_write8(long long* address) {
+  __tsan_atomic64_fetch_add(address, 0, __ATOMIC_RELAXED);
+}
+}
 
 // ---- the host's API -----------------------------------------------------------------------------
 

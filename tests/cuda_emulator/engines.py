@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -83,6 +83,10 @@ class Calls:
 
     def add(self, engine: str, *words: object) -> None:
         self._lines.append(" ".join(map(str, (engine, *words))))
+
+    def teach(self, place: Place, upstreams: Sequence[float] = (), every: int = 1) -> None:
+        """What is called next finds other streams teach the prediction there; NOWHERE: no more."""
+        self.add("teach", place, every, len(upstreams), *upstreams)
 
     def run(self, program: Path, settings: Mapping[str, str] | None = None) -> None:
         """Runs the calls in order; ``get`` then finds what they have written."""
@@ -228,7 +232,22 @@ class Loss:
         return self.calls.get(self.gradient, _dense_like(self.sample.input))
 
     def prediction_found(self) -> list[float]:
-        found: list[float] = self.calls.get(self.prediction, torch.zeros(2).double()).tolist()
+        return self._two_doubles(self.prediction)
+
+    def scales_found(self) -> list[float]:
+        return self._two_doubles(self.scales)
+
+    def is_patchwork(self, fresh: Mapping[float, Loss]) -> bool:
+        """Whether the gradient is not all of it the one for the upstream gradient that the scales
+        name; those of ``fresh`` are. Nan names none, as where the gradient was not written."""
+        upstream, _ = self.scales_found()
+        if math.isnan(upstream):
+            return False
+        found, expected = self.gradient_found(), fresh[upstream].gradient_found()
+        return found.numpy().tobytes() != expected.numpy().tobytes()
+
+    def _two_doubles(self, place: Place) -> list[float]:
+        found: list[float] = self.calls.get(place, torch.zeros(2).double()).tolist()
         return found
 
 

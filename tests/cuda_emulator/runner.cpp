@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -55,6 +56,8 @@ class Calls {
         run_cross_entropy();
       } else if (engine == "class_weights") {
         run_class_weights();
+      } else if (engine == "teach") {
+        teach();
       } else {
         require(false, "no engine is named " + engine);
       }
@@ -129,6 +132,34 @@ class Calls {
     if (__atomic_load_n(&fault.state, __ATOMIC_RELAXED) != cuda::Fault::kTold) return;
     require(fault.what <= cuda::Fault::kTargetOutsideUnit && fault.position >= 0,
             "the host sees no fault that there could be");
+  }
+
+  // Backwards of another stream, as a pass meets them: each number of a prediction changes by
+  // itself, once in `every` times that threads change places. Null: none is taught any more.
+  struct Lessons {
+    volatile double* prediction;
+    unsigned every;
+    std::vector<double> upstreams;
+    std::minstd_rand random;
+  };
+  static inline Lessons lessons_;
+
+  static void give_lesson() {
+    auto& [prediction, every, upstreams, random] = lessons_;
+    if (random() % every) return;
+    constexpr int kConfidences = 4;
+    if (random() % 2) {
+      prediction[0] = upstreams[random() % upstreams.size()];
+    } else {
+      prediction[1] = random() % kConfidences;
+    }
+  }
+  void teach() {
+    lessons_.prediction = pointer<double>();
+    lessons_.every = integer();
+    lessons_.upstreams.resize(integer());
+    for (double& upstream : lessons_.upstreams) upstream = number();
+    emulator::meanwhile(lessons_.prediction ? give_lesson : nullptr);
   }
 
   template <class Call>

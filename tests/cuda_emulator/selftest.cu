@@ -304,6 +304,29 @@ void test_tell_host() {
   tell_host<kSystem><<<1, 1>>>(&message);
 }
 
+// ---- another stream -----------------------------------------------------------------------------
+
+volatile double lesson;
+
+// Number: volatile, what single accesses of several streams at once must be.
+template <class Number>
+__global__ void listen(double* out) {
+  __syncthreads();
+  out[threadIdx.x] = const_cast<Number&>(lesson);
+}
+template <class Number>
+void test_meanwhile() {
+  const auto out = device<double>(kThreads);
+  lesson = 0;
+  emulator::meanwhile([] { lesson = lesson + 1; });
+  listen<Number><<<1, kThreads>>>(out.get());
+  emulator::meanwhile(nullptr);
+  const double after = lesson;
+  listen<Number><<<1, kThreads>>>(out.get());
+  check(after > kThreads && lesson == after, "lessons");
+  for (int i = 0; i < kThreads; ++i) check(out[i] == after, "heard at last");
+}
+
 // ---- clusters -----------------------------------------------------------------------------------
 
 enum class Leave { kTogether, kAtOnce, kUnstarted };
@@ -580,6 +603,8 @@ const Case kCases[] = {
     {"atomics", test_atomics},
     {"tell_host", test_tell_host<true>},
     {"tell_host_scope", test_tell_host<false>},
+    {"meanwhile", test_meanwhile<volatile double>},
+    {"meanwhile_plain", test_meanwhile<double>},
     {"cluster", test_cluster<Leave::kTogether>},
     {"cluster_exited", test_cluster<Leave::kAtOnce>},
     {"cluster_unstarted", test_cluster<Leave::kUnstarted>},

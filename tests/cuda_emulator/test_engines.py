@@ -19,7 +19,7 @@ from torch import Tensor
 import formulas
 from build import build
 from cases import DTYPES, FAMILIES, REDUCTIONS, Case, Sample, at_shape
-from engines import RUNNER, SOURCES, Calls, Loss
+from engines import NOWHERE, RUNNER, SOURCES, Calls, Loss
 from helpers import assert_close_to_truth, assert_same_bits, draw_upstream, drawn, result_shape
 
 
@@ -139,6 +139,57 @@ FAMILIES_OF_KERNELS = (
 @pytest.mark.parametrize("family", FAMILIES_OF_KERNELS)
 def test_order(family: str) -> None:
     check_all("thread", few_of(family))
+
+
+# Of every kernel calls of many blocks, and of one.
+TAUGHT = [
+    ("mse_loss", (20_000,)),
+    ("mse_loss", (30,)),
+    ("mse_loss-weight", (130, 140)),
+    ("log_loss", (900, 20)),
+    ("cross_entropy", (600, 10)),
+    ("cross_entropy", (40, 1000)),
+    ("cross_entropy", (9, 5000)),
+    ("cross_entropy", (2, 70_000)),
+    ("cross_entropy-probabilities", (40, 1000)),
+    ("cross_entropy-probabilities", (2, 70_000)),
+    ("cross_entropy", (3, 20, 707)),
+    ("cross_entropy", (3, 20, 1600)),
+]
+
+
+@pytest.mark.parametrize("variant", ["plain", "thread"])
+@pytest.mark.parametrize("family, shape", TAUGHT, ids=str)
+def test_taught_meanwhile(family: str, shape: tuple[int, ...], variant: str) -> None:
+    """Backwards on other streams teach the prediction while forward runs. The gradient then is all
+    of it for the upstream gradient that the scales name, or backward computes all of it."""
+    upstreams = [torch.tensor(u) for u in (0.5, 3.0, -1.0)]
+    case = at_shape(family, shape)
+    sample = case.sample(torch.float32)
+    calls = Calls()
+    truth = {u.item(): Loss(calls, case.loss, sample, "mean") for u in upstreams}
+    for u in upstreams:
+        truth[u.item()].forward()
+        truth[u.item()].backward(u, fresh=True)
+    alone, followed = [], []
+    # From lessons between any two threads to none for the whole launch, short or long.
+    for every in (2, 50, 1000, 20_000, 500_000):
+        for u in [None, *upstreams]:
+            loss = Loss(calls, case.loss, sample, "mean", (0.5, 3.0))
+            calls.teach(loss.prediction, list(truth), every)
+            loss.forward()
+            calls.teach(NOWHERE)
+            if u is None:
+                alone.append(loss)
+            else:
+                loss.backward(u)
+                followed.append((loss, u.item()))
+    calls.run(program(variant))
+    assert not any(loss.is_patchwork(truth) for loss in alone)
+    assert 0 < sum(math.isnan(loss.scales_found()[0]) for loss in alone) < len(alone)
+    for loss, u in followed:
+        assert_same_bits(loss.value_found(), truth[u].value_found(), "value")
+        assert_same_bits(loss.gradient_found(), truth[u].gradient_found(), "backward")
 
 
 def transposed(tensor: Tensor) -> Tensor:

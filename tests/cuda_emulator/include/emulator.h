@@ -28,6 +28,10 @@ int active_clusters(Kernel kernel, const cudaLaunchConfig_t& config);
 // acquired what stands there, amid the launch. Null: no more.
 void host_watches(void (*look)(const void* address));
 
+// From now on act() is called whenever threads of a kernel change places, as by a kernel on another
+// stream: ordered with nothing of the launch. Null: no more.
+void meanwhile(void (*act)());
+
 // ---- from within a kernel -----------------------------------------------------------------------
 
 enum class Collective { kSyncThreads, kSyncWarp, kShuffle, kVote, kSyncCluster };
