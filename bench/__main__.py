@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import compare, figures, memory, models, report
+from . import compare, examples, figures, memory, models, numerics, report
 from .cases import CASES, TABLES, Case
 from .measure import (
     CASE_SECONDS,
@@ -35,6 +35,8 @@ COMMANDS = {
     "compare": (compare.main, "what got faster or slower between two runs"),
     "figures": (figures.main, "write the figures of README and docs from committed results"),
     "models": (models.main, "whole training steps of small models"),
+    "examples": (examples.main, "what the examples with losses of one's own reach"),
+    "numerics": (numerics.main, "the largest error of every loss and dtype, in ULP"),
 }
 
 
@@ -59,7 +61,8 @@ def run(
                 problems = dict.fromkeys(contestants(case, wanted), problem)
                 rows.append(Row(case, "s", problems=problems))
                 continue
-            rows.append(memory.measure(case) if case.table == "memory" else speed(case))
+            measured = memory.measure(case, wanted) if case.table == "memory" else speed(case)
+            rows.append(measured)
         except KeyboardInterrupt:
             break
         except Exception as error:  # noqa: BLE001 - the other cases' results are kept

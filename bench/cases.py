@@ -52,6 +52,12 @@ TABLES = {
         ("eager", "compile", "limit"),
         peers=True,
     ),
+    "own": Table(
+        "Forward + backward, losses of one's own",
+        ("eager", "compile", "ours", "limit"),
+        ("eager", "compile", "limit"),
+        peers=True,
+    ),
     "curve": Table(
         "Forward + backward, by size",
         ("eager", "ours", "limit"),
@@ -64,14 +70,22 @@ TABLES = {
         ("eager", "unit"),
         peers=True,
     ),
-    "small": Table("Forward + backward, small inputs, host time", ("eager", "ours"), ("eager",)),
+    "small": Table(
+        "Forward + backward, small inputs, host time", ("eager", "ours"), ("eager",), peers=True
+    ),
     "graph": Table(
-        "Forward + backward, small inputs, replayed in a CUDA graph", ("eager", "ours"), ("eager",)
+        "Forward + backward, small inputs, replayed in a CUDA graph",
+        ("eager", "ours"),
+        ("eager",),
+        peers=True,
     ),
     "none": Table('Forward + backward, reduction="none"', ("eager", "ours"), ("eager",)),
     "forward": Table("Forward only, no gradient wanted", ("eager", "ours"), ("eager",), peers=True),
     "memory": Table(
-        "Peak memory of forward + backward, beyond its inputs", ("eager", "ours"), ("memory",)
+        "Peak memory of forward + backward, beyond its inputs",
+        ("eager", "ours"),
+        ("memory",),
+        peers=True,
     ),
 }
 
@@ -99,7 +113,7 @@ class Case:
     A loss that is in neither torch.nn.functional nor fusedloss.functional brings its own callables,
     `functions`, each called as ``function(x, t, reduction=...)``: "eager" (which is compiled for
     "compile" and, in float64, gives the truth) and "ours"; and `draw`, which gives the leaf and its
-    target.
+    target. Those of the table "own" are in bench/own.py.
     """
 
     name: str
@@ -152,7 +166,7 @@ class Case:
             x.normal_(generator=generator)
         if not self.by_rows:
             t = torch.empty_like(x)
-            if self.loss.startswith("binary"):
+            if self.loss.startswith("binary") or self.loss == "focal":
                 t.bernoulli_(0.5, generator=generator)
             else:
                 t.normal_(generator=generator)
@@ -195,12 +209,30 @@ _CROSS_ENTROPY: tuple[tuple[tuple[int, ...], tuple[float | None, ...]], ...] = (
     ((4, 21, 256, 256), (3, None, 2.7)),
 )
 
+# Losses of one's own: how many times the limit each may take on the CPU. What has a logarithm or an
+# exponential computes for longer than memory takes.
+_RATIONAL, _TRANSCENDENTAL = 1.5, 3.0
+_OWN = {
+    "charbonnier": _RATIONAL,
+    "quantile": _RATIONAL,
+    "asymmetric": _RATIONAL,
+    "tukey": _RATIONAL,
+    "log_cosh": _TRANSCENDENTAL,
+    "cauchy": _TRANSCENDENTAL,
+    "welsch": _TRANSCENDENTAL,
+    "smooth_quantile": _TRANSCENDENTAL,
+    "poisson": _TRANSCENDENTAL,
+    "focal": _TRANSCENDENTAL,
+}
+
 # Enough for a first look: each table, and the losses whose cost differs most.
 _QUICK = {
     "speed: mse 2^22",
     "speed: bce_with_logits 2^22",
     "speed: cross_entropy 4096x1000",
     "speed: cross_entropy 512x32000",
+    "own: charbonnier 2^20",
+    "own: focal 2^20",
     "curve: mse 2^12",
     "curve: mse 2^16",
     "curve: mse 2^20",
@@ -222,6 +254,7 @@ _QUICK_CUDA = {
     "speed: cross_entropy 8192x128256, bf16",
     "speed: cross_entropy 16384x32000, bf16",
     "speed: cross_entropy 32768x4096, bf16",
+    "own: charbonnier 2^28",
     "curve: mse 2^16",
     "curve: mse 2^22",
     "curve: cross_entropy 131072x4096, bf16",
@@ -250,7 +283,7 @@ def case(
     upstream: float = 1.0,
     autocast: bool = False,
 ) -> Case:
-    """A case of one of torch's losses, named after its options."""
+    """A case of a loss, named after its options."""
     if len(shape) > 1:
         size = "x".join(map(str, shape))
     else:
@@ -258,7 +291,7 @@ def case(
         # A curve's sizes are all powers; elsewhere a small one reads better as a number.
         short = power.is_integer() and (power > 14 or table == "curve")
         size = f"2^{power:.0f}" if short else str(shape[0])
-    name = f"{LABELS[loss]} {size}"
+    name = f"{LABELS.get(loss, loss)} {size}"
     if probabilities:
         name += ", class probabilities"
     if dtype == torch.bfloat16:
@@ -297,6 +330,11 @@ def _cpu() -> tuple[Case, ...]:
         cases.append(case("speed", loss, (2**22,), {}, dtype=bf16))
     cases.append(case("speed", ce, (512, 32000), {}, dtype=bf16))
     cases.append(case("speed", "log_loss", (4096, 1000), {}))
+
+    for loss, limit in _OWN.items():
+        for power in (20, 24):
+            reach = bars(eager=3, compile=1.3, limit=limit)
+            cases.append(case("own", loss, (2**power,), reach))
 
     for loss in _POINTWISE:
         for power in range(10, 25, 2):
@@ -392,6 +430,8 @@ def _cuda() -> tuple[Case, ...]:
         add("memory", loss, (2**28,), {"memory": 1})
         add("forward", loss, (2**28,), bars(eager=1))
         add("none", loss, (2**28,), bars(eager=1))
+    for loss in _OWN:
+        add("own", loss, (2**28,), {})
     return _with_own_eager(cases)
 
 

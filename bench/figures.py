@@ -98,6 +98,17 @@ def missed(run: Run) -> str:
     return f"{sum(bool(row['missed']) for row in barred)} of {len(barred)}"
 
 
+def slower(run: Run) -> str:
+    """Every case in which someone is faster than ours, and how many times."""
+    found = [
+        f"{row['table']}: {row['case']} ({COLUMNS[name].of} {1 / ratio['median']:.2f} times)"
+        for row in run["rows"]
+        for name, ratio in row["ratios"].items()
+        if COLUMNS[name].at_least and round(ratio["median"], 2) < 1
+    ]
+    return "; ".join(found) or "none"
+
+
 def setting(run: Run) -> str:
     """Where and when."""
     if run.get("gpu"):
@@ -111,26 +122,76 @@ def steps(run: Run) -> str:
     """The models' training steps."""
     headers = [
         "model",
-        "loss, share of the step",
-        "step, torch / ours",
+        "loss, share of torch's step",
         "loss, torch / ours",
-        "peak memory, ours / torch",
+        "whole step, torch / ours",
+        "peak MiB, torch",
+        "peak MiB, ours",
     ]
     body = [
         [
             f"{model['title']}",
             f"{model['share']['median']:.1%}",
-            f"{model['step']['median']:.2f}",
             f"{model['loss']['median']:.2f}",
-            f"{model['memory']['ours'] / model['memory']['torch']:.2f}",
+            f"{model['step']['median']:.2f}",
+            f"{model['memory']['torch'] / 2**20:.0f}",
+            f"{model['memory']['ours'] / 2**20:.0f}",
         ]
         for model in run["models"]
     ]
     return f"\n{tabulate(body, headers, tablefmt='github', disable_numparse=True)}\n"
 
 
+def _ulps(error: float) -> str:
+    """Two decimals where the half of an ULP that any rounding costs is to be seen."""
+    return f"{error:.2f}" if error < 9.995 else f"{error:.3g}" if error < 1e5 else f"{error:.1e}"
+
+
+def errors(run: Run) -> str:
+    """The largest errors of every loss and dtype, in ULP."""
+    columns = ("element", "mean", "gradient")
+    lines = [
+        f"| loss | dtype | {' | | '.join(columns)} | |",
+        "|---|---|" + 2 * len(columns) * "--:|",
+        "| | |" + len(columns) * " ours | torch |",
+    ]
+    for row in run["rows"]:
+        cells = [_ulps(row[who][column]) for column in columns for who in ("ours", "torch")]
+        lines.append(f"| `{row['loss']}` | {row['dtype']} | {' | '.join(cells)} |")
+    text = "\n".join(lines)
+    return f"\n{text}\n"
+
+
+def _found(run: Run, place: str) -> Any:
+    """What stands at a place: keys, and numbers of lists, joined by slashes."""
+    value: Any = run
+    for key in place.split("/"):
+        try:
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise NoFigure(f"nothing stands at {place!r}") from None
+    return value
+
+
+def value(run: Run, place: str, form: str = "") -> str:
+    """One number, formatted as Python does."""
+    try:
+        return format(_found(run, place), form)
+    except ValueError as error:
+        raise NoFigure(str(error)) from None
+
+
+def table(run: Run, place: str, *columns: str) -> str:
+    """A list of objects as a table: of each the fields that are named, `field` or `field:format`."""
+    fields = [column.partition(":")[::2] for column in columns]
+    body = [[value(row, field, form) for field, form in fields] for row in _found(run, place)]
+    headers = [field for field, _ in fields]
+    return f"\n{tabulate(body, headers, tablefmt='github', disable_numparse=True)}\n"
+
+
 VIEWS: dict[str, Callable[..., str]] = {
-    view.__name__: view for view in (ratios, ratio, span, missed, setting, steps)
+    view.__name__: view
+    for view in (ratios, ratio, span, missed, slower, setting, steps, errors, value, table)
 }
 
 

@@ -20,6 +20,7 @@ from torch.utils.benchmark import Timer
 import fusedloss
 import fusedloss.functional as FL
 
+from . import own
 from .cases import COLUMNS, MODULES, TABLES, Case, Loss
 from .peers import PEERS
 
@@ -131,16 +132,18 @@ def describe(error: Exception) -> Problem:
 JOINING = ("triton", *PEERS)
 
 
-def second_backend(device: str) -> str | None:
-    """The fused backend that runs on the device, but is not the one that calls go to."""
-    if device == "cpu":
+def second_backend(case: Case) -> str | None:
+    """The fused backend that runs the case on its device, but is not the one that calls go to."""
+    if case.device == "cpu":
         return None  # Triton's is an interpreter there, for finding mistakes
-    x = torch.zeros(2, device=device)
-    first = fusedloss.explain(FL.mse_loss, x, x).backend
+    # Any of the built-in losses stands for all of them.
+    loss = our_loss(case) if case.table == "own" else FL.mse_loss
+    x = torch.zeros(2, device=case.device)
+    first = fusedloss.explain(loss, x, x).backend
     for name, why_not in fusedloss.info().backends.items():
         if why_not is None and name != first:
             with fusedloss.backend(name):
-                if fusedloss.explain(FL.mse_loss, x, x).fused:
+                if fusedloss.explain(loss, x, x).fused:
                     return name
     return None
 
@@ -150,11 +153,11 @@ def contestants(case: Case, wanted: Collection[str] | None = None) -> list[str]:
     table = TABLES[case.table]
     names = list(table.contestants)
     if table.peers:
-        second = second_backend(case.device)
+        second = second_backend(case)
         names += [second] if second and not case.functions else []
         names += [p.name for p in PEERS.values() if p.covers(case) and p.version is not None]
-    own = ("ours", "unit", "limit")
-    return [name for name in names if wanted is None or name in wanted or name in own]
+    always = ("ours", "unit", "limit")
+    return [name for name in names if wanted is None or name in wanted or name in always]
 
 
 def running(contestant: str) -> AbstractContextManager[None]:
@@ -163,10 +166,14 @@ def running(contestant: str) -> AbstractContextManager[None]:
 
 
 def eager_loss(case: Case) -> Loss:
+    if case.table == "own":
+        return own.eager(case.loss)
     return case.functions.get("eager") or getattr(F, case.loss)
 
 
 def our_loss(case: Case) -> Loss:
+    if case.table == "own":
+        return own.ours(case.loss)
     return case.functions.get("ours") or getattr(FL, case.loss)
 
 
@@ -246,19 +253,32 @@ def make_step(case: Case, contestant: str, x: Tensor, t: Tensor) -> Step:
     return step
 
 
-def captured(step: Step, x: Tensor) -> Step:
-    """The step in a CUDA graph; its replay is what is timed."""
+def captured(step: Step, x: Tensor, original: Tensor) -> Step:
+    """The step in a CUDA graph, replayed on what x holds then: here what `original` does.
+
+    Raises what the step does where it cannot be captured, as one that waits for the device cannot.
+    """
+    graph = torch.cuda.CUDAGraph()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
+    # Around the capture as well: one that fails leaves its stream the current one.
     with torch.cuda.stream(side):
         for _ in range(3):
             step()
+        x.grad = None
+        with torch.no_grad():
+            x.copy_(original)
+        with torch.cuda.graph(graph, stream=side):
+            value = step()
     torch.cuda.current_stream().wait_stream(side)
-    x.grad = None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    gradient = x.grad
+
+    def replay() -> object:
+        graph.replay()
+        x.grad = gradient
+        return value
+
+    return replay
 
 
 def path(case: Case, x: Tensor, t: Tensor) -> str | None:
@@ -406,9 +426,12 @@ class Speed:
         """A contestant's step, found right; whoever is wrong raises."""
         if name == "limit":
             return make_step(case, name, x, t)
-        overwrites = name in PEERS and PEERS[name].overwrites_input
-        if overwrites:
-            x = x.detach().clone().requires_grad_()
+        original = x.detach()
+        if name in PEERS and PEERS[name].overwrites_input:
+            x = original.clone().requires_grad_()
         step = make_step(case, name, x, t)
         check(case, name, step, x, truth)
-        return captured(step, x) if case.table == "graph" else step
+        if case.table == "graph":
+            step = captured(step, x, original)
+            check(case, name, step, x, truth)
+        return step

@@ -10,12 +10,13 @@ import argparse
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 from .cases import CASES, TABLES, Case
-from .measure import Problem, Row, describe, make_step
+from .measure import Problem, Row, contestants, describe, make_step, running
 
 
 def resident(field: str) -> int:
@@ -58,12 +59,13 @@ def growth(case: Case, contestant: str) -> int:
     return resident("VmHWM") - before
 
 
-def measure(case: Case) -> Row:
+def measure(case: Case, wanted: Collection[str] | None = None) -> Row:
     row = Row(case, "bytes")
-    for contestant in TABLES[case.table].contestants:
+    for contestant in contestants(case, wanted):
         if case.device == "cuda":
             try:
-                row.samples[contestant] = [float(allocated(case, contestant))]
+                with running(contestant):
+                    row.samples[contestant] = [float(allocated(case, contestant))]
             except Exception as error:  # noqa: BLE001 - the others are still measured
                 row.problems[contestant] = describe(error)
             continue

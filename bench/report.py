@@ -11,6 +11,7 @@ import subprocess
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -280,7 +281,8 @@ def markdown(rows: Sequence[Row], about: Mapping[str, Any], pictures: Mapping[st
 {summary(rows)}
 {warning}
 {images}- **eager** is `torch.nn.functional`, **torch.compile** the same call compiled (fixed shapes, \
-compiling not timed), **ours** `fusedloss.functional`. Each step delivers a fresh gradient.
+compiling not timed), **ours** `fusedloss.functional`. A loss of one's own (those of \
+docs/custom-losses.md) is the same line for all three. Each step delivers a fresh gradient.
 - **limit** is the least traffic a step can have, by PyTorch's own operator: `torch.add(x, y)` into \
 fresh memory for a pointwise loss, `x.clone()` where targets are class indices. Only cheaper fresh memory (huge \
 pages) can beat it. GB/s counts that traffic alone.
@@ -390,7 +392,7 @@ def curves(rows: Sequence[Row], about: Mapping[str, Any]) -> Figure | None:
 
 
 def memory_picture(rows: Sequence[Row], about: Mapping[str, Any]) -> Figure | None:
-    """Peak memory of eager and of ours."""
+    """Peak memory of whoever was measured."""
     rows = [row for row in rows if row.case.table == "memory" and row.samples]
     if not rows:
         return None
@@ -399,15 +401,17 @@ def memory_picture(rows: Sequence[Row], about: Mapping[str, Any]) -> Figure | No
     figure.suptitle(
         "Peak memory of forward + backward, beyond the inputs\n" + where(about), fontsize=11
     )
-    for name, offset in (("eager", -0.2), ("ours", 0.2)):
+    names = [name for name in _COLOURS if any(name in row.samples for row in rows)]
+    height = 0.8 / len(names)
+    for series, name in enumerate(names):
         shown = [
-            (place + offset, row.samples[name][0] / 2**20)
+            (place + (series - (len(names) - 1) / 2) * height, row.samples[name][0] / 2**20)
             for place, row in enumerate(rows)
             if name in row.samples
         ]
         label, colour = _COLOURS[name]
-        at, size = np.array(shown).reshape(-1, 2).T
-        bars = axis.barh(at, size, 0.38, color=colour, label=label)
+        at, size = np.array(shown).T
+        bars = axis.barh(at, size, 0.95 * height, color=colour, label=label)
         axis.bar_label(bars, fmt="{:.0f}".format, padding=3, fontsize=7)
     axis.set_yticks(range(len(rows)), [row.case.name for row in rows])
     axis.invert_yaxis()
@@ -417,15 +421,15 @@ def memory_picture(rows: Sequence[Row], about: Mapping[str, Any]) -> Figure | No
     return figure
 
 
-def picture(rows: Sequence[Row], about: Mapping[str, Any]) -> Figure | None:
-    """Speed-up over eager and share of the limit, for the table that has both."""
-    rows = [row for row in rows if row.case.table == "speed"]
+def picture(rows: Sequence[Row], about: Mapping[str, Any], table: str = "speed") -> Figure | None:
+    """Speed-up over eager and share of the limit, for a table that has both."""
+    rows = [row for row in rows if row.case.table == table]
     if not rows:
         return None
     figure = Figure(figsize=(13, 3.5 + 0.4 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     figure.suptitle(
-        "One loss step, forward + backward: fusedloss beside PyTorch\n" + where(about),
+        f"{TABLES[table].title}, one loss step: fusedloss beside PyTorch\n{where(about)}",
         fontsize=11,
     )
     series = {"ours": ("fusedloss", "tab:blue", -0.2), "compile": ("torch.compile", "0.6", 0.2)}
@@ -475,6 +479,7 @@ def write(rows: Sequence[Row], about: Mapping[str, Any], folder: Path, stem: str
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {
         "Speed-up over eager, and distance to the limit": (picture, f"{stem}.png"),
+        "The same for losses of one's own": (partial(picture, table="own"), f"{stem}-own.png"),
         "Share of the limit by size": (curves, f"{stem}-curves.png"),
         "Peak memory": (memory_picture, f"{stem}-memory.png"),
     }

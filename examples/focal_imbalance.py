@@ -37,9 +37,9 @@ def focal(input, target, *, alpha=0.75, gamma=2.0):
 LOSSES = {"bce": FL.binary_cross_entropy_with_logits, "focal": focal}
 
 
-def fit(loss: str, x: Tensor, y: Tensor, steps: int) -> nn.Module:
+def fit(loss: str, x: Tensor, y: Tensor, steps: int, activation: type[nn.Module]) -> nn.Module:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 1), nn.Flatten(0))
+    network = nn.Sequential(nn.Linear(64, 32), activation(), nn.Linear(32, 1), nn.Flatten(0))
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.01, weight_decay=0.01)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -48,7 +48,9 @@ def fit(loss: str, x: Tensor, y: Tensor, steps: int) -> nn.Module:
     return network.requires_grad_(False)
 
 
-def train(splits: int = 20, steps: int = 400) -> dict[str, list[tuple[Tensor, Tensor]]]:
+def train(
+    splits: int = 20, steps: int = 400, activation: type[nn.Module] = nn.Tanh
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """Logits and truth of the held-out rows of each split, by loss."""
     pixels, digit = load_digits(return_X_y=True)
     held_out: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in LOSSES}
@@ -62,7 +64,8 @@ def train(splits: int = 20, steps: int = 400) -> dict[str, list[tuple[Tensor, Te
             np.arange(len(y)), test_size=0.5, random_state=split, stratify=y
         )
         for name in LOSSES:
-            held_out[name].append((fit(name, x[rows], y[rows], steps)(x[rest]), y[rest]))
+            network = fit(name, x[rows], y[rows], steps, activation)
+            held_out[name].append((network(x[rest]), y[rest]))
     return held_out
 
 

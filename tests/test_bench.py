@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ for _needed in ("tqdm", "tabulate", "matplotlib", "sklearn"):
 import fusedloss
 import fusedloss.functional as FL
 from bench import __main__ as cli
-from bench import cases, compare, demo, figures, measure, memory, models, peers, report
+from bench import cases, compare, demo, figures, measure, memory, models, own, peers, report
 from bench.cases import Case
 
 TINY = {
@@ -40,6 +42,8 @@ TINY = {
     "upstream": Case("upstream", "upstream", "mse_loss", (3000,), upstream=1 / 3),
     "none": Case("none", "none", "cross_entropy", (8, 40)),
     "forward": Case("forward", "forward", "binary_cross_entropy", (3000,)),
+    "own": Case("own", "own", "focal", (3000,), {"limit": 1e-3}),
+    "graph": Case("graph", "graph", "cross_entropy", (8, 40)),
 }
 
 
@@ -80,9 +84,10 @@ def wrong_gradient(x, t, reduction="mean"):
 
 
 def test_every_kind_of_row_is_measured(run):
-    status, text, rows = run(*TINY)
+    names = TINY.keys() - {"graph"}  # which needs a GPU
+    status, text, rows = run(*names)
     assert status == 0
-    assert rows.keys() == TINY.keys()
+    assert rows.keys() == names
     for name, row in rows.items():
         expected = [c for c in cases.TABLES[row["table"]].contestants if c != "compile"]
         assert list(row["samples"]) == expected, name
@@ -372,6 +377,18 @@ def test_installed_peer_joins_with_an_input_of_its_own(peer):
     assert "ce: liger-kernel overwrites its input" in text
 
 
+def test_memory_of_a_peer(monkeypatch, peer):
+    monkeypatch.setattr(memory, "allocated", lambda case, contestant: len(contestant))
+    case = dataclasses.replace(TINY["ce"], table="memory", device="cuda", bars={"memory": 1})
+    monkeypatch.setattr(measure, "second_backend", lambda case: None)
+    row = memory.measure(case)
+    assert row.samples == {"eager": [5.0], "ours": [4.0], "liger": [5.0]}
+    assert memory.measure(case, ["eager"]).samples.keys() == {"eager", "ours"}
+    figure = report.memory_picture([row], report.environment("test", 1))
+    assert figure is not None
+    assert len(figure.axes[0].patches) == 3
+
+
 def test_peer_is_checked(monkeypatch, peer):
     monkeypatch.setitem(
         peers.PEERS, "liger", dataclasses.replace(peer, load=lambda: lambda x, t: x.mean())
@@ -379,6 +396,79 @@ def test_peer_is_checked(monkeypatch, peer):
     row = measure.Speed(2, wanted=["liger"])(TINY["ce"])
     assert row.problems["liger"].verdict == "wrong"
     assert row.samples.keys() == {"ours", "limit"}
+
+
+@pytest.fixture
+def cuda_graphs(monkeypatch):
+    """torch.cuda's streams and graphs, without a GPU: a capture runs, and a replay finds its results
+    where they are. Gives the streams that are current, the last one innermost, and what was replayed."""
+    main, replayed = SimpleNamespace(wait_stream=lambda other: None), []
+    current = [main]
+
+    @contextlib.contextmanager
+    def stream(chosen):
+        current.append(chosen)
+        try:
+            yield
+        finally:
+            del current[current.index(chosen) :]
+
+    @contextlib.contextmanager
+    def graph(made, stream):
+        current.append(stream)
+        yield
+        current.pop()  # not where the capture fails, as in torch
+
+    class Graph:
+        def replay(self):
+            replayed.append(self)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=lambda _: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    return current, replayed
+
+
+def test_peer_joins_in_cuda_graphs(peer, cuda_graphs):
+    """One that overwrites its input as well: what is replayed is checked, on an input that is whole."""
+    current, replayed = cuda_graphs
+    row = measure.Speed(2)(TINY["graph"])
+    assert not row.problems
+    assert row.samples.keys() == {"eager", "ours", "liger"}
+    assert len(set(replayed)) == 3
+    assert len(current) == 1
+
+
+def test_peer_that_cannot_be_captured_says_so(monkeypatch, peer, cuda_graphs):
+    current, _ = cuda_graphs
+
+    def waits(x, t):
+        if len(current) > 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return F.cross_entropy(x, t)
+
+    monkeypatch.setitem(peers.PEERS, "liger", dataclasses.replace(peer, load=lambda: waits))
+    row = measure.Speed(2)(TINY["graph"])
+    assert row.problems["liger"].verdict == "failed"
+    assert "not permitted when stream is capturing" in row.problems["liger"].text
+    assert row.samples.keys() == {"eager", "ours"}
+    assert len(current) == 1, "the stream of the capture stays the current one"
+
+
+def test_replay_that_gives_something_else_is_wrong(monkeypatch, cuda_graphs):
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: value.mul_(2))
+    value = torch.tensor(0.0)
+
+    def loss(x, t):
+        nonlocal value
+        value = F.cross_entropy(x, t).mul(1)
+        return value
+
+    monkeypatch.setattr(FL, "cross_entropy", loss)
+    row = measure.Speed(2, wanted=[])(TINY["graph"])
+    assert row.problems["ours"].verdict == "wrong"
 
 
 def test_peers_by_name(peer):
@@ -389,8 +479,31 @@ def test_peers_by_name(peer):
 
 def test_second_backend_joins(monkeypatch):
     assert "triton" not in measure.contestants(TINY["mse"])
-    monkeypatch.setattr(measure, "second_backend", lambda device: "triton")
+    monkeypatch.setattr(measure, "second_backend", lambda case: "triton")
     assert "triton" in measure.contestants(TINY["mse"])
+
+
+@pytest.mark.parametrize("name", sorted({c.loss for c in cases.CASES["cpu"] if c.table == "own"}))
+def test_loss_of_ones_own_beside_the_same_line_in_torch(name):
+    """In float64: the line that eager and torch.compile get is the loss's, not its translation."""
+    case = dataclasses.replace(TINY["own"], loss=name, dtype=torch.float64)
+    x, t = case.inputs()
+    ours, eager = measure.our_loss(case), measure.eager_loss(case)
+    values = [loss(x, t) for loss in (ours, eager)]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value, x) for value in values))
+    assert "fusedloss" not in eager(x, t).grad_fn.next_functions[0][0].name().lower()
+
+
+def test_wrong_loss_of_ones_own_is_shown(run, monkeypatch):
+    right = measure.our_loss(TINY["own"])
+    measure.eager_loss(TINY["own"])  # is kept
+    wrong = lambda x, t, reduction="mean": right(x, t, reduction=reduction) * 1.001
+    monkeypatch.setattr(own, "ours", lambda name: wrong)
+    status, text, rows = run("own")
+    assert status == 1
+    assert "off by 0.001" in rows["own"]["problems"]["ours"]["text"]
+    assert "losses of one's own" in text
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.01])
@@ -438,7 +551,7 @@ def test_pictures_of_sizes_and_memory():
     rows = [measure.Row(case, "bytes", {"eager": [2**21], "ours": [2**20]})]
     figure = report.memory_picture(rows, about)
     assert figure is not None
-    assert [bar.get_width() for bar in figure.axes[0].patches] == [2.0, 1.0]
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [1.0, 2.0]
 
 
 def _run_of(ours, limit=(1.0, 1.0, 1.0)):
@@ -489,11 +602,33 @@ def test_figures_come_from_the_results(run, tmp_path):
         ("speed ratio speed nobody eager", "no case of 'speed' matches 'nobody'"),
         ("speed ratio speed mse quack", "has no 'quack'"),
         ("speed shout", "no view ['shout']"),
+        ("speed value rows/7/case", "nothing stands at 'rows/7/case'"),
+        ("speed value rows/0/case .1f", "Unknown format code"),
         ("elsewhere missed", "No such file"),
     ):
         with pytest.raises(figures.NoFigure) as raised:
             figures.rewrite(f"<!-- figures: {wrong} --><!-- /figures -->", tmp_path)
         assert problem in str(raised.value)
+
+
+def test_figures_tell_where_someone_else_is_faster():
+    row = measure.Row(TINY["mse"], "s", {"eager": [1.0], "ours": [2.0], "limit": [9.0]})
+    run = json.loads(report.as_json([row], {}))
+    assert figures.slower(run) == "speed: mse (eager 2.00 times)"
+    row.samples["ours"] = [1.0]
+    assert figures.slower(json.loads(report.as_json([row], {}))) == "none"
+
+
+def test_examples_quick(compiled, tmp_path):
+    """What docs/examples.md asks for is measured."""
+    arguments = ["examples", "--quick", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    assert "hardly trained" in json.loads((tmp_path / "examples.json").read_text())["caveat"]
+    page = Path(__file__).parent.parent / "docs" / "examples.md"
+    if page.exists():
+        fresh = figures.rewrite(page.read_text().replace("cpu/examples", "examples"), tmp_path)
+        assert "In <!-- figures: examples value vae/epochs d -->2<!-- /figures --> epochs" in fresh
+        assert "| mean squared error " in fresh
 
 
 @pytest.mark.skipif(not figures.pages(), reason="no pages here")

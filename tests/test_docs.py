@@ -201,19 +201,17 @@ def test_every_explained_message_exists() -> None:
 
 
 @pytest.fixture
-def numerics(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """docs/numerics.py."""
-    monkeypatch.syspath_prepend(DOCS)
-    return importlib.import_module("numerics")
+def numerics() -> ModuleType:
+    for package in ("tqdm", "tabulate", "matplotlib", "sklearn"):
+        pytest.importorskip(package)
+    return importlib.import_module("bench.numerics")
 
 
-def test_numerics_page_is_what_was_measured(numerics: ModuleType) -> None:
-    results = json.loads(numerics.RESULTS.read_text())
-    page = numerics.PAGE.read_text()
-    assert f"<!-- numerics -->\n{numerics.block(results)}\n<!-- /numerics -->" in page
+def test_what_the_numerics_page_says_of_its_figures(numerics: ModuleType) -> None:
+    """That the figures are those of the JSON is test_bench.py's."""
+    results = json.loads((numerics.report.RESULTS / "cpu" / "numerics.json").read_text())
     covered = {(row["loss"], row["dtype"]) for row in results["rows"]}
     assert len(covered) == len(results["rows"]) == len(numerics.LOSSES) * len(numerics.DTYPES)
-    # What the page says of them.
     for row in results["rows"]:
         for column, error in row["ours"].items():
             assert error < row["torch"][column] + 1, row

@@ -1,20 +1,15 @@
-"""Measures docs/numerics.md: the largest error of every loss and dtype, ours and torch's.
+"""The largest error of every loss and dtype, ours and torch's: `python -m bench numerics`.
 
-    python docs/numerics.py [--write]
-
-The truth is computed in x86's 80-bit floating point, which has 11 bits more than float64. Without
---write the table is only printed; with it, bench/results/cpu/numerics.json and the page are.
+The truth is computed in x86's 80-bit floating point, which has 11 bits more than float64.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
-import re
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +23,8 @@ from torch import Tensor
 import fusedloss
 import fusedloss.functional as FL
 
-ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "numerics.md"
-RESULTS = ROOT / "bench" / "results" / "cpu" / "numerics.json"
+from . import figures, report
+from .cases import plain_log_loss
 
 Wide = npt.NDArray[np.longdouble]
 # The value of each element or row, and the derivative with respect to the input.
@@ -118,11 +112,6 @@ def _distribution(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return x.softmax(1), torch.randint(10, (ELEMENTS // 10,), generator=generator)
 
 
-def _torch_log_loss(x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
-    """As one writes it with torch's functions."""
-    return F.nll_loss(x.clamp(torch.finfo(x.dtype).eps, 1).log(), y, reduction=reduction)
-
-
 @dataclass(frozen=True)
 class Loss:
     name: str
@@ -140,7 +129,7 @@ LOSSES = (
     Loss("binary_cross_entropy_with_logits", _logit, _bce_with_logits,
          F.binary_cross_entropy_with_logits),
     Loss("cross_entropy", _classes, _cross_entropy, F.cross_entropy),
-    Loss("log_loss", _distribution, _log_loss, _torch_log_loss),
+    Loss("log_loss", _distribution, _log_loss, plain_log_loss),
 )  # fmt: skip
 
 
@@ -199,72 +188,29 @@ def measure() -> list[dict[str, Any]]:
     return rows
 
 
-def number(ulp: float) -> str:
-    """Two decimals where the half of an ulp that any rounding costs is to be seen."""
-    return f"{ulp:.2f}" if ulp < 9.995 else f"{ulp:.3g}" if ulp < 1e5 else f"{ulp:.1e}"
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| loss | dtype | element | | mean | | gradient | |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-        "| | | ours | torch | ours | torch | ours | torch |",
-    ]
-    for row in rows:
-        cells = [
-            number(row[who][column])
-            for column in ("element", "mean", "gradient")
-            for who in ("ours", "torch")
-        ]
-        lines.append(f"| `{row['loss']}` | {row['dtype']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def block(results: dict[str, Any]) -> str:
-    """What stands on the page between the markers."""
-    return (
-        f"{table(results['rows'])}\n\n"
-        f"Measured on {results['date'][:10]} by `{results['command']}`, torch {results['torch']}, "
-        f"{results['cpu_capability']} kernels."
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m bench numerics",
+        description="Measure the largest error of every loss and dtype, in units in the last place "
+        "(ULP), beside torch's; print the table and write it as JSON.",
     )
-
-
-def write_page(results: dict[str, Any]) -> None:
-    begin, end = "<!-- numerics -->\n", "\n<!-- /numerics -->"
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    text, found = re.subn(
-        pattern, lambda _: begin + block(results) + end, PAGE.read_text(), flags=re.DOTALL
-    )
-    if found != 1:
-        sys.exit(f"{PAGE} has {found} blocks {begin.strip()!r}, not 1")
-    PAGE.write_text(text)
-
-
-def main() -> None:
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="the JSON and the page")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: as python -m bench")
+    arguments = parser.parse_args(argv)
     if np.finfo(np.longdouble).nmant < 63:
         parser.error("numpy's longdouble is no wider than float64 here")
+    rows = measure()
+    command = shlex.join(["python", "-m", "bench", "numerics", *argv])
     results = {
-        "command": "python docs/numerics.py --write",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "fusedloss": fusedloss.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu_capability": fusedloss.info().cpu_capability,
+        **report.environment(command, rounds=SEEDS),
         "elements": ELEMENTS,
         "rows_x_classes": [ROWS, CLASSES],
         "upstream": UPSTREAM,
-        "seeds": SEEDS,
-        "rows": measure(),
+        "rows": rows,
     }
-    print(table(results["rows"]))
-    if arguments.write:
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        write_page(results)
-
-
-if __name__ == "__main__":
-    main()
+    print(figures.errors(results))
+    folder = arguments.out or report.results("cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "numerics.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"wrote {folder / 'numerics.json'}")
+    return 0

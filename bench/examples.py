@@ -1,0 +1,116 @@
+"""What the examples with losses of one's own reach: `python -m bench examples`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from . import report
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def load(example: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(example, EXAMPLES / f"{example}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def asymmetric_forecast(module: ModuleType, **quick: int) -> dict[str, Any]:
+    scores = {name: module.scores(*pair) for name, pair in module.train(**quick).items()}
+    (plain, _, plain_rmse), (priced, _, rmse) = scores["mse"], scores["bill"]
+    names = {
+        "mse": "mean squared error",
+        "mse + margin": "the same, and a constant margin",
+        "bill": "the bill as the loss",
+    }
+    return {
+        "rows": [
+            {"held out": names[name], "bill": bill, "too low": low, "RMSE": rmse}
+            for name, (bill, low, rmse) in scores.items()
+        ],
+        "bill lowered": 1 - priced / plain,
+        "RMSE raised": rmse / plain_rmse - 1,
+    }
+
+
+def focal_imbalance(module: ModuleType, **quick: int) -> dict[str, Any]:
+    names = {"bce": "binary cross-entropy", "focal": "focal"}
+    results: dict[str, Any] = {}
+    for activation in (nn.Tanh, nn.ReLU):
+        held_out = module.train(**quick, activation=activation)
+        results[activation.__name__] = [
+            {
+                "held out": names[name],
+                **dict(zip(("recall", "precision", "AP", "error"), scores, strict=True)),
+            }
+            for name, scores in ((name, module.scores(pairs)) for name, pairs in held_out.items())
+        ]
+    return results
+
+
+def vae(module: ModuleType, **quick: int) -> dict[str, Any]:
+    _, history = module.train(**quick)
+    names = ("reconstruction", "divergence")
+    return {
+        "epochs": len(history),
+        "first": dict(zip(names, history[0], strict=True)),
+        "last": dict(zip(names, history[-1], strict=True)),
+    }
+
+
+def gan(module: ModuleType, **quick: int) -> dict[str, Any]:
+    _, history = module.train(**quick)
+    names = ("discriminator", "generator")
+    return {"steps": len(history), "last": dict(zip(names, history[-1], strict=True))}
+
+
+MEASURE: dict[str, Callable[..., dict[str, Any]]] = {
+    function.__name__: function for function in (asymmetric_forecast, focal_imbalance, vae, gan)
+}
+# What a check takes instead of a whole training.
+QUICK = {
+    "asymmetric_forecast": {"splits": 1, "steps": 5},
+    "focal_imbalance": {"splits": 2, "steps": 5},
+    "vae": {"epochs": 2},
+    "gan": {"steps": 2},
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m bench examples",
+        description="Run the examples with losses of one's own, and write what they reach as JSON.",
+    )
+    parser.add_argument("--quick", action="store_true", help="hardly trained: a check, no result")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: as python -m bench")
+    arguments = parser.parse_args(argv)
+    results: dict[str, Any] = {}
+    for name in tqdm(MEASURE, unit="example", disable=None):
+        start = time.perf_counter()
+        results[name] = MEASURE[name](load(name), **(QUICK[name] if arguments.quick else {}))
+        results[name]["seconds"] = time.perf_counter() - start
+    about = report.environment(shlex.join(["python", "-m", "bench", "examples", *argv]), rounds=1)
+    if arguments.quick:
+        about["caveat"] = "A check with --quick: hardly trained."
+    folder = arguments.out or report.results("cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "examples.json"
+    path.write_text(json.dumps({**about, **results}, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+    print(f"wrote {path}")
+    return 0

@@ -1,0 +1,63 @@
+"""Losses of one's own: those of the gallery, which the tests hold to independent formulas.
+
+Each is a line in the words of fusedloss.math. Eager PyTorch and torch.compile are given that very line,
+with torch's functions for the words.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import FunctionType, SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fusedloss.custom import PointwiseLoss
+
+TESTS = Path(__file__).parent.parent / "tests"
+
+
+@cache
+def ours(name: str) -> PointwiseLoss:
+    """The loss; only when it is needed, since SymPy traces the whole gallery then."""
+    if str(TESTS) not in sys.path:
+        sys.path.append(str(TESTS))
+    import custom_losses
+
+    loss: PointwiseLoss = getattr(custom_losses, name)
+    return loss
+
+
+@cache
+def torch_words() -> SimpleNamespace:
+    from fusedloss import math
+
+    other_names = {
+        "softplus": F.softplus,
+        "log_sigmoid": F.logsigmoid,
+        "equal": torch.eq,
+        "not_equal": torch.ne,
+    }
+    return SimpleNamespace(
+        **{word: other_names.get(word) or getattr(torch, word) for word in math.__all__}
+    )
+
+
+@cache
+def eager(name: str) -> Callable[..., Tensor]:
+    """The same line in PyTorch, called as ``function(x, t, reduction=...)``."""
+    function = ours(name).function
+    line = FunctionType(function.__code__, {**function.__globals__, "fm": torch_words()}, name)
+    line.__kwdefaults__ = function.__kwdefaults__
+
+    def loss(x: Tensor, t: Tensor, reduction: str = "mean") -> Tensor:
+        value: Tensor = getattr(line(x, t), reduction)()
+        return value
+
+    return loss
