@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -99,12 +100,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="hardly trained: a check, no result")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: as python -m bench")
     arguments = parser.parse_args(argv)
+    command = shlex.join(["python", "-m", "bench", "examples", *argv])
     results: dict[str, Any] = {}
-    for name in tqdm(MEASURE, unit="example", disable=None):
-        start = time.perf_counter()
-        results[name] = MEASURE[name](load(name), **(QUICK[name] if arguments.quick else {}))
-        results[name]["seconds"] = time.perf_counter() - start
-    about = report.environment(shlex.join(["python", "-m", "bench", "examples", *argv]), rounds=1)
+    threads = torch.get_num_threads()
+    # So small models gain nothing from threads, and wait long for them on a busy machine.
+    torch.set_num_threads(1)
+    try:
+        for name in tqdm(MEASURE, unit="example", disable=None):
+            start = time.perf_counter()
+            results[name] = MEASURE[name](load(name), **(QUICK[name] if arguments.quick else {}))
+            results[name]["seconds"] = time.perf_counter() - start
+        about = report.environment(command, rounds=1)
+    finally:
+        torch.set_num_threads(threads)
     if arguments.quick:
         about["caveat"] = "A check with --quick: hardly trained."
     folder = arguments.out or report.results("cpu")

@@ -114,7 +114,8 @@ def setting(run: Run) -> str:
     if run.get("gpu"):
         where = run["gpu"]
     else:
-        where = f"{run['threads']} threads of {run['cpu']} ({run['cpu_capability']})"
+        threads = f"{run['threads']} thread{'s' if run['threads'] > 1 else ''}"
+        where = f"{threads} of {run['cpu']} ({run['cpu_capability']})"
     return f"`{run['command']}` on {where}, torch {run['torch']}, {run['date'][:10]}"
 
 

@@ -371,7 +371,7 @@ def interleave(
         for name in order:
             with running(name):
                 samples[name].append(clocks[name]())
-        order.append(order.pop(0))
+        order = order[1:] + order[:1]
     return samples
 
 
