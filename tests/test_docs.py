@@ -62,25 +62,20 @@ def test_snippets_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert printed.getvalue() == snippet["output"], f"{page.name}: {snippet['code']}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_cpp_compiles(page: Path, tmp_path: Path) -> None:
-    """A struct of a page is a loss beside those of csrc/math/losses.h."""
-    structs = re.findall(r"^```cpp\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
-    if not structs:
-        pytest.skip("no C++ on this page")
+def test_cpp_compiles(tmp_path: Path) -> None:
+    """A struct on a page is a loss beside those of csrc/math/losses.h."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    structs = re.findall(r"^```cpp\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    names = re.findall(r"^struct (\w+) : PointwiseLoss", "".join(structs), re.MULTILINE)
+    assert len(names) == len(structs) > 0
+    used = [f"template Eval<float> {name}::eval<float>(float, float) const;\n" for name in names]
+    code = "".join((*structs, *used))
+    source = tmp_path / "page.cpp"
+    source.write_text(f'#include "math/losses.h"\nnamespace fusedloss {{\n{code}}}\n')
     try:
         compiler = building.find_compiler()
     except building.CannotCompile as error:
         pytest.skip(str(error))
-    names = re.findall(r"^struct (\w+) : PointwiseLoss", "".join(structs), re.MULTILINE)
-    assert len(names) == len(structs)
-    used = "".join(
-        f"template Eval<float> {name}::eval<float>(float, float) const;\n" for name in names
-    )
-    source = tmp_path / "page.cpp"
-    source.write_text(
-        f'#include "math/losses.h"\nnamespace fusedloss {{\n{"".join(structs)}{used}}}\n'
-    )
     command = [compiler, "-std=c++20", "-fsyntax-only", "-I", str(ROOT / "csrc"), str(source)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
