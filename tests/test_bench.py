@@ -380,7 +380,7 @@ def test_installed_peer_joins_with_an_input_of_its_own(peer):
 def test_memory_of_a_peer(monkeypatch, peer):
     monkeypatch.setattr(memory, "allocated", lambda case, contestant: len(contestant))
     case = dataclasses.replace(TINY["ce"], table="memory", device="cuda", bars={"memory": 1})
-    monkeypatch.setattr(measure, "second_backend", lambda case: None)
+    monkeypatch.setattr(measure, "second_backend", lambda device: None)
     row = memory.measure(case)
     assert row.samples == {"eager": [5.0], "ours": [4.0], "liger": [5.0]}
     assert memory.measure(case, ["eager"]).samples.keys() == {"eager", "ours"}
@@ -479,8 +479,13 @@ def test_peers_by_name(peer):
 
 def test_second_backend_joins(monkeypatch):
     assert "triton" not in measure.contestants(TINY["mse"])
-    monkeypatch.setattr(measure, "second_backend", lambda case: "triton")
+    monkeypatch.setattr(measure, "second_backend", lambda device: "triton")
     assert "triton" in measure.contestants(TINY["mse"])
+    # Plain PyTorch is not to stand there under its name.
+    monkeypatch.setattr(measure, "running", lambda contestant: contextlib.nullcontext())
+    row = measure.Speed(2, wanted=["triton"])(TINY["own"])
+    assert row.problems["triton"].verdict == "skipped"
+    assert row.samples.keys() == {"ours", "limit"}
 
 
 @pytest.mark.parametrize("name", sorted({c.loss for c in cases.CASES["cpu"] if c.table == "own"}))
