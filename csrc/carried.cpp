@@ -10,6 +10,8 @@
 #include <mutex>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 namespace fusedloss {
 
@@ -26,9 +28,32 @@ Tensor new_prediction(const at::Device& device) {
 
 // The predictions of calls without one of their own, by what tells call sites apart.
 struct Shared {
-  using Key = std::tuple<std::string, at::DeviceType, int, at::ScalarType, int64_t, int64_t>;
+  using Key = std::tuple<std::string, at::ScalarType, int64_t, int64_t>;
+  // A CUDA graph holds predictions by their addresses, so none is ever freed: of too many sites the
+  // oldest leaves its own to the latest.
+  class Sites {
+   public:
+    Tensor find(Key key, const at::Device& device) {
+      const auto found = table_.find(key);
+      if (found != table_.end()) return found->second;
+      if (keys_.size() < kLimit) {
+        keys_.push_back(key);
+        return table_.emplace(std::move(key), new_prediction(device)).first->second;
+      }
+      auto site = table_.extract(std::exchange(keys_[oldest_], key));
+      oldest_ = (oldest_ + 1) % kLimit;
+      site.key() = std::move(key);
+      return table_.insert(std::move(site)).position->second;
+    }
+
+   private:
+    static constexpr size_t kLimit = 512;
+    std::map<Key, Tensor> table_;
+    std::vector<Key> keys_;
+    size_t oldest_ = 0;
+  };
   std::mutex mutex;
-  std::map<Key, Tensor> table;
+  std::map<std::pair<at::DeviceType, int>, Sites> sites;  // of each device
 
   static Shared& one() {
     static auto& shared = *new Shared;  // outlives whatever runs at exit
@@ -50,16 +75,11 @@ struct Shared {
 Tensor prediction_of(const OptionalTensor& own, std::string_view loss, const Tensor& input,
                      int64_t reduction) {
   if (own.has_value()) return *own;
-  constexpr size_t kLimit = 512;
   Shared& shared = Shared::one();
   const std::lock_guard<std::mutex> lock(shared.mutex);
   const at::Device device = input.device();
-  Shared::Key key(loss, device.type(), device.index(), input.scalar_type(), input.numel(),
-                  reduction);
-  const auto found = shared.table.find(key);
-  if (found != shared.table.end()) return found->second;
-  if (shared.table.size() >= kLimit) shared.table.clear();
-  return shared.table.emplace(std::move(key), new_prediction(device)).first->second;
+  return shared.sites[{device.type(), device.index()}].find(
+      {std::string(loss), input.scalar_type(), input.numel(), reduction}, device);
 }
 
 static void destroy(void* carried) { delete static_cast<Carried*>(carried); }

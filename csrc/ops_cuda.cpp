@@ -4,6 +4,7 @@
 #include <ATen/ops/eq.h>
 #include <ATen/ops/masked_fill.h>
 #include <ATen/ops/sum.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -48,7 +49,13 @@ Fault* fault_of(size_t device) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (Fault* known = faults[device].load()) return known;
   void* memory = nullptr;
-  check(cudaHostAlloc(&memory, sizeof(Fault), cudaHostAllocMapped | cudaHostAllocPortable));
+  // The first call may be one that a CUDA graph captures, which forbids to allocate unless relaxed.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check(cudaThreadExchangeStreamCaptureMode(&mode));
+  const cudaError_t error =
+      cudaHostAlloc(&memory, sizeof(Fault), cudaHostAllocMapped | cudaHostAllocPortable);
+  check(cudaThreadExchangeStreamCaptureMode(&mode));
+  check(error);
   auto* fresh = new (memory) Fault{};
   faults[device].store(fresh);
   return fresh;
@@ -58,7 +65,7 @@ Fault* fault_of(size_t device) {
   constexpr const char* kWhen =
       " (In an earlier call of fusedloss, whose loss and gradient are nan there.)";
   if (fault.what == Fault::kTargetClass) {
-    TORCH_CHECK_INDEX(false, "Target ", static_cast<int64_t>(fault.value),
+    TORCH_CHECK_INDEX(false, "Target ", fault.index,
                       " is out of bounds. It stands at target.flatten()[", fault.position,
                       "]; there are ", fault.classes, " classes.", kWhen);
   }
@@ -75,6 +82,9 @@ void raise_faults() {
     if (!fault) continue;
     const std::atomic_ref<int> state(fault->state);
     if (state.load(std::memory_order_acquire) != Fault::kTold) continue;
+    static std::mutex mutex;  // one thread raises it
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (state.load(std::memory_order_acquire) != Fault::kTold) continue;
     const Fault told = *fault;
     state.store(Fault::kNone, std::memory_order_release);
     raise(told);
@@ -89,14 +99,18 @@ namespace {
 // kernels have run: torch's allocator hands it on in the order of the stream.
 struct Call {
   c10::cuda::CUDAGuard guard;
+  c10::cuda::CUDAStream stream;
   const Tensor& input;
   Launch launch;
   std::vector<Tensor> held;
 
-  Call(const Tensor& input_, Pass pass) : guard(input_.device()), input(input_) {
+  Call(const Tensor& input_, Pass pass)
+      : guard(input_.device()),
+        stream(c10::cuda::getCurrentCUDAStream(guard.current_device().index())),
+        input(input_) {
     if (pass != Pass::kBackward) raise_faults();
     launch.pass = pass;
-    launch.stream = c10::cuda::getCurrentCUDAStream(guard.current_device().index());
+    launch.stream = stream;
     launch.fault = fault_of(static_cast<size_t>(guard.current_device().index()));
   }
 
@@ -107,6 +121,8 @@ struct Call {
   void predicts(const Tensor& prediction) {
     TORCH_CHECK(prediction.device() == input.device(), "fusedloss: a prediction on ",
                 prediction.device(), " for input on ", input.device());
+    // A module may let go of it while this stream, not the one it comes from, has yet to teach it.
+    c10::cuda::CUDACachingAllocator::recordStream(prediction.storage().data_ptr(), stream);
     launch.prediction = prediction.mutable_data_ptr<double>();
   }
   // The gradient of a backward: forward's buffer, or a fresh one. Of one upstream gradient (a

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -88,6 +90,25 @@ def test_cuda_graph(family: str, reduction: str) -> None:
             assert_same_bits(grad, expected[1], f"gradient, sample {seed}, replay {again}")
 
 
+def test_captured_from_the_first_call_on() -> None:
+    """What a process sets up once may be set up amid a capture."""
+    program = """
+import torch
+import fusedloss.functional as FL
+
+x, y = torch.randn(2, 300, device="cuda")
+x.requires_grad_()
+expected = 2 / 300 * (x.detach() - y)
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    (gradient,) = torch.autograd.grad(FL.mse_loss(x, y), x)
+graph.replay()
+torch.testing.assert_close(gradient, expected)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
 def test_nothing_waits_for_the_device() -> None:
     """torch raises at each synchronisation of its own; a capture does at anyone's."""
     samples = {loss: at_shape(loss, (33, 65)).sample(torch.float32) for loss in LOSSES}
@@ -126,19 +147,56 @@ def test_side_stream(loss: str) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_streams_at_once(loss: str) -> None:
-    """Threads with a stream each, one call site, an upstream gradient each."""
-    samples = [at_shape(loss, (257, 129)).sample(torch.float32, seed) for seed in range(4)]
-    function = getattr(FL, loss)
-    expected = [value_and_grad(function, s, "mean", 0.5 + i) for i, s in enumerate(samples)]
+    """Threads with a stream each, and one call site: while the blocks of a forward read what to
+    predict, and until they have said what they wrote, backwards of the others teach it."""
+    samples = [at_shape(loss, (1031, 1021)).sample(torch.float32, seed) for seed in range(4)]
+    function, upstreams = getattr(FL, loss), (0.5, 1.5)
+    expected = [[value_and_grad(function, s, "mean", u) for u in upstreams] for s in samples]
     torch.cuda.synchronize()
 
     def work(i: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(20):
-                got = value_and_grad(function, samples[i], "mean", 0.5 + i)
-                torch.cuda.current_stream().synchronize()
-                assert_same_bits(got[0], expected[i][0], f"value of thread {i}")
-                assert_same_bits(got[1], expected[i][1], f"gradient of thread {i}")
+            # Spells of one, or nothing would be predicted. All of it is queued before any is
+            # looked at, or the streams would hardly overlap.
+            spells = [step // 8 % 2 for step in range(48)]
+            got = [value_and_grad(function, samples[i], "mean", upstreams[u]) for u in spells]
+            torch.cuda.current_stream().synchronize()
+            for step, (u, (value, grad)) in enumerate(zip(spells, got, strict=True)):
+                assert_same_bits(value, expected[i][u][0], f"value of thread {i}, step {step}")
+                assert_same_bits(grad, expected[i][u][1], f"gradient of thread {i}, step {step}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+
+
+def test_module_let_go_of_before_its_backward_has_run() -> None:
+    """Nobody else gets the prediction's memory until the side stream has taught it."""
+    input, target = torch.randn(2, 3000)
+    input.requires_grad_()
+    module = fusedloss.MSELoss()
+    module(input, target)  # the prediction comes from this stream
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        value = module(input, target)
+        torch.cuda._sleep(200_000_000)
+        torch.autograd.grad(value, input, torch.full_like(value, 0.5))
+    del value, module
+    others = [torch.zeros(2, dtype=torch.float64) for _ in range(64)]
+    torch.cuda.synchronize()
+    assert not torch.stack(others).any()
+
+
+def test_rows_of_several_lengths_in_several_threads() -> None:
+    """One kernel, with more and with less shared memory."""
+    shapes = [(3, 24_000), (3, 14_000), (3, 20_000), (3, 16_000)]
+    samples = [at_shape("cross_entropy", shape).sample(torch.float32) for shape in shapes]
+    expected = [value_and_grad(FL.cross_entropy, sample, "mean", 0.5) for sample in samples]
+
+    def work(i: int) -> None:
+        for _ in range(200):
+            got = value_and_grad(FL.cross_entropy, samples[i], "mean", 0.5)
+            assert_same_bits(got[1], expected[i][1], f"gradient of thread {i}")
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))

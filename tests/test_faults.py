@@ -6,6 +6,7 @@ Runs on a GPU, or where the emulator or Triton's interpreter stands for one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 import fusedloss
 import fusedloss.functional as FL
 from cases import DEVICE
-from helpers import FOR_A_GPU
+from helpers import FOR_A_GPU, INTERPRETED
 
 pytestmark = [
     pytest.mark.skipif(
@@ -40,7 +41,7 @@ def class_indices(bad: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("bad", [-1, 5, 10**15, -(1 << 63)])
+@pytest.mark.parametrize("bad", [-1, 5, 10**15, (1 << 63) - 1, -(1 << 63)])
 @pytest.mark.parametrize("loss", ["cross_entropy", "log_loss"])
 def test_class_index_out_of_range(loss: str, bad: int, reduction: str) -> None:
     input, target = class_indices(bad)
@@ -88,6 +89,25 @@ def test_probability_outside_unit(which: str, bad: float) -> None:
     assert gradient.isnan().nonzero().tolist() == [[123]]
     with pytest.raises(RuntimeError, match=rf"elements of {which} should be .* element 123 in"):
         fusedloss.check()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter is not for several threads")
+def test_one_of_many_threads_raises() -> None:
+    x = torch.randn(3, device=DEVICE)
+
+    def call(_: int) -> bool:
+        try:
+            FL.mse_loss(x, x)
+        except IndexError:
+            return True
+        return False
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(50):
+            FL.cross_entropy(*class_indices(9))
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            assert sum(pool.map(call, range(8))) == 1
 
 
 def test_target_changed_before_backward() -> None:

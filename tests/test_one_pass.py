@@ -425,6 +425,20 @@ def test_module_in_several_threads(loss: str) -> None:
         list(pool.map(work, range(4)))
 
 
+@pytest.mark.usefixtures("compiled")
+def test_sites_without_end() -> None:
+    """Of more sites than are remembered the latest take on what the oldest have predicted: a CUDA
+    graph holds predictions by their addresses, and so none may be freed."""
+    for n in range(1, 700):
+        input = torch.zeros(n, requires_grad=True)
+        FL.mse_loss(input, torch.zeros(n)).backward(torch.tensor(7.0))
+    fresh = torch.zeros(701)
+    _, scales = torch.ops.fusedloss.pointwise_forward(
+        fresh, fresh, None, None, "mse_loss", 0.0, -100, 1, torch.float32, None
+    )
+    assert scales[0].item() == 7
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_copies_of_a_module_do_not_share_history(loss: str) -> None:
     module = MODULES[loss]()

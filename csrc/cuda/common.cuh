@@ -211,7 +211,7 @@ struct Scaling {
   // Meanwhile a backward on another stream may teach the prediction. So one thread of the block
   // reads it, and only once; all threads go by what that one has seen. Value and confidence need
   // not be of one teaching: any upstream gradient may be predicted, as long as scales tell which.
-  __device__ static Scaling of_block(const Launch& l) {
+  __device__ static const Scaling& of_block(const Launch& l) {
     if (threadIdx.x == 0) seen() = read(l);
     __syncthreads();
     return seen();
@@ -271,15 +271,21 @@ __device__ inline void finish(const Launch& l, double value) {
 
 // ---- faults -------------------------------------------------------------------------------------
 
-// Tells the host of an input that cannot be; the first to come is told.
-__device__ inline void tell(const Launch& l, Fault::What what, int64_t position, double value,
-                            int64_t classes) {
+// Tells the host of an input that cannot be, a class index or an element; the first to come is
+// told.
+template <class Value>
+__device__ void tell(const Launch& l, Fault::What what, int64_t position, Value value,
+                     int64_t classes) {
   Fault* const fault = l.fault;
   if (atomicCAS(&fault->state, int{Fault::kNone}, int{Fault::kBeingWritten}) != Fault::kNone)
     return;
   fault->what = what;
   fault->position = position;
-  fault->value = value;
+  if constexpr (std::is_integral_v<Value>) {
+    fault->index = value;
+  } else {
+    fault->value = value;
+  }
   fault->classes = classes;
   __threadfence_system();
   atomicExch(&fault->state, int{Fault::kTold});

@@ -131,7 +131,7 @@ struct Group<Scope::kBlock, T> {
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-// The hardware has no clusters, and none is launched: see plan_for.
+// The hardware has no clusters, and none is launched: see has_clusters.
 template <class T>
 struct Group<Scope::kCluster, T> : Group<Scope::kBlock, T> {
   using Group<Scope::kBlock, T>::Group;
@@ -222,7 +222,7 @@ struct Target {
     live = false;
     faulty = index != call.ignore_index;
     if (faulty) {
-      tell(l, Fault::kTargetClass, row, static_cast<double>(index), call.classes);
+      tell(l, Fault::kTargetClass, row, index, call.classes);
     }
     index = -1;
   }
@@ -240,7 +240,7 @@ struct RowEnd {
   RowSlope<T> slope{};
 
   __device__ RowEnd(const Problem<T>& problem, const Shares<T>& shares, const Target& target,
-                    Partial<T> p, T logit, const Scaling& s, int64_t row) {
+                    Partial<T> p, T logit, T scale, int64_t row) {
     if (!target.live) {
       loss = target.template rest<T>();
       return;
@@ -251,10 +251,9 @@ struct RowEnd {
     const RowSums<T> sums{p.max, p.sum, p.dot, p.mass, gap, exp_nonpositive(gap), weight};
     loss = shares.loss(sums);
     max = p.max;
-    double scale = s.scale;
     const CrossEntropyCall& call = problem.call;
-    if (call.upstream) scale *= read<double>(call.upstream, call.upstream_dtype, row);
-    slope = shares.slope(sums, static_cast<T>(scale));
+    if (call.upstream) scale = read<T>(call.upstream, call.upstream_dtype, row);
+    slope = shares.slope(sums, scale);
     at_target = slope.own * slope.factor;
     if (shares.smooth) at_target = at_target - weight * slope.scale;
   }
@@ -314,7 +313,7 @@ __global__ void __launch_bounds__(kScope == Scope::kLanes ? kLanesBlock : kRowBl
   using P = Packet<D>;
   extern __shared__ uint4 shared[];
   P* const places = reinterpret_cast<P*>(shared);
-  const Scaling s = Scaling::of_block(l);
+  const Scaling& s = Scaling::of_block(l);
   if (settled(l, s)) return;
   const CrossEntropyCall& call = problem.call;
   const Shares<T> shares = problem.template shares<kHard>();
@@ -384,7 +383,8 @@ __global__ void __launch_bounds__(kScope == Scope::kLanes ? kLanesBlock : kRowBl
     }
     group.merge(sums, !kHard);
 
-    const RowEnd<T> end(problem, shares, target, sums, logit, s, row);
+    const T scale = static_cast<T>(s.scale);
+    const RowEnd<T> end(problem, shares, target, sums, logit, scale, row);
     if (group.rank == 0 && row < problem.rows) {
       if (call.value) write(call.value, call.value_dtype, row, end.loss);
       total += end.loss;
@@ -422,9 +422,14 @@ __global__ void __launch_bounds__(kScope == Scope::kLanes ? kLanesBlock : kRowBl
 
 // ---- classes apart ------------------------------------------------------------------------------
 
+// Blocks for an SM at least: left to itself the compiler would spill registers to fit in more.
+template <class D, bool kWide, bool kHard>
+constexpr int kColumnsBlocks = kWide ? 4 : (kHard && sizeof(D) < 8 ? 8 : 1);
+
 // kWide: a thread has a packet of rows, which lie side by side; else one row, wherever it lies.
 template <class D, bool kWide, bool kHard>
-__global__ void __launch_bounds__(128) columns(const Problem<Compute<D>> problem, const Launch l) {
+__global__ void __launch_bounds__(kColumnsBlock, kColumnsBlocks<D, kWide, kHard>)
+    columns(const Problem<Compute<D>> problem, const Launch l) {
   using T = Compute<D>;
   constexpr int kRows = kWide ? Packet<D>::kSize : 1;
   constexpr int kStep = kRows > 4 ? 2 : 4;  // classes in flight
@@ -435,6 +440,7 @@ __global__ void __launch_bounds__(128) columns(const Problem<Compute<D>> problem
   if (settled(l, s)) return;
   const CrossEntropyCall& call = problem.call;
   const Shares<T> shares = problem.template shares<kHard>();
+  const T scale = static_cast<T>(s.scale);
   const int64_t step = int64_t{gridDim.x} * blockDim.x * kRows;
   double total = 0;
   for (int64_t row = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kRows; row < problem.rows;
@@ -489,7 +495,7 @@ __global__ void __launch_bounds__(128) columns(const Problem<Compute<D>> problem
     RowSlope<T> slope[kRows];
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      const RowEnd<T> end(problem, shares, targets[j], sums[j], logits[j], s, row + j);
+      const RowEnd<T> end(problem, shares, targets[j], sums[j], logits[j], scale, row + j);
       if (call.value) write(call.value, call.value_dtype, row + j, end.loss);
       total += end.loss;
       max[j] = end.max;
@@ -543,6 +549,19 @@ bool lies_wide(const Rows& r) {
          r.classes % kSize == 0;
 }
 
+// The device has them, and so does the code that runs there: a driver may have compiled it from the
+// PTX for an older device.
+bool has_clusters() {
+  cudaFuncAttributes code{};
+  return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 &&
+         cudaFuncGetAttributes(&code, rows<float, Scope::kCluster, true>) == cudaSuccess &&
+         code.ptxVersion >= 90;
+}
+
+int64_t most_shared() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kDeclared;
+}
+
 template <class D>
 Plan plan_for(const CrossEntropy& call) {
   using Kernel = Plan::Kernel;
@@ -582,19 +601,17 @@ Plan plan_for(const CrossEntropy& call) {
   // registers and three in shared memory.
   constexpr int64_t kHeld = 4;
   plan.kernel = Kernel::kBlock;
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
-    while (plan.cluster < kMostBlocks && plan.cluster * kRowBlock * kBatch * kHeld < packets) {
-      plan.cluster *= 2;
-    }
-    if (plan.cluster > 1) plan.kernel = Kernel::kCluster;
+  const int64_t held = kRowBlock * kBatch * kHeld;  // by a block
+  if (held < packets && has_clusters()) {
+    plan.kernel = Kernel::kCluster;
+    while (plan.cluster < kMostBlocks && plan.cluster * held < packets) plan.cluster *= 2;
   }
   const int64_t share = ceil_div(packets, plan.cluster);  // of a block
   const int64_t threads = ceil_div(ceil_div(share, 2 * kBatch), kWarp) * kWarp;
   plan.threads = static_cast<int>(std::min<int64_t>(threads, kRowBlock));
   const int64_t batches = ceil_div(share, plan.threads * kBatch);
   plan.shared = (batches - 1) * plan.threads * kBatchBytes;
-  const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kDeclared;
-  plan.keeps = plan.shared <= most;
+  plan.keeps = plan.shared <= most_shared();
   if (!plan.keeps) plan.shared = 0;
   plan.blocks = plan.cluster * at_once(rows, batches <= kHeld ? 1024 : 512);
   return plan;
@@ -610,8 +627,9 @@ template <class D, Scope kScope, bool kHard>
 cudaError_t run_rows(const CrossEntropyCall& call, const Launch& launch, const Plan& plan) {
   constexpr auto kernel = rows<D, kScope, kHard>;
   if (plan.shared > kUnasked - kDeclared) {
+    // Whatever this call takes, the most: another thread's is never forbidden what it asked for.
     const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared));
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared()));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute attribute{};

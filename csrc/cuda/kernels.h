@@ -19,7 +19,8 @@ struct Fault {
   int state;
   int what;
   int64_t position;  // linear: of a class index among its like, else of an element of input
-  double value;
+  double value;      // of an element
+  int64_t index;     // of a class
   int64_t classes;
 };
 

@@ -193,7 +193,7 @@ __device__ T fetch(const Source& s, const Strided& c, int64_t linear, const Inde
   const int64_t classes = c.sizes[s.class_dim];
   if (target == kIgnored || (target >= 0 && target < classes)) return T(0);
   if (class_at == 0) {
-    tell(l, Fault::kTargetClass, offset, static_cast<double>(target), classes);
+    tell(l, Fault::kTargetClass, offset, target, classes);
   }
   return std::numeric_limits<T>::quiet_NaN();
 }

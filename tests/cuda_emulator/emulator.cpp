@@ -8,8 +8,8 @@
 // schedule. Containers are touched as the host (AsHost): to it, their memory is the host's.
 //
 // Environment: EMULATOR_SEED, of the schedule; EMULATOR_MULTIPROCESSORS, EMULATOR_OCCUPANCY (blocks
-// on each) and EMULATOR_CAPABILITY (90 for 9.0), what the device says of itself; EMULATOR_THREADS,
-// see take_thread.
+// on each) and EMULATOR_CAPABILITY (90 for 9.0), what the device says of itself; EMULATOR_CODE, the
+// capability of the PTX that the driver has compiled; EMULATOR_THREADS, see take_thread.
 #include "emulator.h"
 
 #include <dlfcn.h>
@@ -460,8 +460,8 @@ void check_limits() {
     fail("launched with %zu bytes of dynamic shared memory, allowed are %zu",
          config.dynamicSmemBytes, allowed_shared);
   }
-  if (volume(cluster) != 1 && setting("EMULATOR_CAPABILITY", 90) < 90) {
-    fail("launched with clusters, which the device does not have");
+  if (volume(cluster) != 1 && std::min(setting("EMULATOR_CAPABILITY", 90), code_version()) < 90) {
+    fail("launched with clusters, which the device or its code does not have");
   }
   if (!volume(cluster) || volume(cluster) > (allowed.any_cluster ? 16 : 8) || grid.x % cluster.x ||
       grid.y % cluster.y || grid.z % cluster.z) {
@@ -598,9 +598,15 @@ cudaError_t set_attribute(Kernel kernel, cudaFuncAttribute attribute, int value)
     return cudaSuccess;
   }
   if (value < 0 || static_cast<size_t>(value) > kMaxShared) return cudaErrorInvalidValue;
+  if (static_cast<size_t>(value) < allowed.dynamic_shared.value_or(0)) {
+    fail("%d bytes of dynamic shared memory allowed, where another thread may need %zu", value,
+         *allowed.dynamic_shared);
+  }
   allowed.dynamic_shared = value;
   return cudaSuccess;
 }
+
+int code_version() { return setting("EMULATOR_CODE", 90); }
 
 int blocks_per_multiprocessor(Kernel, int, size_t) { return setting("EMULATOR_OCCUPANCY", 2); }
 
@@ -809,6 +815,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "invalid configuration argument";
     case cudaErrorNotSupported:
       return "operation not supported";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
   }
   return "unrecognized error code";
 }
@@ -842,7 +850,15 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   return cudaErrorInvalidValue;
 }
 
+// Each call may be amid a capture.
+static thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(capture_mode, *mode);
+  return cudaSuccess;
+}
+
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
+  if (capture_mode != cudaStreamCaptureModeRelaxed) return cudaErrorStreamCaptureUnsupported;
   *memory = malloc(bytes);
   return *memory ? cudaSuccess : cudaErrorInvalidValue;
 }

@@ -27,7 +27,7 @@ RUNNER = Path("tests/cuda_emulator/runner.cpp")
 # In the order of DType in csrc/engine.h.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
 IGNORED = -(1 << 63)
-FAULT = struct.Struct("iiqdq")
+FAULT = struct.Struct("iiqdqq")
 PARAMETERS = {"smooth_l1_loss": ("beta", 1.0), "huber_loss": ("delta", 1.0)}
 
 
@@ -110,10 +110,10 @@ class Calls:
         data = bytearray(self._buffers[place.buffer][place.offset : place.offset + size])
         return torch.frombuffer(data, dtype=like.dtype).as_strided(like.shape, like.stride())
 
-    def fault(self, place: Place) -> tuple[int, int, int, float, int]:
-        """State, what, position, value and classes: see Fault in csrc/cuda/kernels.h."""
-        state, what, position, value, classes = FAULT.unpack(self._buffers[place.buffer])
-        return state, what, position, value, classes
+    def fault(self, place: Place) -> tuple[int, int, int, float, int, int]:
+        """State, what, position, value, index, classes: see Fault in csrc/cuda/kernels.h."""
+        state, what, position, value, index, classes = FAULT.unpack(self._buffers[place.buffer])
+        return state, what, position, value, index, classes
 
 
 def _class_dim(input: Tensor) -> int:

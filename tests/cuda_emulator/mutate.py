@@ -3,6 +3,8 @@
 A mutant dies where the run under ThreadSanitizer fails, or where a plain run fails, gives other bits
 than the unchanged kernels, or leaves a gradient that is not the one of its scales. The verdicts are
 kept: one is asked for again only where a source has changed since.
+
+    PYTHONPATH=tests python tests/cuda_emulator/mutate.py
 """
 
 from __future__ import annotations

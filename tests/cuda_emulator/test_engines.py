@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -82,7 +82,10 @@ class Question(NamedTuple):
 
 
 def check_all(
-    variant: str, questions: Sequence[Question], shifts: tuple[int, int] = (0, 0)
+    variant: str,
+    questions: Sequence[Question],
+    shifts: tuple[int, int] = (0, 0),
+    settings: Mapping[str, str] | None = None,
 ) -> None:
     """One run of the program for all of them."""
     calls = Calls()
@@ -91,7 +94,7 @@ def check_all(
         for q in questions
         for reduction in q.reductions
     ]
-    calls.run(program(variant))
+    calls.run(program(variant), settings)
     for ways, elements, what in asked:
         ways.check(elements, what)
 
@@ -123,6 +126,25 @@ def few_of(family: str) -> list[Question]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bounds_and_alignment(family: str) -> None:
     check_all("address", few_of(family))
+
+
+def rows_of_classes(*shapes: tuple[int, int]) -> list[Question]:
+    families = ("cross_entropy", "cross_entropy-probabilities")
+    return [
+        question(at_shape(family, shape), "fp32", "mean") for family in families for shape in shapes
+    ]
+
+
+@pytest.mark.parametrize("lacks", ["EMULATOR_CAPABILITY", "EMULATOR_CODE"])
+@pytest.mark.parametrize("variant", ["plain", "address"])
+def test_without_clusters(variant: str, lacks: str) -> None:
+    """On devices without them, and where a driver has compiled the PTX for such a one."""
+    check_all(variant, rows_of_classes((3, 40_001), (2, 140_000)), settings={lacks: "80"})
+
+
+def test_shared_memory_of_several_threads() -> None:
+    """A call leaves allowed what another thread's has asked for, and is about to launch with."""
+    check_all("plain", rows_of_classes((2, 24_000), (2, 14_000)))
 
 
 # Of every kernel one family: what its threads wait for does not depend on the loss.
@@ -273,8 +295,8 @@ def test_faults(loss: str, what: int, spoil: str, variant: str) -> None:
     asked = Loss(calls, loss, sample, "mean", (1.0, 3.0))
     asked.forward()
     calls.run(program(variant))
-    state, told, position, value, classes = calls.fault(asked.fault)
-    assert (state, told, value) == (2, what, wrong)
+    state, told, position, value, index, classes = calls.fault(asked.fault)
+    assert (state, told, index if what == 0 else value) == (2, what, wrong)
     assert position in places
     assert what != 0 or classes == 33
     assert asked.value_found().isnan()

@@ -4,6 +4,7 @@ their schemas and their ways, in Python: they need no compiled extension.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +44,9 @@ def carried(scales: Tensor) -> Carried | None:
     return getattr(scales.untyped_storage(), "carried", None)
 
 
-_MOST_SHARED = 512
+_MOST_SHARED = 512  # on a device
 _shared: dict[tuple[Any, ...], Tensor] = {}
+_sharing = threading.Lock()
 
 
 def _prediction_of(own: Tensor | None, loss: str, input: Tensor, reduction: int) -> Tensor:
@@ -54,9 +56,13 @@ def _prediction_of(own: Tensor | None, loss: str, input: Tensor, reduction: int)
     key = (loss, input.device, input.dtype, input.numel(), reduction)
     known = _shared.get(key)
     if known is None:
-        if len(_shared) >= _MOST_SHARED:
-            _shared.clear()
-        known = _shared.setdefault(key, autograd.new_prediction(input))
+        # A CUDA graph holds predictions by their addresses, so none is ever freed: of too many
+        # sites the oldest leaves its own to the latest.
+        with _sharing:
+            here = [site for site in _shared if site[1] == input.device]
+            new = len(here) < _MOST_SHARED
+            spare = autograd.new_prediction(input) if new else _shared.pop(here[0])
+            known = _shared.setdefault(key, spare)
     return known
 
 

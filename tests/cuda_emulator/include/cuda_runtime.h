@@ -268,6 +268,11 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
   return emulator::set_attribute(reinterpret_cast<emulator::Kernel>(kernel), attribute, value);
 }
 template <class... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
+  attributes->ptxVersion = emulator::code_version();
+  return cudaSuccess;
+}
+template <class... Parameters>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks,
                                                           void (*kernel)(Parameters...),
                                                           int threads, size_t shared_bytes) {

@@ -49,6 +49,7 @@ enum cudaError_t {
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorNotSupported = 801,
+  cudaErrorStreamCaptureUnsupported = 900,
 };
 
 // Every launch has finished when its call returns, so that all streams are one.
@@ -69,6 +70,12 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 // Host and device share their memory here.
 enum { cudaHostAllocPortable = 1, cudaHostAllocMapped = 2 };
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned flags);
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal = 0,
+  cudaStreamCaptureModeThreadLocal = 1,
+  cudaStreamCaptureModeRelaxed = 2,
+};
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream = nullptr);
 
 // ---- launches -----------------------------------------------------------------------------------
@@ -76,6 +83,10 @@ cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t st
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
   cudaFuncAttributeNonPortableClusterSizeAllowed = 13,
+};
+
+struct cudaFuncAttributes {
+  int ptxVersion;
 };
 
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };

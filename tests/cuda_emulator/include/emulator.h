@@ -21,6 +21,7 @@ using Kernel = void (*)();
 void run_grid(Kernel kernel, const cudaLaunchConfig_t& config, void (*body)(const void* arguments),
               const void* arguments);
 cudaError_t set_attribute(Kernel kernel, cudaFuncAttribute attribute, int value);
+int code_version();
 int blocks_per_multiprocessor(Kernel kernel, int threads, size_t shared_bytes);
 int active_clusters(Kernel kernel, const cudaLaunchConfig_t& config);
 

@@ -6,6 +6,10 @@
 
 namespace c10::cuda {
 
-inline cudaStream_t getCurrentCUDAStream(c10::DeviceIndex) { return nullptr; }
+struct CUDAStream {
+  operator cudaStream_t() const { return nullptr; }
+};
+
+inline CUDAStream getCurrentCUDAStream(c10::DeviceIndex) { return {}; }
 
 }  // namespace c10::cuda
