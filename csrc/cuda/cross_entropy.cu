@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kScope == Scope::kLanes ? kLanesBlock : kRowBl
   using P = Packet<D>;
   extern __shared__ uint4 shared[];
   P* const places = reinterpret_cast<P*>(shared);
-  const Scaling& s = Scaling::of_block(l);
+  const Scaling& s = Scaling::of_block(l);  // in shared memory: it takes no registers meanwhile
   if (settled(l, s)) return;
   const CrossEntropyCall& call = problem.call;
   const Shares<T> shares = problem.template shares<kHard>();
