@@ -16,6 +16,7 @@ from torch import Tensor
 import fusedloss
 from conftest import need
 from custom_losses import CASES, CustomCase, charbonnier, focal, gaussian_kl, quantile, tukey
+from fusedloss import custom
 from fusedloss import math as fm
 from helpers import assert_same_bits, draw_upstream, leaf, poisoned_memory, threads
 
@@ -404,15 +405,16 @@ def test_explained(compiled: str) -> None:
 
 
 def test_told_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: plain PyTorch runs, which is warned of once."""
-    monkeypatch.setattr(fusedloss.backends, "fused_on", {"cpu": "triton"})
+    """Plain PyTorch runs, which is warned of once."""
+    monkeypatch.setattr(fusedloss.backends, "fused_on", {"cpu": "compiled"})
+    monkeypatch.setattr(custom, "_LOADERS", {})
 
     @fusedloss.pointwise_loss
     def squared(input: Any, target: Any) -> Any:
         return (input - target) ** 2
 
     x, y = torch.randn(2, 3)
-    reason = "triton: has no kernels of losses of one's own for cpu tensors"
+    reason = "compiled: has no kernels of losses of one's own for cpu tensors"
     with pytest.warns(RuntimeWarning, match=f"squared runs on plain PyTorch.*: {reason}"):
         value = squared(x, y)
     torch.testing.assert_close(value, (x - y).square().mean())
@@ -420,6 +422,28 @@ def test_told_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
         warnings.simplefilter("error")
         assert squared(x, y) == value
     assert reason in str(fusedloss.explain(squared, x, y))
+
+
+def test_next_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first backend cannot compile the next takes, and explain() says so; but not where
+    the first was chosen by name."""
+
+    def refuses(loss: Any) -> str:
+        raise custom.CannotCompile("no nvcc")
+
+    monkeypatch.setattr(fusedloss.backends, "fused_on", {"cuda": "compiled"})
+    loaders = {("compiled", "cuda"): refuses, ("triton", "cuda"): lambda loss: "its key"}
+    monkeypatch.setattr(custom, "_LOADERS", loaders)
+    loss = fusedloss.pointwise_loss(lambda input, target: input - target)
+    order = ("compiled", "triton")
+    monkeypatch.setattr(fusedloss.backends, "in_order", lambda device: order)
+    assert custom._prepared(loss._number, "cuda") == ("triton", "its key", "compiled: no nvcc")
+    loss.compile("cuda")
+    order = ("compiled",)
+    with pytest.warns(RuntimeWarning, match="without fused kernels: compiled: no nvcc"):
+        assert custom._prepared(loss._number, "cuda") == ("", "", "compiled: no nvcc")
+    with pytest.raises(RuntimeError, match="cannot be compiled: compiled: no nvcc"):
+        loss.compile("cuda")
 
 
 def test_transforms(backend: str) -> None:
