@@ -93,9 +93,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     raise TypeError(f"{fn!r} is not a loss of fusedloss: there is no path to explain")
 
 
-def _report(
-    reason: str | None, input: Any = None, backend: str | None = None, *more: str
-) -> None:
+def _report(reason: str | None, input: Any = None, backend: str | None = None, *more: str) -> None:
     """backend: which takes a fused call, if not the first for input's device; more: on the why."""
     if _explaining == threading.get_ident():
         if reason is None:

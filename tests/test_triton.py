@@ -48,20 +48,18 @@ def test_function_of_ones_own(reduction: int, layout: str, fused: str) -> None:
     upstream = upstream if reduction == 0 else torch.tensor(0.7, dtype=torch.float64)
     wanted = torch.autograd.grad(value, expected, upstream)
 
-    def run(do: common.Pass, by_target: torch.Tensor | None = None) -> torch.Tensor | None:
-        return pointwise.run(
-            do, loss, x, y, None, (p,), parameters, 0, reduction, torch.float64, by_target
-        )
+    def run(do: common.Pass) -> torch.Tensor | None:
+        return pointwise.run(do, loss, x, y, None, (p,), parameters, 0, reduction, torch.float64)
 
     scales = torch.tensor([0.7, 3.0], dtype=torch.float64)  # as predicted
     forward = common.Pass(common.FORWARD if reduction else common.VALUE, scales)
     predicted = [common.empty_like(x, x.dtype) for _ in range(2)]
     if reduction:
-        forward.gradient = predicted[0]
-    torch.testing.assert_close(run(forward, predicted[1] if reduction else None), value.detach())
+        forward.gradient, forward.target_gradient = predicted
+    torch.testing.assert_close(run(forward), value.detach())
     gradients = [common.empty_like(x, x.dtype) for _ in range(2)]
     prediction = torch.ones(2, dtype=torch.float64)
-    run(common.Pass(common.FRESH, scales, gradients[0], prediction, upstream), gradients[1])
+    run(common.Pass(common.FRESH, scales, *gradients, prediction, upstream))
     for got, right in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(got, right)
     for ahead, got in zip(predicted if reduction else [], gradients, strict=False):

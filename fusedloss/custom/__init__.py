@@ -495,10 +495,21 @@ def _load_cpu(loss: PointwiseLoss) -> str:
     return key
 
 
+def _load_triton(loss: PointwiseLoss) -> str:
+    from ..backends import triton
+    from . import printing
+
+    constants = printing.host_constants(loss._traced)
+    source = printing.triton(loss._traced)
+    key: str = triton.load(loss.__name__, source, len(loss._names) + 1, constants)
+    return key
+
+
 # Makes a loss ready for a backend's operators on a type of device, and says what they call it; raises
 # CannotCompile where it cannot.
 _LOADERS: dict[tuple[str, str], Callable[[PointwiseLoss], str]] = {
     ("compiled", "cpu"): _load_cpu,
+    **{("triton", device): _load_triton for device in ("cpu", "cuda", "xpu")},
 }
 
 
