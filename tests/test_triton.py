@@ -99,6 +99,34 @@ for call in (lambda x: FL.cross_entropy(x, y), lambda x: module(x, y), compiled)
         (got,) = torch.autograd.grad(call(x) * upstream, x)
         right = torch.nn.functional.cross_entropy(x, y) * upstream
         torch.testing.assert_close(got, torch.autograd.grad(right, x)[0])
+
+import linecache, os
+from fusedloss import math as fm
+
+@fusedloss.pointwise_loss
+def charbonnier(input, target, *, eps=1e-3):
+    return fm.sqrt((input - target) ** 2 + eps**2)
+
+charbonnier.compile()
+linecache.clearcache()  # as who prints a traceback may do
+target = torch.randn(9, 5, requires_grad=True)
+compiled = torch.compile(lambda x, y: charbonnier(x, y, eps=0.5), fullgraph=True, backend="aot_eager")
+
+def own():
+    assert fusedloss.explain(charbonnier, x, target).backend == "triton"
+    for call in (lambda x, y: charbonnier(x, y, eps=0.5), compiled):
+        for upstream in (1.0, 1.0, 3.0):
+            got = torch.autograd.grad(call(x, target) * upstream, (x, target))
+            right = charbonnier.reference(x, target, eps=0.5) * upstream
+            torch.testing.assert_close(got, torch.autograd.grad(right, (x, target)))
+own()
+pid = os.fork()
+if pid == 0:
+    torch.set_num_threads(1)
+    x = x.detach().requires_grad_()
+    charbonnier(x, target).backward()
+    os._exit(0 if x.grad.isfinite().all() else 1)
+assert os.waitpid(pid, 0)[1] == 0
 """
 
 

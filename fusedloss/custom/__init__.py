@@ -5,7 +5,8 @@
         return fm.sqrt((input - target) ** 2 + eps ** 2)
 
 The function is traced once, with SymPy symbols; SymPy differentiates. What comes out is printed as C++
-and compiled where it runs, and as plain PyTorch for whatever the kernels do not cover.
+or in Triton's language and compiled where it runs, and as plain PyTorch for whatever the kernels do not
+cover.
 """
 
 from __future__ import annotations
@@ -230,7 +231,8 @@ class PointwiseLoss:
     # ---- kernels ---------------------------------------------------------------------------------
 
     def compile(self, device: str = "cpu") -> None:
-        """Compiles the kernels now instead of at the first call.
+        """Compiles the kernels now instead of at the first call. Triton's, which are compiled for
+        each dtype and layout, still are at their first use: there it is asked whether they can be.
 
         Raises:
             RuntimeError: they cannot be compiled here; the message says why.
