@@ -79,6 +79,15 @@ def test_it_takes_what_the_extension_has_no_kernels_for() -> None:
     assert backends.fused_on == expected
 
 
+def test_who_is_asked_in_which_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a loss that the CUDA kernels cannot take: Triton, unless they were chosen by name."""
+    monkeypatch.setattr(backends, "fused_on", {"cuda": "compiled"})
+    later = () if backends.INTERPRETED else ("triton",)
+    assert backends.in_order("cuda") == ("compiled", *later)
+    monkeypatch.setattr(backends, "_chosen", backends.BACKENDS[0])
+    assert backends.in_order("cuda") == ("compiled",)
+
+
 _WITHOUT_EXTENSION = """
 import sys, warnings
 sys.modules["fusedloss._C"] = None  # as where there was no compiler
