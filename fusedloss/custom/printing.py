@@ -351,8 +351,13 @@ def _cut(taken: Tensor, x: Any, y: Any, branch: Branch) -> Any:
     return branch(keep(x), keep(y))
 
 
+def _host(x: float) -> Tensor:
+    """Whatever the default device: a GPU would have to be waited for."""
+    return torch.tensor(x, dtype=torch.float64, device="cpu")
+
+
 def _number(text: str) -> Tensor:
-    return torch.tensor(float(text), dtype=torch.float64)
+    return _host(float(text))
 
 
 def _both(a: Any, b: Any) -> Any:
@@ -412,7 +417,7 @@ Compiled = Callable[[Tensor, Tensor, Numbers], tuple[Any, ...]]
 def _cached(constants: Callable[..., list[Any]]) -> Callable[[Numbers], Numbers]:
     @functools.lru_cache(maxsize=64)
     def of(parameters: Numbers) -> Numbers:
-        numbers = (torch.tensor(p, dtype=torch.float64) for p in parameters)
+        numbers = (_host(p) for p in parameters)
         return tuple(float(c) for c in constants(*numbers))
 
     return of

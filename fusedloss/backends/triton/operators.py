@@ -155,9 +155,8 @@ class Engine:
     loss: Callable[..., str]  # what tells predictions apart
     empty_loss: Callable[[Tensor, int, torch.dtype], Tensor]
     reference_gradient: Callable[..., Any]
-    of_target: bool = (
-        False  # gives the gradient for target too: the operators take whose are wanted
-    )
+    # Gives the gradient for target too: the operators then take whose are wanted.
+    of_target: bool = False
 
     def _wanted(self, call: Sequence[Any]) -> tuple[Sequence[Any], bool, bool]:
         """The arguments of a call, and whose gradients are wanted."""
