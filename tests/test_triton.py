@@ -12,7 +12,8 @@ import torch
 
 import fusedloss
 from fusedloss import backends
-from helpers import FUSED, assert_same_bits
+from fusedloss import math as fm
+from helpers import FUSED, assert_same_bits, draw_upstream
 
 triton = pytest.importorskip("triton")
 import triton.language as tl
@@ -64,6 +65,36 @@ def test_function_of_ones_own(reduction: int, layout: str, fused: str) -> None:
         torch.testing.assert_close(got, right)
     for ahead, got in zip(predicted if reduction else [], gradients, strict=False):
         assert_same_bits(ahead, got, "written by the forward pass, and by the backward pass")
+
+
+@pytest.mark.skipif(FUSED != "triton", reason="FUSEDLOSS_TEST_BACKEND is not triton")
+@pytest.mark.interpret_all
+@pytest.mark.parametrize("p", [2.0, 1.0, 3.0, 0.5, 0.0, 1.3, -1.0])
+def test_numbers_anywhere(p: float, fused: str) -> None:
+    """A parameter, a number or a condition of them in each argument's place; and slopes that are
+    the same for all elements."""
+
+    @fusedloss.pointwise_loss
+    def numbers(input, target, *, p):  # type: ignore[no-untyped-def]
+        chosen = fm.where(fm.equal(p, 2) & (input > 0.5) | (p < 0.7), input * target, fm.sin(input))
+        extremes = fm.maximum(p, input) + fm.minimum(target, 0.7) + fm.clamp(input, 0.2, p + 1)
+        powers = input**p + 2.0**target + (p + 2) ** input + fm.xlogy(p, target)
+        return chosen + extremes + powers + 3 * input - p * target
+
+    @fusedloss.pointwise_loss
+    def linear(input, target, *, p):  # type: ignore[no-untyped-def]
+        return p * input + 0.1 * target
+
+    x, y = torch.rand(2, 67, dtype=torch.float64).add(0.05).unbind()
+    x, y = x.requires_grad_(), y.requires_grad_()
+    for loss in (numbers, linear):
+        assert fusedloss.explain(loss, x, y, p=p).backend == "triton"
+        for options in ({}, {"clip_grad": 0.75}, {"reduction": "none"}):
+            values = [call(x, y, p=p, **options) for call in (loss, loss.reference)]
+            torch.testing.assert_close(*values, rtol=1e-12, atol=1e-13)
+            upstream = draw_upstream(values[0].shape, x.dtype)
+            gradients = [torch.autograd.grad(value, (x, y), upstream) for value in values]
+            torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-13)
 
 
 def test_it_takes_what_the_extension_has_no_kernels_for() -> None:
