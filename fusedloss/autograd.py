@@ -31,7 +31,11 @@ def _load_triton() -> bool:
 
 
 def _operators(input: Tensor) -> Any:
-    if backends.fused_on[input.device.type] == "compiled":
+    return _operators_of(backends.fused_on[input.device.type])
+
+
+def _operators_of(backend: str) -> Any:
+    if backend == "compiled":
         return torch.ops.fusedloss
     _load_triton()
     return torch.ops.fusedloss_triton
@@ -65,6 +69,7 @@ def pointwise(
 
 
 def custom(
+    backend: str,
     loss: str,
     input: Tensor,
     target: Tensor,
@@ -74,8 +79,8 @@ def custom(
     dtype: torch.dtype,
     prediction: Tensor | None,
 ) -> Tensor:
-    """One fused call of a loss of one's own."""
-    value: Tensor = torch.ops.fusedloss.custom.default(
+    """One fused call of a loss of one's own, on a backend that has made it ready."""
+    value: Tensor = _operators_of(backend).custom.default(
         input, target, weight, loss, parameters, reduction, dtype, prediction
     )
     return value

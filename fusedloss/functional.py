@@ -93,11 +93,13 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     raise TypeError(f"{fn!r} is not a loss of fusedloss: there is no path to explain")
 
 
-def _report(reason: str | None, input: Any = None) -> None:
+def _report(reason: str | None, input: Any = None, backend: str | None = None, *more: str) -> None:
+    """backend: which takes a fused call, if not the first for input's device; more: on the why."""
     if _explaining == threading.get_ident():
         if reason is None:
             why = "value and gradient in one pass over the inputs"
-            raise _Explained(Explanation(backends.fused_on[input.device.type], True, (why,)))
+            backend = backends.fused_on[input.device.type] if backend is None else backend
+            raise _Explained(Explanation(backend, True, (why, *more)))
         raise _Explained(Explanation("reference", False, (reason,)))
 
 

@@ -80,6 +80,20 @@ def gaussian_kl(mu, logvar):  # type: ignore[no-untyped-def]
     return 0.5 * (mu**2 + fm.expm1(logvar) - logvar)
 
 
+@fusedloss.pointwise_loss
+def every_word(input, target, *, scale=1.5, gamma=2.3):  # type: ignore[no-untyped-def]
+    """Each word that there is, for compilers to take."""
+    x, y = input, target
+    inside = ((x > 0) & (y <= scale)) | ~fm.equal(x, y) | (fm.not_equal(x, 1) & (y < 2))
+    smooth = fm.exp(-x) + fm.expm1(x) + fm.tanh(x) + fm.erf(x) + fm.sin(x) * fm.cos(y)
+    of_logits = fm.sigmoid(x) + fm.log_sigmoid(y) + fm.softplus(x * y)
+    logarithms = fm.log(y) + fm.log1p(x) + fm.xlogy(x, y) / scale
+    powers = fm.sqrt(x) + x**gamma + fm.pow(x, y) + x**1.5 / y**2 + fm.sigmoid(y) ** 2.7
+    pieces = fm.abs(x) + fm.sign(y) * fm.relu(x) + fm.clamp(x, -1, y)
+    pieces += fm.maximum(x, scale) * fm.minimum(x, y)
+    return fm.where(inside, smooth + of_logits + logarithms + powers, pieces)
+
+
 @dataclass(frozen=True)
 class CustomCase:
     loss: PointwiseLoss

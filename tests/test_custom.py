@@ -16,8 +16,17 @@ from torch import Tensor
 import fusedloss
 from conftest import need
 from custom_losses import CASES, CustomCase, charbonnier, focal, gaussian_kl, quantile, tukey
+from fusedloss import custom
 from fusedloss import math as fm
-from helpers import assert_same_bits, draw_upstream, leaf, poisoned_memory, threads
+from helpers import (
+    INTERPRETED,
+    assert_same_bits,
+    draw_upstream,
+    leaf,
+    operators,
+    poisoned_memory,
+    threads,
+)
 
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -46,7 +55,7 @@ def truth(case: CustomCase, x: Tensor, y: Tensor, upstream: Tensor, reduction: s
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @by_case
-def test_value_and_gradients(compiled: str, case: CustomCase, dtype: torch.dtype) -> None:
+def test_value_and_gradients(fused: str, case: CustomCase, dtype: torch.dtype) -> None:
     """Both gradients for a random upstream gradient, weighted or not, against float64."""
     x, y = case.sample(dtype)
     w = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype) + 0.5
@@ -71,7 +80,7 @@ def test_value_and_gradients(compiled: str, case: CustomCase, dtype: torch.dtype
 
 
 @by_case
-def test_against_reference(compiled: str, case: CustomCase) -> None:
+def test_against_reference(fused: str, case: CustomCase) -> None:
     """First and second derivatives, in both arguments, of the kernels and the printed PyTorch."""
     x, y = case.sample(torch.float64, (7,))
     x, y = leaf(x), leaf(y)
@@ -89,7 +98,7 @@ def test_against_reference(compiled: str, case: CustomCase) -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
 
 
-def test_layouts(compiled: str) -> None:
+def test_layouts(fused: str) -> None:
     """Strided, transposed, expanded and unaligned operands; gradients in input's own layout."""
     base = torch.randn(64, 130)
     pool = torch.randn(64 * 130)
@@ -177,9 +186,10 @@ def any_word(input, target, *, which=0.0):  # type: ignore[no-untyped-def]
     return result
 
 
+@pytest.mark.interpret_all
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 @pytest.mark.parametrize("word", WORDS)
-def test_words_at_extremes(compiled: str, word: str, dtype: torch.dtype) -> None:
+def test_words_at_extremes(fused: str, word: str, dtype: torch.dtype) -> None:
     points = [*EXTREMES, *(-x for x in EXTREMES), NAN]
     x = torch.tensor(points, dtype=dtype)
     _, value, slope = WORDS[word]
@@ -220,7 +230,7 @@ def test_words_on_tensors() -> None:
     assert fm.xlogy(torch.zeros(1), 0.0) == 0
 
 
-def test_branch_not_taken(compiled: str) -> None:
+def test_branch_not_taken(fused: str) -> None:
     """Its infinite value or slope never shows, in any order of differentiation."""
 
     @fusedloss.pointwise_loss
@@ -240,7 +250,7 @@ def test_branch_not_taken(compiled: str) -> None:
     assert second.isfinite().all()
 
 
-def test_kinks(compiled: str) -> None:
+def test_kinks(fused: str) -> None:
     """As PyTorch has them."""
 
     @fusedloss.pointwise_loss
@@ -260,7 +270,7 @@ def test_kinks(compiled: str) -> None:
         assert of_input.tolist() == [4 + 8 + 32] * 3 and of_target.tolist() == [4 + 8] * 3
 
 
-def test_simplification_keeps_digits(compiled: str) -> None:
+def test_simplification_keeps_digits(fused: str) -> None:
     """A difference of neighbours is formed first, and no factor is multiplied into it."""
 
     @fusedloss.pointwise_loss
@@ -279,9 +289,9 @@ def test_simplification_keeps_digits(compiled: str) -> None:
 # ---- one pass, threads, options ------------------------------------------------------------------
 
 
-def test_one_pass(compiled: str) -> None:
+def test_one_pass(fused: str) -> None:
     """Whatever the history of upstream gradients, the gradients are those of a fresh computation."""
-    x, y = CASES[0].sample(torch.float32, (70_001,))
+    x, y = CASES[0].sample(torch.float32, (20_001 if INTERPRETED else 70_001,))
     for upstream in (1.0, 1.0, 3.0, 3.0, 0.1, 7.0, 0.2, 0.2, 0.2):
         ours = gradients(charbonnier, x, y, torch.tensor(upstream))
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
@@ -297,7 +307,7 @@ def test_one_pass(compiled: str) -> None:
         assert one.data_ptr() != other.data_ptr()
 
 
-def test_written_in_forward(compiled: str) -> None:
+def test_written_in_forward(fused: str) -> None:
     """Forward writes both gradients, and backward hands them over."""
     x, y = CASES[0].sample(torch.float32, (3, 5))
     gradients(charbonnier, x, y)
@@ -313,6 +323,29 @@ def test_written_in_forward(compiled: str) -> None:
         assert_same_bits(mine, right, "gradient")
 
 
+def test_one_gradient_or_the_other(fused: str) -> None:
+    """What only one of the two arguments wants is what both would get; and again the same bits, of
+    inputs that nobody has written to."""
+    x, y = CASES[8].sample(torch.float32, (9001,))
+    before = x.clone(), y.clone()
+    for reduction in ("mean", "none"):
+        options = {"reduction": reduction, "gamma": 1.5}
+        value, *both = gradients(focal, x, y, **options)
+        for _ in range(2):
+            again = gradients(focal, x, y, **options)
+            for one, other in zip((value, *both), again, strict=True):
+                assert_same_bits(one, other, "repeated")
+        for wanted, right in enumerate(both):
+            pair = [x, y]
+            pair[wanted] = leaf(pair[wanted])
+            loss = focal(*pair, **options)
+            assert_same_bits(loss.detach(), value, "value")
+            (mine,) = torch.autograd.grad(loss, pair[wanted], torch.ones_like(loss))
+            assert_same_bits(mine, right, f"gradient {wanted}")
+    for tensor, as_it_was in zip((x, y), before, strict=True):
+        assert_same_bits(tensor, as_it_was, "an input")
+
+
 def test_same_bits_on_any_threads(compiled: str) -> None:
     x, y = CASES[3].sample(torch.float32, (2**17 + 3,))
     results = []
@@ -324,7 +357,7 @@ def test_same_bits_on_any_threads(compiled: str) -> None:
             assert_same_bits(one, two, "threads")
 
 
-def test_parameters_compile_nothing(compiled: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_parameters_compile_nothing(fused: str, capfd: pytest.CaptureFixture[str]) -> None:
     charbonnier.compile()
     capfd.readouterr()
     x = torch.tensor([3.0])
@@ -333,7 +366,7 @@ def test_parameters_compile_nothing(compiled: str, capfd: pytest.CaptureFixture[
     assert not capfd.readouterr().err
 
 
-def test_weight(compiled: str) -> None:
+def test_weight(fused: str) -> None:
     """A mean is over the weights; they broadcast; their own gradient is the reference's."""
     x, y = torch.zeros(2, 3), torch.ones(2, 3)
     w = torch.tensor([1.0, 2.0, 5.0])
@@ -348,7 +381,7 @@ def test_weight(compiled: str) -> None:
     assert wanted.grad is not None and wanted.grad.tolist() == [1, 1, 1]
 
 
-def test_clip_grad(compiled: str) -> None:
+def test_clip_grad(fused: str) -> None:
     """Of the slope alone, before weight and upstream gradient; the value stays."""
     x, y = torch.tensor([0.1, 5.0, -5.0]), torch.zeros(3)
     free = gradients(gaussian_kl, x, y, reduction="sum")
@@ -365,7 +398,7 @@ def test_clip_grad(compiled: str) -> None:
     torch.testing.assert_close(of_input, torch.tensor([0.6, 12.0, -12.0]))
 
 
-def test_autocast(compiled: str) -> None:
+def test_autocast(fused: str) -> None:
     x, y = torch.randn(9).bfloat16(), torch.randn(9)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert fusedloss.explain(charbonnier, x, y).fused
@@ -381,7 +414,7 @@ def test_autocast(compiled: str) -> None:
 # ---- the reference's calls -----------------------------------------------------------------------
 
 
-def test_explained(compiled: str) -> None:
+def test_explained(fused: str) -> None:
     x = torch.randn(3)
     fused = fusedloss.explain
     assert fused(charbonnier, x, x).fused and fused(charbonnier.module(), leaf(x), leaf(x)).fused
@@ -404,15 +437,16 @@ def test_explained(compiled: str) -> None:
 
 
 def test_told_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: plain PyTorch runs, which is warned of once."""
-    monkeypatch.setattr(fusedloss.backends, "fused_on", {"cpu": "triton"})
+    """Plain PyTorch runs, which is warned of once."""
+    monkeypatch.setattr(fusedloss.backends, "fused_on", {"cpu": "compiled"})
+    monkeypatch.setattr(custom, "_LOADERS", {})
 
     @fusedloss.pointwise_loss
     def squared(input: Any, target: Any) -> Any:
         return (input - target) ** 2
 
     x, y = torch.randn(2, 3)
-    reason = "triton: has no kernels of losses of one's own for cpu tensors"
+    reason = "compiled: has no kernels of losses of one's own for cpu tensors"
     with pytest.warns(RuntimeWarning, match=f"squared runs on plain PyTorch.*: {reason}"):
         value = squared(x, y)
     torch.testing.assert_close(value, (x - y).square().mean())
@@ -420,6 +454,28 @@ def test_told_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
         warnings.simplefilter("error")
         assert squared(x, y) == value
     assert reason in str(fusedloss.explain(squared, x, y))
+
+
+def test_next_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first backend cannot compile the next takes, and explain() says so; but not where
+    the first was chosen by name."""
+
+    def refuses(loss: Any) -> str:
+        raise custom.CannotCompile("no nvcc")
+
+    monkeypatch.setattr(fusedloss.backends, "fused_on", {"cuda": "compiled"})
+    loaders = {("compiled", "cuda"): refuses, ("triton", "cuda"): lambda loss: "its key"}
+    monkeypatch.setattr(custom, "_LOADERS", loaders)
+    loss = fusedloss.pointwise_loss(lambda input, target: input - target)
+    order = ("compiled", "triton")
+    monkeypatch.setattr(fusedloss.backends, "in_order", lambda device: order)
+    assert custom._prepared(loss._number, "cuda") == ("triton", "its key", "compiled: no nvcc")
+    loss.compile("cuda")
+    order = ("compiled",)
+    with pytest.warns(RuntimeWarning, match="without fused kernels: compiled: no nvcc"):
+        assert custom._prepared(loss._number, "cuda") == ("", "", "compiled: no nvcc")
+    with pytest.raises(RuntimeError, match="cannot be compiled: compiled: no nvcc"):
+        loss.compile("cuda")
 
 
 def test_transforms(backend: str) -> None:
@@ -444,7 +500,8 @@ def test_transforms(backend: str) -> None:
 
 
 @pytest.mark.slow
-def test_torch_compile(compiled: str) -> None:
+@pytest.mark.interpret_all
+def test_torch_compile(fused: str) -> None:
     """Whole, with a kernel compiled while tracing, and the same result."""
 
     @fusedloss.pointwise_loss
@@ -462,22 +519,22 @@ def test_torch_compile(compiled: str) -> None:
         torch.testing.assert_close(mine, right)
 
 
-def test_operator(compiled: str) -> None:
+def test_operator(fused: str) -> None:
     """Schema, shape-only kernels and autograd registration hold."""
-    focal.compile()
     x, y = (leaf(t) for t in CASES[3].sample(torch.float32, (5, 3)))
-    weight = torch.rand(5, 3)
-    loss, parameters = focal._keys["cpu"], [2.0, 0.25, math.inf]
+    focal(x, y)
+    _, loss, _ = custom._prepared(focal._number, "cpu")
+    weight, parameters = torch.rand(5, 3), [2.0, 0.25, math.inf]
     for reduction in (0, 1):
         torch.library.opcheck(
-            torch.ops.fusedloss.custom.default,
+            operators().custom.default,
             (x, y, weight, loss, parameters, reduction, torch.float32, None),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )
     with pytest.raises(ValueError, match="has 3 parameters, and the call 1"):
-        torch.ops.fusedloss.custom(x, y, None, loss, [2.0], 1, torch.float32, None)
+        operators().custom(x, y, None, loss, [2.0], 1, torch.float32, None)
     with pytest.raises(RuntimeError, match="no kernel of a loss 'none' is loaded"):
-        torch.ops.fusedloss.custom(x, y, None, "none", [], 1, torch.float32, None)
+        operators().custom(x, y, None, "none", [], 1, torch.float32, None)
 
 
 # ---- the object ----------------------------------------------------------------------------------

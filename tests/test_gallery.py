@@ -15,7 +15,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_against_its_formula(compiled: str, case: CustomCase) -> None:
+def test_against_its_formula(fused: str, case: CustomCase) -> None:
     """With the default parameters, in float64; and check() finds nothing wrong."""
     parameters = case.loss._traced.defaults
     x, y = (t.requires_grad_() for t in case.sample(torch.float64))

@@ -12,7 +12,8 @@ import torch
 
 import fusedloss
 from fusedloss import backends
-from helpers import FUSED, assert_same_bits
+from fusedloss import math as fm
+from helpers import FUSED, assert_same_bits, draw_upstream
 
 triton = pytest.importorskip("triton")
 import triton.language as tl
@@ -48,24 +49,52 @@ def test_function_of_ones_own(reduction: int, layout: str, fused: str) -> None:
     upstream = upstream if reduction == 0 else torch.tensor(0.7, dtype=torch.float64)
     wanted = torch.autograd.grad(value, expected, upstream)
 
-    def run(do: common.Pass, by_target: torch.Tensor | None = None) -> torch.Tensor | None:
-        return pointwise.run(
-            do, loss, x, y, None, (p,), parameters, 0, reduction, torch.float64, by_target
-        )
+    def run(do: common.Pass) -> torch.Tensor | None:
+        return pointwise.run(do, loss, x, y, None, (p,), parameters, 0, reduction, torch.float64)
 
     scales = torch.tensor([0.7, 3.0], dtype=torch.float64)  # as predicted
     forward = common.Pass(common.FORWARD if reduction else common.VALUE, scales)
     predicted = [common.empty_like(x, x.dtype) for _ in range(2)]
     if reduction:
-        forward.gradient = predicted[0]
-    torch.testing.assert_close(run(forward, predicted[1] if reduction else None), value.detach())
+        forward.gradient, forward.target_gradient = predicted
+    torch.testing.assert_close(run(forward), value.detach())
     gradients = [common.empty_like(x, x.dtype) for _ in range(2)]
     prediction = torch.ones(2, dtype=torch.float64)
-    run(common.Pass(common.FRESH, scales, gradients[0], prediction, upstream), gradients[1])
+    run(common.Pass(common.FRESH, scales, *gradients, prediction, upstream))
     for got, right in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(got, right)
     for ahead, got in zip(predicted if reduction else [], gradients, strict=False):
         assert_same_bits(ahead, got, "written by the forward pass, and by the backward pass")
+
+
+@pytest.mark.skipif(FUSED != "triton", reason="FUSEDLOSS_TEST_BACKEND is not triton")
+@pytest.mark.interpret_all
+@pytest.mark.parametrize("p", [2.0, 1.0, 3.0, 0.5, 0.0, 1.3, -1.0])
+def test_numbers_anywhere(p: float, fused: str) -> None:
+    """A parameter, a number or a condition of them in each argument's place; and slopes that are
+    the same for all elements."""
+
+    @fusedloss.pointwise_loss
+    def numbers(input, target, *, p):  # type: ignore[no-untyped-def]
+        chosen = fm.where(fm.equal(p, 2) & (input > 0.5) | (p < 0.7), input * target, fm.sin(input))
+        extremes = fm.maximum(p, input) + fm.minimum(target, 0.7) + fm.clamp(input, 0.2, p + 1)
+        powers = input**p + 2.0**target + (p + 2) ** input + fm.xlogy(p, target)
+        return chosen + extremes + powers + 3 * input - p * target
+
+    @fusedloss.pointwise_loss
+    def linear(input, target, *, p):  # type: ignore[no-untyped-def]
+        return p * input + 0.1 * target
+
+    x, y = torch.rand(2, 67, dtype=torch.float64).add(0.05).unbind()
+    x, y = x.requires_grad_(), y.requires_grad_()
+    for loss in (numbers, linear):
+        assert fusedloss.explain(loss, x, y, p=p).backend == "triton"
+        for options in ({}, {"clip_grad": 0.75}, {"reduction": "none"}):
+            values = [call(x, y, p=p, **options) for call in (loss, loss.reference)]
+            torch.testing.assert_close(*values, rtol=1e-12, atol=1e-13)
+            upstream = draw_upstream(values[0].shape, x.dtype)
+            gradients = [torch.autograd.grad(value, (x, y), upstream) for value in values]
+            torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-13)
 
 
 def test_it_takes_what_the_extension_has_no_kernels_for() -> None:
@@ -79,6 +108,15 @@ def test_it_takes_what_the_extension_has_no_kernels_for() -> None:
     if not interpreted:
         expected["xpu"] = "triton"
     assert backends.fused_on == expected
+
+
+def test_who_is_asked_in_which_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a loss that the CUDA kernels cannot take: Triton, unless they were chosen by name."""
+    monkeypatch.setattr(backends, "fused_on", {"cuda": "compiled"})
+    later = () if backends.INTERPRETED else ("triton",)
+    assert backends.in_order("cuda") == ("compiled", *later)
+    monkeypatch.setattr(backends, "_chosen", backends.BACKENDS[0])
+    assert backends.in_order("cuda") == ("compiled",)
 
 
 _WITHOUT_EXTENSION = """
@@ -101,6 +139,34 @@ for call in (lambda x: FL.cross_entropy(x, y), lambda x: module(x, y), compiled)
         (got,) = torch.autograd.grad(call(x) * upstream, x)
         right = torch.nn.functional.cross_entropy(x, y) * upstream
         torch.testing.assert_close(got, torch.autograd.grad(right, x)[0])
+
+import linecache, os
+from fusedloss import math as fm
+
+@fusedloss.pointwise_loss
+def charbonnier(input, target, *, eps=1e-3):
+    return fm.sqrt((input - target) ** 2 + eps**2)
+
+charbonnier.compile()
+linecache.clearcache()  # as who prints a traceback may do
+target = torch.randn(9, 5, requires_grad=True)
+compiled = torch.compile(lambda x, y: charbonnier(x, y, eps=0.5), fullgraph=True, backend="aot_eager")
+
+def own():
+    assert fusedloss.explain(charbonnier, x, target).backend == "triton"
+    for call in (lambda x, y: charbonnier(x, y, eps=0.5), compiled):
+        for upstream in (1.0, 1.0, 3.0):
+            got = torch.autograd.grad(call(x, target) * upstream, (x, target))
+            right = charbonnier.reference(x, target, eps=0.5) * upstream
+            torch.testing.assert_close(got, torch.autograd.grad(right, (x, target)))
+own()
+pid = os.fork()
+if pid == 0:
+    torch.set_num_threads(1)
+    x = x.detach().requires_grad_()
+    charbonnier(x, target).backward()
+    os._exit(0 if x.grad.isfinite().all() else 1)
+assert os.waitpid(pid, 0)[1] == 0
 """
 
 

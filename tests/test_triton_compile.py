@@ -78,3 +78,29 @@ def test_kernels(target: str, dtype: str, families: list[str], tmp_path: Path) -
             # Bytes a thread: a tile that its registers do not hold would spill far more.
             assert forward["spills"] <= 64, call
             assert forward["load"] == forward["store"] == 16, call
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "loss"),
+    [
+        ("sm_90", "fp32", "every_word"),
+        ("sm_80", "fp64", "every_word"),
+        ("gfx942", "fp32", "every_word"),
+        ("gfx942", "fp64", "every_word"),
+        ("sm_90", "bf16", "focal"),
+    ],
+)
+def test_losses_of_ones_own(target: str, dtype: str, loss: str, tmp_path: Path) -> None:
+    told = compiled("--target", target, "--dtype", dtype, "--own", loss, cache=tmp_path)
+    calls: dict[str, list[dict[str, Any]]] = {}
+    for row in told:
+        if row["kernel"] == "pointwise":
+            calls.setdefault(row["call"], []).append(row)
+    # Both gradients, for input alone and for target alone.
+    assert [len(rows) for rows in calls.values()] == [4, 2, 2]
+    for call, rows in calls.items():
+        # Other parameters, and a gradient from another pass, are the same kernel's.
+        assert len({row["binary"] for row in rows}) == 1, call
+        if target.startswith("sm"):
+            assert rows[0]["load"] == rows[0]["store"] == 16, call
+            assert loss == "every_word" or rows[0]["spills"] <= 64, call

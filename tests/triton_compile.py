@@ -23,6 +23,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+import custom_losses
 import fusedloss.functional as FL
 from cases import DTYPES, FAMILIES, at_shape
 from fusedloss import backends
@@ -79,6 +80,7 @@ def compiling(target: GPUTarget, tell: Callable[[str, Any, float], None]) -> Ite
             setattr(module, name, kernel)
 
 
+@functools.cache
 def of_nvidia(target: GPUTarget, ptx: str) -> dict[str, Any]:
     """What ptxas says of it, and how wide it reads and writes memory."""
     from triton.backends.nvidia.compiler import get_ptxas
@@ -126,10 +128,22 @@ def main() -> None:
     parser.add_argument("--target", choices=TARGETS, action="append")
     parser.add_argument("--family", choices=FAMILIES, action="append")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
+    parser.add_argument("--own", action="append", help="a loss of custom_losses.py, not a family")
     parser.add_argument("--classes", type=int, nargs="+", default=[32, 1000, 32000])
     asked = parser.parse_args()
+    families = asked.family or (() if asked.own else FAMILIES)
+    for target, name, dtype in itertools.product(
+        asked.target or TARGETS, asked.own or (), asked.dtype or DTYPES
+    ):
+        # Whatever the parameters, a kernel for each gradient that may be wanted.
+        loss, sample = getattr(custom_losses, name), torch.rand(2, 640, 200, dtype=DTYPES[dtype])
+        for wanted, clip_grad in (((0, 1), 0.5), ((0, 1), 3.0), ((0,), None), ((1,), None)):
+            x, y = (t.detach().requires_grad_(i in wanted) for i, t in enumerate(sample))
+            tell = functools.partial(report, target, f"{name} {dtype} {wanted}")
+            with compiling(TARGETS[target], tell):
+                loss(x, y, clip_grad=clip_grad).backward()
     for target, family, dtype in itertools.product(
-        asked.target or TARGETS, asked.family or FAMILIES, asked.dtype or DTYPES
+        asked.target or TARGETS, families, asked.dtype or DTYPES
     ):
         rows = family.startswith("cross_entropy")
         for shape in [(64, c) for c in asked.classes] if rows else [(640, 200)]:

@@ -101,6 +101,14 @@ fused_on: dict[str, str] = {}
 compiled_runs = False
 
 
+def in_order(device: str) -> tuple[str, ...]:
+    """The fused backends that take calls on ``device``: what the first has no kernel for, such as a
+    loss of one's own that it cannot compile, the next takes, unless one was chosen by name."""
+    first = _BY_NAME[fused_on[device]]
+    later = BACKENDS[BACKENDS.index(first) + 1 :] if _chosen is None else ()
+    return (first.name, *(row.name for row in later if row.unasked and device in row.devices))
+
+
 def obstacle(device: str) -> str:
     """Why no fused backend takes calls on ``device``, which ``fused_on`` lacks."""
     if _chosen is not None and not _chosen.fused:

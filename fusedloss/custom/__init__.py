@@ -5,7 +5,8 @@
         return fm.sqrt((input - target) ** 2 + eps ** 2)
 
 The function is traced once, with SymPy symbols; SymPy differentiates. What comes out is printed as C++
-and compiled where it runs, and as plain PyTorch for whatever the kernels do not cover.
+or in Triton's language and compiled where it runs, and as plain PyTorch for whatever the kernels do not
+cover.
 """
 
 from __future__ import annotations
@@ -51,10 +52,9 @@ class PointwiseLoss:
         self._struct = printing.cpp(self._traced)
         self._value = printing.torch_function(self._traced, self._traced.reference)
         self._slopes = printing.torch_function(self._traced, self._traced.reference_slopes)
-        # What the operators call it, by type of device: for the short way into them. By backend and
-        # that: the same, and why they cannot.
+        # What the compiled operators call it, by type of device: for the short way into them.
         self._keys: dict[str, str] = {}
-        self._prepared: dict[tuple[str, str], tuple[str, str | None]] = {}
+        self._prepared: dict[tuple[str, tuple[str, ...]], tuple[str, str, str]] = {}
         self._number = next(_count)
         _defined[self._number] = self
         self._names = tuple(self._traced.parameters)
@@ -193,7 +193,7 @@ class PointwiseLoss:
         if weight is not None:
             weight = self._weight(input, weight)
         reason = functional._obstacle(input, target, weight, target_gradient=True)
-        key = ""
+        backend = key = why_not = ""
         dtype: torch.dtype | str | None = None
         if reason is None:
             dtype = functional._result_dtype(input, target, weight)
@@ -202,16 +202,17 @@ class PointwiseLoss:
             elif input.shape != target.shape:
                 reason = f"shapes differ: {tuple(input.shape)} and {tuple(target.shape)}"
             else:
-                key, reason = _prepared(self._number, input.device.type)
+                backend, key, why_not = _prepared(self._number, input.device.type)
+                reason = None if backend else why_not
         if functional._explaining is not None:
-            functional._report(reason, input)
+            functional._report(reason, input, backend, *filter(None, (why_not,)))
         if reason is not None:
             return self.reference(
                 input, target, reduction=reduction, weight=weight, clip_grad=clip_grad, **parameters
             )
         assert isinstance(dtype, torch.dtype)
         return autograd.custom(
-            key, input, target, weight, [*values, bound], number, dtype, prediction
+            backend, key, input, target, weight, [*values, bound], number, dtype, prediction
         )
 
     def _weight(self, input: Any, weight: Any) -> Any:
@@ -230,15 +231,19 @@ class PointwiseLoss:
     # ---- kernels ---------------------------------------------------------------------------------
 
     def compile(self, device: str = "cpu") -> None:
-        """Compiles the kernels now instead of at the first call.
+        """Compiles the kernels now instead of at the first call. Triton's, which are compiled for
+        each dtype and layout, still are at their first use: there it is asked whether they can be.
 
         Raises:
             RuntimeError: they cannot be compiled here; the message says why.
         """
-        fused = device in backends.fused_on
-        reason = _prepared(self._number, device)[1] if fused else backends.obstacle(device)
-        if reason is not None:
-            raise RuntimeError(f"{self.__name__} cannot be compiled: {reason}")
+        backend, why_not = "", ""
+        if device in backends.fused_on:
+            backend, _, why_not = _prepared(self._number, device)
+        else:
+            why_not = backends.obstacle(device)
+        if not backend:
+            raise RuntimeError(f"{self.__name__} cannot be compiled: {why_not}")
 
     # ---- plain PyTorch ---------------------------------------------------------------------------
 
@@ -449,37 +454,65 @@ class _Clipped(torch.autograd.Function):
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _prepared(number: int, device: str) -> tuple[str, str | None]:
-    """What the operators call a loss on that device, compiled if it is not yet; and why they cannot,
+def _prepared(number: int, device: str) -> tuple[str, str, str]:
+    """The first backend that can run a loss on that device, what its operators call the loss, which
+    is compiled if it is not yet, and why the backends before that one cannot. No backend can: "",
     which is warned of once. (By number, since a tracing compiler knows no loss as a constant.)"""
     loss = _defined[number]
-    backend = backends.fused_on[device]
-    found = loss._prepared.get((backend, device))
+    order = backends.in_order(device)
+    found = loss._prepared.get((device, order))
     if found is None:
-        try:
-            if (backend, device) != ("compiled", "cpu"):
-                raise CannotCompile(
-                    f"{backend}: has no kernels of losses of one's own for {device} tensors"
-                )
-            loss._keys[device] = _loaded(loss)
-            found = loss._keys[device], None
-        except CannotCompile as error:
-            found = "", str(error)
+        found = loss._prepared[device, order] = _prepare(loss, device, order)
+        if not found[0]:
             warnings.warn(
-                f"{loss.__name__} runs on plain PyTorch, without fused kernels: {error}",
+                f"{loss.__name__} runs on plain PyTorch, without fused kernels: {found[2]}",
                 RuntimeWarning,
                 stacklevel=5,
             )
-        loss._prepared[backend, device] = found
     return found
 
 
-def _loaded(loss: PointwiseLoss) -> str:
+def _prepare(loss: PointwiseLoss, device: str, order: tuple[str, ...]) -> tuple[str, str, str]:
+    reasons = []
+    for backend in order:
+        load = _LOADERS.get((backend, device))
+        try:
+            if load is None:
+                raise CannotCompile(f"has no kernels of losses of one's own for {device} tensors")
+            key = load(loss)
+        except CannotCompile as error:
+            reasons.append(f"{backend}: {error}")
+            continue
+        _losses.setdefault(key, loss)
+        if backend == "compiled":
+            loss._keys[device] = key
+        return backend, key, "; ".join(reasons)
+    return "", "", "; ".join(reasons)
+
+
+def _load_cpu(loss: PointwiseLoss) -> str:
     key, library = build_cpu(loss.__name__, loss._struct)
     if key not in _losses:
         _C.load_custom(key, str(library))
-        _losses[key] = loss
     return key
+
+
+def _load_triton(loss: PointwiseLoss) -> str:
+    from ..backends import triton
+    from . import printing
+
+    constants = printing.host_constants(loss._traced)
+    source = printing.triton(loss._traced)
+    key: str = triton.load(loss.__name__, source, len(loss._names) + 1, constants)
+    return key
+
+
+# Makes a loss ready for a backend's operators on a type of device, and says what they call it; raises
+# CannotCompile where it cannot.
+_LOADERS: dict[tuple[str, str], Callable[[PointwiseLoss], str]] = {
+    ("compiled", "cpu"): _load_cpu,
+    **{("triton", device): _load_triton for device in ("cpu", "cuda", "xpu")},
+}
 
 
 def loss_named(key: str) -> PointwiseLoss:

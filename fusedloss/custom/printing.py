@@ -45,8 +45,11 @@ class Printer:
     def number(self, x: float) -> str:
         raise NotImplementedError
 
+    def applied(self, name: str, *args: str) -> str:
+        return f"{name}({', '.join(args)})"
+
     def call(self, name: str, args: Sequence[Expr]) -> str:
-        return f"{name}({', '.join(map(self, args))})"
+        return self.applied(name, *map(self, args))
 
     def _Symbol(self, e: Expr) -> str:
         return self.names.get(e.name, e.name)
@@ -86,20 +89,22 @@ class Printer:
                 above.append(factor)
         text = " * ".join(map(self, above)) if above else self.number(1.0)
         if below:
-            text = f"({text}) / ({' * '.join(map(self, below))})"
+            text = self.quotient(text, " * ".join(map(self, below)))
         return f"(-({text}))" if negative else f"({text})"
 
     def _Pow(self, e: Expr) -> str:
         base, exponent = self(e.base), int(e.exp)
         product = " * ".join([base] * abs(exponent))
-        return f"({product})" if exponent > 0 else f"({self.number(1.0)} / ({product}))"
+        return f"({product})" if exponent > 0 else self.quotient(self.number(1.0), product)
+
+    def quotient(self, above: str, below: str) -> str:
+        return f"(({above}) / ({below}))"
 
     def _Relational(self, e: Expr) -> str:
         return f"({self(e.lhs)} {self.operators[e.func]} {self(e.rhs)})"
 
     def _joined(self, e: Expr, name: str) -> str:
-        first, *rest = e.args
-        return functools.reduce(lambda text, arg: f"{name}({text}, {self(arg)})", rest, self(first))
+        return functools.reduce(lambda a, b: self.applied(name, a, b), map(self, e.args))
 
     def _And(self, e: Expr) -> str:
         return self._joined(e, "both")
@@ -118,11 +123,11 @@ def _is_negative(e: Expr) -> bool:
     return bool(e.as_coeff_Mul()[0].is_negative)
 
 
-# ---- C++ -----------------------------------------------------------------------------------------
+# ---- kernels -------------------------------------------------------------------------------------
 
 
-class _Cpp(Printer):
-    """Of elements: T is a number or a SIMD register."""
+class _Kernel(Printer):
+    """In the words of csrc/math, which the Triton backend mirrors."""
 
     renamed: ClassVar[dict[str, str]] = {
         "log": "log_any",
@@ -136,34 +141,49 @@ class _Cpp(Printer):
         "Where": "select",
     }
 
-    def number(self, x: float) -> str:
-        return f"T({_cpp_number(x)})"
-
     def _Word(self, e: Expr) -> str:
         name = e.func.__name__
         return self.call(self.renamed.get(name, name), e.args)
 
     def _Relu(self, e: Expr) -> str:
-        return f"at_least({self(e.args[0])}, T(0))"
+        return self.applied("at_least", self(e.args[0]), self.number(0.0))
 
     def _reciprocal(self, e: Expr) -> str:
-        return f"({self.number(1.0)} / {self(e.args[0])})"
+        return self.quotient(self.number(1.0), self(e.args[0]))
 
     def _Power(self, e: Expr) -> str:
         base, exponent = e.args
-        number = self._of_call(exponent)
-        return self.call("pow", e.args) if number is None else f"power({self(base)}, {number})"
+        number = self.of_call(exponent)
+        if number is None:
+            return self.call("pow", e.args)
+        return self.applied("power", self(base), number)
 
     def _PowerSlope(self, e: Expr) -> str:
         base, exponent, value = e.args
-        return f"power_slope({self(base)}, {self(value)}, {self._of_call(exponent)})"
+        return self.applied("power_slope", self(base), self(value), str(self.of_call(exponent)))
 
-    def _of_call(self, e: Expr) -> str | None:
-        """A number that is the same for all elements, as a double; None: it is none."""
+    def of_call(self, e: Expr) -> str | None:
+        """An exponent that is the same for all elements; None: it is none."""
+        raise NotImplementedError
+
+
+def _is_constant(e: Expr) -> bool:
+    return bool(e.is_Symbol and e.name.startswith("c"))
+
+
+# ---- C++ -----------------------------------------------------------------------------------------
+
+
+class _Cpp(_Kernel):
+    """Of elements: T is a number or a SIMD register."""
+
+    def number(self, x: float) -> str:
+        return f"T({_cpp_number(x)})"
+
+    def of_call(self, e: Expr) -> str | None:
         if e.is_number:
-            return _cpp_number(float(e))
-        is_constant = e.is_Symbol and e.name.startswith("c")
-        return f"constants[{e.name[1:]}]" if is_constant else None
+            return _cpp_number(float(e))  # a double
+        return f"constants[{e.name[1:]}]" if _is_constant(e) else None
 
 
 class _CppConstant(_Cpp):
@@ -171,9 +191,6 @@ class _CppConstant(_Cpp):
 
     def number(self, x: float) -> str:
         return f"double({_cpp_number(x)})"
-
-    def _Relu(self, e: Expr) -> str:
-        return f"at_least({self(e.args[0])}, 0.0)"
 
     def _Power(self, e: Expr) -> str:
         return self.call("pow", e.args)
@@ -219,6 +236,54 @@ def _comment(value: Expr) -> str:
     return " ".join(str(value).split())
 
 
+# ---- Triton --------------------------------------------------------------------------------------
+
+
+class _Triton(_Kernel):
+    """Of blocks of elements, and of constants that are blocks of none: all of the type T."""
+
+    def number(self, x: float) -> str:
+        return f"tl.full((), {_python_number(x)}, T)"
+
+    def applied(self, name: str, *args: str) -> str:
+        return super().applied(f"words.{name}", *args)
+
+    def quotient(self, above: str, below: str) -> str:
+        return self.applied("divide", above, below)
+
+    def of_call(self, e: Expr) -> str | None:
+        return self(e) if e.is_number or _is_constant(e) else None
+
+
+def _python_number(x: float) -> str:
+    return f"float({str(x)!r})" if math.isinf(x) else repr(x)
+
+
+def triton(traced: Traced) -> str:
+    """A module with a function `loss` for the engine of fusedloss/backends/triton/pointwise.py. Its
+    parameters are the kernel's constants, and the bound of the slopes."""
+    program = traced.kernel
+    of_element = _Triton({INPUT: "x", TARGET: "y"})
+    constants = [str(symbol) for symbol, _ in program.constants]
+    value, *slopes = map(of_element, program.results)
+    bounded = [of_element.applied("between", slope, "-clip", "clip") for slope in slopes]
+    lines = [
+        f"# {traced.name}: {_comment(traced.value)}",
+        "import triton",
+        "import triton.language as tl",
+        "",
+        "from fusedloss.backends.triton import words",
+        "",
+        "",
+        "@triton.jit",
+        f"def loss({', '.join(['x', 'y', *constants, 'clip'])}):",
+        "    T: tl.constexpr = x.dtype",
+        *(f"    {symbol} = {of_element(e)}" for symbol, e in program.shared),
+        f"    return {', '.join([value, *bounded])}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 # ---- PyTorch -------------------------------------------------------------------------------------
 
 
@@ -226,7 +291,7 @@ class _Torch(Printer):
     """Of tensors x and y; Python numbers stand for constants."""
 
     def number(self, x: float) -> str:
-        return f"float({str(x)!r})" if math.isinf(x) else repr(x)
+        return _python_number(x)
 
     def _Word(self, e: Expr) -> str:
         return f"call({', '.join([e.func.__name__, *map(self, e.args)])})"
@@ -286,8 +351,13 @@ def _cut(taken: Tensor, x: Any, y: Any, branch: Branch) -> Any:
     return branch(keep(x), keep(y))
 
 
+def _host(x: float) -> Tensor:
+    """Whatever the default device: a GPU would have to be waited for."""
+    return torch.tensor(x, dtype=torch.float64, device="cpu")
+
+
 def _number(text: str) -> Tensor:
-    return torch.tensor(float(text), dtype=torch.float64)
+    return _host(float(text))
 
 
 def _both(a: Any, b: Any) -> Any:
@@ -318,38 +388,52 @@ _NAMESPACE: dict[str, Any] = {
 }
 
 
+def _constants_source(traced: Traced, program: Program) -> str:
+    formulas = map(_TorchConstant({}), (e for _, e in program.constants))
+    arguments = ", ".join(traced.parameters)
+    return f"def constants({arguments}):\n    return [{', '.join(formulas)}]\n"
+
+
 def torch_source(traced: Traced, program: Program) -> str:
     """Two functions: ``constants(parameters...)``, and ``results(x, y, constants...)``."""
-    constant, element = _TorchConstant({}), _Torch({INPUT: "x", TARGET: "y"})
-    symbols = [str(symbol) for symbol, _ in program.constants]
-    formulas = [constant(e) for _, e in program.constants]
-    return "\n".join(
-        [
-            f"def constants({', '.join(traced.parameters)}):",
-            f"    return [{', '.join(formulas)}]",
-            "",
-            f"def results({', '.join(['x', 'y', *symbols])}):",
-            f"    return {', '.join(map(element, program.results))},",
-            "",
-        ]
+    arguments = ", ".join(["x", "y", *(str(symbol) for symbol, _ in program.constants)])
+    results = map(_Torch({INPUT: "x", TARGET: "y"}), program.results)
+    return (
+        f"{_constants_source(traced, program)}\n"
+        f"def results({arguments}):\n    return {', '.join(results)},\n"
     )
 
 
-Compiled = Callable[[Tensor, Tensor, tuple[float, ...]], tuple[Any, ...]]
+def _executed(traced: Traced, source: str) -> dict[str, Any]:
+    namespace = dict(_NAMESPACE)
+    exec(compile(source, f"<{traced.name}>", "exec"), namespace)  # noqa: S102 - of our own print
+    return namespace
+
+
+Numbers = tuple[float, ...]
+Compiled = Callable[[Tensor, Tensor, Numbers], tuple[Any, ...]]
+
+
+def _cached(constants: Callable[..., list[Any]]) -> Callable[[Numbers], Numbers]:
+    @functools.lru_cache(maxsize=64)
+    def of(parameters: Numbers) -> Numbers:
+        numbers = (_host(p) for p in parameters)
+        return tuple(float(c) for c in constants(*numbers))
+
+    return of
+
+
+def host_constants(traced: Traced) -> Callable[[Numbers], Numbers]:
+    """The constants of the kernel as a function of the parameters' numbers, worked out in float64."""
+    return _cached(_executed(traced, _constants_source(traced, traced.kernel))["constants"])
 
 
 def torch_function(traced: Traced, program: Program) -> Compiled:
     """The formulas as a function of input, target and the parameters' numbers."""
-    namespace = dict(_NAMESPACE)
-    exec(compile(torch_source(traced, program), f"<{traced.name}>", "exec"), namespace)  # noqa: S102 - of our own print
-    results = namespace["results"]
+    namespace = _executed(traced, torch_source(traced, program))
+    constants, results = _cached(namespace["constants"]), namespace["results"]
 
-    @functools.lru_cache(maxsize=64)
-    def constants(parameters: tuple[float, ...]) -> tuple[float, ...]:
-        numbers = (torch.tensor(p, dtype=torch.float64) for p in parameters)
-        return tuple(float(c) for c in namespace["constants"](*numbers))
-
-    def run(input: Tensor, target: Tensor, parameters: tuple[float, ...]) -> tuple[Any, ...]:
+    def run(input: Tensor, target: Tensor, parameters: Numbers) -> tuple[Any, ...]:
         computed: tuple[Any, ...] = results(input, target, *constants(parameters))
         return computed
 

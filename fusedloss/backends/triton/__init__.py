@@ -5,6 +5,7 @@ tensors, in Triton's interpreter.
 """
 
 from .common import raise_faults
+from .custom import load
 from .operators import operators
 
-__all__ = ["operators", "raise_faults"]
+__all__ = ["load", "operators", "raise_faults"]

@@ -42,12 +42,18 @@ class Pass:
     # gradient that the gradient was written for (nan: none was) and what the loss was divided by.
     scales: Tensor
     gradient: Tensor | None = None
+    target_gradient: Tensor | None = None
     prediction: Tensor | None = None  # to be told of the upstream gradient
     grad_output: Tensor | None = None
 
     @property
     def forward(self) -> bool:
         return self.step < BACKWARD
+
+    @property
+    def writes(self) -> bool:
+        """A gradient, or both."""
+        return self.gradient is not None or self.target_gradient is not None
 
 
 # ---- numbers -------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import common, losses
+from . import common, losses, words
 from .common import Divisor, Pass
 
 TILE = 4096  # elements of a tile of several rows
@@ -61,7 +61,7 @@ def add_up(
         others = tl.where(cols[None, :] == target[:, None], float("-inf"), x)
     max = tl.max(others, 1)
     top = losses.origin(max)[:, None]
-    sum = tl.sum(losses.exp_nonpositive(others - top), 1)
+    sum = tl.sum(words.exp_nonpositive(others - top), 1)
     dot = tl.zeros_like(sum)
     mass = tl.zeros_like(sum)
     if SOFT or SMOOTH:
@@ -78,7 +78,7 @@ def write_gradient(
     y_rows, weight, exists, y_stride, keep, spread,
     SOFT: tl.constexpr, SMOOTH: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    g = losses.exp_nonpositive(x - max[:, None]) * factor[:, None]
+    g = words.exp_nonpositive(x - max[:, None]) * factor[:, None]
     if SOFT or SMOOTH:
         q = share(y_rows, weight, cols, exists, classes, y_stride, keep, spread, SOFT, T)
         g = g - q * scale[:, None]

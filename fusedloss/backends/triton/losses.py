@@ -1,4 +1,4 @@
-"""The maths of csrc/math, mirrored: the words, the pointwise losses, and a row of cross-entropy.
+"""The maths of csrc/math, mirrored: the pointwise losses, and a row of cross-entropy.
 
 All numbers of a call are of one type, float32 or float64.
 """
@@ -11,56 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-# ---- words ---------------------------------------------------------------------------------------
-# Only operations that every backend of Triton has: its libdevice is not one.
-
-
-@triton.jit
-def divide(x, y):
-    """x / y, rounded once."""
-    if x.dtype == tl.float64:
-        return x / y
-    else:
-        return tl.div_rn(x, y)
-
-
-@triton.jit
-def exp_nonpositive(x):
-    """e^x for x in [-inf, 0] or nan; in float32, 0 below -87.33.
-
-    tl.exp multiplies x by log2(e) first, which costs 7 bits where x is large.
-    """
-    if x.dtype == tl.float64:
-        return tl.exp(x)
-    else:
-        # Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-        shifted = x * 1.4426950408889634 + 12582912.0
-        n = shifted - 12582912.0
-        # ln 2 in two parts; the first has 15 bits, so that n times it is exact.
-        r = (x - n * 0.693145751953125) - n * 1.42860682030941723e-6
-        scale = (shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000
-        p = tl.exp2(r * 1.4426950408889634) * scale.to(tl.float32, bitcast=True)
-        return tl.where(x < -87.33, 0.0, p)
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) for x in [-1, inf): what 1 + x rounds away is added in first order."""
-    u = 1.0 + x
-    lost = x - (u - 1.0)
-    # u = 0: lost is 0 as well, and the logarithm -inf.
-    return tl.log(u) + divide(lost, tl.maximum(u, 1e-30))
-
-
-@triton.jit
-def at_least(x, low):
-    return tl.where(x < low, low, x)
-
-
-@triton.jit
-def between(x, low, high):
-    return tl.where(x < low, low, tl.where(x > high, high, x))
-
+from .words import at_least, between, divide, exp_nonpositive, log1p
 
 # ---- pointwise -----------------------------------------------------------------------------------
 # A loss is a jit function of one element,

@@ -5,7 +5,7 @@ their schemas and their ways, in Python: they need no compiled extension.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import autograd
-from . import common, cross_entropy, pointwise
+from . import common, cross_entropy, custom, pointwise
 from .common import Pass
 from .losses import POINTWISE
 
@@ -27,11 +27,14 @@ operators: Any = torch.ops.fusedloss_triton
 # ---- what a forward leaves for its backward ------------------------------------------------------
 
 
+Gradients = tuple[Tensor | None, Tensor | None]  # for input and target; None: is not wanted
+
+
 @dataclass
 class Carried:
     """Lives and dies with the memory of a forward's `scales`, as in csrc/carried.h."""
 
-    gradient: Tensor | None  # None: handed over already
+    gradients: Gradients | None  # None: handed over already
     prediction: Tensor
 
 
@@ -87,9 +90,13 @@ def _saves_through_hooks() -> bool:
 
 
 def _differentiable(
-    loss: str, tensors: int, reference_gradient: Callable[..., Tensor]
+    loss: str, tensors: int, of_target: bool, reference_gradient: Callable[..., Any]
 ) -> Callable[..., Tensor]:
-    """The operator for autograd. A call begins with so many tensors and ends with a prediction."""
+    """The operator for autograd. A call begins with so many tensors and ends with a prediction.
+
+    of_target: target may want a gradient too. The operators then take whose are wanted, and give
+    both.
+    """
 
     class OnePass(torch.autograd.Function):
         """The forward pass writes the gradient already, for a predicted upstream gradient; the
@@ -98,6 +105,8 @@ def _differentiable(
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Tensor:
             *call, prediction = args
+            if of_target:
+                call += ctx.needs_input_grad[:2]
             hooked = _saves_through_hooks()
             if hooked:
                 prediction = call[0].new_zeros(2, dtype=torch.float64)  # no confidence in it
@@ -115,15 +124,17 @@ def _differentiable(
             scales, *operands = ctx.saved_tensors
             call = (*operands, *ctx.options)
             if _needs_reference(grad_output):
-                gradient = reference_gradient(grad_output, *call)
+                gradients = reference_gradient(grad_output, *call)
             else:
-                gradient = getattr(operators, loss + "_backward").default(
-                    grad_output, scales, *call
-                )
-            return gradient, *(None,) * len(call)
+                backward = getattr(operators, loss + "_backward").default
+                gradients = backward(grad_output, scales, *call)
+            if not of_target:
+                gradients = gradients, None
+            return *gradients, *(None,) * (len(ctx.needs_input_grad) - 2)
 
     def operator(*args: Any) -> Tensor:
-        if torch.is_grad_enabled() and args[0].requires_grad:
+        wanted = args[0].requires_grad or (of_target and args[1].requires_grad)
+        if torch.is_grad_enabled() and wanted:
             return OnePass.apply(*args)  # type: ignore[no-any-return]
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return getattr(operators, loss).default(*args)  # type: ignore[no-any-return]
@@ -143,7 +154,23 @@ class Engine:
     run: Callable[..., Tensor | None]  # of a Pass, and those arguments
     loss: Callable[..., str]  # what tells predictions apart
     empty_loss: Callable[[Tensor, int, torch.dtype], Tensor]
-    reference_gradient: Callable[..., Tensor]
+    reference_gradient: Callable[..., Any]
+    # Gives the gradient for target too: the operators then take whose are wanted.
+    of_target: bool = False
+
+    def _wanted(self, call: Sequence[Any]) -> tuple[Sequence[Any], bool, bool]:
+        """The arguments of a call, and whose gradients are wanted."""
+        return (call[:-2], call[-2], call[-1]) if self.of_target else (call, True, False)
+
+    def _empty_gradients(self, call: Sequence[Any], of_input: bool, of_target: bool) -> Gradients:
+        input, target = call[:2]
+        return (
+            common.empty_like(input, input.dtype) if of_input else None,
+            common.empty_like(input, target.dtype) if of_target else None,
+        )
+
+    def _given(self, gradients: Gradients) -> Any:
+        return gradients if self.of_target else gradients[0]
 
     def value(self, *args: Any) -> Tensor | None:
         *call, _ = args
@@ -151,55 +178,58 @@ class Engine:
         return self.run(Pass(common.VALUE, common.empty_scales(call[0])), *call)
 
     def forward(self, *args: Any) -> tuple[Tensor | None, Tensor]:
-        *call, own = args
-        input, reduction = call[0], call[-2]
+        call, *wanted = self._wanted(args[:-1])
+        input, reduction, own = call[0], call[-2], args[-1]
         common.raise_faults()
         if reduction == 0:
             scales = common.empty_scales(input)
             return self.run(Pass(common.VALUE, scales), *call), scales
         prediction = _prediction_of(own, self.loss(*call), input, reduction)
         # What other streams teach the prediction meanwhile is not this call's.
-        scales, gradient = prediction.clone(), common.empty_like(input, input.dtype)
-        value = self.run(Pass(common.FORWARD, scales, gradient), *call)
-        carry(scales, Carried(gradient, prediction))
+        scales, gradients = prediction.clone(), self._empty_gradients(call, *wanted)
+        value = self.run(Pass(common.FORWARD, scales, *gradients), *call)
+        carry(scales, Carried(gradients, prediction))
         return value, scales
 
-    def backward(self, grad_output: Tensor, scales: Tensor, *call: Any) -> Tensor:
-        input = call[0]
-        left, gradient = carried(scales), None
+    def backward(self, grad_output: Tensor, scales: Tensor, *args: Any) -> Any:
+        call, *wanted = self._wanted(args)
+        left, gradients = carried(scales), None
         if left is not None:
-            gradient, left.gradient = left.gradient, None
-        step = common.FRESH if gradient is None else common.BACKWARD
-        if gradient is None:
-            gradient = common.empty_like(input, input.dtype)
+            gradients, left.gradients = left.gradients, None
+        step = common.FRESH if gradients is None else common.BACKWARD
+        if gradients is None:
+            gradients = self._empty_gradients(call, *wanted)
         prediction = torch.empty_like(scales) if left is None else left.prediction
-        self.run(Pass(step, scales, gradient, prediction, grad_output), *call)
-        return gradient
+        self.run(Pass(step, scales, *gradients, prediction, grad_output), *call)
+        return self._given(gradients)
 
     def meta_value(self, *args: Any) -> Tensor:
         input, reduction, dtype = args[0], *args[-3:-1]
         return self.empty_loss(input, reduction, dtype)
 
     def meta_forward(self, *args: Any) -> tuple[Tensor, Tensor]:
-        return self.meta_value(*args), common.empty_scales(args[0])
+        call, *_ = self._wanted(args[:-1])
+        return self.meta_value(*call, None), common.empty_scales(call[0])
 
-    def meta_backward(self, grad_output: Tensor, scales: Tensor, *call: Any) -> Tensor:
-        return common.empty_like(call[0], call[0].dtype)
+    def meta_backward(self, grad_output: Tensor, scales: Tensor, *args: Any) -> Any:
+        return self._given(self._empty_gradients(*self._wanted(args)))
 
     def define(self) -> None:
         # As in csrc/ops.cpp: traced by compilers, but not into a CUDA graph.
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+        wanted = ", bool of_input, bool of_target" if self.of_target else ""
+        gradients = "(Tensor, Tensor)" if self.of_target else "Tensor"
         for name, schema, kernel, meta in (
             ("", f"({self.call}, Tensor? prediction) -> Tensor", self.value, self.meta_value),
             (
                 "_forward",
-                f"({self.call}, Tensor? prediction) -> (Tensor loss, Tensor scales)",
+                f"({self.call}{wanted}, Tensor? prediction) -> (Tensor loss, Tensor scales)",
                 self.forward,
                 self.meta_forward,
             ),
             (
                 "_backward",
-                f"(Tensor grad_output, Tensor scales, {self.call}) -> Tensor",
+                f"(Tensor grad_output, Tensor scales, {self.call}{wanted}) -> {gradients}",
                 self.backward,
                 self.meta_backward,
             ),
@@ -209,7 +239,7 @@ class Engine:
                 _library.impl(self.name + name, kernel, device)
             _library.impl(self.name + name, meta, "Meta")
         tensors = self.call.count("Tensor")
-        operator = _differentiable(self.name, tensors, self.reference_gradient)
+        operator = _differentiable(self.name, tensors, self.of_target, self.reference_gradient)
         _library.impl(self.name, operator, "Autograd")
 
 
@@ -243,6 +273,16 @@ Engine(
     lambda *call: call[4],
     pointwise.empty_loss,
     autograd.pointwise_reference_gradient,
+).define()
+Engine(
+    "custom",
+    "Tensor input, Tensor target, Tensor? weight, str loss, float[] parameters, int reduction, "
+    "ScalarType dtype",
+    custom.run,
+    lambda *call: call[3],
+    pointwise.empty_loss,
+    autograd.custom_reference_gradient,
+    of_target=True,
 ).define()
 Engine(
     "cross_entropy",

@@ -45,6 +45,11 @@ def fetch(source, at, mask, sizes, T: tl.constexpr):
 
 
 @triton.jit
+def store(pointer, x, mask):
+    tl.store(pointer, common.narrow(x, pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def fetch_target(source, at, mask, sizes, CLASS_DIM: tl.constexpr, T: tl.constexpr):
     """Class indices are read as one-hot rows: 1 where the position along CLASS_DIM is the index."""
     if CLASS_DIM < 0:
@@ -93,19 +98,14 @@ def tile(
         w = fetch(weight, at, mask, sizes, T)
         v = v * w
     if value is not None:
-        tl.store(value + at, common.narrow(v, value.dtype.element_ty), mask=mask)
+        store(value + at, v, mask)
     if write:
         if upstream is not None:
             w = w * fetch(upstream, at, mask, sizes, T)
-        g = result[1] * w * factor
-        tl.store(gradient + at, common.narrow(g, gradient.dtype.element_ty), mask=mask)
+        if gradient is not None:
+            store(gradient + at, result[1] * w * factor, mask)
         if target_gradient is not None:
-            g = result[2] * w * factor
-            tl.store(
-                target_gradient + at,
-                common.narrow(g, target_gradient.dtype.element_ty),
-                mask=mask,
-            )
+            store(target_gradient + at, result[2] * w * factor, mask)
     if mask is not None:
         v = tl.where(mask, v, 0.0)
     return tl.sum(tl.reshape(v, [v.shape[0] // PACKET, PACKET]), 1).to(tl.float64)
@@ -275,7 +275,6 @@ def run(
     ignore_index: int,
     reduction: int,
     dtype: torch.dtype,
-    target_gradient: Tensor | None = None,
 ) -> Tensor | None:
     """Forward: the loss. Backward: what of the gradients is not right yet is written.
 
@@ -312,8 +311,8 @@ def run(
             operands=tuple(space.sources[4:]),
             upstream=space.sources[3],
             value=result if each else None,
-            gradient=input if do.gradient is None else do.gradient,
-            target_gradient=target_gradient,
+            gradient=do.gradient if do.writes else input,
+            target_gradient=do.target_gradient,
             sizes=space.sizes,
             numel=numel,
             parameters=tuple(map(common.halves, parameters)),

@@ -1,0 +1,72 @@
+"""Losses of one's own: printed functions, made jit functions for the pointwise engine."""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import pointwise
+from .common import Pass
+from .losses import PointwiseLoss
+
+Numbers = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    loss: PointwiseLoss
+    parameters: int  # of a call: the loss's own, and the bound of the slopes
+    constants: Callable[[Numbers], Numbers]  # of the kernel, from the loss's own parameters
+
+
+_loaded: dict[str, Loaded] = {}
+
+
+def load(name: str, source: str, parameters: int, constants: Callable[[Numbers], Numbers]) -> str:
+    """Makes a loss known to the operators, once: what they call it.
+
+    source: as ``fusedloss.custom.printing.triton`` prints it. Triton compiles it at its first use,
+    and keeps what it has compiled by the source.
+    """
+    key = f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:24]}"
+    if key not in _loaded:
+        # Triton asks inspect for the source. There is no file that might be lost, or half written.
+        file = f"<fusedloss {key}>"
+        linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+        namespace: dict[str, Any] = {"__name__": f"{__name__}.{key}"}
+        exec(compile(source, file, "exec"), namespace)  # noqa: S102 - of our own print
+        loss = PointwiseLoss(namespace["loss"], mean="weights")
+        _loaded[key] = Loaded(loss, parameters, constants)
+    return key
+
+
+def run(
+    do: Pass,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    name: str,
+    parameters: Sequence[float],
+    reduction: int,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    loaded = _loaded.get(name)
+    if loaded is None:
+        raise RuntimeError(
+            f"fusedloss: no kernel of a loss {name!r} is loaded: import the module that defines it, "
+            "and call it once"
+        )
+    if len(parameters) != loaded.parameters:
+        raise ValueError(
+            f"fusedloss: {name!r} has {loaded.parameters} parameters, and the call "
+            f"{len(parameters)}"
+        )
+    *own, bound = parameters
+    numbers = (*loaded.constants(tuple(own)), bound)
+    return pointwise.run(do, loaded.loss, input, target, weight, (), numbers, 0, reduction, dtype)

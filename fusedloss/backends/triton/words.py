@@ -1,0 +1,456 @@
+"""The words of csrc/math/vocabulary.h and elementary.h, mirrored: what a loss is written in.
+
+All numbers of a call are of one type, float32 or float64. Only operations that every backend of
+Triton has: its libdevice is not one.
+
+Where a float32 function is a polynomial, it is the one of the C++ header of its name, with its
+coefficients. Errors are in ULP, the largest found in Triton's interpreter, which is to say without
+fused multiply-add; tests/test_triton_words.py holds them. The functions that a comment calls Triton's
+own are, on a GPU, those of its maker's mathematical library, and in the interpreter NumPy's.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# ---- of a known domain ---------------------------------------------------------------------------
+
+
+@triton.jit
+def divide(x, y):
+    """x / y, rounded once."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def exp_nonpositive(x):
+    """e^x for x in [-inf, 0] or nan; in float32, 0 below -87.33.
+
+    tl.exp multiplies x by log2(e) first, which costs 7 bits where x is large. Error 1.3 in float32.
+    """
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        # Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+        shifted = x * 1.4426950408889634 + 12582912.0
+        n = shifted - 12582912.0
+        # ln 2 in two parts; the first has 15 bits, so that n times it is exact.
+        r = (x - n * 0.693145751953125) - n * 1.42860682030941723e-6
+        scale = (shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000
+        p = tl.exp2(r * 1.4426950408889634) * scale.to(tl.float32, bitcast=True)
+        return tl.where(x < -87.33, 0.0, p)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x in [-1, inf): what 1 + x rounds away is added in first order. Error 3.3 in
+    float32, 1 in float64."""
+    u = 1.0 + x
+    lost = x - (u - 1.0)
+    # u = 0: lost is 0 as well, and the logarithm -inf.
+    return tl.log(u) + divide(lost, tl.maximum(u, 1e-30))
+
+
+@triton.jit
+def log1p_unit(x):
+    """log(1 + x) for x in [0, 1] or nan. Error 2 in float32, 1 in float64."""
+    if x.dtype == tl.float64:
+        return log1p(x)
+    else:
+        # = 2 atanh(s) = 2 s + s^3 q(s^2).
+        s = tl.div_rn(x, 2.0 + x)
+        s2 = s * s
+        q = tl.fma(s2, 0.24289557, 0.21430741)
+        q = tl.fma(s2, q, 0.28616595)
+        q = tl.fma(s2, q, 0.3999889)
+        q = tl.fma(s2, q, 0.66666675)
+        return tl.fma(s2 * s, q, s + s)
+
+
+@triton.jit
+def at_least(x, low):
+    return tl.where(x < low, low, x)
+
+
+@triton.jit
+def between(x, low, high):
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+# ---- of every number -----------------------------------------------------------------------------
+# What a loss of one's own may call with anything, infinities and nan included.
+
+
+@triton.jit
+def select(condition, yes, no):
+    return tl.where(condition, yes, no)
+
+
+# As integers, since Triton's interpreter knows no condition that is one for all elements.
+
+
+@triton.jit
+def both(a, b):
+    return (a.to(tl.int32) & b.to(tl.int32)) != 0
+
+
+@triton.jit
+def either(a, b):
+    return (a.to(tl.int32) | b.to(tl.int32)) != 0
+
+
+@triton.jit
+def negation(a):
+    return a == 0
+
+
+@triton.jit
+def abs(x):
+    return tl.abs(x)
+
+
+@triton.jit
+def maximum(a, b):
+    """nan where either is, as in torch."""
+    return tl.where(either(a > b, a != a), a, b)
+
+
+@triton.jit
+def minimum(a, b):
+    return tl.where(either(a < b, a != a), a, b)
+
+
+@triton.jit
+def sign(x):
+    """0 for zeros and nan, as in torch."""
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0)).to(x.dtype)
+
+
+@triton.jit
+def sqrt(x):
+    """Rounded once."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def sin(x):
+    """Triton's own."""
+    return tl.sin(x)
+
+
+@triton.jit
+def cos(x):
+    """Triton's own."""
+    return tl.cos(x)
+
+
+@triton.jit
+def _whole(shifted):
+    """The integer n of n + 1.5 * 2^23, from its bits."""
+    return shifted.to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def _power_of_two(n):
+    """2^n for n in [-126, 127]."""
+    return ((n + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _reduce_exp(x):
+    """x = n ln 2 + r with |r| <= ln(2) / 2: n, and e^r - 1. |x| < 2^15, or nan."""
+    shifted = tl.fma(x, 1.44269504, 12582912.0)
+    n = shifted - 12582912.0
+    r = tl.fma(n, -0.693145751953125, x)
+    r = tl.fma(n, -1.42860682030941723e-6, r)
+    # e^r = 1 + r + r^2 q(r).
+    q = tl.fma(r, 0.0013821468, 0.008368663)
+    q = tl.fma(r, q, 0.041668255)
+    q = tl.fma(r, q, 0.16666521)
+    q = tl.fma(r, q, 0.49999994)
+    return _whole(shifted), tl.fma(r * r, q, r)
+
+
+@triton.jit
+def _exp_times(x, more):
+    """e^x (1 + more), |more| small; a product with what it was rounded by has no less digits."""
+    if x.dtype == tl.float64:
+        e = tl.exp(x)
+        return tl.where(e < float("inf"), e + e * more, e)
+    else:
+        n, p = _reduce_exp(between(x, -104.0, 89.0))
+        # In two steps of scaling, to reach subnormals and infinity.
+        half = n >> 1
+        first = _power_of_two(half)
+        return tl.fma(first, tl.fma(more, 1.0 + p, p), first) * _power_of_two(n - half)
+
+
+@triton.jit
+def exp(x):
+    """Error 1.1 in float32; in float64 Triton's own."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        return _exp_times(x, 0.0)
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1. Error 1.6 in float32, 2.5 in float64."""
+    if x.dtype == tl.float64:
+        # Taylor's series where the difference would cancel.
+        small = between(x, -0.35, 0.35)
+        p = small * 1.1470745597729725e-11 + 1.6059043836821613e-10
+        p = small * p + 2.08767569878681e-09
+        p = small * p + 2.505210838544172e-08
+        p = small * p + 2.755731922398589e-07
+        p = small * p + 2.7557319223985893e-06
+        p = small * p + 2.48015873015873e-05
+        p = small * p + 0.0001984126984126984
+        p = small * p + 0.001388888888888889
+        p = small * p + 0.008333333333333333
+        p = small * p + 0.041666666666666664
+        p = small * p + 0.16666666666666666
+        p = small * p + 0.5
+        return tl.where(small == x, small * small * p + small, tl.exp(x) - 1.0)
+    else:
+        n, p = _reduce_exp(between(x, -25.0, 89.0))
+        # 2^128 is no float: there the last doubling waits.
+        beyond = tl.where(n == 128, 1, 0)
+        scale = _power_of_two(n - beyond)
+        sum = tl.fma(p, scale, scale - 1.0)
+        return tl.where(x == 0.0, x, sum * _power_of_two(beyond))  # -0
+
+
+@triton.jit
+def _log_normal(t, addend):
+    """log(t) for normal t > 0; addend joins where it loses least."""
+    # t = 2^n m with m in [sqrt(1/2), sqrt(2)), so that m - 1 is exact and small.
+    bits = t.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) & -0x800000
+    n = exponent.to(tl.float32) * 1.1920928955078125e-07
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    # log(1 + f) = f - f^2 / 2 + f^3 q(f).
+    q = tl.fma(f, -0.076344974, 0.12761578)
+    q = tl.fma(f, q, -0.13160183)
+    q = tl.fma(f, q, 0.14201757)
+    q = tl.fma(f, q, -0.16623357)
+    q = tl.fma(f, q, 0.20001227)
+    q = tl.fma(f, q, -0.2500082)
+    q = tl.fma(f, q, 0.3333333)
+    f2 = f * f
+    low = tl.fma(f2 * f, q, addend)
+    low = tl.fma(n, 1.42860682030941723e-6, low)
+    low = tl.fma(f2, -0.5, low)
+    return tl.fma(n, 0.693145751953125, f + low)
+
+
+@triton.jit
+def log_any(x):
+    """Natural logarithm: nan below 0. Error 0.9 in float32; in float64 Triton's own."""
+    if x.dtype == tl.float64:
+        return tl.log(x)
+    else:
+        tiny = x < 1.17549435e-38
+        usable = (x > 0.0) & (x < float("inf"))
+        normal = tl.where(usable, tl.where(tiny, x * 8388608.0, x), 1.0)
+        result = _log_normal(normal, 0.0) - tl.where(tiny, 15.9423847, 0.0)
+        edge = tl.where(x == 0.0, float("-inf"), tl.where(x > 0.0, x, float("nan")))
+        return tl.where(usable, result, edge)
+
+
+@triton.jit
+def log1p_any(x):
+    """log(1 + x): nan below -1. Error 1.3 in float32, 1 in float64."""
+    if x.dtype == tl.float64:
+        return tl.where(x == float("inf"), x, log1p(x))
+    else:
+        t = 1.0 + x
+        usable = (t > 0.0) & (x < float("inf"))
+        # What the sum lost joins with the slope of the logarithm there, near enough a line.
+        lost = (x - (t - 1.0)) * at_least(tl.fma(x, -0.5, 1.0), 0.0)
+        result = _log_normal(tl.where(usable, t, 1.0), lost)
+        edge = tl.where(t == 0.0, float("-inf"), tl.where(x > 0.0, x, float("nan")))
+        return tl.where(usable, result, edge)
+
+
+@triton.jit
+def xlogy(x, y):
+    """x log(y), 0 where x is 0 and y a number, as in torch."""
+    return tl.where(both(x == 0.0, y == y), 0.0, x * log_any(y))
+
+
+@triton.jit
+def tanh(x):
+    """Error 2.5 in float32, 2.8 in float64."""
+    e = expm1(-2.0 * tl.abs(x))
+    size = divide(-e, 2.0 + e)
+    return tl.where(x < 0.0, -size, tl.where(x == 0.0, x, size))
+
+
+@triton.jit
+def erf(x):
+    """Error 1.4 in float32; in float64 Triton's own."""
+    if x.dtype == tl.float64:
+        return tl.erf(x)
+    else:
+        size = between(tl.abs(x), 0.0, 4.0)
+        # x + x p(x^2), and 1 - exp(-r(|x|)).
+        z = size * size
+        p = tl.fma(z, 8.535948e-05, -0.00081812846)
+        p = tl.fma(z, p, 0.005204383)
+        p = tl.fma(z, p, -0.026860733)
+        p = tl.fma(z, p, 0.112837195)
+        p = tl.fma(z, p, -0.37612635)
+        p = tl.fma(z, p, 0.1283792)
+        r = tl.fma(size, 1.0657806e-06, 6.9814655e-06)
+        r = tl.fma(size, r, -0.00035455555)
+        r = tl.fma(size, r, 0.0039183586)
+        r = tl.fma(size, r, -0.024630973)
+        r = tl.fma(size, r, 0.10768884)
+        r = tl.fma(size, r, 0.6337849)
+        r = tl.fma(size, r, 1.1293333)
+        r = tl.fma(size, r, -0.00014233188)
+        big = 1.0 - exp_nonpositive(-r)
+        big = tl.where(x < 0.0, -big, big)
+        return tl.where(size < 0.9, tl.fma(x, p, x), big)
+
+
+# ---- powers --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _halves(a):
+    """a in two parts, whose products with such parts are exact. |a| far from the largest number."""
+    if a.dtype == tl.float64:
+        shifted = a * 134217729.0
+    else:
+        shifted = a * 4097.0
+    high = shifted - (shifted - a)
+    return high, a - high
+
+
+@triton.jit
+def _product(a, b):
+    """a b, and what it was rounded by."""
+    product = a * b
+    a1, a2 = _halves(a)
+    b1, b2 = _halves(b)
+    return product, ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2
+
+
+@triton.jit
+def _log_in_two(x):
+    """log(x) for finite x > 0, as a sum of two numbers of which the second is small."""
+    # x = 2^n m with m in [sqrt(1/2), sqrt(2)); log m = 2 atanh(s) = 2 (s + s^3/3 + s^5/5 + ...),
+    # s = f / (2 + f), f = m - 1. All but the first term are a hundredth of it.
+    if x.dtype == tl.float64:
+        tiny = x < 2.2250738585072014e-308
+        bits = tl.where(tiny, x * 18014398509481984.0, x).to(tl.int64, bitcast=True)
+        exponent = (bits - 0x3FE6A09E667F3BCD) & -0x10000000000000
+        n = exponent.to(tl.float64) * 2.220446049250313e-16 - tl.where(tiny, 54.0, 0.0)
+        f = (bits - exponent).to(tl.float64, bitcast=True) - 1.0
+        turns, rest = n * 0.6931471803691238, n * 1.9082149292705877e-10
+    else:
+        tiny = x < 1.17549435e-38
+        bits = tl.where(tiny, x * 8388608.0, x).to(tl.int32, bitcast=True)
+        exponent = (bits - 0x3F3504F3) & -0x800000
+        n = exponent.to(tl.float32) * 1.1920928955078125e-07 - tl.where(tiny, 23.0, 0.0)
+        f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+        turns, rest = n * 0.693145751953125, n * 1.42860682030941723e-6
+    d = 2.0 + f
+    s = divide(f, d)
+    product, lost = _product(s, d)
+    s_low = divide(((f - product) - lost) - s * (f - (d - 2.0)), d)
+    z = s * s
+    if x.dtype == tl.float64:
+        q = z * 0.043478260869565216 + 0.047619047619047616
+        q = z * q + 0.05263157894736842
+        q = z * q + 0.058823529411764705
+        q = z * q + 0.06666666666666667
+        q = z * q + 0.07692307692307693
+        q = z * q + 0.09090909090909091
+        q = z * q + 0.1111111111111111
+    else:
+        q = z * 0.09090909090909091 + 0.1111111111111111
+    q = z * q + 0.14285714285714285
+    q = z * q + 0.2
+    q = z * q + 0.3333333333333333
+    most = 2.0 * s
+    sum = turns + most
+    low = (most - (sum - turns)) + (rest + 2.0 * (s_low + s * (z * q)))
+    high = sum + low
+    return high, low - (high - sum)
+
+
+@triton.jit
+def pow(x, y):
+    """x^y, by a logarithm in two numbers, so that a large exponent keeps its digits. Of a negative
+    x, nan unless y is an integer. Error 1.2 for results of usual size; towards the smallest and the
+    largest number 4 in float32, 12 in float64."""
+    x, y = tl.broadcast(x, y)
+    size = tl.abs(x)
+    usable = (size > 0.0) & (size < float("inf"))
+    high, low = _log_in_two(tl.where(usable, size, 1.0))
+    # So far off 0 any larger exponent gives the same, and what is split does not overflow.
+    far = between(y, -1.0e24, 1.0e24)
+    exponent, lost = _product(far, high)
+    more = lost + far * low
+    result = _exp_times(exponent, tl.where(tl.abs(more) < 1.0, more, 0.0))
+    # 0 and infinity, of which there is no logarithm.
+    limit = tl.where(y < 0.0, float("inf"), 0.0)
+    other = tl.where(y < 0.0, 0.0, float("inf"))
+    result = tl.where(size == 0.0, limit, tl.where(size < float("inf"), result, other))
+    result = tl.where((y == 0.0) | (x == 1.0), 1.0, tl.where((x == x) & (y == y), result, x + y))
+    whole = tl.floor(y) == y
+    half = y * 0.5
+    odd = whole & (tl.floor(half) != half)
+    known = whole | (size == 0.0) | (size == float("inf"))
+    of_negative = tl.where(known, tl.where(odd, -result, result), float("nan"))
+    if x.dtype == tl.float64:
+        negative = x.to(tl.int64, bitcast=True) < 0
+    else:
+        negative = x.to(tl.int32, bitcast=True) < 0
+    return tl.where(negative, of_negative, result)
+
+
+@triton.jit
+def power(x, exponent):
+    """x^exponent for a number that is the same for all elements: products for the usual ones."""
+    if exponent == 2.0:
+        result = x * x
+    elif exponent == 1.0:
+        result = x
+    elif exponent == 3.0:
+        result = x * x * x
+    elif exponent == 0.5:
+        result = sqrt(x)
+    elif exponent == 0.0:
+        result = tl.zeros_like(x) + 1.0
+    else:
+        result = pow(x, exponent)
+    return result
+
+
+@triton.jit
+def power_slope(x, value, exponent):
+    """Its derivative, where value is x^exponent; at 0 the limit."""
+    if exponent == 2.0:
+        slope = x + x
+    elif exponent == 1.0:
+        slope = tl.zeros_like(x) + 1.0
+    elif exponent == 3.0:
+        slope = 3.0 * x * x
+    elif exponent == 0.0:
+        slope = tl.zeros_like(x)
+    else:
+        at_zero = tl.where(exponent > 1.0, 0.0, exponent * float("inf"))
+        slope = tl.where(x == 0.0, at_zero, divide(exponent * value, x))
+    return slope
