@@ -17,10 +17,10 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import setuptools
@@ -37,6 +37,18 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
+
+def load_module(path: Path) -> ModuleType:
+    """One file of the package, which as a whole does not import yet."""
+    spec = importlib.util.spec_from_file_location(f"setup_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+toolkits: Any = load_module(Path(__file__).with_name("fusedloss") / "_toolkit.py")
+
 TORCH = Requirement("torch>=2.11,<2.16")
 
 # Each source of csrc/cpu is compiled once for every capability, under torch's own names for them:
@@ -51,13 +63,10 @@ if platform.machine() in ("x86_64", "AMD64"):
         *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
     ]
 
+# Sources without torch headers, and so in seconds; see csrc/cuda.
 NVCC_FLAGS = [
-    *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xfatbin=-compress-all"),
-    "-Xcompiler=-fPIC,-Wall,-Wextra,-Wno-psabi",
-    # As -ffp-contract=off below.
-    "-fmad=false",
-    # Sources without torch headers, and so in seconds; see csrc/cuda.
-    "-Xptxas=-v",
+    *toolkits.NVCC_FLAGS,
+    *("-Xfatbin=-compress-all", "-Xptxas=-v", "-Xcompiler=-fPIC,-Wall,-Wextra,-Wno-psabi"),
 ]
 
 CXX_FLAGS = [
@@ -77,11 +86,13 @@ CXX_FLAGS = [
 class ShipHeaders(build_py):
     """Puts into the package what a loss of one's own is compiled with, where the package is used."""
 
+    HEADERS = ("engine.h", "math/*.h", "cpu/*.h", "cuda/*.h", "cuda/*.cuh")
+
     def run(self) -> None:
         super().run()
         if getattr(self, "editable_mode", False):
             return  # found beside the package
-        for header in sorted([*Path("csrc/math").glob("*.h"), *Path("csrc/cpu").glob("*.h")]):
+        for header in sorted(h for pattern in self.HEADERS for h in Path("csrc").glob(pattern)):
             target = Path(self.build_lib, "fusedloss", "include", header.relative_to("csrc"))
             self.mkpath(str(target.parent))
             self.copy_file(str(header), str(target))
@@ -112,56 +123,14 @@ def installed_torch() -> tuple[str | None, bool]:
     return found, TORCH.specifier.contains(found, prereleases=True)
 
 
-@dataclass(frozen=True)
-class Toolkit:
-    """A CUDA toolkit, by what its own nvcc says of it."""
-
-    nvcc: str
-    version: str
-    includes: list[str]
-    libraries: list[str]
-
-
-def output_of(*command: str) -> str:
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    return done.stdout + done.stderr
-
-
-def find_toolkit() -> Toolkit | str:
-    """The CUDA toolkit for torch's own CUDA version; or, as text, why there is none."""
-    import torch
-
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is not a CUDA build"
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = (os.environ.get("NVCC"), home and str(Path(home, "bin", "nvcc")), "nvcc")
-    nvcc = next((found for name in candidates if name and (found := shutil.which(name))), None)
-    if nvcc is None:
-        return "no nvcc: neither NVCC, nor CUDA_HOME/bin/nvcc, nor nvcc on the PATH"
-    # Not guessed from where nvcc lies, which may be a script that calls another.
-    says = output_of(nvcc, "--dryrun", "-o", os.devnull, "empty.cu")
-    release = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))
-    if release is None:
-        return f"{nvcc} --version names no release"
-    version = release[1]
-    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
-        return f"{nvcc} is of CUDA {version}, and torch of CUDA {torch.version.cuda}"
-
-    def paths(variable: str, flag: str) -> list[str]:
-        line = next((x for x in says.splitlines() if x.startswith(f"#$ {variable}=")), "")
-        return re.findall(rf'"-{flag}([^"]+)"', line)
-
-    return Toolkit(nvcc, version, paths("INCLUDES", "I"), paths("LIBRARIES", "L"))
-
-
-def wanted_toolkit() -> Toolkit | None:
+def wanted_toolkit() -> toolkits.Toolkit | None:
     choice = os.environ.get("FUSEDLOSS_CUDA")
     if choice not in (None, "0", "1"):
         sys.exit(f"FUSEDLOSS_CUDA must be 0 or 1, not {choice!r}")
     if choice == "0":
         return None
-    found = find_toolkit()
-    if isinstance(found, Toolkit):
+    found = toolkits.find_toolkit()
+    if isinstance(found, toolkits.Toolkit):
         return found
     if choice == "1":
         sys.exit(f"FUSEDLOSS_CUDA=1: {found}")
@@ -169,15 +138,11 @@ def wanted_toolkit() -> Toolkit | None:
     return None
 
 
-def architecture_flags(toolkit: Toolkit) -> list[str]:
+def architecture_flags(toolkit: toolkits.Toolkit) -> list[str]:
     """nvcc's -gencode flags: what it compiles for now, and, as PTX, what a driver may later."""
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if wanted:
-        from torch.utils.cpp_extension import _get_cuda_arch_flags
-
-        flags: list[str] = _get_cuda_arch_flags()
-        return flags
-    listed = output_of(toolkit.nvcc, "--list-gpu-arch")
+    if chosen := toolkits.chosen_architectures():
+        return chosen
+    listed = toolkits.output_of(toolkit.nvcc, "--list-gpu-arch")
     newest = max(int(name) for name in re.findall(r"compute_(\d+)\b", listed))
     # Between sm_90 and the newest, a driver compiles from the former's PTX.
     pairs = [(80, "sm_80"), (90, "sm_90"), (90, "compute_90"), (newest, f"compute_{newest}")]

@@ -13,6 +13,11 @@ namespace fusedloss {
 at::Tensor prediction_of(const OptionalTensor& own, std::string_view loss, const at::Tensor& input,
                          int64_t reduction);
 
+// Whose gradients are wanted.
+struct Wants {
+  bool input = true, target = false;
+};
+
 // Lives and dies with the memory of a forward's `scales`. So the backward operators are functions
 // that return a fresh tensor, for a tracing compiler too, and yet hand over what forward has
 // written: seen as an output of forward, it would be copied there.

@@ -128,11 +128,6 @@ void learn(const Tensor& prediction, double upstream) {
   }
 }
 
-// Whose gradients are wanted.
-struct Wants {
-  bool input = true, target = false;
-};
-
 // Of a forward: the upstream gradient that it expects, and the gradients to write for it, if any.
 struct Ahead {
   Tensor prediction, gradient, target_gradient;
@@ -295,11 +290,8 @@ struct PointwiseCall {
                 const OptionalTensor& upstream, std::string_view loss,
                 at::ArrayRef<double> parameters, at::ScalarType result)
       : PointwiseCall(input, target, weight, {}, upstream, loss, 0, 0, result) {
-    call.custom = &custom_kernel(loss);
+    call.custom = &custom_kernel<cpu::CustomKernel>(loss, parameters);
     call.parameters = parameters.data();
-    TORCH_CHECK_VALUE(call.custom->parameters == static_cast<int64_t>(parameters.size()),
-                      "fusedloss: '", loss, "' has ", call.custom->parameters,
-                      " parameters, and the call ", parameters.size());
   }
 
   double normalizer(int64_t reduction, const OptionalTensor& weight) const {

@@ -16,7 +16,8 @@
 #include <sstream>
 
 #include "carried.h"
-#include "cuda/kernels.h"
+#include "cuda/custom_kernel.h"
+#include "custom.h"
 #include "tensors.h"
 
 // Which tensors these operators take: CPU ones where the kernels are emulated.
@@ -95,6 +96,11 @@ namespace {
 
 // ---- calls --------------------------------------------------------------------------------------
 
+// Those that are not wanted are undefined.
+struct Gradients {
+  Tensor gradient, target_gradient;
+};
+
 // A call on the device and the current stream of its input. Memory that it drops lasts until its
 // kernels have run: torch's allocator hands it on in the order of the stream.
 struct Call {
@@ -125,19 +131,25 @@ struct Call {
     c10::cuda::CUDACachingAllocator::recordStream(prediction.storage().data_ptr(), stream);
     launch.prediction = prediction.mutable_data_ptr<double>();
   }
-  // The gradient of a backward: forward's buffer, or a fresh one. Of one upstream gradient (a
-  // reduction's), the kernel finds out whether that buffer is right for it already.
-  Tensor gradient_after(const Tensor& scales, const Tensor& grad_output, int64_t reduction) {
+  // The gradients that a backward gives: forward's buffers, or fresh ones. Of one upstream
+  // gradient (a reduction's), the kernel finds out whether those are right for it already.
+  Gradients gradients_after(const Tensor& scales, const Tensor& grad_output, int64_t reduction,
+                            const Tensor& target = {}, Wants wants = {}) {
     Carried* left = carried(scales);
-    Tensor gradient = left ? std::move(left->gradient) : Tensor();
+    Gradients gradients;
+    if (left) gradients = {std::move(left->gradient), std::move(left->target_gradient)};
+    const bool input_lacks = wants.input && !gradients.gradient.defined();
+    const bool target_lacks = wants.target && !gradients.target_gradient.defined();
     if (reduction != at::Reduction::None) {
       if (left) predicts(left->prediction);
       launch.scales = scales.mutable_data_ptr<double>();
       launch.grad_output = grad_output.const_data_ptr();
       launch.grad_output_dtype = dtype_of(grad_output);
-      launch.fresh = !gradient.defined();
+      launch.fresh = input_lacks || target_lacks;
     }
-    return gradient.defined() ? gradient : empty_gradient(input);
+    if (input_lacks) gradients.gradient = empty_gradient(input);
+    if (target_lacks) gradients.target_gradient = empty_target_gradient(input, target);
+    return gradients;
   }
 
   // The mean divides by what a kernel counts, into the second of the scales.
@@ -171,20 +183,24 @@ struct Call {
 
 // Of a forward: the gradient that it may write, and what tells the kernel whether it is to.
 struct Ahead {
-  Tensor prediction, gradient, scales;
+  Tensor prediction, scales;
+  Gradients gradients;
 
   template <class AnyCall>
-  Ahead(const OptionalTensor& own, std::string_view loss, AnyCall& call, int64_t reduction)
+  Ahead(const OptionalTensor& own, std::string_view loss, AnyCall& call, int64_t reduction,
+        const Tensor& target = {}, Wants wants = {})
       : scales(empty_scales(call.input)) {
     if (reduction == at::Reduction::None) return;
     prediction = prediction_of(own, loss, call.input, reduction);
-    gradient = empty_gradient(call.input);
     call.predicts(prediction);
-    call.want_gradient(gradient);
+    if (wants.input) gradients.gradient = empty_gradient(call.input);
+    if (wants.target) gradients.target_gradient = empty_target_gradient(call.input, target);
+    call.want(gradients);
   }
 
   Tensor carried_on() && {
-    carry(scales, std::move(gradient), std::move(prediction));
+    carry(scales, std::move(gradients.gradient), std::move(prediction),
+          std::move(gradients.target_gradient));
     return std::move(scales);
   }
 };
@@ -196,6 +212,9 @@ struct PointwiseCall : Call {
   Tensor indices;  // contiguous, where target is class indices
   int64_t ignore_index;
   std::optional<PointwiseOperands> operands;
+  // A loss of one's own, instead of the call's.
+  const cuda::CustomKernel* custom = nullptr;
+  at::ArrayRef<double> parameters;
 
   PointwiseCall(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                 const OptionalTensor& pos_weight, const OptionalTensor& upstream,
@@ -214,11 +233,20 @@ struct PointwiseCall : Call {
     operands.emplace(call, input, wanted, weight, pos_weight, upstream, cuda::kMaxDims);
   }
 
+  // A loss of one's own: its mean is over the weights.
+  PointwiseCall(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                const OptionalTensor& upstream, std::string_view loss,
+                at::ArrayRef<double> parameters_, at::ScalarType result, Pass pass)
+      : PointwiseCall(input, target, weight, {}, upstream, loss, 0, 0, result, pass) {
+    custom = &custom_kernel<cuda::CustomKernel>(loss, parameters_);
+    parameters = parameters_;
+  }
+
   void divide(int64_t reduction, const OptionalTensor& weight) {
     if (reduction != at::Reduction::Mean) return;
     const int64_t dim = class_dim(input);
     launch.normalizer = static_cast<double>(input.numel());
-    switch (mean_of(call.loss)) {
+    switch (custom ? Mean::kWeights : mean_of(call.loss)) {
       case Mean::kElements:
         break;
       case Mean::kWeights:
@@ -248,13 +276,23 @@ struct PointwiseCall : Call {
     run();
     return loss;
   }
-  void want_gradient(const Tensor& gradient) {
-    call.gradient = gradient.mutable_data_ptr();
-    call.gradient_dtype = dtype_of(gradient);
+  void want(const Gradients& g) {
+    if (g.gradient.defined()) {
+      call.gradient = g.gradient.mutable_data_ptr();
+      call.gradient_dtype = dtype_of(g.gradient);
+    }
+    if (g.target_gradient.defined()) {
+      call.target_gradient = g.target_gradient.mutable_data_ptr();
+      call.target_gradient_dtype = dtype_of(g.target_gradient);
+    }
+  }
+  size_t workspace_bytes() const {
+    return custom ? custom->workspace_bytes(call) : cuda::workspace_bytes(call);
   }
   void run() {
-    Call::run(launch.loss ? cuda::workspace_bytes(call) : 0,
-              [&] { return cuda::pointwise(call, launch); });
+    Call::run(launch.loss ? workspace_bytes() : 0, [&] {
+      return custom ? custom->run(call, parameters.data(), launch) : cuda::pointwise(call, launch);
+    });
   }
 };
 
@@ -286,10 +324,45 @@ Tensor pointwise_backward(const Tensor& grad_output, const Tensor& scales, const
   PointwiseCall p(input, target, weight, pos_weight,
                   each ? OptionalTensor(grad_output) : std::nullopt, loss, parameter, ignore_index,
                   dtype, Pass::kBackward);
-  Tensor gradient = p.gradient_after(scales, grad_output, reduction);
-  p.want_gradient(gradient);
+  Gradients gradients = p.gradients_after(scales, grad_output, reduction);
+  p.want(gradients);
   p.run();
-  return gradient;
+  return std::move(gradients.gradient);
+}
+
+// ---- losses of one's own ------------------------------------------------------------------------
+
+Tensor custom(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+              std::string_view loss, at::ArrayRef<double> parameters, int64_t reduction,
+              at::ScalarType dtype, const OptionalTensor&) {
+  PointwiseCall p(input, target, weight, {}, loss, parameters, dtype, Pass::kValue);
+  return p.compute_loss(reduction, dtype, weight, empty_scales(input));
+}
+
+std::tuple<Tensor, Tensor> custom_forward(const Tensor& input, const Tensor& target,
+                                          const OptionalTensor& weight, std::string_view loss,
+                                          at::ArrayRef<double> parameters, int64_t reduction,
+                                          at::ScalarType dtype, bool of_input, bool of_target,
+                                          const OptionalTensor& prediction) {
+  PointwiseCall p(input, target, weight, {}, loss, parameters, dtype, Pass::kForward);
+  Ahead ahead(prediction, loss, p, reduction, target, {of_input, of_target});
+  Tensor value = p.compute_loss(reduction, dtype, weight, ahead.scales);
+  return {value, std::move(ahead).carried_on()};
+}
+
+std::tuple<Tensor, Tensor> custom_backward(const Tensor& grad_output, const Tensor& scales,
+                                           const Tensor& input, const Tensor& target,
+                                           const OptionalTensor& weight, std::string_view loss,
+                                           at::ArrayRef<double> parameters, int64_t reduction,
+                                           at::ScalarType dtype, bool of_input, bool of_target) {
+  const bool each = reduction == at::Reduction::None;
+  PointwiseCall p(input, target, weight, each ? OptionalTensor(grad_output) : std::nullopt, loss,
+                  parameters, dtype, Pass::kBackward);
+  Gradients gradients =
+      p.gradients_after(scales, grad_output, reduction, target, {of_input, of_target});
+  p.want(gradients);
+  p.run();
+  return {std::move(gradients.gradient), std::move(gradients.target_gradient)};
 }
 
 // ---- cross-entropy ------------------------------------------------------------------------------
@@ -330,7 +403,9 @@ struct CrossEntropyCall : Call {
     run();
     return loss;
   }
-  void want_gradient(const Tensor& gradient) { operands.want_gradient(call, gradient); }
+  void want(const Gradients& g) {
+    if (g.gradient.defined()) operands.want_gradient(call, g.gradient);
+  }
   void run() {
     Call::run(launch.loss ? cuda::workspace_bytes(call) : 0,
               [&] { return cuda::cross_entropy(call, launch); });
@@ -365,10 +440,10 @@ Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& scales, c
     p.call.upstream = p.held.back().const_data_ptr();
     p.call.upstream_dtype = dtype_of(grad_output);
   }
-  Tensor gradient = p.gradient_after(scales, grad_output, reduction);
-  p.want_gradient(gradient);
+  Gradients gradients = p.gradients_after(scales, grad_output, reduction);
+  p.want(gradients);
   p.run();
-  return gradient;
+  return std::move(gradients.gradient);
 }
 
 }  // namespace
@@ -377,6 +452,9 @@ TORCH_LIBRARY_IMPL(fusedloss, FUSEDLOSS_CUDA_KEY, m) {
   m.impl("pointwise", &pointwise);
   m.impl("pointwise_forward", &pointwise_forward);
   m.impl("pointwise_backward", &pointwise_backward);
+  m.impl("custom", &custom);
+  m.impl("custom_forward", &custom_forward);
+  m.impl("custom_backward", &custom_backward);
   m.impl("cross_entropy", &cross_entropy);
   m.impl("cross_entropy_forward", &cross_entropy_forward);
   m.impl("cross_entropy_backward", &cross_entropy_backward);

@@ -306,6 +306,7 @@ def cuda(
         )
     elif driver is not None:
         yield Finding("ok", f"NVIDIA driver: CUDA {_dotted(driver)}, torch's is {torch_cuda}")
+    found = _nvcc()
     if built_cuda is not None:
         if _version(built_cuda)[0] == wanted[0]:
             yield Finding("ok", f"CUDA kernels, by nvcc {built_cuda}; torch's CUDA is {torch_cuda}")
@@ -315,8 +316,13 @@ def cuda(
                 f"the CUDA kernels are of CUDA {built_cuda}, and torch of CUDA {torch_cuda}",
                 f"with nvcc {wanted[0]}.x on the PATH: {_reinstall()}",
             )
+        if found is None or found[1][0] != wanted[0]:
+            yield Finding(
+                "note",
+                f"no nvcc of CUDA {wanted[0]}.x: a loss of your own is not compiled for CUDA tensors",
+                f"install the CUDA toolkit {torch_cuda}, or point NVCC or CUDA_HOME at one",
+            )
         return
-    found = _nvcc()
     if found is None:
         why = "no nvcc was found (NVCC, CUDA_HOME/bin/nvcc, the PATH)"
         first = f"install the CUDA toolkit {torch_cuda}, or another of {wanted[0]}.x, then "

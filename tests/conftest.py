@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 import fusedloss
 from cases import DEVICE
+from fusedloss import custom
 from helpers import EMULATED, FUSED, INTERPRETED
 
 # CI sets it, so that a broken build cannot pass by skipping.
@@ -42,7 +43,7 @@ ON_ANY_DEVICE = frozenset(
     f"test_{name}"
     for name in (
         *("values", "second_order", "one_pass", "field_mistakes", "edge_cases", "layouts"),
-        *("properties", "log_loss", "operators", "faults", "cuda"),
+        *("properties", "log_loss", "operators", "faults", "custom", "cuda"),
     )
 )
 
@@ -152,4 +153,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Losses are compiled afresh by every test run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSEDLOSS_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def emulated_losses() -> Iterator[None]:
+    """What stands for nvcc where the extension is over the emulator."""
+    with pytest.MonkeyPatch.context() as patch:
+        if EMULATED:
+            from own_losses import load  # beside that extension's own script
+
+            patch.setitem(custom._LOADERS, ("compiled", "cpu"), load)
         yield

@@ -5,16 +5,37 @@ Values are the other tests' matter; here memory and races are, so nothing else i
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 import fusedloss
 import fusedloss.functional as FL
 from cases import DEVICE, FAMILIES, at_shape
+from custom_losses import CASES
 from helpers import leaf
 
 # Tails of packets; rows of a warp, of a block, and of a cluster; classes not innermost.
 FLAT = ((1,), (4099,), (33, 130))
 CLASSES = ((5, 3), (9, 257), (3, 4099), (2, 70_001), (2, 5, 7))
+
+
+# Of roots; and of exponentials, with gradients of two kinds.
+OWN = ("charbonnier", "gaussian_kl")
+
+
+def own_losses() -> None:
+    for case in CASES:
+        if case.name not in OWN:
+            continue
+        for dtype, shape in itertools.product((torch.float32, torch.bfloat16), FLAT):
+            x, y = case.sample(dtype, shape)
+            thin = x[..., ::2], y[..., ::2]
+            for reduction, upstream in itertools.product(("mean", "none"), (1.0, 0.5)):
+                for a, b in ((leaf(x), y), (x, leaf(y)), (leaf(x), leaf(y)), map(leaf, thin)):
+                    for weight in (None, torch.rand_like(a)):
+                        value = case.loss(a, b, reduction=reduction, weight=weight)
+                        value.backward(torch.full_like(value, upstream))
 
 
 def main() -> None:
@@ -36,8 +57,11 @@ def main() -> None:
                             value.backward(torch.full_like(value, upstream))
                     with torch.no_grad():
                         getattr(FL, loss)(sample.input, sample.target, **sample.options)
+        own_losses()
     fusedloss.check()
-    print(f"ran {len(FAMILIES)} families on {DEVICE}, {fusedloss.info().backends}")
+    print(
+        f"ran {len(FAMILIES)} families and {len(OWN)} losses of one's own on {DEVICE}, {fusedloss.info().backends}"
+    )
 
 
 if __name__ == "__main__":

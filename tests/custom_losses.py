@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedloss
+from cases import DEVICE
 from fusedloss import math as fm
 from fusedloss.custom import PointwiseLoss
 
@@ -107,10 +108,11 @@ class CustomCase:
 
     def sample(self, dtype: torch.dtype, shape: Any = (4099,), seed: int = 0) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        x, y = torch.randn((2, *shape), generator=generator, dtype=torch.float64) * 2
+        with torch.device("cpu"):
+            x, y = torch.randn((2, *shape), generator=generator, dtype=torch.float64) * 2
         if self.unit_target:
             y = (y > 0).double()
-        return [x.to(dtype), y.to(dtype)]
+        return [x.to(DEVICE, dtype), y.to(DEVICE, dtype)]
 
 
 def _focal(x: Tensor, y: Tensor, gamma: float, alpha: float) -> Tensor:

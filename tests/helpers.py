@@ -213,6 +213,17 @@ def assert_no_worse(result: Tensor, eager: Tensor, truth: Tensor, what: str) -> 
         assert norm(ours) <= allowed, f"{what}: {kind} {norm(ours):.3g}, torch's {norm(theirs):.3g}"
 
 
+def assert_near(result: Tensor, truth: Tensor, what: str) -> None:
+    """A few roundings of the terms off, whose size is about truth's largest; then of the result."""
+    assert result.shape == truth.shape, f"{what}: shape {result.shape}, not {truth.shape}"
+    info, compute = torch.finfo(result.dtype), torch.finfo(COMPUTE[result.dtype])
+    many = 64 if result.dtype is torch.float64 else 16
+    allowed = many * compute.eps * truth.abs().max() + truth.abs() * info.eps / 2
+    excess = (result.double() - truth).abs() - allowed - info.smallest_normal
+    excess = excess.where(result != truth.to(result.dtype), 0.0)  # both infinite
+    assert excess.max() <= 0, f"{what}: {excess.max():.3g} beyond {allowed.max():.3g}"
+
+
 def affordable(things: Sequence[T], most: int) -> Sequence[T]:
     """All of them; of what Triton's interpreter has to run, at 10 ms a kernel, some."""
     return things[:: -(-len(things) // most)] if INTERPRETED else things

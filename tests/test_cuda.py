@@ -13,6 +13,7 @@ from torch import Tensor
 import fusedloss
 import fusedloss.functional as FL
 from cases import DEVICE, FAMILIES, LOSSES, REDUCTIONS, Sample, at_shape
+from custom_losses import charbonnier
 from helpers import (
     assert_close_to_truth,
     assert_same_bits,
@@ -109,6 +110,36 @@ torch.testing.assert_close(gradient, expected)
     assert done.returncode == 0, done.stderr.decode()
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_cuda_graph_of_an_own_loss(reduction: str) -> None:
+    """Both gradients; a parameter is that of the capture."""
+    charbonnier.compile("cuda")
+    x, y = torch.randn(2, 33, 257)
+    other = torch.randn(2, 33, 257)
+    upstream = draw_upstream(x.shape if reduction == "none" else torch.Size(), x.dtype)
+
+    def step(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        leaves = leaf(a), leaf(b)
+        value = charbonnier(*leaves, eps=0.1, reduction=reduction)
+        return value.detach(), *torch.autograd.grad(value, leaves, upstream)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(x, y)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(x, y)
+    for again in range(3):
+        graph.replay()
+        for mine, expected in zip(results, step(x.clone(), y.clone()), strict=True):
+            assert_same_bits(mine, expected, f"replay {again}")
+        x.copy_(other[0])
+        y.copy_(other[1])
+
+
 def test_nothing_waits_for_the_device() -> None:
     """torch raises at each synchronisation of its own; a capture does at anyone's."""
     samples = {loss: at_shape(loss, (33, 65)).sample(torch.float32) for loss in LOSSES}
@@ -143,6 +174,33 @@ def test_side_stream(loss: str) -> None:
     side.synchronize()
     assert_same_bits(got[0], expected[0], "value")
     assert_same_bits(got[1], expected[1], "gradient")
+
+
+def test_side_stream_of_an_own_loss() -> None:
+    """A library's kernels are in the same context as torch's, and on its current stream."""
+    x, y = torch.randn(2, 2**22)
+    expected = charbonnier(x, y)
+    late = torch.zeros_like(x)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(x)
+        got = charbonnier(late, y)
+    side.synchronize()
+    assert_same_bits(got, expected, "value")
+
+
+def test_own_loss_on_another_device() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU here, and this needs two")
+    near = [leaf(t) for t in torch.randn(2, 33, 257)]
+    far = [leaf(t.to("cuda:1")) for t in near]
+    for tensors in (near, far):
+        charbonnier(*tensors).backward()
+    for one, other in zip(near, far, strict=True):
+        assert one.grad is not None and other.grad is not None
+        assert_same_bits(other.grad.to("cuda:0"), one.grad, "gradient")
 
 
 @pytest.mark.parametrize("loss", LOSSES)

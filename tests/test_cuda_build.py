@@ -1,4 +1,5 @@
-"""The CUDA kernels as machine code, where they were built: what a GPU would be given to run.
+"""The CUDA kernels as machine code, where they were built, and those of losses of one's own, where
+there is an nvcc: what a GPU would be given to run.
 
 cuobjdump comes with the CUDA toolkit, and with Triton's package.
 """
@@ -15,8 +16,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 import fusedloss
+from custom_losses import charbonnier, focal, gaussian_kl
+from fusedloss._toolkit import find_toolkit
+from fusedloss.custom import PointwiseLoss
+from fusedloss.custom.building import build_cuda
 
 REQUIRED = os.environ.get("FUSEDLOSS_REQUIRE_CUDA") == "1"
 
@@ -38,31 +44,39 @@ def _cuobjdump() -> str | None:
     return found
 
 
-def _need() -> str:
-    """cuobjdump, or the test ends: fails where FUSEDLOSS_REQUIRE_CUDA=1."""
-    tool = _cuobjdump()
-    cuda = fusedloss.info().build.get("cuda")
-    if tool is not None and cuda not in (None, "emulated"):
-        return tool
-    reason = "no cuobjdump" if tool is None else "the extension was built without CUDA kernels"
+def need(wanted: object, reason: str) -> None:
+    """Ends the test where something is missing: it fails where FUSEDLOSS_REQUIRE_CUDA=1."""
+    if wanted:
+        return
     if REQUIRED:
         pytest.fail(f"FUSEDLOSS_REQUIRE_CUDA=1, but {reason}")
     pytest.skip(reason)
 
 
-def _dump(*options: str) -> str:
+@pytest.fixture
+def built() -> str:
+    """The extension's file, if it has CUDA kernels."""
+    cuda = fusedloss.info().build.get("cuda")
+    need(cuda not in (None, "emulated"), "the extension was built without CUDA kernels")
     extension = fusedloss.backends.extension
-    assert extension is not None
-    command = [_need(), *options, extension.__file__]
+    assert extension is not None and extension.__file__ is not None
+    return extension.__file__
+
+
+def _dump(file: str, *options: str) -> str:
+    tool = _cuobjdump()
+    need(tool, "there is no cuobjdump")
+    assert tool is not None
+    command = [tool, *options, file]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 @cache
-def machine_code(architecture: str) -> dict[str, list[str]]:
+def machine_code(file: str, architecture: str) -> dict[str, list[str]]:
     """The instructions of each kernel, by its demangled name."""
     kernels: dict[str, list[str]] = defaultdict(list)
     name = ""
-    for line in _dump("-sass", "-arch", architecture).splitlines():
+    for line in _dump(file, "-sass", "-arch", architecture).splitlines():
         if found := re.search(r"Function : (\S+)", line):
             name = found[1]
         elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
@@ -75,11 +89,17 @@ def machine_code(architecture: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("kind", HOT)
-def test_hot_kernels(kind: str, architecture: str) -> None:
-    _need()
-    found = {n: code for n, code in machine_code(architecture).items() if re.search(HOT[kind], n)}
+def test_hot_kernels(kind: str, architecture: str, built: str) -> None:
     # Three dtypes of each; eight losses, and three groups of threads that share a row.
-    assert len(found) == {"pointwise": 24, "rows of classes": 9, "classes apart": 3}[kind]
+    count = {"pointwise": 24, "rows of classes": 9, "classes apart": 3}[kind]
+    check_kernels(built, architecture, HOT[kind], count)
+
+
+def check_kernels(file: str, architecture: str, kind: str, count: int) -> None:
+    """Each of those kernels reads and writes 16 bytes at a time, and spills no register."""
+    kernels = machine_code(file, architecture).items()
+    found = {name: code for name, code in kernels if re.search(kind, name)}
+    assert len(found) == count, list(found)
     for name, code in found.items():
         text = "\n".join(code)
         for access in ("LDG.E.128", "STG.E.128"):
@@ -88,6 +108,44 @@ def test_hot_kernels(kind: str, architecture: str) -> None:
         assert not spills, f"{name}: {len(spills)} accesses to local memory"
 
 
-def test_ptx_for_later_devices() -> None:
+def test_ptx_for_later_devices(built: str) -> None:
     """For devices that have no machine code here a driver compiles the PTX."""
-    assert re.search(r"arch = sm_90\b", _dump("-lptx") + _dump("-ptx", "-arch", "sm_90"))
+    listed = _dump(built, "-lptx") + _dump(built, "-ptx", "-arch", "sm_90")
+    assert re.search(r"arch = sm_90\b", listed)
+
+
+# ---- losses of one's own -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = find_toolkit()
+    need(not isinstance(found, str), str(found))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [charbonnier, gaussian_kl, focal], ids=lambda x: x.__name__)
+def test_own_loss(loss: PointwiseLoss, nvcc: None, capfd: pytest.CaptureFixture[str]) -> None:
+    key, library = build_cuda(loss.__name__, loss._struct)
+    assert f"compiled {loss.__name__} for the GPU in " in capfd.readouterr().err
+    for architecture in ("sm_80", "sm_90"):
+        # Three dtypes of value and input's gradient; four of whatever else is wanted.
+        for plain, count in (("true", 3), ("false", 4)):
+            kind = rf"::flat<fusedloss::.*Loss, [\w:]+, {plain}>"
+            check_kernels(str(library), architecture, kind, count)
+    assert build_cuda(loss.__name__, loss._struct) == (key, library)
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_own_loss_loads(nvcc: None, built: str) -> None:
+    """Beside the library for the CPU, which has another name."""
+    charbonnier.compile("cuda")
+    charbonnier.compile("cpu")
+    assert charbonnier._keys["cuda"] != charbonnier._keys["cpu"]
+    x = torch.ones(3)
+    with pytest.raises(RuntimeError, match="no kernel of a loss"):
+        torch.ops.fusedloss.custom(
+            x, x, None, charbonnier._keys["cuda"], [1.0, 1.0], 1, x.dtype, None
+        )

@@ -129,9 +129,46 @@ def test_broken_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cubed(x, y) == 8  # without another warning
 
 
+def no_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("PATH", "")
+    for variable in ("NVCC", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def test_no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_toolkit(monkeypatch)
+    with pytest.raises(building.CannotCompile, match="no nvcc: neither NVCC, nor CUDA_HOME"):
+        building.build_cuda("none", "")
+
+
+def test_architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all GPUs that are here, unless they are chosen."""
+    no_toolkit(monkeypatch)
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.88\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(nvcc))
+    monkeypatch.setenv("CXX", "/bin/sh")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+
+    def flags(*capabilities: tuple[int, int]) -> list[str]:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+        return [flag for flag in building.cuda_command() if flag.startswith("-gencode")]
+
+    ampere, hopper = "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"
+    assert flags((9, 0), (8, 0), (9, 0)) == [ampere, hopper]
+    with pytest.raises(building.CannotCompile, match="there is no GPU, and TORCH_CUDA_ARCH_LIST"):
+        flags()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    assert flags() == flags((8, 0)) == [hopper]
+
+
 def test_headers_are_there() -> None:
     """With the package itself, or beside it in a source tree."""
-    assert (building.headers() / "cpu" / "custom.h").is_file()
+    for header in ("cpu/custom.h", "cuda/custom.cuh", "cuda/kernels.h", "engine.h"):
+        assert (building.headers() / header).is_file()
     package = Path(fusedloss.__file__).parent
     assert building.headers() in (package / "include", package.parent / "csrc")
 

@@ -286,10 +286,20 @@ def test_nvcc_of_another_cuda(
     assert f"{nvcc} could build them" in same.what
 
 
-def test_kernels_of_another_cuda() -> None:
+def test_kernels_of_another_cuda(bare_path: Path) -> None:
+    program(bare_path, "nvcc", "release 13.0, V13.0.88")
     found = only(doctor.cuda("13.0", "12.4", None, fused=True), "trouble")
     assert "the CUDA kernels are of CUDA 12.4, and torch of CUDA 13.0" in found.what
     assert all(finding.kind == "ok" for finding in doctor.cuda("13.0", "13.1", None, fused=True))
+
+
+@pytest.mark.parametrize("version", [None, "12.4"])
+def test_no_nvcc_for_own_losses(version: str | None, bare_path: Path) -> None:
+    if version is not None:
+        program(bare_path, "nvcc", f"release {version}, V{version}.1")
+    found = list(doctor.cuda("13.0", "13.0", None, fused=True))
+    assert [finding.kind for finding in found] == ["ok", "note"]
+    assert "a loss of your own is not compiled" in found[1].what
 
 
 def test_torch_for_the_cpu_beside_a_gpu() -> None:

@@ -26,8 +26,7 @@ struct CustomKernel {
   CustomBlock<double> double_blocks[kCustomBlocks];
 };
 
-// The one symbol of such a library, of this type.
-using CustomEntry = const CustomKernel* (*)();
+// The one symbol of such a library, of type const CustomKernel* ().
 #define FUSEDLOSS_CUSTOM_ENTRY fusedloss_custom_kernel
 
 }  // namespace fusedloss::cpu

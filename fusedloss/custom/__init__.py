@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import autograd, backends, functional
 from ..modules import _Predicting
 from ..reference import reduced
-from .building import CannotCompile, build_cpu
+from .building import CannotCompile, build_cpu, build_cuda
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -234,6 +234,10 @@ class PointwiseLoss:
         """Compiles the kernels now instead of at the first call. Triton's, which are compiled for
         each dtype and layout, still are at their first use: there it is asked whether they can be.
 
+        Args:
+            device: the type of the tensors' device: ``"cpu"``, or ``"cuda"``, whose kernels ``nvcc``
+                makes for the GPUs that are here, or for those of ``TORCH_CUDA_ARCH_LIST``.
+
         Raises:
             RuntimeError: they cannot be compiled here; the message says why.
         """
@@ -339,7 +343,8 @@ class PointwiseLoss:
         """
         from .checking import check
 
-        return check(self, self._values(parameters))
+        with torch.device("cpu"):
+            return check(self, self._values(parameters))
 
     def plot(self, path: str | Path, **parameters: float) -> None:
         """Draws value, slope and curvature against input, for a few targets.
@@ -353,7 +358,8 @@ class PointwiseLoss:
         """
         from .checking import plot
 
-        plot(self, self._values(parameters), path)
+        with torch.device("cpu"):
+            plot(self, self._values(parameters), path)
 
 
 def pointwise_loss(function: Callable[..., Any]) -> PointwiseLoss:
@@ -490,8 +496,8 @@ def _prepare(loss: PointwiseLoss, device: str, order: tuple[str, ...]) -> tuple[
     return "", "", "; ".join(reasons)
 
 
-def _load_cpu(loss: PointwiseLoss) -> str:
-    key, library = build_cpu(loss.__name__, loss._struct)
+def _loaded(loss: PointwiseLoss, build: Callable[[str, str], tuple[str, Path]]) -> str:
+    key, library = build(loss.__name__, loss._struct)
     if key not in _losses:
         _C.load_custom(key, str(library))
     return key
@@ -510,7 +516,8 @@ def _load_triton(loss: PointwiseLoss) -> str:
 # Makes a loss ready for a backend's operators on a type of device, and says what they call it; raises
 # CannotCompile where it cannot.
 _LOADERS: dict[tuple[str, str], Callable[[PointwiseLoss], str]] = {
-    ("compiled", "cpu"): _load_cpu,
+    ("compiled", "cpu"): lambda loss: _loaded(loss, build_cpu),
+    ("compiled", "cuda"): lambda loss: _loaded(loss, build_cuda),
     **{("triton", device): _load_triton for device in ("cpu", "cuda", "xpu")},
 }
 

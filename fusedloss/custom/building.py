@@ -16,9 +16,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from .. import backends
+from .._toolkit import NVCC_FLAGS, chosen_architectures, find_toolkit
 
 _CXX_FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-w"),
@@ -31,6 +35,28 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 class CannotCompile(Exception):
     """Why there is no compiled kernel; the reference runs instead."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a struct, as printing.cpp() prints it, becomes a source for."""
+
+    device: str  # in words
+    folder: str  # of its headers
+    header: str
+    macro: str
+    suffix: str
+
+    def source(self, struct: str) -> str:
+        return (
+            f'#include "{self.folder}/{self.header}"\n\nnamespace fusedloss {{\nnamespace {{\n\n'
+            f"{struct}\n}}  // namespace\n}}  // namespace fusedloss\n\n"
+            f"{self.macro}(fusedloss::Loss)\n"
+        )
+
+
+CPU = Engine("CPU", "cpu", "custom.h", "FUSEDLOSS_CUSTOM", ".cpp")
+CUDA = Engine("GPU", "cuda", "custom.cuh", "FUSEDLOSS_CUSTOM_CUDA", ".cu")
 
 
 @functools.cache
@@ -74,10 +100,11 @@ def _version(program: str) -> str:
 
 
 @functools.cache
-def _headers_digest() -> str:
+def _headers_digest(folder: str) -> str:
     digest = hashlib.sha256()
-    for path in sorted([*headers().glob("math/*.h"), *headers().glob("cpu/*.h")]):
-        digest.update(path.read_bytes())
+    for pattern in ("engine.h", "math/*.h", f"{folder}/*.h", f"{folder}/*.cuh"):
+        for path in sorted(headers().glob(pattern)):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -90,7 +117,7 @@ def cpu_command() -> list[str]:
 
 
 def build_cpu(name: str, struct: str) -> tuple[str, Path]:
-    """Compiles a struct, as printing.cpp() prints it, for the CPU engine.
+    """Compiles a struct for the CPU engine.
 
     Returns:
         A name that tells it from any other, and the library.
@@ -98,25 +125,52 @@ def build_cpu(name: str, struct: str) -> tuple[str, Path]:
     Raises:
         CannotCompile: there is no compiler, or it fails.
     """
-    source = (
-        '#include "cpu/custom.h"\n\nnamespace fusedloss {\nnamespace {\n\n'
-        f"{struct}\n}}  // namespace\n}}  // namespace fusedloss\n\nFUSEDLOSS_CUSTOM(fusedloss::Loss)\n"
-    )
-    return _build(name, "CPU", ".cpp", source, cpu_command())
+    return _build(name, CPU, struct, cpu_command())
 
 
-def _build(
-    name: str, target: str, suffix: str, source: str, command: list[str]
-) -> tuple[str, Path]:
+def cuda_command() -> list[str]:
+    """nvcc's call, up to the file names.
+
+    Raises:
+        CannotCompile: there is no nvcc of torch's CUDA version, or nothing to compile for.
+    """
+    toolkit = find_toolkit()
+    if isinstance(toolkit, str):
+        raise CannotCompile(toolkit)
+    flags = [*NVCC_FLAGS, *_architectures(), "-Xcompiler=-fPIC,-fvisibility=hidden,-w"]
+    # Shared: it is the runtime that torch has loaded, with torch's current device and errors.
+    flags += ["-shared", "-cudart=shared"]
+    return [toolkit.nvcc, *flags, "-ccbin", find_compiler(), f"-I{headers()}"]
+
+
+def _architectures() -> list[str]:
+    """nvcc's -gencode flags: TORCH_CUDA_ARCH_LIST's, else those of the GPUs that are here."""
+    if chosen := chosen_architectures():
+        return chosen
+    found = range(torch.cuda.device_count())
+    capabilities = sorted({torch.cuda.get_device_capability(device) for device in found})
+    if not capabilities:
+        raise CannotCompile("there is no GPU, and TORCH_CUDA_ARCH_LIST names none")
+    numbers = [f"{major}{minor}" for major, minor in capabilities]
+    return [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+
+
+def build_cuda(name: str, struct: str) -> tuple[str, Path]:
+    """Compiles a struct for the CUDA engine; see build_cpu()."""
+    return _build(name, CUDA, struct, cuda_command())
+
+
+def _build(name: str, engine: Engine, struct: str, command: list[str]) -> tuple[str, Path]:
+    source, headers_digest = engine.source(struct), _headers_digest(engine.folder)
     digest = hashlib.sha256()
-    for part in (source, _headers_digest(), _version(command[0]), shlex.join(command)):
+    for part in (source, headers_digest, _version(command[0]), shlex.join(command)):
         digest.update(part.encode() + b"\0")
     key = f"{name}-{digest.hexdigest()[:24]}"
     library = _cache() / f"{key}.so"
     if not library.exists():
         with _alone(library.with_suffix(".lock")):
             if not library.exists():
-                _compile(name, target, suffix, source, command, library)
+                _compile(name, engine, source, command, library)
     return key, library
 
 
@@ -152,12 +206,10 @@ def _alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def _compile(
-    name: str, target: str, suffix: str, source: str, command: list[str], library: Path
-) -> None:
+def _compile(name: str, engine: Engine, source: str, command: list[str], library: Path) -> None:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".building-") as folder:
-        file, built = Path(folder, f"{library.stem}{suffix}"), Path(folder, library.name)
+        file, built = Path(folder, f"{library.stem}{engine.suffix}"), Path(folder, library.name)
         file.write_text(source)
         done = subprocess.run(
             [*command, str(file), "-o", str(built)], check=False, capture_output=True, text=True
@@ -166,10 +218,11 @@ def _compile(
             raise CannotCompile(f"{shlex.join(command)} fails: {done.stderr.strip()[-2000:]}")
         # Whole or not at all, for processes that look at the same time; the source for whoever
         # wants to read it.
-        os.replace(file, library.with_suffix(suffix))
+        os.replace(file, library.with_suffix(engine.suffix))
         os.replace(built, library)
     seconds = time.perf_counter() - started
     print(
-        f"fusedloss: compiled {name} for the {target} in {seconds:.1f} s; kept in {library.parent}",
+        f"fusedloss: compiled {name} for the {engine.device} in {seconds:.1f} s; "
+        f"kept in {library.parent}",
         file=sys.stderr,
     )

@@ -44,7 +44,8 @@ COMPILE += [
     "-isystem",
     str(HERE / "include"),
 ]
-LINK = ["-pie", "-pthread"]
+# A library that the program loads finds the emulator in it.
+LINK = ["-pie", "-pthread", "-rdynamic", "-ldl"]
 JOBS = 2
 
 
@@ -57,7 +58,7 @@ def compiler() -> tuple[str, str]:
 
 
 def compile_one(source: Path, options: list[str], folder: Path) -> Path:
-    """The object file of a source in the folder, which must hold what the source includes."""
+    """The object file of a source in the folder, or of one anywhere, that includes from there."""
     name, version = compiler()
     command = [name, *COMPILE, *options, "-x", "c++", str(source)]
     text = subprocess.run([*command, "-E"], cwd=folder, stdout=subprocess.PIPE, check=True).stdout

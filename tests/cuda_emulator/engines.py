@@ -1,7 +1,7 @@
 """Asks the CUDA engines, compiled over the emulator, for losses and gradients of CPU tensors.
 
 ``Calls`` lists calls and the memory they work on; runner.cpp runs them. ``Loss`` makes of one loss
-what csrc/ops_cuda.cpp makes of it.
+what csrc/ops_cuda.cpp makes of it, and ``OwnLoss`` of a loss of one's own.
 """
 
 from __future__ import annotations
@@ -152,12 +152,17 @@ class Loss:
         self.scales = calls.put(torch.full((2,), math.nan, dtype=torch.float64))
         self.prediction = calls.put(torch.tensor(prediction, dtype=torch.float64))
         self.input = calls.put(input, input_shift)
-        self._engine = (_CrossEntropy if loss == "cross_entropy" else _Pointwise)(
-            self, loss, input, target, options
-        )
+        self._engine = self._make_engine(loss, options)
         self.loss = calls.empty_like(torch.empty((), dtype=input.dtype))
-        self.gradient = calls.empty_like(_dense_like(input), self.shift)
+        self._renew_gradients()
         self.normalizer = self._divide(loss, options)
+
+    def _make_engine(self, loss: str, options: dict[str, Any]) -> Any:
+        engine = _CrossEntropy if loss == "cross_entropy" else _Pointwise
+        return engine(self, loss, self.sample.input, self.sample.target, options)
+
+    def _renew_gradients(self) -> None:
+        self.gradient = self.calls.empty_like(_dense_like(self.sample.input), self.shift)
 
     def _divide(self, loss: str, options: dict[str, Any]) -> float:
         """What the mean divides by; nan: it stands in the scales, or will."""
@@ -182,11 +187,18 @@ class Loss:
                 *self._launch(Pass.VALUE, math.nan),
             )
             return math.nan
-        if loss in ("mse_loss", "l1_loss") and weight is not None:
+        if self._mean_over_weights(loss) and weight is not None:
             both = torch.stack([torch.tensor(math.nan).double(), weight.double().sum()])
             self.scales = self.calls.put(both)
             return math.nan
         return input.numel()
+
+    def _mean_over_weights(self, loss: str) -> bool:
+        return loss in ("mse_loss", "l1_loss")
+
+    def _gradients(self) -> tuple[Place, Place]:
+        """Of input, and of target."""
+        return self.gradient, NOWHERE
 
     def _launch(
         self,
@@ -210,18 +222,18 @@ class Loss:
         self._compute(Pass.FORWARD)
 
     def _compute(self, stage: Pass) -> None:
-        gradient = NOWHERE if stage is Pass.VALUE else self.gradient
+        gradients = (NOWHERE, NOWHERE) if stage is Pass.VALUE else self._gradients()
         loss = NOWHERE if self.each else self.loss
         values = self._engine.value if self.each else NOWHERE
-        self._engine.add(values, gradient, None, self._launch(stage, self.normalizer, loss))
+        self._engine.add(values, gradients, None, self._launch(stage, self.normalizer, loss))
 
     def backward(self, upstream: Tensor, fresh: bool = False) -> None:
         """``fresh``: into new memory, whatever forward has left."""
         if fresh:
-            self.gradient = self.calls.empty_like(_dense_like(self.sample.input), self.shift)
+            self._renew_gradients()
         grad_output = NOWHERE if self.each else self.calls.put(upstream)
         launch = self._launch(Pass.BACKWARD, math.nan, NOWHERE, grad_output, fresh)
-        self._engine.add(NOWHERE, self.gradient, upstream if self.each else None, launch)
+        self._engine.add(NOWHERE, self._gradients(), upstream if self.each else None, launch)
 
     def value_found(self) -> Tensor:
         if not self.each:
@@ -230,6 +242,9 @@ class Loss:
 
     def gradient_found(self) -> Tensor:
         return self.calls.get(self.gradient, _dense_like(self.sample.input))
+
+    def gradients_found(self) -> list[Tensor]:
+        return [self.gradient_found()]
 
     def prediction_found(self) -> list[float]:
         return self._two_doubles(self.prediction)
@@ -299,26 +314,89 @@ class _Pointwise:
         ]
 
     def add(
-        self, value: Place, gradient: Place, upstream: Tensor | None, launch: list[object]
+        self,
+        value: Place,
+        gradients: tuple[Place, Place],
+        upstream: Tensor | None,
+        launch: list[object],
     ) -> None:
-        input = self.input
+        input, (of_input, of_target) = self.input, gradients
         if upstream is not None and self.is_log_loss:
             upstream = upstream.unsqueeze(_class_dim(input))
         self.of.calls.add(
-            "pointwise",
-            *(self.name, self.parameter, int(input.dtype is torch.float64), input.numel()),
+            *self.loss_words(),
+            *(int(input.dtype is torch.float64), input.numel()),
             *(input.dim(), *(input.shape[d] for d in self.order)),
             *(word for operand in self.operands for word in operand),
             *self._operand(upstream),
-            *(value, _number(self.value_dtype), gradient, _number(input.dtype)),
+            *(value, _number(self.value_dtype), of_input, _number(input.dtype)),
+            *(of_target, _number(self.of.sample.target.dtype)),
             *launch,
         )
+
+    def loss_words(self) -> list[object]:
+        return ["pointwise", self.name, self.parameter]
 
     def values_found(self) -> Tensor:
         values = self.of.calls.get(self.value, _dense_like(self.input, self.value_dtype))
         if not self.is_log_loss:
             return values
         return values.sum(_class_dim(self.input)).to(self.input.dtype)
+
+
+class OwnLoss(Loss):
+    """One call of a loss of one's own, by its library.
+
+    ``wants``: the gradients that are, of input and of target.
+    """
+
+    def __init__(
+        self,
+        calls: Calls,
+        library: Path,
+        parameters: Sequence[float],
+        sample: Sample,
+        reduction: str,
+        prediction: tuple[float, float] = (1.0, 0.0),
+        shifts: tuple[int, int] = (0, 0),
+        wants: tuple[bool, bool] = (True, True),
+    ) -> None:
+        self.words = ["custom", library, len(parameters), *parameters]
+        self.wants = wants
+        super().__init__(calls, "", sample, reduction, prediction, shifts)
+
+    def _make_engine(self, loss: str, options: dict[str, Any]) -> Any:
+        return _OwnPointwise(self, loss, self.sample.input, self.sample.target, options)
+
+    def _target_gradient(self) -> Tensor:
+        return _dense_like(self.sample.input, self.sample.target.dtype)
+
+    def _renew_gradients(self) -> None:
+        super()._renew_gradients()
+        # Beside input's as that lies; alone as fresh memory does, whatever the operands.
+        shift = self.shift if self.wants[0] else 0
+        self.target_gradient = self.calls.empty_like(self._target_gradient(), shift)
+
+    def _mean_over_weights(self, loss: str) -> bool:
+        return True
+
+    def _gradients(self) -> tuple[Place, Place]:
+        of_input, of_target = self.wants
+        return (
+            self.gradient if of_input else NOWHERE,
+            self.target_gradient if of_target else NOWHERE,
+        )
+
+    def gradients_found(self) -> list[Tensor]:
+        """Those that are wanted."""
+        both = self.gradient_found(), self.calls.get(self.target_gradient, self._target_gradient())
+        return [found for found, wanted in zip(both, self.wants, strict=True) if wanted]
+
+
+class _OwnPointwise(_Pointwise):
+    def loss_words(self) -> list[object]:
+        words: list[object] = self.of.words
+        return words
 
 
 class _CrossEntropy:
@@ -365,13 +443,17 @@ class _CrossEntropy:
         return f"{place} {_number(tensor.dtype)} {outer} {classes} {inner}"
 
     def add(
-        self, value: Place, gradient: Place, upstream: Tensor | None, launch: list[object]
+        self,
+        value: Place,
+        gradients: tuple[Place, Place],
+        upstream: Tensor | None,
+        launch: list[object],
     ) -> None:
         self.of.calls.add(
             "cross_entropy",
             *self.sizes,
             self.input_rows,
-            self._words(gradient, _dense_like(self.input)),
+            self._words(gradients[0], _dense_like(self.input)),
             *self.target,
             value,
             _number(self.input.dtype),

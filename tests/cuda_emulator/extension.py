@@ -23,7 +23,9 @@ from translate import mirror
 
 PACKAGE = build.OUT / "package" / "fusedloss"
 STAND_INS = Path("tests/cuda_emulator/extension")
-TESTS = ("test_values.py", "test_edge_cases.py", "test_faults.py", "test_operators.py")
+TESTS = tuple(
+    f"test_{name}.py" for name in ("values", "edge_cases", "faults", "operators", "custom")
+)
 OPERATORS = (
     "ops.cpp",
     "ops_cuda.cpp",
@@ -92,7 +94,7 @@ def main() -> None:
     command += ["-c", str(build.ROOT / "pyproject.toml"), "--rootdir", str(build.ROOT)]
     command += ["-o", f"pythonpath={build.ROOT / 'tests'}", *sys.argv[1:]]
     command += [str(build.ROOT / "tests" / name) for name in TESTS]
-    paths = [str(package), str(build.ROOT)]
+    paths = [str(package), str(build.HERE), str(build.ROOT)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "FUSEDLOSS_EMULATED": "1"}
     sys.exit(subprocess.run(command, cwd=package, env=environment, check=False).returncode)
 

@@ -1,5 +1,7 @@
 // Runs the calls of the CUDA engines that one file lists, over the memory that another holds and
 // gets back; engines.py writes both.
+#include <dlfcn.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -8,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "csrc/cuda/kernels.h"
+#include "csrc/cuda/custom_kernel.h"
 #include "emulator.h"
 
 namespace {
@@ -52,6 +54,8 @@ class Calls {
     for (std::string engine; in_ >> engine;) {
       if (engine == "pointwise") {
         run_pointwise();
+      } else if (engine == "custom") {
+        run_custom();
       } else if (engine == "cross_entropy") {
         run_cross_entropy();
       } else if (engine == "class_weights") {
@@ -162,9 +166,8 @@ class Calls {
     emulator::meanwhile(lessons_.prediction ? give_lesson : nullptr);
   }
 
-  template <class Call>
-  static void run(cudaError_t (*engine)(const Call&, const cuda::Launch&), const Call& call,
-                  size_t workspace_bytes, cuda::Launch launch) {
+  template <class Engine, class Call>
+  static void run(Engine&& engine, const Call& call, size_t workspace_bytes, cuda::Launch launch) {
     launch.workspace = allocate(workspace_bytes);
     fault_ = launch.fault;
     emulator::host_watches(look);
@@ -173,11 +176,9 @@ class Calls {
     free(launch.workspace);
   }
 
-  void run_pointwise() {
+  // All but the loss.
+  Pointwise pointwise_call() {
     Pointwise call;
-    const std::string loss = word();
-    call.loss = loss;
-    call.parameter = number();
     call.compute_in_double = integer();
     call.numel = integer();
     call.space.dims = static_cast<int>(integer());
@@ -190,7 +191,40 @@ class Calls {
     call.value_dtype = dtype();
     call.gradient = pointer<void>();
     call.gradient_dtype = dtype();
+    call.target_gradient = pointer<void>();
+    call.target_gradient_dtype = dtype();
+    return call;
+  }
+
+  void run_pointwise() {
+    const std::string loss = word();
+    const double parameter = number();
+    Pointwise call = pointwise_call();
+    call.loss = loss;
+    call.parameter = parameter;
     run(cuda::pointwise, call, cuda::workspace_bytes(call), launch());
+  }
+
+  // A loss of one's own, by its library.
+  void run_custom() {
+    void* library = dlopen(word().c_str(), RTLD_NOW | RTLD_LOCAL);
+    require(library, "no library");
+#define NAME_OF(X) TEXT_OF(X)
+#define TEXT_OF(X) #X
+    const auto entry = reinterpret_cast<const cuda::CustomKernel* (*)()>(
+        dlsym(library, NAME_OF(FUSEDLOSS_CUSTOM_CUDA_ENTRY)));
+    require(entry, "no loss of one's own in the library");
+    const cuda::CustomKernel& kernel = *entry();
+    std::vector<double> parameters(integer());
+    for (double& parameter : parameters) parameter = number();
+    require(kernel.version == cuda::kCustomVersion &&
+                kernel.parameters == static_cast<int64_t>(parameters.size()),
+            "another version, or another number of parameters");
+    const Pointwise call = pointwise_call();
+    const auto engine = [&](const Pointwise& c, const cuda::Launch& l) {
+      return kernel.run(c, parameters.data(), l);
+    };
+    run(engine, call, kernel.workspace_bytes(call), launch());
   }
 
   void run_cross_entropy() {

@@ -21,56 +21,12 @@ from build import build
 from cases import DTYPES, FAMILIES, REDUCTIONS, Case, Sample, at_shape
 from engines import NOWHERE, RUNNER, SOURCES, Calls, Loss
 from helpers import assert_close_to_truth, assert_same_bits, draw_upstream, drawn, result_shape
+from ways import Ways
 
 
 @cache
 def program(variant: str) -> Path:
     return build([*SOURCES, RUNNER], variant)
-
-
-class Ways:
-    """One loss by every way that leads to it; all must give the same bits."""
-
-    def __init__(
-        self,
-        calls: Calls,
-        loss: str,
-        sample: Sample,
-        reduction: str,
-        shifts: tuple[int, int] = (0, 0),
-    ) -> None:
-        self.loss, self.sample, self.reduction = loss, sample, reduction
-        self.upstream = draw_upstream(result_shape(loss, sample, reduction), sample.input.dtype)
-        u = 1.0 if reduction == "none" else self.upstream.item()
-
-        def way(upstream: float, confidence: float) -> Loss:
-            return Loss(calls, loss, sample, reduction, (upstream, confidence), shifts)
-
-        # (upstream, confidence) before, and as backward shall leave them.
-        self.ways = {
-            "predicted": (way(u, 2), [u, 3]),
-            "mispredicted": (way(u + 1, 3), [u, 2]),
-            "not trusted": (way(u, 1), [u, 2]),
-            "fresh": (way(u, 3), [u, 3]),
-        }
-        self.value = way(u, 3)
-        self.value.value()
-        for name, (loss_, _) in self.ways.items():
-            loss_.forward()
-            loss_.backward(self.upstream, fresh=name == "fresh")
-
-    def check(self, elements: formulas.Elements, what: str) -> None:
-        truth = formulas.reduce(elements, self.reduction, self.upstream)
-        value = self.value.value_found()
-        gradient = self.ways["predicted"][0].gradient_found()
-        assert_close_to_truth(value, truth.value, truth.value_scale, f"{what} value")
-        assert_close_to_truth(gradient, truth.grad, truth.grad_scale, f"{what} gradient")
-        for name, (way, prediction) in self.ways.items():
-            assert_same_bits(way.value_found(), value, f"{what} value, {name}")
-            assert_same_bits(way.gradient_found(), gradient, f"{what} gradient, {name}")
-            if self.reduction != "none":
-                assert way.prediction_found() == prediction, f"{what} {name}"
-            assert way.calls.fault(way.fault)[0] == 0, f"{what} {name}"
 
 
 class Question(NamedTuple):
@@ -89,14 +45,22 @@ def check_all(
 ) -> None:
     """One run of the program for all of them."""
     calls = Calls()
-    asked = [
-        (Ways(calls, q.loss, q.sample, reduction, shifts), q.elements, f"{q.what} {reduction}")
-        for q in questions
-        for reduction in q.reductions
-    ]
+
+    def ask(q: Question, reduction: str) -> Ways:
+        def make(prediction: tuple[float, float]) -> Loss:
+            return Loss(calls, q.loss, q.sample, reduction, prediction, shifts)
+
+        shape = result_shape(q.loss, q.sample, reduction)
+        return Ways(make, draw_upstream(shape, q.sample.input.dtype))
+
+    asked = [(q, reduction, ask(q, reduction)) for q in questions for reduction in q.reductions]
     calls.run(program(variant), settings)
-    for ways, elements, what in asked:
-        ways.check(elements, what)
+    for q, reduction, ways in asked:
+        what = f"{q.what} {reduction}"
+        value, (gradient,) = ways.results(what)
+        truth = formulas.reduce(q.elements, reduction, ways.upstream)
+        assert_close_to_truth(value, truth.value, truth.value_scale, f"{what} value")
+        assert_close_to_truth(gradient, truth.grad, truth.grad_scale, f"{what} gradient")
 
 
 def question(case: Case, dtype: str, *reductions: str) -> Question:

@@ -1,0 +1,27 @@
+// Makes the library of a loss of one's own out of its struct: the pointwise engine's kernels of it.
+// Compiled by nvcc where the loss is used, with no torch header.
+#pragma once
+
+#include "../math/custom.h"
+#include "custom_kernel.h"
+#include "pointwise.cuh"
+
+namespace fusedloss::cuda {
+
+template <class Loss>
+cudaError_t custom(const Pointwise& call, const double* parameters, const Launch& launch) {
+  Loss loss;
+  Loss::prepare(parameters, loss.constants);
+  return run(loss, call, launch);
+}
+
+}  // namespace fusedloss::cuda
+
+#define FUSEDLOSS_CUSTOM_CUDA(LOSS)                                                      \
+  extern "C" __attribute__((visibility("default"))) const fusedloss::cuda::CustomKernel* \
+  FUSEDLOSS_CUSTOM_CUDA_ENTRY() {                                                        \
+    static constexpr fusedloss::cuda::CustomKernel kernel{                               \
+        fusedloss::cuda::kCustomVersion, LOSS::kParameters,                              \
+        &fusedloss::cuda::pointwise_workspace_bytes, &fusedloss::cuda::custom<LOSS>};    \
+    return &kernel;                                                                      \
+  }

@@ -1,0 +1,71 @@
+"""The CUDA toolkit of this machine, and how kernels are compiled with it.
+
+Imports nothing of the package: setup.py loads it by its path.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+NVCC_FLAGS = [
+    *("-std=c++20", "-O3", "--expt-relaxed-constexpr"),
+    # A gradient has the same bits from every kernel that forms it, whatever else that computes.
+    "-fmad=false",
+]
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """A CUDA toolkit, by what its own nvcc says of it."""
+
+    nvcc: str
+    version: str
+    includes: list[str]
+    libraries: list[str]
+
+
+def output_of(*command: str) -> str:
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def find_toolkit() -> Toolkit | str:
+    """The CUDA toolkit for torch's own CUDA version; or, as text, why there is none."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = (os.environ.get("NVCC"), home and str(Path(home, "bin", "nvcc")), "nvcc")
+    nvcc = next((found for name in candidates if name and (found := shutil.which(name))), None)
+    if nvcc is None:
+        return "no nvcc: neither NVCC, nor CUDA_HOME/bin/nvcc, nor nvcc on the PATH"
+    # Not guessed from where nvcc lies, which may be a script that calls another.
+    says = output_of(nvcc, "--dryrun", "-o", os.devnull, "empty.cu")
+    release = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))
+    if release is None:
+        return f"{nvcc} --version names no release"
+    version = release[1]
+    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"{nvcc} is of CUDA {version}, and torch of CUDA {torch.version.cuda}"
+
+    def paths(variable: str, flag: str) -> list[str]:
+        line = next((x for x in says.splitlines() if x.startswith(f"#$ {variable}=")), "")
+        return re.findall(rf'"-{flag}([^"]+)"', line)
+
+    return Toolkit(nvcc, version, paths("INCLUDES", "I"), paths("LIBRARIES", "L"))
+
+
+def chosen_architectures() -> list[str]:
+    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST; none where that is not set."""
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return []
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+    flags: list[str] = _get_cuda_arch_flags()
+    return flags

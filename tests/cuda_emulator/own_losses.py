@@ -1,0 +1,56 @@
+"""Losses of one's own compiled over the emulator, out of the very source that nvcc is given."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import build
+import fusedloss
+from fusedloss import custom
+from fusedloss.custom.building import CUDA
+from translate import mirror
+
+
+@cache
+def _headers() -> Path:
+    folder = build.OUT / "source"
+    mirror(build.ROOT, build.FOLDERS, folder)
+    return folder
+
+
+def library(name: str, struct: str, variant: str = "plain", against: Path | None = None) -> Path:
+    """The library of a struct, as printing.cpp() prints it, for a program of that variant, which
+    has the emulator; or for the extension ``against``, which has it."""
+    text = CUDA.source(struct)
+    key = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    source = build.OUT / "own_losses" / f"{key}.cu"
+    source.parent.mkdir(parents=True, exist_ok=True)
+    source.write_text(text)
+    sanitize = build.VARIANTS[variant]
+    options = ["-O1", *sanitize, "-include", "cuda_runtime.h", "-Icsrc"]
+    options += ["-fPIC", "-fvisibility=hidden"]
+    compiled = build.compile_one(source, options, _headers())
+    target = compiled.with_suffix(".so" if against is None else f".{against.stem}.so")
+    if not target.exists():
+        unfinished = target.with_suffix(f".{os.getpid()}")
+        command = [build.compiler()[0], "-shared", *sanitize, str(compiled), "-o", str(unfinished)]
+        subprocess.run([*command, *([str(against)] if against else [])], check=True)
+        unfinished.replace(target)
+    return target
+
+
+def load(loss: custom.PointwiseLoss) -> str:
+    """Makes a loss ready for the operators over the emulator, and says what they call it."""
+    extension = fusedloss.backends.extension
+    assert extension is not None and extension.__file__ is not None
+    against = Path(extension.__file__).resolve()
+
+    def compiled(name: str, struct: str) -> tuple[str, Path]:
+        found = library(name, struct, against=against)
+        return found.stem, found
+
+    return custom._loaded(loss, compiled)
