@@ -352,7 +352,7 @@ void write_loss(PointwiseCall& p, const Tensor& loss, int64_t reduction, double 
   p.call.want_sum = !each;
   const cpu::PointwiseResult result = p.run();
   if (!result.in_unit) find_outside_unit(p.input, p.target);
-  if (!each) set_scalar(loss, result.sum / normalizer);
+  if (!each) set_scalar(loss, result.sum.divided_by(normalizer));
 }
 
 Tensor pointwise(const Tensor& input, const Tensor& target, const OptionalTensor& weight,

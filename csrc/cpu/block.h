@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -24,10 +25,33 @@ struct Wanted {
                         kTargetGradient = target_gradient, kFactor = factor;
 };
 
+// What every gradient element is multiplied by: most, and what a float loses of it, so that the
+// product alone is rounded. That rest has most's sign and is not 0: infinity times it stays infinity.
+template <class T>
+struct Scale {
+  T most, rest = 0;
+
+  explicit Scale(double scale) : most(static_cast<T>(scale)) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (std::abs(double(most)) > std::abs(scale)) most = std::nextafter(most, 0.0f);
+      rest = std::isfinite(scale) ? static_cast<T>(scale - most) : most;
+      if (rest == 0) rest = most * 0x1p-40f;
+    }
+  }
+};
+template <class T>
+FUSEDLOSS_HD Vec<T> operator*(Vec<T> slope, Scale<T> scale) {
+  if constexpr (std::is_same_v<T, float>) {
+    return simd::fmadd(slope, Vec<T>(scale.most), slope * Vec<T>(scale.rest));
+  } else {
+    return slope * Vec<T>(scale.most);
+  }
+}
+
 // One SIMD register of elements at i; adds the value to sum.
 template <class Loss, class Want, class T>
-FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, T scale, int64_t i, int64_t count,
-                       Vec<T>& sum, Vec<T>& valid) {
+FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, Scale<T> scale, int64_t i,
+                       int64_t count, Vec<T>& sum, Vec<T>& valid) {
   const bool full = count == Vec<T>::size();
   const auto load = [&](const T* p) __attribute__((always_inline)) {
     return full ? Vec<T>::loadu(p + i) : Vec<T>::loadu(p + i, count);
@@ -53,26 +77,25 @@ FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, T scale, int64_t i, 
     valid = valid & both(x * (one - x) >= zero, y * (one - y) >= zero);
   }
   if (Want::kFactor && (!Loss::kCustom || run.factor)) {
-    const Vec<T> factor = load(run.factor);
-    at.value = at.value * factor;
-    at.slope = at.slope * factor;
-    if constexpr (Loss::kCustom) at.target_slope = at.target_slope * factor;
+    at = at * load(run.factor);
   }
   if constexpr (Want::kSum) {
     sum = sum + (full ? at.value : Vec<T>::set(Vec<T>(0), at.value, count));
   }
   if constexpr (Want::kValue) store(at.value, run.value);
-  if constexpr (Want::kGradient) store(at.slope * Vec<T>(scale), run.gradient);
+  if constexpr (Want::kGradient) store(at.gradient(scale), run.gradient);
   if constexpr (Want::kTargetGradient) {
-    store(at.target_slope * Vec<T>(scale), run.target_gradient);
+    store(at.target_gradient(scale), run.target_gradient);
   }
 }
 
 // By value: what a store might have changed would be loaded, and worked out, again for each
 // register.
 template <class Want, class Loss, class T>
-double block(Loss loss, Run<T> run, T scale, int64_t n, [[maybe_unused]] bool& in_unit) {
+double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
+             [[maybe_unused]] bool& in_unit) {
   constexpr int64_t kLanes = Vec<T>::size();
+  const Scale<T> scale(gradient_scale);
   Vec<T> sums[kUnroll];
   for (Vec<T>& sum : sums) sum = Vec<T>(0);
   Vec<T> valid = Vec<T>(0) == Vec<T>(0);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../engine.h"
+#include "../math/sum.h"
 #include "custom_kernel.h"
 
 namespace fusedloss::cpu {
@@ -15,7 +16,7 @@ struct Pointwise : fusedloss::Pointwise {
 };
 
 struct PointwiseResult {
-  double sum = 0;       // of value * weight, in an order that no thread count changes
+  Sum sum;              // of value * weight, in an order that no thread count changes
   bool in_unit = true;  // false: a loss of kUnitInterval met an element outside [0, 1], or nan
 };
 

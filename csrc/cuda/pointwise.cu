@@ -21,25 +21,23 @@ struct Numbers {
   int64_t numel;
 };
 
-// One element: its value, its slope, both times factor. What a loss of kUnitInterval cannot take is
+// One element: its value and slope, both times factor. What a loss of kUnitInterval cannot take is
 // nan and told.
 template <class Loss, class T>
-__device__ Eval<T> evaluate(const Loss& loss, T x, T y, T pos_weight, T factor, const Launch& l,
-                            int64_t at) {
-  Eval<T> e;
-  if constexpr (Loss::kPosWeight) {
-    e = loss.eval(x, y, pos_weight);
-  } else {
-    e = loss.eval(x, y);
-  }
+__device__ auto evaluate(const Loss& loss, T x, T y, T pos_weight, T factor, const Launch& l,
+                         int64_t at) {
   if constexpr (Loss::kUnitInterval) {
     const bool x_fits = x >= T(0) && x <= T(1), y_fits = y >= T(0) && y <= T(1);
     if (!x_fits || !y_fits) {
-      e.value = e.slope = std::numeric_limits<T>::quiet_NaN();
+      factor = std::numeric_limits<T>::quiet_NaN();
       tell(l, x_fits ? Fault::kTargetOutsideUnit : Fault::kInputOutsideUnit, at, x_fits ? y : x, 0);
     }
   }
-  return {e.value * factor, e.slope * factor};
+  if constexpr (Loss::kPosWeight) {
+    return loss.eval(x, y, pos_weight) * factor;
+  } else {
+    return loss.eval(x, y) * factor;
+  }
 }
 
 // ---- operands of one dtype, side by side --------------------------------------------------------
@@ -73,10 +71,9 @@ __global__ void __launch_bounds__(kThreads, kPlain ? kBlocksPerSM : 1)
     if (weighted) factor = widen(c.weight[at]);
     if (has_upstream) factor = factor * widen(c.upstream[at]);
     const T p = Loss::kPosWeight ? widen(c.pos_weight[at]) : T(1);
-    const Eval<T> e =
-        evaluate(loss, T(widen(c.input[at])), T(widen(c.target[at])), p, factor, l, at);
+    const auto e = evaluate(loss, T(widen(c.input[at])), T(widen(c.target[at])), p, factor, l, at);
     if (has_value) c.value[at] = narrow<D>(e.value);
-    if (s.write) c.gradient[at] = narrow<D>(e.slope * scale);
+    if (s.write) c.gradient[at] = narrow<D>(e.gradient(scale));
     total += e.value;
   };
   if (blockIdx.x == 0) {
@@ -114,21 +111,21 @@ __global__ void __launch_bounds__(kThreads, kPlain ? kBlocksPerSM : 1)
       if (weighted) w = weight[at];
       if (Loss::kPosWeight) p = pos_weight[at];
       if (has_upstream) g = upstream[at];
-      T values[P::kSize], slopes[P::kSize];
+      T values[P::kSize], gradients[P::kSize];
 #pragma unroll
       for (int i = 0; i < P::kSize; ++i) {
         T factor(1);
         if (weighted) factor = widen(w.element[i]);
         if (has_upstream) factor = factor * widen(g.element[i]);
         const T pos = Loss::kPosWeight ? T(widen(p.element[i])) : T(1);
-        const Eval<T> e = evaluate(loss, T(widen(x[u].element[i])), T(widen(y[u].element[i])), pos,
-                                   factor, l, c.head + at * P::kSize + i);
+        const auto e = evaluate(loss, T(widen(x[u].element[i])), T(widen(y[u].element[i])), pos,
+                                factor, l, c.head + at * P::kSize + i);
         part += e.value;
         values[i] = e.value;
-        slopes[i] = e.slope * scale;
+        gradients[i] = e.gradient(scale);
       }
       if (has_value) value[at] = pack<D>(values);
-      if (s.write) gradient[at] = pack<D>(slopes);
+      if (s.write) gradient[at] = pack<D>(gradients);
     }
     total += part;
   }
@@ -214,9 +211,9 @@ __global__ void __launch_bounds__(kThreads) strided(const Strided c, const Launc
     };
     const T x = operand(c.input), y = operand(c.target);
     const T factor = operand(c.weight) * operand(c.upstream);
-    const Eval<T> e = evaluate(loss, x, y, operand(c.pos_weight), factor, l, at);
+    const auto e = evaluate(loss, x, y, operand(c.pos_weight), factor, l, at);
     if (c.value) write(c.value, c.value_dtype, at, e.value);
-    if (s.write) write(c.gradient, c.gradient_dtype, at, e.slope * scale);
+    if (s.write) write(c.gradient, c.gradient_dtype, at, e.gradient(scale));
     total += e.value;
   }
   finish(l, total);

@@ -19,6 +19,18 @@ struct CustomEval {
   T value;
   T slope;         // derivative with respect to input,
   T target_slope;  // and to target
+
+  FUSEDLOSS_HD CustomEval operator*(T factor) const {
+    return {value * factor, slope * factor, target_slope * factor};
+  }
+  template <class Scale>
+  FUSEDLOSS_HD T gradient(Scale scale) const {
+    return slope * scale;
+  }
+  template <class Scale>
+  FUSEDLOSS_HD T target_gradient(Scale scale) const {
+    return target_slope * scale;
+  }
 };
 
 template <int count>

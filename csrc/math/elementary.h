@@ -222,21 +222,14 @@ FUSEDLOSS_HD Vec<float> pow(Vec<float> x, Vec<float> y) {
   const Vec<float> zero(0.0f), one(1.0f), infinity(kInfinity);
   const Vec<float> size = abs(x);
   const Vec<float> tiny = size < Vec<float>(1.17549435e-38f);
-  const Vec<float> t = select(tiny, size * Vec<float>(8388608.0f), size);
-  const Int bits = simd::cast<int32_t>(t) - Int(0x3f3504f3);
-  const Int exponent = bits & Int(static_cast<int32_t>(0xff800000));
-  const Vec<float> n = simd::convert<float>(exponent) * Vec<float>(1.0f / (1 << 23)) -
-                       select(tiny, Vec<float>(23.0f), zero);
-  const Vec<float> f = simd::cast<float>(simd::cast<int32_t>(t) - exponent) - one;
-  static constexpr float q[] = {0.3333333f,  -0.2500082f,  0.20001227f, -0.16623357f,
-                                0.14201757f, -0.13160183f, 0.12761578f, -0.076344974f};
+  const Split t = split(select(tiny, size * Vec<float>(8388608.0f), size),
+                        select(tiny, Vec<float>(23.0f), zero));
   // n ln2 + f - f^2 / 2, each sum with what it loses beside it.
-  const Vec<float> turns = n * Vec<float>(kLn2Hi), f2 = f * f, half = Vec<float>(0.5f) * f2;
-  const Vec<float> sum = turns + f, lost_f = f - (sum - turns);
-  const Vec<float> most = sum - half, lost_half = (sum - most) - half;
-  const Vec<float> lost_square = Vec<float>(-0.5f) * simd::fmadd(f, f, -f2);
-  Vec<float> low = simd::fmadd(f2 * f, polynomial(f, f2, q), lost_f + lost_half);
-  low = simd::fmadd(n, Vec<float>(kLn2Lo), low + lost_square);
+  const Vec<float> f2 = t.f * t.f, half = Vec<float>(0.5f) * f2;
+  const Vec<float> most = t.high - half, lost_half = (t.high - most) - half;
+  const Vec<float> lost_square = Vec<float>(-0.5f) * simd::fmadd(t.f, t.f, -f2);
+  Vec<float> low = log_tail(t.f, t.low + lost_half);
+  low = simd::fmadd(t.n, Vec<float>(kLn2Lo), low + lost_square);
   const Vec<float> high = most + low;
   low = low - (high - most);
   // What a product of y with both parts loses goes into the exponential as a factor.

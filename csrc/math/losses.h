@@ -1,5 +1,6 @@
 // THE maths: one struct a loss. eval(input, target) gives the value and the derivative with respect
-// to input together, for one element: T is float or double, or a CPU SIMD register of them.
+// to input together, as an Eval or an EvalQuotient, for one element: T is float or double, or a CPU
+// SIMD register of them.
 //
 // A struct also says what an engine must know of it:
 //   parameter       beta, delta or eps, where the loss has one
@@ -77,11 +78,11 @@ struct Huber : PointwiseLoss {
 struct BCE : PointwiseLoss {
   static constexpr bool kUnitInterval = true;
   template <class T>
-  FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
+  FUSEDLOSS_HD EvalQuotient<T> eval(T x, T y) const {
     const T one(1), floor(-100);
     const T log_x = at_least(log(x), floor);
     const T log_1_x = at_least(log1p(-x), floor);
-    return {(y - one) * log_1_x - y * log_x, (x - y) / at_least((one - x) * x, T(1e-12f))};
+    return {(y - one) * log_1_x - y * log_x, x - y, at_least((one - x) * x, T(1e-12f))};
   }
 };
 
@@ -117,13 +118,10 @@ struct BCEWithLogitsPosWeight : PointwiseLoss {
 struct LogLoss : PointwiseLoss {
   static constexpr Mean kMean = Mean::kRows;
   template <class T>
-  FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
+  FUSEDLOSS_HD EvalQuotient<T> eval(T x, T y) const {
     const T eps(parameter), zero(0), one(1);
     const T p = between(x, eps, one);
-    const auto inside = both(x >= eps, x <= one);
-    const T nothing = x * zero;  // but nan stays
-    if (all_zero(y)) return {p * zero, select(inside, zero, nothing)};
-    return {zero - y * log(p), select(inside, zero - y / p, nothing)};
+    return {zero - y * log(p), select(both(x >= eps, x <= one), zero - y, x * zero), p};
   }
 };
 

@@ -21,6 +21,29 @@ template <class T>
 struct Eval {
   T value;
   T slope;
+
+  FUSEDLOSS_HD Eval operator*(T factor) const { return {value * factor, slope * factor}; }
+  // What goes to memory: the slope times a number that is the same for all elements.
+  template <class Scale>
+  FUSEDLOSS_HD T gradient(Scale scale) const {
+    return slope * scale;
+  }
+};
+
+// The same where the derivative is numerator / divisor. Divided last, as in torch, a target of 0 or
+// 1 costs one rounding less.
+template <class T>
+struct EvalQuotient {
+  T value;
+  T numerator, divisor;
+
+  FUSEDLOSS_HD EvalQuotient operator*(T factor) const {
+    return {value * factor, numerator * factor, divisor};
+  }
+  template <class Scale>
+  FUSEDLOSS_HD T gradient(Scale scale) const {
+    return numerator * scale / divisor;
+  }
 };
 
 // ---- scalars ------------------------------------------------------------------------------------
@@ -151,22 +174,36 @@ constexpr float kRounder = 12582912.0f;       // 1.5 * 2^23
 constexpr float kLn2Hi = 0.693145751953125f;  // ln 2 in 15 bits: its product with n is exact
 constexpr float kLn2Lo = 1.42860682030941723e-6f;
 
-// log(t) for normal t > 0; addend joins where it loses least.
-FUSEDLOSS_HD Vec<float> log_normal(Vec<float> t, Vec<float> addend) {
+// t = 2^n (1 + f), normal and positive, with 1 + f in [sqrt(1/2), sqrt(2)), so that f is exact; n
+// less by `lowered`; and n ln 2 + f = high + low, but for a part of n ln 2 that log_of() adds.
+struct Split {
+  Vec<int32_t> exponent;  // n 2^23, not lowered
+  Vec<float> n, f, high, low;
+};
+FUSEDLOSS_HD Split split(Vec<float> t, Vec<float> lowered) {
   using Int = Vec<int32_t>;
-  // t = 2^n m with m in [sqrt(1/2), sqrt(2)), so that m - 1 is exact and small.
   const Int bits = simd::cast<int32_t>(t) - Int(0x3f3504f3);
   const Int exponent = bits & Int(static_cast<int32_t>(0xff800000));
-  const Vec<float> n = simd::convert<float>(exponent) * Vec<float>(1.0f / (1 << 23));
+  const Vec<float> n = simd::convert<float>(exponent) * Vec<float>(1.0f / (1 << 23)) - lowered;
   const Vec<float> f = simd::cast<float>(simd::cast<int32_t>(t) - exponent) - Vec<float>(1.0f);
-  // log(1 + f) = f - f^2 / 2 + f^3 q(f), q minimax on [sqrt(1/2) - 1, sqrt(2) - 1].
+  // |n ln 2| > |f| unless n is 0: so this is all that the sum loses.
+  const Vec<float> turns = n * Vec<float>(kLn2Hi), high = turns + f;
+  return {exponent, n, f, high, f - (high - turns)};
+}
+
+// f^3 q(f) + addend, where log(1 + f) = f - f^2 / 2 + f^3 q(f), q minimax on [sqrt(1/2) - 1,
+// sqrt(2) - 1].
+FUSEDLOSS_HD Vec<float> log_tail(Vec<float> f, Vec<float> addend) {
   static constexpr float q[] = {0.3333333f,  -0.2500082f,  0.20001227f, -0.16623357f,
                                 0.14201757f, -0.13160183f, 0.12761578f, -0.076344974f};
   const Vec<float> f2 = f * f;
-  Vec<float> low = simd::fmadd(f2 * f, polynomial(f, f2, q), addend);
-  low = simd::fmadd(n, Vec<float>(kLn2Lo), low);
-  low = simd::fmadd(f2, Vec<float>(-0.5f), low);
-  return simd::fmadd(n, Vec<float>(kLn2Hi), f + low);
+  return simd::fmadd(f2 * f, polynomial(f, f2, q), addend);
+}
+
+// log(t), low being t's, or more where more than t is meant.
+FUSEDLOSS_HD Vec<float> log_of(const Split& t, Vec<float> low) {
+  low = simd::fmadd(t.n, Vec<float>(kLn2Lo), log_tail(t.f, low));
+  return t.high + simd::fmadd(t.f, Vec<float>(-0.5f) * t.f, low);
 }
 
 // 2^n for n in [-126, 127], or for the integer that adding kRounder to such an n leaves.
@@ -207,23 +244,26 @@ FUSEDLOSS_HD Vec<float> exp_nonpositive(Vec<float> x) {
 FUSEDLOSS_HD Vec<float> log(Vec<float> x) {
   const Vec<float> tiny = x < Vec<float>(1.17549435e-38f);
   const Vec<float> scaled = select(tiny, x * Vec<float>(8388608.0f), x);
-  // Added last: undoes the scaling, and is nan for nan.
-  const Vec<float> lift = select(tiny, Vec<float>(-15.9423847f), x - x);
-  const Vec<float> result = detail::log_normal(scaled, Vec<float>(0.0f)) + lift;
+  // Undoes the scaling, and is nan for nan.
+  const Vec<float> lowered = select(tiny, Vec<float>(23.0f), x - x);
+  const detail::Split t = detail::split(scaled, lowered);
+  const Vec<float> result = detail::log_of(t, t.low);
   return select(x == Vec<float>(0.0f), Vec<float>(-INFINITY), result);
 }
 
 // log(1 + x). Domain [-1, FLT_MAX] and nan. Error 1.24.
 FUSEDLOSS_HD Vec<float> log1p(Vec<float> x) {
-  const Vec<float> one(1.0f);
-  const Vec<float> t = one + x;
-  // What the sum lost joins with the slope of log there, 1 / t: near enough a line down to 0, since
-  // the loss is at most half a unit of t's last place.
-  const Vec<float> lost = x - (t - one);
+  using Int = Vec<int32_t>;
+  const Vec<float> one(1.0f), sum = one + x;
+  const detail::Split t = detail::split(sum, Vec<float>(0.0f));
+  // What the sum lost, in units of f, joins with the slope of log(1 + f): its quadratic, of f's
+  // coefficient near -1, is minimax, f < 0 counting half: there it has lost half as much at most.
+  const Vec<float> unit = simd::cast<float>(Int(0x3f800000) - t.exponent);  // 2^-n
+  const Vec<float> lost = (x - (sum - one)) * unit;  // nan for nan
   const Vec<float> slope =
-      simd::clamp_min(simd::fmadd(x, Vec<float>(-0.5f), one), Vec<float>(0.0f));
-  const Vec<float> result = detail::log_normal(t, lost * slope);  // lost is nan for nan
-  return select(t == Vec<float>(0.0f), Vec<float>(-INFINITY), result);
+      simd::fmadd(t.f, simd::fmadd(t.f, Vec<float>(0.9372258f), Vec<float>(-1.0710447f)), one);
+  const Vec<float> result = detail::log_of(t, simd::fmadd(lost, slope, t.low));
+  return select(sum == Vec<float>(0.0f), Vec<float>(-INFINITY), result);
 }
 
 // log(1 + x). Domain [0, 1] and nan. Error 1.97.
