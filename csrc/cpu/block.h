@@ -26,7 +26,8 @@ struct Wanted {
 };
 
 // What every gradient element is multiplied by: most, and what a float loses of it, so that the
-// product alone is rounded. That rest has most's sign and is not 0: infinity times it stays infinity.
+// product alone is rounded. That rest has most's sign and is not 0: infinity times it stays
+// infinity.
 template <class T>
 struct Scale {
   T most, rest = 0;
@@ -51,7 +52,7 @@ FUSEDLOSS_HD Vec<T> operator*(Vec<T> slope, Scale<T> scale) {
 // One SIMD register of elements at i; adds the value to sum.
 template <class Loss, class Want, class T>
 FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, Scale<T> scale, int64_t i,
-                       int64_t count, Vec<T>& sum, Vec<T>& valid) {
+                       int64_t count, Vec<T>& sum, Mask<T>& valid) {
   const bool full = count == Vec<T>::size();
   const auto load = [&](const T* p) __attribute__((always_inline)) {
     return full ? Vec<T>::loadu(p + i) : Vec<T>::loadu(p + i, count);
@@ -74,7 +75,8 @@ FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, Scale<T> scale, int6
   if constexpr (Loss::kUnitInterval && (Want::kSum || Want::kValue)) {
     // x (1 - x) >= 0 just where 0 <= x <= 1.
     const Vec<T> zero(0), one(1);
-    valid = valid & both(x * (one - x) >= zero, y * (one - y) >= zero);
+    const auto x_fits = less_equal(zero, x * (one - x)), y_fits = less_equal(zero, y * (one - y));
+    valid = both(valid, both(x_fits, y_fits));
   }
   if (Want::kFactor && (!Loss::kCustom || run.factor)) {
     at = at * load(run.factor);
@@ -98,7 +100,7 @@ double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
   const Scale<T> scale(gradient_scale);
   Vec<T> sums[kUnroll];
   for (Vec<T>& sum : sums) sum = Vec<T>(0);
-  Vec<T> valid = Vec<T>(0) == Vec<T>(0);
+  Mask<T> valid = equal(Vec<T>(0), Vec<T>(0));
   int64_t i = 0;
   for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
 #if !defined(CPU_CAPABILITY_DEFAULT) || defined(FUSEDLOSS_NO_TORCH)  // else a register is a loop
@@ -111,7 +113,7 @@ double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
   for (; i < n; i += kLanes) {
     step<Loss, Want>(loss, run, scale, i, std::min(kLanes, n - i), sums[0], valid);
   }
-  if constexpr (Loss::kUnitInterval) in_unit = in_unit && valid.zero_mask() == 0;
+  if constexpr (Loss::kUnitInterval) in_unit = in_unit && all(valid);
   if constexpr (!Want::kSum) return 0;
   for (int u = 1; u < kUnroll; ++u) sums[0] = sums[0] + sums[u];
   T lanes[kLanes];

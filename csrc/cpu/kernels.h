@@ -30,9 +30,15 @@ struct CrossEntropy : fusedloss::CrossEntropy {
   const void* upstream = nullptr;  // and by its row's: (outer, inner), compute type; null: 1
 };
 
+struct ClassCount {
+  int64_t ignored = 0, outside = 0;  // of [0, classes), and not ignored
+};
+
 // Compiled once for each capability from the same files.
 #define FUSEDLOSS_DECLARE_KERNELS(CAPABILITY)                                       \
   namespace CAPABILITY {                                                            \
+  ClassCount count_classes(const int64_t* index, int64_t n, int64_t classes,        \
+                           int64_t ignore_index);                                   \
   PointwiseResult pointwise(const Pointwise& call);                                 \
   double cross_entropy(const CrossEntropy& call); /* the sum of the rows' losses */ \
   }

@@ -221,15 +221,13 @@ FUSEDLOSS_HD Vec<float> pow(Vec<float> x, Vec<float> y) {
   using namespace detail;
   const Vec<float> zero(0.0f), one(1.0f), infinity(kInfinity);
   const Vec<float> size = abs(x);
-  const Vec<float> tiny = size < Vec<float>(1.17549435e-38f);
-  const Split t = split(select(tiny, size * Vec<float>(8388608.0f), size),
-                        select(tiny, Vec<float>(23.0f), zero));
+  const Split t = split_any(size);
   // n ln2 + f - f^2 / 2, each sum with what it loses beside it.
   const Vec<float> f2 = t.f * t.f, half = Vec<float>(0.5f) * f2;
   const Vec<float> most = t.high - half, lost_half = (t.high - most) - half;
   const Vec<float> lost_square = Vec<float>(-0.5f) * simd::fmadd(t.f, t.f, -f2);
   Vec<float> low = log_tail(t.f, t.low + lost_half);
-  low = simd::fmadd(t.n, Vec<float>(kLn2Lo), low + lost_square);
+  low = simd::fmadd(t.turns, Vec<float>(kLn2Lo * kTurn), low + lost_square);
   const Vec<float> high = most + low;
   low = low - (high - most);
   // What a product of y with both parts loses goes into the exponential as a factor.

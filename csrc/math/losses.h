@@ -45,7 +45,7 @@ struct L1 : PointwiseLoss {
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T d = x - y;
     const T zero(0), one(1);
-    return {abs(d), select(d > zero, one, select(d < zero, T(-1), zero))};
+    return {abs(d), select(less(zero, d), one, select(less(d, zero), T(-1), zero))};
   }
 };
 
@@ -94,8 +94,9 @@ struct BCEWithLogits : PointwiseLoss {
     const T zero(0), one(1);
     const T e = exp_nonpositive(-abs(x));
     const T q = e / (one + e);
-    const T s = select(x < zero, -y, one - y);
-    return {log1p_unit(e) + s * x, s + select(x < zero, q, -q)};
+    const auto negative = less(x, zero);
+    const T s = select(negative, -y, one - y);
+    return {log1p_unit(e) + s * x, s + select(negative, q, -q)};
   }
 };
 
@@ -109,7 +110,7 @@ struct BCEWithLogitsPosWeight : PointwiseLoss {
     const T factor = one + (p - one) * y;
     const T q = factor * (e / (one + e));
     return {(one - y) * x + factor * (log1p_unit(e) + at_least(-x, zero)),
-            select(x < zero, q - p * y, (one - y) - q)};
+            select(less(x, zero), q - p * y, (one - y) - q)};
   }
 };
 
@@ -121,7 +122,8 @@ struct LogLoss : PointwiseLoss {
   FUSEDLOSS_HD EvalQuotient<T> eval(T x, T y) const {
     const T eps(parameter), zero(0), one(1);
     const T p = between(x, eps, one);
-    return {zero - y * log(p), select(both(x >= eps, x <= one), zero - y, x * zero), p};
+    const auto inside = both(less_equal(eps, x), less_equal(x, one));
+    return {zero - y * log(p), select(inside, zero - y, x * zero), p};
   }
 };
 

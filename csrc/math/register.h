@@ -77,6 +77,12 @@ class Vectorized {
     for (int i = 0; i < size(); ++i) r.v_[i] = f(v_[i], others.v_[i]...);
     return r;
   }
+  // A bit for each lane that is 0.
+  FUSEDLOSS_HD int zero_mask() const {
+    int mask = 0;
+    for (int i = 0; i < size(); ++i) mask |= (bits()[i] == 0) << i;
+    return mask;
+  }
   // Of a mask: whether it holds anywhere.
   FUSEDLOSS_HD bool any() const {
     bool found = false;

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define FUSEDLOSS_HD __host__ __device__ __forceinline__
@@ -51,6 +52,15 @@ struct EvalQuotient {
 template <class T>
 FUSEDLOSS_HD T select(bool condition, T yes, T no) {
   return condition ? yes : no;
+}
+// Comparisons, where a SIMD register has something faster for them than operators.
+template <class T>
+FUSEDLOSS_HD bool less(T a, T b) {
+  return a < b;
+}
+template <class T>
+FUSEDLOSS_HD bool less_equal(T a, T b) {
+  return a <= b;
 }
 template <class T>
 FUSEDLOSS_HD bool both(T a, T b) {
@@ -114,6 +124,60 @@ template <class T>
 FUSEDLOSS_HD Vec<T> both(Vec<T> a, Vec<T> b) {
   return a & b;
 }
+#if defined(CPU_CAPABILITY_AVX512) && !defined(FUSEDLOSS_NO_TORCH)
+// What at::vec's operators give is made into a register, and by blendv into a mask again.
+template <class T>
+struct Mask {
+  uint16_t lanes;
+};
+#define FUSEDLOSS_COMPARE(NAME, PREDICATE)                       \
+  FUSEDLOSS_HD Mask<float> NAME(Vec<float> a, Vec<float> b) {    \
+    return {_mm512_cmp_ps_mask(a, b, PREDICATE)};                \
+  }                                                              \
+  FUSEDLOSS_HD Mask<double> NAME(Vec<double> a, Vec<double> b) { \
+    return {_mm512_cmp_pd_mask(a, b, PREDICATE)};                \
+  }
+FUSEDLOSS_COMPARE(less, _CMP_LT_OQ)
+FUSEDLOSS_COMPARE(less_equal, _CMP_LE_OQ)
+FUSEDLOSS_COMPARE(equal, _CMP_EQ_OQ)
+#undef FUSEDLOSS_COMPARE
+FUSEDLOSS_HD Vec<float> select(Mask<float> condition, Vec<float> yes, Vec<float> no) {
+  return _mm512_mask_blend_ps(condition.lanes, no, yes);
+}
+FUSEDLOSS_HD Vec<double> select(Mask<double> condition, Vec<double> yes, Vec<double> no) {
+  return _mm512_mask_blend_pd(static_cast<__mmask8>(condition.lanes), no, yes);
+}
+template <class T>
+FUSEDLOSS_HD Mask<T> both(Mask<T> a, Mask<T> b) {
+  return {static_cast<uint16_t>(a.lanes & b.lanes)};
+}
+template <class T>
+FUSEDLOSS_HD bool all(Mask<T> a) {
+  return a.lanes == (1u << Vec<T>::size()) - 1;
+}
+#else
+template <class T>
+using Mask = Vec<T>;
+template <class T>
+FUSEDLOSS_HD Vec<T> less(Vec<T> a, Vec<T> b) {
+  return a < b;
+}
+template <class T>
+FUSEDLOSS_HD Vec<T> less_equal(Vec<T> a, Vec<T> b) {
+  return a <= b;
+}
+template <class T>
+FUSEDLOSS_HD Vec<T> equal(Vec<T> a, Vec<T> b) {
+  return a == b;
+}
+template <class T>
+FUSEDLOSS_HD bool all(Vec<T> mask) {
+#if defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, float>) return _mm256_movemask_ps(mask) == 0xff;
+#endif
+  return mask.zero_mask() == 0;
+}
+#endif
 template <class T>
 FUSEDLOSS_HD bool all_zero(Vec<T> x) {
   return x.zero_mask() == (1 << Vec<T>::size()) - 1;
@@ -173,36 +237,64 @@ FUSEDLOSS_HD Vec<float> zero_below(Vec<float> x, float low, Vec<float> value) {
 constexpr float kRounder = 12582912.0f;       // 1.5 * 2^23
 constexpr float kLn2Hi = 0.693145751953125f;  // ln 2 in 15 bits: its product with n is exact
 constexpr float kLn2Lo = 1.42860682030941723e-6f;
+constexpr float kMinNormal = 1.17549435e-38f;
 
-// t = 2^n (1 + f), normal and positive, with 1 + f in [sqrt(1/2), sqrt(2)), so that f is exact; n
-// less by `lowered`; and n ln 2 + f = high + low, but for a part of n ln 2 that log_of() adds.
+// t = 2^n (1 + f) > 0 with f in [-1/4, 1/2], so that f is exact; and n ln 2 + f = high + low, but
+// for a part of n ln 2 that log_of() adds.
 struct Split {
-  Vec<int32_t> exponent;  // n 2^23, not lowered
-  Vec<float> n, f, high, low;
+  Vec<float> turns, f, high, low;  // turns: n, in units of kTurn
+  Vec<float> unit;                 // 2^(1 - n), of a normal t
 };
-FUSEDLOSS_HD Split split(Vec<float> t, Vec<float> lowered) {
-  using Int = Vec<int32_t>;
-  const Int bits = simd::cast<int32_t>(t) - Int(0x3f3504f3);
-  const Int exponent = bits & Int(static_cast<int32_t>(0xff800000));
-  const Vec<float> n = simd::convert<float>(exponent) * Vec<float>(1.0f / (1 << 23)) - lowered;
-  const Vec<float> f = simd::cast<float>(simd::cast<int32_t>(t) - exponent) - Vec<float>(1.0f);
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr float kTurn = 1;
+#else
+constexpr float kTurn = 1.0f / (1 << 23);
+#endif
+FUSEDLOSS_HD Split join(Vec<float> turns, Vec<float> significand, Vec<float> unit) {
+  const Vec<float> f = significand - Vec<float>(1.0f);
+  const Vec<float> high = simd::fmadd(turns, Vec<float>(kLn2Hi * kTurn), f);
   // |n ln 2| > |f| unless n is 0: so this is all that the sum loses.
-  const Vec<float> turns = n * Vec<float>(kLn2Hi), high = turns + f;
-  return {exponent, n, f, high, f - (high - turns)};
+  const Vec<float> low = f - simd::fmadd(turns, Vec<float>(-kLn2Hi * kTurn), high);
+  return {turns, f, high, low, unit};
 }
 
-// f^3 q(f) + addend, where log(1 + f) = f - f^2 / 2 + f^3 q(f), q minimax on [sqrt(1/2) - 1,
-// sqrt(2) - 1].
+#if defined(CPU_CAPABILITY_AVX512)
+FUSEDLOSS_HD Split split(Vec<float> t) {
+  const Vec<float> significand = _mm512_getmant_ps(t, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+  const Vec<float> n = Vec<float>(_mm512_getexp_ps(t)) - Vec<float>(_mm512_getexp_ps(significand));
+  const Vec<float> one(1.0f);
+  return join(n, significand, _mm512_scalef_ps(one, one - n));
+}
+// Of subnormals too; nan for nan.
+FUSEDLOSS_HD Split split_any(Vec<float> t) { return split(t); }
+#else
+// less: of turns.
+FUSEDLOSS_HD Split split(Vec<float> t, Vec<float> less = Vec<float>(0.0f)) {
+  using Int = Vec<int32_t>;
+  const Int bits = simd::cast<int32_t>(t) - Int(0x3f400000);
+  const Int exponent = bits & Int(static_cast<int32_t>(0xff800000));
+  return join(simd::convert<float>(exponent) - less,
+              simd::cast<float>(simd::cast<int32_t>(t) - exponent),
+              simd::cast<float>(Int(0x40000000) - exponent));
+}
+FUSEDLOSS_HD Split split_any(Vec<float> t) {
+  const Vec<float> tiny = t < Vec<float>(kMinNormal);
+  return split(select(tiny, t * Vec<float>(8388608.0f), t),
+               select(tiny, Vec<float>(23 / kTurn), t - t));
+}
+#endif
+
+// f^3 q(f) + addend, where log(1 + f) = f - f^2 / 2 + f^3 q(f), q minimax on [-1/4, 1/2].
 FUSEDLOSS_HD Vec<float> log_tail(Vec<float> f, Vec<float> addend) {
-  static constexpr float q[] = {0.3333333f,  -0.2500082f,  0.20001227f, -0.16623357f,
-                                0.14201757f, -0.13160183f, 0.12761578f, -0.076344974f};
+  static constexpr float q[] = {0.3333334f,   -0.25000146f, 0.1999954f,   -0.16656008f, 0.1427916f,
+                                -0.12724303f, 0.116690524f, -0.09064542f, 0.037402455f};
   const Vec<float> f2 = f * f;
   return simd::fmadd(f2 * f, polynomial(f, f2, q), addend);
 }
 
 // log(t), low being t's, or more where more than t is meant.
 FUSEDLOSS_HD Vec<float> log_of(const Split& t, Vec<float> low) {
-  low = simd::fmadd(t.n, Vec<float>(kLn2Lo), log_tail(t.f, low));
+  low = simd::fmadd(t.turns, Vec<float>(kLn2Lo * kTurn), log_tail(t.f, low));
   return t.high + simd::fmadd(t.f, Vec<float>(-0.5f) * t.f, low);
 }
 
@@ -242,28 +334,29 @@ FUSEDLOSS_HD Vec<float> exp_nonpositive(Vec<float> x) {
 
 // Natural logarithm. Domain [0, FLT_MAX] with subnormals, and nan. Error 0.87.
 FUSEDLOSS_HD Vec<float> log(Vec<float> x) {
-  const Vec<float> tiny = x < Vec<float>(1.17549435e-38f);
-  const Vec<float> scaled = select(tiny, x * Vec<float>(8388608.0f), x);
-  // Undoes the scaling, and is nan for nan.
-  const Vec<float> lowered = select(tiny, Vec<float>(23.0f), x - x);
-  const detail::Split t = detail::split(scaled, lowered);
-  const Vec<float> result = detail::log_of(t, t.low);
-  return select(x == Vec<float>(0.0f), Vec<float>(-INFINITY), result);
+  using namespace detail;
+#if !defined(CPU_CAPABILITY_AVX512)
+  if (__builtin_expect(all(x >= Vec<float>(kMinNormal)), 1)) {
+    const Split t = split(x);
+    return log_of(t, t.low);
+  }
+#endif
+  const Split t = split_any(x);
+  return select(equal(x, Vec<float>(0.0f)), Vec<float>(-INFINITY), log_of(t, t.low));
 }
 
 // log(1 + x). Domain [-1, FLT_MAX] and nan. Error 1.24.
 FUSEDLOSS_HD Vec<float> log1p(Vec<float> x) {
-  using Int = Vec<int32_t>;
   const Vec<float> one(1.0f), sum = one + x;
-  const detail::Split t = detail::split(sum, Vec<float>(0.0f));
-  // What the sum lost, in units of f, joins with the slope of log(1 + f): its quadratic, of f's
-  // coefficient near -1, is minimax, f < 0 counting half: there it has lost half as much at most.
-  const Vec<float> unit = simd::cast<float>(Int(0x3f800000) - t.exponent);  // 2^-n
-  const Vec<float> lost = (x - (sum - one)) * unit;  // nan for nan
-  const Vec<float> slope =
-      simd::fmadd(t.f, simd::fmadd(t.f, Vec<float>(0.9372258f), Vec<float>(-1.0710447f)), one);
-  const Vec<float> result = detail::log_of(t, simd::fmadd(lost, slope, t.low));
-  return select(sum == Vec<float>(0.0f), Vec<float>(-INFINITY), result);
+  const detail::Split t = detail::split(sum);
+  // What the sum lost, in half units of 1 + f, joins with the slope of log(1 + f): 1 and a minimax
+  // quadratic, which may be off twice as far where f < 0 and half as much is lost.
+  const Vec<float> lost = (x - (sum - one)) * t.unit;  // nan for nan
+  const Vec<float> bend = simd::fmadd(t.f, Vec<float>(0.39996278f), Vec<float>(-0.52219665f));
+  Vec<float> low = simd::fmadd(lost, Vec<float>(0.5f), t.low);
+  low = simd::fmadd(lost * t.f, bend, low);
+  const Vec<float> result = detail::log_of(t, low);
+  return select(equal(sum, Vec<float>(0.0f)), Vec<float>(-INFINITY), result);
 }
 
 // log(1 + x). Domain [0, 1] and nan. Error 1.97.
