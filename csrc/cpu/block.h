@@ -1,11 +1,12 @@
-// The innermost loop of the pointwise engine: one loss over a run of elements that lies in the L1
-// cache, as the type it is computed in. No torch header: a loss of one's own is compiled with it
+// The innermost loop of the pointwise engine: one loss over a run of elements, of the type that it
+// is computed in. No torch header: a loss of one's own is compiled with it
 // too, on the machine it runs on.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 #include <type_traits>
 
 #include "../math/vocabulary.h"
@@ -15,7 +16,8 @@ namespace fusedloss::cpu {
 
 namespace CPU_CAPABILITY {
 
-constexpr int kUnroll = 4;  // registers with sums of their own
+constexpr int kUnroll = 4;        // registers with sums of their own
+constexpr int64_t kShort = 2048;  // elements that are added up as T, before they go to double
 
 // What a loop is compiled for. kFactor: whether there is a factor, or, of a loss of one's own, may
 // be: it has loops enough to compile.
@@ -98,29 +100,32 @@ double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
              [[maybe_unused]] bool& in_unit) {
   constexpr int64_t kLanes = Vec<T>::size();
   const Scale<T> scale(gradient_scale);
-  Vec<T> sums[kUnroll];
-  for (Vec<T>& sum : sums) sum = Vec<T>(0);
   Mask<T> valid = equal(Vec<T>(0), Vec<T>(0));
-  int64_t i = 0;
-  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+  double total[kLanes] = {};
+  for (int64_t i = 0; i < n;) {
+    Vec<T> sums[kUnroll];
+    for (Vec<T>& sum : sums) sum = Vec<T>(0);
+    const int64_t end = std::min(n, i + kShort);
+    for (; i + kUnroll * kLanes <= end; i += kUnroll * kLanes) {
 #if !defined(CPU_CAPABILITY_DEFAULT) || defined(FUSEDLOSS_NO_TORCH)  // else a register is a loop
 #pragma GCC unroll 4
 #endif
-    for (int u = 0; u < kUnroll; ++u) {
-      step<Loss, Want>(loss, run, scale, i + u * kLanes, kLanes, sums[u], valid);
+      for (int u = 0; u < kUnroll; ++u) {
+        step<Loss, Want>(loss, run, scale, i + u * kLanes, kLanes, sums[u], valid);
+      }
+    }
+    for (; i < end; i += kLanes) {
+      step<Loss, Want>(loss, run, scale, i, std::min(kLanes, end - i), sums[0], valid);
+    }
+    if constexpr (Want::kSum) {
+      for (int u = 1; u < kUnroll; ++u) sums[0] = sums[0] + sums[u];
+      T lanes[kLanes];
+      sums[0].store(lanes);
+      for (int64_t k = 0; k < kLanes; ++k) total[k] += lanes[k];
     }
   }
-  for (; i < n; i += kLanes) {
-    step<Loss, Want>(loss, run, scale, i, std::min(kLanes, n - i), sums[0], valid);
-  }
   if constexpr (Loss::kUnitInterval) in_unit = in_unit && all(valid);
-  if constexpr (!Want::kSum) return 0;
-  for (int u = 1; u < kUnroll; ++u) sums[0] = sums[0] + sums[u];
-  T lanes[kLanes];
-  sums[0].store(lanes);
-  double total = 0;
-  for (T lane : lanes) total += lane;
-  return total;
+  return std::accumulate(total, total + kLanes, 0.0);
 }
 
 }  // namespace CPU_CAPABILITY

@@ -19,7 +19,7 @@ namespace CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kChunk = 32768;  // elements a task: ATen's own grain
-constexpr int64_t kBlock = 2048;   // elements a run: a few of these fit the L1 cache
+constexpr int64_t kBlock = 2048;   // elements a run that is staged: a few of these fit the L1 cache
 
 // A loss of one's own: its block is in a library, found for what the call wants.
 struct Custom {
@@ -56,9 +56,18 @@ Sum chunk(const Pointwise& call, const Loss& loss, int64_t begin, int64_t end, b
   const bool value_direct = has_value && is_dtype<T>(call.value_dtype);
   const bool gradient_direct = has_gradient && is_dtype<T>(call.gradient_dtype);
   const bool target_direct = has_target_gradient && is_dtype<T>(call.target_gradient_dtype);
+  const auto lies_ready = [](const Operand& op) {
+    return !op.data || (op.contiguous && is_dtype<T>(op.dtype));
+  };
+  const bool ready = value_direct == has_value && gradient_direct == has_gradient &&
+                     target_direct == has_target_gradient && lies_ready(call.input) &&
+                     lies_ready(call.target) && lies_ready(call.pos_weight) &&
+                     lies_ready(call.weight) && lies_ready(call.upstream) &&
+                     !(call.weight.data && call.upstream.data);
+  const int64_t most = ready ? kChunk : kBlock;
   Sum sum;
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = std::min(kBlock, end - i);
+  for (int64_t i = begin; i < end; i += most) {
+    const int64_t n = std::min(most, end - i);
     const auto staged = [&](const Operand& op, T* scratch) -> const T* {
       return op.data ? stage(op, call.space, i, n, scratch) : nullptr;
     };

@@ -33,6 +33,12 @@ struct CustomEval {
   }
 };
 
+// A slope within [-clip, clip]; without a bound, which is usual, only a number is looked at.
+template <class T>
+FUSEDLOSS_HD T bounded(T slope, double clip) {
+  return clip < INFINITY ? between(slope, T(-clip), T(clip)) : slope;
+}
+
 template <int count>
 struct CustomLoss {
   static constexpr bool kUnitInterval = false;

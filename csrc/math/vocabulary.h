@@ -239,6 +239,11 @@ constexpr float kLn2Hi = 0.693145751953125f;  // ln 2 in 15 bits: its product wi
 constexpr float kLn2Lo = 1.42860682030941723e-6f;
 constexpr float kMinNormal = 1.17549435e-38f;
 
+// 2^n for n in [-126, 127], or for the integer that adding kRounder to such an n leaves.
+FUSEDLOSS_HD Vec<float> power_of_two(Vec<int32_t> n) {
+  return simd::cast<float>((n + Vec<int32_t>(127)) << Vec<int32_t>(23));
+}
+
 // t = 2^n (1 + f) > 0 with f in [-1/4, 1/2], so that f is exact; and n ln 2 + f = high + low, but
 // for a part of n ln 2 that log_of() adds.
 struct Split {
@@ -260,12 +265,11 @@ FUSEDLOSS_HD Split join(Vec<float> turns, Vec<float> significand, Vec<float> uni
 
 #if defined(CPU_CAPABILITY_AVX512)
 FUSEDLOSS_HD Split split(Vec<float> t) {
-  const Vec<float> significand = _mm512_getmant_ps(t, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+  const Vec<float> significand = _mm512_getmant_ps(t, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_nan);
   const Vec<float> n = Vec<float>(_mm512_getexp_ps(t)) - Vec<float>(_mm512_getexp_ps(significand));
-  const Vec<float> one(1.0f);
-  return join(n, significand, _mm512_scalef_ps(one, one - n));
+  return join(n, significand, power_of_two(simd::cast<int32_t>(Vec<float>(kRounder + 1) - n)));
 }
-// Of subnormals too; nan for nan.
+// Of subnormals too; nan for nan, and for t < 0.
 FUSEDLOSS_HD Split split_any(Vec<float> t) { return split(t); }
 #else
 // less: of turns.
@@ -298,14 +302,19 @@ FUSEDLOSS_HD Vec<float> log_of(const Split& t, Vec<float> low) {
   return t.high + simd::fmadd(t.f, Vec<float>(-0.5f) * t.f, low);
 }
 
-// 2^n for n in [-126, 127], or for the integer that adding kRounder to such an n leaves.
-FUSEDLOSS_HD Vec<float> power_of_two(Vec<int32_t> n) {
-  return simd::cast<float>((n + Vec<int32_t>(127)) << Vec<int32_t>(23));
+#if defined(CPU_CAPABILITY_AVX512)
+// The same where t may be 0 or infinity: high is what is meant there.
+FUSEDLOSS_HD Vec<float> log_of_any(const Split& t, Vec<float> low) {
+  constexpr int kInfinities = 0x08 | 0x10;
+  const __mmask16 ends = _mm512_fpclass_ps_mask(t.high, kInfinities);
+  return _mm512_mask_mov_ps(log_of(t, low), ends, t.high);
 }
+#endif
 
 // x = n ln 2 + r with |r| <= ln(2) / 2. |x| < 2^15, or nan.
 struct Reduced {
-  Vec<int32_t> bits;   // of n + kRounder
+  Vec<float> turns;    // n,
+  Vec<int32_t> bits;   // and of n + kRounder
   Vec<float> r_expm1;  // e^r - 1
   FUSEDLOSS_HD Vec<int32_t> n() const { return bits - Vec<int32_t>(0x4b400000); }
 };
@@ -318,7 +327,7 @@ FUSEDLOSS_HD Reduced reduce_exp(Vec<float> x) {
   static constexpr float q[] = {0.49999994f, 0.16666521f, 0.041668255f, 0.008368663f,
                                 0.0013821468f};
   const Vec<float> r2 = r * r;
-  return {simd::cast<int32_t>(shifted), simd::fmadd(r2, polynomial(r, r2, q), r)};
+  return {n, simd::cast<int32_t>(shifted), simd::fmadd(r2, polynomial(r, r2, q), r)};
 }
 
 }  // namespace detail
@@ -332,20 +341,25 @@ FUSEDLOSS_HD Vec<float> exp_nonpositive(Vec<float> x) {
   return zero_below(x, -87.33f, simd::fmadd(e.r_expm1, scale, scale));
 }
 
-// Natural logarithm. Domain [0, FLT_MAX] with subnormals, and nan. Error 0.87.
+// Natural logarithm. Domain [0, FLT_MAX] with subnormals, and nan; with AVX-512 every number.
+// Error 0.70 with fused multiply-add, 0.80 without.
 FUSEDLOSS_HD Vec<float> log(Vec<float> x) {
   using namespace detail;
-#if !defined(CPU_CAPABILITY_AVX512)
+#if defined(CPU_CAPABILITY_AVX512)
+  const Split t = split(x);
+  return log_of_any(t, t.low);
+#else
   if (__builtin_expect(all(x >= Vec<float>(kMinNormal)), 1)) {
     const Split t = split(x);
     return log_of(t, t.low);
   }
-#endif
   const Split t = split_any(x);
-  return select(equal(x, Vec<float>(0.0f)), Vec<float>(-INFINITY), log_of(t, t.low));
+  return select(x == Vec<float>(0.0f), Vec<float>(-INFINITY), log_of(t, t.low));
+#endif
 }
 
-// log(1 + x). Domain [-1, FLT_MAX] and nan. Error 1.24.
+// log(1 + x). Domain [-1, FLT_MAX] and nan; with AVX-512 every number. Error 0.72 with fused
+// multiply-add, 0.82 without.
 FUSEDLOSS_HD Vec<float> log1p(Vec<float> x) {
   const Vec<float> one(1.0f), sum = one + x;
   const detail::Split t = detail::split(sum);
@@ -355,8 +369,12 @@ FUSEDLOSS_HD Vec<float> log1p(Vec<float> x) {
   const Vec<float> bend = simd::fmadd(t.f, Vec<float>(0.39996278f), Vec<float>(-0.52219665f));
   Vec<float> low = simd::fmadd(lost, Vec<float>(0.5f), t.low);
   low = simd::fmadd(lost * t.f, bend, low);
+#if defined(CPU_CAPABILITY_AVX512)
+  return detail::log_of_any(t, low);
+#else
   const Vec<float> result = detail::log_of(t, low);
-  return select(equal(sum, Vec<float>(0.0f)), Vec<float>(-INFINITY), result);
+  return select(sum == Vec<float>(0.0f), Vec<float>(-INFINITY), result);
+#endif
 }
 
 // log(1 + x). Domain [0, 1] and nan. Error 1.97.
