@@ -14,6 +14,37 @@
 
 namespace fusedloss {
 
+// A loss at one point: its value, and its derivative with respect to input.
+template <class T>
+struct Eval {
+  T value;
+  T slope;
+
+  FUSEDLOSS_HD Eval operator*(T factor) const { return {value * factor, slope * factor}; }
+  // What goes to memory: the slope times a number that is the same for all elements.
+  template <class Scale>
+  FUSEDLOSS_HD T gradient(Scale scale) const {
+    return slope * scale;
+  }
+};
+
+// The same where the derivative is numerator / divisor. Divided last, as in torch, a target of 0 or
+// 1 costs one rounding less.
+template <class T>
+struct EvalQuotient {
+  T value;
+  T numerator, divisor;
+
+  FUSEDLOSS_HD EvalQuotient operator*(T factor) const {
+    return {value * factor, numerator * factor, divisor};
+  }
+  template <class Scale>
+  FUSEDLOSS_HD T gradient(Scale scale) const {
+    const T scaled = numerator * scale;
+    return all_zero(numerator) ? scaled : scaled / divisor;
+  }
+};
+
 enum class Mean {
   kElements,  // the number of elements
   kWeights,   // the sum of the weights, where there are any
@@ -123,7 +154,9 @@ struct LogLoss : PointwiseLoss {
     const T eps(parameter), zero(0), one(1);
     const T p = between(x, eps, one);
     const auto inside = both(less_equal(eps, x), less_equal(x, one));
-    return {zero - y * log(p), select(inside, zero - y, x * zero), p};
+    const T nothing = x * zero;  // but nan stays
+    if (all_zero(y)) return {p * zero, select(inside, zero, nothing), one};
+    return {zero - y * log(p), select(inside, zero - y, nothing), p};
   }
 };
 

@@ -17,36 +17,6 @@
 
 namespace fusedloss {
 
-// A loss at one point: its value, and its derivative with respect to input.
-template <class T>
-struct Eval {
-  T value;
-  T slope;
-
-  FUSEDLOSS_HD Eval operator*(T factor) const { return {value * factor, slope * factor}; }
-  // What goes to memory: the slope times a number that is the same for all elements.
-  template <class Scale>
-  FUSEDLOSS_HD T gradient(Scale scale) const {
-    return slope * scale;
-  }
-};
-
-// The same where the derivative is numerator / divisor. Divided last, as in torch, a target of 0 or
-// 1 costs one rounding less.
-template <class T>
-struct EvalQuotient {
-  T value;
-  T numerator, divisor;
-
-  FUSEDLOSS_HD EvalQuotient operator*(T factor) const {
-    return {value * factor, numerator * factor, divisor};
-  }
-  template <class Scale>
-  FUSEDLOSS_HD T gradient(Scale scale) const {
-    return numerator * scale / divisor;
-  }
-};
-
 // ---- scalars ------------------------------------------------------------------------------------
 
 template <class T>

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import common
 from .common import Divisor, Pass
-from .losses import PointwiseLoss, multiply
+from .losses import PointwiseLoss, divide
 
 # Fixed: a program of 4 warps, 8 elements a thread at a time (16 bytes of half precision), whose
 # registers leave room for several programs on a multiprocessor.
@@ -97,10 +97,12 @@ def tile(
     if write:
         if upstream is not None:
             w = w * fetch(upstream, at, mask, sizes, T)
-        g = multiply(result[1], w, factor)
+        g = result[1] * w * factor
+        if len(result) == 4:
+            g = divide(g, result[3])
         tl.store(gradient + at, common.narrow(g, gradient.dtype.element_ty), mask=mask)
         if target_gradient is not None:
-            g = multiply(result[2], w, factor)
+            g = result[2] * w * factor
             tl.store(
                 target_gradient + at,
                 common.narrow(g, target_gradient.dtype.element_ty),
