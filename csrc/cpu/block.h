@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <numeric>
 #include <type_traits>
 
+#include "../math/sum.h"
 #include "../math/vocabulary.h"
 #include "run.h"
 
@@ -125,7 +125,9 @@ double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
     }
   }
   if constexpr (Loss::kUnitInterval) in_unit = in_unit && all(valid);
-  return std::accumulate(total, total + kLanes, 0.0);
+  Sum sum;
+  for (double lane : total) sum.add(lane);
+  return sum.value();
 }
 
 }  // namespace CPU_CAPABILITY
