@@ -107,9 +107,14 @@ namespace detail {
 using Int = Vec<int32_t>;
 constexpr float kInfinity = INFINITY;
 
+// Beyond these bounds e^x is 0, and infinite.
+FUSEDLOSS_HD Reduced reduce_any(Vec<float> x) {
+  return reduce_exp(simd::clamp(x, Vec<float>(-104.0f), Vec<float>(89.0f)));
+}
+
 // e^x (1 + more), |more| small. In two steps of scaling, to reach subnormals and infinity.
 FUSEDLOSS_HD Vec<float> exp_times(Vec<float> x, Vec<float> more) {
-  const Reduced e = reduce_exp(simd::clamp(x, Vec<float>(-104.0f), Vec<float>(89.0f)));
+  const Reduced e = reduce_any(x);
   const Int n = e.n(), half = n >> Int(1);
   const Vec<float> first = power_of_two(half), second = power_of_two(n - half);
   const Vec<float> one(1.0f), p = e.r_expm1;
@@ -121,8 +126,7 @@ FUSEDLOSS_HD Vec<float> exp_times(Vec<float> x, Vec<float> more) {
 // e^x. Error 1.1.
 FUSEDLOSS_HD Vec<float> exp(Vec<float> x) {
 #if defined(CPU_CAPABILITY_AVX512)
-  const detail::Reduced e =
-      detail::reduce_exp(simd::clamp(x, Vec<float>(-104.0f), Vec<float>(89.0f)));
+  const detail::Reduced e = detail::reduce_any(x);
   return _mm512_scalef_ps(Vec<float>(1.0f) + e.r_expm1, e.turns);
 #else
   return detail::exp_times(x, Vec<float>(0.0f));
@@ -132,12 +136,19 @@ FUSEDLOSS_HD Vec<float> exp(Vec<float> x) {
 // e^x - 1. Error 1.6, and 1.7 without fused multiply-add.
 FUSEDLOSS_HD Vec<float> expm1(Vec<float> x) {
   using namespace detail;
+#if defined(CPU_CAPABILITY_AVX512)
+  const Reduced e = reduce_any(x);  // shared with an exp(x) beside it
+  const Vec<float> half(0.5f), scale = _mm512_scalef_ps(half, e.turns);
+  const Vec<float> sum = simd::fmadd(e.r_expm1, scale, scale - half);
+  const Vec<float> result = sum + sum;
+#else
   const Reduced e = reduce_exp(simd::clamp(x, Vec<float>(-25.0f), Vec<float>(89.0f)));
   // 2^128 is no float: there the last doubling waits.
   const Int n = e.n(), beyond = simd::cast<int32_t>(simd::cast<float>(n == Int(128))) & Int(1);
   const Vec<float> scale = power_of_two(n - beyond);
   const Vec<float> sum = simd::fmadd(e.r_expm1, scale, scale - Vec<float>(1.0f));
   const Vec<float> result = sum * power_of_two(beyond);
+#endif
   return select(x == Vec<float>(0.0f), x, result);  // -0
 }
 
