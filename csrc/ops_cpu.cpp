@@ -33,9 +33,13 @@ struct Kernels {
   const char* capability;
   decltype(&cpu::DEFAULT::pointwise) pointwise;
   decltype(&cpu::DEFAULT::cross_entropy) cross_entropy;
+  decltype(&cpu::DEFAULT::count_classes) count_classes;
 };
-#define FUSEDLOSS_KERNELS(CAPABILITY) \
-  Kernels { #CAPABILITY, &cpu::CAPABILITY::pointwise, &cpu::CAPABILITY::cross_entropy }
+#define FUSEDLOSS_KERNELS(CAPABILITY)                                          \
+  Kernels {                                                                    \
+    #CAPABILITY, &cpu::CAPABILITY::pointwise, &cpu::CAPABILITY::cross_entropy, \
+        &cpu::CAPABILITY::count_classes                                        \
+  }
 
 // For what torch's own kernels run with: the CPU's best, or less by ATEN_CPU_CAPABILITY.
 const Kernels& kernels() {
@@ -214,12 +218,8 @@ Classes check_classes(const Tensor& target, int64_t classes, const Tensor& weigh
   at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       const int64_t *begin = index + c * kChunk, *end = index + std::min(n, (c + 1) * kChunk);
-      int64_t ignored = 0, outside = 0;
-      for (const int64_t* t = begin; t != end; ++t) {
-        const bool ignore = *t == ignore_index;
-        ignored += ignore;
-        outside += !ignore & (static_cast<uint64_t>(*t) >= static_cast<uint64_t>(classes));
-      }
+      const auto [ignored, outside] =
+          kernels().count_classes(begin, end - begin, classes, ignore_index);
       if (outside) {
         sums[c] = kOutOfRange;
       } else if (!w) {
@@ -344,7 +344,7 @@ void write_loss(PointwiseCall& p, const Tensor& loss, int64_t reduction, double 
   p.call.want_sum = !each;
   const cpu::PointwiseResult result = p.run();
   if (!result.in_unit) find_outside_unit(p.input, p.target);
-  if (!each) set_scalar(loss, result.sum / normalizer);
+  if (!each) set_scalar(loss, result.sum.divided_by(normalizer));
 }
 
 Tensor pointwise(const Tensor& input, const Tensor& target, const OptionalTensor& weight,

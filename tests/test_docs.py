@@ -236,7 +236,8 @@ def test_what_the_numerics_page_says_of_its_figures(numerics: ModuleType) -> Non
     assert len(covered) == len(results["rows"]) == len(numerics.LOSSES) * len(numerics.DTYPES)
     for row in results["rows"]:
         for column, error in row["ours"].items():
-            assert error < row["torch"][column] + 1, row
+            above = (row["loss"], row["dtype"], column) == ("log_loss", "float64", "element")
+            assert error < row["torch"][column] + (0.2 if above else 0.02), row
             if row["dtype"] in ("bfloat16", "float16"):
                 assert error < 0.505, row
 

@@ -25,8 +25,8 @@ CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]
 BOUNDS = {
     "vocabulary": {
         "exp_nonpositive": (1.0, 1.1),
-        "log": (0.9, 0.9),
-        "log1p": (1.3, 1.3),
+        "log": (0.9, 0.8),
+        "log1p": (0.9, 0.8),
         "log1p_unit": (2.0, 2.0),
         "ratio": (1.3, 0.6),
         "ratio_tiny": (1.3, 1.3),
@@ -40,8 +40,8 @@ BOUNDS = {
         "sin": (1.7, 1.7),
         "cos": (1.6, 1.6),
         "sqrt": (0.5, 0.5),
-        "log_any": (0.9, 0.9),
-        "log1p_any": (1.3, 1.3),
+        "log_any": (0.9, 0.8),
+        "log1p_any": (0.9, 0.8),
         "pow": (66.0, 8.0),  # x^101
     },
 }

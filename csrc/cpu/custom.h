@@ -14,7 +14,7 @@ double custom_block(const double* constants, const Run<T>* run, double scale, in
   Loss loss;
   std::copy_n(constants, Loss::kConstants, loss.constants);
   bool in_unit = true;
-  return block<Want>(loss, *run, static_cast<T>(scale), n, in_unit);
+  return block<Want>(loss, *run, scale, n, in_unit);
 }
 
 template <class Loss, class T, bool sum, bool value, bool input, bool target>

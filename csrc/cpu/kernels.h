@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../engine.h"
+#include "../math/sum.h"
 #include "custom_kernel.h"
 
 namespace fusedloss::cpu {
@@ -15,7 +16,7 @@ struct Pointwise : fusedloss::Pointwise {
 };
 
 struct PointwiseResult {
-  double sum = 0;       // of value * weight, in an order that no thread count changes
+  Sum sum;              // of value * weight, in an order that no thread count changes
   bool in_unit = true;  // false: a loss of kUnitInterval met an element outside [0, 1], or nan
 };
 
@@ -29,9 +30,15 @@ struct CrossEntropy : fusedloss::CrossEntropy {
   const void* upstream = nullptr;  // and by its row's: (outer, inner), compute type; null: 1
 };
 
+struct ClassCount {
+  int64_t ignored = 0, outside = 0;  // of [0, classes), and not ignored
+};
+
 // Compiled once for each capability from the same files.
 #define FUSEDLOSS_DECLARE_KERNELS(CAPABILITY)                                       \
   namespace CAPABILITY {                                                            \
+  ClassCount count_classes(const int64_t* index, int64_t n, int64_t classes,        \
+                           int64_t ignore_index);                                   \
   PointwiseResult pointwise(const Pointwise& call);                                 \
   double cross_entropy(const CrossEntropy& call); /* the sum of the rows' losses */ \
   }

@@ -19,7 +19,7 @@ namespace CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kChunk = 32768;  // elements a task: ATen's own grain
-constexpr int64_t kBlock = 2048;   // elements a run: a few of these fit the L1 cache
+constexpr int64_t kBlock = 2048;   // elements a run that is staged: a few of these fit the L1 cache
 
 // A loss of one's own: its block is in a library, found for what the call wants.
 struct Custom {
@@ -37,7 +37,7 @@ struct Custom {
 
 using CPU_CAPABILITY::block;
 template <class Want, class T>
-double block(const Custom& loss, const Run<T>& run, T scale, int64_t n, bool&) {
+double block(const Custom& loss, const Run<T>& run, double scale, int64_t n, bool&) {
   if constexpr (std::is_same_v<T, float>) {
     return loss.kernel->float_blocks[loss.wants](loss.constants.data(), &run, scale, n);
   } else {
@@ -46,7 +46,7 @@ double block(const Custom& loss, const Run<T>& run, T scale, int64_t n, bool&) {
 }
 
 template <class Loss, class Want, class T>
-double chunk(const Pointwise& call, const Loss& loss, int64_t begin, int64_t end, bool& in_unit) {
+Sum chunk(const Pointwise& call, const Loss& loss, int64_t begin, int64_t end, bool& in_unit) {
   // Where an operand is staged; left unread by operands that lie in memory as the engine wants.
   T input[kBlock], target[kBlock], pos_weight[kBlock], weight[kBlock], upstream[kBlock];
   T value[kBlock], gradient[kBlock], target_gradient[kBlock];
@@ -56,9 +56,18 @@ double chunk(const Pointwise& call, const Loss& loss, int64_t begin, int64_t end
   const bool value_direct = has_value && is_dtype<T>(call.value_dtype);
   const bool gradient_direct = has_gradient && is_dtype<T>(call.gradient_dtype);
   const bool target_direct = has_target_gradient && is_dtype<T>(call.target_gradient_dtype);
-  double sum = 0;
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = std::min(kBlock, end - i);
+  const auto lies_ready = [](const Operand& op) {
+    return !op.data || (op.contiguous && is_dtype<T>(op.dtype));
+  };
+  const bool ready = value_direct == has_value && gradient_direct == has_gradient &&
+                     target_direct == has_target_gradient && lies_ready(call.input) &&
+                     lies_ready(call.target) && lies_ready(call.pos_weight) &&
+                     lies_ready(call.weight) && lies_ready(call.upstream) &&
+                     !(call.weight.data && call.upstream.data);
+  const int64_t most = ready ? kChunk : kBlock;
+  Sum sum;
+  for (int64_t i = begin; i < end; i += most) {
+    const int64_t n = std::min(most, end - i);
     const auto staged = [&](const Operand& op, T* scratch) -> const T* {
       return op.data ? stage(op, call.space, i, n, scratch) : nullptr;
     };
@@ -82,7 +91,7 @@ double chunk(const Pointwise& call, const Loss& loss, int64_t begin, int64_t end
     if (value_direct) run.value = static_cast<T*>(call.value) + i;
     if (gradient_direct) run.gradient = static_cast<T*>(call.gradient) + i;
     if (target_direct) run.target_gradient = static_cast<T*>(call.target_gradient) + i;
-    sum += block<Want>(loss, run, static_cast<T>(call.scale), n, in_unit);
+    sum.add(block<Want>(loss, run, call.scale, n, in_unit));
     if (has_value && !value_direct) narrow(value, n, call.value_dtype, call.value, i, 1);
     if (has_gradient && !gradient_direct)
       narrow(gradient, n, call.gradient_dtype, call.gradient, i, 1);
@@ -100,7 +109,7 @@ PointwiseResult run(const Pointwise& call, const Loss& loss) {
     result.sum = chunk<Loss, Want, T>(call, loss, 0, call.numel, result.in_unit);
     return result;
   }
-  std::vector<double> sums(chunks);
+  std::vector<Sum> sums(chunks);
   std::vector<char> in_unit(chunks, 1);
   at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
@@ -110,12 +119,10 @@ PointwiseResult run(const Pointwise& call, const Loss& loss) {
       in_unit[c] = ok;
     }
   });
-  Sum sum;
   for (int64_t c = 0; c < chunks; ++c) {
-    sum.add(sums[c]);
+    result.sum.add(sums[c]);
     result.in_unit = result.in_unit && in_unit[c];
   }
-  result.sum = sum.value();
   return result;
 }
 

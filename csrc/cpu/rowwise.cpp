@@ -404,6 +404,8 @@ struct TileWalk {
 
   void find_targets(int64_t row0, int64_t n) {
     const int64_t *const indices = call.indices + row0, stride = width, ignore = call.ignore_index;
+    // The next tile's, which hardware would begin to foresee when it is over.
+    for (int64_t i = 0; i < width; i += 8) __builtin_prefetch(indices + width + i, 0, 2);
     int64_t* const place = own.data();
     int64_t count = 0;
     for (int64_t i = 0; i < n; ++i) {
@@ -568,6 +570,16 @@ double by_tile(const CrossEntropy& call) {
 }
 
 }  // namespace
+
+ClassCount count_classes(const int64_t* index, int64_t n, int64_t classes, int64_t ignore_index) {
+  ClassCount count;
+  for (int64_t i = 0; i < n; ++i) {
+    const bool ignore = index[i] == ignore_index;
+    count.ignored += ignore;
+    count.outside += !ignore & (static_cast<uint64_t>(index[i]) >= static_cast<uint64_t>(classes));
+  }
+  return count;
+}
 
 double cross_entropy(const CrossEntropy& call) {
   if (call.compute_in_double) return call.by_row ? by_row<double>(call) : by_tile<double>(call);

@@ -1,4 +1,4 @@
-// A short run of elements that lies in the L1 cache, as the type it is computed in.
+// A run of elements, of the type that it is computed in.
 #pragma once
 
 namespace fusedloss::cpu {

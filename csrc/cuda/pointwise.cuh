@@ -16,29 +16,23 @@ constexpr int kUnroll = 2;              // packets of each operand in flight, a 
 constexpr int kBlocksPerSM = 3;         // at least as many fit an SM, and 48 KiB are in flight
 constexpr int64_t kOneBlock = 1 << 14;  // up to here a second block would cost more than it helps
 
-// One element: its value, its slope (of a loss of one's own both its slopes), all times factor.
-// What a loss of kUnitInterval cannot take is nan and told.
+// One element: its value and slope (of a loss of one's own both its slopes), all times factor. What
+// a loss of kUnitInterval cannot take is nan and told.
 template <class Loss, class T>
 __device__ auto evaluate(const Loss& loss, T x, T y, T pos_weight, T factor, const Launch& l,
                          int64_t at) {
-  auto e = [&] {
-    if constexpr (Loss::kPosWeight) {
-      return loss.eval(x, y, pos_weight);
-    } else {
-      return loss.eval(x, y);
-    }
-  }();
   if constexpr (Loss::kUnitInterval) {
     const bool x_fits = x >= T(0) && x <= T(1), y_fits = y >= T(0) && y <= T(1);
     if (!x_fits || !y_fits) {
-      e.value = e.slope = std::numeric_limits<T>::quiet_NaN();
+      factor = std::numeric_limits<T>::quiet_NaN();
       tell(l, x_fits ? Fault::kTargetOutsideUnit : Fault::kInputOutsideUnit, at, x_fits ? y : x, 0);
     }
   }
-  e.value = e.value * factor;
-  e.slope = e.slope * factor;
-  if constexpr (Loss::kCustom) e.target_slope = e.target_slope * factor;
-  return e;
+  if constexpr (Loss::kPosWeight) {
+    return loss.eval(x, y, pos_weight) * factor;
+  } else {
+    return loss.eval(x, y) * factor;
+  }
 }
 
 // Whose gradients a kernel writes. Losses of one's own alone have one for target, and then may be
@@ -107,9 +101,9 @@ __global__ void __launch_bounds__(kThreads, kLeastPerSM<Loss, kPlain>)
     const T p = Loss::kPosWeight ? widen(c.pos_weight[at]) : T(1);
     const auto e = evaluate(loss, T(widen(c.input[at])), T(widen(c.target[at])), p, factor, l, at);
     if (has_value) c.value[at] = narrow<D>(e.value);
-    if (writes.input) c.gradient[at] = narrow<D>(e.slope * scale);
+    if (writes.input) c.gradient[at] = narrow<D>(e.gradient(scale));
     if constexpr (kTarget) {
-      if (writes.target) c.target_gradient[at] = narrow<D>(e.target_slope * scale);
+      if (writes.target) c.target_gradient[at] = narrow<D>(e.target_gradient(scale));
     }
     total += e.value;
   };
@@ -151,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, kLeastPerSM<Loss, kPlain>)
       if (Loss::kPosWeight) p = pos_weight[at];
       if (has_upstream) g = upstream[at];
       T results[P::kSize];
-      [[maybe_unused]] T target_slopes[P::kSize];
+      [[maybe_unused]] T target_gradients[P::kSize];
 #pragma unroll
       for (int i = 0; i < P::kSize; ++i) {
         T factor(1);
@@ -161,12 +155,12 @@ __global__ void __launch_bounds__(kThreads, kLeastPerSM<Loss, kPlain>)
         const auto e = evaluate(loss, widen(x[u], i), widen(y[u], i), pos, factor, l,
                                 c.head + at * P::kSize + i);
         part += e.value;
-        results[i] = has_value ? e.value : e.slope * scale;
-        if constexpr (kTarget) target_slopes[i] = e.target_slope * scale;
+        results[i] = has_value ? e.value : e.gradient(scale);
+        if constexpr (kTarget) target_gradients[i] = e.target_gradient(scale);
       }
       if (has_value || writes.input) out[at] = pack<D>(results);
       if constexpr (kTarget) {
-        if (writes.target) target_gradient[at] = pack<D>(target_slopes);
+        if (writes.target) target_gradient[at] = pack<D>(target_gradients);
       }
     }
     total += part;
@@ -255,10 +249,10 @@ __global__ void __launch_bounds__(kThreads)
     const T factor = operand(c.weight) * operand(c.upstream);
     const auto e = evaluate(loss, x, y, operand(c.pos_weight), factor, l, at);
     if (c.value) write(c.value, c.value_dtype, at, e.value);
-    if (writes.input) write(c.gradient, c.gradient_dtype, at, e.slope * scale);
+    if (writes.input) write(c.gradient, c.gradient_dtype, at, e.gradient(scale));
     if constexpr (Loss::kCustom) {
       if (writes.target) {
-        write(c.target_gradient, c.target_gradient_dtype, at, e.target_slope * scale);
+        write(c.target_gradient, c.target_gradient_dtype, at, e.target_gradient(scale));
       }
     }
     total += e.value;

@@ -19,7 +19,25 @@ struct CustomEval {
   T value;
   T slope;         // derivative with respect to input,
   T target_slope;  // and to target
+
+  FUSEDLOSS_HD CustomEval operator*(T factor) const {
+    return {value * factor, slope * factor, target_slope * factor};
+  }
+  template <class Scale>
+  FUSEDLOSS_HD T gradient(Scale scale) const {
+    return slope * scale;
+  }
+  template <class Scale>
+  FUSEDLOSS_HD T target_gradient(Scale scale) const {
+    return target_slope * scale;
+  }
 };
+
+// A slope within [-clip, clip]; without a bound, which is usual, only a number is looked at.
+template <class T>
+FUSEDLOSS_HD T bounded(T slope, double clip) {
+  return clip < INFINITY ? between(slope, T(-clip), T(clip)) : slope;
+}
 
 template <int count>
 struct CustomLoss {

@@ -120,9 +120,14 @@ namespace detail {
 using Int = Vec<int32_t>;
 constexpr float kInfinity = INFINITY;
 
+// Beyond these bounds e^x is 0, and infinite.
+FUSEDLOSS_HD Reduced reduce_any(Vec<float> x) {
+  return reduce_exp(simd::clamp(x, Vec<float>(-104.0f), Vec<float>(89.0f)));
+}
+
 // e^x (1 + more), |more| small. In two steps of scaling, to reach subnormals and infinity.
 FUSEDLOSS_HD Vec<float> exp_times(Vec<float> x, Vec<float> more) {
-  const Reduced e = reduce_exp(simd::clamp(x, Vec<float>(-104.0f), Vec<float>(89.0f)));
+  const Reduced e = reduce_any(x);
   const Int n = e.n(), half = n >> Int(1);
   const Vec<float> first = power_of_two(half), second = power_of_two(n - half);
   const Vec<float> one(1.0f), p = e.r_expm1;
@@ -132,37 +137,55 @@ FUSEDLOSS_HD Vec<float> exp_times(Vec<float> x, Vec<float> more) {
 }  // namespace detail
 
 // e^x. Error 1.1.
-FUSEDLOSS_HD Vec<float> exp(Vec<float> x) { return detail::exp_times(x, Vec<float>(0.0f)); }
+FUSEDLOSS_HD Vec<float> exp(Vec<float> x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const detail::Reduced e = detail::reduce_any(x);
+  return _mm512_scalef_ps(Vec<float>(1.0f) + e.r_expm1, e.turns);
+#else
+  return detail::exp_times(x, Vec<float>(0.0f));
+#endif
+}
 
 // e^x - 1. Error 1.6, and 1.7 without fused multiply-add.
 FUSEDLOSS_HD Vec<float> expm1(Vec<float> x) {
   using namespace detail;
+#if defined(CPU_CAPABILITY_AVX512)
+  const Reduced e = reduce_any(x);  // shared with an exp(x) beside it
+  const Vec<float> half(0.5f), scale = _mm512_scalef_ps(half, e.turns);
+  const Vec<float> sum = simd::fmadd(e.r_expm1, scale, scale - half);
+  const Vec<float> result = sum + sum;
+#else
   const Reduced e = reduce_exp(simd::clamp(x, Vec<float>(-25.0f), Vec<float>(89.0f)));
   // 2^128 is no float: there the last doubling waits.
   const Int n = e.n(), beyond = simd::cast<int32_t>(simd::cast<float>(n == Int(128))) & Int(1);
   const Vec<float> scale = power_of_two(n - beyond);
   const Vec<float> sum = simd::fmadd(e.r_expm1, scale, scale - Vec<float>(1.0f));
   const Vec<float> result = sum * power_of_two(beyond);
+#endif
   return select(x == Vec<float>(0.0f), x, result);  // -0
 }
 
-// Natural logarithm: nan below 0. Error 0.9.
+// The logarithms of vocabulary.h, of every number: nan where there is none. Error 0.9.
+#if defined(CPU_CAPABILITY_AVX512)
+FUSEDLOSS_HD Vec<float> log_any(Vec<float> x) { return log(x); }
+FUSEDLOSS_HD Vec<float> log1p_any(Vec<float> x) { return log1p(x); }
+#else
 FUSEDLOSS_HD Vec<float> log_any(Vec<float> x) {
   const Vec<float> zero(0.0f), infinity(detail::kInfinity);
   const Vec<float> result = select(x == infinity, infinity, log(x));
   return select(x < zero, Vec<float>(NAN), result);
 }
 
-template <class T>
-FUSEDLOSS_HD Vec<T> xlogy(Vec<T> x, Vec<T> y) {
-  return select(both(x == Vec<T>(0), y == y), Vec<T>(0), x * log_any(y));
-}
-
-// log(1 + x): nan below -1. Error 1.3.
 FUSEDLOSS_HD Vec<float> log1p_any(Vec<float> x) {
   const Vec<float> infinity(detail::kInfinity);
   const Vec<float> result = select(x == infinity, infinity, log1p(x));
   return select(x < Vec<float>(-1.0f), Vec<float>(NAN), result);
+}
+#endif
+
+template <class T>
+FUSEDLOSS_HD Vec<T> xlogy(Vec<T> x, Vec<T> y) {
+  return select(both(x == Vec<T>(0), y == y), Vec<T>(0), x * log_any(y));
 }
 
 // Error 2.5.
@@ -234,22 +257,13 @@ FUSEDLOSS_HD Vec<float> pow(Vec<float> x, Vec<float> y) {
   using namespace detail;
   const Vec<float> zero(0.0f), one(1.0f), infinity(kInfinity);
   const Vec<float> size = abs(x);
-  const Vec<float> tiny = size < Vec<float>(1.17549435e-38f);
-  const Vec<float> t = select(tiny, size * Vec<float>(8388608.0f), size);
-  const Int bits = simd::cast<int32_t>(t) - Int(0x3f3504f3);
-  const Int exponent = bits & Int(static_cast<int32_t>(0xff800000));
-  const Vec<float> n = simd::convert<float>(exponent) * Vec<float>(1.0f / (1 << 23)) -
-                       select(tiny, Vec<float>(23.0f), zero);
-  const Vec<float> f = simd::cast<float>(simd::cast<int32_t>(t) - exponent) - one;
-  static constexpr float q[] = {0.3333333f,  -0.2500082f,  0.20001227f, -0.16623357f,
-                                0.14201757f, -0.13160183f, 0.12761578f, -0.076344974f};
+  const Split t = split_any(size);
   // n ln2 + f - f^2 / 2, each sum with what it loses beside it.
-  const Vec<float> turns = n * Vec<float>(kLn2Hi), f2 = f * f, half = Vec<float>(0.5f) * f2;
-  const Vec<float> sum = turns + f, lost_f = f - (sum - turns);
-  const Vec<float> most = sum - half, lost_half = (sum - most) - half;
-  const Vec<float> lost_square = Vec<float>(-0.5f) * simd::fmadd(f, f, -f2);
-  Vec<float> low = simd::fmadd(f2 * f, polynomial(f, f2, q), lost_f + lost_half);
-  low = simd::fmadd(n, Vec<float>(kLn2Lo), low + lost_square);
+  const Vec<float> f2 = t.f * t.f, half = Vec<float>(0.5f) * f2;
+  const Vec<float> most = t.high - half, lost_half = (t.high - most) - half;
+  const Vec<float> lost_square = Vec<float>(-0.5f) * simd::fmadd(t.f, t.f, -f2);
+  Vec<float> low = log_tail(t.f, t.low + lost_half);
+  low = simd::fmadd(t.turns, Vec<float>(kLn2Lo * kTurn), low + lost_square);
   const Vec<float> high = most + low;
   low = low - (high - most);
   // What a product of y with both parts loses goes into the exponential as a factor.

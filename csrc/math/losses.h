@@ -1,5 +1,6 @@
 // THE maths: one struct a loss. eval(input, target) gives the value and the derivative with respect
-// to input together, for one element: T is float or double, or a CPU SIMD register of them.
+// to input together, as an Eval or an EvalQuotient, for one element: T is float or double, or a CPU
+// SIMD register of them.
 //
 // A struct also says what an engine must know of it:
 //   parameter       beta, delta or eps, where the loss has one
@@ -12,6 +13,37 @@
 #include "vocabulary.h"
 
 namespace fusedloss {
+
+// A loss at one point: its value, and its derivative with respect to input.
+template <class T>
+struct Eval {
+  T value;
+  T slope;
+
+  FUSEDLOSS_HD Eval operator*(T factor) const { return {value * factor, slope * factor}; }
+  // What goes to memory: the slope times a number that is the same for all elements.
+  template <class Scale>
+  FUSEDLOSS_HD T gradient(Scale scale) const {
+    return slope * scale;
+  }
+};
+
+// The same where the derivative is numerator / divisor. Divided last, as in torch, a target of 0 or
+// 1 costs one rounding less.
+template <class T>
+struct EvalQuotient {
+  T value;
+  T numerator, divisor;
+
+  FUSEDLOSS_HD EvalQuotient operator*(T factor) const {
+    return {value * factor, numerator * factor, divisor};
+  }
+  template <class Scale>
+  FUSEDLOSS_HD T gradient(Scale scale) const {
+    const T scaled = numerator * scale;
+    return all_zero(numerator) ? scaled : scaled / divisor;
+  }
+};
 
 enum class Mean {
   kElements,  // the number of elements
@@ -44,7 +76,7 @@ struct L1 : PointwiseLoss {
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T d = x - y;
     const T zero(0), one(1);
-    return {abs(d), select(d > zero, one, select(d < zero, T(-1), zero))};
+    return {abs(d), select(less(zero, d), one, select(less(d, zero), T(-1), zero))};
   }
 };
 
@@ -77,11 +109,11 @@ struct Huber : PointwiseLoss {
 struct BCE : PointwiseLoss {
   static constexpr bool kUnitInterval = true;
   template <class T>
-  FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
+  FUSEDLOSS_HD EvalQuotient<T> eval(T x, T y) const {
     const T one(1), floor(-100);
     const T log_x = at_least(log(x), floor);
     const T log_1_x = at_least(log1p(-x), floor);
-    return {(y - one) * log_1_x - y * log_x, (x - y) / at_least((one - x) * x, T(1e-12f))};
+    return {(y - one) * log_1_x - y * log_x, x - y, at_least((one - x) * x, T(1e-12f))};
   }
 };
 
@@ -93,8 +125,9 @@ struct BCEWithLogits : PointwiseLoss {
     const T zero(0), one(1);
     const T e = exp_nonpositive(-abs(x));
     const T q = e / (one + e);
-    const T s = select(x < zero, -y, one - y);
-    return {log1p_unit(e) + s * x, s + select(x < zero, q, -q)};
+    const auto negative = less(x, zero);
+    const T s = select(negative, -y, one - y);
+    return {log1p_unit(e) + s * x, s + select(negative, q, -q)};
   }
 };
 
@@ -108,7 +141,7 @@ struct BCEWithLogitsPosWeight : PointwiseLoss {
     const T factor = one + (p - one) * y;
     const T q = factor * (e / (one + e));
     return {(one - y) * x + factor * (log1p_unit(e) + at_least(-x, zero)),
-            select(x < zero, q - p * y, (one - y) - q)};
+            select(less(x, zero), q - p * y, (one - y) - q)};
   }
 };
 
@@ -117,13 +150,13 @@ struct BCEWithLogitsPosWeight : PointwiseLoss {
 struct LogLoss : PointwiseLoss {
   static constexpr Mean kMean = Mean::kRows;
   template <class T>
-  FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
+  FUSEDLOSS_HD EvalQuotient<T> eval(T x, T y) const {
     const T eps(parameter), zero(0), one(1);
     const T p = between(x, eps, one);
-    const auto inside = both(x >= eps, x <= one);
+    const auto inside = both(less_equal(eps, x), less_equal(x, one));
     const T nothing = x * zero;  // but nan stays
-    if (all_zero(y)) return {p * zero, select(inside, zero, nothing)};
-    return {zero - y * log(p), select(inside, zero - y / p, nothing)};
+    if (all_zero(y)) return {p * zero, select(inside, zero, nothing), one};
+    return {zero - y * log(p), select(inside, zero - y, nothing), p};
   }
 };
 

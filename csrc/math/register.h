@@ -77,6 +77,12 @@ class Vectorized {
     for (int i = 0; i < size(); ++i) r.v_[i] = f(v_[i], others.v_[i]...);
     return r;
   }
+  // A bit for each lane that is 0.
+  FUSEDLOSS_HD int zero_mask() const {
+    int mask = 0;
+    for (int i = 0; i < size(); ++i) mask |= (bits()[i] == 0) << i;
+    return mask;
+  }
   // Of a mask: whether it holds anywhere.
   FUSEDLOSS_HD bool any() const {
     bool found = false;
@@ -143,6 +149,19 @@ FUSEDLOSS_HD Vectorized<To> convert(Vectorized<From> x) {
   return __builtin_convertvector((typename Vectorized<From>::Native)x,
                                  typename Vectorized<To>::Native);
 }
+// x bounded; nan stays nan: these instructions give their second operand then.
+#define FUSEDLOSS_BOUNDS(T, MAX, MIN)                                                              \
+  FUSEDLOSS_HD Vectorized<T> clamp_min(Vectorized<T> x, Vectorized<T> low) { return MAX(low, x); } \
+  FUSEDLOSS_HD Vectorized<T> clamp(Vectorized<T> x, Vectorized<T> low, Vectorized<T> high) {       \
+    return MIN(high, clamp_min(x, low));                                                           \
+  }
+#if defined(CPU_CAPABILITY_AVX512)
+FUSEDLOSS_BOUNDS(float, _mm512_max_ps, _mm512_min_ps)
+FUSEDLOSS_BOUNDS(double, _mm512_max_pd, _mm512_min_pd)
+#elif defined(CPU_CAPABILITY_AVX2)
+FUSEDLOSS_BOUNDS(float, _mm256_max_ps, _mm256_min_ps)
+FUSEDLOSS_BOUNDS(double, _mm256_max_pd, _mm256_min_pd)
+#else
 template <class T>
 FUSEDLOSS_HD Vectorized<T> clamp_min(Vectorized<T> x, Vectorized<T> low) {
   return Vectorized<T>::blendv(x, low, x < low);
@@ -151,6 +170,8 @@ template <class T>
 FUSEDLOSS_HD Vectorized<T> clamp(Vectorized<T> x, Vectorized<T> low, Vectorized<T> high) {
   return Vectorized<T>::blendv(clamp_min(x, low), high, x > high);
 }
+#endif
+#undef FUSEDLOSS_BOUNDS
 
 // a b + c, rounded once where the CPU has an instruction for it.
 #if defined(CPU_CAPABILITY_AVX512)

@@ -13,10 +13,22 @@ class Sum {
     lost_ += std::abs(sum_) >= std::abs(x) ? (sum_ - t) + x : (x - t) + sum_;
     sum_ = t;
   }
-  // nan and infinite sums have no meaningful rest.
-  double value() const { return std::isfinite(lost_) ? sum_ + lost_ : sum_; }
+  void add(const Sum& other) {
+    add(other.sum_);
+    lost_ += other.lost_;
+  }
+  double value() const { return sum_ + rest(); }
+  // The sum over n, rounded once.
+  double divided_by(double n) const {
+    const double near = value() / n;
+    const double correction = (std::fma(-near, n, sum_) + rest()) / n;
+    return std::isfinite(correction) ? near + correction : near;
+  }
 
  private:
+  // nan and infinite sums have none that means anything.
+  double rest() const { return std::isfinite(lost_) ? lost_ : 0; }
+
   double sum_ = 0, lost_ = 0;
 };
 

@@ -223,11 +223,10 @@ def cpp(traced: Traced) -> str:
         "  template <class T>",
         "  FUSEDLOSS_HD CustomEval<T> eval([[maybe_unused]] T x, [[maybe_unused]] T y) const {",
         *(f"    const T c{i}(constants[{i}]);" for i in range(count - 1)),
-        f"    const T clip(constants[{count - 1}]);",
         *(f"    const auto {symbol} = {of_element(e)};" for symbol, e in program.shared),
     ]
     value, *slopes = map(of_element, program.results)
-    bounded = [f"between({slope}, -clip, clip)" for slope in slopes]
+    bounded = [f"bounded({slope}, constants[{count - 1}])" for slope in slopes]
     lines += [f"    return {{{', '.join([value, *bounded])}}};", "  }", "};"]
     return "\n".join(lines) + "\n"
 

@@ -16,12 +16,14 @@ from .words import at_least, between, divide, exp_nonpositive, log1p
 # ---- pointwise -----------------------------------------------------------------------------------
 # A loss is a jit function of one element,
 #
-#     loss(input, target, *operands, *parameters) -> value, slope  [, slope by target]
+#     loss(input, target, *operands, *parameters) -> value, slope  [, slope by target [, divisor]]
 #
 # of blocks of numbers of one type, and gives blocks of that type: the value, its derivative by
 # input and, where a call wants a gradient for target, that by target. operands are further tensors
 # of input's shape (a pos_weight); parameters are numbers, known at run time. The engine multiplies
 # by weight, upstream gradient and what a mean divides by.
+# A derivative that is a quotient may come with its divisor as a fourth result (the third is then
+# not read): divided last, as in torch, a target of 0 or 1 costs one rounding less.
 
 
 @triton.jit
@@ -55,8 +57,8 @@ def _bce(x, y):
     log_x = at_least(tl.log(x), -100.0)
     log_1_x = at_least(log1p(-x), -100.0)
     # 1e-12 as a float32, as in torch.
-    slope = divide(x - y, at_least((1.0 - x) * x, 9.999999960041972e-13))
-    return (y - 1.0) * log_1_x - y * log_x, slope
+    divisor = at_least((1.0 - x) * x, 9.999999960041972e-13)
+    return (y - 1.0) * log_1_x - y * log_x, x - y, 0.0, divisor
 
 
 @triton.jit
@@ -80,7 +82,7 @@ def _bce_with_logits_pos_weight(x, y, p):
 def _log_loss(x, y, eps):
     p = between(x, eps, 1.0)
     inside = (x >= eps) & (x <= 1.0)
-    return 0.0 - y * tl.log(p), tl.where(inside, 0.0 - divide(y, p), x * 0.0)
+    return 0.0 - y * tl.log(p), tl.where(inside, 0.0 - y, x * 0.0), 0.0, p
 
 
 @dataclass(frozen=True)

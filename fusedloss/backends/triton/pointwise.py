@@ -16,6 +16,7 @@ from torch import Tensor
 from . import common
 from .common import Divisor, Pass
 from .losses import PointwiseLoss
+from .words import divide
 
 # Fixed: a program of 4 warps, 8 elements a thread at a time (16 bytes of half precision), whose
 # registers leave room for several programs on a multiprocessor.
@@ -103,7 +104,10 @@ def tile(
         if upstream is not None:
             w = w * fetch(upstream, at, mask, sizes, T)
         if gradient is not None:
-            store(gradient + at, result[1] * w * factor, mask)
+            g = result[1] * w * factor
+            if len(result) == 4:
+                g = divide(g, result[3])
+            store(gradient + at, g, mask)
         if target_gradient is not None:
             store(target_gradient + at, result[2] * w * factor, mask)
     if mask is not None:
