@@ -12,6 +12,7 @@ import torch
 
 import fusedloss
 from conftest import need
+from fusedloss import math as fm
 from fusedloss.custom import building
 
 SCRIPT = """
@@ -112,6 +113,17 @@ def test_no_place_to_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return (input - target) ** 2
 
     assert squared(torch.tensor([3.0]), torch.tensor([1.0])) == 4
+
+
+def test_formulas_that_gcc_fails_on() -> None:
+    """GCC 12 for AVX-512, while it vectorizes straight-line code."""
+    need("compiled")
+
+    @fusedloss.pointwise_loss
+    def sine_or_product(input, target, *, p=2.0):  # type: ignore[no-untyped-def]
+        return fm.where(fm.equal(p, 2), input * target, fm.sin(input))
+
+    sine_or_product.compile()
 
 
 def test_broken_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,8 @@ from .._toolkit import NVCC_FLAGS, chosen_architectures, find_toolkit
 
 _CXX_FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-w"),
+    # Formulas are of registers already; and GCC 12 fails on some of them while it looks for more.
+    "-fno-tree-slp-vectorize",
     # As the package's own kernels: see setup.py.
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
     "-DFUSEDLOSS_NO_TORCH",
