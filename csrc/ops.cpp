@@ -128,7 +128,7 @@ TORCH_LIBRARY(fusedloss, m) {
       "Tensor? weight, " FUSEDLOSS_CROSS_ENTROPY_OPTIONS ") -> Tensor",
       compiles);
 
-  // Gradients that have a graph themselves: written in Python, by fusedloss/autograd.py.
+  // Gradients that have a graph themselves: written in Python, by fusedloss/second_order.py.
   m.def(
       "pointwise_reference_gradient(Tensor grad_output, Tensor input, Tensor target, "
       "Tensor? weight, Tensor? pos_weight, " FUSEDLOSS_POINTWISE_OPTIONS ") -> Tensor");

@@ -217,7 +217,7 @@ def _pointwise(
 ) -> Tensor:
     """Runs a pointwise loss fused, or else ``torch_loss(*args)``."""
     if weight is None and pos_weight is None and not legacy and _plain_calls():
-        number = autograd.REDUCTIONS.get(reduction) if type(reduction) is str else None
+        number = reference.REDUCTIONS.get(reduction) if type(reduction) is str else None
         if number is not None:
             value = _C.pointwise(input, target, loss, parameter, number, prediction)
             if value is not None:
@@ -228,7 +228,7 @@ def _pointwise(
         dtype = _result_dtype(input, target, weight, pos_weight)
         if legacy:
             reason = "size_average or reduce is given"
-        elif type(reduction) is not str or reduction not in autograd.REDUCTIONS:
+        elif type(reduction) is not str or reduction not in reference.REDUCTIONS:
             reason = f"reduction {reduction!r}"
         elif input.shape != target.shape:
             reason = f"shapes differ: {tuple(input.shape)} and {tuple(target.shape)}"
@@ -547,7 +547,7 @@ def _rows_obstacle(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: Any, reduction: str
 ) -> str | None:
     """Why a loss over a class dimension is not fused for these shapes and options."""
-    if type(reduction) is not str or reduction not in autograd.REDUCTIONS:
+    if type(reduction) is not str or reduction not in reference.REDUCTIONS:
         return f"reduction {reduction!r}"
     if input.dim() == 0:
         return "input has no class dimension"
@@ -627,7 +627,7 @@ def _cross_entropy(
         and type(reduction) is str
         and _plain_calls()
     ):
-        number = autograd.REDUCTIONS.get(reduction)
+        number = reference.REDUCTIONS.get(reduction)
         if number is not None:
             value = _C.cross_entropy(
                 input, target, weight, ignore_index, label_smoothing, number, prediction

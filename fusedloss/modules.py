@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import autograd, backends
 from . import functional as F
+from .prediction import new_prediction
 
 __all__ = [
     "BCELoss",
@@ -32,7 +33,7 @@ class _Predicting(nn.Module):
             return None
         prediction: Tensor | None = self.__dict__.get("_own_prediction")
         if prediction is None or prediction.device != input.device:
-            prediction = autograd.new_prediction(input)
+            prediction = new_prediction(input)
             self.__dict__["_own_prediction"] = prediction
         return prediction
 

@@ -23,9 +23,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .. import autograd, backends, functional
+from .. import autograd, backends, functional, second_order
 from ..modules import _Predicting
-from ..reference import reduced
+from ..reference import REDUCTIONS, reduced
 from .building import CannotCompile, build_cpu, build_cuda
 
 if TYPE_CHECKING:
@@ -36,9 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["PointwiseLoss", "PointwiseLossModule", "pointwise_loss"]
 
 _C: Any = backends.extension
-# Every loss by number, and the compiled ones by the name that the operators take.
+# Every loss by number.
 _defined: WeakValueDictionary[int, PointwiseLoss] = WeakValueDictionary()
-_losses: dict[str, PointwiseLoss] = {}
 _count = itertools.count()
 
 
@@ -180,7 +179,7 @@ class PointwiseLoss:
         values = self._default_values
         if parameters or values is None:
             values = self._values(parameters)
-        number = autograd.REDUCTIONS.get(reduction) if type(reduction) is str else None
+        number = REDUCTIONS.get(reduction) if type(reduction) is str else None
         if number is None:
             raise ValueError(f"{reduction} is not a valid value for reduction")
         bound = self._bound(clip_grad)
@@ -397,7 +396,7 @@ class PointwiseLossModule(_Predicting):
         super().__init__()
         loss._values(parameters)
         loss._bound(clip_grad)
-        if reduction not in autograd.REDUCTIONS:
+        if reduction not in REDUCTIONS:
             raise ValueError(f"{reduction} is not a valid value for reduction")
         self.loss = loss
         self.reduction = reduction
@@ -489,7 +488,7 @@ def _prepare(loss: PointwiseLoss, device: str, order: tuple[str, ...]) -> tuple[
         except CannotCompile as error:
             reasons.append(f"{backend}: {error}")
             continue
-        _losses.setdefault(key, loss)
+        second_order.custom_references.setdefault(key, loss._reference)
         if backend == "compiled":
             loss._keys[device] = key
         return backend, key, "; ".join(reasons)
@@ -498,7 +497,7 @@ def _prepare(loss: PointwiseLoss, device: str, order: tuple[str, ...]) -> tuple[
 
 def _loaded(loss: PointwiseLoss, build: Callable[[str, str], tuple[str, Path]]) -> str:
     key, library = build(loss.__name__, loss._struct)
-    if key not in _losses:
+    if key not in second_order.custom_references:
         _C.load_custom(key, str(library))
     return key
 
@@ -520,8 +519,3 @@ _LOADERS: dict[tuple[str, str], Callable[[PointwiseLoss], str]] = {
     ("compiled", "cuda"): lambda loss: _loaded(loss, build_cuda),
     **{("triton", device): _load_triton for device in ("cpu", "cuda", "xpu")},
 }
-
-
-def loss_named(key: str) -> PointwiseLoss:
-    """The loss that the operators call so."""
-    return _losses[key]

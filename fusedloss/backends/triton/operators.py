@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import autograd
+from ... import second_order
+from ...prediction import new_prediction
 from . import common, cross_entropy, custom, pointwise
 from .common import Pass
 from .losses import POINTWISE
@@ -64,7 +65,7 @@ def _prediction_of(own: Tensor | None, loss: str, input: Tensor, reduction: int)
         with _sharing:
             here = [site for site in _shared if site[1] == input.device]
             new = len(here) < _MOST_SHARED
-            spare = autograd.new_prediction(input) if new else _shared.pop(here[0])
+            spare = new_prediction(input) if new else _shared.pop(here[0])
             known = _shared.setdefault(key, spare)
     return known
 
@@ -272,7 +273,7 @@ Engine(
     _run_pointwise,
     lambda *call: call[4],
     pointwise.empty_loss,
-    autograd.pointwise_reference_gradient,
+    second_order.pointwise_reference_gradient,
 ).define()
 Engine(
     "custom",
@@ -281,7 +282,7 @@ Engine(
     custom.run,
     lambda *call: call[3],
     pointwise.empty_loss,
-    autograd.custom_reference_gradient,
+    second_order.custom_reference_gradient,
     of_target=True,
 ).define()
 Engine(
@@ -291,5 +292,5 @@ Engine(
     cross_entropy.run,
     lambda *call: "cross_entropy",
     cross_entropy.empty_loss,
-    autograd.cross_entropy_reference_gradient,
+    second_order.cross_entropy_reference_gradient,
 ).define()
