@@ -447,6 +447,13 @@ struct CrossEntropyCall {
     // A gradient has its input's strides, or is row-major where input is not dense.
     call.by_row = call.classes == 1 || (call.input.classes == 1 &&
                                         (call.inner == 1 || input.is_non_overlapping_and_dense()));
+    // What a row costs beside its elements is worth more than to have these side by side.
+    constexpr int64_t kFew = 128, kRows = 16;
+    if (call.by_row && call.classes > 1 && call.classes <= kFew &&
+        call.outer * call.inner >= kRows) {
+      if (call.inner == 1) operands.lay_rows_inside(call);
+      call.by_row = false;
+    }
   }
 
   void want_gradient(const Tensor& gradient, double scale) {

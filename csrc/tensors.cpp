@@ -221,11 +221,13 @@ CrossEntropyOperands::CrossEntropyOperands(CrossEntropy& call, const Tensor& inp
     weight_ = aligned(weight->to(wide ? at::kDouble : at::kFloat).contiguous());
     call.weight = weight_.const_data_ptr();
   }
-  if (call.classes != 1 && call.inner == 1 && call.input.classes != 1) {
-    swapped_ = true;
-    std::swap(call.outer, call.inner);
-    for (Rows* r : {&call.input, &call.probabilities}) std::swap(r->outer, r->inner);
-  }
+  if (call.classes != 1 && call.inner == 1 && call.input.classes != 1) lay_rows_inside(call);
+}
+
+void CrossEntropyOperands::lay_rows_inside(CrossEntropy& call) {
+  swapped_ = true;
+  std::swap(call.outer, call.inner);
+  for (Rows* r : {&call.input, &call.probabilities}) std::swap(r->outer, r->inner);
 }
 
 void CrossEntropyOperands::want_gradient(CrossEntropy& call, const Tensor& gradient) const {

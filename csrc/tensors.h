@@ -71,12 +71,14 @@ class CrossEntropyOperands {
                        at::ScalarType dtype);
 
   void want_gradient(CrossEntropy& call, const at::Tensor& gradient) const;
+  // Has the rows of a matrix be neighbours: (1, N) instead of (N, 1) rows outside and inside.
+  void lay_rows_inside(CrossEntropy& call);
   // Per class, of the type that the call computes in; undefined: none.
   const at::Tensor& weight() const { return weight_; }
 
  private:
   at::Tensor input_, target_, weight_;
-  bool swapped_ = false;  // a transposed matrix, whose rows lie side by side
+  bool swapped_ = false;  // a matrix whose rows are inside
 };
 
 }  // namespace fusedloss

@@ -22,8 +22,8 @@ struct PointwiseResult {
 
 struct CrossEntropy : fusedloss::CrossEntropy {
   // Which walk: row by row, for which classes has stride 1 in input and gradient, or tiles of
-  // neighbouring rows, fast where inner has stride 1. Fixed by input, so that every call on it
-  // gives the same bits.
+  // neighbouring rows, fast where inner has stride 1 or classes are few. Fixed by input, so that
+  // every call on it gives the same bits.
   bool by_row = true;
   double weight_sum = 0;           // over classes
   double scale = 1;                // every gradient element is multiplied by it,

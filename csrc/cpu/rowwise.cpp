@@ -1,8 +1,8 @@
 // The cross-entropy engine on the CPU.
 //
 // Fewest bytes for value and gradient: read logits, write gradient, 2 N elements. A row (or a tile
-// of neighbouring rows, where the class dimension is not innermost) is read from memory once and
-// stays in the cache for its second use.
+// of neighbouring rows, where the class dimension is not innermost, or short) is read from memory
+// once and stays in the cache for its second use.
 #include <ATen/Parallel.h>
 
 #include <cmath>
@@ -29,11 +29,13 @@ struct Problem {
   const CrossEntropy& call;
   const T* weight;
   Shares<T> shares;
+  Shares<double> exact;
 
   explicit Problem(const CrossEntropy& c)
       : call(c),
         weight(static_cast<const T*>(c.weight)),
-        shares(c.indices, c.label_smoothing, static_cast<double>(c.classes), c.weight_sum) {}
+        shares(c.indices, c.label_smoothing, static_cast<double>(c.classes), c.weight_sum),
+        exact(c.indices, c.label_smoothing, static_cast<double>(c.classes), c.weight_sum) {}
 
   bool ignored(int64_t row) const { return call.indices && call.indices[row] == call.ignore_index; }
   T class_weight(int64_t c) const { return weight ? weight[c] : T(1); }
@@ -329,13 +331,13 @@ double by_row(const CrossEntropy& call) {
                                });
 }
 
-// ---- class dimension not innermost: tiles of neighbouring rows ----------------------------------
+// ---- class dimension not innermost, or short: tiles of neighbouring rows ------------------------
 
 // One tile: `width` rows side by side, every class. Arrays are (classes, width) or (width).
 template <class T>
 struct TileWalk {
   static constexpr int64_t kLanes = Vec<T>::size();
-  static constexpr int64_t kFlush = 8;  // classes summed in T before they go to double
+  static constexpr int64_t kFlush = 4;  // classes summed in T before they go to double
   const Problem<T>& problem;
   const int64_t width;  // rows a full tile: a multiple of kLanes
   const CrossEntropy& call = problem.call;
@@ -345,7 +347,8 @@ struct TileWalk {
   // gradient, where it does not go to memory as T.
   std::vector<T> table, wanted;
   std::vector<T> top, sum, dot, mass, logit, weight, scale, losses;
-  std::vector<double> wide;
+  std::vector<T> few;  // rows on their way, where classes lie side by side in another dtype
+  std::vector<double> wide_sum, wide_mass, wide_scale;
   // For class indices: where in the table each row's target stands (an ignored row's: class 0).
   std::vector<int64_t> own;
   int64_t ignored = 0;  // rows of the tile
@@ -355,8 +358,9 @@ struct TileWalk {
     for (auto* line : {&top, &sum, &dot, &mass, &logit, &weight, &scale, &losses}) {
       line->resize(w, T(1));
     }
-    wide.resize(w);
+    for (auto* line : {&wide_sum, &wide_mass, &wide_scale}) line->resize(w, 1.0);
     own.resize(call.indices ? w : 0);
+    few.resize(kLanes * call.classes);
   }
 
   static Vec<T> at(const T* line, int64_t i) { return Vec<T>::loadu(line + i); }
@@ -365,9 +369,61 @@ struct TileWalk {
     return o * rows.outer + c * rows.classes + begin * rows.inner;
   }
 
-  void read(const Rows& rows, int64_t o, int64_t c, int64_t begin, int64_t n, T* line) {
-    widen(rows.dtype, rows.data, offset(rows, o, c, begin), rows.inner, n, line);
-    std::fill(line + n, line + width, T(0));
+  // Whether rows are read and written as they lie and transposed on the way: where their classes
+  // lie side by side, and are enough to fill registers.
+  bool transposes(const Rows& rows) const { return rows.classes == 1 && call.classes >= kLanes; }
+
+  // The tile's n rows of every class, as lines of width.
+  void read(const Rows& rows, int64_t o, int64_t begin, int64_t n, T* lines) {
+    if (n < width) std::fill_n(lines, call.classes * width, T(0));
+    if (!transposes(rows)) {
+      for (int64_t c = 0; c < call.classes; ++c) {
+        widen(rows.dtype, rows.data, offset(rows, o, c, begin), rows.inner, n, lines + c * width);
+      }
+      return;
+    }
+    for_lanes(n, [&](int64_t first, int64_t count) {
+      const int64_t from = offset(rows, o, 0, begin + first);
+      const T* data = static_cast<const T*>(rows.data) + from;
+      int64_t step = rows.inner;
+      if (!is_dtype<T>(rows.dtype)) {
+        for (int64_t k = 0; k < count; ++k) {
+          widen(rows.dtype, rows.data, from + k * rows.inner, 1, call.classes,
+                &few[k * call.classes]);
+        }
+        data = few.data();
+        step = call.classes;
+      }
+      at::vec::transpose_mxn<T>(data, step, lines + first, width, static_cast<int>(count),
+                                static_cast<int>(call.classes));
+    });
+  }
+
+  // The gradient, back from the table.
+  void write(const Rows& rows, int64_t o, int64_t begin, int64_t n) {
+    void* const data = const_cast<void*>(rows.data);
+    if (!transposes(rows)) {
+      for (int64_t c = 0; c < call.classes; ++c) {
+        narrow(&table[c * width], n, rows.dtype, data, offset(rows, o, c, begin), rows.inner);
+      }
+      return;
+    }
+    for_lanes(n, [&](int64_t first, int64_t count) {
+      const int64_t to = offset(rows, o, 0, begin + first);
+      const bool direct = is_dtype<T>(rows.dtype);
+      at::vec::transpose_mxn<T>(&table[first], width, direct ? static_cast<T*>(data) + to : &few[0],
+                                direct ? rows.inner : call.classes, static_cast<int>(call.classes),
+                                static_cast<int>(count));
+      for (int64_t k = 0; !direct && k < count; ++k) {
+        narrow(&few[k * call.classes], call.classes, rows.dtype, data, to + k * rows.inner, 1);
+      }
+    });
+  }
+
+  // f(first, count) for every kLanes of the tile's n rows.
+  template <class F>
+  static void for_lanes(int64_t n, F&& f) {
+    for (int64_t first = 0; first < n; first += kLanes) f(first, std::min(kLanes, n - first));
   }
 
   // For each class c, f = make(c), and f(i) for each register of the tile's n rows. What f needs is
@@ -380,12 +436,11 @@ struct TileWalk {
     }
   }
 
-  // Sums f(c, i) of every class c into to: of many, kFlush at a time in T and these sums in double.
-  // f goes by value, as what make returns does above.
+  // Sums f(c, i) of every class c into to, and with more digits into wide: kFlush classes at a time
+  // in T, and these sums in double. f goes by value, as what make returns does above.
   template <class F>
-  void accumulate(int64_t n, T* to, F f) {
-    const bool many = call.classes > kFlush;
-    if (many) std::fill(wide.begin(), wide.end(), 0.0);
+  void accumulate(int64_t n, T* to, std::vector<double>& wide, F f) {
+    std::fill(wide.begin(), wide.end(), 0.0);
     for (int64_t first = 0; first < call.classes; first += kFlush) {
       const int64_t last = std::min(call.classes, first + kFlush);
       for (int64_t i = 0; i < n; i += kLanes) {
@@ -393,13 +448,9 @@ struct TileWalk {
         for (int64_t c = first; c < last; ++c) part = part + f(c, i);
         part.store(to + i);
       }
-      if (many) {
-        for (int64_t i = 0; i < n; ++i) wide[i] += to[i];
-      }
+      for (int64_t i = 0; i < n; ++i) wide[i] += to[i];
     }
-    if (many) {
-      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(wide[i]);
-    }
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(wide[i]);
   }
 
   void find_targets(int64_t row0, int64_t n) {
@@ -416,14 +467,41 @@ struct TileWalk {
     ignored = count;
   }
 
+  // What every element of a row is multiplied by, rounded once, in the place of sum and scale; and
+  // for the target's element what the gradient, multiplied by that, is right with.
+  void find_slopes(int64_t row0, int64_t n) {
+    // Not left to one loop: vectorised, it would load through a null pointer under an empty mask,
+    // which is slow.
+    if (call.upstream) {
+      for (int64_t i = 0; i < n; ++i) wide_scale[i] = problem.row_scale(row0 + i);
+    } else {
+      std::fill_n(wide_scale.begin(), n, call.scale);
+    }
+    const auto find = [n, shares = problem.exact, scales = wide_scale.data(), at = top.data(),
+                       sums = wide_sum.data(), masses = wide_mass.data(), weights = weight.data(),
+                       factor = sum.data(), part = scale.data(), own = logit.data()] {
+      for (int64_t i = 0; i < n; ++i) {
+        const double w = weights[i];
+        const RowSlope<double> s =
+            shares.slope(RowSums<double>{0, sums[i], 0, masses[i], 0, at[i], w}, scales[i]);
+        factor[i] = static_cast<T>(s.factor);
+        part[i] = static_cast<T>(s.scale);
+        // That g = own * factor - w * part is off by no more than its own roundings.
+        const double f = factor[i];
+        const double error = shares.smooth ? w * (double(part[i]) - s.scale) : 0;
+        const double better = (s.own * s.factor + error) / f;
+        own[i] = static_cast<T>(std::isfinite(better) ? better : s.own);
+      }
+    };
+    find();
+  }
+
   double one(int64_t o, int64_t begin, int64_t n) {
     const int64_t row0 = o * call.inner + begin;
     T* const x = table.data();
     const int64_t stride = width;
     if (!call.indices) {
-      for (int64_t c = 0; c < call.classes; ++c) {
-        read(call.probabilities, o, c, begin, n, &wanted[c * stride]);
-      }
+      read(call.probabilities, o, begin, n, wanted.data());
       if (problem.weight || problem.shares.smooth) {
         for_classes(n, [&](int64_t c) {
           T* const q = &wanted[c * stride];
@@ -434,7 +512,7 @@ struct TileWalk {
       }
     }
     T* const most = top.data();
-    for (int64_t c = 0; c < call.classes; ++c) read(call.input, o, c, begin, n, x + c * stride);
+    read(call.input, o, begin, n, x);
     for (int64_t i = 0; i < n; i += kLanes) {
       Vec<T> highest(-std::numeric_limits<T>::infinity());
       for (int64_t c = 0; c < call.classes; ++c) highest = larger(at(x + c * stride, i), highest);
@@ -442,12 +520,13 @@ struct TileWalk {
     }
     if (!call.indices) {
       const T* const q = wanted.data();
-      accumulate(n, mass.data(), [=](int64_t c, int64_t i) { return at(q + c * stride, i); });
-      accumulate(n, dot.data(), [=](int64_t c, int64_t i) {
+      accumulate(n, mass.data(), wide_mass,
+                 [=](int64_t c, int64_t i) { return at(q + c * stride, i); });
+      accumulate(n, dot.data(), wide_scale, [=](int64_t c, int64_t i) {
         return (at(x + c * stride, i) - at(most, i)) * at(q + c * stride, i);
       });
     } else if (problem.shares.smooth) {
-      accumulate(n, dot.data(), [=, p = problem](int64_t c, int64_t i) {
+      accumulate(n, dot.data(), wide_scale, [=, p = problem](int64_t c, int64_t i) {
         return (at(x + c * stride, i) - at(most, i)) * Vec<T>(p.class_weight(c));
       });
     }
@@ -468,30 +547,22 @@ struct TileWalk {
     const char* const ahead =
         static_cast<const char*>(call.input.data) + offset(call.input, o, 0, begin + width) * size;
     const int64_t line = call.input.classes * size, step = call.input.inner * size;
-    accumulate(n, sum.data(), [=](int64_t c, int64_t i) {
+    accumulate(n, sum.data(), wide_sum, [=](int64_t c, int64_t i) {
       __builtin_prefetch(ahead + c * line + i * step, 0, 2);
       const Vec<T> e = exp_nonpositive(at(x + c * stride, i) - at(most, i));
       e.store(x + c * stride + i);
       return e;
     });
-    // Not left to one loop: vectorised, it would load through a null pointer under an empty mask,
-    // which is slow.
-    if (call.upstream) {
-      for (int64_t i = 0; i < n; ++i) scale[i] = static_cast<T>(problem.row_scale(row0 + i));
-    } else {
-      std::fill_n(scale.begin(), n, static_cast<T>(call.scale));
-    }
+    T* const at_target = most;  // takes its place
     for (int64_t i = 0; i < n; i += kLanes) {
       const Vec<T> gap = at(&logit[0], i) - at(most, i);
       const RowSums<Vec<T>> row{
           at(most, i), at(&sum[0], i),       at(&dot[0], i),   at(&mass[0], i),
           gap,         exp_nonpositive(gap), at(&weight[0], i)};
       problem.shares.loss(row).store(&losses[i]);
-      const RowSlope<Vec<T>> s = problem.shares.slope(row, at(&scale[0], i));
-      s.factor.store(&sum[i]);  // each takes its source's place
-      s.scale.store(&scale[i]);
-      s.own.store(&logit[i]);
+      row.at.store(at_target + i);
     }
+    if (call.gradient.data) find_slopes(row0, n);
     std::fill(losses.begin() + n, losses.end(), T(0));
     for (int64_t i = 0; ignored && i < n; ++i) {
       if (problem.ignored(row0 + i)) losses[i] = 0;
@@ -543,11 +614,7 @@ struct TileWalk {
       // Whatever its logits hold, nan included: 0.
       for (int64_t c = 0; c < call.classes; ++c) line(c)[i] = T(0);
     }
-    if (data) return;
-    for (int64_t c = 0; c < call.classes; ++c) {
-      narrow(&table[c * width], n, out.dtype, const_cast<void*>(out.data), offset(out, o, c, begin),
-             out.inner);
-    }
+    if (!data) write(out, o, begin, n);
   }
 };
 
@@ -559,7 +626,8 @@ double by_tile(const CrossEntropy& call) {
   // at least.
   const int64_t fit = 32768 / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(call.classes, 1);
   // An odd number of registers: the lines of one column then differ in their place in the cache.
-  const int64_t width = (std::clamp<int64_t>(fit, 32, 4096) / kLanes | 1) * kLanes;
+  const int64_t full = (std::clamp<int64_t>(fit, 32, 4096) / kLanes | 1) * kLanes;
+  const int64_t width = std::min(full, (call.inner + kLanes - 1) / kLanes * kLanes);
   const int64_t tiles = (call.inner + width - 1) / width;
   return sum_tasks<TileWalk<T>>(
       call.outer * tiles, [&] { return std::make_unique<TileWalk<T>>(problem, width); },
