@@ -627,7 +627,8 @@ double by_tile(const CrossEntropy& call) {
   const int64_t fit = 32768 / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(call.classes, 1);
   // An odd number of registers: the lines of one column then differ in their place in the cache.
   const int64_t full = (std::clamp<int64_t>(fit, 32, 4096) / kLanes | 1) * kLanes;
-  const int64_t width = std::min(full, (call.inner + kLanes - 1) / kLanes * kLanes);
+  const int64_t rows = std::max<int64_t>(call.inner, 1);
+  const int64_t width = std::min(full, (rows + kLanes - 1) / kLanes * kLanes);
   const int64_t tiles = (call.inner + width - 1) / width;
   return sum_tasks<TileWalk<T>>(
       call.outer * tiles, [&] { return std::make_unique<TileWalk<T>>(problem, width); },
