@@ -1,6 +1,6 @@
 // The innermost loop of the pointwise engine: one loss over a run of elements, of the type that it
-// is computed in. No torch header: a loss of one's own is compiled with it
-// too, on the machine it runs on.
+// is computed in. No torch header: a loss of one's own is compiled with it too, on the machine it
+// runs on.
 #pragma once
 
 #include <algorithm>

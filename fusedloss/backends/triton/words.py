@@ -4,7 +4,7 @@ All numbers of a call are of one type, float32 or float64. Only operations that 
 Triton has: its libdevice is not one.
 
 Where a float32 function is a polynomial, it is the one of the C++ header of its name, with its
-coefficients. Errors are in ULP, the largest found in Triton's interpreter, which is to say without
+coefficients; but logarithms are of another interval here. Errors are in ULP, the largest found in Triton's interpreter, which is to say without
 fused multiply-add; tests/test_triton_words.py holds them. The functions that a comment calls Triton's
 own are, on a GPU, those of its maker's mathematical library, and in the interpreter NumPy's.
 """
@@ -230,13 +230,19 @@ def expm1(x):
 
 
 @triton.jit
-def _log_normal(t, addend):
-    """log(t) for normal t > 0; addend joins where it loses least."""
-    # t = 2^n m with m in [sqrt(1/2), sqrt(2)), so that m - 1 is exact and small.
+def _split(t):
+    """n and f of a normal float32 t = 2^n (1 + f) > 0, with 1 + f in [sqrt(1/2), sqrt(2)), so that f
+    is exact and small."""
     bits = t.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) & -0x800000
     n = exponent.to(tl.float32) * 1.1920928955078125e-07
-    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    return n, (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+
+
+@triton.jit
+def _log_normal(t, addend):
+    """log(t) for normal t > 0; addend joins where it loses least."""
+    n, f = _split(t)
     # log(1 + f) = f - f^2 / 2 + f^3 q(f).
     q = tl.fma(f, -0.076344974, 0.12761578)
     q = tl.fma(f, q, -0.13160183)
@@ -360,10 +366,8 @@ def _log_in_two(x):
         turns, rest = n * 0.6931471803691238, n * 1.9082149292705877e-10
     else:
         tiny = x < 1.17549435e-38
-        bits = tl.where(tiny, x * 8388608.0, x).to(tl.int32, bitcast=True)
-        exponent = (bits - 0x3F3504F3) & -0x800000
-        n = exponent.to(tl.float32) * 1.1920928955078125e-07 - tl.where(tiny, 23.0, 0.0)
-        f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+        n, f = _split(tl.where(tiny, x * 8388608.0, x))
+        n = n - tl.where(tiny, 23.0, 0.0)
         turns, rest = n * 0.693145751953125, n * 1.42860682030941723e-6
     d = 2.0 + f
     s = divide(f, d)
