@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "../math/sum.h"
 #include "../math/vocabulary.h"
@@ -16,7 +17,7 @@ namespace fusedloss::cpu {
 
 namespace CPU_CAPABILITY {
 
-constexpr int kUnroll = 4;        // registers with sums of their own
+constexpr int kSums = 4;          // registers with sums of their own, at least
 constexpr int64_t kShort = 2048;  // elements that are added up as T, before they go to double
 
 // What a loop is compiled for. kFactor: whether there is a factor, or, of a loss of one's own, may
@@ -51,46 +52,83 @@ FUSEDLOSS_HD Vec<T> operator*(Vec<T> slope, Scale<T> scale) {
   }
 }
 
-// One SIMD register of elements at i; adds the value to sum.
-template <class Loss, class Want, class T>
+// f(u) for every u below kCount, u known to the compiler: an array that f alone uses is registers.
+template <int kCount, class F>
+FUSEDLOSS_HD void unrolled(F&& f) {
+  [&]<int... u>(std::integer_sequence<int, u...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, u>()), ...);
+  }(std::make_integer_sequence<int, kCount>());
+}
+
+// How many registers a loop computes side by side. One, where a register is a loop itself, as
+// at::vec's are without SIMD; and of a loss of one's own, which has many loops to compile, where it
+// is not about to train.
+template <class Loss, class Want>
+constexpr int kAbreast =
+#if defined(CPU_CAPABILITY_DEFAULT) && !defined(FUSEDLOSS_NO_TORCH)
+    1;
+#else
+    Loss::kCustom && Want::kFactor ? 1 : Loss::kAbreast;
+#endif
+
+// kCount SIMD registers of elements from i on, of which only a single one may hold fewer, `count`;
+// adds the values to sums. All are loaded before one is stored: else none could be computed beside
+// another, and each is one long chain of instructions that wait for each other.
+template <int kCount, class Loss, class Want, class T>
 FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, Scale<T> scale, int64_t i,
-                       int64_t count, Vec<T>& sum, Mask<T>& valid) {
-  const bool full = count == Vec<T>::size();
+                       int64_t count, Vec<T>* sums, Mask<T>& valid) {
+  constexpr int64_t kLanes = Vec<T>::size();
+  const bool full = kCount > 1 || count == kLanes;
   const auto load = [&](const T* p) __attribute__((always_inline)) {
-    return full ? Vec<T>::loadu(p + i) : Vec<T>::loadu(p + i, count);
+    return full ? Vec<T>::loadu(p) : Vec<T>::loadu(p, count);
   };
   const auto store = [&](const Vec<T>& x, T* p) __attribute__((always_inline)) {
     if (full) {
-      x.store(p + i);
+      x.store(p);
     } else {
-      x.store(p + i, static_cast<int>(count));
+      x.store(p, static_cast<int>(count));
     }
   };
-  const Vec<T> x = load(run.input), y = load(run.target);
-  auto at = [&]() __attribute__((always_inline)) {
+  Vec<T> x[kCount], y[kCount], weights[kCount], factors[kCount];
+  const bool has_factor = Want::kFactor && (!Loss::kCustom || run.factor);
+  unrolled<kCount>([&](auto u) __attribute__((always_inline)) {
+    const int64_t k = i + u * kLanes;
+    x[u] = load(run.input + k);
+    y[u] = load(run.target + k);
+    if constexpr (Loss::kPosWeight) weights[u] = load(run.pos_weight + k);
+    if (has_factor) factors[u] = load(run.factor + k);
+  });
+  const auto eval = [&](auto u) __attribute__((always_inline)) {
     if constexpr (Loss::kPosWeight) {
-      return loss.eval(x, y, load(run.pos_weight));
+      return loss.eval(x[u], y[u], weights[u]);
     } else {
-      return loss.eval(x, y);
+      return loss.eval(x[u], y[u]);
     }
-  }();
-  if constexpr (Loss::kUnitInterval && (Want::kSum || Want::kValue)) {
-    // x (1 - x) >= 0 just where 0 <= x <= 1.
-    const Vec<T> zero(0), one(1);
-    const auto x_fits = less_equal(zero, x * (one - x)), y_fits = less_equal(zero, y * (one - y));
-    valid = both(valid, both(x_fits, y_fits));
-  }
-  if (Want::kFactor && (!Loss::kCustom || run.factor)) {
-    at = at * load(run.factor);
-  }
-  if constexpr (Want::kSum) {
-    sum = sum + (full ? at.value : Vec<T>::set(Vec<T>(0), at.value, count));
-  }
-  if constexpr (Want::kValue) store(at.value, run.value);
-  if constexpr (Want::kGradient) store(at.gradient(scale), run.gradient);
-  if constexpr (Want::kTargetGradient) {
-    store(at.target_gradient(scale), run.target_gradient);
-  }
+  };
+  Vec<T> value[kCount], gradient[kCount], target_gradient[kCount];
+  unrolled<kCount>([&](auto u) __attribute__((always_inline)) {
+    auto at = eval(u);
+    if (has_factor) at = at * factors[u];
+    value[u] = at.value;
+    if constexpr (Want::kGradient) gradient[u] = at.gradient(scale);
+    if constexpr (Want::kTargetGradient) target_gradient[u] = at.target_gradient(scale);
+  });
+  unrolled<kCount>([&](auto u) __attribute__((always_inline)) {
+    const int64_t k = i + u * kLanes;
+    if constexpr (Loss::kUnitInterval && (Want::kSum || Want::kValue)) {
+      // x (1 - x) >= 0 just where 0 <= x <= 1.
+      const Vec<T> zero(0), one(1);
+      const auto x_fits = less_equal(zero, x[u] * (one - x[u])),
+                 y_fits = less_equal(zero, y[u] * (one - y[u]));
+      valid = both(valid, both(x_fits, y_fits));
+    }
+    if constexpr (Want::kSum) {
+      sums[u] = sums[u] + (full ? value[u] : Vec<T>::set(Vec<T>(0), value[u], count));
+    }
+    if constexpr (Want::kValue) store(value[u], run.value + k);
+    if constexpr (Want::kGradient) store(gradient[u], run.gradient + k);
+    if constexpr (Want::kTargetGradient) store(target_gradient[u], run.target_gradient + k);
+  });
 }
 
 // By value: what a store might have changed would be loaded, and worked out, again for each
@@ -101,24 +139,22 @@ double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
   constexpr int64_t kLanes = Vec<T>::size();
   const Scale<T> scale(gradient_scale);
   Mask<T> valid = equal(Vec<T>(0), Vec<T>(0));
+  constexpr int kStep = kAbreast<Loss, Want>, kUnroll = std::max(kStep, kSums);
   double total[kLanes] = {};
   for (int64_t i = 0; i < n;) {
     Vec<T> sums[kUnroll];
-    for (Vec<T>& sum : sums) sum = Vec<T>(0);
+    unrolled<kUnroll>([&](auto u) { sums[u] = Vec<T>(0); });
     const int64_t end = std::min(n, i + kShort);
     for (; i + kUnroll * kLanes <= end; i += kUnroll * kLanes) {
-#if !defined(CPU_CAPABILITY_DEFAULT) || defined(FUSEDLOSS_NO_TORCH)  // else a register is a loop
-#pragma GCC unroll 4
-#endif
-      for (int u = 0; u < kUnroll; ++u) {
-        step<Loss, Want>(loss, run, scale, i + u * kLanes, kLanes, sums[u], valid);
+      for (int u = 0; u < kUnroll; u += kStep) {
+        step<kStep, Loss, Want>(loss, run, scale, i + u * kLanes, kLanes, sums + u, valid);
       }
     }
     for (; i < end; i += kLanes) {
-      step<Loss, Want>(loss, run, scale, i, std::min(kLanes, end - i), sums[0], valid);
+      step<1, Loss, Want>(loss, run, scale, i, std::min(kLanes, end - i), sums, valid);
     }
     if constexpr (Want::kSum) {
-      for (int u = 1; u < kUnroll; ++u) sums[0] = sums[0] + sums[u];
+      unrolled<kUnroll - 1>([&](auto u) { sums[0] = sums[0] + sums[u + 1]; });
       T lanes[kLanes];
       sums[0].store(lanes);
       for (int64_t k = 0; k < kLanes; ++k) total[k] += lanes[k];

@@ -4,6 +4,7 @@
 // Such a struct is
 //   struct Loss : fusedloss::CustomLoss<kConstants> {
 //     static constexpr int kParameters;
+//     static constexpr Usual kUsual[];
 //     static void prepare(const double* parameters, double* constants);
 //     template <class T> CustomEval<T> eval(T x, T y) const;
 //   };
@@ -39,10 +40,17 @@ FUSEDLOSS_HD T bounded(T slope, double clip) {
   return clip < INFINITY ? between(slope, T(-clip), T(clip)) : slope;
 }
 
+// A number that a constant has in most calls.
+struct Usual {
+  int constant;
+  double number;
+};
+
 template <int count>
 struct CustomLoss {
   static constexpr bool kUnitInterval = false;
   static constexpr bool kPosWeight = false;
+  static constexpr int kAbreast = 8;
   static constexpr bool kCustom = true;
   static constexpr int kConstants = count;
   double constants[count];

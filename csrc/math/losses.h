@@ -6,6 +6,9 @@
 //   parameter       beta, delta or eps, where the loss has one
 //   kUnitInterval   input and target must lie in [0, 1]; the CPU engine checks it on the way
 //   kPosWeight      eval takes pos_weight as a third operand
+//   kAbreast        how many SIMD registers the CPU engine computes side by side, measured: one is
+//   a
+//                   chain of instructions that wait for each other, many overflow the CPU's own
 //   kMean           what reduction "mean" divides by
 //   kCustom         a loss of one's own, see custom.h
 #pragma once
@@ -40,8 +43,18 @@ struct EvalQuotient {
   }
   template <class Scale>
   FUSEDLOSS_HD T gradient(Scale scale) const {
-    const T scaled = numerator * scale;
-    return all_zero(numerator) ? scaled : scaled / divisor;
+    return numerator * scale / divisor;
+  }
+};
+
+// One whose derivative is 0 for most elements, which then go without the quotient.
+template <class T>
+struct EvalSparse : EvalQuotient<T> {
+  FUSEDLOSS_HD EvalSparse operator*(T factor) const { return {EvalQuotient<T>::operator*(factor)}; }
+  template <class Scale>
+  FUSEDLOSS_HD T gradient(Scale scale) const {
+    const T scaled = this->numerator * scale;
+    return all_zero(this->numerator) ? scaled : scaled / this->divisor;
   }
 };
 
@@ -55,6 +68,7 @@ struct PointwiseLoss {
   static constexpr Mean kMean = Mean::kElements;
   static constexpr bool kUnitInterval = false;
   static constexpr bool kPosWeight = false;
+  static constexpr int kAbreast = 2;
   static constexpr bool kCustom = false;
   double parameter;
 };
@@ -120,6 +134,7 @@ struct BCE : PointwiseLoss {
 // log(1 + e^-|x|) + s x, s = -y where x < 0, else 1 - y. The slope sigmoid(x) - y is formed from
 // the smaller of sigmoid(x) and 1 - sigmoid(x), so that a confident element keeps its digits.
 struct BCEWithLogits : PointwiseLoss {
+  static constexpr int kAbreast = 8;
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T zero(0), one(1);
@@ -134,6 +149,7 @@ struct BCEWithLogits : PointwiseLoss {
 // (1 - y) x + (1 + (p - 1) y) (log(1 + e^-|x|) + max(-x, 0)), p = pos_weight.
 struct BCEWithLogitsPosWeight : PointwiseLoss {
   static constexpr bool kPosWeight = true;
+  static constexpr int kAbreast = 8;
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y, T p) const {
     const T zero(0), one(1);
@@ -149,14 +165,15 @@ struct BCEWithLogitsPosWeight : PointwiseLoss {
 // class indices all but one a row: neither logarithm nor quotient then.
 struct LogLoss : PointwiseLoss {
   static constexpr Mean kMean = Mean::kRows;
+  static constexpr int kAbreast = 1;  // else a row of zeros would have no way of its own
   template <class T>
-  FUSEDLOSS_HD EvalQuotient<T> eval(T x, T y) const {
+  FUSEDLOSS_HD EvalSparse<T> eval(T x, T y) const {
     const T eps(parameter), zero(0), one(1);
     const T p = between(x, eps, one);
     const auto inside = both(less_equal(eps, x), less_equal(x, one));
     const T nothing = x * zero;  // but nan stays
-    if (all_zero(y)) return {p * zero, select(inside, zero, nothing), one};
-    return {zero - y * log(p), select(inside, zero - y, nothing), p};
+    if (all_zero(y)) return {{p * zero, select(inside, zero, nothing), one}};
+    return {{zero - y * log(p), select(inside, zero - y, nothing), p}};
   }
 };
 

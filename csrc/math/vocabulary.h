@@ -193,16 +193,6 @@ FUSEDLOSS_HD Vec<float> polynomial(Vec<float> x, Vec<float> x2, const float (&c)
   return sum;
 }
 
-// value, but 0 where x < low.
-FUSEDLOSS_HD Vec<float> zero_below(Vec<float> x, float low, Vec<float> value) {
-#if defined(CPU_CAPABILITY_AVX512)
-  // One masked instruction: select() has the mask made into a vector, and that into a mask.
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, Vec<float>(low), _CMP_NLT_UQ), value);
-#else
-  return select(x < Vec<float>(low), Vec<float>(0.0f), value);
-#endif
-}
-
 // Adding this rounds to an integer and leaves it in the low bits of the mantissa.
 constexpr float kRounder = 12582912.0f;       // 1.5 * 2^23
 constexpr float kLn2Hi = 0.693145751953125f;  // ln 2 in 15 bits: its product with n is exact
@@ -306,9 +296,15 @@ FUSEDLOSS_HD Reduced reduce_exp(Vec<float> x) {
 FUSEDLOSS_HD Vec<float> exp_nonpositive(Vec<float> x) {
   using namespace detail;
   const Reduced e = reduce_exp(x);
-  const Vec<float> scale = power_of_two(e.bits);
+  const Vec<float> low(-87.33f), one(1.0f);
   // nan, as e^r - 1 is, where x is nan.
-  return zero_below(x, -87.33f, simd::fmadd(e.r_expm1, scale, scale));
+#if defined(CPU_CAPABILITY_AVX512)
+  const __mmask16 counts = _mm512_cmp_ps_mask(x, low, _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(counts, one + e.r_expm1, e.turns);
+#else
+  const Vec<float> scale = power_of_two(e.bits);
+  return select(x < low, Vec<float>(0.0f), simd::fmadd(e.r_expm1, scale, scale));
+#endif
 }
 
 // Natural logarithm. Domain [0, FLT_MAX] with subnormals, and nan; with AVX-512 every number.
@@ -347,6 +343,33 @@ FUSEDLOSS_HD Vec<float> log1p(Vec<float> x) {
 #endif
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
+// log(1 + x). Domain [0, 1] and nan. Error 1.02.
+FUSEDLOSS_HD Vec<float> log1p_unit(Vec<float> x) {
+  // 1 + x = (1 + r) / c, c from a table by the nearest of 16 to x: -log(c) + log(1 + r). Near 0 x
+  // is r. Each c is a float near 1 / (1 + i / 15) whose logarithm is almost a float as well.
+  static constexpr float c[] = {1.0f,        0.9374727f,  0.8823526f, 0.83336246f,
+                                0.7895014f,  0.7499643f,  0.7142634f, 0.6818537f,
+                                0.65216404f, 0.62499994f, 0.6000357f, 0.5769228f,
+                                0.5555556f,  0.53572893f, 0.5172673f, 0.5000309f};
+  static constexpr float minus_log_c[] = {0.0f,        0.06456764f, 0.12516354f, 0.1822866f,
+                                          0.23635364f, 0.28772968f, 0.3365035f,  0.38294014f,
+                                          0.42745915f, 0.47000372f, 0.5107661f,  0.55004686f,
+                                          0.5877866f,  0.624127f,   0.65919554f, 0.69308543f};
+  // log(1 + r) = r + r^2 q(r), q minimax on [-0.032, 0.033].
+  static constexpr float q[] = {-0.49999994f, 0.33333364f, -0.25021854f, 0.19964616f};
+  const __m512i nearest =
+      _mm512_castps_si512(simd::fmadd(x, Vec<float>(15.0f), Vec<float>(detail::kRounder)));
+  const Vec<float> factor = _mm512_permutexvar_ps(nearest, Vec<float>::loadu(c));
+  const Vec<float> r = simd::fmadd(x, factor, factor - Vec<float>(1.0f));
+  // Not by r^2, which may be subnormal, and so slow.
+  Vec<float> bend = simd::fmadd(r, Vec<float>(q[3]), Vec<float>(q[2]));
+  bend = simd::fmadd(r, bend, Vec<float>(q[1]));
+  bend = r * simd::fmadd(r, bend, Vec<float>(q[0]));
+  return Vec<float>(_mm512_permutexvar_ps(nearest, Vec<float>::loadu(minus_log_c))) +
+         simd::fmadd(bend, r, r);
+}
+#else
 // log(1 + x). Domain [0, 1] and nan. Error 1.97.
 FUSEDLOSS_HD Vec<float> log1p_unit(Vec<float> x) {
   // = 2 atanh(s) = 2 s + s^3 q(s^2), s = x / (2 + x) in [0, 1/3], q minimax there.
@@ -357,6 +380,7 @@ FUSEDLOSS_HD Vec<float> log1p_unit(Vec<float> x) {
   const Vec<float> s2 = bounded * bounded;
   return simd::fmadd(s2 * s, detail::polynomial(s2, s2 * s2, q), s + s);
 }
+#endif
 
 }  // namespace CPU_CAPABILITY
 }  // namespace fusedloss

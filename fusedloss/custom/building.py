@@ -29,6 +29,7 @@ _CXX_FLAGS = [
     # Formulas are of registers already; and GCC 12 fails on some of them while it looks for more.
     "-fno-tree-slp-vectorize",
     # As the package's own kernels: see setup.py.
+    *("-fschedule-insns", "-fsched-pressure"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
     "-DFUSEDLOSS_NO_TORCH",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import sympy
@@ -207,12 +207,14 @@ def cpp(traced: Traced) -> str:
     program = traced.kernel
     count = len(program.constants) + 1
     given = list(traced.parameters)
+    usual = [f"{{{count - 1}, INFINITY}}", *_usual_exponents(traced)]
     of_call = _CppConstant({name: f"parameters[{i}]" for i, name in enumerate(given)})
     of_element = _Cpp({INPUT: "x", TARGET: "y"})
     lines = [
         f"// {traced.name}: {_comment(traced.value)}",
         f"struct Loss : CustomLoss<{count}> {{",
         f"  static constexpr int kParameters = {len(given) + 1};",
+        f"  static constexpr Usual kUsual[] = {{{', '.join(usual)}}};",
         "  static void prepare(const double* parameters, double* constants) {",
         *(
             f"    constants[{i}] = {of_call(formula)};"
@@ -229,6 +231,19 @@ def cpp(traced: Traced) -> str:
     bounded = [f"bounded({slope}, constants[{count - 1}])" for slope in slopes]
     lines += [f"    return {{{', '.join([value, *bounded])}}};", "  }", "};"]
     return "\n".join(lines) + "\n"
+
+
+def _usual_exponents(traced: Traced) -> Iterator[str]:
+    """Those that the compiler had better know, as the loss's defaults make them."""
+    if traced.defaults.keys() != traced.parameters.keys():
+        return
+    program = traced.kernel
+    numbers = host_constants(traced)(tuple(traced.defaults.values()))
+    formulas = [*(e for _, e in program.shared), *program.results]
+    powers = sympy.Tuple(*formulas).atoms(words.Power)
+    for i, (symbol, _) in enumerate(program.constants):
+        if any(power.args[1] == symbol for power in powers):
+            yield f"{{{i}, {_cpp_number(numbers[i])}}}"
 
 
 def _comment(value: Expr) -> str:
