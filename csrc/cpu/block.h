@@ -52,14 +52,6 @@ FUSEDLOSS_HD Vec<T> operator*(Vec<T> slope, Scale<T> scale) {
   }
 }
 
-// f(u) for every u below kCount, u known to the compiler: an array that f alone uses is registers.
-template <int kCount, class F>
-FUSEDLOSS_HD void unrolled(F&& f) {
-  [&]<int... u>(std::integer_sequence<int, u...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, u>()), ...);
-  }(std::make_integer_sequence<int, kCount>());
-}
-
 // How many registers a loop computes side by side. One, where a register is a loop itself, as
 // at::vec's are without SIMD; and of a loss of one's own, which has many loops to compile, where it
 // is not about to train.

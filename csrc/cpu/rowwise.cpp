@@ -14,6 +14,7 @@
 #include "../math/cross_entropy.h"
 #include "../math/sum.h"
 #include "staging.h"
+#include "stream.h"
 
 namespace fusedloss::cpu {
 namespace CPU_CAPABILITY {
@@ -21,6 +22,8 @@ namespace {
 
 constexpr int64_t kTask = 32768;  // elements a task, at least: ATen's own grain
 constexpr int64_t kBlock = 1024;  // elements of a row at a time
+// Bytes of an output for which a core can count on no cache until it is read.
+constexpr size_t kStreamed = 16 << 20;
 
 // ---- what both walks share ----------------------------------------------------------------------
 
@@ -65,6 +68,15 @@ void store(Vec<T> v, T* p, int64_t count) {
     v.store(p);
   } else {
     v.store(p, static_cast<int>(count));
+  }
+}
+
+template <class T>
+FUSEDLOSS_HD void store(Vec<T> v, T* p, int64_t count, bool streams) {
+  if (streams && count >= Vec<T>::size()) {
+    stream(v, p);
+  } else {
+    store(v, p, count);
   }
 }
 
@@ -337,7 +349,7 @@ double by_row(const CrossEntropy& call) {
 template <class T>
 struct TileWalk {
   static constexpr int64_t kLanes = Vec<T>::size();
-  static constexpr int64_t kFlush = 4;  // classes summed in T before they go to double
+  static constexpr int kFlush = 4;  // classes summed in T before they go to double
   const Problem<T>& problem;
   const int64_t width;  // rows a full tile: a multiple of kLanes
   const CrossEntropy& call = problem.call;
@@ -437,19 +449,27 @@ struct TileWalk {
   }
 
   // Sums f(c, i) of every class c into to, and with more digits into wide: kFlush classes at a time
-  // in T, and these sums in double. f goes by value, as what make returns does above.
+  // in T, and these sums in double. kept, if not null, is where (classes, width) f(c, i) stay,
+  // which may be what f reads. f goes by value, as what make returns does above.
   template <class F>
-  void accumulate(int64_t n, T* to, std::vector<double>& wide, F f) {
+  void accumulate(int64_t n, T* to, std::vector<double>& wide, F f, T* kept = nullptr) {
     std::fill(wide.begin(), wide.end(), 0.0);
-    for (int64_t first = 0; first < call.classes; first += kFlush) {
-      const int64_t last = std::min(call.classes, first + kFlush);
+    int64_t c = 0;
+    const auto some = [&](auto count) {
       for (int64_t i = 0; i < n; i += kLanes) {
-        Vec<T> part(0);
-        for (int64_t c = first; c < last; ++c) part = part + f(c, i);
+        Vec<T> values[count], part(0);
+        unrolled<count>([&](auto u) __attribute__((always_inline)) { values[u] = f(c + u, i); });
+        unrolled<count>([&](auto u) __attribute__((always_inline)) {
+          part = part + values[u];
+          if (kept) values[u].store(kept + (c + u) * width + i);
+        });
         part.store(to + i);
       }
       for (int64_t i = 0; i < n; ++i) wide[i] += to[i];
-    }
+      c += count;
+    };
+    while (c + kFlush <= call.classes) some(std::integral_constant<int, kFlush>());
+    while (c < call.classes) some(std::integral_constant<int, 1>());
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(wide[i]);
   }
 
@@ -477,9 +497,17 @@ struct TileWalk {
     } else {
       std::fill_n(wide_scale.begin(), n, call.scale);
     }
-    const auto find = [n, shares = problem.exact, scales = wide_scale.data(), at = top.data(),
-                       sums = wide_sum.data(), masses = wide_mass.data(), weights = weight.data(),
-                       factor = sum.data(), part = scale.data(), own = logit.data()] {
+    // Of one kind of call, so that its loop vectorises: as that also asks, nothing is written where
+    // something else is read.
+    const auto find = [&](auto indices, auto smooth) {
+      Shares<double> shares = problem.exact;
+      shares.indices = indices();
+      shares.smooth = smooth();
+      const double *const scales = wide_scale.data(), *const sums = wide_sum.data(),
+                          *const masses = wide_mass.data();
+      const T *const at = top.data(), *const weights = weight.data();
+      T *__restrict const factor = sum.data(), *__restrict const part = scale.data(),
+                         *__restrict const own = logit.data();
       for (int64_t i = 0; i < n; ++i) {
         const double w = weights[i];
         const RowSlope<double> s =
@@ -493,7 +521,13 @@ struct TileWalk {
         own[i] = static_cast<T>(std::isfinite(better) ? better : s.own);
       }
     };
-    find();
+    if (!call.indices) {
+      find(std::false_type(), std::false_type());
+    } else if (problem.shares.smooth) {
+      find(std::true_type(), std::true_type());
+    } else {
+      find(std::true_type(), std::false_type());
+    }
   }
 
   double one(int64_t o, int64_t begin, int64_t n) {
@@ -547,12 +581,13 @@ struct TileWalk {
     const char* const ahead =
         static_cast<const char*>(call.input.data) + offset(call.input, o, 0, begin + width) * size;
     const int64_t line = call.input.classes * size, step = call.input.inner * size;
-    accumulate(n, sum.data(), wide_sum, [=](int64_t c, int64_t i) {
-      __builtin_prefetch(ahead + c * line + i * step, 0, 2);
-      const Vec<T> e = exp_nonpositive(at(x + c * stride, i) - at(most, i));
-      e.store(x + c * stride + i);
-      return e;
-    });
+    accumulate(
+        n, sum.data(), wide_sum,
+        [=](int64_t c, int64_t i) {
+          __builtin_prefetch(ahead + c * line + i * step, 0, 2);
+          return exp_nonpositive(at(x + c * stride, i) - at(most, i));
+        },
+        x);
     T* const at_target = most;  // takes its place
     for (int64_t i = 0; i < n; i += kLanes) {
       const Vec<T> gap = at(&logit[0], i) - at(most, i);
@@ -593,20 +628,24 @@ struct TileWalk {
     const auto line = [&](int64_t c) {
       return data ? data + offset(out, o, c, begin) : &table[c * width];
     };
+    // Past the caches, if the whole is too large for them: as many lines at once as there are
+    // classes are slow to read in. All begin where one does, if they lie whole registers apart.
+    const bool streams = data && call.outer * call.classes * call.inner * sizeof(T) >= kStreamed &&
+                         out.classes % kLanes == 0 && is_streamable(line(0));
     for_classes(n, [&](int64_t c) {
       const T* const q = call.indices ? nullptr : &wanted[c * width];
       const bool smooth = problem.shares.smooth;
       const Vec<T> w(problem.class_weight(c));
       return [=, e = &table[c * width], factor = sum.data(), part = scale.data(), to = line(c),
               next = line(c + 1 < call.classes ? c + 1 : 0)](int64_t i) {
-        __builtin_prefetch(next + i, 1, 2);
+        if (!streams) __builtin_prefetch(next + i, 1, 2);
         Vec<T> g = at(e, i) * at(factor, i);
         if (q) {
           g = g - at(q, i) * at(part, i);
         } else if (smooth) {
           g = g - w * at(part, i);
         }
-        store(g, to + i, n - i);
+        store(g, to + i, n - i, streams);
       };
     });
     for (int64_t i = 0; ignored && i < n; ++i) {
@@ -615,6 +654,7 @@ struct TileWalk {
       for (int64_t c = 0; c < call.classes; ++c) line(c)[i] = T(0);
     }
     if (!data) write(out, o, begin, n);
+    if (streams) finish_stream();
   }
 };
 

@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <type_traits>
+#include <utility>
 
 #if defined(__CUDACC__)
 #define FUSEDLOSS_HD __host__ __device__ __forceinline__
@@ -85,6 +86,14 @@ inline namespace CPU_CAPABILITY {
 
 template <class T>
 using Vec = simd::Vectorized<T>;
+
+// f(u) for every u below kCount, u known to the compiler: an array that f alone uses is registers.
+template <int kCount, class F>
+FUSEDLOSS_HD void unrolled(F&& f) {
+  [&]<int... u>(std::integer_sequence<int, u...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, u>()), ...);
+  }(std::make_integer_sequence<int, kCount>());
+}
 
 template <class T>
 FUSEDLOSS_HD Vec<T> select(Vec<T> condition, Vec<T> yes, Vec<T> no) {
@@ -194,7 +203,8 @@ FUSEDLOSS_HD Vec<float> polynomial(Vec<float> x, Vec<float> x2, const float (&c)
 }
 
 // Adding this rounds to an integer and leaves it in the low bits of the mantissa.
-constexpr float kRounder = 12582912.0f;       // 1.5 * 2^23
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
+constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2Hi = 0.693145751953125f;  // ln 2 in 15 bits: its product with n is exact
 constexpr float kLn2Lo = 1.42860682030941723e-6f;
 constexpr float kMinNormal = 1.17549435e-38f;
@@ -279,7 +289,7 @@ struct Reduced {
   FUSEDLOSS_HD Vec<int32_t> n() const { return bits - Vec<int32_t>(0x4b400000); }
 };
 FUSEDLOSS_HD Reduced reduce_exp(Vec<float> x) {
-  const Vec<float> shifted = simd::fmadd(x, Vec<float>(1.44269504f), Vec<float>(kRounder));
+  const Vec<float> shifted = simd::fmadd(x, Vec<float>(kLog2E), Vec<float>(kRounder));
   const Vec<float> n = shifted - Vec<float>(kRounder);
   Vec<float> r = simd::fmadd(n, Vec<float>(-kLn2Hi), x);
   r = simd::fmadd(n, Vec<float>(-kLn2Lo), r);
@@ -295,13 +305,28 @@ FUSEDLOSS_HD Reduced reduce_exp(Vec<float> x) {
 // e^x. Domain [-inf, 0] and nan. Error 1.03; below -87.33, where e^x < 1.01 * 2^-126, it is 0.
 FUSEDLOSS_HD Vec<float> exp_nonpositive(Vec<float> x) {
   using namespace detail;
-  const Reduced e = reduce_exp(x);
-  const Vec<float> low(-87.33f), one(1.0f);
-  // nan, as e^r - 1 is, where x is nan.
+  const Vec<float> low(-87.33f);
 #if defined(CPU_CAPABILITY_AVX512)
+  // x = n ln 2 + r with n in sixteenths: 2^floor(n), by the instruction's own rounding, times one
+  // of 16 powers, times e^r = 1 + r + r^2 (q0 + q1 r), minimax on [-ln(2) / 32, ln(2) / 32].
+  static constexpr float powers[] = {1.0f,        1.0442737f, 1.0905077f, 1.1387886f,
+                                     1.1892071f,  1.2418578f, 1.2968396f, 1.3542556f,
+                                     1.41421354f, 1.4768262f, 1.5422108f, 1.6104903f,
+                                     1.6817929f,  1.7562522f, 1.8340081f, 1.9152066f};
+  const Vec<float> rounder(kRounder / 16);
+  const Vec<float> shifted = simd::fmadd(x, Vec<float>(kLog2E), rounder);
+  const Vec<float> n = shifted - rounder;
+  Vec<float> r = simd::fmadd(n, Vec<float>(-kLn2Hi), x);
+  r = simd::fmadd(n, Vec<float>(-kLn2Lo), r);
+  const Vec<float> q = simd::fmadd(r, Vec<float>(0.1666704f), Vec<float>(0.5000162f));
+  const Vec<float> r_expm1 = simd::fmadd(r * r, q, r);
+  const Vec<float> power =
+      _mm512_permutexvar_ps(_mm512_castps_si512(shifted), Vec<float>::loadu(powers));
+  // nan, as e^r - 1 is, where x is nan.
   const __mmask16 counts = _mm512_cmp_ps_mask(x, low, _CMP_NLT_UQ);
-  return _mm512_maskz_scalef_ps(counts, one + e.r_expm1, e.turns);
+  return _mm512_maskz_scalef_ps(counts, simd::fmadd(power, r_expm1, power), n);
 #else
+  const Reduced e = reduce_exp(x);
   const Vec<float> scale = power_of_two(e.bits);
   return select(x < low, Vec<float>(0.0f), simd::fmadd(e.r_expm1, scale, scale));
 #endif

@@ -203,6 +203,14 @@ class Power(Word):
         vanishes = sympy.And(sympy.Eq(base, 0), exponent >= 0)
         return by_base, Where(vanishes, ZERO, self * Log(base))
 
+    def _eval_derivative(self, symbol: Expr) -> Expr:
+        base, exponent = self.args
+        if isinstance(base, Sigmoid) and not exponent.has(symbol):
+            # The power itself again, and nothing that could be 0 / 0.
+            x = base.args[0]
+            return exponent * self * Sigmoid(-x) * x.diff(symbol)
+        return super()._eval_derivative(symbol)
+
 
 class PowerSlope(Word):
     """The derivative of b^e by b, from b, an e that is the same for all elements, and b^e."""
@@ -234,6 +242,13 @@ def _decay(x: Expr) -> Expr:
     return ExpNonpositive(-Abs(x))
 
 
+def _sigmoids(x: Expr) -> tuple[Expr, Expr]:
+    """The smaller of sigmoid(x) and sigmoid(-x), and the larger."""
+    e = _decay(x)
+    large = Reciprocal(1 + e)
+    return e * large, large
+
+
 class Sigmoid(Word):
     nargs = 1
     torch = staticmethod(torch.sigmoid)
@@ -242,16 +257,18 @@ class Sigmoid(Word):
         return (SigmoidSlope(self.args[0]),)
 
     def lowered(self) -> Expr:
-        e = _decay(self.args[0])
-        return Where(self.args[0] < 0, e, ONE) * Reciprocal(1 + e)
+        x = self.args[0]
+        small, large = _sigmoids(x)
+        # Of x and -x by one condition.
+        return Where(-x < 0, large, small) if _is_negated(x) else Where(x < 0, small, large)
 
 
 class SigmoidSlope(Word):
     nargs = 1
 
     def lowered(self) -> Expr:
-        e = _decay(self.args[0])
-        return e * Reciprocal(1 + e) ** 2
+        small, large = _sigmoids(self.args[0])
+        return small * large
 
 
 class LogSigmoid(Word):
