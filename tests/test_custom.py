@@ -361,6 +361,29 @@ def test_same_bits_on_any_threads(compiled: str) -> None:
             assert_same_bits(one, two, "threads")
 
 
+@by_case
+def test_same_bits_on_the_usual_way(fused: str, case: CustomCase) -> None:
+    """Calls without weight and bound, with the defaults, may go a way of their own."""
+    x, y = (t.flatten() for t in case.sample(torch.float32))
+    x, y = torch.cat([x] * 9), torch.cat([y] * 9)
+    usual = gradients(case.loss, x, y, reduction="sum")
+    for options in ({"weight": torch.ones_like(x)}, {"clip_grad": 3e38}):
+        other = gradients(case.loss, x, y, reduction="sum", **options)
+        torch.testing.assert_close(usual[0], other[0], rtol=1e-6, atol=0)
+        for one, two, what in zip(usual[1:], other[1:], ("input", "target"), strict=True):
+            assert_same_bits(one, two, f"gradient of {what}, {options}")
+
+
+def test_usual_numbers_are_no_others(fused: str) -> None:
+    """Of a default exponent, which kernels may have been told."""
+    x, y = torch.linspace(-3, 3, 301), torch.rand(301)
+    near = {g: gradients(focal, x, y, gamma=g)[1] for g in (1.9999, 2.0, 2.0001)}
+    for g, got in near.items():
+        expected = gradients(focal, x.double(), y.double(), gamma=g)[1]
+        assert_near(got, expected, f"gamma = {g}")
+    assert not torch.equal(near[2.0], near[2.0001])
+
+
 def test_parameters_compile_nothing(fused: str, capfd: pytest.CaptureFixture[str]) -> None:
     charbonnier.compile(DEVICE)
     capfd.readouterr()

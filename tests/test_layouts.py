@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fusedloss.functional as FL
 from cases import DEVICE, DTYPES, LOSSES, Sample, at_shape
 from helpers import (
     EMULATED,
+    FOR_A_GPU,
     assert_close_to_truth,
+    assert_near,
     compare_with_torch,
     draw_upstream,
     leaf,
@@ -198,6 +201,25 @@ def test_segmentation(layout: str, backend: str) -> None:
         (sample.input, sample.target[:, :1, :1].expand(3, 9, 13)),
     ):
         check("cross_entropy", Sample(input, target, sample.options), layout, backend)
+
+
+@pytest.mark.skipif(FOR_A_GPU, reason="for the caches of a CPU")
+@pytest.mark.parametrize("rest", ((224, 224), (223, 225)), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_segmentation_beyond_the_caches(
+    rest: tuple[int, int], dtype: torch.dtype, compiled: str
+) -> None:
+    """A gradient of more than 16 MiB is written past the caches where its lines begin evenly."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn((4, 21, *rest), dtype=dtype, generator=generator)
+    t = torch.randint(21, (4, *rest), generator=generator)
+    t[torch.rand(t.shape, generator=generator) < 0.1] = -100
+    for options, reduction in (({}, "mean"), ({"label_smoothing": 0.1}, "sum")):
+        _, gradient = value_and_grad(FL.cross_entropy, Sample(x, t, options), reduction)
+        doubles = Sample(x.double(), t, options)
+        _, truth = value_and_grad(F.cross_entropy, doubles, reduction)
+        assert_near(gradient, truth, f"gradient, {options}")
+        assert (gradient.movedim(1, -1)[t == -100] == 0).all()
 
 
 @pytest.mark.parametrize("loss", LOSSES)

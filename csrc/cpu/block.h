@@ -53,8 +53,8 @@ FUSEDLOSS_HD Vec<T> operator*(Vec<T> slope, Scale<T> scale) {
 }
 
 // How many registers a loop computes side by side. One, where a register is a loop itself, as
-// at::vec's are without SIMD; and of a loss of one's own, which has many loops to compile, where it
-// is not about to train.
+// at::vec's are without SIMD; and of a loss of one's own, which has many loops to compile, but in
+// those that custom.h means to be fast.
 template <class Loss, class Want>
 constexpr int kAbreast =
 #if defined(CPU_CAPABILITY_DEFAULT) && !defined(FUSEDLOSS_NO_TORCH)

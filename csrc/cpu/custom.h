@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <iterator>
-#include <utility>
 
 #include "../math/custom.h"
 #include "block.h"
@@ -21,9 +20,10 @@ struct UsualLoss : Loss {
   template <class T>
   FUSEDLOSS_HD CustomEval<T> eval(T x, T y) const {
     Loss loss = *this;
-    [&]<size_t... i>(std::index_sequence<i...>) __attribute__((always_inline)) {
-      ((loss.constants[Loss::kUsual[i].constant] = Loss::kUsual[i].number), ...);
-    }(std::make_index_sequence<std::size(Loss::kUsual)>());
+    unrolled<std::size(Loss::kUsual)>([&](auto i) __attribute__((always_inline)) {
+      constexpr Usual usual = Loss::kUsual[i];
+      loss.constants[usual.constant] = usual.number;
+    });
     return loss.eval(x, y);
   }
 };
@@ -39,10 +39,10 @@ double custom_block(const double* constants, const Run<T>* run, double scale, in
   Loss loss;
   std::copy_n(constants, Loss::kConstants, loss.constants);
   bool in_unit = true;
-  // What trains, as it mostly does, goes a faster way.
-  if constexpr (Want::kSum && Want::kGradient && std::is_same_v<T, float>) {
+  // What trains and validates, as it mostly does, goes a faster way.
+  if constexpr (Want::kSum && std::is_same_v<T, float>) {
     if (!run->factor && is_usual(loss)) {
-      using Plain = Wanted<true, false, true, Want::kTargetGradient, false>;
+      using Plain = Wanted<true, false, Want::kGradient, Want::kTargetGradient, false>;
       return block<Plain>(UsualLoss<Loss>(loss), *run, scale, n, in_unit);
     }
   }

@@ -138,7 +138,7 @@ struct BCEWithLogits : PointwiseLoss {
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T zero(0), one(1);
-    const T e = exp_nonpositive(-abs(x));
+    const T e = exp_nonpositive(minus_abs(x));
     const T q = e / (one + e);
     const auto negative = less(x, zero);
     const T s = select(negative, -y, one - y);
@@ -153,7 +153,7 @@ struct BCEWithLogitsPosWeight : PointwiseLoss {
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y, T p) const {
     const T zero(0), one(1);
-    const T e = exp_nonpositive(-abs(x));
+    const T e = exp_nonpositive(minus_abs(x));
     const T factor = one + (p - one) * y;
     const T q = factor * (e / (one + e));
     return {(one - y) * x + factor * (log1p_unit(e) + at_least(-x, zero)),

@@ -51,6 +51,8 @@ FUSEDLOSS_HD T between(T x, T low, T high) {
 }
 FUSEDLOSS_HD float abs(float x) { return ::fabsf(x); }
 FUSEDLOSS_HD double abs(double x) { return ::fabs(x); }
+FUSEDLOSS_HD float minus_abs(float x) { return -::fabsf(x); }
+FUSEDLOSS_HD double minus_abs(double x) { return -::fabs(x); }
 FUSEDLOSS_HD float exp_nonpositive(float x) { return ::expf(x); }
 FUSEDLOSS_HD double exp_nonpositive(double x) { return ::exp(x); }
 FUSEDLOSS_HD float log(float x) { return ::logf(x); }
@@ -172,6 +174,10 @@ FUSEDLOSS_HD Vec<T> between(Vec<T> x, Vec<T> low, Vec<T> high) {
 template <class T>
 FUSEDLOSS_HD Vec<T> abs(Vec<T> x) {
   return x.abs();
+}
+template <class T>
+FUSEDLOSS_HD Vec<T> minus_abs(Vec<T> x) {
+  return x | Vec<T>(T(-0.0));
 }
 
 FUSEDLOSS_HD Vec<double> exp_nonpositive(Vec<double> x) { return x.exp(); }

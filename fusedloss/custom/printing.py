@@ -177,6 +177,11 @@ def _is_constant(e: Expr) -> bool:
 class _Cpp(_Kernel):
     """Of elements: T is a number or a SIMD register."""
 
+    def _Mul(self, e: Expr) -> str:
+        if isinstance(-e, words.Abs):
+            return self.call("minus_abs", (-e).args)
+        return super()._Mul(e)
+
     def number(self, x: float) -> str:
         return f"T({_cpp_number(x)})"
 

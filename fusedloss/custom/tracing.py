@@ -58,9 +58,20 @@ class Traced:
         """Value and both slopes, in the words that kernels have."""
         with distribute(False):
             results = [words.lowered(e) for e in (self.value, *self.slopes)]
-            constants, results = self._hoist(results)
-            shared, results = sympy.cse(results, sympy.numbered_symbols("t"))
-        return Program(constants, tuple(shared), tuple(results))
+            # Before _hoist(): a parameter that joined another would hide what is the same without.
+            shared, results = _shared(results)
+            of_call: dict[Expr, Expr] = {}
+            of_element = {}
+            for symbol, e in shared:
+                formula = e.xreplace(of_call)
+                depends = formula.free_symbols - set(self.parameters.values())
+                (of_element if depends else of_call)[symbol] = formula
+            formulas = [*of_element.values(), *(e.xreplace(of_call) for e in results)]
+            constants, formulas = self._hoist(formulas)
+        count = len(of_element)
+        return Program(
+            constants, tuple(zip(of_element, formulas, strict=False)), tuple(formulas[count:])
+        )
 
     @cached_property
     def reference(self) -> Program:
@@ -106,6 +117,17 @@ class Traced:
 
         rewritten = [rewrite(e) for e in results]
         return tuple((symbol, e) for e, symbol in constants.items()), rewritten
+
+
+def _shared(results: list[Expr]) -> tuple[list[tuple[Expr, Expr]], list[Expr]]:
+    """What several formulas use, in order, and the formulas with symbols for it."""
+    symbols = sympy.numbered_symbols("t")
+    shared: list[tuple[Expr, Expr]] = []
+    while True:  # one pass leaves products that it has made equal
+        found, results = sympy.cse(results, symbols)
+        if not found:
+            return shared, results
+        shared += found
 
 
 def trace(function: Callable[..., Any]) -> Traced:

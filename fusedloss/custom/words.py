@@ -279,7 +279,7 @@ class LogSigmoid(Word):
         return (Sigmoid(-self.args[0]),)
 
     def lowered(self) -> Expr:
-        return -Relu(-self.args[0]) - Log1pUnit(_decay(self.args[0]))
+        return -Softplus(-self.args[0]).lowered()  # its sign joins those of the factors beside it
 
 
 class Softplus(Word):
