@@ -6,9 +6,8 @@
 //   parameter       beta, delta or eps, where the loss has one
 //   kUnitInterval   input and target must lie in [0, 1]; the CPU engine checks it on the way
 //   kPosWeight      eval takes pos_weight as a third operand
-//   kAbreast        how many SIMD registers the CPU engine computes side by side, measured: one is
-//   a
-//                   chain of instructions that wait for each other, many overflow the CPU's own
+//   kAbreast        how many SIMD registers the CPU engine computes side by side: one is a chain of
+//                   instructions that wait for each other, many do not fit the CPU's own; measured
 //   kMean           what reduction "mean" divides by
 //   kCustom         a loss of one's own, see custom.h
 #pragma once
