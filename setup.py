@@ -70,18 +70,22 @@ NVCC_FLAGS = [
 ]
 
 CXX_FLAGS = [
-    # -O3 takes five times as long to compile, and what it adds is this.
-    *("-std=c++20", "-O2", "-ftree-loop-vectorize", "-fvect-cost-model=dynamic"),
-    # For formulas that stand side by side: each alone is a chain that waits for itself.
-    *("-fschedule-insns", "-fsched-pressure"),
+    *("-std=c++20", "-O2"),
     *("-g0", "-Wall", "-Wextra"),
     *("-fvisibility=hidden", "-fvisibility-inlines-hidden"),
     # Nothing reads errno or floating-point traps, and keeping them stops loops from vectorising.
     *("-fno-math-errno", "-fno-trapping-math"),
     # A gradient has the same bits from every kernel that forms it, whatever else that computes.
     "-ffp-contract=off",
-    # What gcc 12 says of its own AVX-512 headers, and of calls that are inlined anyway.
-    *("-Wno-maybe-uninitialized", "-Wno-psabi"),
+    "-Wno-psabi",  # of calls that are inlined anyway
+]
+# Which clang does not have.
+GCC_FLAGS = [
+    # -O3 takes five times as long to compile, and what it adds is this.
+    *("-ftree-loop-vectorize", "-fvect-cost-model=dynamic"),
+    # For formulas that stand side by side: each alone is a chain that waits for itself.
+    *("-fschedule-insns", "-fsched-pressure"),
+    "-Wno-maybe-uninitialized",  # what gcc 12 says of its own AVX-512 headers
 ]
 
 
@@ -161,6 +165,11 @@ def find_compiler() -> str | None:
     return next(filter(shutil.which, ("c++", "g++", "clang++")), None)
 
 
+def cxx_flags(compiler: str) -> list[str]:
+    answer = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True)
+    return CXX_FLAGS if "clang" in answer.stdout else CXX_FLAGS + GCC_FLAGS
+
+
 def openmp_flags(torch_include: Path) -> list[str]:
     """at::parallel_for is a template that runs in parallel only where OpenMP is switched on."""
     config = (torch_include / "ATen" / "Config.h").read_text()
@@ -189,7 +198,7 @@ def build_kernels() -> type[build_ext]:
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
     torch_includes = include_paths()
-    flags = CXX_FLAGS + openmp_flags(Path(torch_includes[0]))
+    flags = cxx_flags(os.environ["CXX"]) + openmp_flags(Path(torch_includes[0]))
     # -isystem: the warnings asked for are about our own code.
     flags += [word for path in torch_includes for word in ("-isystem", path)]
     # Last, so that it wins; torch's ninja files leave it out.

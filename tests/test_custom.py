@@ -274,6 +274,39 @@ def test_kinks(fused: str) -> None:
         assert of_input.tolist() == [4 + 8 + 32] * 3 and of_target.tolist() == [4 + 8] * 3
 
 
+@fusedloss.pointwise_loss
+def lopsided(input, target, *, a=0.5):  # type: ignore[no-untyped-def]
+    d = input - target
+    return fm.where(d > 0, d, a * d) ** 2
+
+
+@fusedloss.pointwise_loss
+def nested(input, target):  # type: ignore[no-untyped-def]
+    return fm.softplus(fm.sqrt(fm.sigmoid(input) + target**2))
+
+
+@pytest.mark.parametrize("loss", (lopsided, nested), ids=lambda loss: loss.__name__)
+def test_conditions_inside_of_powers(fused: str, loss: Any) -> None:
+    """SymPy is to see numbers in them, and to cancel one power by another."""
+    x, y = torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64), torch.zeros(3).double()
+    ours = gradients(loss, x, y)
+    for result, expected in zip(ours, gradients(loss.reference, x, y), strict=True):
+        assert_near(result, expected, loss.__name__)
+
+
+def test_default_that_is_no_number(fused: str) -> None:
+    """An exponent that every call has to give."""
+
+    @fusedloss.pointwise_loss
+    def required(input, target, *, power=math.nan):  # type: ignore[no-untyped-def]
+        return fm.abs(input - target) ** power
+
+    x, y = torch.tensor([2.0, -3.0]), torch.tensor([0.5, 1.0])
+    assert fusedloss.explain(required, x, y, power=1.5).fused
+    value = required(x, y, power=1.5)
+    torch.testing.assert_close(value, ((x - y).abs() ** 1.5).mean())
+
+
 def test_simplification_keeps_digits(fused: str) -> None:
     """A difference of neighbours is formed first, and no factor is multiplied into it."""
 

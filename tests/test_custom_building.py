@@ -92,6 +92,19 @@ def test_no_compiler(tmp_path: Path) -> None:
     assert "CXX='no-such-compiler' is no program" in err
 
 
+def test_flags_of_another_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only GCC knows is asked of no other: clang would fail on it."""
+    need("compiled")
+    for compiler, said, has in (("g++", "g++ 12.2.0", True), ("c++", "clang version 19.1", False)):
+        program = tmp_path / compiler
+        program.write_text(f"#!/bin/sh\necho '{said}'\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("CXX", str(program))
+        command = building.cpu_command()
+        assert command[0] == str(program)
+        assert ("-fsched-pressure" in command) is has
+
+
 def test_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", str(tmp_path))
     assert building.cache_directory() == tmp_path

@@ -93,7 +93,7 @@ def test_errors(source: str, capability: str, build: dict[str, Any], tmp_path: P
     includes = [word for path in include_paths() for word in ("-isystem", path)]
     if source == "elementary":
         includes = ["-DFUSEDLOSS_NO_TORCH"]
-    flags = [*build["CXX_FLAGS"], *build["CPU_CAPABILITIES"][capability], *includes]
+    flags = [*build["cxx_flags"](compiler), *build["CPU_CAPABILITIES"][capability], *includes]
     flags += [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
     flags += ["-I", str(ROOT / "csrc")]
     run([compiler, *flags, str(TESTS / f"{source}.cpp"), "-o", str(program)])

@@ -56,7 +56,7 @@ FUSEDLOSS_HD Vec<T> operator*(Vec<T> slope, Scale<T> scale) {
 // at::vec's are without SIMD; and of a loss of one's own, which has many loops to compile, but in
 // those that custom.h means to be fast.
 template <class Loss, class Want>
-constexpr int kAbreast =
+constexpr int kWidth =
 #if defined(CPU_CAPABILITY_DEFAULT) && !defined(FUSEDLOSS_NO_TORCH)
     1;
 #else
@@ -131,7 +131,7 @@ double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
   constexpr int64_t kLanes = Vec<T>::size();
   const Scale<T> scale(gradient_scale);
   Mask<T> valid = equal(Vec<T>(0), Vec<T>(0));
-  constexpr int kStep = kAbreast<Loss, Want>, kUnroll = std::max(kStep, kSums);
+  constexpr int kStep = kWidth<Loss, Want>, kUnroll = (kSums + kStep - 1) / kStep * kStep;
   double total[kLanes] = {};
   for (int64_t i = 0; i < n;) {
     Vec<T> sums[kUnroll];

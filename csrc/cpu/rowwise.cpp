@@ -497,28 +497,28 @@ struct TileWalk {
     } else {
       std::fill_n(wide_scale.begin(), n, call.scale);
     }
-    // Of one kind of call, so that its loop vectorises: as that also asks, nothing is written where
-    // something else is read.
+    // For one kind of call, so that its loop vectorises; which asks also that what is written is
+    // none of what is read.
     const auto find = [&](auto indices, auto smooth) {
       Shares<double> shares = problem.exact;
       shares.indices = indices();
       shares.smooth = smooth();
       const double *const scales = wide_scale.data(), *const sums = wide_sum.data(),
                           *const masses = wide_mass.data();
-      const T *const at = top.data(), *const weights = weight.data();
+      const T *const at_target = top.data(), *const weights = weight.data();
       T *__restrict const factor = sum.data(), *__restrict const part = scale.data(),
-                         *__restrict const own = logit.data();
+                         *__restrict const slope = logit.data();
       for (int64_t i = 0; i < n; ++i) {
         const double w = weights[i];
         const RowSlope<double> s =
-            shares.slope(RowSums<double>{0, sums[i], 0, masses[i], 0, at[i], w}, scales[i]);
+            shares.slope(RowSums<double>{0, sums[i], 0, masses[i], 0, at_target[i], w}, scales[i]);
         factor[i] = static_cast<T>(s.factor);
         part[i] = static_cast<T>(s.scale);
         // That g = own * factor - w * part is off by no more than its own roundings.
         const double f = factor[i];
         const double error = shares.smooth ? w * (double(part[i]) - s.scale) : 0;
         const double better = (s.own * s.factor + error) / f;
-        own[i] = static_cast<T>(std::isfinite(better) ? better : s.own);
+        slope[i] = static_cast<T>(std::isfinite(better) ? better : s.own);
       }
     };
     if (!call.indices) {
@@ -629,7 +629,7 @@ struct TileWalk {
       return data ? data + offset(out, o, c, begin) : &table[c * width];
     };
     // Past the caches, if the whole is too large for them: as many lines at once as there are
-    // classes are slow to read in. All begin where one does, if they lie whole registers apart.
+    // classes are slow to read in. The first line is aligned, and all are whole registers apart.
     const bool streams = data && call.outer * call.classes * call.inner * sizeof(T) >= kStreamed &&
                          out.classes % kLanes == 0 && is_streamable(line(0));
     for_classes(n, [&](int64_t c) {

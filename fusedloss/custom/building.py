@@ -29,10 +29,11 @@ _CXX_FLAGS = [
     # Formulas are of registers already; and GCC 12 fails on some of them while it looks for more.
     "-fno-tree-slp-vectorize",
     # As the package's own kernels: see setup.py.
-    *("-fschedule-insns", "-fsched-pressure"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
     "-DFUSEDLOSS_NO_TORCH",
 ]
+# Also as those, and GCC's own: clang refuses them.
+_GCC_FLAGS = ["-fschedule-insns", "-fsched-pressure"]
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -116,7 +117,10 @@ def cpu_command() -> list[str]:
     build = backends.info().build
     capability: str = build["cpu_capability"]
     flags = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
-    return [find_compiler(), *_CXX_FLAGS, *build["cpu_flags"].split(), *flags, f"-I{headers()}"]
+    compiler = find_compiler()
+    own = [] if "clang" in _version(compiler) else _GCC_FLAGS
+    flags = [*_CXX_FLAGS, *own, *build["cpu_flags"].split(), *flags]
+    return [compiler, *flags, f"-I{headers()}"]
 
 
 def build_cpu(name: str, struct: str) -> tuple[str, Path]:

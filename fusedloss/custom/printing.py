@@ -247,7 +247,8 @@ def _usual_exponents(traced: Traced) -> Iterator[str]:
     formulas = [*(e for _, e in program.shared), *program.results]
     powers = sympy.Tuple(*formulas).atoms(words.Power)
     for i, (symbol, _) in enumerate(program.constants):
-        if any(power.args[1] == symbol for power in powers):
+        known = not math.isnan(numbers[i])  # nan equals nothing
+        if known and any(power.args[1] == symbol for power in powers):
             yield f"{{{i}, {_cpp_number(numbers[i])}}}"
 
 

@@ -60,8 +60,9 @@ class Traced:
             results = [words.lowered(e) for e in (self.value, *self.slopes)]
             # Before _hoist(): a parameter that joined another would hide what is the same without.
             shared, results = _shared(results)
+            # What is of parameters alone goes back into the formulas, for _hoist() to find.
             of_call: dict[Expr, Expr] = {}
-            of_element = {}
+            of_element: dict[Expr, Expr] = {}
             for symbol, e in shared:
                 formula = e.xreplace(of_call)
                 depends = formula.free_symbols - set(self.parameters.values())
@@ -69,9 +70,8 @@ class Traced:
             formulas = [*of_element.values(), *(e.xreplace(of_call) for e in results)]
             constants, formulas = self._hoist(formulas)
         count = len(of_element)
-        return Program(
-            constants, tuple(zip(of_element, formulas, strict=False)), tuple(formulas[count:])
-        )
+        named = zip(of_element, formulas[:count], strict=True)
+        return Program(constants, tuple(named), tuple(formulas[count:]))
 
     @cached_property
     def reference(self) -> Program:

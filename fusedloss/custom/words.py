@@ -33,6 +33,7 @@ class Word(sympy.Function):  # type: ignore[misc]
     """A function of real numbers."""
 
     torch: ClassVar[Any]
+    is_commutative = True  # SymPy does not see it of one with a condition: W**2 / W would stay so
 
     def derivatives(self) -> tuple[Expr, ...]:
         raise NotImplementedError(f"{self.func.__name__} is a word of kernels alone")
