@@ -83,8 +83,7 @@ CXX_FLAGS = [
 GCC_FLAGS = [
     # -O3 takes five times as long to compile, and what it adds is this.
     *("-ftree-loop-vectorize", "-fvect-cost-model=dynamic"),
-    # For formulas that stand side by side: each alone is a chain that waits for itself.
-    *("-fschedule-insns", "-fsched-pressure"),
+    *toolkits.GCC_SCHEDULING,
     "-Wno-maybe-uninitialized",  # what gcc 12 says of its own AVX-512 headers
 ]
 
@@ -166,8 +165,7 @@ def find_compiler() -> str | None:
 
 
 def cxx_flags(compiler: str) -> list[str]:
-    answer = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True)
-    return CXX_FLAGS if "clang" in answer.stdout else CXX_FLAGS + GCC_FLAGS
+    return CXX_FLAGS if toolkits.is_clang(compiler) else CXX_FLAGS + GCC_FLAGS
 
 
 def openmp_flags(torch_include: Path) -> list[str]:

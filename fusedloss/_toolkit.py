@@ -1,10 +1,11 @@
-"""The CUDA toolkit of this machine, and how kernels are compiled with it.
+"""The compilers of this machine, and how kernels are compiled with them.
 
 Imports nothing of the package: setup.py loads it by its path.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -17,6 +18,21 @@ NVCC_FLAGS = [
     # A gradient has the same bits from every kernel that forms it, whatever else that computes.
     "-fmad=false",
 ]
+
+# For formulas that stand side by side: each alone is a chain that waits for itself. GCC's own flags:
+# clang refuses them.
+GCC_SCHEDULING = ["-fschedule-insns", "-fsched-pressure"]
+
+
+@functools.cache
+def version_of(compiler: str) -> str:
+    return subprocess.run(
+        [compiler, "--version"], check=False, capture_output=True, text=True
+    ).stdout
+
+
+def is_clang(compiler: str) -> bool:
+    return "clang" in version_of(compiler)
 
 
 @dataclass(frozen=True)

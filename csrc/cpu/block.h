@@ -81,18 +81,18 @@ FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, Scale<T> scale, int6
       x.store(p, static_cast<int>(count));
     }
   };
-  Vec<T> x[kCount], y[kCount], weights[kCount], factors[kCount];
+  Vec<T> x[kCount], y[kCount], pos_weights[kCount], factors[kCount];
   const bool has_factor = Want::kFactor && (!Loss::kCustom || run.factor);
   unrolled<kCount>([&](auto u) __attribute__((always_inline)) {
     const int64_t k = i + u * kLanes;
     x[u] = load(run.input + k);
     y[u] = load(run.target + k);
-    if constexpr (Loss::kPosWeight) weights[u] = load(run.pos_weight + k);
+    if constexpr (Loss::kPosWeight) pos_weights[u] = load(run.pos_weight + k);
     if (has_factor) factors[u] = load(run.factor + k);
   });
   const auto eval = [&](auto u) __attribute__((always_inline)) {
     if constexpr (Loss::kPosWeight) {
-      return loss.eval(x[u], y[u], weights[u]);
+      return loss.eval(x[u], y[u], pos_weights[u]);
     } else {
       return loss.eval(x[u], y[u]);
     }

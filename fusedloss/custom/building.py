@@ -22,7 +22,14 @@ from pathlib import Path
 import torch
 
 from .. import backends
-from .._toolkit import NVCC_FLAGS, chosen_architectures, find_toolkit
+from .._toolkit import (
+    GCC_SCHEDULING,
+    NVCC_FLAGS,
+    chosen_architectures,
+    find_toolkit,
+    is_clang,
+    version_of,
+)
 
 _CXX_FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-w"),
@@ -32,8 +39,6 @@ _CXX_FLAGS = [
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
     "-DFUSEDLOSS_NO_TORCH",
 ]
-# Also as those, and GCC's own: clang refuses them.
-_GCC_FLAGS = ["-fschedule-insns", "-fsched-pressure"]
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -97,13 +102,6 @@ def find_compiler() -> str:
 
 
 @functools.cache
-def _version(program: str) -> str:
-    return subprocess.run(
-        [program, "--version"], check=False, capture_output=True, text=True
-    ).stdout
-
-
-@functools.cache
 def _headers_digest(folder: str) -> str:
     digest = hashlib.sha256()
     for pattern in ("engine.h", "math/*.h", f"{folder}/*.h", f"{folder}/*.cuh"):
@@ -118,8 +116,8 @@ def cpu_command() -> list[str]:
     capability: str = build["cpu_capability"]
     flags = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
     compiler = find_compiler()
-    own = [] if "clang" in _version(compiler) else _GCC_FLAGS
-    flags = [*_CXX_FLAGS, *own, *build["cpu_flags"].split(), *flags]
+    scheduling = [] if is_clang(compiler) else GCC_SCHEDULING
+    flags = [*_CXX_FLAGS, *scheduling, *build["cpu_flags"].split(), *flags]
     return [compiler, *flags, f"-I{headers()}"]
 
 
@@ -170,7 +168,7 @@ def build_cuda(name: str, struct: str) -> tuple[str, Path]:
 def _build(name: str, engine: Engine, struct: str, command: list[str]) -> tuple[str, Path]:
     source, headers_digest = engine.source(struct), _headers_digest(engine.folder)
     digest = hashlib.sha256()
-    for part in (source, headers_digest, _version(command[0]), shlex.join(command)):
+    for part in (source, headers_digest, version_of(command[0]), shlex.join(command)):
         digest.update(part.encode() + b"\0")
     key = f"{name}-{digest.hexdigest()[:24]}"
     library = _cache() / f"{key}.so"

@@ -4,7 +4,8 @@ All numbers of a call are of one type, float32 or float64. Only operations that 
 Triton has: its libdevice is not one.
 
 Where a float32 function is a polynomial, it is the one of the C++ header of its name, with its
-coefficients; but logarithms are of another interval here. Errors are in ULP, the largest found in Triton's interpreter, which is to say without
+coefficients; but logarithms are of another interval here, and what C++ has from a table with AVX-512 is
+a polynomial. Errors are in ULP, the largest found in Triton's interpreter, which is to say without
 fused multiply-add; tests/test_triton_words.py holds them. The functions that a comment calls Triton's
 own are, on a GPU, those of its maker's mathematical library, and in the interpreter NumPy's.
 """
