@@ -11,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import sympy
 import torch
+from sympy.core.parameters import distribute
 from torch import Tensor
 
 import fusedloss
@@ -20,6 +22,7 @@ from conftest import need
 from custom_losses import CASES, CustomCase, charbonnier, focal, gaussian_kl, quantile, tukey
 from fusedloss import custom
 from fusedloss import math as fm
+from fusedloss.custom import tracing, words
 from helpers import (
     INTERPRETED,
     assert_near,
@@ -321,6 +324,43 @@ def test_simplification_keeps_digits(fused: str) -> None:
     right = (d / 3 + 1e-6).abs() + 7 * d * d / 3
     torch.testing.assert_close(value.double(), right.sum(), rtol=4e-7, atol=0)
     torch.testing.assert_close(of_input.double(), 1 / 3 + 14 * d / 3, rtol=4e-7, atol=0)
+
+
+def test_common_factors() -> None:
+    """Of terms are multiplied, or divided by, once."""
+    a, b, x, y, z = sympy.symbols("a b x y z")
+    with distribute(False):
+        for terms, factored in (
+            (a * x * y + b * x * y, x * y * (a + b)),
+            (a * x * y - 2 * b * x * y + a * b, x * y * (a - 2 * b) + a * b),
+            (a * x * y + b * x * y + a * z, x * y * (a + b) + a * z),
+            (a / x - b / x, (a - b) / x),
+            (words.Exp(a * x + b * x) * y, words.Exp(x * (a + b)) * y),
+            (a * x + b * y, a * x + b * y),
+            (2 * a + 2 * b, 2 * a + 2 * b),
+        ):
+            assert tracing._factored(terms) == factored
+
+
+@by_case
+def test_target_slope_leaves_the_others_alone(case: CustomCase) -> None:
+    """Calls that do not want it pay nothing for it."""
+    traced = case.loss._traced
+    with distribute(False):
+        value, *slopes = words.lowered(traced.value), *traced._lowered_slopes()
+        alone, results = tracing._shared([value, slopes[0]])
+        shared, all_results = tracing._shared([value, slopes[0]], slopes[1:])
+
+    def products(shared: list[Any], results: list[Any]) -> int:
+        formulas, used = [], list(results)
+        while used:
+            formulas.append(used.pop())
+            used += [formula for symbol, formula in shared if formulas[-1].has(symbol)]
+            shared = [(s, formula) for s, formula in shared if not formulas[-1].has(s)]
+        counts = sympy.count_ops(formulas, visual=True)
+        return sum(int(counts.coeff(sympy.Symbol(kind))) for kind in ("MUL", "DIV", "POW"))
+
+    assert products(shared, all_results[:2]) <= products(alone, results)
 
 
 # ---- one pass, threads, options ------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 
 import fusedloss
 from conftest import need
+from fusedloss import backends
 from fusedloss import math as fm
 from fusedloss.custom import building
 
@@ -103,6 +104,8 @@ def test_flags_of_another_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         command = building.cpu_command()
         assert command[0] == str(program)
         assert ("-fsched-pressure" in command) is has
+        wide = backends.info().build["cpu_capability"] == "AVX512"
+        assert ("--param=sched-pressure-algorithm=2" in command) is (has and wide)
 
 
 def test_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

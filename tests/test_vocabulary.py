@@ -28,7 +28,7 @@ BOUNDS: dict[str, dict[str, tuple[float, ...]]] = {
         "exp_nonpositive": (1.0, 1.1),
         "log": (0.9, 0.8),
         "log1p": (0.9, 0.8),
-        "log1p_unit": (2.0, 2.0, 1.1),
+        "log1p_unit": (2.0, 2.0, 1.4),
         "ratio": (1.3, 0.6),
         "ratio_tiny": (1.3, 1.3),
     },

@@ -18,7 +18,7 @@ namespace fusedloss::cpu {
 namespace CPU_CAPABILITY {
 
 constexpr int kSums = 4;          // registers with sums of their own, at least
-constexpr int64_t kShort = 2048;  // elements that are added up as T, before they go to double
+constexpr int64_t kShort = 512;   // elements, for each of them, before their sum goes to double
 
 // What a loop is compiled for. kFactor: whether there is a factor, or, of a loss of one's own, may
 // be: it has loops enough to compile.
@@ -136,7 +136,7 @@ double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
   for (int64_t i = 0; i < n;) {
     Vec<T> sums[kUnroll];
     unrolled<kUnroll>([&](auto u) { sums[u] = Vec<T>(0); });
-    const int64_t end = std::min(n, i + kShort);
+    const int64_t end = std::min(n, i + kShort * kUnroll);
     for (; i + kUnroll * kLanes <= end; i += kUnroll * kLanes) {
       for (int u = 0; u < kUnroll; u += kStep) {
         step<kStep, Loss, Want>(loss, run, scale, i + u * kLanes, kLanes, sums + u, valid);

@@ -6,7 +6,9 @@ SymPy must not multiply out: ``3 * (x - y)`` keeps its digits where ``3 * x - 3 
 from __future__ import annotations
 
 import builtins
+import graphlib
 import inspect
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,9 +59,10 @@ class Traced:
     def kernel(self) -> Program:
         """Value and both slopes, in the words that kernels have."""
         with distribute(False):
-            results = [words.lowered(e) for e in (self.value, *self.slopes)]
+            results = [words.lowered(self.value), *self._lowered_slopes()]
             # Before _hoist(): a parameter that joined another would hide what is the same without.
-            shared, results = _shared(results)
+            # Few calls want the target's slope.
+            shared, results = _shared(results[:2], results[2:])
             # What is of parameters alone goes back into the formulas, for _hoist() to find.
             of_call: dict[Expr, Expr] = {}
             of_element: dict[Expr, Expr] = {}
@@ -84,8 +87,11 @@ class Traced:
     def reference_slopes(self) -> Program:
         """Both slopes, as kernels have them."""
         with distribute(False):
-            constants, results = self._hoist([words.lowered(slope) for slope in self.slopes])
+            constants, results = self._hoist(self._lowered_slopes())
         return Program(constants, (), tuple(results))
+
+    def _lowered_slopes(self) -> list[Expr]:
+        return [_factored(words.lowered(slope)) for slope in self.slopes]
 
     def _hoist(self, results: list[Expr]) -> tuple[tuple[tuple[Expr, Expr], ...], list[Expr]]:
         """Takes what depends on parameters alone out of the formulas."""
@@ -119,15 +125,58 @@ class Traced:
         return tuple((symbol, e) for e, symbol in constants.items()), rewritten
 
 
-def _shared(results: list[Expr]) -> tuple[list[tuple[Expr, Expr]], list[Expr]]:
-    """What several formulas use, in order, and the formulas with symbols for it."""
+def _factored(e: Expr) -> Expr:
+    """a b + a c as a (b + c), everywhere in it."""
+    if not e.args:
+        return e
+    e = e.func(*map(_factored, e.args))
+    if not e.is_Add:
+        return e
+    terms = list(e.args)
+    while True:
+        pairs = itertools.combinations(terms, 2)
+        most = max((_in_both(a, b) for a, b in pairs), key=_count, default=sympy.S.One)
+        if most == 1:
+            return sympy.Add(*terms)
+        has = [term for term in terms if _in_both(term, most) == most]
+        rest = sympy.Add(*(term / most for term in has))
+        terms = [term for term in terms if term not in has] + [most * _factored(rest)]
+
+
+def _in_both(a: Expr, b: Expr) -> Expr:
+    """The factors of two products that are the same."""
+    of_a, of_b = a.as_powers_dict(), b.as_powers_dict()
+    return sympy.Mul(
+        *(base ** of_a[base] for base in of_a if not base.is_number and of_a[base] == of_b[base])
+    )
+
+
+def _count(product: Expr) -> int:
+    return 0 if product == 1 else len(sympy.Mul.make_args(product))
+
+
+def _shared(*groups: list[Expr]) -> tuple[list[tuple[Expr, Expr]], list[Expr]]:
+    """What several formulas use, in order, and the formulas with symbols for it. What a group can
+    share is not left for the sake of a later one."""
     symbols = sympy.numbered_symbols("t")
-    shared: list[tuple[Expr, Expr]] = []
-    while True:  # one pass leaves products that it has made equal
-        found, results = sympy.cse(results, symbols)
-        if not found:
-            return shared, results
-        shared += found
+    shared: dict[Expr, Expr] = {}
+    results: list[Expr] = []
+    for group in groups:
+        for symbol, formula in shared.items():
+            group = [e.subs(formula, symbol) for e in group]
+        formulas = [*shared.values(), *results, *group]
+        more: dict[Expr, Expr] = {}
+        while True:  # one pass leaves products that it has made equal
+            found, formulas = sympy.cse(formulas, symbols)
+            if not found:
+                break
+            more.update(found)
+        count = len(shared)
+        shared = dict(zip(shared, formulas[:count], strict=True)) | more
+        results = formulas[count:]
+    uses = {s: [t for t in shared if formula.has(t)] for s, formula in shared.items()}
+    order = graphlib.TopologicalSorter(uses).static_order()
+    return [(symbol, shared[symbol]) for symbol in order], results
 
 
 def trace(function: Callable[..., Any]) -> Traced:
