@@ -17,8 +17,8 @@ namespace fusedloss::cpu {
 
 namespace CPU_CAPABILITY {
 
-constexpr int kSums = 4;          // registers with sums of their own, at least
-constexpr int64_t kShort = 512;   // elements, for each of them, before their sum goes to double
+constexpr int kSums = 4;         // registers with sums of their own, at least
+constexpr int64_t kShort = 512;  // elements, for each of them, before their sum goes to double
 
 // What a loop is compiled for. kFactor: whether there is a factor, or, of a loss of one's own, may
 // be: it has loops enough to compile.
