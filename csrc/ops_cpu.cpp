@@ -66,7 +66,7 @@ const Kernels& kernels() {
 // fewer of them.
 void advise_huge_pages([[maybe_unused]] const Tensor& fresh) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t kWorthwhile = size_t{4} << 20, kPage = 4096;
+  constexpr size_t kWorthwhile = size_t{32} << 20, kPage = 4096;
   if (fresh.nbytes() < kWorthwhile) return;
   const auto begin = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
   const uintptr_t first = (begin + kPage - 1) & ~(kPage - 1);

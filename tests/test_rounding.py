@@ -40,12 +40,14 @@ def test_float64_mean(count: int) -> None:
 
 @pytest.mark.parametrize("upstream", [1.0, 1 / 3, 65536.0, -1000 / 3, 1e-3])
 def test_scale_costs_no_digit(upstream: float) -> None:
-    """Of x - y exact, a gradient of mse_loss is rounded once, whatever it is multiplied by."""
+    """Of x - y exact, a gradient of mse_loss is rounded once, whatever it is multiplied by: where
+    the CPU has fused multiply-add."""
     input = torch.randn(10_007, generator=torch.Generator().manual_seed(0)).requires_grad_()
     target = torch.zeros_like(input)
     upstream = torch.tensor(upstream).item()  # as a float32
     result = gradient(FL.mse_loss(input, target), input, upstream)
-    assert ulps(result, 2 * input.double() * upstream / 10_007) < 0.501
+    fused = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+    assert ulps(result, 2 * input.double() * upstream / 10_007) < (0.501 if fused else 1.001)
 
 
 @pytest.mark.parametrize("upstream", [1.0, 1 / 3, -1 / 3, 65536.0])

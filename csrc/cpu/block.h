@@ -17,8 +17,7 @@ namespace fusedloss::cpu {
 
 namespace CPU_CAPABILITY {
 
-constexpr int kSums = 4;         // registers with sums of their own, at least
-constexpr int64_t kShort = 512;  // elements, for each of them, before their sum goes to double
+constexpr int64_t kShort = 512;  // elements that a register adds up as T, before they go to double
 
 // What a loop is compiled for. kFactor: whether there is a factor, or, of a loss of one's own, may
 // be: it has loops enough to compile.
@@ -131,22 +130,22 @@ double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
   constexpr int64_t kLanes = Vec<T>::size();
   const Scale<T> scale(gradient_scale);
   Mask<T> valid = equal(Vec<T>(0), Vec<T>(0));
-  constexpr int kStep = kWidth<Loss, Want>, kUnroll = (kSums + kStep - 1) / kStep * kStep;
+  constexpr int kStep = kWidth<Loss, Want>;
   double total[kLanes] = {};
   for (int64_t i = 0; i < n;) {
-    Vec<T> sums[kUnroll];
-    unrolled<kUnroll>([&](auto u) { sums[u] = Vec<T>(0); });
-    const int64_t end = std::min(n, i + kShort * kUnroll);
-    for (; i + kUnroll * kLanes <= end; i += kUnroll * kLanes) {
-      for (int u = 0; u < kUnroll; u += kStep) {
-        step<kStep, Loss, Want>(loss, run, scale, i + u * kLanes, kLanes, sums + u, valid);
-      }
+    // Each on its own, by numbers that the compiler knows: else they lie in memory, and their
+    // stores wait in line with the gradient's.
+    Vec<T> sums[kStep];
+    unrolled<kStep>([&](auto u) { sums[u] = Vec<T>(0); });
+    const int64_t end = std::min(n, i + kShort * kStep);
+    for (; i + kStep * kLanes <= end; i += kStep * kLanes) {
+      step<kStep, Loss, Want>(loss, run, scale, i, kLanes, sums, valid);
     }
     for (; i < end; i += kLanes) {
       step<1, Loss, Want>(loss, run, scale, i, std::min(kLanes, end - i), sums, valid);
     }
     if constexpr (Want::kSum) {
-      unrolled<kUnroll - 1>([&](auto u) { sums[0] = sums[0] + sums[u + 1]; });
+      unrolled<kStep - 1>([&](auto u) { sums[0] = sums[0] + sums[u + 1]; });
       T lanes[kLanes];
       sums[0].store(lanes);
       for (int64_t k = 0; k < kLanes; ++k) total[k] += lanes[k];

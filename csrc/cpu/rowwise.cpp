@@ -5,6 +5,7 @@
 // once and stays in the cache for its second use.
 #include <ATen/Parallel.h>
 
+#include <array>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -48,13 +49,30 @@ struct Problem {
   }
 };
 
-// Asks for the n elements at offset while there is computing to do: an engine that loads and
-// computes by turns leaves memory idle half of the time. Beyond the end of data it does nothing.
-void prefetch(const Rows& rows, int64_t offset, int64_t n) {
-  const int64_t size = bytes_of(rows.dtype);
-  const char* from = static_cast<const char*>(rows.data) + offset * size;
-  for (int64_t b = 0; b < n * size; b += 64) __builtin_prefetch(from + b, 0, 2);
+const char* address(const Rows& rows, int64_t offset) {
+  return static_cast<const char*>(rows.data) + offset * bytes_of(rows.dtype);
 }
+
+// Asks for elements that are used next, a register at a time: an engine that loads and computes by
+// turns leaves memory idle half of the time. What lies beyond the end of data does nothing.
+class Ahead {
+ public:
+  Ahead(const Rows& read, int64_t offset)
+      : read_(address(read, offset)), read_size_(bytes_of(read.dtype)) {}
+  Ahead& write(const Rows& rows, int64_t offset) {
+    write_ = address(rows, offset);
+    write_size_ = bytes_of(rows.dtype);
+    return *this;
+  }
+  FUSEDLOSS_HD void operator()(int64_t i) const {
+    __builtin_prefetch(read_ + i * read_size_, 0, 2);
+    if (write_) __builtin_prefetch(write_ + i * write_size_, 1, 2);
+  }
+
+ private:
+  const char *read_, *write_ = nullptr;
+  int64_t read_size_, write_size_ = 0;
+};
 
 template <class T>
 Vec<T> load(const T* p, int64_t count, T rest) {
@@ -84,9 +102,9 @@ template <class T>
 double total(Vec<T> v) {
   T lanes[Vec<T>::size()];
   v.store(lanes);
-  double sum = 0;
-  for (T lane : lanes) sum += lane;
-  return sum;
+  double sums[4] = {};  // not one chain of additions
+  for (int i = 0; i < Vec<T>::size(); ++i) sums[i % 4] += lanes[i];
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 // For every register of [0, n): f(i, lanes in use, which of the accumulators to use).
@@ -122,19 +140,18 @@ T largest(const T* x, int64_t n) {
   for_registers<T>(n, [&](int64_t i, int64_t count, int u) {
     top.v[u] = larger(top.v[u], load(x + i, count, -std::numeric_limits<T>::infinity()));
   });
-  T lanes[Vec<T>::size()];
-  larger(larger(top.v[0], top.v[1]), larger(top.v[2], top.v[3])).store(lanes);
-  return *std::max_element(lanes, lanes + Vec<T>::size());
+  return at::vec::vec_reduce_all<T>([](Vec<T>& a, Vec<T>& b) { return larger(a, b); },
+                                    larger(larger(top.v[0], top.v[1]), larger(top.v[2], top.v[3])));
 }
 
 // Adds the logits x of one block, but not x[target], to max and sum; e^(x - max) goes to keep as
 // well, if not null. target may lie outside of [0, n). max counts the target's logit already.
 template <class T>
-void add_exponentials(const T* x, int64_t n, int64_t target, T& top, double& sum, T* keep) {
+void add_exponentials(const T* x, int64_t n, int64_t target, T& top, double& sum, T* keep,
+                      Ahead ahead) {
   const T block_top = largest(x, n);
   if (block_top > top) {
-    // Before the first finite logit sum is 0, and e^(-inf - top) = 0 keeps it so.
-    sum *= std::exp(double(top) - double(block_top));
+    if (sum != 0) sum *= std::exp(double(top) - double(block_top));
     top = block_top;
   }
   // All -inf so far, or nan, which is told from it by their sum.
@@ -155,6 +172,7 @@ void add_exponentials(const T* x, int64_t n, int64_t target, T& top, double& sum
   }
   Accumulators<T> parts(T(0));
   for_registers<T>(n, [&](int64_t i, int64_t count, int u) {
+    ahead(i);
     const Vec<T> logits =
         load(i == own ? others : x + i, count, -std::numeric_limits<T>::infinity());
     const Vec<T> e = exp_nonpositive(logits - Vec<T>(top));
@@ -183,13 +201,21 @@ void add_distances(const T* x, const T* q, int64_t n, T origin, double& dot, dou
 
 // ---- class dimension innermost: row by row ------------------------------------------------------
 
+// Rows of one block end together, a register of them: logarithms and quotients of a row alone cost
+// as much as a few hundred of its classes.
 template <class T>
 struct RowWalk {
+  static constexpr int64_t kGroup = Vec<double>::size();
+  using Line = std::array<double, kGroup>;
   const Problem<T>& problem;
   const CrossEntropy& call = problem.call;
   // A row of one block keeps its e^(x - max) between the loss and the gradient.
   const bool one_block = call.classes <= kBlock;
-  T logits[kBlock], wanted[kBlock], kept[kBlock], gradient[kBlock];
+  const int64_t group = one_block ? kGroup : 1;  // rows
+  T logits[kBlock], wanted[kBlock], kept[kGroup][kBlock], gradient[kBlock];
+  RowSums<Line> sums{};
+  RowSlope<Line> slopes{};
+  Line losses, scales{};
 
   explicit RowWalk(const Problem<T>& p) : problem(p) {}
 
@@ -214,7 +240,9 @@ struct RowWalk {
     return wanted;
   }
 
-  RowSums<double> reduce(int64_t offset, int64_t target_offset, int64_t target, T logit) {
+  void reduce(int64_t k, int64_t offset, int64_t target_offset, int64_t out_offset,
+              int64_t target) {
+    const T logit = *block(call.input, offset, std::max<int64_t>(target, 0), 1, logits);
     T top = target >= 0 ? logit : -std::numeric_limits<T>::infinity();
     // Distances are measured from the largest logit so far, so that all have one sign and none
     // cancel: `dot` over classes that count `seen` in all moves with it.
@@ -222,8 +250,9 @@ struct RowWalk {
     for (int64_t at = 0; at < call.classes; at += kBlock) {
       const int64_t n = std::min(kBlock, call.classes - at);
       const T* const x = block(call.input, offset, at, n, logits);
-      prefetch(call.input, offset + at + n, n);  // the next block, or the next row's first
-      add_exponentials(x, n, target - at, top, sum, one_block ? kept : nullptr);
+      Ahead ahead(call.input, offset + at + n);  // the next block, or the next row's first
+      if (one_block && call.gradient.data) ahead.write(call.gradient, out_offset);
+      add_exponentials(x, n, target - at, top, sum, one_block ? kept[k] : nullptr, ahead);
       if (call.indices && !problem.shares.smooth) continue;
       const double next = std::isfinite(top) ? top : origin;
       dot += seen * (origin - next);
@@ -232,25 +261,38 @@ struct RowWalk {
                                       : mass(target_offset, at, n);
       add_distances(x, q, n, static_cast<T>(origin), dot, seen);
     }
-    const double gap = double(logit) - double(top);
-    return {top,
-            sum,
-            dot,
-            seen,
-            gap,
-            std::exp(gap),
-            problem.class_weight(std::max<int64_t>(target, 0))};
+    sums.max[k] = top;
+    sums.sum[k] = sum;
+    sums.dot[k] = dot;
+    sums.mass[k] = seen;
+    sums.gap[k] = double(logit) - double(top);
+    sums.weight[k] = problem.class_weight(std::max<int64_t>(target, 0));
   }
 
-  void write_gradient(int64_t row, const RowSums<double>& reduced, int64_t offset,
-                      int64_t target_offset, int64_t out_offset, int64_t target) {
-    const RowSlope<double> s = problem.shares.slope(reduced, problem.row_scale(row));
-    const Vec<T> top(reduced.max), factor(s.factor), scale(s.scale);
+  // The losses and slopes of the rows that were reduced.
+  void finish() {
+    using V = Vec<double>;
+    const auto at = [](const Line& line) { return V::loadu(line.data()); };
+    const RowSums<V> row{at(sums.max),   at(sums.sum), at(sums.dot),
+                         at(sums.mass),  at(sums.gap), exp_nonpositive(at(sums.gap)),
+                         at(sums.weight)};
+    problem.shares.loss(row).store(losses.data());
+    if (!call.gradient.data) return;
+    const RowSlope<V> slope = problem.shares.slope(row, at(scales));
+    slope.factor.store(slopes.factor.data());
+    slope.scale.store(slopes.scale.data());
+    slope.own.store(slopes.own.data());
+  }
+
+  void write_gradient(int64_t k, int64_t offset, int64_t target_offset, int64_t out_offset,
+                      int64_t target) {
+    const RowSlope<double> s{slopes.factor[k], slopes.scale[k], slopes.own[k]};
+    const Vec<T> top(sums.max[k]), factor(s.factor), scale(s.scale);
     const bool direct = is_dtype<T>(call.gradient.dtype);
     T* out = gradient;
     for (int64_t at = 0; at < call.classes; at += kBlock) {
       const int64_t n = std::min(kBlock, call.classes - at);
-      const T* x = one_block ? kept : block(call.input, offset, at, n, logits);
+      const T* x = one_block ? kept[k] : block(call.input, offset, at, n, logits);
       const T* q = nullptr;
       if (!call.indices) {
         q = mass(target_offset, at, n);
@@ -275,7 +317,7 @@ struct RowWalk {
         exponential([](Vec<T> g, int64_t, int64_t) { return g; });
       }
       if (at <= target && target < at + n) {
-        const double smooth = problem.shares.smooth ? reduced.weight * s.scale : 0;
+        const double smooth = problem.shares.smooth ? sums.weight[k] * s.scale : 0;
         out[target - at] = static_cast<T>(s.own * s.factor - smooth);
       }
       if (!direct) {
@@ -293,24 +335,33 @@ struct RowWalk {
     });
   }
 
-  double one(int64_t row) {
-    const int64_t o = row / call.inner, i = row % call.inner;
-    const auto offset_in = [&](const Rows& rows) { return o * rows.outer + i * rows.inner; };
-    const int64_t offset = offset_in(call.input), target_offset = offset_in(call.probabilities);
-    const int64_t target = call.indices ? call.indices[row] : -1;
-    T value = 0;
-    if (!problem.ignored(row)) {
-      const T logit = *block(call.input, offset, std::max<int64_t>(target, 0), 1, logits);
-      const RowSums<double> reduced = reduce(offset, target_offset, target, logit);
-      value = static_cast<T>(problem.shares.loss(reduced));
-      if (call.gradient.data) {
-        write_gradient(row, reduced, offset, target_offset, offset_in(call.gradient), target);
-      }
-    } else if (call.gradient.data) {
-      clear_gradient(offset_in(call.gradient));
+  // The rows [begin, begin + n), n <= group; their losses go to sum, in order.
+  void some(int64_t begin, int64_t n, Sum& sum) {
+    const auto offset = [&](const Rows& rows, int64_t k) {
+      const int64_t o = (begin + k) / call.inner, i = (begin + k) % call.inner;
+      return o * rows.outer + i * rows.inner;
+    };
+    const auto target = [&](int64_t k) { return call.indices ? call.indices[begin + k] : -1; };
+    for (int64_t k = 0; k < n; ++k) {
+      if (problem.ignored(begin + k)) continue;
+      reduce(k, offset(call.input, k), offset(call.probabilities, k), offset(call.gradient, k),
+             target(k));
+      scales[k] = problem.row_scale(begin + k);
     }
-    if (call.value) narrow(&value, 1, call.value_dtype, call.value, row, 1);
-    return value;
+    finish();
+    for (int64_t k = 0; k < n; ++k) {
+      const bool ignored = problem.ignored(begin + k);
+      const T value = ignored ? T(0) : static_cast<T>(losses[k]);
+      sum.add(value);
+      if (call.value) narrow(&value, 1, call.value_dtype, call.value, begin + k, 1);
+      if (!call.gradient.data) continue;
+      if (ignored) {
+        clear_gradient(offset(call.gradient, k));
+      } else {
+        write_gradient(k, offset(call.input, k), offset(call.probabilities, k),
+                       offset(call.gradient, k), target(k));
+      }
+    }
   }
 };
 
@@ -337,8 +388,8 @@ double by_row(const CrossEntropy& call) {
                                [&](RowWalk<T>& walk, int64_t task) {
                                  const int64_t end = std::min(rows, (task + 1) * step);
                                  Sum sum;
-                                 for (int64_t row = task * step; row < end; ++row)
-                                   sum.add(walk.one(row));
+                                 for (int64_t row = task * step; row < end; row += walk.group)
+                                   walk.some(row, std::min(walk.group, end - row), sum);
                                  return sum.value();
                                });
 }
