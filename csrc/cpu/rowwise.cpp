@@ -53,25 +53,21 @@ const char* address(const Rows& rows, int64_t offset) {
   return static_cast<const char*>(rows.data) + offset * bytes_of(rows.dtype);
 }
 
-// Asks for elements that are used next, a register at a time: an engine that loads and computes by
-// turns leaves memory idle half of the time. What lies beyond the end of data does nothing.
-class Ahead {
- public:
-  Ahead(const Rows& read, int64_t offset)
-      : read_(address(read, offset)), read_size_(bytes_of(read.dtype)) {}
-  Ahead& write(const Rows& rows, int64_t offset) {
-    write_ = address(rows, offset);
-    write_size_ = bytes_of(rows.dtype);
-    return *this;
-  }
-  FUSEDLOSS_HD void operator()(int64_t i) const {
-    __builtin_prefetch(read_ + i * read_size_, 0, 2);
-    if (write_) __builtin_prefetch(write_ + i * write_size_, 1, 2);
-  }
+// Asks for what is used next, a register at a time: an engine that loads and computes by turns
+// leaves memory idle half of the time. What lies beyond the end of data does nothing.
+struct Ahead {
+  const char *to_read, *to_write;
+  int64_t read_size, write_size;
 
- private:
-  const char *read_, *write_ = nullptr;
-  int64_t read_size_, write_size_ = 0;
+  Ahead(const Rows& in, int64_t in_offset, const Rows& out, int64_t out_offset)
+      : to_read(address(in, in_offset)),
+        to_write(address(out, out_offset)),
+        read_size(bytes_of(in.dtype)),
+        write_size(bytes_of(out.dtype)) {}
+
+  // Inlined, or the compiler takes a call of them for one that does nothing.
+  FUSEDLOSS_HD void read(int64_t i) const { __builtin_prefetch(to_read + i * read_size, 0, 2); }
+  FUSEDLOSS_HD void write(int64_t i) const { __builtin_prefetch(to_write + i * write_size, 1, 2); }
 };
 
 template <class T>
@@ -103,7 +99,7 @@ double total(Vec<T> v) {
   T lanes[Vec<T>::size()];
   v.store(lanes);
   double sums[4] = {};  // not one chain of additions
-  for (int i = 0; i < Vec<T>::size(); ++i) sums[i % 4] += lanes[i];
+  unrolled<Vec<T>::size()>([&](auto i) { sums[i % 4] += lanes[i]; });
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
@@ -145,7 +141,8 @@ T largest(const T* x, int64_t n) {
 }
 
 // Adds the logits x of one block, but not x[target], to max and sum; e^(x - max) goes to keep as
-// well, if not null. target may lie outside of [0, n). max counts the target's logit already.
+// well, if not null, to be written next. target may lie outside of [0, n). max counts the target's
+// logit already.
 template <class T>
 void add_exponentials(const T* x, int64_t n, int64_t target, T& top, double& sum, T* keep,
                       Ahead ahead) {
@@ -170,16 +167,26 @@ void add_exponentials(const T* x, int64_t n, int64_t target, T& top, double& sum
     std::copy_n(x + own, std::min(kLanes, n - own), others);
     others[target - own] = -std::numeric_limits<T>::infinity();
   }
-  Accumulators<T> parts(T(0));
-  for_registers<T>(n, [&](int64_t i, int64_t count, int u) {
-    ahead(i);
-    const Vec<T> logits =
-        load(i == own ? others : x + i, count, -std::numeric_limits<T>::infinity());
-    const Vec<T> e = exp_nonpositive(logits - Vec<T>(top));
-    parts.v[u] = parts.v[u] + e;
-    if (keep) store(e, keep + i, count);
-  });
-  sum += total(parts.sum());
+  const auto add = [&](auto keeps) {
+    Accumulators<T> parts(T(0));
+    for_registers<T>(n, [&](int64_t i, int64_t count, int u) {
+      ahead.read(i);
+      const Vec<T> logits =
+          load(i == own ? others : x + i, count, -std::numeric_limits<T>::infinity());
+      const Vec<T> e = exp_nonpositive(logits - Vec<T>(top));
+      parts.v[u] = parts.v[u] + e;
+      if constexpr (keeps()) {
+        ahead.write(i);
+        store(e, keep + i, count);
+      }
+    });
+    sum += total(parts.sum());
+  };
+  if (keep) {
+    add(std::true_type());
+  } else {
+    add(std::false_type());
+  }
 }
 
 // Adds q (x - origin) to dot and q to seen; q null: 1.
@@ -210,7 +217,7 @@ struct RowWalk {
   const Problem<T>& problem;
   const CrossEntropy& call = problem.call;
   // A row of one block keeps its e^(x - max) between the loss and the gradient.
-  const bool one_block = call.classes <= kBlock;
+  const bool one_block = call.classes <= kBlock, keeps = one_block && call.gradient.data;
   const int64_t group = one_block ? kGroup : 1;  // rows
   T logits[kBlock], wanted[kBlock], kept[kGroup][kBlock], gradient[kBlock];
   RowSums<Line> sums{};
@@ -250,9 +257,9 @@ struct RowWalk {
     for (int64_t at = 0; at < call.classes; at += kBlock) {
       const int64_t n = std::min(kBlock, call.classes - at);
       const T* const x = block(call.input, offset, at, n, logits);
-      Ahead ahead(call.input, offset + at + n);  // the next block, or the next row's first
-      if (one_block && call.gradient.data) ahead.write(call.gradient, out_offset);
-      add_exponentials(x, n, target - at, top, sum, one_block ? kept[k] : nullptr, ahead);
+      // The next block, or the next row's first; and this one's gradient.
+      const Ahead ahead(call.input, offset + at + n, call.gradient, out_offset);
+      add_exponentials(x, n, target - at, top, sum, keeps ? kept[k] : nullptr, ahead);
       if (call.indices && !problem.shares.smooth) continue;
       const double next = std::isfinite(top) ? top : origin;
       dot += seen * (origin - next);
