@@ -63,8 +63,9 @@ const Kernels& kernels() {
 // this size, and a loss that its caller keeps must not be the one to take a piece of it.
 //
 // Page faults are half of the time it takes to fill a large fresh tensor; huge pages make 512 times
-// fewer of them. Only from where on glibc's malloc always maps anew: below, memory has mostly been
-// used before, and to find huge pages amid small ones takes the kernel milliseconds.
+// fewer of them. From 32 MiB on, the largest that glibc's mmap threshold grows to: smaller memory
+// has mostly been used before, and to find huge pages amid small ones takes the kernel
+// milliseconds.
 void advise_huge_pages([[maybe_unused]] const Tensor& fresh) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr size_t kWorthwhile = size_t{32} << 20, kPage = 4096;

@@ -327,19 +327,38 @@ def test_simplification_keeps_digits(fused: str) -> None:
 
 
 def test_common_factors() -> None:
-    """Of terms are multiplied, or divided by, once."""
+    """Of terms are multiplied, or divided by, once; in words and conditions all stays as it was."""
     a, b, x, y, z = sympy.symbols("a b x y z")
     with distribute(False):
         for terms, factored in (
             (a * x * y + b * x * y, x * y * (a + b)),
-            (a * x * y - 2 * b * x * y + a * b, x * y * (a - 2 * b) + a * b),
+            (z * (a * x * y - 2 * b * x * y + a * b), z * (x * y * (a - 2 * b) + a * b)),
             (a * x * y + b * x * y + a * z, x * y * (a + b) + a * z),
-            (a / x - b / x, (a - b) / x),
-            (words.Exp(a * x + b * x) * y, words.Exp(x * (a + b)) * y),
-            (a * x + b * y, a * x + b * y),
+            (a * y / x - b * y / x, y * (a - b) / x),
+            (a * x + b * x, a * x + b * x),
+            (a * x * y + 2 * x * y, a * x * y + 2 * x * y),
             (2 * a + 2 * b, 2 * a + 2 * b),
+            (words.Exp(a * x * y + b * x * y), words.Exp(a * x * y + b * x * y)),
+            (
+                words.Where(a > 0, a * x * y + b * x * y, z),
+                words.Where(a > 0, a * x * y + b * x * y, z),
+            ),
         ):
             assert tracing._factored(terms) == factored
+
+
+def program(loss: Any) -> tuple[list[Any], list[Any]]:
+    return list(loss._traced.kernel.shared), list(loss._traced.kernel.results)
+
+
+def used(shared: list[tuple[Any, Any]], results: list[Any]) -> list[Any]:
+    """The formulas that results need."""
+    formulas, waiting = [], list(results)
+    while waiting:
+        formulas.append(waiting.pop())
+        waiting += [formula for symbol, formula in shared if formulas[-1].has(symbol)]
+        shared = [(s, formula) for s, formula in shared if not formulas[-1].has(s)]
+    return formulas
 
 
 @by_case
@@ -348,19 +367,96 @@ def test_target_slope_leaves_the_others_alone(case: CustomCase) -> None:
     traced = case.loss._traced
     with distribute(False):
         value, *slopes = words.lowered(traced.value), *traced._lowered_slopes()
-        alone, results = tracing._shared([value, slopes[0]])
-        shared, all_results = tracing._shared([value, slopes[0]], slopes[1:])
+        alone, results = tracing._repeated([value, slopes[0]], sympy.numbered_symbols("t"))
+        shared, all_results = tracing._shared(value, *slopes)
 
     def products(shared: list[Any], results: list[Any]) -> int:
-        formulas, used = [], list(results)
-        while used:
-            formulas.append(used.pop())
-            used += [formula for symbol, formula in shared if formulas[-1].has(symbol)]
-            shared = [(s, formula) for s, formula in shared if not formulas[-1].has(s)]
-        counts = sympy.count_ops(formulas, visual=True)
+        counts = sympy.count_ops(used(shared, results), visual=True)
         return sum(int(counts.coeff(sympy.Symbol(kind))) for kind in ("MUL", "DIV", "POW"))
 
     assert products(shared, all_results[:2]) <= products(alone, results)
+
+
+@fusedloss.pointwise_loss
+def generalized(input, target, *, q=0.7):  # type: ignore[no-untyped-def]
+    p = fm.sigmoid(input * target)
+    return (1 - p**q) / q
+
+
+@fusedloss.pointwise_loss
+def mixture(input, target):  # type: ignore[no-untyped-def]
+    d = input - target
+    return -fm.log(fm.exp(-(d**2)) + fm.exp(-((d + 0.2) ** 2)) + fm.exp(-((d - 0.3) ** 2)))
+
+
+@fusedloss.pointwise_loss
+def scaled(input, target, *, s=3.0):  # type: ignore[no-untyped-def]
+    return fm.softplus(s * input - s * target)
+
+
+@pytest.mark.parametrize(
+    ("loss", "word", "count"),
+    ((generalized, words.Power, 1), (mixture, words.Exp, 3), (scaled, words.ExpNonpositive, 1)),
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_each_word_once(loss: Any, word: Any, count: int) -> None:
+    """Value and both slopes share what is slow."""
+    formulas = used(*program(loss))
+    assert sum(
+        len([n for n in sympy.preorder_traversal(f) if n.func == word]) for f in formulas
+    ) == (count)
+
+
+@fusedloss.pointwise_loss
+def percentage(input, target):  # type: ignore[no-untyped-def]
+    return fm.abs((input - target) / target)
+
+
+@fusedloss.pointwise_loss
+def two_differences(input, target, *, q=0.9):  # type: ignore[no-untyped-def]
+    d = input - target
+    return fm.maximum(q * d, (q - 1) * d) + fm.clamp(input * target, -1, 1) * fm.relu(input - 1)
+
+
+@fusedloss.pointwise_loss
+def neyman(input, target):  # type: ignore[no-untyped-def]
+    return (input - target) ** 2 / input
+
+
+@fusedloss.pointwise_loss
+def product_of_powers(input, target):  # type: ignore[no-untyped-def]
+    return input**2 * (1 + target**2) ** 3
+
+
+@pytest.mark.parametrize(
+    "loss",
+    (percentage, two_differences, neyman, product_of_powers),
+    ids=lambda loss: loss.__name__,
+)
+def test_exact_where_equal(fused: str, loss: Any) -> None:
+    """Formulas are shared as they were written: what is 0 at input == target stays so."""
+    x = torch.linspace(-2, 2, 1001, dtype=torch.float64)[torch.arange(1001) != 500]
+    for y in (x.clone(), torch.nextafter(x, x - 1)):
+        ours = gradients(loss, x, y, reduction="sum")
+        plain = gradients(loss.reference, x, y, reduction="sum")
+        for mine, right in zip(ours, plain, strict=True):
+            assert_near(mine, right, loss.__name__)
+
+
+@fusedloss.pointwise_loss
+def guarded(input, target, *, a=3.0):  # type: ignore[no-untyped-def]
+    gap = a * input - a * target
+    return fm.where(gap > 0, fm.sqrt(gap) + input, -input)
+
+
+def test_slope_is_of_the_branch_taken(fused: str) -> None:
+    """A condition is rounded in the slope as it is in the value."""
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    y = torch.nextafter(x, x - 1)
+    value, of_input, _ = gradients(guarded, x, y, reduction="none")
+    other = value == -x
+    assert 1000 < other.sum() < 99_000
+    assert (of_input[other] == -1).all() and (of_input[~other] > 1).all()
 
 
 # ---- one pass, threads, options ------------------------------------------------------------------

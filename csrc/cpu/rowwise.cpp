@@ -65,7 +65,7 @@ struct Ahead {
         read_size(bytes_of(in.dtype)),
         write_size(bytes_of(out.dtype)) {}
 
-  // Inlined, or the compiler takes a call of them for one that does nothing.
+  // Inlined: a function that only prefetches the compiler takes for one without effect.
   FUSEDLOSS_HD void read(int64_t i) const { __builtin_prefetch(to_read + i * read_size, 0, 2); }
   FUSEDLOSS_HD void write(int64_t i) const { __builtin_prefetch(to_write + i * write_size, 1, 2); }
 };

@@ -6,11 +6,10 @@ SymPy must not multiply out: ``3 * (x - y)`` keeps its digits where ``3 * x - 3 
 from __future__ import annotations
 
 import builtins
-import graphlib
 import inspect
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
@@ -59,10 +58,8 @@ class Traced:
     def kernel(self) -> Program:
         """Value and both slopes, in the words that kernels have."""
         with distribute(False):
-            results = [words.lowered(self.value), *self._lowered_slopes()]
             # Before _hoist(): a parameter that joined another would hide what is the same without.
-            # Few calls want the target's slope.
-            shared, results = _shared(results[:2], results[2:])
+            shared, results = _shared(words.lowered(self.value), *self._lowered_slopes())
             # What is of parameters alone goes back into the formulas, for _hoist() to find.
             of_call: dict[Expr, Expr] = {}
             of_element: dict[Expr, Expr] = {}
@@ -126,57 +123,57 @@ class Traced:
 
 
 def _factored(e: Expr) -> Expr:
-    """a b + a c as a (b + c), everywhere in it."""
-    if not e.args:
-        return e
-    e = e.func(*map(_factored, e.args))
+    """a b x + a b y as a b (x + y). Not inside of words and conditions, where the value has the same;
+    nor for one common factor, or beside a number: a saved product is not worth a lost digit."""
+    if e.is_Mul:
+        return e.func(*map(_factored, e.args))
     if not e.is_Add:
         return e
-    terms = list(e.args)
+    terms = {term: term.as_powers_dict() for term in map(_factored, e.args)}
     while True:
-        pairs = itertools.combinations(terms, 2)
-        most = max((_in_both(a, b) for a, b in pairs), key=_count, default=sympy.S.One)
-        if most == 1:
+        pairs = itertools.combinations(terms.values(), 2)
+        most = max((_in_both(a, b) for a, b in pairs), key=len, default={})
+        if len(most) < 2:
             return sympy.Add(*terms)
-        has = [term for term in terms if _in_both(term, most) == most]
-        rest = sympy.Add(*(term / most for term in has))
-        terms = [term for term in terms if term not in has] + [most * _factored(rest)]
+        common = sympy.Mul(*(base**power for base, power in most.items()))
+        has = [term for term, powers in terms.items() if most.items() <= powers.items()]
+        product = common * sympy.Add(*(term / common for term in has))
+        terms = {term: powers for term, powers in terms.items() if term not in has}
+        terms[product] = product.as_powers_dict()
 
 
-def _in_both(a: Expr, b: Expr) -> Expr:
-    """The factors of two products that are the same."""
-    of_a, of_b = a.as_powers_dict(), b.as_powers_dict()
-    return sympy.Mul(
-        *(base ** of_a[base] for base in of_a if not base.is_number and of_a[base] == of_b[base])
-    )
+def _in_both(a: dict[Expr, Expr], b: dict[Expr, Expr]) -> dict[Expr, Expr]:
+    """The factors of two products that are the same; none, if they are all that one of them has."""
+    same = {base: power for base, power in a.items() if b.get(base) == power and not base.is_number}
+    rests = [[base for base in x if base not in same and not base.is_number] for x in (a, b)]
+    return same if all(rests) else {}
 
 
-def _count(product: Expr) -> int:
-    return 0 if product == 1 else len(sympy.Mul.make_args(product))
-
-
-def _shared(*groups: list[Expr]) -> tuple[list[tuple[Expr, Expr]], list[Expr]]:
-    """What several formulas use, in order, and the formulas with symbols for it. What a group can
-    share is not left for the sake of a later one."""
+def _shared(
+    value: Expr, slope: Expr, target_slope: Expr
+) -> tuple[list[tuple[Expr, Expr]], list[Expr]]:
+    """What several formulas use, in order, and the formulas with symbols for it. Few calls want the
+    target's slope: it shares factors with the others, but no product is formed for its sake."""
     symbols = sympy.numbered_symbols("t")
-    shared: dict[Expr, Expr] = {}
-    results: list[Expr] = []
-    for group in groups:
-        for symbol, formula in shared.items():
-            group = [e.subs(formula, symbol) for e in group]
-        formulas = [*shared.values(), *results, *group]
-        more: dict[Expr, Expr] = {}
-        while True:  # one pass leaves products that it has made equal
-            found, formulas = sympy.cse(formulas, symbols)
-            if not found:
-                break
-            more.update(found)
-        count = len(shared)
-        shared = dict(zip(shared, formulas[:count], strict=True)) | more
-        results = formulas[count:]
-    uses = {s: [t for t in shared if formula.has(t)] for s, formula in shared.items()}
-    order = graphlib.TopologicalSorter(uses).static_order()
-    return [(symbol, shared[symbol]) for symbol in order], results
+    terms = sympy.Add.make_args(target_slope)
+    factors = [factor for term in terms for factor in sympy.Mul.make_args(term)]
+    bases = [base for base in (factor.as_base_exp()[0] for factor in factors) if base.args]
+    shared, [value, slope, *reduced] = _repeated([value, slope, *bases], symbols)
+    target_slope = target_slope.xreplace(dict(zip(bases, reduced, strict=True)))
+    more, [target_slope] = _repeated([target_slope], symbols)
+    return shared + more, [value, slope, target_slope]
+
+
+def _repeated(
+    formulas: list[Expr], symbols: Iterator[Expr]
+) -> tuple[list[tuple[Expr, Expr]], list[Expr]]:
+    """What stands in formulas more than once, in order, and the formulas with symbols for it."""
+    shared: list[tuple[Expr, Expr]] = []
+    while True:  # one pass leaves products that it has made equal
+        found, formulas = sympy.cse(formulas, symbols)
+        if not found:
+            return shared, formulas
+        shared += found
 
 
 def trace(function: Callable[..., Any]) -> Traced:
