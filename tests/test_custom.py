@@ -337,6 +337,7 @@ def test_common_factors() -> None:
             (a * y / x - b * y / x, y * (a - b) / x),
             (a * x + b * x, a * x + b * x),
             (a * x * y + 2 * x * y, a * x * y + 2 * x * y),
+            (a * x * y + b * x * y - 2 * x * y, x * y * (a + b) - 2 * x * y),
             (2 * a + 2 * b, 2 * a + 2 * b),
             (words.Exp(a * x * y + b * x * y), words.Exp(a * x * y + b * x * y)),
             (

@@ -129,24 +129,29 @@ def _factored(e: Expr) -> Expr:
         return e.func(*map(_factored, e.args))
     if not e.is_Add:
         return e
-    terms = {term: term.as_powers_dict() for term in map(_factored, e.args)}
+    terms = {term: _factors(term) for term in map(_factored, e.args)}
     while True:
         pairs = itertools.combinations(terms.values(), 2)
         most = max((_in_both(a, b) for a, b in pairs), key=len, default={})
         if len(most) < 2:
             return sympy.Add(*terms)
-        common = sympy.Mul(*(base**power for base, power in most.items()))
-        has = [term for term, powers in terms.items() if most.items() <= powers.items()]
+        common = sympy.Mul(*(base**exponent for base, exponent in most.items()))
+        has = [term for term, factors in terms.items() if most.items() < factors.items()]
         product = common * sympy.Add(*(term / common for term in has))
-        terms = {term: powers for term, powers in terms.items() if term not in has}
-        terms[product] = product.as_powers_dict()
+        terms = {term: factors for term, factors in terms.items() if term not in has}
+        terms[product] = _factors(product)
+
+
+def _factors(term: Expr) -> dict[Expr, Expr]:
+    """The powers of which a term is the product, but for numbers: base, exponent."""
+    powers = term.as_powers_dict().items()
+    return {base: exponent for base, exponent in powers if not base.is_number}
 
 
 def _in_both(a: dict[Expr, Expr], b: dict[Expr, Expr]) -> dict[Expr, Expr]:
-    """The factors of two products that are the same; none, if they are all that one of them has."""
-    same = {base: power for base, power in a.items() if b.get(base) == power and not base.is_number}
-    rests = [[base for base in x if base not in same and not base.is_number] for x in (a, b)]
-    return same if all(rests) else {}
+    """The factors of two terms that are the same; none, if they are all that one of them has."""
+    same = {base: exponent for base, exponent in a.items() if b.get(base) == exponent}
+    return same if len(same) < min(len(a), len(b)) else {}
 
 
 def _shared(
