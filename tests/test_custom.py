@@ -348,10 +348,6 @@ def test_common_factors() -> None:
             assert tracing._factored(terms) == factored
 
 
-def program(loss: Any) -> tuple[list[Any], list[Any]]:
-    return list(loss._traced.kernel.shared), list(loss._traced.kernel.results)
-
-
 def used(shared: list[tuple[Any, Any]], results: list[Any]) -> list[Any]:
     """The formulas that results need."""
     formulas, waiting = [], list(results)
@@ -402,10 +398,10 @@ def scaled(input, target, *, s=3.0):  # type: ignore[no-untyped-def]
 )
 def test_each_word_once(loss: Any, word: Any, count: int) -> None:
     """Value and both slopes share what is slow."""
-    formulas = used(*program(loss))
-    assert sum(
-        len([n for n in sympy.preorder_traversal(f) if n.func == word]) for f in formulas
-    ) == (count)
+    kernel = loss._traced.kernel
+    formulas = used(list(kernel.shared), list(kernel.results))
+    functions = [node.func for f in formulas for node in sympy.preorder_traversal(f)]
+    assert functions.count(word) == count
 
 
 @fusedloss.pointwise_loss

@@ -133,8 +133,8 @@ double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
   constexpr int kStep = kWidth<Loss, Want>;
   double total[kLanes] = {};
   for (int64_t i = 0; i < n;) {
-    // Each on its own, by numbers that the compiler knows: else they lie in memory, and their
-    // stores wait in line with the gradient's.
+    // Indexed by what is known at compile time: else they lie in memory, and their stores wait in
+    // line with the gradient's.
     Vec<T> sums[kStep];
     unrolled<kStep>([&](auto u) { sums[u] = Vec<T>(0); });
     const int64_t end = std::min(n, i + kShort * kStep);

@@ -636,8 +636,7 @@ struct TileWalk {
     // The next tile's logits are asked for meanwhile: its lines lie in as many pages as there are
     // classes, and begin where no hardware foresees it.
     const int64_t size = bytes_of(call.input.dtype);
-    const char* const ahead =
-        static_cast<const char*>(call.input.data) + offset(call.input, o, 0, begin + width) * size;
+    const char* const ahead = address(call.input, offset(call.input, o, 0, begin + width));
     const int64_t line = call.input.classes * size, step = call.input.inner * size;
     accumulate(
         n, sum.data(), wide_sum,
