@@ -9,11 +9,13 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <utility>
 #include <vector>
 
 #include "../math/cross_entropy.h"
 #include "../math/sum.h"
+#include "lanes.h"
 #include "staging.h"
 #include "stream.h"
 
@@ -27,6 +29,23 @@ constexpr int64_t kBlock = 1024;  // elements of a row at a time
 constexpr size_t kStreamed = 16 << 20;
 
 // ---- what both walks share ----------------------------------------------------------------------
+
+// Runs of registers begin with a line of the cache, so that no register lies across two.
+constexpr size_t kAligned = 64;
+template <class T>
+struct Aligned {
+  using value_type = T;
+  Aligned() = default;
+  template <class U>
+  Aligned(const Aligned<U>&) {}
+  T* allocate(size_t n) {
+    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(kAligned)));
+  }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(kAligned)); }
+  bool operator==(const Aligned&) const { return true; }
+};
+template <class T>
+using Lines = std::vector<T, Aligned<T>>;
 
 template <class T>
 struct Problem {
@@ -219,7 +238,7 @@ struct RowWalk {
   // A row of one block keeps its e^(x - max) between the loss and the gradient.
   const bool one_block = call.classes <= kBlock, keeps = one_block && call.gradient.data;
   const int64_t group = one_block ? kGroup : 1;  // rows
-  T logits[kBlock], wanted[kBlock], kept[kGroup][kBlock], gradient[kBlock];
+  alignas(kAligned) T logits[kBlock], wanted[kBlock], kept[kGroup][kBlock], gradient[kBlock];
   RowSums<Line> sums{};
   RowSlope<Line> slopes{};
   Line losses, scales{};
@@ -379,6 +398,7 @@ double sum_tasks(int64_t tasks, Make&& make, Task&& task) {
   at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
     const std::unique_ptr<Walk> walk = make();
     for (int64_t t = first; t < last; ++t) sums[t] = task(*walk, t);
+    finish_stream();
   });
   Sum sum;
   for (double s : sums) sum.add(s);
@@ -407,7 +427,8 @@ double by_row(const CrossEntropy& call) {
 template <class T>
 struct TileWalk {
   static constexpr int64_t kLanes = Vec<T>::size();
-  static constexpr int kFlush = 4;  // classes summed in T before they go to double
+  static constexpr int kTogether = 4;  // classes; summed in T before they go to double
+  static constexpr Index<T> kNone = -1;
   const Problem<T>& problem;
   const int64_t width;  // rows a full tile: a multiple of kLanes
   const CrossEntropy& call = problem.call;
@@ -415,25 +436,29 @@ struct TileWalk {
   // The logits, class by class: a copy, since lines of the input that lie a power of two apart
   // throw each other out of the cache. Then e^(x - max), 0 for the target, in their place; then the
   // gradient, where it does not go to memory as T.
-  std::vector<T> table, wanted;
-  std::vector<T> top, sum, dot, mass, logit, weight, scale, losses;
-  std::vector<T> few;  // rows on their way, where classes lie side by side in another dtype
-  std::vector<double> wide_sum, wide_mass, wide_scale;
-  // For class indices: where in the table each row's target stands (an ignored row's: class 0).
-  std::vector<int64_t> own;
-  int64_t ignored = 0;  // rows of the tile
+  Lines<T> table, wanted;
+  // Of each row: what its logits come to, and what its gradient is made of.
+  Lines<T> top, logit, weight, losses, factor, part, slope;
+  Lines<double> sum, dot, mass, scale;
+  Lines<Index<T>> target;  // kNone of rows that are ignored, or beyond the tile's end
+  Lines<Index<T>> number;  // of each class: its own
+  Lines<T> few;            // rows on their way, where classes lie side by side in another dtype
+  bool ignores = false;    // whether rows of the tile are
 
   TileWalk(const Problem<T>& p, int64_t w)
       : problem(p), width(w), table(call.classes * w), wanted(call.indices ? 0 : call.classes * w) {
-    for (auto* line : {&top, &sum, &dot, &mass, &logit, &weight, &scale, &losses}) {
+    for (auto* line : {&top, &logit, &weight, &losses, &factor, &part, &slope}) {
       line->resize(w, T(1));
     }
-    for (auto* line : {&wide_sum, &wide_mass, &wide_scale}) line->resize(w, 1.0);
-    own.resize(call.indices ? w : 0);
+    for (auto* line : {&sum, &dot, &mass, &scale}) line->resize(w, call.scale);
+    target.resize(w);
+    number.resize(call.classes);
+    std::iota(number.begin(), number.end(), Index<T>(0));
     few.resize(kLanes * call.classes);
   }
 
   static Vec<T> at(const T* line, int64_t i) { return Vec<T>::loadu(line + i); }
+  static Vec<T> at(const Lines<T>& line, int64_t i) { return at(line.data(), i); }
 
   static int64_t offset(const Rows& rows, int64_t o, int64_t c, int64_t begin) {
     return o * rows.outer + c * rows.classes + begin * rows.inner;
@@ -490,179 +515,203 @@ struct TileWalk {
     });
   }
 
+  // f(c, i): which of the rows from i on want class c.
+  auto wanting() const {
+    return [to = target.data(), numbers = number.data()](int64_t c, int64_t i)
+               __attribute__((always_inline)) {
+                 return same(Vec<Index<T>>::loadu(to + i), Vec<Index<T>>(numbers[c]));
+               };
+  }
+
   // f(first, count) for every kLanes of the tile's n rows.
   template <class F>
   static void for_lanes(int64_t n, F&& f) {
     for (int64_t first = 0; first < n; first += kLanes) f(first, std::min(kLanes, n - first));
   }
 
-  // For each class c, f = make(c), and f(i) for each register of the tile's n rows. What f needs is
-  // found by make: in f's own loop every store of a register would have it loaded again.
-  template <class Make>
-  void for_classes(int64_t n, Make&& make) {
-    for (int64_t c = 0; c < call.classes; ++c) {
-      const auto f = make(c);
-      for (int64_t i = 0; i < n; i += kLanes) f(i);
-    }
-  }
-
-  // Sums f(c, i) of every class c into to, and with more digits into wide: kFlush classes at a time
-  // in T, and these sums in double. kept, if not null, is where (classes, width) f(c, i) stay,
-  // which may be what f reads. f goes by value, as what make returns does above.
+  // f(count, c, i) for every class and every register of the tile's n rows: for the classes
+  // [c, c + count), count known to the compiler, in the rows from i on.
   template <class F>
-  void accumulate(int64_t n, T* to, std::vector<double>& wide, F f, T* kept = nullptr) {
-    std::fill(wide.begin(), wide.end(), 0.0);
+  FUSEDLOSS_HD void for_table(int64_t n, F&& f) const {
     int64_t c = 0;
-    const auto some = [&](auto count) {
-      for (int64_t i = 0; i < n; i += kLanes) {
-        Vec<T> values[count], part(0);
-        unrolled<count>([&](auto u) __attribute__((always_inline)) { values[u] = f(c + u, i); });
-        unrolled<count>([&](auto u) __attribute__((always_inline)) {
-          part = part + values[u];
-          if (kept) values[u].store(kept + (c + u) * width + i);
-        });
-        part.store(to + i);
-      }
-      for (int64_t i = 0; i < n; ++i) wide[i] += to[i];
+    const auto line = [&](auto count) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < n; i += kLanes) f(count, c, i);
       c += count;
     };
-    while (c + kFlush <= call.classes) some(std::integral_constant<int, kFlush>());
-    while (c < call.classes) some(std::integral_constant<int, 1>());
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(wide[i]);
+    while (c + kTogether <= call.classes) line(std::integral_constant<int, kTogether>());
+    while (c < call.classes) line(std::integral_constant<int, 1>());
+  }
+
+  // Sums term(c, i) of every class c into sums, with more digits than T has; kept, if not null, is
+  // where the terms stay, which may be what term reads.
+  template <class F>
+  FUSEDLOSS_HD void total(int64_t n, Lines<double>& sums, F term, T* kept = nullptr) const {
+    std::fill(sums.begin(), sums.end(), 0.0);
+    for_table(n, [=, to = sums.data(), stride = width](auto count, int64_t c,
+                                                       int64_t i) __attribute__((always_inline)) {
+      Vec<T> terms[count], some(0);
+      unrolled<count>([&](auto u) __attribute__((always_inline)) { terms[u] = term(c + u, i); });
+      unrolled<count>([&](auto u) __attribute__((always_inline)) {
+        some = some + terms[u];
+        if (kept) terms[u].store(kept + (c + u) * stride + i);
+      });
+      Wide<T> sum = Wide<T>::load(to + i);
+      sum += widen(some);
+      sum.store(to + i);
+    });
   }
 
   void find_targets(int64_t row0, int64_t n) {
-    const int64_t *const indices = call.indices + row0, stride = width, ignore = call.ignore_index;
+    const int64_t *const indices = call.indices + row0, ignore = call.ignore_index;
     // The next tile's, which hardware would begin to foresee when it is over.
     for (int64_t i = 0; i < width; i += 8) __builtin_prefetch(indices + width + i, 0, 2);
-    int64_t* const place = own.data();
-    int64_t count = 0;
+    Index<T>* const to = target.data();
+    Index<T> any = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const bool skip = indices[i] == ignore;
-      count += skip;
-      place[i] = (skip ? 0 : indices[i]) * stride + i;
+      const bool ignored = indices[i] == ignore;
+      to[i] = ignored ? kNone : static_cast<Index<T>>(indices[i]);
+      any |= ignored;
     }
-    ignored = count;
+    ignores = any;
+    std::fill(to + n, to + width, kNone);
+    if (!problem.weight) return;
+    for (int64_t i = 0; i < n; ++i) weight[i] = to[i] == kNone ? T(0) : problem.weight[to[i]];
   }
 
-  // What every element of a row is multiplied by, rounded once, in the place of sum and scale; and
-  // for the target's element what the gradient, multiplied by that, is right with.
-  void find_slopes(int64_t row0, int64_t n) {
-    // Not left to one loop: vectorised, it would load through a null pointer under an empty mask,
-    // which is slow.
-    if (call.upstream) {
-      for (int64_t i = 0; i < n; ++i) wide_scale[i] = problem.row_scale(row0 + i);
-    } else {
-      std::fill_n(wide_scale.begin(), n, call.scale);
-    }
-    // For one kind of call, so that its loop vectorises; which asks also that what is written is
-    // none of what is read.
-    const auto find = [&](auto indices, auto smooth) {
-      Shares<double> shares = problem.exact;
-      shares.indices = indices();
-      shares.smooth = smooth();
-      const double *const scales = wide_scale.data(), *const sums = wide_sum.data(),
-                          *const masses = wide_mass.data();
-      const T *const at_target = top.data(), *const weights = weight.data();
-      T *__restrict const factor = sum.data(), *__restrict const part = scale.data(),
-                         *__restrict const slope = logit.data();
-      for (int64_t i = 0; i < n; ++i) {
-        const double w = weights[i];
-        const RowSlope<double> s =
-            shares.slope(RowSums<double>{0, sums[i], 0, masses[i], 0, at_target[i], w}, scales[i]);
-        factor[i] = static_cast<T>(s.factor);
-        part[i] = static_cast<T>(s.scale);
-        // That g = own * factor - w * part is off by no more than its own roundings.
-        const double f = factor[i];
-        const double error = shares.smooth ? w * (double(part[i]) - s.scale) : 0;
-        const double better = (s.own * s.factor + error) / f;
-        slope[i] = static_cast<T>(std::isfinite(better) ? better : s.own);
-      }
+  // The largest logit of each row and its target's. The logits, class by class from `from` on, come
+  // into the table, but -inf in place of the target's.
+  void find_top(const T* from, int64_t from_stride, int64_t n) {
+    std::fill(top.begin(), top.end(), -std::numeric_limits<T>::infinity());
+    const auto find = [&](auto indices) {
+      for_table(
+          n, [=, to = table.data(), to_stride = width, most = top.data(), own = logit.data(),
+              wants = wanting()](auto count, int64_t c, int64_t i) __attribute__((always_inline)) {
+            Vec<T> x[count], highest = at(most, i);
+            unrolled<count>([&](auto u) __attribute__((always_inline)) {
+              x[u] = load(from + (c + u) * from_stride + i, n - i, T(0));
+            });
+            if (indices()) {
+              Vec<T> at_target = at(own, i);
+              unrolled<count>([&](auto u) __attribute__((always_inline)) {
+                highest = larger(x[u], highest);
+                const Mask<T> is_own = wants(c + u, i);
+                at_target = select(is_own, x[u], at_target);
+                x[u] = select(is_own, Vec<T>(-std::numeric_limits<T>::infinity()), x[u]);
+              });
+              at_target.store(own + i);
+            } else {
+              unrolled<count>([&](auto u) { highest = larger(x[u], highest); });
+            }
+            unrolled<count>([&](auto u) { x[u].store(to + (c + u) * to_stride + i); });
+            highest.store(most + i);
+          });
     };
-    if (!call.indices) {
-      find(std::false_type(), std::false_type());
-    } else if (problem.shares.smooth) {
-      find(std::true_type(), std::true_type());
+    if (call.indices) {
+      find(std::true_type());
     } else {
-      find(std::true_type(), std::false_type());
+      find(std::false_type());
     }
+  }
+
+  // The losses of the rows from i on, and what their gradient is made of.
+  FUSEDLOSS_HD void finish(int64_t i) {
+    const Wide<T> sums = Wide<T>::load(&sum[i]), masses = Wide<T>::load(&mass[i]),
+                  scales = Wide<T>::load(&scale[i]);
+    const Vec<T> gap = at(logit, i) - at(top, i), share = exp_nonpositive(gap);
+    const Mask<T> none = same(Vec<Index<T>>::loadu(&target[i]), Vec<Index<T>>(kNone));
+    const Vec<T> loss = problem.shares.loss(
+        RowSums<Vec<T>>{at(top, i), narrow(sums), narrow(Wide<T>::load(&dot[i])), narrow(masses),
+                        gap, share, at(weight, i)});
+    select(none, Vec<T>(0), loss).store(&losses[i]);
+    if (!call.gradient.data) return;
+    const Wide<T> shares = widen(share), weights = widen(at(weight, i));
+    Wide<T> factors, parts, slopes;
+    unrolled<Wide<T>::kParts>([&](auto p) __attribute__((always_inline)) {
+      const Vec<double> w = weights.part[p];
+      const RowSlope<Vec<double>> s = problem.exact.slope(
+          RowSums<Vec<double>>{Vec<double>(0), sums.part[p], Vec<double>(0), masses.part[p],
+                               Vec<double>(0), shares.part[p], w},
+          scales.part[p]);
+      factors.part[p] = s.factor;
+      parts.part[p] = s.scale;
+      slopes.part[p] = s.own * s.factor;
+      if (problem.shares.smooth) slopes.part[p] = slopes.part[p] - w * s.scale;
+    });
+    Vec<T> f = narrow(factors), s = narrow(parts);
+    if (ignores) {
+      // Whatever their logits hold, nan included: 0.
+      f = select(none, Vec<T>(0), f);
+      s = select(none, Vec<T>(0), s);
+      for (int64_t c = 0; c < call.classes; ++c) {
+        T* const e = &table[c * width + i];
+        select(none, Vec<T>(0), at(e, 0)).store(e);
+      }
+    }
+    f.store(&factor[i]);
+    s.store(&part[i]);
+    narrow(slopes).store(&slope[i]);
   }
 
   double one(int64_t o, int64_t begin, int64_t n) {
     const int64_t row0 = o * call.inner + begin;
-    T* const x = table.data();
-    const int64_t stride = width;
-    if (!call.indices) {
-      read(call.probabilities, o, begin, n, wanted.data());
-      if (problem.weight || problem.shares.smooth) {
-        for_classes(n, [&](int64_t c) {
-          T* const q = &wanted[c * stride];
-          const Vec<T> w(problem.class_weight(c)), keep(problem.shares.keep),
-              spread(problem.shares.spread);
-          return [=](int64_t i) { ((at(q, i) * keep + spread) * w).store(q + i); };
-        });
-      }
-    }
-    T* const most = top.data();
-    read(call.input, o, begin, n, x);
-    for (int64_t i = 0; i < n; i += kLanes) {
-      Vec<T> highest(-std::numeric_limits<T>::infinity());
-      for (int64_t c = 0; c < call.classes; ++c) highest = larger(at(x + c * stride, i), highest);
-      highest.store(most + i);
-    }
-    if (!call.indices) {
-      const T* const q = wanted.data();
-      accumulate(n, mass.data(), wide_mass,
-                 [=](int64_t c, int64_t i) { return at(q + c * stride, i); });
-      accumulate(n, dot.data(), wide_scale, [=](int64_t c, int64_t i) {
-        return (at(x + c * stride, i) - at(most, i)) * at(q + c * stride, i);
-      });
-    } else if (problem.shares.smooth) {
-      accumulate(n, dot.data(), wide_scale, [=, p = problem](int64_t c, int64_t i) {
-        return (at(x + c * stride, i) - at(most, i)) * Vec<T>(p.class_weight(c));
-      });
-    }
     if (call.indices) {
       find_targets(row0, n);
-      const int64_t* const place = own.data();
-      T* const logits = logit.data();
-      for (int64_t i = 0; i < n; ++i) {
-        logits[i] = std::exchange(x[place[i]], -std::numeric_limits<T>::infinity());
+    } else {
+      std::fill(std::fill_n(target.begin(), n, 0), target.end(), kNone);
+      read(call.probabilities, o, begin, n, wanted.data());
+      if (problem.weight || problem.shares.smooth) {
+        for (int64_t c = 0; c < call.classes; ++c) {
+          const Vec<T> w(problem.class_weight(c)), keep(problem.shares.keep),
+              spread(problem.shares.spread);
+          T* const q = &wanted[c * width];
+          for (int64_t i = 0; i < n; i += kLanes) ((at(q, i) * keep + spread) * w).store(q + i);
+        }
       }
-      if (problem.weight) {
-        for (int64_t i = 0; i < n; ++i) weight[i] = problem.weight[place[i] / stride];
-      }
+    }
+    if (is_dtype<T>(call.input.dtype) && call.input.inner == 1) {
+      find_top(static_cast<const T*>(call.input.data) + offset(call.input, o, 0, begin),
+               call.input.classes, n);
+    } else {
+      read(call.input, o, begin, n, table.data());
+      find_top(table.data(), width, n);
+    }
+    const T *const x = table.data(), *const most = top.data();
+    const int64_t stride = width;
+    const auto distance = [=](int64_t c, int64_t i) __attribute__((always_inline)) {
+      return at(x + c * stride, i) - at(most, i);
+    };
+    if (!call.indices) {
+      const T* const q = wanted.data();
+      total(n, mass, [=](int64_t c, int64_t i) { return at(q + c * stride, i); });
+      total(n, dot, [=](int64_t c, int64_t i) { return distance(c, i) * at(q + c * stride, i); });
+    } else if (problem.shares.smooth) {
+      total(n, dot, [=, p = problem, own = logit.data(), wants = wanting()](int64_t c, int64_t i) {
+        const Vec<T> logits = select(wants(c, i), at(own, i), at(x + c * stride, i));
+        return (logits - at(most, i)) * Vec<T>(p.class_weight(c));
+      });
     }
     // The next tile's logits are asked for meanwhile: its lines lie in as many pages as there are
     // classes, and begin where no hardware foresees it.
     const int64_t size = bytes_of(call.input.dtype);
     const char* const ahead = address(call.input, offset(call.input, o, 0, begin + width));
     const int64_t line = call.input.classes * size, step = call.input.inner * size;
-    accumulate(
-        n, sum.data(), wide_sum,
-        [=](int64_t c, int64_t i) {
+    total(
+        n, sum,
+        [=](int64_t c, int64_t i) __attribute__((always_inline)) {
           __builtin_prefetch(ahead + c * line + i * step, 0, 2);
-          return exp_nonpositive(at(x + c * stride, i) - at(most, i));
+          return exp_nonpositive(distance(c, i));
         },
-        x);
-    T* const at_target = most;  // takes its place
+        table.data());
+    if (call.upstream) {
+      for (int64_t i = 0; i < n; ++i) scale[i] = problem.row_scale(row0 + i);
+    }
+    Wide<T> sums = widen(Vec<T>(0));
     for (int64_t i = 0; i < n; i += kLanes) {
-      const Vec<T> gap = at(&logit[0], i) - at(most, i);
-      const RowSums<Vec<T>> row{
-          at(most, i), at(&sum[0], i),       at(&dot[0], i),   at(&mass[0], i),
-          gap,         exp_nonpositive(gap), at(&weight[0], i)};
-      problem.shares.loss(row).store(&losses[i]);
-      row.at.store(at_target + i);
+      finish(i);
+      sums += widen(at(losses, i));
     }
-    if (call.gradient.data) find_slopes(row0, n);
-    std::fill(losses.begin() + n, losses.end(), T(0));
-    for (int64_t i = 0; ignored && i < n; ++i) {
-      if (problem.ignored(row0 + i)) losses[i] = 0;
-    }
-    double lanes[kLanes] = {};
-    for (int64_t i = 0; i < n; i += kLanes) {
-      for (int64_t k = 0; k < kLanes; ++k) lanes[k] += losses[i + k];
-    }
+    double lanes[kLanes];
+    sums.store(lanes);
     Sum sum_of_losses;
     for (double lane : lanes) sum_of_losses.add(lane);
     if (call.value) narrow(losses.data(), n, call.value_dtype, call.value, row0, 1);
@@ -671,47 +720,59 @@ struct TileWalk {
   }
 
   void write_gradient(int64_t o, int64_t begin, int64_t n) {
-    const int64_t row0 = o * call.inner + begin;
-    if (call.indices) {
-      const int64_t* const place = own.data();
-      const T* const slope = logit.data();
-      T* const e = table.data();
-      for (int64_t i = 0; i < n; ++i) e[place[i]] = slope[i];
-    }
     const Rows& out = call.gradient;
     T* const data = is_dtype<T>(out.dtype) && out.inner == 1
-                        ? static_cast<T*>(const_cast<void*>(out.data))
+                        ? static_cast<T*>(const_cast<void*>(out.data)) + offset(out, o, 0, begin)
                         : nullptr;
-    const auto line = [&](int64_t c) {
-      return data ? data + offset(out, o, c, begin) : &table[c * width];
-    };
+    T* const first = data ? data : table.data();
+    const int64_t stride = data ? out.classes : width;
     // Past the caches, if the whole is too large for them: as many lines at once as there are
     // classes are slow to read in. The first line is aligned, and all are whole registers apart.
     const bool streams = data && call.outer * call.classes * call.inner * sizeof(T) >= kStreamed &&
-                         out.classes % kLanes == 0 && is_streamable(line(0));
-    for_classes(n, [&](int64_t c) {
-      const T* const q = call.indices ? nullptr : &wanted[c * width];
-      const bool smooth = problem.shares.smooth;
-      const Vec<T> w(problem.class_weight(c));
-      return [=, e = &table[c * width], factor = sum.data(), part = scale.data(), to = line(c),
-              next = line(c + 1 < call.classes ? c + 1 : 0)](int64_t i) {
-        if (!streams) __builtin_prefetch(next + i, 1, 2);
-        Vec<T> g = at(e, i) * at(factor, i);
-        if (q) {
-          g = g - at(q, i) * at(part, i);
-        } else if (smooth) {
-          g = g - w * at(part, i);
-        }
-        store(g, to + i, n - i, streams);
-      };
-    });
-    for (int64_t i = 0; ignored && i < n; ++i) {
-      if (!problem.ignored(row0 + i)) continue;
-      // Whatever its logits hold, nan included: 0.
-      for (int64_t c = 0; c < call.classes; ++c) line(c)[i] = T(0);
+                         stride % kLanes == 0 && is_streamable(data);
+    // gradient(c, i): of the class c, in the rows from i on.
+    const auto write_lines = [&](auto streamed, auto gradient) {
+      for_table(n, [=](auto count, int64_t c, int64_t i) __attribute__((always_inline)) {
+        T* const to = first + c * stride + i;
+        Vec<T> g[count];
+        unrolled<count>([&](auto u) __attribute__((always_inline)) {
+          if (!streamed()) __builtin_prefetch(to + (u + count) * stride, 1, 2);
+          g[u] = gradient(c + u, i);
+        });
+        unrolled<count>([&](auto u) __attribute__((always_inline)) {
+          store(g[u], to + u * stride, n - i, streamed());
+        });
+      });
+    };
+    const auto write_all = [&](auto gradient) {
+      if (streams) {
+        write_lines(std::true_type(), gradient);
+      } else {
+        write_lines(std::false_type(), gradient);
+      }
+    };
+    const T *const e = table.data(), *const q = wanted.data(), *const factors = factor.data(),
+                   *const parts = part.data(), *const slopes = slope.data();
+    const int64_t apart = width;
+    const auto exponential = [=](int64_t c, int64_t i) __attribute__((always_inline)) {
+      return at(e + c * apart, i) * at(factors, i);
+    };
+    const auto with_own =
+        [=, wants = wanting()](Vec<T> g, int64_t c, int64_t i)
+            __attribute__((always_inline)) { return select(wants(c, i), at(slopes, i), g); };
+    if (!call.indices) {
+      write_all([=](int64_t c, int64_t i) __attribute__((always_inline)) {
+        return exponential(c, i) - at(q + c * apart, i) * at(parts, i);
+      });
+    } else if (problem.shares.smooth) {
+      write_all([=, p = problem](int64_t c, int64_t i) __attribute__((always_inline)) {
+        return with_own(exponential(c, i) - Vec<T>(p.class_weight(c)) * at(parts, i), c, i);
+      });
+    } else {
+      write_all([=](int64_t c, int64_t i)
+                    __attribute__((always_inline)) { return with_own(exponential(c, i), c, i); });
     }
     if (!data) write(out, o, begin, n);
-    if (streams) finish_stream();
   }
 };
 
@@ -719,11 +780,14 @@ template <class T>
 double by_tile(const CrossEntropy& call) {
   const Problem<T> problem(call);
   constexpr int64_t kLanes = Vec<T>::size();
-  // A tile of about 32 KiB stays in the L1 cache through its three uses; lines of two cache lines
-  // at least.
-  const int64_t fit = 32768 / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(call.classes, 1);
+  // A table of 32 KiB stays in the L1 cache through its uses. Lines shorter than 128 rows cost more
+  // than a table in the L2 cache, which holds 256 KiB; but two lines of the cache they have.
+  const auto fit = [&](int64_t bytes) {
+    return bytes / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(call.classes, 1);
+  };
+  const int64_t least = std::clamp<int64_t>(fit(256 << 10), 32, 128);
   // An odd number of registers: the lines of one column then differ in their place in the cache.
-  const int64_t full = (std::clamp<int64_t>(fit, 32, 4096) / kLanes | 1) * kLanes;
+  const int64_t full = (std::clamp<int64_t>(fit(32 << 10), least, 4096) / kLanes | 1) * kLanes;
   const int64_t rows = std::max<int64_t>(call.inner, 1);
   const int64_t width = std::min(full, (rows + kLanes - 1) / kLanes * kLanes);
   const int64_t tiles = (call.inner + width - 1) / width;
