@@ -28,7 +28,7 @@ from .measure import (
     describe,
 )
 
-ROUNDS, QUICK_ROUNDS = 15, 7
+ROUNDS, QUICK_ROUNDS = 25, 7
 QUICK_COMPILE_SECONDS = 30.0
 PEERS = ("eager", "compile", *JOINING)
 COMMANDS = {

@@ -43,6 +43,7 @@ class Table:
     contestants: tuple[str, ...]
     columns: tuple[str, ...]
     peers: bool = False  # whether installed peers that cover a case join it
+    repeats: int = 1  # times the rounds of others, where bars are within a few per cent
 
 
 TABLES = {
@@ -69,6 +70,7 @@ TABLES = {
         ("eager", "ours", "unit"),
         ("eager", "unit"),
         peers=True,
+        repeats=3,
     ),
     "small": Table(
         "Forward + backward, small inputs, host time", ("eager", "ours"), ("eager",), peers=True

@@ -412,10 +412,11 @@ class Speed:
                 row.compile_seconds = time.perf_counter() - start
                 self.compile_left -= row.compile_seconds
         del truth  # twice the size of the inputs and more
+        rounds = self.rounds * TABLES[case.table].repeats
         if case.device == "cuda" and case.table not in ("small", "graph"):
-            row.samples = interleave(steps, self.rounds, GPU_BLOCK_SECONDS, gpu_clock)
+            row.samples = interleave(steps, rounds, GPU_BLOCK_SECONDS, gpu_clock)
         else:
-            row.samples = interleave(steps, self.rounds)
+            row.samples = interleave(steps, rounds)
         return row
 
     def prepare(

@@ -15,6 +15,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "carried.h"
 #include "cpu/kernels.h"
@@ -193,8 +194,6 @@ struct Classes {
   double weight_sum = 0;
 };
 
-constexpr double kOutOfRange = -std::numeric_limits<double>::infinity();
-
 [[noreturn]] void throw_out_of_range(const Tensor& target, const Tensor& indices, int64_t classes,
                                      int64_t ignore_index) {
   const int64_t* index = indices.const_data_ptr<int64_t>();
@@ -215,16 +214,15 @@ Classes check_classes(const Tensor& target, int64_t classes, const Tensor& weigh
   const int64_t n = target.numel();
   constexpr int64_t kChunk = 32768;
   const int64_t chunks = (n + kChunk - 1) / kChunk;
-  // Of each chunk: the sum of its weights, or kOutOfRange.
-  c10::SmallVector<double, 4> sums(chunks);
+  // Of each chunk: the sum of its weights, or nothing, if an index is out of range.
+  c10::SmallVector<std::optional<double>, 4> sums(chunks);
   at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       const int64_t *begin = index + c * kChunk, *end = index + std::min(n, (c + 1) * kChunk);
       const auto [ignored, outside] =
           kernels().count_classes(begin, end - begin, classes, ignore_index);
-      if (outside) {
-        sums[c] = kOutOfRange;
-      } else if (!w) {
+      if (outside) continue;
+      if (!w) {
         sums[c] = static_cast<double>(end - begin - ignored);
       } else {
         Sum sum;
@@ -234,9 +232,9 @@ Classes check_classes(const Tensor& target, int64_t classes, const Tensor& weigh
     }
   });
   Sum total;
-  for (double sum : sums) {
-    if (sum == kOutOfRange) throw_out_of_range(target, result.indices, classes, ignore_index);
-    total.add(sum);
+  for (const std::optional<double> sum : sums) {
+    if (!sum) throw_out_of_range(target, result.indices, classes, ignore_index);
+    total.add(*sum);
   }
   result.weight_sum = total.value();
   return result;

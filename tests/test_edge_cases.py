@@ -153,3 +153,22 @@ def test_target_changed_unseen() -> None:
     target.numpy()[1] = 10**11
     with pytest.raises(IndexError, match=r"100000000000.*target\[1\]"):
         value.backward()
+
+
+@pytest.mark.parametrize("shape", [(5, 200), (40, 6), (40, 20), (3, 7, 33)], ids=str)
+def test_ignored_rows_have_no_gradient(shape: tuple[int, ...], compiled: str) -> None:
+    """Zero, whatever their logits and a weight in label smoothing's sum hold."""
+    input = torch.randn(shape).movedim(1, -1)
+    target = torch.randint(shape[1], input.shape[:-1])
+    ignored = torch.rand(target.shape) < 0.4
+    target[ignored] = -100
+    unusual = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])
+    input[ignored] = unusual[torch.arange(shape[1]) % 4]
+    for element in unusual:
+        weight = torch.ones(shape[1])
+        weight[2] = element
+        for smoothing, reduction in ((0.0, "sum"), (0.1, "sum"), (0.1, "none")):
+            leaf = input.movedim(-1, 1).clone().requires_grad_()
+            options = {"weight": weight, "label_smoothing": smoothing, "reduction": reduction}
+            FL.cross_entropy(leaf, target, **options).sum().backward()
+            assert (leaf.grad.movedim(1, -1)[ignored] == 0).all(), (element, smoothing, reduction)

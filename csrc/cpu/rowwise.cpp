@@ -437,20 +437,25 @@ struct TileWalk {
   // throw each other out of the cache. Then e^(x - max), 0 for the target, in their place; then the
   // gradient, where it does not go to memory as T.
   Lines<T> table, wanted;
-  // Of each row: what its logits come to, and what its gradient is made of.
-  Lines<T> top, logit, weight, losses, factor, part, slope;
-  Lines<double> sum, dot, mass, scale;
-  Lines<Index<T>> target;  // kNone of rows that are ignored, or beyond the tile's end
+  // Of each row: RowSums, whose weight, and what is called own, are the target's; and the loss.
+  Lines<T> top, own_logit, weight, losses;
+  Lines<double> sum, dot, mass;
+  // Its gradient: e^(x - max) * factor - q * part, and the target's element, all times its scale.
+  Lines<double> scale;
+  Lines<T> factor, part, own_gradient;
+  // kNone: the row is ignored, or lies beyond the tile's end. Of class probabilities: 0 otherwise.
+  Lines<Index<T>> target;
   Lines<Index<T>> number;  // of each class: its own
   Lines<T> few;            // rows on their way, where classes lie side by side in another dtype
   bool ignores = false;    // whether rows of the tile are
 
   TileWalk(const Problem<T>& p, int64_t w)
       : problem(p), width(w), table(call.classes * w), wanted(call.indices ? 0 : call.classes * w) {
-    for (auto* line : {&top, &logit, &weight, &losses, &factor, &part, &slope}) {
+    for (auto* line : {&top, &own_logit, &weight, &losses, &factor, &part, &own_gradient}) {
       line->resize(w, T(1));
     }
-    for (auto* line : {&sum, &dot, &mass, &scale}) line->resize(w, call.scale);
+    for (auto* line : {&sum, &dot, &mass}) line->resize(w);
+    scale.resize(w, call.scale);
     target.resize(w);
     number.resize(call.classes);
     std::iota(number.begin(), number.end(), Index<T>(0));
@@ -515,13 +520,16 @@ struct TileWalk {
     });
   }
 
-  // f(c, i): which of the rows from i on want class c.
-  auto wanting() const {
-    return [to = target.data(), numbers = number.data()](int64_t c, int64_t i)
-               __attribute__((always_inline)) {
-                 return same(Vec<Index<T>>::loadu(to + i), Vec<Index<T>>(numbers[c]));
-               };
-  }
+  // Which of the rows from i on want class c, and which want none.
+  struct Targets {
+    const Index<T>*rows, *numbers;
+    FUSEDLOSS_HD Mask<T> are(int64_t c, int64_t i) const { return are_index(numbers[c], i); }
+    FUSEDLOSS_HD Mask<T> are_none(int64_t i) const { return are_index(kNone, i); }
+    FUSEDLOSS_HD Mask<T> are_index(Index<T> index, int64_t i) const {
+      return same(Vec<Index<T>>::loadu(rows + i), Vec<Index<T>>(index));
+    }
+  };
+  Targets targets() const { return {target.data(), number.data()}; }
 
   // f(first, count) for every kLanes of the tile's n rows.
   template <class F>
@@ -566,7 +574,7 @@ struct TileWalk {
     // The next tile's, which hardware would begin to foresee when it is over.
     for (int64_t i = 0; i < width; i += 8) __builtin_prefetch(indices + width + i, 0, 2);
     Index<T>* const to = target.data();
-    Index<T> any = 0;
+    Index<T> any = 0;  // as wide as an index, so that the loop vectorises
     for (int64_t i = 0; i < n; ++i) {
       const bool ignored = indices[i] == ignore;
       to[i] = ignored ? kNone : static_cast<Index<T>>(indices[i]);
@@ -584,26 +592,22 @@ struct TileWalk {
     std::fill(top.begin(), top.end(), -std::numeric_limits<T>::infinity());
     const auto find = [&](auto indices) {
       for_table(
-          n, [=, to = table.data(), to_stride = width, most = top.data(), own = logit.data(),
-              wants = wanting()](auto count, int64_t c, int64_t i) __attribute__((always_inline)) {
-            Vec<T> x[count], highest = at(most, i);
+          n, [=, to = table.data(), to_stride = width, most = top.data(), own = own_logit.data(),
+              wants = targets()](auto count, int64_t c, int64_t i) __attribute__((always_inline)) {
+            Vec<T> x[count], highest = at(most, i), own_x = at(own, i);
             unrolled<count>([&](auto u) __attribute__((always_inline)) {
               x[u] = load(from + (c + u) * from_stride + i, n - i, T(0));
             });
-            if (indices()) {
-              Vec<T> at_target = at(own, i);
-              unrolled<count>([&](auto u) __attribute__((always_inline)) {
-                highest = larger(x[u], highest);
-                const Mask<T> is_own = wants(c + u, i);
-                at_target = select(is_own, x[u], at_target);
-                x[u] = select(is_own, Vec<T>(-std::numeric_limits<T>::infinity()), x[u]);
-              });
-              at_target.store(own + i);
-            } else {
-              unrolled<count>([&](auto u) { highest = larger(x[u], highest); });
-            }
+            unrolled<count>([&](auto u) __attribute__((always_inline)) {
+              highest = larger(x[u], highest);
+              if (!indices()) return;
+              const Mask<T> is_own = wants.are(c + u, i);
+              own_x = select(is_own, x[u], own_x);
+              x[u] = select(is_own, Vec<T>(-std::numeric_limits<T>::infinity()), x[u]);
+            });
             unrolled<count>([&](auto u) { x[u].store(to + (c + u) * to_stride + i); });
             highest.store(most + i);
+            if (indices()) own_x.store(own + i);
           });
     };
     if (call.indices) {
@@ -615,41 +619,30 @@ struct TileWalk {
 
   // The losses of the rows from i on, and what their gradient is made of.
   FUSEDLOSS_HD void finish(int64_t i) {
-    const Wide<T> sums = Wide<T>::load(&sum[i]), masses = Wide<T>::load(&mass[i]),
-                  scales = Wide<T>::load(&scale[i]);
-    const Vec<T> gap = at(logit, i) - at(top, i), share = exp_nonpositive(gap);
-    const Mask<T> none = same(Vec<Index<T>>::loadu(&target[i]), Vec<Index<T>>(kNone));
+    const Wide<T> sums = Wide<T>::load(&sum[i]), dots = Wide<T>::load(&dot[i]),
+                  masses = Wide<T>::load(&mass[i]), scales = Wide<T>::load(&scale[i]);
+    const Vec<T> max = at(top, i), gap = at(own_logit, i) - max, own = exp_nonpositive(gap);
     const Vec<T> loss = problem.shares.loss(
-        RowSums<Vec<T>>{at(top, i), narrow(sums), narrow(Wide<T>::load(&dot[i])), narrow(masses),
-                        gap, share, at(weight, i)});
-    select(none, Vec<T>(0), loss).store(&losses[i]);
+        RowSums<Vec<T>>{max, narrow(sums), narrow(dots), narrow(masses), gap, own, at(weight, i)});
+    select(targets().are_none(i), Vec<T>(0), loss).store(&losses[i]);
     if (!call.gradient.data) return;
-    const Wide<T> shares = widen(share), weights = widen(at(weight, i));
-    Wide<T> factors, parts, slopes;
+    const Wide<T> owns = widen(own), weights = widen(at(weight, i));
+    const Vec<double> unread(0);
+    Wide<T> factors, parts, own_gradients;
     unrolled<Wide<T>::kParts>([&](auto p) __attribute__((always_inline)) {
       const Vec<double> w = weights.part[p];
-      const RowSlope<Vec<double>> s = problem.exact.slope(
-          RowSums<Vec<double>>{Vec<double>(0), sums.part[p], Vec<double>(0), masses.part[p],
-                               Vec<double>(0), shares.part[p], w},
-          scales.part[p]);
+      const RowSlope<Vec<double>> s =
+          problem.exact.slope(RowSums<Vec<double>>{unread, sums.part[p], unread, masses.part[p],
+                                                   unread, owns.part[p], w},
+                              scales.part[p]);
       factors.part[p] = s.factor;
       parts.part[p] = s.scale;
-      slopes.part[p] = s.own * s.factor;
-      if (problem.shares.smooth) slopes.part[p] = slopes.part[p] - w * s.scale;
+      own_gradients.part[p] = s.own * s.factor;
+      if (problem.shares.smooth) own_gradients.part[p] = own_gradients.part[p] - w * s.scale;
     });
-    Vec<T> f = narrow(factors), s = narrow(parts);
-    if (ignores) {
-      // Whatever their logits hold, nan included: 0.
-      f = select(none, Vec<T>(0), f);
-      s = select(none, Vec<T>(0), s);
-      for (int64_t c = 0; c < call.classes; ++c) {
-        T* const e = &table[c * width + i];
-        select(none, Vec<T>(0), at(e, 0)).store(e);
-      }
-    }
-    f.store(&factor[i]);
-    s.store(&part[i]);
-    narrow(slopes).store(&slope[i]);
+    narrow(factors).store(&factor[i]);
+    narrow(parts).store(&part[i]);
+    narrow(own_gradients).store(&own_gradient[i]);
   }
 
   double one(int64_t o, int64_t begin, int64_t n) {
@@ -685,10 +678,11 @@ struct TileWalk {
       total(n, mass, [=](int64_t c, int64_t i) { return at(q + c * stride, i); });
       total(n, dot, [=](int64_t c, int64_t i) { return distance(c, i) * at(q + c * stride, i); });
     } else if (problem.shares.smooth) {
-      total(n, dot, [=, p = problem, own = logit.data(), wants = wanting()](int64_t c, int64_t i) {
-        const Vec<T> logits = select(wants(c, i), at(own, i), at(x + c * stride, i));
-        return (logits - at(most, i)) * Vec<T>(p.class_weight(c));
-      });
+      total(n, dot,
+            [=, p = problem, own = own_logit.data(), wants = targets()](int64_t c, int64_t i) {
+              const Vec<T> logits = select(wants.are(c, i), at(own, i), at(x + c * stride, i));
+              return (logits - at(most, i)) * Vec<T>(p.class_weight(c));
+            });
     }
     // The next tile's logits are asked for meanwhile: its lines lie in as many pages as there are
     // classes, and begin where no hardware foresees it.
@@ -736,7 +730,7 @@ struct TileWalk {
         T* const to = first + c * stride + i;
         Vec<T> g[count];
         unrolled<count>([&](auto u) __attribute__((always_inline)) {
-          if (!streamed()) __builtin_prefetch(to + (u + count) * stride, 1, 2);
+          if (data && !streamed()) __builtin_prefetch(to + (u + count) * stride, 1, 2);
           g[u] = gradient(c + u, i);
         });
         unrolled<count>([&](auto u) __attribute__((always_inline)) {
@@ -752,25 +746,28 @@ struct TileWalk {
       }
     };
     const T *const e = table.data(), *const q = wanted.data(), *const factors = factor.data(),
-                   *const parts = part.data(), *const slopes = slope.data();
+                   *const parts = part.data(), *const owns = own_gradient.data();
     const int64_t apart = width;
     const auto exponential = [=](int64_t c, int64_t i) __attribute__((always_inline)) {
       return at(e + c * apart, i) * at(factors, i);
     };
-    const auto with_own =
-        [=, wants = wanting()](Vec<T> g, int64_t c, int64_t i)
-            __attribute__((always_inline)) { return select(wants(c, i), at(slopes, i), g); };
+    // g, but the target's own; and 0 for an ignored row, whatever it and the weights hold.
+    const auto corrected = [=, wants = targets(), none = ignores](Vec<T> g, int64_t c, int64_t i)
+                               __attribute__((always_inline)) {
+                                 g = select(wants.are(c, i), at(owns, i), g);
+                                 return none ? select(wants.are_none(i), Vec<T>(0), g) : g;
+                               };
     if (!call.indices) {
       write_all([=](int64_t c, int64_t i) __attribute__((always_inline)) {
         return exponential(c, i) - at(q + c * apart, i) * at(parts, i);
       });
     } else if (problem.shares.smooth) {
       write_all([=, p = problem](int64_t c, int64_t i) __attribute__((always_inline)) {
-        return with_own(exponential(c, i) - Vec<T>(p.class_weight(c)) * at(parts, i), c, i);
+        return corrected(exponential(c, i) - Vec<T>(p.class_weight(c)) * at(parts, i), c, i);
       });
     } else {
       write_all([=](int64_t c, int64_t i)
-                    __attribute__((always_inline)) { return with_own(exponential(c, i), c, i); });
+                    __attribute__((always_inline)) { return corrected(exponential(c, i), c, i); });
     }
     if (!data) write(out, o, begin, n);
   }
@@ -780,8 +777,8 @@ template <class T>
 double by_tile(const CrossEntropy& call) {
   const Problem<T> problem(call);
   constexpr int64_t kLanes = Vec<T>::size();
-  // A table of 32 KiB stays in the L1 cache through its uses. Lines shorter than 128 rows cost more
-  // than a table in the L2 cache, which holds 256 KiB; but two lines of the cache they have.
+  // A table of 32 KiB stays in the L1 cache through its uses. But lines of fewer than 128 rows cost
+  // more than a larger table does, as long as the L2 cache holds it; and 32 rows they always have.
   const auto fit = [&](int64_t bytes) {
     return bytes / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(call.classes, 1);
   };
