@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -354,7 +355,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds a step of each contestant, one sample a round.
 
-    Each round times every contestant once, the order rotating.
+    Each round times every contestant once, in an order drawn anew: whoever always came after the
+    same other would pay for what that one leaves in heap and caches.
     """
     clocks = {}
     for name, step in steps.items():
@@ -362,14 +364,15 @@ def interleave(
             clocks[name] = clock(step, block_seconds)
     samples: dict[str, list[float]] = {name: [] for name in clocks}
     order = list(clocks)
+    draw = random.Random(0)
     start = time.perf_counter()
     for done in range(rounds):
         if done >= ENOUGH_ROUNDS and time.perf_counter() - start > CASE_SECONDS:
             break
+        draw.shuffle(order)
         for name in order:
             with running(name):
                 samples[name].append(clocks[name]())
-        order = order[1:] + order[:1]
     return samples
 
 

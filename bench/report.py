@@ -261,13 +261,13 @@ def summary(rows: Sequence[Row]) -> str:
 
 _ABOUT_CPU = """\
 - Every figure is a ratio: the median over rounds of the ratio within a round, with the 20 % and \
-80 % quantiles in brackets. All contestants run in one process in turn, once a round, in rotating \
-order; upstream gradients, whose bar is 5 %, have three times the rounds. Each is first held against float64; one that is wrong gets no figure.
+80 % quantiles in brackets. All contestants run in one process in turn, once a round, in an \
+order drawn anew; upstream gradients, whose bar is 5 %, have three times the rounds. Each is first held against float64; one that is wrong gets no figure.
 - Peak memory is resident memory, each contestant in a process of its own."""
 _ABOUT_GPU = """\
 - Every figure is a ratio: the median over rounds of the ratio within a round, with the 20 % and \
-80 % quantiles in brackets. All contestants run in one process in turn, once a round, in rotating \
-order; a sample is the median of steps that each start with a cache emptied of their data \
+80 % quantiles in brackets. All contestants run in one process in turn, once a round, in an order \
+drawn anew; a sample is the median of steps that each start with a cache emptied of their data \
 (`triton.testing.do_bench`). Each is first held against float64; one that is wrong gets no figure.
 - Small inputs are timed by the host, in blocks of calls that it waits for at their end.
 - Peak memory is what torch's allocator handed out."""
