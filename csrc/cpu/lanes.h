@@ -21,15 +21,10 @@ struct Wide {
   static constexpr int64_t kLanes = Vec<double>::size();
   Vec<double> part[kParts];
 
-  // f(p) of every part p.
-  template <class F>
-  static FUSEDLOSS_HD Wide of(F&& f) {
-    Wide wide;
-    unrolled<kParts>([&](auto p) __attribute__((always_inline)) { wide.part[p] = f(p); });
-    return wide;
-  }
   static FUSEDLOSS_HD Wide load(const double* from) {
-    return of([&](auto p) { return Vec<double>::loadu(from + p * kLanes); });
+    Wide wide;
+    unrolled<kParts>([&](auto p) { wide.part[p] = Vec<double>::loadu(from + p * kLanes); });
+    return wide;
   }
   FUSEDLOSS_HD void store(double* to) const {
     unrolled<kParts>([&](auto p) { part[p].store(to + p * kLanes); });
