@@ -237,17 +237,7 @@ def build_kernels() -> type[build_ext]:
                     target.with_suffix(".log").write_text(done.stderr)
                 return str(target)
 
-            # Two sources each would leave cores idle, so the capabilities are compiled side by
-            # side; without ninja the compiler object is not made for that.
-            cuda_sources = sorted(Path("csrc/cuda").glob("*.cu")) if toolkit else []
-            with ThreadPoolExecutor(len(CPU_CAPABILITIES) if self.use_ninja else 1) as pool:
-                cuda_objects = pool.map(compile_cuda, cuda_sources)
-                objects = pool.map(compile_for, CPU_CAPABILITIES)
-            # Behind the objects of ext.sources, the baseline first: of an inline function that
-            # several objects hold the linker keeps the first, which must run on every CPU.
-            ext.extra_objects += chain.from_iterable(objects)
             if toolkit is not None:
-                ext.extra_objects += cuda_objects
                 ext.sources.append("csrc/ops_cuda.cpp")
                 ext.extra_compile_args += [f'-DFUSEDLOSS_CUDA="{toolkit.version}"']
                 ext.extra_compile_args += [
@@ -265,6 +255,30 @@ def build_kernels() -> type[build_ext]:
                 f'-DFUSEDLOSS_VERSION="{self.distribution.get_version()}"',
                 f'-DFUSEDLOSS_TORCH_VERSION="{torch.__version__}"',
             ]
+
+            def compile_operators(sources: list[str]) -> list[str]:
+                return self.compiler.compile(
+                    sources,
+                    output_dir=str(Path(self.build_temp, "operators")),
+                    include_dirs=ext.include_dirs,
+                    extra_postargs=ext.extra_compile_args,
+                )
+
+            # A few sources at a time would leave cores idle, so all are compiled side by side;
+            # without ninja the compiler object is not made for that. One is left, for build_ext
+            # wants one: the smallest, as it is compiled when these are done.
+            left = min(ext.sources, key=lambda source: Path(source).stat().st_size)
+            operators, ext.sources = [s for s in ext.sources if s != left], [left]
+            cuda_sources = sorted(Path("csrc/cuda").glob("*.cu")) if toolkit else []
+            groups = len(cuda_sources) + 1 + len(CPU_CAPABILITIES)
+            workers = min(groups, os.cpu_count() or 1) if self.use_ninja else 1
+            with ThreadPoolExecutor(workers) as pool:
+                cuda_objects = pool.map(compile_cuda, cuda_sources)
+                operator_objects = pool.map(compile_operators, [operators])
+                objects = pool.map(compile_for, CPU_CAPABILITIES)
+            # The baseline first: of an inline function that several objects hold the linker keeps
+            # the first, which must run on every CPU.
+            ext.extra_objects += chain.from_iterable([*operator_objects, *objects, cuda_objects])
             ext.library_dirs += library_paths()
             # No -fopenmp here: the runtime is the one that torch brings along, since a second one
             # would have threads of its own and not heed torch.set_num_threads.
