@@ -17,14 +17,41 @@ from torch.nn import functional as F
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # by the numbers that operators take
 
 mse_loss = F.mse_loss
-l1_loss = F.l1_loss
-mae_loss = F.l1_loss
+_l1_loss = F.l1_loss
 smooth_l1_loss = F.smooth_l1_loss
 huber_loss: Callable[..., Tensor] = F.huber_loss  # its stub lacks weight
 binary_cross_entropy = F.binary_cross_entropy
 binary_cross_entropy_with_logits = F.binary_cross_entropy_with_logits
 cross_entropy = F.cross_entropy
 _nll_loss = F.nll_loss
+
+
+def l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """F.l1_loss, which loses weight where a TorchFunctionMode is on: ``with torch.device(...)``."""
+    if weight is None:
+        return _l1_loss(input, target, size_average, reduce, reduction)
+    if size_average is not None or reduce is not None:
+        reduction = F._Reduction.legacy_get_string(size_average, reduce)
+    if weight.size() != input.size():
+        raise ValueError("Weights and input must have the same size.")
+    each = _l1_loss(input, target, reduction="none") * weight
+    if reduction == "none":
+        return each
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'."
+        )
+    return each.sum() if reduction == "sum" else each.sum() / weight.sum()
+
+
+mae_loss = l1_loss
 
 
 def log_loss(

@@ -69,9 +69,16 @@ def torch_log_loss(
     return rows.sum() if reduction == "sum" else rows.sum() / rows.numel()
 
 
+def torch_l1_loss(*args: Any, **options: Any) -> Tensor:
+    """Outside of `with torch.device(...)`, under which F.l1_loss leaves its weight out."""
+    with torch._C.DisableTorchFunction():
+        return F.l1_loss(*args, **options)
+
+
 def torch_loss(loss: str) -> Loss:
     """What torch offers for the loss."""
-    return torch_log_loss if loss == "log_loss" else getattr(F, loss)
+    own = {"log_loss": torch_log_loss, "l1_loss": torch_l1_loss}
+    return own.get(loss) or getattr(F, loss)
 
 
 def operators() -> Any:

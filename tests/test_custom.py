@@ -448,7 +448,7 @@ def guarded(input, target, *, a=3.0):  # type: ignore[no-untyped-def]
 
 def test_slope_is_of_the_branch_taken(fused: str) -> None:
     """A condition is rounded in the slope as it is in the value."""
-    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0), device="cpu").to(DEVICE)
     y = torch.nextafter(x, x - 1)
     value, of_input, _ = gradients(guarded, x, y, reduction="none")
     other = value == -x

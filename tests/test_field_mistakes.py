@@ -498,7 +498,8 @@ def test_gradient_of_one_step_is_not_overwritten_by_the_next() -> None:
 
 def test_offsets_in_32_bits() -> None:
     """Element offsets past 2^31 wrapped around."""
-    x, y = logits(5, 67), labels(5, 67)
+    # Rows that begin where a row of those far apart does: at a packet's begin.
+    x, y = torch.empty(5, 68)[:, :67].copy_(logits(5, 67)), labels(5, 67)
     # Five short rows far apart: the memory between them is never touched, so never there.
     far = torch.empty(2**31 + 2**20, dtype=torch.float32).as_strided((5, 67), (2**29 + 2**10, 1))
     far.copy_(x)
@@ -513,3 +514,13 @@ def test_offsets_in_32_bits() -> None:
 
 def _step(loss: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return value_and_grad(getattr(FL, loss), Sample(x, y, {}), "mean", 0.7)
+
+
+@pytest.mark.parametrize("loss", ["mse_loss", "l1_loss", "huber_loss"])
+def test_weight_under_a_default_device(loss: str, backend: str) -> None:
+    """PyTorch's l1_loss leaves weight out under `with torch.device(...)`, as under any such mode."""
+    x, y = torch.zeros(2, 3), torch.ones(2, 3)
+    weight = torch.tensor([[1.0, 2.0, 3.0]]).repeat(2, 1)
+    with torch.device(DEVICE):
+        value = getattr(FL, loss)(leaf(x), y, weight=weight, reduction="sum")
+    assert value.item() == (6 if loss == "huber_loss" else 12)

@@ -210,7 +210,7 @@ def test_segmentation_beyond_the_caches(
     rest: tuple[int, int], dtype: torch.dtype, compiled: str
 ) -> None:
     """A gradient of more than 16 MiB is written past the caches where its lines begin evenly."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator(DEVICE).manual_seed(5)
     x = torch.randn((4, 21, *rest), dtype=dtype, generator=generator)
     t = torch.randint(21, (4, *rest), generator=generator)
     t[torch.rand(t.shape, generator=generator) < 0.1] = -100

@@ -381,12 +381,15 @@ def test_saved_tensors_hooks(loss: str) -> None:
         packed.append(tensor)
         return tensor.numpy(force=True).copy()
 
+    def unpack(array: Any) -> Tensor:  # maybe in autograd's thread, which knows no default device
+        return torch.asarray(array, device=DEVICE)
+
     for upstream in (1.0, 0.4):
         expected = step(MODULES[loss](), sample, upstream)
         module = MODULES[loss]()
         for _ in range(3):
             input = leaf(sample.input)
-            with torch.autograd.graph.saved_tensors_hooks(pack, torch.asarray):
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
                 value = module(input, sample.target)
             (grad,) = torch.autograd.grad(value, input, torch.tensor(upstream))
             assert_same_bits(grad, expected, "hooks")
