@@ -1,10 +1,10 @@
 // The cross-entropy engine on CUDA.
 //
 // Fewest bytes for value and gradient: read logits, write gradient, 2 N elements. A row is read
-// from memory once and stays on chip, with part of a warp, a block or a cluster of blocks, until
-// its gradient leaves: the last packets of each thread in its registers, those before in shared
-// memory. What no cluster can hold is read once more. One kernel serves every pass, so that a
-// gradient has the same bits from each.
+// from memory once and stays in shared memory, with part of a warp, a block or a cluster of blocks,
+// until its gradient leaves; the packets of a row to come take the places that it leaves. What no
+// cluster can hold is read once more. One kernel serves every pass, so that a gradient has the same
+// bits from each.
 //
 // Where the class dimension is not innermost, a thread walks the classes of a packet of
 // neighbouring rows; it meets them the second time in the cache.
@@ -24,8 +24,8 @@ inline constexpr T kInfinity = std::numeric_limits<T>::infinity();
 template <class T>
 inline constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
 
-constexpr int kBatch = 4;  // packets in flight, a thread: then they go to shared memory
-constexpr int kLanesBlock = 256, kRowBlock = 384, kColumnsBlock = 128;  // threads
+constexpr int kBatch = 2;  // packets of a thread that are added up together
+constexpr int kLanesBlock = 512, kRowBlock = 256, kColumnsBlock = 128;  // threads
 
 // ---- sums over part of a row --------------------------------------------------------------------
 
@@ -35,19 +35,30 @@ __device__ T origin(T max) {
   return max == -kInfinity<T> ? T(0) : max;
 }
 
+// e^x for x <= 0, as exact as results of type D can tell.
+template <class D>
+__device__ Compute<D> exp_for(Compute<D> x) {
+  if constexpr (sizeof(D) == 2) {
+    return quick_exp(x);
+  } else {
+    return exp_nonpositive(x);
+  }
+}
+
 // What some of a row's classes add up to, measured from the largest of them; members as in RowSums.
-template <class T>
+// D is the type of what comes of it.
+template <class D>
 struct Partial {
+  using T = Compute<D>;
   T max = -kInfinity<T>, sum = 0, dot = 0, mass = 0;
 
   // As measured from another origin.
   __device__ void move_to(T top) {
     const T from = origin(max), to = origin(top);
-    sum *= exp_nonpositive(max - to);  // 0 where max is -inf
+    sum *= exp_for<D>(max - to);  // 0 where max is -inf
     dot += mass * (from - to);
     max = top;
   }
-  // a.merge(b) and b.merge(a) have the same bits: all threads of a group come to the same end.
   __device__ void merge(Partial other) {
     const T top = fmax(max, other.max);
     move_to(top);
@@ -58,17 +69,20 @@ struct Partial {
   }
 };
 
-template <class T>
-__device__ void merge_lanes(Partial<T>& p, int lanes, bool soft) {
+// A sum of two has the same bits in either order, and so all lanes come to the same end.
+template <class D>
+__device__ void merge_lanes(Partial<D>& p, int lanes, bool soft) {
+  Compute<D> top = p.max;
   for (int step = lanes / 2; step > 0; step /= 2) {
-    Partial<T> other;
-    other.max = __shfl_xor_sync(kAllLanes, p.max, step);
-    other.sum = __shfl_xor_sync(kAllLanes, p.sum, step);
+    top = fmax(top, __shfl_xor_sync(kAllLanes, top, step));
+  }
+  p.move_to(top);
+  for (int step = lanes / 2; step > 0; step /= 2) {
+    p.sum += __shfl_xor_sync(kAllLanes, p.sum, step);
     if (soft) {
-      other.dot = __shfl_xor_sync(kAllLanes, p.dot, step);
-      other.mass = __shfl_xor_sync(kAllLanes, p.mass, step);
+      p.dot += __shfl_xor_sync(kAllLanes, p.dot, step);
+      p.mass += __shfl_xor_sync(kAllLanes, p.mass, step);
     }
-    p.merge(other);
   }
 }
 
@@ -77,53 +91,56 @@ __device__ void merge_lanes(Partial<T>& p, int lanes, bool soft) {
 enum class Scope { kLanes, kBlock, kCluster };
 
 // Of a power of two of lanes: a warp works on several rows.
-template <Scope kScope, class T>
+template <Scope kScope, class D>
 struct Group {
   const int size, rank;
 
   __device__ explicit Group(int lanes) : size(lanes), rank(threadIdx.x % lanes) {}
+  // Whose packet it is; a remainder by what is no constant takes twenty instructions.
+  __device__ int owner(int packet) const { return packet & (size - 1); }
   // Groups of one warp stay together: the row that the first of them is at, and this one's own.
   __device__ int64_t first_row() const {
     return (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarp * (kWarp / size);
   }
   __device__ int64_t row_step() const { return int64_t{gridDim.x} * blockDim.x / size; }
   __device__ int64_t row_behind() const { return threadIdx.x % kWarp / size; }
-  __device__ void merge(Partial<T>& p, bool soft) { merge_lanes(p, size, soft); }
+  __device__ void merge(Partial<D>& p, bool soft) { merge_lanes(p, size, soft); }
   __device__ void leave() const {}
 };
 
 // A block's warps leave their partials in shared memory. Two sets of them, used by turns, make one
 // barrier a row enough: who writes a set anew has passed the barrier that follows its reading.
-template <class T>
+template <class D>
 struct BlockPartials {
-  Partial<T> of_warp[2][kWarp];
+  Partial<D> of_warp[2][kWarp];
 };
 
-template <class T>
-__device__ void merge_block(Partial<T>& p, bool soft, Partial<T> (&of_warp)[kWarp]) {
+template <class D>
+__device__ void merge_block(Partial<D>& p, bool soft, Partial<D> (&of_warp)[kWarp]) {
   merge_lanes(p, kWarp, soft);
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = p;
   __syncthreads();
   const unsigned lane = threadIdx.x % kWarp;
-  p = lane < blockDim.x / kWarp ? of_warp[lane] : Partial<T>();
+  p = lane < blockDim.x / kWarp ? of_warp[lane] : Partial<D>();
   merge_lanes(p, kWarp, soft);
 }
 
-template <class T>
-struct Group<Scope::kBlock, T> {
+template <class D>
+struct Group<Scope::kBlock, D> {
   const int size = blockDim.x, rank = threadIdx.x;
-  BlockPartials<T>& shared;
+  BlockPartials<D>& shared;
   int turn = 0;
 
   __device__ explicit Group(int) : shared(storage()) {}
-  __device__ static BlockPartials<T>& storage() {
-    __shared__ alignas(16) unsigned char bytes[sizeof(BlockPartials<T>)];
-    return *reinterpret_cast<BlockPartials<T>*>(bytes);
+  __device__ int owner(int packet) const { return packet % size; }
+  __device__ static BlockPartials<D>& storage() {
+    __shared__ alignas(16) unsigned char bytes[sizeof(BlockPartials<D>)];
+    return *reinterpret_cast<BlockPartials<D>*>(bytes);
   }
   __device__ int64_t first_row() const { return blockIdx.x; }
   __device__ int64_t row_step() const { return gridDim.x; }
   __device__ int64_t row_behind() const { return 0; }
-  __device__ void merge(Partial<T>& p, bool soft) {
+  __device__ void merge(Partial<D>& p, bool soft) {
     merge_block(p, soft, shared.of_warp[turn]);
     turn ^= 1;
   }
@@ -132,34 +149,35 @@ struct Group<Scope::kBlock, T> {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 // The hardware has no clusters, and none is launched: see has_clusters.
-template <class T>
-struct Group<Scope::kCluster, T> : Group<Scope::kBlock, T> {
-  using Group<Scope::kBlock, T>::Group;
+template <class D>
+struct Group<Scope::kCluster, D> : Group<Scope::kBlock, D> {
+  using Group<Scope::kBlock, D>::Group;
 };
 #else
-template <class T>
-struct Group<Scope::kCluster, T> {
+template <class D>
+struct Group<Scope::kCluster, D> {
   const int size, rank;
-  BlockPartials<T>& shared;
+  BlockPartials<D>& shared;
   int turn = 0;
 
   __device__ explicit Group(int)
       : size(cluster().num_blocks() * blockDim.x),
         rank(cluster().block_rank() * blockDim.x + threadIdx.x),
-        shared(Group<Scope::kBlock, T>::storage()) {}
+        shared(Group<Scope::kBlock, D>::storage()) {}
+  __device__ int owner(int packet) const { return packet % size; }
   __device__ static cooperative_groups::cluster_group cluster() {
     return cooperative_groups::this_cluster();
   }
   __device__ int64_t first_row() const { return blockIdx.x / cluster().num_blocks(); }
   __device__ int64_t row_step() const { return gridDim.x / cluster().num_blocks(); }
   __device__ int64_t row_behind() const { return 0; }
-  __device__ void merge(Partial<T>& p, bool soft) {
-    __shared__ alignas(16) unsigned char bytes[2 * sizeof(Partial<T>)];
-    Partial<T>* const of_block = reinterpret_cast<Partial<T>*>(bytes) + turn;
+  __device__ void merge(Partial<D>& p, bool soft) {
+    __shared__ alignas(16) unsigned char bytes[2 * sizeof(Partial<D>)];
+    Partial<D>* const of_block = reinterpret_cast<Partial<D>*>(bytes) + turn;
     merge_block(p, soft, shared.of_warp[turn]);
     if (threadIdx.x == 0) *of_block = p;
     cluster().sync();
-    p = Partial<T>();
+    p = Partial<D>();
     for (unsigned b = 0; b < cluster().num_blocks(); ++b) {
       p.merge(*cluster().map_shared_rank(of_block, b));
     }
@@ -188,7 +206,11 @@ struct Problem {
     return call.weight ? static_cast<const T*>(call.weight)[c] : T(1);
   }
   __device__ int64_t offset(const Rows& r, int64_t row) const {
+    if (call.inner == 1) return row * r.outer;  // a 64-bit division takes as long as a packet
     return row / call.inner * r.outer + row % call.inner * r.inner;
+  }
+  __device__ int64_t index(int64_t row) const {
+    return call.indices && row < rows ? call.indices[row] : -1;
   }
   template <class D>
   __device__ D* gradient(int64_t row) const {
@@ -212,12 +234,15 @@ struct Target {
 
   Target() = default;
   template <class T>
-  __device__ Target(const Problem<T>& problem, int64_t row, const Launch& l) {
+  __device__ Target(const Problem<T>& problem, int64_t row, const Launch& l)
+      : Target(problem, row, problem.index(row), l) {}
+  template <class T>
+  __device__ Target(const Problem<T>& problem, int64_t row, int64_t index_, const Launch& l) {
     if (row >= problem.rows) return;
     const CrossEntropyCall& call = problem.call;
     live = true;
     if (!call.indices) return;
-    index = call.indices[row];
+    index = index_;
     if (index >= 0 && index < call.classes && index != call.ignore_index) return;
     live = false;
     faulty = index != call.ignore_index;
@@ -235,186 +260,235 @@ struct Target {
 // What comes of a row's sums, once they are complete.
 template <class T>
 struct RowEnd {
-  T loss = 0, max = 0;
+  RowSums<T> sums{};
   T at_target = 0;  // the gradient there
   RowSlope<T> slope{};
 
+  template <class D>
   __device__ RowEnd(const Problem<T>& problem, const Shares<T>& shares, const Target& target,
-                    Partial<T> p, T logit, T scale, int64_t row) {
-    if (!target.live) {
-      loss = target.template rest<T>();
-      return;
-    }
+                    Partial<D> p, T logit, T scale, int64_t row) {
+    if (!target.live) return;
     if (target.index >= 0) p.move_to(fmax(p.max, logit));
     const T weight = target.index >= 0 ? problem.class_weight(target.index) : T(1);
     const T gap = logit - p.max;
-    const RowSums<T> sums{p.max, p.sum, p.dot, p.mass, gap, exp_nonpositive(gap), weight};
-    loss = shares.loss(sums);
-    max = p.max;
+    sums = {p.max, p.sum, p.dot, p.mass, gap, exp_nonpositive(gap), weight};
     const CrossEntropyCall& call = problem.call;
     if (call.upstream) scale = read<T>(call.upstream, call.upstream_dtype, row);
     slope = shares.slope(sums, scale);
     at_target = slope.own * slope.factor;
     if (shares.smooth) at_target = at_target - weight * slope.scale;
   }
+  __device__ T loss(const Shares<T>& shares, const Target& target) const {
+    return target.live ? shares.loss(sums) : target.template rest<T>();
+  }
 };
 
 // ---- classes side by side -----------------------------------------------------------------------
 
-// One row as packets that begin at multiples of 16 bytes, wherever the row itself begins: the
-// first and the last may lie half outside.
+// One row: packets, which begin at multiples of 16 bytes wherever the row itself begins, and its
+// edges, the classes before and behind them.
 template <class D>
 struct PackedRow {
   using P = Packet<D>;
   const D* input;
   D* gradient;
-  int classes;
-  int start;    // of the row in its first packet
+  int head;  // classes before the first packet
+  int packets;
+  int edges;    // classes in no packet
   bool packed;  // gradient lies at the same phase
 
-  __device__ PackedRow(const D* in, D* out, int n)
-      : input(in), gradient(out), classes(n), start(phase(in)), packed(phase(in) == phase(out)) {}
-  __device__ int packets() const { return (classes + start + P::kSize - 1) / P::kSize; }
-  // The class of a packet's first element.
-  __device__ int first(int p) const { return p * P::kSize - start; }
-  __device__ bool whole(int c) const { return c >= 0 && c + P::kSize <= classes; }
-
-  __device__ P load(int p) const {
-    const int c = first(p);
-    if (whole(c)) return *reinterpret_cast<const P*>(input + c);
-    P packet;
-#pragma unroll
-    for (int i = 0; i < P::kSize; ++i) {
-      const bool inside = c + i >= 0 && c + i < classes;
-      packet.element[i] = inside ? input[c + i] : narrow<D>(-kInfinity<Compute<D>>);
-    }
-    return packet;
+  __device__ PackedRow(const D* in, D* out, int classes)
+      : input(in), gradient(out), packed(phase(in) == phase(out)) {
+    head = min((P::kSize - phase(in)) % P::kSize, classes);
+    packets = static_cast<int>(static_cast<unsigned>(classes - head) / P::kSize);
+    edges = classes - packets * P::kSize;
   }
+  // The class of an edge, and of a packet's first element.
+  __device__ int edge(int e) const { return e < head ? e : e + packets * P::kSize; }
+  __device__ int first(int p) const { return head + p * P::kSize; }
+
+  // How many packets a thread of the group has.
+  template <class G>
+  __device__ int count(const G& group) const {
+    return (packets - group.rank + group.size - 1) / group.size;
+  }
+  __device__ const P* at(int p) const { return reinterpret_cast<const P*>(input + first(p)); }
   __device__ void store(int p, const P& packet) const {
-    const int c = first(p);
-    if (packed && whole(c)) {
-      *reinterpret_cast<P*>(gradient + c) = packet;
+    D* const out = gradient + first(p);
+    if (packed) {
+      *reinterpret_cast<P*>(out) = packet;
       return;
     }
 #pragma unroll
-    for (int i = 0; i < P::kSize; ++i) {
-      if (c + i >= 0 && c + i < classes) gradient[c + i] = packet.element[i];
-    }
+    for (int i = 0; i < P::kSize; ++i) out[i] = packet.element[i];
   }
 };
 
-// kHard: class indices without label smoothing. keeps: what a thread's registers do not hold is in
-// shared memory, else it is read twice.
+// How a row's packets are laid over its threads.
+struct Layout {
+  int lanes = kWarp;  // a row, where a warp has several
+  int each = 0;       // packets of a thread, in shared memory
+  int stages = 1;     // rows there at a time: one is computed with, the others are on their way
+  bool keeps = true;  // else no row is there, and it is read twice
+};
+
+template <Scope kScope>
+constexpr int kBlock = kScope == Scope::kLanes ? kLanesBlock : kRowBlock;
+// Threads of an SM: more of them where each is not short of registers.
+template <class D, bool kHard>
+constexpr int kThreadsAtOnce = sizeof(D) == 8 ? 256 : (kHard ? 1024 : 768);
+
+// kHard: class indices without label smoothing.
 template <class D, Scope kScope, bool kHard>
-__global__ void __launch_bounds__(kScope == Scope::kLanes ? kLanesBlock : kRowBlock,
-                                  kHard && sizeof(D) < 8 ? 2 : 1)
-    rows(const Problem<Compute<D>> problem, const Launch l, int lanes, bool keeps) {
+__global__ void __launch_bounds__(kBlock<kScope>,
+                                  std::max(1, kThreadsAtOnce<D, kHard> / kBlock<kScope>))
+    rows(const Problem<Compute<D>> problem, const Launch l, const Layout layout) {
   using T = Compute<D>;
   using P = Packet<D>;
   extern __shared__ uint4 shared[];
-  P* const places = reinterpret_cast<P*>(shared);
   const Scaling& s = Scaling::of_block(l);  // in shared memory: it takes no registers meanwhile
   if (settled(l, s)) return;
   const CrossEntropyCall& call = problem.call;
   const Shares<T> shares = problem.template shares<kHard>();
-  Group<kScope, T> group(lanes);
-  const int step = group.size * kBatch;
-  double total = 0;
-  for (int64_t first = group.first_row(); first < problem.rows; first += group.row_step()) {
-    const int64_t row = first + group.row_behind();
-    const Target target(problem, row, l);
-    const PackedRow<D> line(
-        static_cast<const D*>(call.input.data) + problem.offset(call.input, row),
-        problem.template gradient<D>(row), static_cast<int>(call.classes));
-    // Far from any packet where there is none.
-    const int target_class = target.index >= 0 ? static_cast<int>(target.index) : INT_MIN / 2;
-    const T logit = target.index >= 0 ? T(widen(line.input[target_class])) : T(0);
-    const int64_t y_at = problem.offset(call.probabilities, row);
-    const int packets = row < problem.rows ? line.packets() : 0;
-    const int last = packets > 0 ? (packets - 1) / step : 0;  // batch
+  Group<kScope, D> group(layout.lanes);
+  const int64_t step = group.row_step();
+  const auto line_of = [&](int64_t row) {
+    const bool there = row < problem.rows;
+    const int64_t any = there ? row : 0;
+    return PackedRow<D>(static_cast<const D*>(call.input.data) + problem.offset(call.input, any),
+                        problem.template gradient<D>(any), there ? static_cast<int>(call.classes) : 0);
+  };
+  const auto logit_of = [&](int64_t row, const Target& target) {
+    if (target.index < 0) return T(0);
+    const D* const input = static_cast<const D*>(call.input.data);
+    return T(widen(input[problem.offset(call.input, row) + target.index]));
+  };
 
-    P batch[kBatch];
-    // f(packet, p, its place in shared memory) for each packet of a batch.
-    const auto for_packets = [&](int number, auto&& f) {
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const int p = number * step + u * group.size + group.rank;
-        if (p < packets) {
-          f(batch[u], p, places[(number * kBatch + u) * blockDim.x + threadIdx.x]);
-        }
-      }
-    };
-
-    // f(i) where the element i of a packet from class c on is the target's. Unrolled, for an index
-    // that is not known to the compiler would take the packet out of its registers.
-    const auto at_target = [&](int c, auto&& f) {
-      const int at = target_class - c;
-      if (at < 0 || at >= P::kSize) return;
-#pragma unroll
-      for (int i = 0; i < P::kSize; ++i) {
-        if (i == at) f(i);
-      }
-    };
-
-    Partial<T> sums;
-    for (int b = 0; target.live && b <= last; ++b) {
-      for_packets(b, [&](P& x, int p, P&) { x = line.load(p); });
-      Partial<T> part;
-      for_packets(b, [&](P& x, int p, P& place) {
-        at_target(line.first(p), [&](int i) { x.element[i] = narrow<D>(-kInfinity<T>); });
-        part.max = fmax(part.max, largest(x));
-        if (keeps && b != last) place = x;
-      });
-      const T top = origin(part.max);
-      for_packets(b, [&](P& x, int p, P&) {
-#pragma unroll
-        for (int i = 0; i < P::kSize; ++i) {
-          part.sum += exp_nonpositive(T(widen(x.element[i])) - top);
-          if constexpr (!kHard) {
-            const int c = line.first(p) + i;
-            if (c < 0 || c >= line.classes) continue;
-            const T q = problem.share(shares, y_at, c);
-            part.dot += q * ((c == target_class ? logit : T(widen(x.element[i]))) - top);
-            part.mass += q;
-          }
-        }
-      });
-      sums.merge(part);
+  // A thread's own packets alone: no other looks there, and no barrier is needed.
+  P* const places = reinterpret_cast<P*>(shared) + threadIdx.x;
+  int stage = 0;
+  const auto place = [&](int k) -> P& {
+    return places[(stage * layout.each + k) * static_cast<int>(blockDim.x)];
+  };
+  // The packets of a row, from this thread's k-th on, are sent for.
+  const auto send_for = [&](const PackedRow<D>& line, int k) {
+    for (int p = k * group.size + group.rank; p < line.packets; p += group.size) {
+      copy_ahead(place(k++), line.at(p));
     }
+  };
+
+  int64_t row = group.first_row() + group.row_behind();
+  for (; stage < layout.stages; ++stage) {
+    if (layout.keeps) send_for(line_of(row + stage * step), 0);
+    end_of_copies();
+  }
+  stage = 0;
+  Target target(problem, row, problem.index(row), l);
+  T logit = logit_of(row, target);
+  double total = 0;
+  for (; row - group.row_behind() < problem.rows; row += step) {
+    const PackedRow<D> line = line_of(row);
+    const int64_t next_index = problem.index(row + step);
+    const int64_t y_at = problem.offset(call.probabilities, row);
+    // Where the target is, if it is in a packet; far behind them where there is none.
+    const int class_of_target = static_cast<int>(target.index);
+    const auto behind_head = static_cast<unsigned>(class_of_target - line.head);
+    const int its_packet = static_cast<int>(behind_head / P::kSize);
+    const int its_element = static_cast<int>(behind_head % P::kSize);
+    const bool mine = its_packet < line.packets && group.owner(its_packet) == group.rank;
+    const D nothing = narrow<D>(-kInfinity<T>);
+
+    // The target's own share is left out of the sum.
+    wait_for_copies(layout.stages - 1);
+    if (layout.keeps && mine) place(its_packet / group.size).element[its_element] = nothing;
+    Partial<D> sums;
+    const auto share_out = [&](Partial<D>& part, T distance, int c) {
+      part.sum += exp_for<D>(distance);
+      if constexpr (!kHard) {
+        const T q = problem.share(shares, y_at, c);
+        if (c == class_of_target) distance = logit - origin(part.max);
+        part.dot += q * distance;
+        part.mass += q;
+      }
+    };
+    // From this thread's k-th packet on as many as `many` says, whose values are in flight together.
+    const auto add = [&](auto many, int k) {
+      P x[many];
+#pragma unroll
+      for (int u = 0; u < many; ++u) {
+        const int p = (k + u) * group.size + group.rank;
+        x[u] = layout.keeps ? place(k + u) : *line.at(p);
+        if (!layout.keeps && p == its_packet) put(x[u], its_element, nothing);
+      }
+      Partial<D> part;
+#pragma unroll
+      for (int u = 0; u < many; ++u) part.max = fmax(part.max, largest(x[u]));
+      const T top = origin(part.max);
+#pragma unroll
+      for (int u = 0; u < many; ++u) {
+        const int c = line.first((k + u) * group.size + group.rank);
+#pragma unroll
+        for (int i = 0; i < P::kSize; ++i) share_out(part, T(widen(x[u], i)) - top, c + i);
+      }
+      sums.merge(part);
+    };
+    if (target.live) {
+      const int count = line.count(group);
+      int k = 0;
+      for (; k + kBatch <= count; k += kBatch) add(std::integral_constant<int, kBatch>(), k);
+      for (; k < count; ++k) add(std::integral_constant<int, 1>(), k);
+      for (int e = group.rank; e < line.edges; e += group.size) {
+        const int c = line.edge(e);
+        Partial<D> part;
+        if (c != class_of_target) part.max = widen(line.input[c]);
+        share_out(part, part.max - origin(part.max), c);
+        sums.merge(part);
+      }
+    }
+    const PackedRow<D> ahead = line_of(layout.keeps ? row + layout.stages * step : problem.rows);
+    if (!s.write) send_for(ahead, 0);
     group.merge(sums, !kHard);
 
-    const T scale = static_cast<T>(s.scale);
-    const RowEnd<T> end(problem, shares, target, sums, logit, scale, row);
+    const RowEnd<T> end(problem, shares, target, sums, logit, static_cast<T>(s.scale), row);
     if (group.rank == 0 && row < problem.rows) {
-      if (call.value) write(call.value, call.value_dtype, row, end.loss);
-      total += end.loss;
+      const T loss = end.loss(shares, target);
+      if (call.value) write(call.value, call.value_dtype, row, loss);
+      total += loss;
     }
-    if (!s.write) continue;
-    if (!target.live) {
-      T rest[P::kSize];
-      std::fill_n(rest, P::kSize, target.template rest<T>());
-      for (int b = 0; b <= last; ++b) {
-        for_packets(b, [&](P&, int p, P&) { line.store(p, pack<D>(rest)); });
-      }
-      continue;
-    }
-    // The last batch first: it is in the registers still.
-    for (int b = last; b >= 0; --b) {
-      for_packets(b, [&](P& x, int p, P& place) {
-        if (b != last) x = keeps ? place : line.load(p);
-        const int c = line.first(p);
+    const Target next(problem, row + step, next_index, l);
+    logit = logit_of(row + step, next);
+    if (s.write) {
+      const auto gradient = [&](T x, int c) {
+        T g = exp_for<D>(x - end.sums.max) * end.slope.factor;
+        if constexpr (!kHard) g = g - problem.share(shares, y_at, c) * end.slope.scale;
+        return g;
+      };
+      int k = 0;
+#pragma unroll 2
+      for (int p = group.rank; p < line.packets; p += group.size, ++k) {
+        const P x = layout.keeps ? place(k) : *line.at(p);
+        if (p < ahead.packets) copy_ahead(place(k), ahead.at(p));
         T g[P::kSize];
+        if (target.live) {
 #pragma unroll
-        for (int i = 0; i < P::kSize; ++i) {
-          g[i] = exp_nonpositive(T(widen(x.element[i])) - end.max) * end.slope.factor;
-          if (!kHard && c + i >= 0 && c + i < line.classes) {
-            g[i] = g[i] - problem.share(shares, y_at, c + i) * end.slope.scale;
-          }
+          for (int i = 0; i < P::kSize; ++i) g[i] = gradient(T(widen(x, i)), line.first(p) + i);
+        } else {
+          std::fill_n(g, P::kSize, target.template rest<T>());
         }
-        at_target(c, [&](int i) { g[i] = end.at_target; });
         line.store(p, pack<D>(g));
-      });
+      }
+      for (int e = group.rank; e < line.edges; e += group.size) {
+        const int c = line.edge(e);
+        T g = target.template rest<T>();
+        if (target.live) g = gradient(T(widen(line.input[c])), c);
+        line.gradient[c] = narrow<D>(c == class_of_target ? end.at_target : g);
+      }
+      if (mine) line.gradient[class_of_target] = narrow<D>(end.at_target);
+      send_for(ahead, k);
     }
+    end_of_copies();
+    stage = stage + 1 < layout.stages ? stage + 1 : 0;
+    target = next;
   }
   group.leave();
   finish(l, total);
@@ -453,7 +527,7 @@ __global__ void __launch_bounds__(kColumnsBlock, kColumnsBlocks<D, kWide, kHard>
     Target targets[kRows];
     int64_t y_at[kRows];
     T logits[kRows];
-    Partial<T> sums[kRows];
+    Partial<D> sums[kRows];
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
       targets[j] = Target(problem, row + j, l);
@@ -469,7 +543,7 @@ __global__ void __launch_bounds__(kColumnsBlock, kColumnsBlocks<D, kWide, kHard>
       }
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
-        Partial<T> part;
+        Partial<D> part;
 #pragma unroll
         for (int k = 0; k < kStep; ++k) {
           if (c + k < call.classes && c + k != targets[j].index) {
@@ -481,7 +555,7 @@ __global__ void __launch_bounds__(kColumnsBlock, kColumnsBlocks<D, kWide, kHard>
         for (int k = 0; k < kStep; ++k) {
           if (c + k >= call.classes) break;
           const T distance = T(widen(x[k].element[j])) - top;
-          if (c + k != targets[j].index) part.sum += exp_nonpositive(distance);
+          if (c + k != targets[j].index) part.sum += exp_for<D>(distance);
           if constexpr (!kHard) {
             const T q = problem.share(shares, y_at[j], c + k);
             part.dot += q * distance;
@@ -496,9 +570,10 @@ __global__ void __launch_bounds__(kColumnsBlock, kColumnsBlocks<D, kWide, kHard>
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
       const RowEnd<T> end(problem, shares, targets[j], sums[j], logits[j], scale, row + j);
-      if (call.value) write(call.value, call.value_dtype, row + j, end.loss);
-      total += end.loss;
-      max[j] = end.max;
+      const T loss = end.loss(shares, targets[j]);
+      if (call.value) write(call.value, call.value_dtype, row + j, loss);
+      total += loss;
+      max[j] = end.sums.max;
       at_target[j] = end.at_target;
       slope[j] = end.slope;
     }
@@ -508,7 +583,7 @@ __global__ void __launch_bounds__(kColumnsBlock, kColumnsBlocks<D, kWide, kHard>
       Line out;
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
-        T g = exp_nonpositive(T(widen(x.element[j])) - max[j]) * slope[j].factor;
+        T g = exp_for<D>(T(widen(x.element[j])) - max[j]) * slope[j].factor;
         if (!kHard && targets[j].live) g = g - problem.share(shares, y_at[j], c) * slope[j].scale;
         if (c == targets[j].index) g = at_target[j];
         out.element[j] = narrow<D>(targets[j].live ? g : targets[j].template rest<T>());
@@ -525,17 +600,22 @@ constexpr int kMostBlocks = 8;             // in a cluster, on every device that
 constexpr int64_t kMostClasses = 1 << 30;  // that a row of packets counts in int
 constexpr int64_t kDeclared = 4 << 10;  // of shared memory, what kernels declare and the system has
 constexpr int64_t kUnasked = 48 << 10;  // of shared memory, without asking for it
-constexpr int64_t kBatchBytes = kPacketBytes * kBatch;  // of a thread
+
+// Packets of a thread: as few in a row for which this makes no more than kFewLanes threads, and as
+// many, for its share of what is done once a row; and at most, but where no cluster is large enough.
+constexpr int64_t kFewPackets = 4, kSomePackets = 8, kManyPackets = 16;
+constexpr int kFewLanes = 8;
+// Of rows on their way to a block: short rows are too few bytes to keep the memory busy.
+constexpr int64_t kAheadBytes = 16 << 10, kMostStages = 3;
 
 // How a call is laid over the device.
 struct Plan {
   enum class Kernel { kColumns, kWideColumns, kLanes, kBlock, kCluster } kernel;
-  int lanes = kWarp;  // a row, kLanes
-  int threads = 0;    // a block
-  int cluster = 1;    // blocks
-  int64_t blocks = 1;
+  Layout layout;
+  int threads = 0;  // a block
+  int cluster = 1;  // blocks
+  int64_t blocks = 1;  // in all
   int64_t shared = 0;  // bytes a block
-  bool keeps = true;
 };
 
 // A packet of two doubles would save nothing, and soft targets take too many registers.
@@ -562,6 +642,47 @@ int64_t most_shared() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kDeclared;
 }
 
+// A launch of a plan's kernel.
+struct Launching {
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t config{};
+
+  Launching(const Plan& plan, cudaStream_t stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = plan.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
+    config.blockDim = dim3(plan.threads);
+    config.dynamicSmemBytes = static_cast<size_t>(plan.shared);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = plan.kernel == Plan::Kernel::kCluster ? 1 : 0;
+  }
+  Launching(const Launching&) = delete;
+};
+
+// Lets a kernel have what shared memory its plan wants.
+template <class Kernel>
+cudaError_t allow_shared(Kernel* kernel, const Plan& plan) {
+  if (plan.shared <= kUnasked - kDeclared) return cudaSuccess;
+  // Whatever this call takes, the most: another thread's is never forbidden what it asked for.
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(most_shared()));
+}
+
+// The hardware knows where clusters fit.
+template <class D, bool kHard>
+int64_t clusters_at_once(const Plan& plan) {
+  constexpr auto kernel = rows<D, Scope::kCluster, kHard>;
+  int count = 0;
+  Launching launching(plan, nullptr);
+  if (allow_shared(kernel, plan) != cudaSuccess ||
+      cudaOccupancyMaxActiveClusters(&count, kernel, &launching.config) != cudaSuccess) {
+    cudaGetLastError();
+  }
+  return std::max(1, count);
+}
+
 template <class D>
 Plan plan_for(const CrossEntropy& call) {
   using Kernel = Plan::Kernel;
@@ -570,10 +691,6 @@ Plan plan_for(const CrossEntropy& call) {
   const int64_t rows = call.outer * call.inner;
   const bool hard = call.indices && call.label_smoothing == 0;
   Plan plan;
-  const auto at_once = [&](int64_t groups, int64_t threads_per_sm) {
-    const int64_t per_sm = std::max<int64_t>(1, threads_per_sm / (plan.threads * plan.cluster));
-    return std::clamp<int64_t>(groups, 1, sms * per_sm);
-  };
   if (call.classes > kMostClasses || call.input.classes != 1 ||
       (call.gradient.data && call.gradient.classes != 1)) {
     const bool wide = (hard ? kWideHasUse<D, true> : kWideHasUse<D, false>) &&
@@ -581,39 +698,50 @@ Plan plan_for(const CrossEntropy& call) {
                       (!call.gradient.data || lies_wide<D>(call.gradient));
     plan.kernel = wide ? Kernel::kWideColumns : Kernel::kColumns;
     plan.threads = kColumnsBlock;
-    plan.blocks = at_once(ceil_div(rows, kColumnsBlock * (wide ? kSize : 1)), 1024);
+    const int64_t blocks = ceil_div(rows, kColumnsBlock * (wide ? kSize : 1));
+    plan.blocks = std::clamp<int64_t>(blocks, 1, sms * (1024 / kColumnsBlock));
     return plan;
   }
-  const auto whole = [](int64_t size, int64_t stride) { return size == 1 || stride % kSize == 0; };
-  const bool aligned = call.classes % kSize == 0 && whole(call.outer, call.input.outer) &&
-                       whole(call.inner, call.input.inner) &&
-                       phase(static_cast<const D*>(call.input.data)) == 0;
-  // A row that begins amid a packet may end amid one more.
-  const int64_t packets = ceil_div(call.classes, kSize) + (aligned ? 0 : 1);
-  if (packets <= kWarp * kBatch) {
+  const int64_t packets = std::max<int64_t>(1, call.classes / kSize);
+  Layout& layout = plan.layout;
+  int64_t groups = rows;  // of threads, that there is work for
+  if (packets <= kWarp * kManyPackets) {
     plan.kernel = Kernel::kLanes;
     plan.threads = kLanesBlock;
-    while (plan.lanes > 1 && plan.lanes / 2 * kBatch >= packets) plan.lanes /= 2;
-    plan.blocks = at_once(ceil_div(rows, kLanesBlock / plan.lanes), 2048);
-    return plan;
+    const auto each = [](int lanes) { return lanes < kFewLanes ? kFewPackets : kSomePackets; };
+    while (layout.lanes > 1 && layout.lanes / 2 * each(layout.lanes / 2) >= packets) {
+      layout.lanes /= 2;
+    }
+    layout.each = static_cast<int>(ceil_div(packets, layout.lanes));
+    groups = ceil_div(rows, plan.threads / layout.lanes);
+  } else {
+    constexpr int64_t kHeld = kRowBlock * kManyPackets;  // by a block
+    plan.kernel = Kernel::kBlock;
+    if (kHeld < packets && has_clusters()) {
+      plan.kernel = Kernel::kCluster;
+      while (plan.cluster < kMostBlocks && plan.cluster * kHeld < packets) plan.cluster *= 2;
+    }
+    const int64_t share = ceil_div(packets, plan.cluster);  // of a block
+    const int64_t threads = ceil_div(ceil_div(share, kManyPackets), kWarp) * kWarp;
+    plan.threads = static_cast<int>(std::min<int64_t>(threads, kRowBlock));
+    layout.each = static_cast<int>(ceil_div(share, plan.threads));
   }
-  // Two blocks an SM, so that one loads while the other computes: a batch of each thread in
-  // registers and three in shared memory.
-  constexpr int64_t kHeld = 4;
-  plan.kernel = Kernel::kBlock;
-  const int64_t held = kRowBlock * kBatch * kHeld;  // by a block
-  if (held < packets && has_clusters()) {
-    plan.kernel = Kernel::kCluster;
-    while (plan.cluster < kMostBlocks && plan.cluster * held < packets) plan.cluster *= 2;
+  const int64_t row_bytes = int64_t{layout.each} * plan.threads * kPacketBytes;
+  layout.keeps = row_bytes <= most_shared();
+  if (layout.keeps) {
+    layout.stages = static_cast<int>(std::clamp<int64_t>(kAheadBytes / row_bytes, 1, kMostStages));
+    plan.shared = layout.stages * row_bytes;
   }
-  const int64_t share = ceil_div(packets, plan.cluster);  // of a block
-  const int64_t threads = ceil_div(ceil_div(share, 2 * kBatch), kWarp) * kWarp;
-  plan.threads = static_cast<int>(std::min<int64_t>(threads, kRowBlock));
-  const int64_t batches = ceil_div(share, plan.threads * kBatch);
-  plan.shared = (batches - 1) * plan.threads * kBatchBytes;
-  plan.keeps = plan.shared <= most_shared();
-  if (!plan.keeps) plan.shared = 0;
-  plan.blocks = plan.cluster * at_once(rows, batches <= kHeld ? 1024 : 512);
+  // As many groups as run at once: each has rows after rows, and so one on its way.
+  const int64_t by_threads = hard ? kThreadsAtOnce<D, true> : kThreadsAtOnce<D, false>;
+  const int64_t by_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  const int64_t per_sm = std::min(by_threads / plan.threads, by_shared / (plan.shared + kDeclared));
+  int64_t at_once = sms * std::max<int64_t>(1, per_sm);
+  plan.blocks = plan.cluster;
+  if (plan.kernel == Kernel::kCluster) {
+    at_once = hard ? clusters_at_once<D, true>(plan) : clusters_at_once<D, false>(plan);
+  }
+  plan.blocks = plan.cluster * std::clamp<int64_t>(groups, 1, at_once);
   return plan;
 }
 
@@ -626,25 +754,10 @@ auto with_plan(const CrossEntropy& call, F&& f) {
 template <class D, Scope kScope, bool kHard>
 cudaError_t run_rows(const CrossEntropyCall& call, const Launch& launch, const Plan& plan) {
   constexpr auto kernel = rows<D, kScope, kHard>;
-  if (plan.shared > kUnasked - kDeclared) {
-    // Whatever this call takes, the most: another thread's is never forbidden what it asked for.
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared()));
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = plan.cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
-  config.blockDim = dim3(plan.threads);
-  config.dynamicSmemBytes = static_cast<size_t>(plan.shared);
-  config.stream = launch.stream;
-  config.attrs = &attribute;
-  config.numAttrs = kScope == Scope::kCluster ? 1 : 0;
+  if (const cudaError_t error = allow_shared(kernel, plan); error != cudaSuccess) return error;
+  Launching launching(plan, launch.stream);
   const Problem<Compute<D>> problem{call, call.outer * call.inner};
-  return cudaLaunchKernelEx(&config, kernel, problem, launch, plan.lanes, plan.keeps);
+  return cudaLaunchKernelEx(&launching.config, kernel, problem, launch, plan.layout);
 }
 
 template <class D, bool kHard>

@@ -24,8 +24,9 @@ __device__ auto evaluate(const Loss& loss, T x, T y, T pos_weight, T factor, con
   if constexpr (Loss::kUnitInterval) {
     const bool x_fits = x >= T(0) && x <= T(1), y_fits = y >= T(0) && y <= T(1);
     if (!x_fits || !y_fits) {
-      factor = std::numeric_limits<T>::quiet_NaN();
-      tell(l, x_fits ? Fault::kTargetOutsideUnit : Fault::kInputOutsideUnit, at, x_fits ? y : x, 0);
+      factor = T(std::numeric_limits<float>::quiet_NaN());
+      tell(l, x_fits ? Fault::kTargetOutsideUnit : Fault::kInputOutsideUnit, at,
+           static_cast<double>(x_fits ? y : x), 0);
     }
   }
   if constexpr (Loss::kPosWeight) {
@@ -50,16 +51,9 @@ struct Writes {
 
 // ---- operands of one dtype, side by side --------------------------------------------------------
 
-// Of a packet's numbers one. Two bf16 stay in one register: taken apart, each would have its own.
-template <class D>
-__device__ Compute<D> widen(const Packet<D>& packet, int i) {
-  if constexpr (std::is_same_v<D, __nv_bfloat16>) {
-    const unsigned pair = reinterpret_cast<const unsigned*>(packet.element)[i / 2];
-    return __uint_as_float(i % 2 ? pair & 0xffff0000u : pair << 16);
-  } else {
-    return widen(packet.element[i]);
-  }
-}
+// What a loss is computed in.
+template <class Loss, class D>
+using Number = std::conditional_t<sizeof(D) == 2 && !Loss::kCustom, Quick, Compute<D>>;
 
 template <class Loss, class D>
 struct Flat {
@@ -82,13 +76,14 @@ template <class Loss, class D, bool kPlain>
 __global__ void __launch_bounds__(kThreads, kLeastPerSM<Loss, kPlain>)
     flat(const Flat<Loss, D> c, const Launch l) {
   using T = Compute<D>;
+  using N = Number<Loss, D>;
   using P = Packet<D>;
   const Scaling s = Scaling::of_block(l);
   if (settled(l, s)) return;
   constexpr bool kTarget = Loss::kCustom && !kPlain;
   const Writes<Loss, Flat<Loss, D>> writes(c, s);
   const Loss loss = c.loss;
-  const T scale = static_cast<T>(s.scale);
+  const N scale(static_cast<T>(s.scale));
   const int64_t packets = c.packets;
   const bool weighted = !kPlain && c.weight, has_upstream = !kPlain && c.upstream;
   const bool has_value = !kPlain && c.value;
@@ -99,13 +94,14 @@ __global__ void __launch_bounds__(kThreads, kLeastPerSM<Loss, kPlain>)
     if (weighted) factor = widen(c.weight[at]);
     if (has_upstream) factor = factor * widen(c.upstream[at]);
     const T p = Loss::kPosWeight ? widen(c.pos_weight[at]) : T(1);
-    const auto e = evaluate(loss, T(widen(c.input[at])), T(widen(c.target[at])), p, factor, l, at);
-    if (has_value) c.value[at] = narrow<D>(e.value);
-    if (writes.input) c.gradient[at] = narrow<D>(e.gradient(scale));
+    const auto e =
+        evaluate(loss, N(widen(c.input[at])), N(widen(c.target[at])), N(p), N(factor), l, at);
+    if (has_value) c.value[at] = narrow<D>(T(e.value));
+    if (writes.input) c.gradient[at] = narrow<D>(T(e.gradient(scale)));
     if constexpr (kTarget) {
-      if (writes.target) c.target_gradient[at] = narrow<D>(e.target_gradient(scale));
+      if (writes.target) c.target_gradient[at] = narrow<D>(T(e.target_gradient(scale)));
     }
-    total += e.value;
+    total += T(e.value);
   };
   if (blockIdx.x == 0) {
     const int64_t t = threadIdx.x, tail = c.head + packets * P::kSize;
@@ -152,11 +148,11 @@ __global__ void __launch_bounds__(kThreads, kLeastPerSM<Loss, kPlain>)
         if (weighted) factor = widen(w, i);
         if (has_upstream) factor = factor * widen(g, i);
         const T pos = Loss::kPosWeight ? widen(p, i) : T(1);
-        const auto e = evaluate(loss, widen(x[u], i), widen(y[u], i), pos, factor, l,
+        const auto e = evaluate(loss, N(widen(x[u], i)), N(widen(y[u], i)), N(pos), N(factor), l,
                                 c.head + at * P::kSize + i);
-        part += e.value;
-        results[i] = has_value ? e.value : e.gradient(scale);
-        if constexpr (kTarget) target_gradients[i] = e.target_gradient(scale);
+        part += T(e.value);
+        results[i] = T(has_value ? e.value : e.gradient(scale));
+        if constexpr (kTarget) target_gradients[i] = T(e.target_gradient(scale));
       }
       if (has_value || writes.input) out[at] = pack<D>(results);
       if constexpr (kTarget) {

@@ -90,6 +90,8 @@ class Fences {
 };
 const std::set<Fence> Fences::none_;
 
+constexpr size_t kMostCopies = 256;  // of a thread at a time
+
 struct Thread : Coroutine {
   Block* block = nullptr;
   unsigned number = 0;  // in its block
@@ -102,6 +104,14 @@ struct Thread : Coroutine {
   unsigned mask = 0;                             // the lanes it waits for
   unsigned long long brought = 0, received = 0;  // by a collective
   int source = 0;
+
+  // Copies that it has begun and not waited for. No container: ThreadSanitizer would see its memory
+  // change hands.
+  struct {
+    Copy copy;
+    size_t lot;
+  } copies[kMostCopies];
+  size_t copies_begun = 0, lots_closed = 0;
 
   Fences made;  // by itself, and by others before a barrier: an atomic shows them to who reads it
   Fences seen;  // by atomics
@@ -393,6 +403,7 @@ void start_block(Block& block) {
     thread->number = i;
     thread->index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
     thread->launch = launch->number;
+    thread->copies_begun = thread->lots_closed = 0;
     thread->made.clear();
     thread->seen.clear();
     wake(*thread);
@@ -616,6 +627,21 @@ int active_clusters(Kernel, const cudaLaunchConfig_t& config) {
 }
 
 // ---- from within a kernel -----------------------------------------------------------------------
+
+void begin_copy(const Copy& copy) {
+  if (current->copies_begun == kMostCopies) fail("begins more than %zu copies", kMostCopies);
+  current->copies[current->copies_begun++] = {copy, current->lots_closed};
+}
+void close_lot() { ++current->lots_closed; }
+bool next_copy(size_t prior, Copy& copy) {
+  for (size_t i = 0; i < current->copies_begun; ++i) {
+    if (current->copies[i].lot + prior >= current->lots_closed) continue;
+    copy = current->copies[i].copy;
+    current->copies[i] = current->copies[--current->copies_begun];
+    return true;
+  }
+  return false;
+}
 
 int lane() { return current->number % kWarp; }
 
@@ -842,6 +868,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
       *value = setting("EMULATOR_CAPABILITY", 90) % 10;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:  // and a block's share for the system
+      *value = emulator::kMaxShared + 1024;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = emulator::kMaxShared;

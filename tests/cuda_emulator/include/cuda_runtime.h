@@ -213,6 +213,7 @@ inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline long long __double_as_longlong(double x) { return std::bit_cast<long long>(x); }
 inline double __longlong_as_double(long long x) { return std::bit_cast<double>(x); }
+inline float __log2f(float x) { return std::log2(x); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 // Where the divisor is so large that its reciprocal is subnormal the device's is 0.
 inline float __fdividef(float x, float y) {

@@ -49,6 +49,17 @@ unsigned long long sync_warp(Collective what, unsigned mask, unsigned long long 
 unsigned vote_warp(unsigned mask, bool predicate, Where where);
 int lane();
 
+// Copies that the thread has begun and not yet waited for, in lots.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+void begin_copy(const Copy& copy);
+void close_lot();
+// Takes one of them out that is in none of the last `prior` closed lots; false: there is none.
+bool next_copy(size_t prior, Copy& copy);
+
 enum class Scope { kBlock, kDevice, kSystem };
 void fence(Scope scope);
 
