@@ -43,7 +43,7 @@ ON_ANY_DEVICE = frozenset(
     f"test_{name}"
     for name in (
         *("values", "second_order", "one_pass", "field_mistakes", "edge_cases", "layouts"),
-        *("properties", "log_loss", "operators", "faults", "custom", "cuda"),
+        *("properties", "log_loss", "operators", "faults", "custom", "cuda", "triton"),
     )
 )
 

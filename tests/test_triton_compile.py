@@ -21,7 +21,8 @@ pytestmark = [
 SCRIPT = Path(__file__).with_name("triton_compile.py")
 
 
-def compiled(*options: str, cache: Path) -> list[dict[str, Any]]:
+def compiled(*options: str, cache: Path) -> dict[str, list[dict[str, Any]]]:
+    """What is said of the kernels of the engines, by call."""
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *options],
         env={**os.environ, "TRITON_CACHE_DIR": str(cache)},
@@ -30,7 +31,11 @@ def compiled(*options: str, cache: Path) -> list[dict[str, Any]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    calls: dict[str, list[dict[str, Any]]] = {}
+    for row in map(json.loads, done.stdout.splitlines()):
+        if row["kernel"] in ("pointwise", "cross_entropy"):
+            calls.setdefault(row["call"], []).append(row)
+    return calls
 
 
 # Each operand and option of the kernels is in one of them: indices as rows, broadcast operands,
@@ -64,11 +69,7 @@ def test_kernels(target: str, dtype: str, families: list[str], tmp_path: Path) -
     options = ["--target", target, "--dtype", dtype, "--classes", "1000", "32000"]
     for family in families:
         options += ["--family", family]
-    told = compiled(*options, cache=tmp_path)
-    calls: dict[str, list[dict[str, Any]]] = {}
-    for row in told:
-        if row["kernel"] in ("pointwise", "cross_entropy"):
-            calls.setdefault(row["call"], []).append(row)
+    calls = compiled(*options, cache=tmp_path)
     rows = sum(family.startswith("cross_entropy") for family in families)
     assert len(calls) == len(families) + rows
     for call, (forward, backward) in calls.items():
@@ -78,6 +79,31 @@ def test_kernels(target: str, dtype: str, families: list[str], tmp_path: Path) -
             # Bytes a thread: a tile that its registers do not hold would spill far more.
             assert forward["spills"] <= 64, call
             assert forward["load"] == forward["store"] == 16, call
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+def test_without_reduction(dtype: str, tmp_path: Path) -> None:
+    """Kernels of their own: one that stores values, one that reads upstream gradients."""
+    families = [
+        "mse_loss",
+        "mse_loss-weight",
+        "binary_cross_entropy",
+        "binary_cross_entropy_with_logits-lastdim_weight-lastdim_pos_weight",
+        "log_loss",
+        "cross_entropy",
+        "cross_entropy-probabilities-weight-smoothing",
+    ]
+    options = ["--target", "sm_90", "--dtype", dtype, "--reduction", "none", "--classes", "1000"]
+    for family in families:
+        options += ["--family", family]
+    calls = compiled(*options, "--own", "tukey", cache=tmp_path)
+    assert len(calls) == len(families) + 3  # one's own: both gradients, or either
+    for call, rows in calls.items():
+        forward, backward = rows[:2]
+        assert forward["binary"] != backward["binary"], call
+        for row in rows:
+            assert row["spills"] <= 64, call
+            assert row["load"] == row["store"] == 16, call
 
 
 @pytest.mark.parametrize(
@@ -91,11 +117,7 @@ def test_kernels(target: str, dtype: str, families: list[str], tmp_path: Path) -
     ],
 )
 def test_losses_of_ones_own(target: str, dtype: str, loss: str, tmp_path: Path) -> None:
-    told = compiled("--target", target, "--dtype", dtype, "--own", loss, cache=tmp_path)
-    calls: dict[str, list[dict[str, Any]]] = {}
-    for row in told:
-        if row["kernel"] == "pointwise":
-            calls.setdefault(row["call"], []).append(row)
+    calls = compiled("--target", target, "--dtype", dtype, "--own", loss, cache=tmp_path)
     # Both gradients, for input alone and for target alone.
     assert [len(rows) for rows in calls.values()] == [4, 2, 2]
     for call, rows in calls.items():

@@ -25,7 +25,7 @@ from triton.runtime import driver
 
 import custom_losses
 import fusedloss.functional as FL
-from cases import DTYPES, FAMILIES, at_shape
+from cases import DTYPES, FAMILIES, REDUCTIONS, at_shape
 from fusedloss import backends
 from fusedloss.backends.triton import common, cross_entropy, pointwise
 from helpers import leaf
@@ -129,8 +129,10 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILIES, action="append")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     parser.add_argument("--own", action="append", help="a loss of custom_losses.py, not a family")
+    parser.add_argument("--reduction", choices=REDUCTIONS, default="mean")
     parser.add_argument("--classes", type=int, nargs="+", default=[32, 1000, 32000])
     asked = parser.parse_args()
+    reduction = asked.reduction
     families = asked.family or (() if asked.own else FAMILIES)
     for target, name, dtype in itertools.product(
         asked.target or TARGETS, asked.own or (), asked.dtype or DTYPES
@@ -141,7 +143,8 @@ def main() -> None:
             x, y = (t.detach().requires_grad_(i in wanted) for i, t in enumerate(sample))
             tell = functools.partial(report, target, f"{name} {dtype} {wanted}")
             with compiling(TARGETS[target], tell):
-                loss(x, y, clip_grad=clip_grad).backward()
+                value = loss(x, y, clip_grad=clip_grad, reduction=reduction)
+                value.backward(torch.ones_like(value))
     for target, family, dtype in itertools.product(
         asked.target or TARGETS, families, asked.dtype or DTYPES
     ):
@@ -151,8 +154,11 @@ def main() -> None:
             sample = case.sample(DTYPES[dtype])
             tell = functools.partial(report, target, f"{case.name} {dtype}")
             with compiling(TARGETS[target], tell):
-                value = getattr(FL, case.loss)(leaf(sample.input), sample.target, **sample.options)
-                value.backward()
+                loss = getattr(FL, case.loss)
+                value = loss(
+                    leaf(sample.input), sample.target, reduction=reduction, **sample.options
+                )
+                value.backward(torch.ones_like(value))
 
 
 if __name__ == "__main__":

@@ -100,9 +100,10 @@ def tile(
         v = v * w
     if value is not None:
         store(value + at, v, mask)
+    # Not in the branch on `write`: Triton lets no variable leave that with another type.
+    if upstream is not None:
+        w = w * fetch(upstream, at, mask, sizes, T)
     if write:
-        if upstream is not None:
-            w = w * fetch(upstream, at, mask, sizes, T)
         if gradient is not None:
             g = result[1] * w * factor
             if len(result) == 4:
