@@ -725,7 +725,7 @@ def test_make_gpu_ends_in_time(tmp_path):
     assert all(re.fullmatch(r"stopped after [1-3] s", result) for result in results[1:6])
     assert results[6:] == ["skipped: no time left"] * 2
     # Which of them had ended, and which had not, is told of the stopped ones too.
-    assert "-- values: " in done.stdout
+    assert "-- values:fp64: " in done.stdout
 
 
 def test_bench_told_to_end_writes_what_it_has(run, monkeypatch, tmp_path):

@@ -195,8 +195,8 @@ struct Problem {
   CrossEntropyCall call;
   int64_t rows;
 
-  template <bool kHard>
-  __device__ Shares<T> shares() const {
+  template <class N, bool kHard>
+  __device__ Shares<N> shares() const {
     if constexpr (kHard) return {true, 0, 1, 1};
     const double classes = static_cast<double>(call.classes);
     return {call.indices != nullptr, call.label_smoothing, classes,
@@ -257,6 +257,11 @@ struct Target {
   }
 };
 
+// What a row's factor is computed in. All its elements share the error of that, and those that keep
+// a float's digits would show it.
+template <class D>
+using Wide = std::conditional_t<std::is_same_v<D, float>, double, Compute<D>>;
+
 // What comes of a row's sums, once they are complete.
 template <class T>
 struct RowEnd {
@@ -265,18 +270,22 @@ struct RowEnd {
   RowSlope<T> slope{};
 
   template <class D>
-  __device__ RowEnd(const Problem<T>& problem, const Shares<T>& shares, const Target& target,
-                    Partial<D> p, T logit, T scale, int64_t row) {
+  __device__ RowEnd(const Problem<T>& problem, const Shares<Wide<D>>& shares, const Target& target,
+                    Partial<D> p, T logit, double scale, int64_t row) {
+    using W = Wide<D>;
     if (!target.live) return;
     if (target.index >= 0) p.move_to(fmax(p.max, logit));
     const T weight = target.index >= 0 ? problem.class_weight(target.index) : T(1);
     const T gap = logit - p.max;
     sums = {p.max, p.sum, p.dot, p.mass, gap, exp_nonpositive(gap), weight};
     const CrossEntropyCall& call = problem.call;
-    if (call.upstream) scale = read<T>(call.upstream, call.upstream_dtype, row);
-    slope = shares.slope(sums, scale);
-    at_target = slope.own * slope.factor;
-    if (shares.smooth) at_target = at_target - weight * slope.scale;
+    if (call.upstream) scale = read<W>(call.upstream, call.upstream_dtype, row);
+    const RowSums<W> wide{sums.max, sums.sum, sums.dot, sums.mass, gap, sums.at, weight};
+    const RowSlope<W> exact = shares.slope(wide, static_cast<W>(scale));
+    W own = exact.own * exact.factor;
+    if (shares.smooth) own = own - wide.weight * exact.scale;
+    at_target = static_cast<T>(own);
+    slope = {static_cast<T>(exact.factor), static_cast<T>(exact.scale), static_cast<T>(exact.own)};
   }
   __device__ T loss(const Shares<T>& shares, const Target& target) const {
     return target.live ? shares.loss(sums) : target.template rest<T>();
@@ -349,7 +358,8 @@ __global__ void __launch_bounds__(kBlock<kScope>,
   const Scaling& s = Scaling::of_block(l);  // in shared memory: it takes no registers meanwhile
   if (settled(l, s)) return;
   const CrossEntropyCall& call = problem.call;
-  const Shares<T> shares = problem.template shares<kHard>();
+  const auto shares = problem.template shares<T, kHard>();
+  const auto wide_shares = problem.template shares<Wide<D>, kHard>();
   Group<kScope, D> group(layout.lanes);
   const int64_t step = group.row_step();
   const auto line_of = [&](int64_t row) {
@@ -402,14 +412,14 @@ __global__ void __launch_bounds__(kBlock<kScope>,
     wait_for_copies(layout.stages - 1);
     if (layout.keeps && mine) place(its_packet / group.size).element[its_element] = nothing;
     Partial<D> sums;
-    const auto share_out = [&](Partial<D>& part, T distance, int c) {
-      part.sum += exp_for<D>(distance);
+    // What class c adds to the sum; the rest of it is added.
+    const auto share_of = [&](Partial<D>& part, T distance, int c) {
       if constexpr (!kHard) {
         const T q = problem.share(shares, y_at, c);
-        if (c == class_of_target) distance = logit - origin(part.max);
-        part.dot += q * distance;
+        part.dot += q * (c == class_of_target ? logit - origin(part.max) : distance);
         part.mass += q;
       }
+      return exp_for<D>(distance);
     };
     // From this thread's k-th packet on as many as `many` says, whose values are in flight together.
     const auto add = [&](auto many, int k) {
@@ -427,8 +437,16 @@ __global__ void __launch_bounds__(kBlock<kScope>,
 #pragma unroll
       for (int u = 0; u < many; ++u) {
         const int c = line.first((k + u) * group.size + group.rank);
+        T e[P::kSize];
 #pragma unroll
-        for (int i = 0; i < P::kSize; ++i) share_out(part, T(widen(x[u], i)) - top, c + i);
+        for (int i = 0; i < P::kSize; ++i) e[i] = share_of(part, T(widen(x[u], i)) - top, c + i);
+        // As a tree: where one class outweighs all others, each addition to it is a rounding.
+#pragma unroll
+        for (int half = P::kSize / 2; half > 0; half /= 2) {
+#pragma unroll
+          for (int i = 0; i < half; ++i) e[i] += e[i + half];
+        }
+        part.sum += e[0];
       }
       sums.merge(part);
     };
@@ -441,7 +459,7 @@ __global__ void __launch_bounds__(kBlock<kScope>,
         const int c = line.edge(e);
         Partial<D> part;
         if (c != class_of_target) part.max = widen(line.input[c]);
-        share_out(part, part.max - origin(part.max), c);
+        part.sum = share_of(part, part.max - origin(part.max), c);
         sums.merge(part);
       }
     }
@@ -449,7 +467,7 @@ __global__ void __launch_bounds__(kBlock<kScope>,
     if (!s.write) send_for(ahead, 0);
     group.merge(sums, !kHard);
 
-    const RowEnd<T> end(problem, shares, target, sums, logit, static_cast<T>(s.scale), row);
+    const RowEnd<T> end(problem, wide_shares, target, sums, logit, s.scale, row);
     if (group.rank == 0 && row < problem.rows) {
       const T loss = end.loss(shares, target);
       if (call.value) write(call.value, call.value_dtype, row, loss);
@@ -513,8 +531,8 @@ __global__ void __launch_bounds__(kColumnsBlock, kColumnsBlocks<D, kWide, kHard>
   const Scaling s = Scaling::of_block(l);
   if (settled(l, s)) return;
   const CrossEntropyCall& call = problem.call;
-  const Shares<T> shares = problem.template shares<kHard>();
-  const T scale = static_cast<T>(s.scale);
+  const auto shares = problem.template shares<T, kHard>();
+  const auto wide_shares = problem.template shares<Wide<D>, kHard>();
   const int64_t step = int64_t{gridDim.x} * blockDim.x * kRows;
   double total = 0;
   for (int64_t row = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kRows; row < problem.rows;
@@ -569,7 +587,7 @@ __global__ void __launch_bounds__(kColumnsBlock, kColumnsBlocks<D, kWide, kHard>
     RowSlope<T> slope[kRows];
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      const RowEnd<T> end(problem, shares, targets[j], sums[j], logits[j], scale, row + j);
+      const RowEnd<T> end(problem, wide_shares, targets[j], sums[j], logits[j], s.scale, row + j);
       const T loss = end.loss(shares, targets[j]);
       if (call.value) write(call.value, call.value_dtype, row + j, loss);
       total += loss;
