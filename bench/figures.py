@@ -46,8 +46,9 @@ def load(path: Path) -> Run:
 
 
 def rows_of(run: Run, table: str, name: str = "") -> list[Run]:
-    """The table's rows whose case matches the regular expression."""
+    """The table's rows with a ratio whose case matches the regular expression."""
     rows = [r for r in run["rows"] if r["table"] == table and re.search(name, r["case"])]
+    rows = [r for r in rows if r["ratios"]]
     if not rows:
         raise NoFigure(f"no case of {table!r} matches {name!r}")
     return rows

@@ -92,6 +92,11 @@ class Row:
             ratios[name] = Ratio(median, low, high, bar, met)
         return ratios
 
+    @property
+    def begun(self) -> bool:
+        """False: the run had no time for the case."""
+        return bool(self.samples) or any(p.verdict != "skipped" for p in self.problems.values())
+
     def broken(self) -> list[str]:
         """Contestants that gave a wrong result or none."""
         return [name for name, problem in self.problems.items() if problem.verdict != "skipped"]

@@ -210,7 +210,7 @@ def tables(rows: Sequence[Row]) -> str:
     """GitHub Markdown, which reads well in a terminal too."""
     parts = []
     for name, table in TABLES.items():
-        own = [row for row in rows if row.case.table == name]
+        own = [row for row in rows if row.case.table == name and row.begun]
         if not own:
             continue
         shown = columns(own)
@@ -248,12 +248,13 @@ def _notes(row: Row) -> list[str]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    barred = [row for row in rows if row.case.bars]
+    barred = [row for row in rows if row.case.bars and row.begun]
     missed = [row.case.id for row in barred if row.missed()]
     unmeasured = [row.case.id for row in barred if row.unmeasured()]
     whole = sum(not row.missed() and not row.unmeasured() for row in barred)
     broken = [f"{row.case.id} ({name})" for row in rows for name in row.broken()]
     lists = {"Missed": missed, "Not wholly measured": unmeasured, "Wrong or failed": broken}
+    lists["Not begun, for lack of time"] = [row.case.id for row in rows if not row.begun]
     lines = [f"{whole} of {len(barred)} cases with a bar reach all of theirs."]
     lines += [f"{name}: {'; '.join(found)}." for name, found in lists.items() if found]
     return "\n\n".join(lines)
@@ -424,7 +425,7 @@ def memory_picture(rows: Sequence[Row], about: Mapping[str, Any]) -> Figure | No
 
 def picture(rows: Sequence[Row], about: Mapping[str, Any], table: str = "speed") -> Figure | None:
     """Speed-up over eager and share of the limit, for a table that has both."""
-    rows = [row for row in rows if row.case.table == table]
+    rows = [row for row in rows if row.case.table == table and row.begun]
     if not rows:
         return None
     figure = Figure(figsize=(13, 3.5 + 0.4 * len(rows)), layout="constrained")

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn._reduction import legacy_get_string
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # by the numbers that operators take
 
 mse_loss = F.mse_loss
-_l1_loss = F.l1_loss
+_l1_loss: Callable[..., Tensor] = F.l1_loss  # its stub lacks weight
 smooth_l1_loss = F.smooth_l1_loss
 huber_loss: Callable[..., Tensor] = F.huber_loss  # its stub lacks weight
 binary_cross_entropy = F.binary_cross_entropy
@@ -35,19 +36,13 @@ def l1_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     """F.l1_loss, which loses weight where a TorchFunctionMode is on: ``with torch.device(...)``."""
-    if weight is None:
-        return _l1_loss(input, target, size_average, reduce, reduction)
     if size_average is not None or reduce is not None:
-        reduction = F._Reduction.legacy_get_string(size_average, reduce)
-    if weight.size() != input.size():
-        raise ValueError("Weights and input must have the same size.")
+        reduction = legacy_get_string(size_average, reduce)
+    if weight is None or weight.size() != input.size() or reduction not in REDUCTIONS:
+        return _l1_loss(input, target, reduction=reduction, weight=weight)
     each = _l1_loss(input, target, reduction="none") * weight
     if reduction == "none":
         return each
-    if reduction not in REDUCTIONS:
-        raise ValueError(
-            f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'."
-        )
     return each.sum() if reduction == "sum" else each.sum() / weight.sum()
 
 

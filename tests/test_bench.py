@@ -536,7 +536,10 @@ def test_run_that_is_short_of_time_says_what_it_left_out(monkeypatch, tmp_path, 
     rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
     assert [row["samples"] for row in rows] == [{}, {}]
     assert [row["missed"] for row in rows] == [[], []]
-    assert "no time left of the 0 s of this run" in capsys.readouterr().out
+    assert rows[0]["problems"]["ours"]["text"] == "no time left of the 0 s of this run"
+    out = capsys.readouterr().out
+    assert "0 of 0 cases" in out and "Not begun, for lack of time: speed: mse; speed: l1." in out
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_pictures_of_sizes_and_memory():

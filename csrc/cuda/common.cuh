@@ -95,8 +95,8 @@ __device__ inline float quick_exp(float x) {
 #endif
 }
 
-// log(1 - t) = log(p), p = 1 - t in [0, 2]. The GPU's own logarithm has an absolute error, so near 1
-// a polynomial stands in. Error 2^-18, relative.
+// log(1 - t) = log(p), p = 1 - t in [0, 2]. The GPU's own logarithm has an absolute error, so near
+// 1 a polynomial stands in. Error 2^-18, relative.
 __device__ inline float quick_log(float p, float t) {
   const float near_one =
       -t * fmaf(t, fmaf(t, fmaf(t, fmaf(t, 0.2f, 0.25f), 0.33333333f), 0.5f), 1.0f);
@@ -143,8 +143,8 @@ struct alignas(kPacketBytes) Packet {
   D element[kSize];
 };
 
-// Of a packet's numbers one. Two bf16 stay in one register: taken apart, each would have its own, and
-// whatever loads a packet would wait for it.
+// Of a packet's numbers one. Two bf16 stay in one register: taken apart, each would have its own,
+// and whatever loads a packet would wait for it.
 template <class D>
 __device__ Compute<D> widen(const Packet<D>& packet, int i) {
   if constexpr (std::is_same_v<D, __nv_bfloat16>) {
@@ -163,8 +163,8 @@ __device__ void put(Packet<D>& packet, int at, D x) {
   for (int i = 0; i < Packet<D>::kSize; ++i) packet.element[i] = i == at ? x : packet.element[i];
 }
 
-// Copies to shared memory that go on while the thread does. Those that it has begun between two calls
-// of end_of_copies() are one lot.
+// Copies to shared memory that go on while the thread does. Those that it has begun between two
+// calls of end_of_copies() are one lot.
 template <class D>
 __device__ void copy_ahead(Packet<D>& to, const Packet<D>* from) {
   __pipeline_memcpy_async(&to, from, sizeof(to));

@@ -63,6 +63,10 @@ struct Partial {
     const T top = fmax(max, other.max);
     move_to(top);
     other.move_to(top);
+    add(other);
+  }
+  // One that is measured from the same origin.
+  __device__ void add(const Partial& other) {
     sum += other.sum;
     dot += other.dot;
     mass += other.mass;
@@ -266,8 +270,8 @@ using Wide = std::conditional_t<std::is_same_v<D, float>, double, Compute<D>>;
 template <class T>
 struct RowEnd {
   RowSums<T> sums{};
-  T at_target = 0;  // the gradient there
-  RowSlope<T> slope{};
+  T at_target = 0;             // the gradient there
+  RowSlope<T> slope{}, low{};  // to be added up
 
   template <class D>
   __device__ RowEnd(const Problem<T>& problem, const Shares<Wide<D>>& shares, const Target& target,
@@ -285,7 +289,17 @@ struct RowEnd {
     W own = exact.own * exact.factor;
     if (shares.smooth) own = own - wide.weight * exact.scale;
     at_target = static_cast<T>(own);
-    slope = {static_cast<T>(exact.factor), static_cast<T>(exact.scale), static_cast<T>(exact.own)};
+    slope = narrow_slope<W>(exact);
+    low = narrow_slope<W>({exact.factor - slope.factor, exact.scale - slope.scale, exact.own});
+  }
+  template <class W>
+  __device__ static RowSlope<T> narrow_slope(const RowSlope<W>& s) {
+    return {static_cast<T>(s.factor), static_cast<T>(s.scale), static_cast<T>(s.own)};
+  }
+  // Of e^(x - max) and q: their products nearly cancel.
+  __device__ T soft(T e, T q) const {
+    const T rest = e * low.factor - q * low.scale;
+    return std::fma(e, slope.factor, std::fma(-q, slope.scale, rest));
   }
   __device__ T loss(const Shares<T>& shares, const Target& target) const {
     return target.live ? shares.loss(sums) : target.template rest<T>();
@@ -366,7 +380,8 @@ __global__ void __launch_bounds__(kBlock<kScope>,
     const bool there = row < problem.rows;
     const int64_t any = there ? row : 0;
     return PackedRow<D>(static_cast<const D*>(call.input.data) + problem.offset(call.input, any),
-                        problem.template gradient<D>(any), there ? static_cast<int>(call.classes) : 0);
+                        problem.template gradient<D>(any),
+                        there ? static_cast<int>(call.classes) : 0);
   };
   const auto logit_of = [&](int64_t row, const Target& target) {
     if (target.index < 0) return T(0);
@@ -412,16 +427,17 @@ __global__ void __launch_bounds__(kBlock<kScope>,
     wait_for_copies(layout.stages - 1);
     if (layout.keeps && mine) place(its_packet / group.size).element[its_element] = nothing;
     Partial<D> sums;
-    // What class c adds to the sum; the rest of it is added.
-    const auto share_of = [&](Partial<D>& part, T distance, int c) {
+    // Class c, by itself.
+    const auto part_of = [&](T distance, T top, int c) {
+      Partial<D> part{top, exp_for<D>(distance)};
       if constexpr (!kHard) {
-        const T q = problem.share(shares, y_at, c);
-        part.dot += q * (c == class_of_target ? logit - origin(part.max) : distance);
-        part.mass += q;
+        part.mass = problem.share(shares, y_at, c);
+        part.dot = part.mass * (c == class_of_target ? logit - origin(top) : distance);
       }
-      return exp_for<D>(distance);
+      return part;
     };
-    // From this thread's k-th packet on as many as `many` says, whose values are in flight together.
+    // From this thread's k-th packet on as many as `many` says, whose values are in flight
+    // together.
     const auto add = [&](auto many, int k) {
       P x[many];
 #pragma unroll
@@ -437,16 +453,18 @@ __global__ void __launch_bounds__(kBlock<kScope>,
 #pragma unroll
       for (int u = 0; u < many; ++u) {
         const int c = line.first((k + u) * group.size + group.rank);
-        T e[P::kSize];
-#pragma unroll
-        for (int i = 0; i < P::kSize; ++i) e[i] = share_of(part, T(widen(x[u], i)) - top, c + i);
         // As a tree: where one class outweighs all others, each addition to it is a rounding.
+        Partial<D> of[P::kSize];
+#pragma unroll
+        for (int i = 0; i < P::kSize; ++i) {
+          of[i] = part_of(T(widen(x[u], i)) - top, part.max, c + i);
+        }
 #pragma unroll
         for (int half = P::kSize / 2; half > 0; half /= 2) {
 #pragma unroll
-          for (int i = 0; i < half; ++i) e[i] += e[i + half];
+          for (int i = 0; i < half; ++i) of[i].add(of[i + half]);
         }
-        part.sum += e[0];
+        part.add(of[0]);
       }
       sums.merge(part);
     };
@@ -457,10 +475,8 @@ __global__ void __launch_bounds__(kBlock<kScope>,
       for (; k < count; ++k) add(std::integral_constant<int, 1>(), k);
       for (int e = group.rank; e < line.edges; e += group.size) {
         const int c = line.edge(e);
-        Partial<D> part;
-        if (c != class_of_target) part.max = widen(line.input[c]);
-        part.sum = share_of(part, part.max - origin(part.max), c);
-        sums.merge(part);
+        const T x = c == class_of_target ? -kInfinity<T> : T(widen(line.input[c]));
+        sums.merge(part_of(x - origin(x), x, c));
       }
     }
     const PackedRow<D> ahead = line_of(layout.keeps ? row + layout.stages * step : problem.rows);
@@ -477,9 +493,9 @@ __global__ void __launch_bounds__(kBlock<kScope>,
     logit = logit_of(row + step, next);
     if (s.write) {
       const auto gradient = [&](T x, int c) {
-        T g = exp_for<D>(x - end.sums.max) * end.slope.factor;
-        if constexpr (!kHard) g = g - problem.share(shares, y_at, c) * end.slope.scale;
-        return g;
+        const T e = exp_for<D>(x - end.sums.max);
+        if constexpr (kHard) return e * end.slope.factor;
+        return end.soft(e, problem.share(shares, y_at, c));
       };
       int k = 0;
 #pragma unroll 2
@@ -620,7 +636,8 @@ constexpr int64_t kDeclared = 4 << 10;  // of shared memory, what kernels declar
 constexpr int64_t kUnasked = 48 << 10;  // of shared memory, without asking for it
 
 // Packets of a thread: as few in a row for which this makes no more than kFewLanes threads, and as
-// many, for its share of what is done once a row; and at most, but where no cluster is large enough.
+// many, for its share of what is done once a row; and at most, but where no cluster is large
+// enough.
 constexpr int64_t kFewPackets = 4, kSomePackets = 8, kManyPackets = 16;
 constexpr int kFewLanes = 8;
 // Of rows on their way to a block: short rows are too few bytes to keep the memory busy.
@@ -630,8 +647,8 @@ constexpr int64_t kAheadBytes = 16 << 10, kMostStages = 3;
 struct Plan {
   enum class Kernel { kColumns, kWideColumns, kLanes, kBlock, kCluster } kernel;
   Layout layout;
-  int threads = 0;  // a block
-  int cluster = 1;  // blocks
+  int threads = 0;     // a block
+  int cluster = 1;     // blocks
   int64_t blocks = 1;  // in all
   int64_t shared = 0;  // bytes a block
 };

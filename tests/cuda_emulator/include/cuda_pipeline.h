@@ -1,5 +1,5 @@
-// Copies to shared memory that a thread waits for. Here each is made only when it is waited for: what
-// is read before that is what was there before.
+// Copies to shared memory that a thread waits for. Here each is made only when it is waited for:
+// what is read before that is what was there before.
 #pragma once
 
 #include <cstring>
