@@ -63,6 +63,45 @@ struct Flat {
   D *value, *gradient, *target_gradient;
   int64_t head;     // elements before the first packet
   int64_t packets;  // that follow; the rest is the tail
+  // In target's place class indices, one for each row of so many classes, a packet's or more.
+  const int64_t* indices = nullptr;
+  int64_t classes = 0;
+};
+
+// Targets that class indices stand for, of n elements side by side, which lie in two rows at most:
+// 1 where the class is that of the row, else 0, and nan where there is no such class.
+template <class N>
+struct OneHot {
+  int of_first;           // how many of them lie in the first row
+  int hit[2] = {-1, -1};  // which of them the rows' classes are, if any of them
+  N other[2] = {N(0), N(0)};
+
+  OneHot() = default;
+  template <class Call>
+  __device__ OneHot(const Call& c, int64_t at, int n, const Launch& l) {
+    // A 64-bit division takes four times as long.
+    const bool small = c.numel <= std::numeric_limits<int32_t>::max();
+    const int64_t row =
+        small ? static_cast<uint32_t>(at) / static_cast<uint32_t>(c.classes) : at / c.classes;
+    const int64_t before = at - row * c.classes;  // in the first row
+    of_first = static_cast<int>(min(c.classes - before, int64_t{n}));
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int64_t start = r * c.classes - before;  // of the row, counted from the first of them
+      if (start >= n) break;
+      const int64_t index = c.indices[row + r], place = start + index;
+      if (index >= 0 && index < c.classes) {
+        if (place >= 0 && place < n) hit[r] = static_cast<int>(place);
+      } else if (index != kIgnored) {
+        other[r] = N(std::numeric_limits<float>::quiet_NaN());
+        if (start >= 0) tell(l, Fault::kTargetClass, row + r, index, c.classes);
+      }
+    }
+  }
+  __device__ N operator[](int i) const {
+    const int r = i < of_first ? 0 : 1;
+    return i == hit[r] ? N(1) : other[r];
+  }
 };
 
 // Of the kernels that are not plain only those of one's own losses are in a hurry, with gradients
@@ -71,8 +110,8 @@ template <class Loss, bool kPlain>
 constexpr int kLeastPerSM = kPlain ? kBlocksPerSM : (Loss::kCustom ? 2 : 1);
 
 // kPlain: without weight, upstream, value and target's gradient, whose packets would take
-// registers.
-template <class Loss, class D, bool kPlain>
+// registers. kIndexed: target is class indices.
+template <class Loss, class D, bool kPlain, bool kIndexed = false>
 __global__ void __launch_bounds__(kThreads, kLeastPerSM<Loss, kPlain>)
     flat(const Flat<Loss, D> c, const Launch l) {
   using T = Compute<D>;
@@ -94,8 +133,13 @@ __global__ void __launch_bounds__(kThreads, kLeastPerSM<Loss, kPlain>)
     if (weighted) factor = widen(c.weight[at]);
     if (has_upstream) factor = factor * widen(c.upstream[at]);
     const T p = Loss::kPosWeight ? widen(c.pos_weight[at]) : T(1);
-    const auto e =
-        evaluate(loss, N(widen(c.input[at])), N(widen(c.target[at])), N(p), N(factor), l, at);
+    N y(0);
+    if constexpr (kIndexed) {
+      y = OneHot<N>(c, at, 1, l)[0];
+    } else {
+      y = N(widen(c.target[at]));
+    }
+    const auto e = evaluate(loss, N(widen(c.input[at])), y, N(p), N(factor), l, at);
     if (has_value) c.value[at] = narrow<D>(T(e.value));
     if (writes.input) c.gradient[at] = narrow<D>(T(e.gradient(scale)));
     if constexpr (kTarget) {
@@ -122,13 +166,19 @@ __global__ void __launch_bounds__(kThreads, kLeastPerSM<Loss, kPlain>)
   const int64_t stride = int64_t{gridDim.x} * kThreads * kUnroll;
   for (int64_t first = int64_t{blockIdx.x} * kThreads * kUnroll + threadIdx.x; first < packets;
        first += stride) {
-    P x[kUnroll], y[kUnroll];
+    P x[kUnroll];
+    [[maybe_unused]] P y[kUnroll];
+    [[maybe_unused]] OneHot<N> rows[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t at = first + u * kThreads;
       if (at < packets) {
         x[u] = input[at];
-        y[u] = target[at];
+        if constexpr (kIndexed) {
+          rows[u] = OneHot<N>(c, c.head + at * P::kSize, P::kSize, l);
+        } else {
+          y[u] = target[at];
+        }
       }
     }
     T part(0);
@@ -148,7 +198,13 @@ __global__ void __launch_bounds__(kThreads, kLeastPerSM<Loss, kPlain>)
         if (weighted) factor = widen(w, i);
         if (has_upstream) factor = factor * widen(g, i);
         const T pos = Loss::kPosWeight ? widen(p, i) : T(1);
-        const auto e = evaluate(loss, N(widen(x[u], i)), N(widen(y[u], i)), N(pos), N(factor), l,
+        N wanted(0);
+        if constexpr (kIndexed) {
+          wanted = rows[u][i];
+        } else {
+          wanted = N(widen(y[u], i));
+        }
+        const auto e = evaluate(loss, N(widen(x[u], i)), wanted, N(pos), N(factor), l,
                                 c.head + at * P::kSize + i);
         part += T(e.value);
         results[i] = T(has_value ? e.value : e.gradient(scale));
@@ -265,6 +321,21 @@ inline int64_t blocks_for(int64_t numel) {
   return std::min(all, ceil_div(numel, kThreads * kUnroll));
 }
 
+// Whether target is class indices, those of neighbouring rows side by side, and so are classes.
+inline bool rows_of_indices(const Pointwise& call, int64_t least_classes) {
+  const int innermost = call.space.dims - 1;
+  if (call.target.class_dim < 0 || call.target.class_dim != innermost ||
+      call.space.sizes[innermost] < least_classes) {
+    return false;
+  }
+  int64_t rows = 1;
+  for (int d = innermost - 1; d >= 0; --d) {
+    if (call.space.sizes[d] > 1 && call.target.strides[d] != rows) return false;
+    rows *= call.space.sizes[d];
+  }
+  return true;
+}
+
 // Into c, if they lie so.
 template <class Loss, class D>
 bool is_flat(const Loss& loss, const Pointwise& call, Flat<Loss, D>& c) {
@@ -277,8 +348,10 @@ bool is_flat(const Loss& loss, const Pointwise& call, Flat<Loss, D>& c) {
   const auto fits = [&](const void* data, DType dtype) {
     return !data || (dtype == own && phase(static_cast<const D*>(data)) == phase(input));
   };
+  const bool indexed = rows_of_indices(call, Packet<D>::kSize);
   for (const Operand* op :
        {&call.input, &call.target, &call.weight, &call.pos_weight, &call.upstream}) {
+    if (op == &call.target && indexed) continue;
     if (op->data && (!op->contiguous || !fits(op->data, op->dtype))) return false;
   }
   if (!fits(call.value, call.value_dtype) || !fits(call.gradient, call.gradient_dtype) ||
@@ -300,6 +373,11 @@ bool is_flat(const Loss& loss, const Pointwise& call, Flat<Loss, D>& c) {
        static_cast<D*>(call.target_gradient),
        head,
        (call.numel - head) / Packet<D>::kSize};
+  if (indexed) {
+    c.target = nullptr;
+    c.indices = static_cast<const int64_t*>(call.target.data);
+    c.classes = call.space.sizes[call.space.dims - 1];
+  }
   return true;
 }
 
@@ -335,6 +413,14 @@ void start(const Loss& loss, const Pointwise& call, const Launch& launch, unsign
     if (!is_flat(loss, call, c)) return false;
     // A double is in no hurry, and whoever has a loss compiled waits for each kernel.
     constexpr bool kHasPlain = !Loss::kCustom || !std::is_same_v<D, double>;
+    if (c.indices) {
+      if constexpr (Loss::kIndexed) {
+        if (c.weight || c.upstream || c.value) return false;
+        flat<Loss, D, true, true><<<blocks, kThreads, 0, launch.stream>>>(c, launch);
+        return true;
+      }
+      return false;
+    }
     if (kHasPlain && !c.weight && !c.upstream && !c.value && !c.target_gradient) {
       flat<Loss, D, kHasPlain><<<blocks, kThreads, 0, launch.stream>>>(c, launch);
     } else {

@@ -6,6 +6,7 @@
 //   parameter       beta, delta or eps, where the loss has one
 //   kUnitInterval   input and target must lie in [0, 1]; the CPU engine checks it on the way
 //   kPosWeight      eval takes pos_weight as a third operand
+//   kIndexed        target may be class indices
 //   kAbreast        how many SIMD registers the CPU engine computes side by side: one is a chain of
 //                   instructions that wait for each other, many do not fit the CPU's own; measured
 //   kMean           what reduction "mean" divides by
@@ -67,6 +68,7 @@ struct PointwiseLoss {
   static constexpr Mean kMean = Mean::kElements;
   static constexpr bool kUnitInterval = false;
   static constexpr bool kPosWeight = false;
+  static constexpr bool kIndexed = false;
   static constexpr int kAbreast = 2;
   static constexpr bool kCustom = false;
   double parameter;
@@ -164,6 +166,7 @@ struct BCEWithLogitsPosWeight : PointwiseLoss {
 // class indices all but one a row: neither logarithm nor quotient then.
 struct LogLoss : PointwiseLoss {
   static constexpr Mean kMean = Mean::kRows;
+  static constexpr bool kIndexed = true;
   static constexpr int kAbreast = 1;  // else a row of zeros would have no way of its own
   template <class T>
   FUSEDLOSS_HD EvalSparse<T> eval(T x, T y) const {

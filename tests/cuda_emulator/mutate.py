@@ -1,4 +1,4 @@
-"""Removes the kernels' barriers and fences one at a time: does a small run notice each?
+"""Removes the kernels' barriers, fences and waits for copies one at a time: does a small run notice each?
 
 A mutant dies where the run under ThreadSanitizer fails, or where a plain run fails, gives other bits
 than the unchanged kernels, or leaves a gradient that is not the one of its scales. The verdicts are
@@ -31,7 +31,8 @@ from translate import SUFFIXES, blank, mirror
 KERNELS = Path("csrc/cuda")
 VERDICTS = build.OUT / "mutants.jsonl"
 _BARRIER = re.compile(
-    r"\b(__syncthreads|__syncwarp|__threadfence(?:_block|_system)?)\s*\([^()]*\)"
+    r"\b(__syncthreads|__syncwarp|__threadfence(?:_block|_system)?"
+    r"|__pipeline_(?:commit|wait_prior))\s*\([^()]*\)"
     r"|\b\w+(?:\(\))?\.sync\(\)"
 )
 # A barrier that tells each thread of all predicates; without it, it knows its own.
