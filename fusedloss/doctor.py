@@ -210,6 +210,32 @@ def extension(
     yield Finding("trouble", what, cure)
 
 
+_RAISES = """
+import torch
+import fusedloss.functional as FL
+try:
+    FL.cross_entropy(torch.zeros(1, 2), torch.tensor([2]))
+except IndexError:
+    pass
+"""
+
+
+def errors(built_by: str, program: str = _RAISES) -> Iterator[Finding]:
+    """Whether an error of the extension arrives: one that a C++ compiler with parts of another
+    installation has built may end the process at its first."""
+    command = [sys.executable, "-c", program]
+    status = subprocess.run(command, check=False, capture_output=True).returncode
+    if status == 0:
+        yield Finding("ok", "errors of the compiled extension arrive")
+        return
+    yield Finding(
+        "trouble",
+        f"the compiled extension ends the process where it should raise an error (status {status}); "
+        f"it was built by {built_by}",
+        f"build it by this system's own C++ compiler (CXX=/usr/bin/g++): {_reinstall()}",
+    )
+
+
 def _compiler() -> str | None:
     """As setup.py looks for it."""
     chosen = os.environ.get("CXX")
@@ -392,6 +418,7 @@ def examine(also_import: Sequence[str] = ()) -> list[Finding]:
             getattr(backends.extension, "__file__", None),
             torch.__version__,
         ),
+        *(errors(build.get("compiler", "?")) if told.backends["compiled"] is None else ()),
         *tools(),
         *cuda(
             torch.version.cuda,

@@ -440,3 +440,10 @@ def test_bench_is_handed_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(SystemExit, match="3"):
         main(["bench", "--help", "--only=mse"])
     assert main(["bench", "missing"]) == 2
+
+
+def test_errors_that_do_not_arrive(fused: str) -> None:
+    assert [finding.kind for finding in doctor.errors("gcc 13")] == ["ok"]
+    found = only(doctor.errors("gcc 13", "import os; os.abort()"), "trouble")
+    assert "(status -6); it was built by gcc 13" in found.what
+    assert "CXX=/usr/bin/g++" in found.cure
