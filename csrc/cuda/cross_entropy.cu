@@ -35,7 +35,7 @@ __device__ T origin(T max) {
   return max == -kInfinity<T> ? T(0) : max;
 }
 
-// e^x for x <= 0, as exact as results of type D can tell.
+// e^x for x <= 0, as exact as operands of type D deserve.
 template <class D>
 __device__ Compute<D> exp_for(Compute<D> x) {
   if constexpr (sizeof(D) == 2) {
@@ -266,12 +266,23 @@ struct Target {
 template <class D>
 using Wide = std::conditional_t<std::is_same_v<D, float>, double, Compute<D>>;
 
+// A gradient from e^(x - max) and q: their products nearly cancel.
+template <class D>
+__device__ Compute<D> soft_gradient(const RowSlope<Compute<D>>& slope,
+                                    const RowSlope<Compute<D>>& low, Compute<D> e, Compute<D> q) {
+  Compute<D> rest = -q * slope.scale;
+  if constexpr (!std::is_same_v<Wide<D>, Compute<D>>) {
+    rest = std::fma(-q, slope.scale, e * low.factor - q * low.scale);
+  }
+  return std::fma(e, slope.factor, rest);
+}
+
 // What comes of a row's sums, once they are complete.
 template <class T>
 struct RowEnd {
   RowSums<T> sums{};
   T at_target = 0;             // the gradient there
-  RowSlope<T> slope{}, low{};  // to be added up
+  RowSlope<T> slope{}, low{};  // to be added up; low is 0 where T is as wide as it gets
 
   template <class D>
   __device__ RowEnd(const Problem<T>& problem, const Shares<Wide<D>>& shares, const Target& target,
@@ -289,17 +300,14 @@ struct RowEnd {
     W own = exact.own * exact.factor;
     if (shares.smooth) own = own - wide.weight * exact.scale;
     at_target = static_cast<T>(own);
-    slope = narrow_slope<W>(exact);
-    low = narrow_slope<W>({exact.factor - slope.factor, exact.scale - slope.scale, exact.own});
+    slope = {static_cast<T>(exact.factor), static_cast<T>(exact.scale), static_cast<T>(exact.own)};
+    if constexpr (!std::is_same_v<W, T>) {
+      low = {rest_of(exact.factor, slope.factor), rest_of(exact.scale, slope.scale), 0};
+    }
   }
   template <class W>
-  __device__ static RowSlope<T> narrow_slope(const RowSlope<W>& s) {
-    return {static_cast<T>(s.factor), static_cast<T>(s.scale), static_cast<T>(s.own)};
-  }
-  // Of e^(x - max) and q: their products nearly cancel.
-  __device__ T soft(T e, T q) const {
-    const T rest = e * low.factor - q * low.scale;
-    return std::fma(e, slope.factor, std::fma(-q, slope.scale, rest));
+  __device__ static T rest_of(W exact, T high) {
+    return isfinite(high) ? static_cast<T>(exact - high) : T(0);
   }
   __device__ T loss(const Shares<T>& shares, const Target& target) const {
     return target.live ? shares.loss(sums) : target.template rest<T>();
@@ -350,7 +358,7 @@ struct PackedRow {
 // How a row's packets are laid over its threads.
 struct Layout {
   int lanes = kWarp;  // a row, where a warp has several
-  int each = 0;       // packets of a thread, in shared memory
+  int each = 0;       // packets of a thread
   int stages = 1;     // rows there at a time: one is computed with, the others are on their way
   bool keeps = true;  // else no row is there, and it is read twice
 };
@@ -495,7 +503,7 @@ __global__ void __launch_bounds__(kBlock<kScope>,
       const auto gradient = [&](T x, int c) {
         const T e = exp_for<D>(x - end.sums.max);
         if constexpr (kHard) return e * end.slope.factor;
-        return end.soft(e, problem.share(shares, y_at, c));
+        return soft_gradient<D>(end.slope, end.low, e, problem.share(shares, y_at, c));
       };
       int k = 0;
 #pragma unroll 2
@@ -600,7 +608,7 @@ __global__ void __launch_bounds__(kColumnsBlock, kColumnsBlocks<D, kWide, kHard>
       }
     }
     T max[kRows], at_target[kRows];
-    RowSlope<T> slope[kRows];
+    RowSlope<T> slope[kRows], low[kRows];
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
       const RowEnd<T> end(problem, wide_shares, targets[j], sums[j], logits[j], s.scale, row + j);
@@ -610,6 +618,7 @@ __global__ void __launch_bounds__(kColumnsBlock, kColumnsBlocks<D, kWide, kHard>
       max[j] = end.sums.max;
       at_target[j] = end.at_target;
       slope[j] = end.slope;
+      low[j] = end.low;
     }
     if (!s.write) continue;
     for (int64_t c = call.classes - 1; c >= 0; --c) {
@@ -617,8 +626,11 @@ __global__ void __launch_bounds__(kColumnsBlock, kColumnsBlocks<D, kWide, kHard>
       Line out;
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
-        T g = exp_for<D>(T(widen(x.element[j])) - max[j]) * slope[j].factor;
-        if (!kHard && targets[j].live) g = g - problem.share(shares, y_at[j], c) * slope[j].scale;
+        const T e = exp_for<D>(T(widen(x.element[j])) - max[j]);
+        T g = e * slope[j].factor;
+        if (!kHard && targets[j].live) {
+          g = soft_gradient<D>(slope[j], low[j], e, problem.share(shares, y_at[j], c));
+        }
         if (c == targets[j].index) g = at_target[j];
         out.element[j] = narrow<D>(targets[j].live ? g : targets[j].template rest<T>());
       }
@@ -640,7 +652,8 @@ constexpr int64_t kUnasked = 48 << 10;  // of shared memory, without asking for 
 // enough.
 constexpr int64_t kFewPackets = 4, kSomePackets = 8, kManyPackets = 16;
 constexpr int kFewLanes = 8;
-// Of rows on their way to a block: short rows are too few bytes to keep the memory busy.
+// Of a block's rows, the one that it is at among them: short ones are too few bytes to keep the
+// memory busy.
 constexpr int64_t kAheadBytes = 16 << 10, kMostStages = 3;
 
 // How a call is laid over the device.
@@ -748,6 +761,12 @@ Plan plan_for(const CrossEntropy& call) {
       layout.lanes /= 2;
     }
     layout.each = static_cast<int>(ceil_div(packets, layout.lanes));
+    // Fewer threads a block where there would be too few blocks, or too little shared memory.
+    while (plan.threads > kWarp &&
+           (ceil_div(rows, plan.threads / layout.lanes) < sms ||
+            int64_t{layout.each} * plan.threads * kPacketBytes > most_shared())) {
+      plan.threads /= 2;
+    }
     groups = ceil_div(rows, plan.threads / layout.lanes);
   } else {
     constexpr int64_t kHeld = kRowBlock * kManyPackets;  // by a block
@@ -768,9 +787,10 @@ Plan plan_for(const CrossEntropy& call) {
     plan.shared = layout.stages * row_bytes;
   }
   // As many groups as run at once: each has rows after rows, and so one on its way.
-  const int64_t by_threads = hard ? kThreadsAtOnce<D, true> : kThreadsAtOnce<D, false>;
-  const int64_t by_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  const int64_t per_sm = std::min(by_threads / plan.threads, by_shared / (plan.shared + kDeclared));
+  const int64_t threads_per_sm = hard ? kThreadsAtOnce<D, true> : kThreadsAtOnce<D, false>;
+  const int64_t shared_per_sm = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  const int64_t per_sm =
+      std::min(threads_per_sm / plan.threads, shared_per_sm / (plan.shared + kDeclared));
   int64_t at_once = sms * std::max<int64_t>(1, per_sm);
   plan.blocks = plan.cluster;
   if (plan.kernel == Kernel::kCluster) {

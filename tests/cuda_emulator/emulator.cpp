@@ -354,6 +354,7 @@ void run_thread() {
     launch->body(launch->arguments);
     Thread& self = *current;
     Block& block = *self.block;
+    if (self.copies_begun > 0) fail("leaves with copies to shared memory under way");
     release(launch->end);
     release(block.exit);
     self.state = Thread::kExited;
@@ -628,9 +629,11 @@ int active_clusters(Kernel, const cudaLaunchConfig_t& config) {
 
 // ---- from within a kernel -----------------------------------------------------------------------
 
-void begin_copy(const Copy& copy) {
+bool begin_copy(const Copy& copy) {
+  if (next_random() % 2) return true;
   if (current->copies_begun == kMostCopies) fail("begins more than %zu copies", kMostCopies);
   current->copies[current->copies_begun++] = {copy, current->lots_closed};
+  return false;
 }
 void close_lot() { ++current->lots_closed; }
 bool next_copy(size_t prior, Copy& copy) {

@@ -55,7 +55,8 @@ struct Copy {
   const void* from;
   size_t bytes;
 };
-void begin_copy(const Copy& copy);
+// True: it is to be made at once.
+bool begin_copy(const Copy& copy);
 void close_lot();
 // Takes one of them out that is in none of the last `prior` closed lots; false: there is none.
 bool next_copy(size_t prior, Copy& copy);
