@@ -29,7 +29,7 @@ REQUIRED = os.environ.get("FUSEDLOSS_REQUIRE_CUDA") == "1"
 # Kernels that a bandwidth depends on: 16 bytes an access, and nothing spilled from registers. By
 # what their names hold once demangled; a double is never in a hurry.
 HOT = {
-    "pointwise": r"::flat<fusedloss::\w+, (?!double)[\w:]+, true>",
+    "pointwise": r"::flat<fusedloss::\w+, (?!double)[\w:]+, true, \w+>",
     "rows of classes": r"::rows<(?!double)[\w:]+, .*Scope\)\d, true>",
     "classes apart": r"::columns<(?!double)[\w:]+, true, true>",
 }
@@ -91,7 +91,7 @@ def machine_code(file: str, architecture: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("kind", HOT)
 def test_hot_kernels(kind: str, architecture: str, built: str) -> None:
     # Three dtypes of each; eight losses, and three groups of threads that share a row.
-    count = {"pointwise": 24, "rows of classes": 9, "classes apart": 3}[kind]
+    count = {"pointwise": 27, "rows of classes": 9, "classes apart": 3}[kind]
     check_kernels(built, architecture, HOT[kind], count)
 
 
@@ -132,7 +132,7 @@ def test_own_loss(loss: PointwiseLoss, nvcc: None, capfd: pytest.CaptureFixture[
     for architecture in ("sm_80", "sm_90"):
         # Three dtypes of value and input's gradient; four of whatever else is wanted.
         for plain, count in (("true", 3), ("false", 4)):
-            kind = rf"::flat<fusedloss::.*Loss, [\w:]+, {plain}>"
+            kind = rf"::flat<fusedloss::.*Loss, [\w:]+, {plain}, false>"
             check_kernels(str(library), architecture, kind, count)
     assert build_cuda(loss.__name__, loss._struct) == (key, library)
     assert not capfd.readouterr().err
