@@ -99,8 +99,9 @@ struct OneHot {
     }
   }
   __device__ N operator[](int i) const {
-    const int r = i < of_first ? 0 : 1;
-    return i == hit[r] ? N(1) : other[r];
+    // By no index of its own, which would take the arrays out of their registers.
+    const bool first = i < of_first;
+    return i == (first ? hit[0] : hit[1]) ? N(1) : (first ? other[0] : other[1]);
   }
 };
 
