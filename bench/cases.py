@@ -81,8 +81,10 @@ TABLES = {
         ("eager",),
         peers=True,
     ),
-    "none": Table('Forward + backward, reduction="none"', ("eager", "ours"), ("eager",)),
-    "forward": Table("Forward only, no gradient wanted", ("eager", "ours"), ("eager",), peers=True),
+    "none": Table('Forward + backward, reduction="none"', ("eager", "ours"), ("eager",), repeats=3),
+    "forward": Table(
+        "Forward only, no gradient wanted", ("eager", "ours"), ("eager",), peers=True, repeats=3
+    ),
     "memory": Table(
         "Peak memory of forward + backward, beyond its inputs",
         ("eager", "ours"),
