@@ -89,9 +89,10 @@ def test_every_kind_of_row_is_measured(run):
     assert status == 0
     assert rows.keys() == names
     for name, row in rows.items():
-        expected = [c for c in cases.TABLES[row["table"]].contestants if c != "compile"]
+        table = cases.TABLES[row["table"]]
+        expected = [c for c in table.contestants if c != "compile"]
         assert list(row["samples"]) == expected, name
-        rounds = 2 * (3 if name == "upstream" else 1)
+        rounds = 2 * table.repeats
         assert all(len(seconds) == rounds for seconds in row["samples"].values()), name
         assert not row["problems"], name
     samples, ratio = rows["mse"]["samples"], rows["mse"]["ratios"]["eager"]
