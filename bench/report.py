@@ -263,8 +263,9 @@ def summary(rows: Sequence[Row]) -> str:
 _ABOUT_CPU = """\
 - Every figure is a ratio: the median over rounds of the ratio within a round, with the 20 % and \
 80 % quantiles in brackets. All contestants run in one process in turn, once a round, in an order \
-drawn anew; upstream gradients, whose bar is 5 %, have three times the rounds. Each is first held \
-against float64; one that is wrong gets no figure.
+drawn anew; where a bar is to be as fast as another (upstream gradients, "none", forward only), \
+there are three times the rounds. Each is first held against float64; one that is wrong gets no \
+figure.
 - Peak memory is resident memory, each contestant in a process of its own."""
 _ABOUT_GPU = """\
 - Every figure is a ratio: the median over rounds of the ratio within a round, with the 20 % and \
