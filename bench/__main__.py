@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import signal
 import sys
@@ -14,13 +13,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import compare, examples, figures, memory, models, numerics, report
+from . import compare, examples, figures, kernels, memory, models, numerics, report
+from .arguments import add_device, add_only, add_peers, matching, positive
 from .cases import CASES, TABLES, Case
 from .measure import (
     CASE_SECONDS,
     COMPILE_SECONDS,
     ENOUGH_ROUNDS,
-    JOINING,
     Problem,
     Row,
     Speed,
@@ -30,10 +29,10 @@ from .measure import (
 
 ROUNDS, QUICK_ROUNDS = 25, 7
 QUICK_COMPILE_SECONDS = 30.0
-PEERS = ("eager", "compile", *JOINING)
 COMMANDS = {
     "compare": (compare.main, "what got faster or slower between two runs"),
     "figures": (figures.main, "write the figures of README and docs from committed results"),
+    "kernels": (kernels.main, "the kernels of a step, or operators, and their time alone"),
     "models": (models.main, "whole training steps of small models"),
     "examples": (examples.main, "what the examples with losses of one's own reach"),
     "numerics": (numerics.main, "the largest error of every loss and dtype, in ULP"),
@@ -75,36 +74,6 @@ def run(
     return rows
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a number of rounds: at least 1")
-    return number
-
-
-def regex(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
-
-
-def peers(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in PEERS:
-            raise argparse.ArgumentTypeError(f"no peer {name!r}; there are {', '.join(PEERS)}")
-    return names
-
-
-def device(text: str) -> str:
-    if text not in CASES:
-        raise argparse.ArgumentTypeError(f"no cases for {text!r}; there are {', '.join(CASES)}")
-    if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("torch finds no GPU here")
-    return text
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
@@ -122,18 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: a first look")
-    parser.add_argument(
-        "--only", type=regex, metavar="REGEX", help="cases whose 'table: name' matches (search)"
-    )
-    parser.add_argument(
-        "--peers",
-        type=peers,
-        metavar="NAMES",
-        help=f"of {','.join(PEERS)}, those to measure beside ours (default: all that are here)",
-    )
-    parser.add_argument(
-        "--device", type=device, default="cpu", metavar="DEVICE", help="cpu (default) or cuda"
-    )
+    add_only(parser)
+    add_peers(parser)
+    add_device(parser)
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="default: bench/results/cpu, or the GPU's name"
     )
@@ -151,11 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     known = CASES[arguments.device]
     cases = [case for case in known if case.quick or not arguments.quick]
-    if arguments.only:
-        cases = [case for case in cases if arguments.only.search(case.id)]
-        if not cases:
-            names = "\n  ".join(case.id for case in known)
-            parser.error(f"--only {arguments.only.pattern!r} matches none of\n  {names}")
+    cases = matching(parser, arguments.only, cases)
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     compile_seconds = QUICK_COMPILE_SECONDS if arguments.quick else COMPILE_SECONDS
     if arguments.seconds is not None:  # compiling leaves time for measuring

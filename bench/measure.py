@@ -420,12 +420,15 @@ class Speed:
                 row.compile_seconds = time.perf_counter() - start
                 self.compile_left -= row.compile_seconds
         del truth  # twice the size of the inputs and more
+        row.samples = self.time(case, steps)
+        return row
+
+    def time(self, case: Case, steps: Mapping[str, Step]) -> dict[str, list[float]]:
+        """Seconds a step of each contestant, by rounds."""
         rounds = self.rounds * TABLES[case.table].repeats
         if case.device == "cuda" and case.table not in ("small", "graph"):
-            row.samples = interleave(steps, rounds, GPU_BLOCK_SECONDS, gpu_clock)
-        else:
-            row.samples = interleave(steps, rounds)
-        return row
+            return interleave(steps, rounds, GPU_BLOCK_SECONDS, gpu_clock)
+        return interleave(steps, rounds)
 
     def prepare(
         self,

@@ -24,7 +24,19 @@ for _needed in ("tqdm", "tabulate", "matplotlib", "sklearn"):
 import fusedloss
 import fusedloss.functional as FL
 from bench import __main__ as cli
-from bench import cases, compare, demo, figures, measure, memory, models, own, peers, report
+from bench import (
+    cases,
+    compare,
+    demo,
+    figures,
+    kernels,
+    measure,
+    memory,
+    models,
+    own,
+    peers,
+    report,
+)
 from bench.cases import Case
 
 TINY = {
@@ -290,6 +302,39 @@ def test_cases_are_told_apart(device):
     assert {case.loss for case in own} >= cases.LABELS.keys()
     listed = cases._QUICK if device == "cpu" else cases._QUICK_CUDA
     assert {case.id for case in own if case.quick} == listed, "a name that is no case's"
+
+
+def run_kernels(monkeypatch, tmp_path, *names):
+    monkeypatch.setattr(kernels, "CASES", {"cpu": [TINY[name] for name in names]})
+    status = kernels.main(["--rounds", "3", "--peers", "eager", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    return status, {(row["case"], row["contestant"]): row for row in rows}
+
+
+def test_kernels_of_a_step(monkeypatch, tmp_path, capsys):
+    status, rows = run_kernels(monkeypatch, tmp_path, "mse", "ce")
+    assert status == 0
+    text = capsys.readouterr().out
+    for name, kernel in (("mse", "pointwise"), ("ce", "cross_entropy")):
+        ours = {part["name"]: part for part in rows[f"speed: {name}", "ours"]["parts"]}
+        assert ours[f"fusedloss::{kernel}_forward"]["calls"] == 1
+        assert f"fusedloss::{kernel}_forward" in text
+    eager = {part["name"] for part in rows["speed: mse", "eager"]["parts"]}
+    assert {"aten::mse_loss", "aten::mse_loss_backward"} <= eager
+    assert not any("fusedloss" in name for name in eager)
+    for row in rows.values():
+        assert len(row["seconds"]) == 3
+        assert row["limit"]["low"] <= row["limit"]["median"] <= row["limit"]["high"]
+    assert rows["speed: mse", "limit"]["limit"]["median"] == 1
+
+
+def test_kernels_of_a_wrong_result_have_no_figures(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(FL, "mse_loss", wrong_gradient)
+    status, rows = run_kernels(monkeypatch, tmp_path, "mse")
+    assert status == 1
+    assert "gradient off by" in rows["speed: mse", "ours"]["problem"]
+    assert "seconds" not in rows["speed: mse", "ours"]
+    assert "gradient off by" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -723,11 +768,11 @@ def test_make_gpu_ends_in_time(tmp_path):
     names = [name for name, _, _ in stages]
     beside = ["autocast", "memcheck", "racecheck", "tests", "tests of the Triton kernels"]
     assert names[0] == "build" and sorted(names[1:6]) == beside
-    assert names[6:] == ["tests that only a GPU has", "bench"]
+    assert names[6:] == ["tests that only a GPU has", "bench", "kernels"]
     results = [result for _, result, _ in stages]
     assert results[0] == "passed"
     assert all(re.fullmatch(r"stopped after [1-3] s", result) for result in results[1:6])
-    assert results[6:] == ["skipped: no time left"] * 2
+    assert results[6:] == ["skipped: no time left"] * 3
     # Which of them had ended, and which had not, is told of the stopped ones too.
     assert "-- values:fp64: " in done.stdout
 

@@ -1,0 +1,76 @@
+"""What the commands' options take, with an error that names it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+
+import torch
+
+from .cases import CASES, Case
+from .measure import JOINING
+
+PEERS = ("eager", "compile", *JOINING)
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a number of rounds: at least 1")
+    return number
+
+
+def regex(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+
+
+def peers(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in PEERS:
+            raise argparse.ArgumentTypeError(f"no peer {name!r}; there are {', '.join(PEERS)}")
+    return names
+
+
+def device(text: str) -> str:
+    if text not in CASES:
+        raise argparse.ArgumentTypeError(f"no cases for {text!r}; there are {', '.join(CASES)}")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch finds no GPU here")
+    return text
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", type=device, default="cpu", metavar="DEVICE", help="cpu (default) or cuda"
+    )
+
+
+def add_only(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--only", type=regex, metavar="REGEX", help="cases whose 'table: name' matches (search)"
+    )
+
+
+def add_peers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--peers",
+        type=peers,
+        metavar="NAMES",
+        help=f"of {','.join(PEERS)}, those to measure beside ours (default: all that are here)",
+    )
+
+
+def matching(
+    parser: argparse.ArgumentParser, only: re.Pattern[str] | None, cases: Sequence[Case]
+) -> list[Case]:
+    """The cases that --only wants; none is an error that lists them."""
+    found = [case for case in cases if only is None or only.search(case.id)]
+    if not found and only is not None:
+        names = "\n  ".join(case.id for case in cases)
+        parser.error(f"--only {only.pattern!r} matches none of\n  {names}")
+    return found

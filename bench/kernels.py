@@ -1,0 +1,153 @@
+"""What runs inside of a step: a GPU's kernels, or the CPU's operators, by torch.profiler.
+
+`python -m bench` times whole steps, with their host's part and what lies between kernels. This is what
+the kernels take by themselves, how many there are, and which.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tabulate import tabulate
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from . import report
+from .arguments import add_device, add_only, add_peers, matching, positive
+from .cases import CASES, Case
+from .measure import Row, Speed, Step, interleave, quantiles
+
+ROUNDS, STEPS = 9, 3  # profiles of a contestant, steps of a profile
+SHOWN = 48  # characters of a kernel's name: those of templates are long
+
+
+class Part(NamedTuple):
+    """A kernel or an operator."""
+
+    name: str
+    calls: float  # a step
+    seconds: float  # a step, all its calls, without what an operator calls
+
+
+def profiled(step: Step, on: str) -> list[Part]:
+    """What a step runs, the longest first."""
+    gpu = on == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
+        for _ in range(STEPS):
+            step()
+        if gpu:
+            torch.cuda.synchronize()
+    wanted = DeviceType.CUDA if gpu else DeviceType.CPU
+    parts = []
+    for event in profiler.key_averages():
+        microseconds = event.self_device_time_total if gpu else event.self_cpu_time_total
+        if event.device_type == wanted and microseconds > 0:
+            parts.append(Part(event.key, event.count / STEPS, 1e-6 * microseconds / STEPS))
+    if not parts:
+        raise RuntimeError(f"torch.profiler saw nothing run on {on}")
+    return sorted(parts, key=lambda part: -part.seconds)
+
+
+class Kernels(Speed):
+    """As Speed, but of a step counts only what its kernels take, and they are kept."""
+
+    def __init__(self, rounds: int, wanted: Collection[str] | None) -> None:
+        super().__init__(rounds, wanted=wanted)
+        self.parts: dict[str, list[Part]] = {}  # of the last case, by contestant
+
+    def time(self, case: Case, steps: Mapping[str, Step]) -> dict[str, list[float]]:
+        names = {step: name for name, step in steps.items()}
+
+        def clock(step: Step, _: float) -> Callable[[], float]:
+            step()
+
+            def seconds() -> float:
+                self.parts[names[step]] = parts = profiled(step, case.device)
+                return sum(part.seconds for part in parts)
+
+            return seconds
+
+        self.parts = {}
+        return interleave(steps, self.rounds, clock=clock)
+
+
+def as_dicts(row: Row, parts: Mapping[str, list[Part]]) -> list[dict[str, Any]]:
+    """A row of the table and of the JSON for each contestant."""
+    found = []
+    for name, seconds in row.samples.items():
+        low, median, high = quantiles(seconds, row.samples["limit"])
+        found.append(
+            {
+                "case": row.case.id,
+                "contestant": name,
+                "least_bytes": row.case.least_bytes,
+                "seconds": seconds,
+                "limit": {"median": median, "low": low, "high": high},
+                "parts": [part._asdict() for part in parts[name]],
+            }
+        )
+    for name, problem in row.problems.items():
+        found.append({"case": row.case.id, "contestant": name, "problem": problem.text})
+    return found
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        if "problem" in row:
+            lines.append([row["case"], row["contestant"], None, row["problem"], None])
+            continue
+        whole = sum(part["seconds"] for part in row["parts"])
+        # What takes less than a hundredth is many, and explains nothing.
+        long = [part for part in row["parts"] if part["seconds"] >= 0.01 * whole]
+        what = ", ".join(
+            f"{part['name'].removeprefix('void ')[:SHOWN]} {part['seconds'] / whole:.0%}"
+            for part in long
+        )
+        calls = sum(part["calls"] for part in long)
+        ratio = "{median:.2f} ({low:.2f} to {high:.2f})".format(**row["limit"])
+        lines.append([row["case"], row["contestant"], f"{calls:.0f}", ratio, what])
+    headings = ["case", "contestant", "calls a step", "time / limit's", "share of that time"]
+    return tabulate(lines, headings, tablefmt="github", disable_numparse=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m bench kernels",
+        description="Profile forward + backward: the kernels of a GPU, or the operators of the CPU, "
+        "that a step runs, and what they take by themselves beside the least traffic; print the "
+        "table and write it as JSON.",
+    )
+    add_only(parser)
+    add_peers(parser)
+    add_device(parser)
+    parser.add_argument("--rounds", type=positive, default=ROUNDS, metavar="N", help="default: 9")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: as python -m bench")
+    arguments = parser.parse_args(argv)
+    known = [case for case in CASES[arguments.device] if case.table in ("speed", "own")]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says when it starts and ends
+    kernels = Kernels(arguments.rounds, arguments.peers)
+    rows = []
+    for case in tqdm(matching(parser, arguments.only, known), unit="case", disable=None):
+        row = kernels(case)
+        rows += as_dicts(row, kernels.parts)
+        if case.device == "cuda":
+            torch.cuda.empty_cache()
+    print(table(rows))
+    command = shlex.join(["python", "-m", "bench", "kernels", *argv])
+    about = report.environment(command, arguments.rounds, arguments.device)
+    folder = arguments.out or report.results(arguments.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "kernels.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    print(f"wrote {folder / 'kernels.json'}")
+    return 1 if any("problem" in row and row["contestant"] == "ours" for row in rows) else 0
