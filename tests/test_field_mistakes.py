@@ -228,15 +228,20 @@ def test_leading_block_of_minus_infinity(classes: int) -> None:
         assert_close_to_truth(grad, expected.grad.nan_to_num(0), scale, "gradient")
 
 
-def test_masked_logits_as_torch() -> None:
+@pytest.mark.parametrize("classes", [67, 4099])
+def test_masked_logits_as_torch(classes: int) -> None:
     """-inf anywhere, +inf, whole rows of -inf: nan and infinity exactly where torch has them."""
-    x, y = logits(8, 67), labels(8, 67)
+    x, y = logits(10, classes), labels(10, classes)
     x[0, y[0]] = -INF
     x[1] = -INF
     x[2, 5] = INF
     x[3, y[3]] = INF
     x[4, ::2] = -INF
     x[5, :2] = INF
+    x[6, classes // 4 : -classes // 4] = -INF
+    x[7, -5] = INF
+    x[8, -5] = float("nan")
+    x[9, : classes // 2], y[9] = -INF, 1
     for smoothing in (0.0, 0.1):
         results = []
         for function in (FL.cross_entropy, F.cross_entropy):
@@ -414,7 +419,7 @@ def test_double_upstream_rounded_to_float() -> None:
 @pytest.mark.parametrize("classes", [2, 33, 1000])
 def test_zero_for_every_other_class(classes: int) -> None:
     """Only the target's gradient was right, and a tolerance let zeros for the others pass."""
-    x, y = logits(9, classes), labels(9, classes)
+    x, y = logits(10, classes), labels(10, classes)
     input = leaf(x)
     FL.cross_entropy(input, y).backward()
     expected = truth(x, y)

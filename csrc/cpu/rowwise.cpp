@@ -25,6 +25,8 @@ namespace {
 
 constexpr int64_t kTask = 32768;  // elements a task, at least: ATen's own grain
 constexpr int64_t kBlock = 1024;  // elements of a row at a time
+// Bytes of a row's exponentials that are kept for its gradient: what a core's own cache may hold.
+constexpr int64_t kKept = 1 << 20;
 // Bytes of an output for which a core can count on no cache until it is read.
 constexpr size_t kStreamed = 16 << 20;
 
@@ -42,6 +44,12 @@ struct Aligned {
     return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(kAligned)));
   }
   void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(kAligned)); }
+  // What is given no value has none, as in an array: to clear it would take as long as a small
+  // call.
+  template <class U>
+  void construct(U* p) {
+    ::new (static_cast<void*>(p)) U;
+  }
   bool operator==(const Aligned&) const { return true; }
 };
 template <class T>
@@ -170,11 +178,12 @@ void add_exponentials(const T* x, int64_t n, int64_t target, T& top, double& sum
     if (sum != 0) sum *= std::exp(double(top) - double(block_top));
     top = block_top;
   }
-  // All -inf so far, or nan, which is told from it by their sum.
+  // All -inf so far, or nan, which is told from it by their sum. What is kept is to be multiplied
+  // by e^(top - the row's): 0, or nan where there is nothing but -inf.
   if (top == -std::numeric_limits<T>::infinity()) {
     for (int64_t i = 0; i < n; ++i)
       sum += x[i] == x[i] ? 0 : std::numeric_limits<double>::quiet_NaN();
-    if (keep) std::fill(keep, keep + n, std::numeric_limits<T>::quiet_NaN());
+    if (keep) std::fill(keep, keep + n, T(1));
     return;
   }
   // The target's register, without it.
@@ -235,15 +244,18 @@ struct RowWalk {
   using Line = std::array<double, kGroup>;
   const Problem<T>& problem;
   const CrossEntropy& call = problem.call;
-  // A row of one block keeps its e^(x - max) between the loss and the gradient.
-  const bool one_block = call.classes <= kBlock, keeps = one_block && call.gradient.data;
-  const int64_t group = one_block ? kGroup : 1;  // rows
-  alignas(kAligned) T logits[kBlock], wanted[kBlock], kept[kGroup][kBlock], gradient[kBlock];
+  const int64_t blocks = (call.classes + kBlock - 1) / kBlock;
+  const int64_t group = blocks == 1 ? kGroup : 1;  // rows
+  // Each block's e^(x - top) stays between the loss and the gradient, with the top of then.
+  const bool keeps = call.gradient.data && call.classes * int64_t{sizeof(T)} <= kKept;
+  Lines<T> kept, tops;
+  alignas(kAligned) T logits[kBlock], wanted[kBlock], gradient[kBlock];
   RowSums<Line> sums{};
   RowSlope<Line> slopes{};
   Line losses, scales{};
 
-  explicit RowWalk(const Problem<T>& p) : problem(p) {}
+  explicit RowWalk(const Problem<T>& p)
+      : problem(p), kept(keeps ? group * blocks * kBlock : 0), tops(group * blocks) {}
 
   const T* block(const Rows& rows, int64_t offset, int64_t at, int64_t n, T* scratch) {
     if (rows.classes == 1 && is_dtype<T>(rows.dtype)) {
@@ -273,12 +285,14 @@ struct RowWalk {
     // Distances are measured from the largest logit so far, so that all have one sign and none
     // cancel: `dot` over classes that count `seen` in all moves with it.
     double sum = 0, dot = 0, seen = 0, origin = 0;
-    for (int64_t at = 0; at < call.classes; at += kBlock) {
-      const int64_t n = std::min(kBlock, call.classes - at);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t at = b * kBlock, n = std::min(kBlock, call.classes - at);
       const T* const x = block(call.input, offset, at, n, logits);
-      // The next block, or the next row's first; and this one's gradient.
-      const Ahead ahead(call.input, offset + at + n, call.gradient, out_offset);
-      add_exponentials(x, n, target - at, top, sum, keeps ? kept[k] : nullptr, ahead);
+      // The next block, or the next row's first; and this one's gradient, which is written soon.
+      const Ahead ahead(call.input, offset + at + n, call.gradient, out_offset + at);
+      const int64_t here = k * blocks + b;
+      add_exponentials(x, n, target - at, top, sum, keeps ? &kept[here * kBlock] : nullptr, ahead);
+      tops[here] = top;
       if (call.indices && !problem.shares.smooth) continue;
       const double next = std::isfinite(top) ? top : origin;
       dot += seen * (origin - next);
@@ -313,12 +327,13 @@ struct RowWalk {
   void write_gradient(int64_t k, int64_t offset, int64_t target_offset, int64_t out_offset,
                       int64_t target) {
     const RowSlope<double> s{slopes.factor[k], slopes.scale[k], slopes.own[k]};
-    const Vec<T> top(sums.max[k]), factor(s.factor), scale(s.scale);
+    const Vec<T> top(sums.max[k]), scale(s.scale);
     const bool direct = is_dtype<T>(call.gradient.dtype);
     T* out = gradient;
-    for (int64_t at = 0; at < call.classes; at += kBlock) {
-      const int64_t n = std::min(kBlock, call.classes - at);
-      const T* x = one_block ? kept[k] : block(call.input, offset, at, n, logits);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t at = b * kBlock, n = std::min(kBlock, call.classes - at);
+      const int64_t here = k * blocks + b;
+      const T* x = keeps ? &kept[here * kBlock] : block(call.input, offset, at, n, logits);
       const T* q = nullptr;
       if (!call.indices) {
         q = mass(target_offset, at, n);
@@ -326,11 +341,13 @@ struct RowWalk {
         q = problem.weight + at;
       }
       if (direct) out = static_cast<T*>(const_cast<void*>(call.gradient.data)) + out_offset + at;
+      const double gap = keeps ? double(tops[here]) - sums.max[k] : 0;
+      const Vec<T> factor(gap == 0 ? s.factor : s.factor * std::exp(gap));
       const auto exponential = [&](auto subtract) {
         for_registers<T>(n, [&](int64_t i, int64_t count, int) {
-          const Vec<T> e = one_block ? load(x + i, count, T(0))
-                                     : exp_nonpositive(load(x + i, count, T(0)) - top);
-          store(subtract(e * factor, i, count), out + i, count);
+          const Vec<T> v = load(x + i, count, T(0));
+          store(subtract((keeps ? v : exp_nonpositive(v - top)) * factor, i, count), out + i,
+                count);
         });
       };
       if (q) {
@@ -454,7 +471,7 @@ struct TileWalk {
     for (auto* line : {&top, &own_logit, &weight, &losses, &factor, &part, &own_gradient}) {
       line->resize(w, T(1));
     }
-    for (auto* line : {&sum, &dot, &mass}) line->resize(w);
+    for (auto* line : {&sum, &dot, &mass}) line->resize(w, 0);
     scale.resize(w, call.scale);
     target.resize(w);
     number.resize(call.classes);
