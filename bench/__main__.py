@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from . import compare, examples, figures, kernels, memory, models, numerics, report
-from .arguments import add_device, add_only, add_peers, matching, positive
+from .arguments import add_device, add_only, add_peers, matching, positive, seconds
 from .cases import CASES, TABLES, Case
 from .measure import (
     CASE_SECONDS,
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"a case of more than {CASE_SECONDS:.0f} s stops at {ENOUGH_ROUNDS} or later",
     )
     parser.add_argument(
-        "--seconds", type=float, metavar="S", help="start no case later than this (default: all)"
+        "--seconds", type=seconds, metavar="S", help="start no case later than this (default: all)"
     )
     arguments = parser.parse_args(argv)
 
@@ -129,9 +129,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\n{report.tables(rows)}\n{report.summary(rows)}\n")
     if about["caveat"]:
         print(f"{about['caveat']}\n")
-    # A part never takes the place of the whole table.
-    stem = "speed" if len(rows) == len(known) else "speed-part"
     folder = arguments.out or report.results(arguments.device)
+    # A part never takes the place of the whole table, nor of more than it has.
+    measured = sum(row.begun for row in rows)
+    whole = len(rows) == len(known) and measured >= report.measured(folder / "speed.json")
+    stem = "speed" if whole else "speed-part"
     for path in report.write(rows, about, folder, stem):
         print(f"wrote {path}")
     if len(rows) < len(cases):

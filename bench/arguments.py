@@ -21,6 +21,13 @@ def positive(text: str) -> int:
     return number
 
 
+def seconds(text: str) -> float:
+    number = float(text)
+    if not number >= 0:  # nor nan
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds: at least 0")
+    return number
+
+
 def regex(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)

@@ -128,6 +128,13 @@ def environment(command: str, rounds: int, device: str = "cpu") -> dict[str, Any
     }
 
 
+def measured(path: Path) -> int:
+    """How many cases an earlier run's JSON has figures of; none: there is no such run."""
+    if not path.exists():
+        return 0
+    return sum(bool(row["samples"]) for row in json.loads(path.read_text())["rows"])
+
+
 def as_json(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
     return json.dumps({**about, "rows": [_row(row) for row in rows]}, indent=1) + "\n"
 

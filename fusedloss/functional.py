@@ -67,7 +67,7 @@ class _Explained(BaseException):
 
 
 _explaining: int | None = None  # the thread that is explaining a call
-_explaining_lock = threading.Lock()
+_explaining_lock = threading.RLock()  # what is explained may explain in turn
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -82,14 +82,14 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """
     global _explaining
     with _explaining_lock:
-        _explaining = threading.get_ident()
+        outer, _explaining = _explaining, threading.get_ident()
         try:
             fn(*args, **kwargs)
         except _Explained as answer:
             explanation: Explanation = answer.args[0]
             return explanation
         finally:
-            _explaining = None
+            _explaining = outer
     raise TypeError(f"{fn!r} is not a loss of fusedloss: there is no path to explain")
 
 
@@ -561,6 +561,8 @@ def _rows_obstacle(
         return f"a weight of shape {tuple(weight.shape)}"
     if type(ignore_index) is not int or not -(1 << 63) <= ignore_index < 1 << 63:
         return f"ignore_index {ignore_index!r}"
+    if ignore_index >= 0 and target.dtype is not torch.int64:
+        return "ignore_index is given with class probabilities"
     classes = shape[1] if len(shape) > 1 else shape[0]
     if classes > 1 << 24:
         # The engine compares classes as float32 numbers where they are not innermost.
@@ -645,8 +647,6 @@ def _cross_entropy(
             reason = dtype
         elif type(label_smoothing) is not float or not 0 <= label_smoothing <= 1:
             reason = f"label_smoothing {label_smoothing!r}"
-        elif not indices and ignore_index >= 0:
-            reason = "ignore_index is given with class probabilities"
         else:
             reason = _rows_obstacle(input, target, weight, ignore_index, reduction)
     if _explaining is not None:

@@ -40,7 +40,13 @@ def l1_loss(
         reduction = legacy_get_string(size_average, reduce)
     if weight is None or weight.size() != input.size() or reduction not in REDUCTIONS:
         return _l1_loss(input, target, reduction=reduction, weight=weight)
-    each = _l1_loss(input, target, reduction="none") * weight
+    if target.size() == input.size():
+        each = torch.abs(
+            input - target
+        )  # as torch does: autocast would give l1_loss itself a dtype
+    else:
+        each = _l1_loss(input, target, reduction="none")  # which warns
+    each = each * weight
     if reduction == "none":
         return each
     return each.sum() if reduction == "sum" else each.sum() / weight.sum()
@@ -57,6 +63,9 @@ def log_loss(
     ignore_index: int = -100,
 ) -> Tensor:
     """Multi-class log loss on probabilities; see :func:`fusedloss.functional.log_loss`."""
+    for name, tensor in {"input": input, "target": target}.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"log_loss needs a tensor as {name}, not {type(tensor).__name__}")
     if not input.is_floating_point():
         raise TypeError(f"log_loss needs probabilities of a floating dtype, not {input.dtype}")
     if input.dim() == 0:
@@ -73,8 +82,19 @@ def log_loss(
             f"log_loss with class probabilities needs a target of input's shape "
             f"{tuple(input.shape)}, not {tuple(target.shape)}"
         )
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"log_loss needs an int as ignore_index, not {ignore_index!r}")
+    if ignore_index >= 0:
+        raise ValueError(
+            f"log_loss has no ignore_index for class probabilities, and it is {ignore_index}"
+        )
     dim = 1 if input.dim() > 1 else 0
     if weight is not None:
+        if weight.shape != (input.shape[dim],):
+            raise ValueError(
+                f"log_loss needs a weight of shape ({input.shape[dim]},), one for each class, not "
+                f"{tuple(weight.shape)}"
+            )
         target = target * class_weight(weight, input)
     rows = -(target * log_p).sum(dim)
     if reduction == "none":

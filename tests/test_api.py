@@ -141,6 +141,38 @@ def test_backend_as_context_manager() -> None:
     assert fusedloss.explain(FL.mse_loss, x, y).backend == outside
 
 
+def test_backend_as_context_manager_again() -> None:
+    """Kept in a variable: it chooses each time it is entered, and each end gives back what was."""
+
+    def chosen() -> str:
+        return fusedloss.explain(FL.mse_loss, torch.rand(3), torch.rand(3)).backend
+
+    outside = chosen()
+    kept = fusedloss.backend("reference")
+    with kept:
+        with kept:
+            assert chosen() == "reference"
+        assert chosen() == "reference"
+    assert chosen() == outside
+    with kept:
+        assert chosen() == "reference"
+    assert chosen() == outside
+
+
+def test_explain_what_explains(compiled: str) -> None:
+    """As a loss does that logs its own path."""
+    x, y = torch.rand(3), torch.rand(3)
+    seen = []
+
+    def loss(input: Tensor, target: Tensor) -> Tensor:
+        seen.append(fusedloss.explain(FL.l1_loss, input, target))
+        return FL.mse_loss(input, target[:1])
+
+    explained = fusedloss.explain(loss, x, y)
+    assert "shapes differ" in str(explained)
+    assert seen == [fusedloss.explain(FL.l1_loss, x, y)]
+
+
 def test_backend_as_function() -> None:
     """Called plainly, it stays; shown in a process of its own."""
     code = (

@@ -232,7 +232,7 @@ def test_class_weight_shape(shape: tuple[int, ...], backend: str) -> None:
         )
 
 
-@pytest.mark.parametrize("options", [{"ignore_index": 3}, {"ignore_index": -3}])
+@pytest.mark.parametrize("options", [{"ignore_index": i} for i in (3, -3, None, "a", 1.5)], ids=str)
 def test_ignore_index_with_probabilities(options: dict[str, int], backend: str) -> None:
     sample = at_shape("cross_entropy-probabilities", SHAPE).sample(torch.float32)
     compare_with_torch("cross_entropy", sample.input, sample.target, **options)
@@ -245,6 +245,16 @@ LOG_LOSS_WRONG: tuple[tuple[Any, Any, dict[str, Any]], ...] = (
     (torch.full((5, 7), 1 / 7), torch.zeros(5, dtype=torch.int64), {"weight": torch.ones(6)}),
     (torch.zeros(5, 7, dtype=torch.int64), torch.zeros(5, dtype=torch.int64), {}),
     (torch.tensor(0.5), torch.tensor(0), {}),
+    (torch.full((5, 7), 1 / 7), None, {}),
+    ([0.5, 0.5], torch.zeros(2), {}),
+    *(
+        (torch.full((5, 7), 1 / 7), torch.full((5, 7), 1 / 7), options)
+        for options in (
+            {"ignore_index": 0},
+            {"ignore_index": 1.5},
+            *({"weight": torch.ones(shape)} for shape in ((), (1,), (6,), (1, 7), (5, 7))),
+        )
+    ),
 )
 
 

@@ -343,6 +343,8 @@ def test_kernels_of_a_wrong_result_have_no_figures(monkeypatch, tmp_path, capsys
         (["--only", "("], "'(' is no regular expression"),
         (["--only", "nothing like it"], "'nothing like it' matches none of"),
         (["--rounds", "0"], "0 is not a number of rounds"),
+        (["--seconds", "-1"], "-1 is no number of seconds"),
+        (["--seconds", "nan"], "nan is no number of seconds"),
         (["--peers", "eager,nobody"], "no peer 'nobody'; there are eager, compile"),
         (["--device", "tpu"], "no cases for 'tpu'; there are cpu, cuda"),
     ],
@@ -586,6 +588,11 @@ def test_run_that_is_short_of_time_says_what_it_left_out(monkeypatch, tmp_path, 
     out = capsys.readouterr().out
     assert "0 of 0 cases" in out and "Not begun, for lack of time: speed: mse; speed: l1." in out
     assert not list(tmp_path.glob("*.png"))
+    # It takes the place of no more than itself.
+    for seconds, name in (("1000", "speed.json"), ("0", "speed-part.json")):
+        assert cli.main(["--seconds", seconds, "--rounds", "1", "--out", str(tmp_path)]) == 0
+        rows = json.loads((tmp_path / name).read_text())["rows"]
+        assert bool(rows[0]["samples"]) == (seconds == "1000")
 
 
 def test_pictures_of_sizes_and_memory():

@@ -292,6 +292,24 @@ def test_autocast(
         assert error <= max(allowed, floor), f"off by {error:.3g}, torch by {allowed:.3g}"
 
 
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("loss", ["mse_loss", "l1_loss", "huber_loss"])
+def test_autocast_of_a_weighted_loss(
+    loss: str, dtype: torch.dtype, autocast_dtype: torch.dtype, backend: str
+) -> None:
+    """Whatever dtype torch gives, for each reduction."""
+    input, target, weight = torch.rand(3, 5, 7).to(dtype).unbind()
+    for reduction in ("none", "mean", "sum"):
+        results = []
+        for function in (getattr(FL, loss), torch_loss(loss)):
+            x = leaf(input)
+            with torch.autocast("cpu", dtype=autocast_dtype):
+                value = function(x, target, weight=weight, reduction=reduction)
+            results.append((value.detach(), torch.autograd.grad(value.sum(), x)[0]))
+        torch.testing.assert_close(*results)
+
+
 def test_autocast_cross_entropy_of_low_precision_logits(compiled: str) -> None:
     """fp32 loss, gradient in the logits' dtype rounded once."""
     sample = at_shape("cross_entropy", (33, 1000)).sample(torch.bfloat16)

@@ -150,11 +150,16 @@ class backend:
         why_not = None if row is None else row.why_not()
         if why_not is not None:
             raise RuntimeError(f"backend {name!r} cannot run here: {why_not}")
-        self._previous = _chosen
+        self._row = row
+        self._previous = [_chosen]
+        self._entered = False
         _choose(row)
 
     def __enter__(self) -> None:
-        pass
+        if self._entered:  # again: kept in a variable
+            self._previous.append(_chosen)
+        self._entered = True
+        _choose(self._row)
 
     def __exit__(
         self,
@@ -162,7 +167,7 @@ class backend:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _choose(self._previous)
+        _choose(self._previous.pop())
 
 
 def _choose(row: Backend | None) -> None:
