@@ -24,9 +24,11 @@ from tqdm import tqdm
 from . import report
 from .arguments import add_device, add_only, add_peers, matching, positive
 from .cases import CASES, Case
-from .measure import Row, Speed, Step, interleave, quantiles
+from .measure import Speed, Step, describe, interleave, quantiles
 
 ROUNDS, STEPS = 9, 3  # profiles of a contestant, steps of a profile
+# Of the CPU's operators, what is none: autograd's own calls, and torch.compile's.
+NO_OPERATOR = ("autograd::", "torch::autograd::", "Torch-Compiled", "TorchDynamo", "ProfilerStep")
 SHOWN = 48  # characters of a kernel's name: those of templates are long
 
 
@@ -49,6 +51,8 @@ def profiled(step: Step, on: str) -> list[Part]:
     wanted = DeviceType.CUDA if gpu else DeviceType.CPU
     parts = []
     for event in profiler.key_averages():
+        if event.key.startswith(NO_OPERATOR):
+            continue
         microseconds = event.self_device_time_total if gpu else event.self_cpu_time_total
         if event.device_type == wanted and microseconds > 0:
             parts.append(Part(event.key, event.count / STEPS, 1e-6 * microseconds / STEPS))
@@ -80,24 +84,28 @@ class Kernels(Speed):
         return interleave(steps, self.rounds, clock=clock)
 
 
-def as_dicts(row: Row, parts: Mapping[str, list[Part]]) -> list[dict[str, Any]]:
+def measure(case: Case, kernels: Kernels) -> list[dict[str, Any]]:
     """A row of the table and of the JSON for each contestant."""
-    found = []
+    try:
+        row = kernels(case)
+    except Exception as error:  # noqa: BLE001 - the other cases are still measured
+        return [{"case": case.id, "contestant": "ours", "problem": describe(error).text}]
+    rows: list[dict[str, Any]] = []
     for name, seconds in row.samples.items():
         low, median, high = quantiles(seconds, row.samples["limit"])
-        found.append(
+        rows.append(
             {
-                "case": row.case.id,
+                "case": case.id,
                 "contestant": name,
-                "least_bytes": row.case.least_bytes,
+                "least_bytes": case.least_bytes,
                 "seconds": seconds,
                 "limit": {"median": median, "low": low, "high": high},
-                "parts": [part._asdict() for part in parts[name]],
+                "parts": [part._asdict() for part in kernels.parts[name]],
             }
         )
     for name, problem in row.problems.items():
-        found.append({"case": row.case.id, "contestant": name, "problem": problem.text})
-    return found
+        rows.append({"case": case.id, "contestant": name, "problem": problem.text})
+    return rows
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -107,13 +115,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             lines.append([row["case"], row["contestant"], None, row["problem"], None])
             continue
         whole = sum(part["seconds"] for part in row["parts"])
-        # What takes less than a hundredth is many, and explains nothing.
+        # What takes less than a hundredth is counted, but explains nothing.
         long = [part for part in row["parts"] if part["seconds"] >= 0.01 * whole]
         what = ", ".join(
             f"{part['name'].removeprefix('void ')[:SHOWN]} {part['seconds'] / whole:.0%}"
             for part in long
         )
-        calls = sum(part["calls"] for part in long)
+        calls = sum(part["calls"] for part in row["parts"])
         ratio = "{median:.2f} ({low:.2f} to {high:.2f})".format(**row["limit"])
         lines.append([row["case"], row["contestant"], f"{calls:.0f}", ratio, what])
     headings = ["case", "contestant", "calls a step", "time / limit's", "share of that time"]
@@ -139,8 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kernels = Kernels(arguments.rounds, arguments.peers)
     rows = []
     for case in tqdm(matching(parser, arguments.only, known), unit="case", disable=None):
-        row = kernels(case)
-        rows += as_dicts(row, kernels.parts)
+        rows += measure(case, kernels)
         if case.device == "cuda":
             torch.cuda.empty_cache()
     print(table(rows))

@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "tensors.h"
+
 namespace fusedloss {
 
 using at::Tensor;
@@ -74,7 +76,10 @@ struct Shared {
 
 Tensor prediction_of(const OptionalTensor& own, std::string_view loss, const Tensor& input,
                      int64_t reduction) {
-  if (own.has_value()) return *own;
+  if (own.has_value()) {
+    check_pair("prediction", *own, input);
+    return *own;
+  }
   Shared& shared = Shared::one();
   const std::lock_guard<std::mutex> lock(shared.mutex);
   const at::Device device = input.device();

@@ -1,4 +1,5 @@
-// What csrc/ops.cpp asks of every engine: raw pointers and numbers, no tensors and no torch header.
+// What csrc/ops_cpu.cpp and csrc/ops_cuda.cpp ask of every engine: raw pointers and numbers, no
+// tensors and no torch header.
 #pragma once
 
 #include <cstdint>

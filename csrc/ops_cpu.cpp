@@ -167,12 +167,15 @@ struct Behind {
 
   Behind(const Tensor& grad_output, const Tensor& scales, const Tensor& input, int64_t reduction,
          const Tensor& target = {}, Wants wants = {}) {
+    check_pair("scales", scales, input);
     Carried* left = carried(scales);
     if (left) {
       gradient = std::move(left->gradient);
       target_gradient = std::move(left->target_gradient);
     }
     if (reduction != at::Reduction::None) {
+      TORCH_CHECK_VALUE(grad_output.numel() == 1, "fusedloss: grad_output of shape ",
+                        grad_output.sizes(), " is not one number");
       upstream = scalar(grad_output);
       if (left) learn(left->prediction, upstream);
       done = (gradient.defined() || !wants.input) && (target_gradient.defined() || !wants.target) &&
@@ -187,7 +190,7 @@ struct Behind {
 
 // ---- class indices ------------------------------------------------------------------------------
 
-// Class indices as the engines want them: contiguous, ignored ones -1, the rest within range; and
+// Class indices as the engines want them: contiguous, and within range but for those to ignore; and
 // the sum of the weights of those not ignored.
 struct Classes {
   Tensor indices;
@@ -447,8 +450,13 @@ struct CrossEntropyCall {
     // A gradient has its input's strides, or is row-major where input is not dense.
     call.by_row = call.classes == 1 || (call.input.classes == 1 &&
                                         (call.inner == 1 || input.is_non_overlapping_and_dense()));
+    // Nor are rows neighbours where they are fewer than a register holds, or further apart than
+    // their classes.
     // What a row costs beside its elements is worth more than to have these side by side.
     constexpr int64_t kFew = 128, kRows = 16;
+    if (call.classes > kFew && (call.inner < kRows || call.input.classes < call.input.inner)) {
+      call.by_row = true;
+    }
     if (call.by_row && call.classes > 1 && call.classes <= kFew &&
         call.outer * call.inner >= kRows) {
       if (call.inner == 1) operands.lay_rows_inside(call);
@@ -521,6 +529,7 @@ Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& scales, c
                               const Tensor& target, const OptionalTensor& weight,
                               int64_t ignore_index, double label_smoothing, int64_t reduction,
                               at::ScalarType dtype) {
+  check_row_upstream(grad_output, input, reduction);
   Behind behind(grad_output, scales, input, reduction);
   if (!behind.done) {
     // Once more: memory that a target shares may have changed unseen, and an index leads to memory.

@@ -125,8 +125,6 @@ struct Call {
     launch.loss_dtype = dtype_of(loss);
   }
   void predicts(const Tensor& prediction) {
-    TORCH_CHECK(prediction.device() == input.device(), "fusedloss: a prediction on ",
-                prediction.device(), " for input on ", input.device());
     // A module may let go of it while this stream, not the one it comes from, has yet to teach it.
     c10::cuda::CUDACachingAllocator::recordStream(prediction.storage().data_ptr(), stream);
     launch.prediction = prediction.mutable_data_ptr<double>();
@@ -135,12 +133,15 @@ struct Call {
   // gradient (a reduction's), the kernel finds out whether those are right for it already.
   Gradients gradients_after(const Tensor& scales, const Tensor& grad_output, int64_t reduction,
                             const Tensor& target = {}, Wants wants = {}) {
+    check_pair("scales", scales, input);
     Carried* left = carried(scales);
     Gradients gradients;
     if (left) gradients = {std::move(left->gradient), std::move(left->target_gradient)};
     const bool input_lacks = wants.input && !gradients.gradient.defined();
     const bool target_lacks = wants.target && !gradients.target_gradient.defined();
     if (reduction != at::Reduction::None) {
+      TORCH_CHECK_VALUE(grad_output.numel() == 1, "fusedloss: grad_output of shape ",
+                        grad_output.sizes(), " is not one number");
       if (left) predicts(left->prediction);
       launch.scales = scales.mutable_data_ptr<double>();
       launch.grad_output = grad_output.const_data_ptr();
@@ -228,7 +229,8 @@ struct PointwiseCall : Call {
     Tensor wanted = target;
     if (target.scalar_type() == at::kLong) {
       indices = aligned(target.contiguous());
-      wanted = indices.masked_fill(indices.eq(ignore_index), kIgnored);
+      // What is wrong must not read as ignored.
+      wanted = indices.clamp_min(kIgnored + 1).masked_fill_(indices.eq(ignore_index), kIgnored);
     }
     operands.emplace(call, input, wanted, weight, pos_weight, upstream, cuda::kMaxDims);
   }
@@ -242,7 +244,7 @@ struct PointwiseCall : Call {
     parameters = parameters_;
   }
 
-  void divide(int64_t reduction, const OptionalTensor& weight) {
+  void divide(int64_t reduction, const OptionalTensor& weight, const Tensor& scales) {
     if (reduction != at::Reduction::Mean) return;
     const int64_t dim = class_dim(input);
     launch.normalizer = static_cast<double>(input.numel());
@@ -251,7 +253,7 @@ struct PointwiseCall : Call {
         break;
       case Mean::kWeights:
         if (!present(weight)) break;
-        held[0].select(0, 1).copy_(weight->sum(at::kDouble));
+        scales.select(0, 1).copy_(weight->sum(at::kDouble));
         divides_by_what_is_there();
         break;
       case Mean::kRows:
@@ -264,9 +266,8 @@ struct PointwiseCall : Call {
   Tensor compute_loss(int64_t reduction, at::ScalarType dtype, const OptionalTensor& weight,
                       const Tensor& scales) {
     Tensor loss = empty_loss(input, reduction, dtype);
-    held.push_back(scales);
     launch.scales = scales.mutable_data_ptr<double>();
-    divide(reduction, weight);
+    divide(reduction, weight, scales);
     if (reduction == at::Reduction::None) {
       call.value = loss.mutable_data_ptr();
       call.value_dtype = dtype_of(loss);
@@ -434,6 +435,7 @@ Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& scales, c
                               const Tensor& target, const OptionalTensor& weight,
                               int64_t ignore_index, double label_smoothing, int64_t reduction,
                               at::ScalarType dtype) {
+  check_row_upstream(grad_output, input, reduction);
   CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype, Pass::kBackward);
   if (reduction == at::Reduction::None) {
     p.held.push_back(aligned(grad_output.contiguous()));

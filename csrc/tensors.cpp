@@ -54,11 +54,31 @@ Mean mean_of(std::string_view loss) {
   TORCH_CHECK_VALUE(false, "fusedloss: no pointwise loss is named '", loss, "'");
 }
 
+static bool takes_pos_weight(std::string_view loss) {
+#define FUSEDLOSS_POS_WEIGHT(NAME, LOSS) \
+  if (loss == NAME) return LOSS::kPosWeight;
+  FUSEDLOSS_POINTWISE_LOSSES(FUSEDLOSS_POS_WEIGHT)
+#undef FUSEDLOSS_POS_WEIGHT
+  return false;  // one of one's own
+}
+
+static void check_device(const char* name, const Tensor& t, const Tensor& input) {
+  TORCH_CHECK_VALUE(t.device() == input.device(), "fusedloss: ", name, " on ", t.device(),
+                    " for input on ", input.device());
+}
+
+static at::DimVector row_sizes(const Tensor& input) {
+  at::DimVector sizes(input.sizes());
+  sizes.erase(sizes.begin() + class_dim(input));
+  return sizes;
+}
+
 void check_shapes(const Tensor& input, const Tensor& target) {
+  check_device("target", target, input);
   at::DimVector expected(input.sizes());
   if (target.scalar_type() == at::kLong) {
     TORCH_CHECK_VALUE(input.dim() > 0, "fusedloss: input of shape () has no class dimension");
-    expected.erase(expected.begin() + class_dim(input));
+    expected = row_sizes(input);
   }
   TORCH_CHECK_VALUE(target.sizes() == at::IntArrayRef(expected), "fusedloss: target of shape ",
                     target.sizes(), " does not fit input of shape ", input.sizes());
@@ -69,6 +89,23 @@ void check_class_weight(const Tensor& input, const OptionalTensor& weight) {
   TORCH_CHECK_VALUE(!present(weight) || weight->sizes() == at::IntArrayRef{classes},
                     "fusedloss: ", classes, " classes need a weight of shape (", classes, "), not ",
                     present(weight) ? weight->sizes() : at::IntArrayRef{});
+  if (present(weight)) check_device("weight", *weight, input);
+}
+
+void check_pair(const char* name, const Tensor& pair, const Tensor& input) {
+  check_device(name, pair, input);
+  TORCH_CHECK_VALUE(pair.scalar_type() == at::kDouble && pair.numel() == 2 && pair.is_contiguous(),
+                    "fusedloss: ", name, " of ", pair.sizes(), " ", pair.scalar_type(),
+                    ", not of two contiguous doubles");
+}
+
+void check_row_upstream(const Tensor& grad_output, const Tensor& input, int64_t reduction) {
+  check_device("grad_output", grad_output, input);
+  const bool fits = reduction == at::Reduction::None
+                        ? grad_output.sizes() == at::IntArrayRef(row_sizes(input))
+                        : grad_output.numel() == 1;
+  TORCH_CHECK_VALUE(fits, "fusedloss: grad_output of shape ", grad_output.sizes(),
+                    " does not fit input of shape ", input.sizes());
 }
 
 // ---- results ------------------------------------------------------------------------------------
@@ -111,12 +148,17 @@ PointwiseOperands::PointwiseOperands(Pointwise& call, const Tensor& input, const
                                      const OptionalTensor& upstream, int most_dims)
     : operands_{&call.input, &call.target, &call.weight, &call.pos_weight, &call.upstream} {
   const bool classes = target.scalar_type() == at::kLong;
-  const auto expand = [&](const OptionalTensor& t) {
-    return present(t) ? aligned(*t).expand(input.sizes()) : Tensor();
+  const auto expand = [&](const char* name, const OptionalTensor& t) {
+    if (!present(t)) return Tensor();
+    check_device(name, *t, input);
+    return aligned(*t).expand(input.sizes());
   };
+  TORCH_CHECK_VALUE(present(pos_weight) == takes_pos_weight(call.loss), "fusedloss: ", call.loss,
+                    present(pos_weight) ? " takes no pos_weight" : " needs a pos_weight");
   tensors_ = {aligned(input),
               classes ? target.unsqueeze(class_dim(input)).expand(input.sizes()) : aligned(target),
-              expand(weight), expand(pos_weight), expand(upstream)};
+              expand("weight", weight), expand("pos_weight", pos_weight),
+              expand("grad_output", upstream)};
   call.numel = input.numel();
   bool flat = !classes;
   for (size_t k = 0; k < kOperands; ++k) {

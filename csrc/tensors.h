@@ -34,6 +34,10 @@ Mean mean_of(std::string_view loss);
 void check_shapes(const at::Tensor& input, const at::Tensor& target);
 // (classes), where it is given.
 void check_class_weight(const at::Tensor& input, const OptionalTensor& weight);
+// Of two doubles, as a prediction and scales are, where input is.
+void check_pair(const char* name, const at::Tensor& pair, const at::Tensor& input);
+// A number, or of reduction "none" one for each row.
+void check_row_upstream(const at::Tensor& grad_output, const at::Tensor& input, int64_t reduction);
 
 // Dense in the order of input's strides, else row-major: what AccumulateGrad takes without a copy.
 at::Tensor empty_gradient(const at::Tensor& input);

@@ -565,7 +565,7 @@ def _rows_obstacle(
         return "ignore_index is given with class probabilities"
     classes = shape[1] if len(shape) > 1 else shape[0]
     if classes > 1 << 24:
-        # The engine compares classes as float32 numbers where they are not innermost.
+        # Far beyond what the kernels have been tested with.
         return f"{classes} classes"
     return None
 

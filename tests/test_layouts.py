@@ -413,3 +413,33 @@ def test_inputs_that_are_not_real(loss: str, dtype: torch.dtype, backend: str) -
         (sample.input, sample.target.to(dtype)),
     ):
         compare_with_torch(loss, input, target, input_wants=input.is_floating_point())
+
+
+FEW_ROWS: dict[str, Callable[[], Tensor]] = {
+    "one": lambda: torch.randn(3000, 2)[:, 0],
+    "one, ignored": lambda: torch.randn(3000, 2)[:, 1],
+    "transposed": lambda: torch.randn(3000, 3).t(),
+    "steps": lambda: torch.randn(5, 6000)[:, ::2],
+    "steps of many": lambda: torch.randn(40, 600)[:, ::2],
+    "inner": lambda: torch.randn(2, 3000, 3),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("layout", FEW_ROWS)
+def test_few_rows_whose_classes_are_apart(layout: str, dtype: torch.dtype, compiled: str) -> None:
+    """Values, and gradients in input's own order; of rows, and of probabilities as far apart."""
+    input = FEW_ROWS[layout]().to(dtype)
+    shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
+    target = torch.randint(input.shape[min(1, input.dim() - 1)], shape)
+    if layout == "one, ignored":
+        target = torch.tensor(-100)
+    elif shape:
+        target.view(-1)[0] = -100
+    soft = input.double().softmax(min(1, input.dim() - 1)).to(dtype)
+    for wanted, options in ((target, {}), (target, {"label_smoothing": 0.1}), (soft, {})):
+        sample = Sample(input, wanted, options)
+        truth = sample_truth("cross_entropy", sample, "sum")
+        value, grad = value_and_grad(FL.cross_entropy, sample, "sum")
+        assert_close_to_truth(value, truth.value, truth.value_scale, "value")
+        assert_close_to_truth(grad, truth.grad, truth.grad_scale, "gradient")

@@ -92,3 +92,34 @@ def test_the_operators_are_listed() -> None:
         schema = getattr(operators(), name.split("::")[1]).default._schema
         writes = any(a.alias_info and a.alias_info.is_write for a in schema.arguments)
         assert writes == name.endswith("_"), str(schema)
+
+
+X, Y, PAIR = torch.zeros(8), torch.zeros(8), torch.tensor([float("nan"), 1.0], dtype=torch.float64)
+ROWS, CLASSES = torch.zeros(50, 4), torch.zeros(50, dtype=torch.int64)
+LOGITS, ONE = "binary_cross_entropy_with_logits", torch.tensor(1.0)
+MSE = (0.0, 0, 1, torch.float32)  # what follows its name: parameter, ignore_index, "mean", dtype
+SUM_OF_ROWS, EACH_ROW = (-100, 0.0, 2, torch.float32), (-100, 0.0, 0, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments", "problem"),
+    [
+        ("pointwise", (X, Y[:3], None, None, "mse_loss", *MSE, None), "does not fit input"),
+        ("pointwise", (X, Y, None, None, "mse", *MSE, None), "no pointwise loss is named 'mse'"),
+        ("pointwise", (X, Y, None, None, f"{LOGITS}_pos_weight", *MSE, None), "needs a pos_weight"),
+        ("pointwise", (X, Y, None, X, "mse_loss", *MSE, None), "takes no pos_weight"),
+        ("pointwise_forward", (X, Y, None, None, "mse_loss", *MSE, PAIR[:0]), "two contiguous"),
+        ("pointwise_forward", (X, Y, None, None, "mse_loss", *MSE, X[:2]), "two contiguous"),
+        ("pointwise_backward", (ONE, PAIR[:1], X, Y, None, None, "mse_loss", *MSE), "two contig"),
+        ("pointwise_backward", (X, PAIR, X, Y, None, None, "mse_loss", *MSE), "not one number"),
+        ("cross_entropy", (ROWS, CLASSES, X, *SUM_OF_ROWS, None), "weight of shape"),
+        ("cross_entropy_backward", (X, PAIR, ROWS, CLASSES, None, *EACH_ROW), "grad_output of"),
+        ("cross_entropy_backward", (X, PAIR, ROWS, CLASSES, None, *SUM_OF_ROWS), "grad_output of"),
+    ],
+)
+def test_direct_calls_are_checked(
+    operator: str, arguments: tuple[Any, ...], problem: str, compiled: str
+) -> None:
+    """Whatever leads an engine to memory that is not there is an error before it."""
+    with pytest.raises(ValueError, match=problem):
+        getattr(operators(), operator)(*arguments)

@@ -82,11 +82,11 @@ const char* address(const Rows& rows, int64_t offset) {
 
 // Asks for what is used next, a register at a time: an engine that loads and computes by turns
 // leaves memory idle half of the time. What lies beyond the end of data does nothing.
-struct Ahead {
+struct Prefetch {
   const char *to_read, *to_write;
   int64_t read_size, write_size;
 
-  Ahead(const Rows& in, int64_t in_offset, const Rows& out, int64_t out_offset)
+  Prefetch(const Rows& in, int64_t in_offset, const Rows& out, int64_t out_offset)
       : to_read(address(in, in_offset)),
         to_write(address(out, out_offset)),
         read_size(bytes_of(in.dtype)),
@@ -172,7 +172,7 @@ T largest(const T* x, int64_t n) {
 // logit already.
 template <class T>
 void add_exponentials(const T* x, int64_t n, int64_t target, T& top, double& sum, T* keep,
-                      Ahead ahead) {
+                      Prefetch ahead) {
   const T block_top = largest(x, n);
   if (block_top > top) {
     if (sum != 0) sum *= std::exp(double(top) - double(block_top));
@@ -289,7 +289,7 @@ struct RowWalk {
       const int64_t at = b * kBlock, n = std::min(kBlock, call.classes - at);
       const T* const x = block(call.input, offset, at, n, logits);
       // The next block, or the next row's first; and this one's gradient, which is written soon.
-      const Ahead ahead(call.input, offset + at + n, call.gradient, out_offset + at);
+      const Prefetch ahead(call.input, offset + at + n, call.gradient, out_offset + at);
       const int64_t here = k * blocks + b;
       add_exponentials(x, n, target - at, top, sum, keeps ? &kept[here * kBlock] : nullptr, ahead);
       tops[here] = top;
@@ -328,7 +328,8 @@ struct RowWalk {
                       int64_t target) {
     const RowSlope<double> s{slopes.factor[k], slopes.scale[k], slopes.own[k]};
     const Vec<T> top(sums.max[k]), scale(s.scale);
-    const bool direct = is_dtype<T>(call.gradient.dtype);
+    const int64_t out_step = call.gradient.classes;
+    const bool direct = is_dtype<T>(call.gradient.dtype) && out_step == 1;
     T* out = gradient;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t at = b * kBlock, n = std::min(kBlock, call.classes - at);
@@ -364,8 +365,8 @@ struct RowWalk {
         out[target - at] = static_cast<T>(s.own * s.factor - smooth);
       }
       if (!direct) {
-        narrow(out, n, call.gradient.dtype, const_cast<void*>(call.gradient.data), out_offset + at,
-               1);
+        narrow(out, n, call.gradient.dtype, const_cast<void*>(call.gradient.data),
+               out_offset + at * out_step, out_step);
       }
     }
   }
@@ -374,7 +375,7 @@ struct RowWalk {
     with_type(call.gradient.dtype, [&](auto tag) {
       using D = decltype(tag);
       D* out = static_cast<D*>(const_cast<void*>(call.gradient.data)) + out_offset;
-      std::fill(out, out + call.classes, D(0));
+      for (int64_t c = 0; c < call.classes; ++c) out[c * call.gradient.classes] = D(0);
     });
   }
 

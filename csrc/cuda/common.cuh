@@ -125,6 +125,7 @@ struct Quick {
   __device__ friend bool operator<=(Quick a, Quick b) { return a.x <= b.x; }
   __device__ friend bool operator>(Quick a, Quick b) { return a.x > b.x; }
   __device__ friend bool operator>=(Quick a, Quick b) { return a.x >= b.x; }
+  __device__ friend bool operator==(Quick a, Quick b) { return a.x == b.x; }
   __device__ friend bool all_zero(Quick a) { return a.x == 0; }
   __device__ friend Quick abs(Quick a) { return Quick(fabsf(a.x)); }
   __device__ friend Quick minus_abs(Quick a) { return Quick(-fabsf(a.x)); }

@@ -642,7 +642,7 @@ __global__ void __launch_bounds__(kColumnsBlock, kColumnsBlocks<D, kWide, kHard>
 
 // ---- which of them ------------------------------------------------------------------------------
 
-constexpr int kMostBlocks = 8;             // in a cluster, on every device that has them
+constexpr int kMostBlocks = 8;             // in a cluster, wherever the device has room for it
 constexpr int64_t kMostClasses = 1 << 30;  // that a row of packets counts in int
 constexpr int64_t kDeclared = 4 << 10;  // of shared memory, what kernels declare and the system has
 constexpr int64_t kUnasked = 48 << 10;  // of shared memory, without asking for it
@@ -718,7 +718,7 @@ cudaError_t allow_shared(Kernel* kernel, const Plan& plan) {
                               static_cast<int>(most_shared()));
 }
 
-// The hardware knows where clusters fit.
+// The hardware knows where clusters fit; 0: nowhere, as on a slice of a device.
 template <class D, bool kHard>
 int64_t clusters_at_once(const Plan& plan) {
   constexpr auto kernel = rows<D, Scope::kCluster, kHard>;
@@ -727,12 +727,13 @@ int64_t clusters_at_once(const Plan& plan) {
   if (allow_shared(kernel, plan) != cudaSuccess ||
       cudaOccupancyMaxActiveClusters(&count, kernel, &launching.config) != cudaSuccess) {
     cudaGetLastError();
+    return 0;
   }
-  return std::max(1, count);
+  return count;
 }
 
 template <class D>
-Plan plan_for(const CrossEntropy& call) {
+Plan plan_for(const CrossEntropy& call, int most_blocks = kMostBlocks) {
   using Kernel = Plan::Kernel;
   constexpr int kSize = Packet<D>::kSize;
   const int64_t sms = device_attribute(cudaDevAttrMultiProcessorCount);
@@ -771,9 +772,9 @@ Plan plan_for(const CrossEntropy& call) {
   } else {
     constexpr int64_t kHeld = kRowBlock * kManyPackets;  // by a block
     plan.kernel = Kernel::kBlock;
-    if (kHeld < packets && has_clusters()) {
+    if (kHeld < packets && most_blocks > 1 && has_clusters()) {
       plan.kernel = Kernel::kCluster;
-      while (plan.cluster < kMostBlocks && plan.cluster * kHeld < packets) plan.cluster *= 2;
+      while (plan.cluster < most_blocks && plan.cluster * kHeld < packets) plan.cluster *= 2;
     }
     const int64_t share = ceil_div(packets, plan.cluster);  // of a block
     const int64_t threads = ceil_div(ceil_div(share, kManyPackets), kWarp) * kWarp;
@@ -795,6 +796,7 @@ Plan plan_for(const CrossEntropy& call) {
   plan.blocks = plan.cluster;
   if (plan.kernel == Kernel::kCluster) {
     at_once = hard ? clusters_at_once<D, true>(plan) : clusters_at_once<D, false>(plan);
+    if (at_once == 0) return plan_for<D>(call, plan.cluster / 2);
   }
   plan.blocks = plan.cluster * std::clamp<int64_t>(groups, 1, at_once);
   return plan;

@@ -1,4 +1,4 @@
-// What csrc/ops.cpp asks of the CUDA engines. Nothing here waits for the device: whatever depends
+// What csrc/ops_cuda.cpp asks of the CUDA engines. Nothing here waits for the device: whatever depends
 // on data stays in its memory.
 #pragma once
 

@@ -173,7 +173,7 @@ struct LogLoss : PointwiseLoss {
     const T eps(parameter), zero(0), one(1);
     const T p = between(x, eps, one);
     const auto inside = both(less_equal(eps, x), less_equal(x, one));
-    const T nothing = x * zero;  // but nan stays
+    const T nothing = select(equal(x, x), zero, x);  // nan stays
     if (all_zero(y)) return {{p * zero, select(inside, zero, nothing), one}};
     return {{zero - y * log(p), select(inside, zero - y, nothing), p}};
   }

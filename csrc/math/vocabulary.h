@@ -34,6 +34,10 @@ FUSEDLOSS_HD bool less_equal(T a, T b) {
   return a <= b;
 }
 template <class T>
+FUSEDLOSS_HD bool equal(T a, T b) {
+  return a == b;
+}
+template <class T>
 FUSEDLOSS_HD bool both(T a, T b) {
   return a && b;
 }

@@ -9,7 +9,8 @@
 //
 // Environment: EMULATOR_SEED, of the schedule; EMULATOR_MULTIPROCESSORS, EMULATOR_OCCUPANCY (blocks
 // on each) and EMULATOR_CAPABILITY (90 for 9.0), what the device says of itself; EMULATOR_CODE, the
-// capability of the PTX that the driver has compiled; EMULATOR_THREADS, see take_thread.
+// capability of the PTX that the driver has compiled; EMULATOR_CLUSTER, the blocks of the largest
+// cluster that there is room for; EMULATOR_THREADS, see take_thread.
 #include "emulator.h"
 
 #include <dlfcn.h>
@@ -475,8 +476,9 @@ void check_limits() {
   if (volume(cluster) != 1 && std::min(setting("EMULATOR_CAPABILITY", 90), code_version()) < 90) {
     fail("launched with clusters, which the device or its code does not have");
   }
-  if (!volume(cluster) || volume(cluster) > (allowed.any_cluster ? 16 : 8) || grid.x % cluster.x ||
-      grid.y % cluster.y || grid.z % cluster.z) {
+  const int most = std::min(allowed.any_cluster ? 16 : 8, setting("EMULATOR_CLUSTER", 16));
+  if (!volume(cluster) || volume(cluster) > static_cast<size_t>(std::max(1, most)) ||
+      grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z) {
     fail("launched with clusters of (%u, %u, %u) blocks over a grid of (%u, %u, %u)", cluster.x,
          cluster.y, cluster.z, grid.x, grid.y, grid.z);
   }
@@ -623,8 +625,10 @@ int code_version() { return setting("EMULATOR_CODE", 90); }
 int blocks_per_multiprocessor(Kernel, int, size_t) { return setting("EMULATOR_OCCUPANCY", 2); }
 
 int active_clusters(Kernel, const cudaLaunchConfig_t& config) {
+  const size_t size = volume(cluster_of(config));
+  if (size > static_cast<size_t>(setting("EMULATOR_CLUSTER", 16))) return 0;
   const int blocks = setting("EMULATOR_OCCUPANCY", 2) * setting("EMULATOR_MULTIPROCESSORS", 3);
-  return std::max<int>(1, blocks / volume(cluster_of(config)));
+  return std::max<int>(1, blocks / size);
 }
 
 // ---- from within a kernel -----------------------------------------------------------------------

@@ -99,11 +99,21 @@ def rows_of_classes(*shapes: tuple[int, int]) -> list[Question]:
     ]
 
 
-@pytest.mark.parametrize("lacks", ["EMULATOR_CAPABILITY", "EMULATOR_CODE"])
+@pytest.mark.parametrize(
+    "device",
+    [
+        {"EMULATOR_CAPABILITY": "80"},
+        {"EMULATOR_CODE": "80"},
+        {"EMULATOR_CLUSTER": "4"},
+        {"EMULATOR_CLUSTER": "0"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("variant", ["plain", "address"])
-def test_without_clusters(variant: str, lacks: str) -> None:
-    """On devices without them, and where a driver has compiled the PTX for such a one."""
-    check_all(variant, rows_of_classes((3, 40_001), (2, 140_000)), settings={lacks: "80"})
+def test_without_clusters(variant: str, device: dict[str, str]) -> None:
+    """On devices without them, where a driver has compiled the PTX for such a one, and on parts of
+    a device that have no room for large ones, or for any."""
+    check_all(variant, rows_of_classes((3, 40_001), (2, 140_000)), settings=device)
 
 
 def test_shared_memory_of_several_threads() -> None:

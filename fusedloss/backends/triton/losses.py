@@ -82,7 +82,7 @@ def _bce_with_logits_pos_weight(x, y, p):
 def _log_loss(x, y, eps):
     p = between(x, eps, 1.0)
     inside = (x >= eps) & (x <= 1.0)
-    return 0.0 - y * tl.log(p), tl.where(inside, 0.0 - y, x * 0.0), 0.0, p
+    return 0.0 - y * tl.log(p), tl.where(inside, 0.0 - y, tl.where(x == x, 0.0, x)), 0.0, p
 
 
 @dataclass(frozen=True)

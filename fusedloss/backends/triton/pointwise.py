@@ -291,7 +291,8 @@ def run(
     class_dim = -1
     if indices is not None:
         class_dim = common.class_dim(input)
-        target = indices.masked_fill(indices.eq(ignore_index), _IGNORED)
+        # What is wrong must not read as ignored.
+        target = indices.clamp_min(_IGNORED + 1).masked_fill_(indices.eq(ignore_index), _IGNORED)
         target = target.unsqueeze(class_dim).expand(input.shape)
     result = empty_loss(input, reduction, dtype) if do.forward else None
     upstream = None if do.forward or not each else do.grad_output
