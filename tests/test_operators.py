@@ -121,5 +121,7 @@ def test_direct_calls_are_checked(
     operator: str, arguments: tuple[Any, ...], problem: str, compiled: str
 ) -> None:
     """Whatever leads an engine to memory that is not there is an error before it."""
+    if NAMESPACE != "fusedloss":
+        pytest.skip("the operators of csrc alone take pointers")
     with pytest.raises(ValueError, match=problem):
         getattr(operators(), operator)(*arguments)
