@@ -1,5 +1,5 @@
-// What csrc/ops_cuda.cpp asks of the CUDA engines. Nothing here waits for the device: whatever depends
-// on data stays in its memory.
+// What csrc/ops_cuda.cpp asks of the CUDA engines. Nothing here waits for the device: whatever
+// depends on data stays in its memory.
 #pragma once
 
 #include <cuda_runtime_api.h>
