@@ -174,8 +174,7 @@ struct Behind {
       target_gradient = std::move(left->target_gradient);
     }
     if (reduction != at::Reduction::None) {
-      TORCH_CHECK_VALUE(grad_output.numel() == 1, "fusedloss: grad_output of shape ",
-                        grad_output.sizes(), " is not one number");
+      check_number(grad_output);
       upstream = scalar(grad_output);
       if (left) learn(left->prediction, upstream);
       done = (gradient.defined() || !wants.input) && (target_gradient.defined() || !wants.target) &&
@@ -529,13 +528,13 @@ Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& scales, c
                               const Tensor& target, const OptionalTensor& weight,
                               int64_t ignore_index, double label_smoothing, int64_t reduction,
                               at::ScalarType dtype) {
-  check_row_upstream(grad_output, input, reduction);
   Behind behind(grad_output, scales, input, reduction);
   if (!behind.done) {
     // Once more: memory that a target shares may have changed unseen, and an index leads to memory.
     cross_entropy_normalizer(input, target, weight, ignore_index, reduction);
     CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype);
     if (reduction == at::Reduction::None) {
+      check_row_upstream(grad_output, input);
       const at::ScalarType computes = dtype == at::kDouble ? at::kDouble : at::kFloat;
       p.upstream = grad_output.to(computes).contiguous();
       p.call.upstream = p.upstream.const_data_ptr();

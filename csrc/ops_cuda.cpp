@@ -140,8 +140,7 @@ struct Call {
     const bool input_lacks = wants.input && !gradients.gradient.defined();
     const bool target_lacks = wants.target && !gradients.target_gradient.defined();
     if (reduction != at::Reduction::None) {
-      TORCH_CHECK_VALUE(grad_output.numel() == 1, "fusedloss: grad_output of shape ",
-                        grad_output.sizes(), " is not one number");
+      check_number(grad_output);
       if (left) predicts(left->prediction);
       launch.scales = scales.mutable_data_ptr<double>();
       launch.grad_output = grad_output.const_data_ptr();
@@ -435,9 +434,9 @@ Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& scales, c
                               const Tensor& target, const OptionalTensor& weight,
                               int64_t ignore_index, double label_smoothing, int64_t reduction,
                               at::ScalarType dtype) {
-  check_row_upstream(grad_output, input, reduction);
   CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype, Pass::kBackward);
   if (reduction == at::Reduction::None) {
+    check_row_upstream(grad_output, input);
     p.held.push_back(aligned(grad_output.contiguous()));
     p.call.upstream = p.held.back().const_data_ptr();
     p.call.upstream_dtype = dtype_of(grad_output);

@@ -99,12 +99,15 @@ void check_pair(const char* name, const Tensor& pair, const Tensor& input) {
                     ", not of two contiguous doubles");
 }
 
-void check_row_upstream(const Tensor& grad_output, const Tensor& input, int64_t reduction) {
+void check_number(const Tensor& grad_output) {
+  TORCH_CHECK_VALUE(grad_output.numel() == 1, "fusedloss: grad_output of shape ",
+                    grad_output.sizes(), " is not one number");
+}
+
+void check_row_upstream(const Tensor& grad_output, const Tensor& input) {
   check_device("grad_output", grad_output, input);
-  const bool fits = reduction == at::Reduction::None
-                        ? grad_output.sizes() == at::IntArrayRef(row_sizes(input))
-                        : grad_output.numel() == 1;
-  TORCH_CHECK_VALUE(fits, "fusedloss: grad_output of shape ", grad_output.sizes(),
+  TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(row_sizes(input)),
+                    "fusedloss: grad_output of shape ", grad_output.sizes(),
                     " does not fit input of shape ", input.sizes());
 }
 

@@ -36,8 +36,10 @@ void check_shapes(const at::Tensor& input, const at::Tensor& target);
 void check_class_weight(const at::Tensor& input, const OptionalTensor& weight);
 // Of two doubles, as a prediction and scales are, where input is.
 void check_pair(const char* name, const at::Tensor& pair, const at::Tensor& input);
-// A number, or of reduction "none" one for each row.
-void check_row_upstream(const at::Tensor& grad_output, const at::Tensor& input, int64_t reduction);
+// The upstream gradient of a reduction: one number.
+void check_number(const at::Tensor& grad_output);
+// Of reduction "none" over classes: one for each row.
+void check_row_upstream(const at::Tensor& grad_output, const at::Tensor& input);
 
 // Dense in the order of input's strides, else row-major: what AccumulateGrad takes without a copy.
 at::Tensor empty_gradient(const at::Tensor& input);
