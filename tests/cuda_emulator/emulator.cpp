@@ -768,6 +768,11 @@ void fence(Scope scope) {
   self.made.add_latest({&self, self.block, scope, moment});
 }
 
+// For tests: how many there were.
+static std::atomic<long> compares_and_swaps = 0;
+void count_compare_and_swap() { ++compares_and_swaps; }
+extern "C" long emulator_compares_and_swaps() { return compares_and_swaps; }
+
 void atomic_reads(const void* address) {
   yield();
   AsHost host_allocates;
