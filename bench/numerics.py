@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ import fusedloss
 import fusedloss.functional as FL
 
 from . import figures, report
+from .arguments import add_out, command
 from .cases import plain_log_loss
 
 Wide = npt.NDArray[np.longdouble]
@@ -195,22 +194,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Measure the largest error of every loss and dtype, in units in the last place "
         "(ULP), beside torch's; print the table and write it as JSON.",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: as python -m bench")
+    add_out(parser)
     arguments = parser.parse_args(argv)
     if np.finfo(np.longdouble).nmant < 63:
         parser.error("numpy's longdouble is no wider than float64 here")
     rows = measure()
-    command = shlex.join(["python", "-m", "bench", "numerics", *argv])
     results = {
-        **report.environment(command, rounds=SEEDS),
+        **report.environment(command("numerics", *argv), rounds=SEEDS),
         "elements": ELEMENTS,
         "rows_x_classes": [ROWS, CLASSES],
         "upstream": UPSTREAM,
         "rows": rows,
     }
     print(figures.errors(results))
-    folder = arguments.out or report.results("cpu")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "numerics.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {folder / 'numerics.json'}")
+    path = report.folder(arguments, "cpu") / "numerics.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"wrote {path}")
     return 0
