@@ -161,7 +161,7 @@ def test_results_are_published_only_when_asked(monkeypatch, folders, capsys, pub
     """Pages are held to what is published: a run of whoever tries the bench changes none of it."""
     monkeypatch.setattr(cli, "CASES", {"cpu": [TINY["mse"]]})
     monkeypatch.setattr(kernels, "CASES", {"cpu": [TINY["mse"]]})
-    monkeypatch.setattr(numerics, "measure", lambda: [])
+    monkeypatch.setattr(numerics, "measure", list)
     monkeypatch.setattr(models, "peak_elsewhere", lambda *_: 2**20)
     monkeypatch.setattr(examples, "MEASURE", {})
     monkeypatch.setattr(demo, "ROUNDS", 1)
