@@ -168,14 +168,17 @@ def _confident(dtype: torch.dtype) -> Any:
 
 
 def _equal_classes(dtype: torch.dtype) -> Any:
-    """A confident class beside many that are all alike, over K dimensions."""
-    y = torch.randint(MANY_CLASSES, (2, 8), generator=torch.Generator().manual_seed(0))
-    rows = torch.full((16, MANY_CLASSES), 0.1, dtype=dtype)
-    rows.scatter_(1, y.view(16, 1), 20.0)
-    value, slope = _cross_entropy(wide(rows), y.flatten().numpy())
-    x = rows.view(2, 8, MANY_CLASSES).movedim(2, 1).contiguous()
-    slope = np.moveaxis(slope.reshape(2, 8, MANY_CLASSES), 2, 1)
-    return x, y, {}, Truth.plain(value.reshape(2, 8), slope)
+    """A confident class beside many that are all alike, over K dimensions. How their roundings add up
+    depends on the one exponential, and so each row has another."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 32, MANY_CLASSES)
+    y = torch.randint(MANY_CLASSES, shape[:2], generator=generator)
+    logits = torch.randn(*shape[:2], 1, generator=generator).expand(shape).to(dtype)
+    logits = logits.scatter(2, y[..., None], 20.0)
+    value, slope = _cross_entropy(wide(logits).reshape(-1, MANY_CLASSES), y.flatten().numpy())
+    x = logits.movedim(2, 1).contiguous()
+    slope = np.moveaxis(slope.reshape(shape), 2, 1)
+    return x, y, {}, Truth.plain(value.reshape(shape[:2]), slope)
 
 
 def _heavy_class(dtype: torch.dtype) -> Any:
@@ -213,7 +216,9 @@ HARD = (
         for name, formula, x, y in _EQUAL_TERMS
     ),
     Hard("differences of up to 0.75 of the largest number", "mse_loss", DTYPES, _far_apart),
-    Hard("confident rows", "cross_entropy", DTYPES, _confident),
+    Hard(
+        "confident rows", "cross_entropy", DTYPES[:3], _confident
+    ),  # float16 has no such small loss
     Hard("confident rows of 32,000 classes, K dimensions", "cross_entropy", _REAL, _equal_classes),
     Hard("label smoothing, one class of weight 10,000", "cross_entropy", _REAL, _heavy_class),
 )
