@@ -7,10 +7,11 @@ TORCH ?= torch==2.14.1
 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
-# Into the checkout. Where no NVIDIA GPU is there are no CUDA kernels, which are a third of the compiling
-# and could not run; `make FUSEDLOSS_CUDA=1 ...` compiles them all the same.
-INSTALL = nvidia-smi -L 2>/dev/null | grep -q '^GPU' || export FUSEDLOSS_CUDA=$${FUSEDLOSS_CUDA-0}; \
-  $(PIP) install --no-build-isolation -e
+# CUDA kernels are a third of the compiling, and cannot run where no NVIDIA GPU is.
+ifeq ($(findstring GPU,$(shell nvidia-smi -L 2>/dev/null)),)
+FUSEDLOSS_CUDA ?= 0
+endif
+INSTALL = $(if $(FUSEDLOSS_CUDA),FUSEDLOSS_CUDA=$(FUSEDLOSS_CUDA)) $(PIP) install --no-build-isolation -e
 SOURCES := $(shell find csrc -type f) setup.py fusedloss/_version.py
 
 .DELETE_ON_ERROR:
@@ -80,10 +81,13 @@ $(VENV)/torch.stamp: $(VENV)/python.stamp
 	@$(PIP) install $(TORCH) 'setuptools>=77' ninja
 	@echo '$(TORCH)' > $@
 
+ifneq ($(shell cat $(VENV)/build.stamp 2>/dev/null),$(FUSEDLOSS_CUDA))
+.PHONY: $(VENV)/build.stamp
+endif
 $(VENV)/build.stamp: $(VENV)/torch.stamp pyproject.toml $(SOURCES)
 	@echo 'installing fusedloss, compiling what has changed'
 	@$(INSTALL) '.[test,bench]'
-	@touch $@
+	@echo '$(FUSEDLOSS_CUDA)' > $@
 
 $(VENV)/lint.stamp: $(VENV)/build.stamp pyproject.toml
 	@$(INSTALL) '.[dev]'
