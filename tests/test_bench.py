@@ -162,6 +162,7 @@ def test_results_are_published_only_when_asked(monkeypatch, folders, capsys, pub
     monkeypatch.setattr(cli, "CASES", {"cpu": [TINY["mse"]]})
     monkeypatch.setattr(kernels, "CASES", {"cpu": [TINY["mse"]]})
     monkeypatch.setattr(numerics, "measure", list)
+    monkeypatch.setattr(numerics, "measure_hard", list)
     monkeypatch.setattr(models, "peak_elsewhere", lambda *_: 2**20)
     monkeypatch.setattr(examples, "MEASURE", {})
     monkeypatch.setattr(demo, "ROUNDS", 1)
@@ -820,7 +821,7 @@ esac""",
     "python3": """case $* in
   *get_device_capability*) echo 9.0 ;;
   *'-m pytest'*) $SLOW ;;
-  *'-m bench --device'*) $SLOW ;;
+  *'-m bench '*) $SLOW ;;
   *bench.gpu_report*) cp "$3" "$STUBS/stages" ;;
 esac""",
 }
