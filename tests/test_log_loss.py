@@ -44,6 +44,19 @@ def test_certain_and_wrong(backend: str) -> None:
         assert FL.log_loss(input, target).item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_certain_and_right(backend: str) -> None:
+    """A probability of exactly 1 costs nothing; scikit-learn bounds it by 1 - eps, below which the two
+    agree."""
+    for dtype in (torch.float64, torch.float32):
+        eps = torch.finfo(dtype).eps
+        for p, ours, theirs in ((1, 0, eps), (1 - eps, eps, eps)):
+            input = torch.tensor([[p, 1 - p]], dtype=dtype)
+            value = FL.log_loss(input, torch.tensor([0]))
+            assert value.item() == pytest.approx(ours, rel=1e-6)
+            expected = sklearn_metrics.log_loss([0], input.cpu().numpy(), labels=[0, 1])
+            assert expected == pytest.approx(theirs, rel=1e-6)
+
+
 def test_one_hot_probabilities_are_class_indices(backend: str) -> None:
     sample = at_shape("log_loss", (64, 10)).sample(torch.float64)
     one_hot = torch.nn.functional.one_hot(sample.target, 10).double()
