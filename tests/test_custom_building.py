@@ -177,7 +177,9 @@ class Cached:
 
     def __init__(self, folder: Path, small: Path) -> None:
         self.calls = folder.parent / "calls"
-        self.compiler = program(folder.parent / "c++", f'echo >> "{self.calls}"\ncp "{small}" "$out"')
+        self.compiler = program(
+            folder.parent / "c++", f'echo >> "{self.calls}"\ncp "{small}" "$out"'
+        )
         self.library = Library("tiny", CPU, "// a source\n", [self.compiler])
         self.folder = folder
         self.path = folder / f"{self.library.key}.so"
@@ -201,7 +203,7 @@ class Cached:
 def program(path: Path, does: str) -> str:
     """A compiler, whose output is "$out"."""
     version = '[ "$1" = --version ] && { echo a compiler; exit 0; }\n'
-    last = 'for out; do :; done\n'
+    last = "for out; do :; done\n"
     path.write_text(f"#!/bin/sh\n{version}{last}{does}\n")
     path.chmod(0o755)
     return str(path)
@@ -270,7 +272,9 @@ def test_folder_of_others(what: str, cached: Cached, monkeypatch: pytest.MonkeyP
         why = "link belongs to user"
     else:
         cached.folder.chmod(0o770 if what == "group" else 0o702)
-    with pytest.warns(RuntimeWarning, match=f"{why}.*Set FUSEDLOSS_CACHE_DIR to a folder") as caught:
+    with pytest.warns(
+        RuntimeWarning, match=f"{why}.*Set FUSEDLOSS_CACHE_DIR to a folder"
+    ) as caught:
         loaded = cached.load()
     assert len(caught) == 1 and loaded.parent != cached.folder
     assert not loaded.parent.exists()

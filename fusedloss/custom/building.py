@@ -201,7 +201,10 @@ class Library:
         try:
             loader(self.key, str(self._in_cache()))
             return
-        except (OSError, RuntimeError) as error:  # RuntimeError: of the loader, or no home directory
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # RuntimeError: of the loader, or no home directory
             not_kept = str(error)
         try:
             with tempfile.TemporaryDirectory(
