@@ -82,7 +82,11 @@ def headers() -> Path:
 
 def cache_directory() -> Path:
     """Where compiled losses are kept: FUSEDLOSS_CACHE_DIR, else a folder of XDG_CACHE_HOME, else of
-    ~/.cache."""
+    ~/.cache.
+
+    Raises:
+        RuntimeError: there is no home directory.
+    """
     chosen = os.environ.get("FUSEDLOSS_CACHE_DIR")
     if chosen:
         return Path(chosen)
@@ -201,11 +205,8 @@ class Library:
         try:
             loader(self.key, str(self._in_cache()))
             return
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # RuntimeError: of the loader, or no home directory
-            not_kept = str(error)
+        except (OSError, RuntimeError) as error:  # a loader's is a RuntimeError, as is a lost home
+            not_kept = str(error).rstrip(".")
         try:
             with tempfile.TemporaryDirectory(
                 prefix="fusedloss-", ignore_cleanup_errors=True
@@ -331,8 +332,10 @@ def _is_whole(content: bytes) -> bool:
     def number(at: int, size: int = 8) -> int:
         return int.from_bytes(content[at : at + size], "little")
 
-    if content[:6] != b"\x7fELF\2\1":  # 64 bits, little endian
+    if content[:4] != b"\x7fELF":
         return False
+    if content[4:6] != b"\2\1":  # not of 64 bits, or not little endian: has another head
+        return True
     first, count, entry = number(32), number(56, 2), 56
     heads = range(first, first + entry * count, entry)
     return first + entry * count <= len(content) and all(
