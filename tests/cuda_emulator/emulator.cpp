@@ -13,6 +13,7 @@
 // cluster that there is room for; EMULATOR_THREADS, see take_thread.
 #include "emulator.h"
 
+#include <atomic>
 #include <dlfcn.h>
 #include <signal.h>
 
