@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import sympy
 import torch
+from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
-from .custom import words
+from .custom import tracing, words
 
 __all__ = [
     "abs",
@@ -24,6 +24,7 @@ __all__ = [
     "erf",
     "exp",
     "expm1",
+    "is_nan",
     "log",
     "log1p",
     "log_sigmoid",
@@ -48,7 +49,7 @@ Operand = Any  # a traced expression, a number or a tensor
 def _tensors(*args: Operand) -> list[Tensor] | None:
     """All of them as tensors, if one is."""
     like = next((arg for arg in args if isinstance(arg, Tensor)), None)
-    if like is None:
+    if like is None or any(isinstance(arg, tracing.Formula) for arg in args):
         return None
     return [
         arg if isinstance(arg, Tensor) else torch.as_tensor(arg, dtype=like.dtype).to(like.device)
@@ -58,17 +59,13 @@ def _tensors(*args: Operand) -> list[Tensor] | None:
 
 def _call(word: Any, *args: Operand) -> Any:
     tensors = _tensors(*args)
-    return word(*map(_expression, args)) if tensors is None else word.torch(*tensors)
+    if tensors is None:
+        return tracing.Formula(word(*map(tracing.expression, args)))
+    return word.torch(*tensors)
 
 
-def _expression(x: Operand) -> Any:
-    try:
-        expression = sympy.sympify(x, strict=True)
-    except sympy.SympifyError:
-        expression = None
-    if expression is None or isinstance(x, bool) or not isinstance(expression, sympy.Expr):
-        raise TypeError(f"fusedloss.math takes numbers, symbols and tensors, not {x!r}")
-    return expression
+def __getattr__(name: str) -> Any:
+    raise AttributeError(tracing.instead_of(name))
 
 
 def exp(x: Operand) -> Any:
@@ -146,7 +143,7 @@ def pow(x: Operand, exponent: Operand) -> Any:
     written down is computed by products and square roots, any other by logarithms."""
     tensors = _tensors(x, exponent)
     if tensors is None:
-        return _expression(x) ** _expression(exponent)
+        return tracing.Formula(tracing.expression(x) ** tracing.expression(exponent))
     return words.Power.torch(*tensors)
 
 
@@ -196,23 +193,30 @@ def where(condition: Any, yes: Operand, no: Operand) -> Any:
         pair = _tensors(yes, no) if isinstance(like, Tensor) else [yes, no]
         assert pair is not None
         return torch.where(condition, *pair)
-    if isinstance(condition, bool) or not isinstance(
-        condition, sympy.logic.boolalg.Boolean | sympy.core.relational.Relational
-    ):
+    if isinstance(condition, bool) or not isinstance(condition, Boolean):
         raise TypeError(
-            f"where needs a condition of symbols, such as input > target, not {condition!r}; "
-            "write fusedloss.math.equal(a, b) for a == b, and join conditions by &, | and ~"
+            f"where needs a condition of symbols, such as input > target, not {condition!r}"
         )
-    return words.Where(condition, _expression(yes), _expression(no))
+    sides = map(tracing.expression, (yes, no))
+    return tracing.Formula(words.Where(words.condition(condition), *sides))
 
 
 def equal(a: Operand, b: Operand) -> Any:
-    """The condition a = b."""
+    """The condition a = b, as ``a == b``; nan equals nothing."""
     tensors = _tensors(a, b)
-    return sympy.Eq(_expression(a), _expression(b)) if tensors is None else torch.eq(*tensors)
+    if tensors is not None:
+        return torch.eq(*tensors)
+    return words.Equal(tracing.expression(a), tracing.expression(b))
 
 
 def not_equal(a: Operand, b: Operand) -> Any:
-    """The condition a ≠ b."""
+    """The condition a ≠ b, as ``a != b``; nan differs from everything, itself included."""
     tensors = _tensors(a, b)
-    return sympy.Ne(_expression(a), _expression(b)) if tensors is None else torch.ne(*tensors)
+    if tensors is not None:
+        return torch.ne(*tensors)
+    return words.NotEqual(tracing.expression(a), tracing.expression(b))
+
+
+def is_nan(x: Operand) -> Any:
+    """The condition that x is nan."""
+    return not_equal(x, x)

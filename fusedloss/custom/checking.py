@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +175,7 @@ def _switches(value: sympy.Expr) -> list[sympy.Expr]:
             for bound in node.args[1:]:
                 if bound.is_finite is not False:
                     found[node.args[0] - bound] = None
-        elif isinstance(node, sympy.core.relational.Relational):
+        elif isinstance(node, words.Comparison):
             found[node.lhs - node.rhs] = None
     return [e for e in found if {str(s) for s in e.free_symbols} & {INPUT, TARGET}]
 
@@ -183,14 +183,13 @@ def _switches(value: sympy.Expr) -> list[sympy.Expr]:
 def _kinks(probe: _Probe) -> Iterator[tuple[sympy.Expr, Tensor, Tensor]]:
     """Of each switch: points where it is 0, as input and target, found by bisection along input."""
     from . import printing
-    from .tracing import Traced
 
     traced = probe.loss._traced
     targets = torch.tensor([-1.3, -0.4, 0.0, 0.3, 0.6, 1.0, 1.7], dtype=torch.float64)
     grid = torch.linspace(-10.0013, 9.9987, 4001, dtype=torch.float64)
     x, y = (t.flatten() for t in torch.meshgrid(grid, targets, indexing="ij"))
     for switch in _switches(traced.value):
-        at = Traced("switch", traced.input, traced.target, traced.parameters, {}, switch)
+        at = replace(traced, value=switch)
         run = printing.torch_function(at, at.reference)
 
         def where(a: Tensor, b: Tensor, run: Any = run) -> Tensor:
