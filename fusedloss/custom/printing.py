@@ -25,8 +25,14 @@ class Printer:
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self.names = names  # of symbols, where they are not their own
+        self.printed: dict[Expr, str] = {}
 
     def __call__(self, e: Expr) -> str:
+        if e not in self.printed:
+            self.printed[e] = self._print(e)
+        return self.printed[e]
+
+    def _print(self, e: Expr) -> str:
         for kind in type(e).__mro__:
             method = getattr(self, f"_{kind.__name__}", None)
             if method is not None:

@@ -6,12 +6,12 @@ SymPy must not multiply out: ``3 * (x - y)`` keeps its digits where ``3 * x - 3 
 from __future__ import annotations
 
 import builtins
+import functools
 import inspect
 import itertools
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from numbers import Real
 from typing import Any
 
@@ -22,8 +22,13 @@ from torch import Tensor
 from . import TOO_LARGE, as_float, words
 from .words import INPUT, TARGET, Expr
 
-_DEEPEST = 64  # a tenth of it is much for a loss
-_TOO_DEEP = f"nests more than {_DEEPEST} words and operators inside each other: split or rewrite it"
+# A tenth of either is much for a loss.
+_DEEPEST = 64  # words and operators inside each other
+_LONGEST = 100_000  # words and operators of a slope, written out
+_TOO_DEEP = (
+    f"nests too many words and operators inside each other: {_DEEPEST} are the most, and {_LONGEST} in "
+    "all of a slope that is written out"
+)
 RESERVED = ("reduction", "weight", "clip_grad")  # keywords that every loss has
 
 
@@ -49,7 +54,7 @@ class Traced:
     defaults: dict[str, float]
     value: Expr
 
-    @cached_property
+    @functools.cached_property
     def slopes(self) -> tuple[Expr, Expr]:
         """The derivatives with respect to input and target."""
         with distribute(False):
@@ -58,7 +63,7 @@ class Traced:
             )
         return of_input, of_target
 
-    @cached_property
+    @functools.cached_property
     def kernel(self) -> Program:
         """Value and both slopes, in the words that kernels have."""
         with distribute(False):
@@ -77,14 +82,14 @@ class Traced:
         named = zip(of_element, formulas[:count], strict=True)
         return Program(constants, tuple(named), tuple(formulas[count:]))
 
-    @cached_property
+    @functools.cached_property
     def reference(self) -> Program:
         """The value alone, as it was written."""
         with distribute(False):
             constants, results = self._hoist([self.value])
         return Program(constants, (), tuple(results))
 
-    @cached_property
+    @functools.cached_property
     def reference_slopes(self) -> Program:
         """Both slopes, as kernels have them."""
         with distribute(False):
@@ -92,7 +97,10 @@ class Traced:
         return Program(constants, (), tuple(results))
 
     def _lowered_slopes(self) -> list[Expr]:
-        return [_factored(words.lowered(slope)) for slope in self.slopes]
+        slopes = [words.lowered(slope) for slope in self.slopes]
+        if max(map(_length, slopes)) > _LONGEST:
+            raise ValueError(f"{self.name} {_TOO_DEEP}")
+        return list(map(_factored, slopes))
 
     def _hoist(self, results: list[Expr]) -> tuple[tuple[tuple[Expr, Expr], ...], list[Expr]]:
         """Takes what depends on parameters alone out of the formulas."""
@@ -107,6 +115,7 @@ class Traced:
         def constant(e: Expr) -> Expr:
             return constants.setdefault(e, sympy.Symbol(f"c{len(constants)}", real=True))
 
+        @functools.cache
         def rewrite(e: Expr) -> Expr:
             if is_constant(e):
                 return constant(e)
@@ -195,6 +204,7 @@ _OF_TENSORS = frozenset(
 )
 
 
+_NO_TENSOR = "no tensor is part of a formula: pass it as input, target or weight, numbers as parameters"
 _NOT_OF_SYMBOLS = (
     "a function of math or numpy does not take symbols: write it in the words of fusedloss.math"
 )
@@ -211,8 +221,6 @@ def instead_of(word: str) -> str:
             f"{word} is of a row or a tensor, and a loss of one element: return the element's value; "
             "reduction= is its caller's keyword"
         )
-    if word.strip("_") in ("mul", "add", "sub", "rsub", "div", "pow", "true_divide", "radd", "rmul"):
-        return "a tensor is no part of a formula: write a number, or make it a parameter"
     return f"fusedloss.math has no {word}; it has {', '.join(math.__all__)}"
 
 
@@ -221,7 +229,7 @@ def expression(x: Any) -> Expr:
     if isinstance(x, Formula):
         return x.expression
     if isinstance(x, Tensor):
-        raise TypeError(instead_of("mul"))
+        raise TypeError(_NO_TENSOR)
     try:
         found = sympy.sympify(x, strict=True)
     except sympy.SympifyError:
@@ -306,7 +314,11 @@ class Formula:
         raise AttributeError(f"a symbol has no .{name}: {instead_of(name)}")
 
     @classmethod
-    def __torch_function__(cls, function: Any, *_: Any) -> Any:
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if any(isinstance(arg, Tensor) for arg in args):
+            raise TypeError(_NO_TENSOR)
         name = getattr(function, "__name__", str(function))
         raise TypeError(f"torch's {name}() does not take symbols: {instead_of(name)}")
 
@@ -444,6 +456,14 @@ def _depth(e: Any) -> int:
     while level and depth <= _DEEPEST:
         depth, level = depth + 1, {arg for node in level for arg in getattr(node, "args", ())}
     return depth
+
+
+def _length(e: Expr, known: dict[Expr, int] | None = None) -> int:
+    """How many words, operators and symbols a formula has where nothing is shared."""
+    known = {} if known is None else known
+    if e not in known:
+        known[e] = 1 + sum(_length(arg, known) for arg in e.args)
+    return known[e]
 
 
 def _words() -> list[str]:
