@@ -59,7 +59,8 @@ class Traced:
         """The derivatives with respect to input and target."""
         with distribute(False):
             of_input, of_target = (
-                words.canonical(words.derivative(self.value, symbol)) for symbol in (self.input, self.target)
+                words.canonical(words.derivative(self.value, symbol))
+                for symbol in (self.input, self.target)
             )
         return of_input, of_target
 
@@ -198,13 +199,47 @@ def _repeated(
 
 # What PyTorch has, and a loss of one element has not.
 _OF_TENSORS = frozenset(
-    "all amax amin any argmax argmin cumsum dim dtype item logsumexp log_softmax max mean median min "
-    "nansum norm normalize numel prod reshape shape size softmax softmin sort std sum T topk view "
-    "var".split()
+    [
+        "all",
+        "amax",
+        "amin",
+        "any",
+        "argmax",
+        "argmin",
+        "cumsum",
+        "dim",
+        "dtype",
+        "item",
+        "logsumexp",
+        "log_softmax",
+        "max",
+        "mean",
+        "median",
+        "min",
+        "nansum",
+        "norm",
+        "normalize",
+        "numel",
+        "prod",
+        "reshape",
+        "shape",
+        "size",
+        "softmax",
+        "softmin",
+        "sort",
+        "std",
+        "sum",
+        "T",
+        "topk",
+        "view",
+        "var",
+    ]
 )
 
 
-_NO_TENSOR = "no tensor is part of a formula: pass it as input, target or weight, numbers as parameters"
+_NO_TENSOR = (
+    "no tensor is part of a formula: pass it as input, target or weight, numbers as parameters"
+)
 _NOT_OF_SYMBOLS = (
     "a function of math or numpy does not take symbols: write it in the words of fusedloss.math"
 )
@@ -387,7 +422,9 @@ def _signature(
             raise TypeError(
                 f"{name}: the default of {parameter.name!r} is to be a number, not {default!r}"
             )
-        defaults[parameter.name] = None if default is None else as_float(name, parameter.name, default)
+        defaults[parameter.name] = (
+            None if default is None else as_float(name, parameter.name, default)
+        )
     if len(positional) != 2:
         raise TypeError(
             f"{name}: a loss takes input and target, not {len(positional)} of them: {form}"

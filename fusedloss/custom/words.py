@@ -148,7 +148,7 @@ class Word(sympy.Function):  # type: ignore[misc]
         return self
 
 
-def derivative(e: Expr, symbol: Expr, outer: Expr = Integer(1)) -> Expr:
+def derivative(e: Expr, symbol: Expr, outer: Expr = ONE) -> Expr:
     """outer times the derivative of a formula in our words.
 
     What is not taken never counts: outer may be infinite where a Where inside of e cuts the symbol off,
