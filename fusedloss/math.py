@@ -3,7 +3,9 @@
 Each is stable over its whole domain, with a slope to match, and keeps PyTorch's convention at kinks.
 They take the symbols that a loss is traced with, numbers, and tensors, to which they are PyTorch's
 functions of the same meaning. Arguments are real numbers, elementwise and unitless. Arithmetic,
-powers and comparisons are Python's own operators; conditions are joined by ``&``, ``|``, ``~``.
+powers and comparisons are Python's own operators; conditions are joined by ``&``, ``|``, ``~``, and
+are IEEE 754's for nan: no comparison but ``!=`` holds of it, and the negation of one that does not hold
+does.
 """
 
 from __future__ import annotations
@@ -148,17 +150,20 @@ def pow(x: Operand, exponent: Operand) -> Any:
 
 
 def maximum(a: Operand, b: Operand) -> Any:
-    """The larger; nan where either is. Where they are equal, half the slope goes to each."""
+    """The larger; nan where either is. Where they are equal, half the slope goes to each; elsewhere all
+    goes to the larger, and the other never counts, as by :func:`where`."""
     return _call(words.Maximum, a, b)
 
 
 def minimum(a: Operand, b: Operand) -> Any:
-    """The smaller; nan where either is. Where they are equal, half the slope goes to each."""
+    """The smaller; nan where either is. Where they are equal, half the slope goes to each; elsewhere
+    all goes to the smaller, and the other never counts, as by :func:`where`."""
     return _call(words.Minimum, a, b)
 
 
 def clamp(x: Operand, min: Operand | None = None, max: Operand | None = None) -> Any:
-    """x, at least min and at most max. Slope 1 inside, at the bounds too, and 0 outside.
+    """x, at least min and at most max; nan where one of the three is. Slope 1 inside, at the bounds
+    too, and 0 outside, where x never counts, as by :func:`where`.
 
     Raises:
         TypeError: neither bound is given.
@@ -171,7 +176,8 @@ def clamp(x: Operand, min: Operand | None = None, max: Operand | None = None) ->
 
 
 def relu(x: Operand) -> Any:
-    """:math:`\\max(x, 0)`. Slope at the kink: 0."""
+    """:math:`\\max(x, 0)`; nan for nan. Slope at the kink: 0. Below it x never counts, as by
+    :func:`where`."""
     return _call(words.Relu, x)
 
 
@@ -182,11 +188,11 @@ def xlogy(x: Operand, y: Operand) -> Any:
 
 def where(condition: Any, yes: Operand, no: Operand) -> Any:
     """``yes`` where the condition holds, else ``no``. What is not taken never counts, for the slope
-    neither: it may be infinite or nan there.
+    neither: value and slope may be infinite or nan there, and so may the slope of what stands around,
+    as in ``sqrt(where(x > 0, x, 0))``, whose slope is 0 where x is not positive.
 
     Raises:
-        TypeError: the condition is a Python bool. (``==`` compares symbols, not their values: write
-            :func:`equal`.)
+        TypeError: the condition is none, such as a Python bool.
     """
     if isinstance(condition, Tensor):
         like = yes if isinstance(yes, Tensor) else no
