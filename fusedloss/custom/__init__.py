@@ -43,15 +43,12 @@ _defined: WeakValueDictionary[int, PointwiseLoss] = WeakValueDictionary()
 _count = itertools.count()
 
 
-TOO_LARGE = "is beyond the largest float64, 1.8e308"
-
-
 def as_float(loss: str, name: str, value: Any) -> float:
     """A number of a loss as kernels have it."""
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"{loss}: {name} {TOO_LARGE}") from None
+        raise ValueError(f"{loss}: {name} is beyond the largest float64, 1.8e308") from None
 
 
 def _shown(value: Any) -> str:

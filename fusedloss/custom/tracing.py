@@ -13,22 +13,18 @@ import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import sympy
 from sympy.core.parameters import distribute
 from torch import Tensor
 
-from . import TOO_LARGE, as_float, words
+from . import as_float, words
 from .words import INPUT, TARGET, Expr
 
 # A tenth of either is much for a loss.
 _DEEPEST = 64  # words and operators inside each other
 _LONGEST = 100_000  # words and operators of a slope, written out
-_TOO_DEEP = (
-    f"nests too many words and operators inside each other: {_DEEPEST} are the most, and {_LONGEST} in "
-    "all of a slope that is written out"
-)
 RESERVED = ("reduction", "weight", "clip_grad")  # keywords that every loss has
 
 
@@ -100,7 +96,7 @@ class Traced:
     def _lowered_slopes(self) -> list[Expr]:
         slopes = [words.lowered(slope) for slope in self.slopes]
         if max(map(_length, slopes)) > _LONGEST:
-            raise ValueError(f"{self.name} {_TOO_DEEP}")
+            _refuse_depth(self.name)
         return list(map(_factored, slopes))
 
     def _hoist(self, results: list[Expr]) -> tuple[tuple[tuple[Expr, Expr], ...], list[Expr]]:
@@ -378,7 +374,7 @@ def trace(function: Callable[..., Any]) -> Traced:
         try:
             result = function(Formula(input), Formula(target), **given)
         except RecursionError:
-            raise ValueError(f"{name} {_TOO_DEEP}") from None
+            _refuse_depth(name)
         except Exception as error:
             raise _explained(name, error) from error
         value = _checked(name, result, {input, target, *parameters.values()})
@@ -465,7 +461,7 @@ def _checked(name: str, result: Any, known: set[Expr]) -> Expr:
     if not isinstance(result, sympy.Expr | int | float):
         raise TypeError(f"{name} returns {result!r}: return a formula of input and target")
     if _depth(result) > _DEEPEST:
-        raise ValueError(f"{name} {_TOO_DEEP}")
+        _refuse_depth(name)
     value = words.canonical(sympy.sympify(result))
     strange = value.free_symbols - known
     if strange:
@@ -478,13 +474,20 @@ def _checked(name: str, result: Any, known: set[Expr]) -> Expr:
         if node.has(sympy.I, sympy.zoo, sympy.nan):
             raise ValueError(f"{name} is no real number: {value}")
         if node.is_Number and node.is_finite and words.overflows(node):
-            raise ValueError(f"{name}: {sympy.N(node, 3)} {TOO_LARGE}")
+            raise ValueError(f"{name}: {sympy.N(node, 3)} is beyond the largest float64, 1.8e308")
         if isinstance(node, sympy.Function) and not isinstance(node, words.Word):
             raise TypeError(
                 f"{name}: {node.func} is none of the functions of fusedloss.math, which are "
                 f"{', '.join(_words())}"
             )
     return value
+
+
+def _refuse_depth(name: str) -> NoReturn:
+    raise ValueError(
+        f"{name} nests too many words and operators inside each other: {_DEEPEST} are the most, and "
+        f"{_LONGEST} in all of a slope that is written out"
+    ) from None
 
 
 def _depth(e: Any) -> int:
