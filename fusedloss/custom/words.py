@@ -129,7 +129,7 @@ _CONDITION_OF_SYMPY: dict[Any, Any] = {
 }
 
 
-# ---- derivatives ---------------------------------------------------------------------------------
+# ---- words and their derivatives -----------------------------------------------------------------
 
 
 class Word(sympy.Function):  # type: ignore[misc]
