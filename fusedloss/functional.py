@@ -103,7 +103,7 @@ def _report(reason: str | None, input: Any = None, backend: str | None = None, *
         raise _Explained(Explanation("reference", False, (reason,)))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@autograd.constant_when_traced
 def _transformed() -> bool:
     """Whether a torch.func transform is active; a tracing compiler is inside of it as well."""
     return torch._C._functorch.peek_interpreter_stack() is not None

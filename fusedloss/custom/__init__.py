@@ -458,7 +458,7 @@ class _Clipped(torch.autograd.Function):
         return sum((s * t for s, t in pairs), torch.zeros_like(slopes[0]))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@autograd.constant_when_traced
 def _prepared(number: int, device: str) -> tuple[str, str, str]:
     """The first backend that can run a loss on that device, what its operators call the loss, which
     is compiled if it is not yet, and why the backends before that one cannot. No backend can: "",
