@@ -217,8 +217,7 @@ py::object log_loss(py::handle input, py::handle target, py::handle weight_objec
     }
     const bool each = reduction == at::Reduction::None;
     // Elements that are added up to rows are rounded after that, once.
-    const at::ScalarType dtype =
-        each ? at::promote_types(call.dtype(), at::kFloat) : call.dtype();
+    const at::ScalarType dtype = each ? at::promote_types(call.dtype(), at::kFloat) : call.dtype();
     const Tensor value = op.call(*call.input, *call.target, weight, {}, "log_loss",
                                  eps_of(call.dtype()), ignore_index, reduction, dtype, site);
     return each ? value.sum(dim).to(call.dtype()) : value;
