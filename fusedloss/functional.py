@@ -198,7 +198,22 @@ def _broadcasts_to(small: Tensor, big: Tensor) -> bool:
 
 def _plain_calls() -> bool:
     """Whether the short way into the operators is open: it explains and traces nothing."""
-    return backends.compiled_runs and _explaining is None and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and backends.compiled_runs and _explaining is None
+
+
+def _left_to_inductor(input: Any, least: int) -> bool:
+    """Whether torch.compile gets a loss in plain PyTorch: one of few elements, as in torch's own.
+
+    least: the elements from which on one pass saves more than an operator costs a compiled step. That
+    is some 30 us, for its call and its guards, and since Inductor fuses nothing into it.
+    """
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and backends.unchosen
+        and isinstance(input, Tensor)
+        and input.numel() < least
+    )
 
 
 def _pointwise(
@@ -216,7 +231,7 @@ def _pointwise(
     prediction: Tensor | None,
 ) -> Tensor:
     """Runs a pointwise loss fused, or else ``torch_loss(*args)``."""
-    if not legacy and _plain_calls():
+    if _plain_calls() and not legacy:
         number = reference.REDUCTIONS.get(reduction) if type(reduction) is str else None
         if number is not None:
             value = _C.pointwise(
@@ -225,6 +240,8 @@ def _pointwise(
             )  # fmt: skip
             if value is not None:
                 return value  # type: ignore[no-any-return]
+    if _left_to_inductor(input, 1 << 12 if loss.startswith("binary_cross_entropy") else 1 << 17):
+        return torch_loss(*args)
     dtype: torch.dtype | str | None = None
     reason = _obstacle(input, target, weight, pos_weight)
     if reason is None:
@@ -625,15 +642,13 @@ def _cross_entropy(
     label_smoothing: float,
     prediction: Tensor | None = None,
 ) -> Tensor:
-    if type(label_smoothing) is int:
-        label_smoothing = float(label_smoothing)
     if (
-        size_average is None
+        _plain_calls()
+        and size_average is None
         and reduce is None
-        and type(label_smoothing) is float
+        and type(label_smoothing) in (float, int)
         and _int64(ignore_index)
         and type(reduction) is str
-        and _plain_calls()
     ):
         number = reference.REDUCTIONS.get(reduction)
         if number is not None:
@@ -642,6 +657,12 @@ def _cross_entropy(
             )
             if value is not None:
                 return value  # type: ignore[no-any-return]
+    if _left_to_inductor(input, 1 << 13):
+        return reference.cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    if type(label_smoothing) is int:
+        label_smoothing = float(label_smoothing)
     dtype: torch.dtype | str | None = None
     reason = _obstacle(input, target, weight)
     if reason is None:
@@ -714,7 +735,7 @@ def _log_loss(
     ignore_index: int,
     prediction: Tensor | None = None,
 ) -> Tensor:
-    if _int64(ignore_index) and type(reduction) is str and _plain_calls():
+    if _plain_calls() and _int64(ignore_index) and type(reduction) is str:
         number = reference.REDUCTIONS.get(reduction)
         if number is not None:
             value = _C.log_loss(input, target, weight, ignore_index, number, prediction)
