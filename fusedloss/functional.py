@@ -240,7 +240,7 @@ def _pointwise(
             )  # fmt: skip
             if value is not None:
                 return value  # type: ignore[no-any-return]
-    if _left_to_inductor(input, 1 << 12 if loss.startswith("binary_cross_entropy") else 1 << 17):
+    if _left_to_inductor(input, 1 << 12 if loss.startswith("binary_cross_entropy") else 1 << 18):
         return torch_loss(*args)
     dtype: torch.dtype | str | None = None
     reason = _obstacle(input, target, weight, pos_weight)
@@ -657,7 +657,7 @@ def _cross_entropy(
             )
             if value is not None:
                 return value  # type: ignore[no-any-return]
-    if _left_to_inductor(input, 1 << 13):
+    if _left_to_inductor(input, 1 << 14):
         return reference.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
