@@ -10,6 +10,7 @@ All tensors are unitless. ``reduction`` is ``"mean"``, ``"sum"`` or ``"none"``. 
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,6 +110,13 @@ def _transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+@autograd.constant_when_traced
+def _draft_exported() -> bool:
+    """Whether torch.export.draft_export is tracing."""
+    config = sys.modules.get("torch._functorch.config")
+    return getattr(config, "fake_tensor_propagate_real_tensors", False)
+
+
 def _overrides(value: Any) -> bool:
     """Whether a tensor's own class is to see torch functions, or holds other tensors."""
     kind = type(value)
@@ -137,6 +145,10 @@ def _obstacle(input: Any, target: Any, *others: Any, target_gradient: bool = Fal
         return f"layouts {input.layout} and {target.layout} are not both strided"
     if input.is_nested or target.is_nested:
         return "a nested tensor is involved"
+    # It runs each operator to see whether that writes to its arguments, and takes an optional tensor
+    # that is None for one that was written to.
+    if torch.compiler.is_exporting() and _draft_exported():
+        return "torch.export.draft_export is tracing"
     if _transformed():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:

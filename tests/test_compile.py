@@ -274,3 +274,15 @@ def test_export(loss: str, module: nn.Module, strict: bool) -> None:
         assert f"torch.ops.{NAMESPACE}." in exported.graph_module.code
         got = gradient(exported.module(), other, 1.0)
         torch.testing.assert_close(got, gradient(step, other, 1.0))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("loss", [*MODULES, "log_loss"])
+def test_draft_export(loss: str, strict: bool) -> None:
+    """As export does it, through plain PyTorch."""
+    sample = draw(loss)
+    step = Step({**MODULES, "log_loss": fusedloss.LogLoss()}[loss])
+    arguments = (sample.input, sample.target)
+    program = torch.export.draft_export(step, arguments, strict=strict)
+    torch.testing.assert_close(program.module()(*arguments), step(*arguments))
+    assert "fusedloss" in str(torch.export.export(step, arguments, strict=strict).graph)
