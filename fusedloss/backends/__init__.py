@@ -102,6 +102,11 @@ compiled_runs = False
 unchosen = True
 
 
+def compiles_for(device: str) -> bool:
+    """Whether the compiled extension has kernels for a type of device."""
+    return extension is not None and device in _compiled_devices
+
+
 def in_order(device: str) -> tuple[str, ...]:
     """The fused backends that take calls on ``device``: what the first has no kernel for, such as a
     loss of one's own that it cannot compile, the next takes, unless one was chosen by name."""
