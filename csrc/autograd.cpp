@@ -35,15 +35,13 @@ struct Kept {
 
   void in(AutogradContext* ctx) && {
     ctx->saved_data["scales"] = std::move(scales);
-    ctx->saved_data["loss"] = std::move(loss);
-    ctx->saved_data["options"] =
-        std::make_tuple(ignore_index, reduction, static_cast<int64_t>(dtype));
+    ctx->saved_data["options"] = c10::ivalue::Tuple::create(std::move(loss), ignore_index,
+                                                            reduction, static_cast<int64_t>(dtype));
   }
   static Kept from(AutogradContext* ctx) {
-    const auto [ignore_index, reduction, dtype] =
-        ctx->saved_data["options"].to<std::tuple<int64_t, int64_t, int64_t>>();
-    return {ctx->saved_data["scales"].toTensor(), ctx->saved_data["loss"], ignore_index, reduction,
-            static_cast<at::ScalarType>(dtype)};
+    const auto& options = ctx->saved_data["options"].toTupleRef().elements();
+    return {ctx->saved_data["scales"].toTensor(), options[0], options[1].toInt(),
+            options[2].toInt(), static_cast<at::ScalarType>(options[3].toInt())};
   }
 };
 

@@ -5,8 +5,9 @@ The autograd Functions themselves are in csrc/autograd.cpp and backends/triton/o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,13 +15,21 @@ from torch import Tensor
 from . import backends
 from .reference import REDUCTIONS
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_when_traced(function: Function) -> Function:
+    """:func:`torch.compiler.assume_constant_result`, which imports the whole compiler to set a mark."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
 
 def traced() -> bool:
     """Whether calls are being traced, or go to a dispatch mode: then nothing real is touched."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_traced
 def _load_triton() -> bool:
     """Defines its operators: at their first use, and not inside of what a compiler traces."""
     import_module("fusedloss.backends.triton")

@@ -10,6 +10,7 @@ All tensors are unitless. ``reduction`` is ``"mean"``, ``"sum"`` or ``"none"``. 
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,10 +104,17 @@ def _report(reason: str | None, input: Any = None, backend: str | None = None, *
         raise _Explained(Explanation("reference", False, (reason,)))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@autograd.constant_when_traced
 def _transformed() -> bool:
     """Whether a torch.func transform is active; a tracing compiler is inside of it as well."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@autograd.constant_when_traced
+def _draft_exported() -> bool:
+    """Whether torch.export.draft_export is tracing."""
+    config = sys.modules.get("torch._functorch.config")
+    return getattr(config, "fake_tensor_propagate_real_tensors", False)
 
 
 def _overrides(value: Any) -> bool:
@@ -137,6 +145,10 @@ def _obstacle(input: Any, target: Any, *others: Any, target_gradient: bool = Fal
         return f"layouts {input.layout} and {target.layout} are not both strided"
     if input.is_nested or target.is_nested:
         return "a nested tensor is involved"
+    # It runs each operator to see whether that writes to its arguments, and takes an optional tensor
+    # that is None for one that was written to.
+    if torch.compiler.is_exporting() and _draft_exported():
+        return "torch.export.draft_export is tracing"
     if _transformed():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
@@ -198,7 +210,22 @@ def _broadcasts_to(small: Tensor, big: Tensor) -> bool:
 
 def _plain_calls() -> bool:
     """Whether the short way into the operators is open: it explains and traces nothing."""
-    return backends.compiled_runs and _explaining is None and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and backends.compiled_runs and _explaining is None
+
+
+def _left_to_inductor(input: Any, least: int) -> bool:
+    """Whether torch.compile gets a loss in plain PyTorch: one of few elements, as in torch's own.
+
+    least: the elements from which on one pass saves more than an operator costs a compiled step. That
+    is some 30 us, for its call and its guards, and since Inductor fuses nothing into it.
+    """
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and backends.unchosen
+        and isinstance(input, Tensor)
+        and input.numel() < least
+    )
 
 
 def _pointwise(
@@ -216,12 +243,17 @@ def _pointwise(
     prediction: Tensor | None,
 ) -> Tensor:
     """Runs a pointwise loss fused, or else ``torch_loss(*args)``."""
-    if weight is None and pos_weight is None and not legacy and _plain_calls():
+    if _plain_calls() and not legacy:
         number = reference.REDUCTIONS.get(reduction) if type(reduction) is str else None
         if number is not None:
-            value = _C.pointwise(input, target, loss, parameter, number, prediction)
+            value = _C.pointwise(
+                input, target, weight, pos_weight, broadcast_weight, loss, parameter, number,
+                prediction,
+            )  # fmt: skip
             if value is not None:
                 return value  # type: ignore[no-any-return]
+    if _left_to_inductor(input, 1 << 12 if loss.startswith("binary_cross_entropy") else 1 << 18):
+        return torch_loss(*args)
     dtype: torch.dtype | str | None = None
     reason = _obstacle(input, target, weight, pos_weight)
     if reason is None:
@@ -543,6 +575,10 @@ def _binary_cross_entropy_with_logits(
     )  # fmt: skip
 
 
+def _int64(value: Any) -> bool:
+    return type(value) is int and -(1 << 63) <= value < 1 << 63
+
+
 def _rows_obstacle(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: Any, reduction: str
 ) -> str | None:
@@ -559,7 +595,7 @@ def _rows_obstacle(
         return f"shapes differ: {tuple(shape)} and {tuple(target.shape)}"
     if weight is not None and weight.shape != (shape[1] if len(shape) > 1 else shape[0],):
         return f"a weight of shape {tuple(weight.shape)}"
-    if type(ignore_index) is not int or not -(1 << 63) <= ignore_index < 1 << 63:
+    if not _int64(ignore_index):
         return f"ignore_index {ignore_index!r}"
     if ignore_index >= 0 and target.dtype is not torch.int64:
         return "ignore_index is given with class probabilities"
@@ -618,16 +654,13 @@ def _cross_entropy(
     label_smoothing: float,
     prediction: Tensor | None = None,
 ) -> Tensor:
-    if type(label_smoothing) is int:
-        label_smoothing = float(label_smoothing)
     if (
-        size_average is None
+        _plain_calls()
+        and size_average is None
         and reduce is None
-        and type(label_smoothing) is float
-        and type(ignore_index) is int
-        and -(1 << 63) <= ignore_index < 1 << 63
+        and type(label_smoothing) in (float, int)
+        and _int64(ignore_index)
         and type(reduction) is str
-        and _plain_calls()
     ):
         number = reference.REDUCTIONS.get(reduction)
         if number is not None:
@@ -636,6 +669,12 @@ def _cross_entropy(
             )
             if value is not None:
                 return value  # type: ignore[no-any-return]
+    if _left_to_inductor(input, 1 << 14):
+        return reference.cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    if type(label_smoothing) is int:
+        label_smoothing = float(label_smoothing)
     dtype: torch.dtype | str | None = None
     reason = _obstacle(input, target, weight)
     if reason is None:
@@ -710,6 +749,12 @@ def _log_loss(
     ignore_index: int,
     prediction: Tensor | None = None,
 ) -> Tensor:
+    if _plain_calls() and _int64(ignore_index) and type(reduction) is str:
+        number = reference.REDUCTIONS.get(reduction)
+        if number is not None:
+            value = _C.log_loss(input, target, weight, ignore_index, number, prediction)
+            if value is not None:
+                return value  # type: ignore[no-any-return]
     dtype: torch.dtype | str | None = None
     reason = _obstacle(input, target, weight)
     if reason is None:

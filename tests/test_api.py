@@ -62,6 +62,35 @@ def test_command_line_errors(arguments: list[str]) -> None:
     assert "nonsense" in done.stderr and "Traceback" not in done.stderr
 
 
+_FIRST_USE = """
+loss = fusedloss.CrossEntropyLoss(weight=torch.rand(5), label_smoothing=0.1)
+loss(torch.randn(3, 5, requires_grad=True), torch.tensor([0, 1, 4])).backward()
+fusedloss.functional.mse_loss(torch.randn(3, requires_grad=True), torch.randn(3)).backward()
+fusedloss.functional.mse_loss(torch.randn(3), torch.randn(3, requires_grad=True)).backward()
+fusedloss.explain(fusedloss.LogLoss(), torch.rand(3, 5), torch.tensor([0, 1, 4]))
+fusedloss.replace(torch.nn.Sequential(torch.nn.MSELoss()))
+with fusedloss.patch():
+    torch.nn.functional.mse_loss(torch.randn(3), torch.randn(3))
+"""
+
+
+@pytest.mark.parametrize("use", ["", _FIRST_USE], ids=["import", "first use"])
+def test_little_is_imported(use: str) -> None:
+    """No compiler and no SymPy, which take seconds: nothing beyond torch but Python's own modules."""
+    code = (
+        "import sys, torch; before = set(sys.modules)\n"
+        f"import fusedloss\n{use}\n"
+        "print(*(set(sys.modules) - before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    names = done.stdout.split()
+    assert "fusedloss.functional" in names
+    ours = ("fusedloss", *sys.stdlib_module_names)
+    assert sorted(name for name in names if name.split(".")[0] not in ours) == []
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_explain_tells_what_happens(loss: str, backend: str) -> None:
     """explain's word is what the profiler sees."""

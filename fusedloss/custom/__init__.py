@@ -246,10 +246,11 @@ class PointwiseLoss:
         bound = self._bound(clip_grad)
         if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
             self._refuse(input, target)
-        if weight is None and functional._plain_calls():
+        if functional._plain_calls():
             known = self._keys.get(input.device.type)
             if known is not None:
-                loss = _C.custom(input, target, known, (*values, bound), number, prediction)
+                numbers = (*values, bound)
+                loss = _C.custom(input, target, weight, known, numbers, number, prediction)
                 if loss is not None:
                     return loss  # type: ignore[no-any-return]
         if weight is not None:
@@ -530,7 +531,7 @@ class _Clipped(torch.autograd.Function):
         return sum((s * t for s, t in pairs), torch.zeros_like(slopes[0]))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@autograd.constant_when_traced
 def _prepared(number: int, device: str) -> tuple[str, str, str]:
     """The first backend that can run a loss on that device, what its operators call the loss, which
     is compiled if it is not yet, and why the backends before that one cannot. No backend can: "",
