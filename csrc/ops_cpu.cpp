@@ -1,4 +1,5 @@
 // The operators on the CPU: tensors in, the engines' calls out.
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
@@ -200,12 +201,31 @@ struct Classes {
                     " classes.");
 }
 
+// Calls what(pointer) with a tensor's numbers, which are contiguous.
+template <class What>
+void with_numbers(const Tensor& t, const What& what) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, t.scalar_type(), "fusedloss",
+                                  [&] { what(t.const_data_ptr<scalar_t>()); });
+}
+
+// Without what it costs to have torch add up few.
+double sum_of(const Tensor& t) {
+  constexpr int64_t kFew = 1024;
+  if (t.numel() > kFew || !t.is_contiguous() || !t.is_floating_point()) {
+    return t.sum(at::kDouble).item<double>();
+  }
+  Sum sum;
+  with_numbers(aligned(t), [&](const auto* number) {
+    for (int64_t i = 0; i < t.numel(); ++i) sum.add(static_cast<double>(number[i]));
+  });
+  return sum.value();
+}
+
 Classes check_classes(const Tensor& target, int64_t classes, const Tensor& weight,
                       int64_t ignore_index) {
   Classes result{aligned(target.contiguous())};
   const int64_t* index = result.indices.const_data_ptr<int64_t>();
-  const Tensor wide = weight.defined() ? weight.to(at::kDouble).contiguous() : Tensor();
-  const double* w = wide.defined() ? wide.const_data_ptr<double>() : nullptr;
+  const Tensor w = weight.defined() ? aligned(weight.contiguous()) : weight;
   const int64_t n = target.numel();
   constexpr int64_t kChunk = 32768;
   const int64_t chunks = (n + kChunk - 1) / kChunk;
@@ -217,11 +237,15 @@ Classes check_classes(const Tensor& target, int64_t classes, const Tensor& weigh
       const auto [ignored, outside] =
           kernels().count_classes(begin, end - begin, classes, ignore_index);
       if (outside) continue;
-      if (!w) {
+      if (!w.defined()) {
         sums[c] = static_cast<double>(end - begin - ignored);
       } else {
         Sum sum;
-        for (const int64_t* t = begin; t != end; ++t) sum.add(*t == ignore_index ? 0 : w[*t]);
+        with_numbers(w, [&](const auto* number) {
+          for (const int64_t* t = begin; t != end; ++t) {
+            sum.add(*t == ignore_index ? 0 : static_cast<double>(number[*t]));
+          }
+        });
         sums[c] = sum.value();
       }
     }
@@ -295,7 +319,7 @@ struct PointwiseCall {
     if (reduction != at::Reduction::Mean) return 1;
     switch (call.custom ? Mean::kWeights : mean_of(call.loss)) {
       case Mean::kWeights:
-        if (present(weight)) return weight->sum(at::kDouble).item<double>();
+        if (present(weight)) return sum_of(*weight);
         break;
       case Mean::kRows:
         if (target.scalar_type() == at::kLong) return class_weight_sum;
@@ -438,8 +462,7 @@ struct CrossEntropyCall {
                  ignore_index, label_smoothing, result) {
     call.weight_sum = static_cast<double>(call.classes);
     if (call.weight) {
-      call.weight_sum =
-          label_smoothing == 0 ? 0 : operands.weight().sum(at::kDouble).item<double>();
+      call.weight_sum = label_smoothing == 0 ? 0 : sum_of(operands.weight());
     }
     // A gradient has its input's strides, or is row-major where input is not dense.
     call.by_row = call.classes == 1 || (call.input.classes == 1 &&
