@@ -15,6 +15,7 @@ from torch import Tensor
 import fusedloss.functional as FL
 from helpers import EMULATED, FOR_A_GPU
 
+
 def of_the_cpu(test: Callable[..., None]) -> Callable[..., None]:
     """A test of the CPU's own kernels."""
     emulated = pytest.mark.skipif(EMULATED, reason="is about the CPU's own kernels")
@@ -204,8 +205,6 @@ def test_smoothing_with_one_heavy_class(
     weight = torch.full((shape[1],), 1e-3)
     weight[3] = 1e4
     target = torch.zeros((shape[0], *shape[2:]), dtype=torch.int64)
-    value = FL.cross_entropy(
-        logits, target, weight, label_smoothing=smoothing, reduction="none"
-    )
+    value = FL.cross_entropy(logits, target, weight, label_smoothing=smoothing, reduction="none")
     # An exponential multiplies the rounding of its argument, some 20 here, by that.
     assert off(value, long_rows(logits, weight, smoothing)) <= 12
