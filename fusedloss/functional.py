@@ -106,7 +106,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 
 @dataclass(slots=True)
 class Call:
-    """A line that calls a loss, the path its calls take, and how many there were."""
+    """A line that calls a loss, the path that its calls take, and how many there were: 0 where a
+    compiler has traced it, since the graph that it made counts nothing."""
 
     file: str
     line: int
@@ -123,8 +124,10 @@ _FUSED = "value and gradient in one pass over the inputs"
 _counted: tuple[dict[Any, Call], ...] = ()
 
 
-def _count(loss: str, path: Explanation | None = None) -> None:
+def _count(loss: str, path: Explanation | None = None, calls: int = 1) -> None:
     frame = _caller.frame()
+    while not calls and frame.f_code.co_filename == "<string>" and frame.f_back:
+        frame = _caller.frame(frame.f_back)  # that one is of torch.fx
     code = frame.f_code
     key = (id(code), frame.f_lasti, loss, path)
     for table in _counted:
@@ -134,7 +137,7 @@ def _count(loss: str, path: Explanation | None = None) -> None:
             call = table[key] = Call(
                 code.co_filename, frame.f_lineno or 0, code.co_name, loss, told, 0, code
             )
-        call.calls += 1
+        call.calls += calls
 
 
 def _listening() -> bool:
@@ -157,11 +160,7 @@ def _report(loss: str, reason: str | None, backend: str | None, *more: str) -> N
         path = Explanation(backend or "", True, (_FUSED, *more))
     if _explaining == threading.get_ident():
         raise _Explained(path)
-    if _counted:
-        if torch.compiler.is_compiling():
-            traced = "traced by a compiler, whose graph is not counted when it runs"
-            path = Explanation(path.backend, path.fused, (*path.reasons, traced))
-        _count(loss, path)
+    _count(loss, path, calls=0 if torch.compiler.is_compiling() else 1)
 
 
 @autograd.constant_when_traced

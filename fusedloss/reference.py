@@ -41,7 +41,7 @@ def l1_loss(
     if size_average is not None or reduce is not None:
         reduction = legacy_get_string(size_average, reduce)
     if weight is None or weight.size() != input.size() or reduction not in REDUCTIONS:
-        return _l1_loss(input, target, reduction=reduction, weight=weight)
+        return at_callers_line(_l1_loss, input, target, reduction=reduction, weight=weight)
     if target.size() == input.size():
         # As torch does: autocast would give l1_loss itself a dtype.
         each = torch.abs(input - target)
