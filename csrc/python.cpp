@@ -3,14 +3,18 @@
 // The operators are reached as torch.ops.fusedloss.* too, by tracing for one; the short way saves a
 // small call what that costs: boxed arguments, and the checks of its tensors made one by one in
 // Python. It takes plain calls only, and answers None to any other.
+#include <ATen/ExpandUtils.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Reduction.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <limits>
+
 #include "carried.h"
 #include "custom.h"
+#include "tensors.h"
 
 namespace fusedloss {
 namespace {
@@ -54,98 +58,170 @@ bool computes(at::ScalarType dtype) {
          dtype == at::kHalf;
 }
 
-// Ours would need it in backward, and torch may do without.
-bool cannot_be_saved(const Tensor& input, const Tensor& other) {
-  return other.is_inference() && wants_gradient(input);
-}
-
 OptionalTensor optional(py::handle object) {
   return object.is_none() ? std::nullopt : OptionalTensor(THPVariable_Unpack(object.ptr()));
 }
 
-py::object pointwise(py::handle input_object, py::handle target_object, std::string_view loss,
-                     double parameter, int64_t reduction, py::handle prediction) {
-  const Tensor *input = plain(input_object), *target = plain(target_object);
-  if (!input || !target || input->device() != target->device() || !plain_context(*input)) {
-    return py::none();
-  }
-  const at::ScalarType dtype = input->scalar_type();
-  if (!computes(dtype) || target->scalar_type() != dtype || input->numel() == 0 ||
-      input->sizes() != target->sizes() || wants_gradient(*target) ||
-      cannot_be_saved(*input, *target)) {
-    return py::none();
-  }
-  static const auto op = find_operator<PointwiseSignature>("fusedloss::pointwise");
-  const OptionalTensor site = optional(prediction);
-  Tensor value;
-  {
-    py::gil_scoped_release no_gil;
-    value = op.call(*input, *target, {}, {}, loss, parameter, 0, reduction, dtype, site);
-  }
-  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(value)));
-}
+// The tensors of a call; `ok` while it is a plain one.
+struct PlainCall {
+  const Tensor *input, *target;
+  bool ok, saves;
 
-py::object custom(py::handle input_object, py::handle target_object, std::string_view loss,
-                  const std::vector<double>& parameters, int64_t reduction, py::handle prediction) {
-  const Tensor *input = plain(input_object), *target = plain(target_object);
-  if (!input || !target || input->device() != target->device() || !plain_context(*input)) {
-    return py::none();
+  PlainCall(py::handle input_object, py::handle target_object)
+      : input(plain(input_object)), target(plain(target_object)) {
+    ok = input && target && plain_context(*input) && computes(input->scalar_type()) &&
+         input->numel() != 0;
+    saves = ok && (wants_gradient(*input) || wants_gradient(*target));
+    ok = ok && joins(*input) && joins(*target);
   }
-  const at::ScalarType dtype = input->scalar_type();
-  if (!computes(dtype) || target->scalar_type() != dtype || input->numel() == 0 ||
-      input->sizes() != target->sizes() || cannot_be_saved(*input, *target) ||
-      cannot_be_saved(*target, *input)) {
-    return py::none();
-  }
-  static const auto op = find_operator<CustomSignature>("fusedloss::custom");
-  const OptionalTensor site = optional(prediction);
-  Tensor value;
-  {
-    py::gil_scoped_release no_gil;
-    value = op.call(*input, *target, {}, loss, parameters, reduction, dtype, site);
-  }
-  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(value)));
-}
 
-py::object cross_entropy(py::handle input_object, py::handle target_object,
-                         py::handle weight_object, int64_t ignore_index, double label_smoothing,
-                         int64_t reduction, py::handle prediction) {
-  const Tensor *input = plain(input_object), *target = plain(target_object);
-  if (!input || !target || input->device() != target->device() || !plain_context(*input)) {
-    return py::none();
+  at::ScalarType dtype() const { return input->scalar_type(); }
+
+  // An inference tensor cannot be saved for backward, and torch may do without.
+  bool joins(const Tensor& t) const {
+    return t.device() == input->device() && !(saves && t.is_inference());
   }
-  const at::ScalarType dtype = input->scalar_type();
-  const int64_t dims = input->dim();
-  // Of more dimensions, the engine wants those behind the classes joined.
-  const bool layout = dims == 1 || dims == 2 || dims == 3 || (dims > 3 && input->is_contiguous());
-  if (!layout || !computes(dtype) || target->scalar_type() != at::kLong || input->numel() == 0 ||
-      !(label_smoothing >= 0 && label_smoothing <= 1) ||
-      input->size(dims > 1 ? 1 : 0) > (1 << 24)) {
-    return py::none();
+
+  OptionalTensor weight(py::handle object, at::IntArrayRef sizes, bool broadcasts) {
+    if (!ok || object.is_none()) return std::nullopt;
+    const Tensor* w = plain(object);
+    ok = w && joins(*w) && w->scalar_type() == dtype() && !wants_gradient(*w) &&
+         (w->sizes() == sizes || (broadcasts && at::is_expandable_to(w->sizes(), sizes)));
+    return ok ? OptionalTensor(*w) : std::nullopt;
   }
-  at::DimVector rows(input->sizes());
-  rows.erase(rows.begin() + (dims > 1 ? 1 : 0));
-  if (target->sizes() != at::IntArrayRef(rows) || cannot_be_saved(*input, *target)) {
-    return py::none();
+
+  // Of a loss of elements.
+  void check_target(bool takes_gradient) {
+    ok = ok && target->scalar_type() == dtype() && target->sizes() == input->sizes() &&
+         (takes_gradient || !wants_gradient(*target));
   }
-  OptionalTensor weight;
-  if (!weight_object.is_none()) {
-    const Tensor* w = plain(weight_object);
-    if (!w || w->device() != input->device() || w->scalar_type() != dtype || w->dim() != 1 ||
-        w->size(0) != input->size(dims > 1 ? 1 : 0) || wants_gradient(*w) ||
-        cannot_be_saved(*input, *w)) {
-      return py::none();
+
+  // Of a loss of rows: class indices, or probabilities, which no index is ignored in.
+  void check_rows(int64_t ignore_index) {
+    if (!ok || input->dim() == 0 || wants_gradient(*target) || classes() > (1 << 24)) {
+      ok = false;
+    } else if (target->scalar_type() == at::kLong) {
+      at::DimVector rows(input->sizes());
+      rows.erase(rows.begin() + class_dim(*input));
+      ok = target->sizes() == at::IntArrayRef(rows);
+    } else {
+      check_target(false);
+      ok = ok && ignore_index < 0;
     }
-    weight = *w;
   }
-  static const auto op = find_operator<CrossEntropySignature>("fusedloss::cross_entropy");
-  const OptionalTensor site = optional(prediction);
+
+  int64_t classes() const { return input->size(class_dim(*input)); }
+
+  OptionalTensor class_weight(py::handle object) {
+    return ok ? weight(object, {classes()}, false) : std::nullopt;
+  }
+};
+
+constexpr int64_t kMostDims = 8;  // of class indices over classes, on any device
+
+// What op() computes, without the GIL.
+template <class Op>
+py::object computed(const Op& op) {
   Tensor value;
   {
     py::gil_scoped_release no_gil;
-    value = op.call(*input, *target, weight, ignore_index, label_smoothing, reduction, dtype, site);
+    value = op();
   }
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(value)));
+}
+
+py::object pointwise(py::handle input, py::handle target, py::handle weight_object,
+                     py::handle pos_weight_object, bool weight_broadcasts, std::string_view loss,
+                     double parameter, int64_t reduction, py::handle prediction) {
+  PlainCall call(input, target);
+  call.check_target(false);
+  if (!call.ok) return py::none();
+  const at::IntArrayRef sizes = call.input->sizes();
+  const OptionalTensor weight = call.weight(weight_object, sizes, weight_broadcasts);
+  const OptionalTensor pos_weight = call.weight(pos_weight_object, sizes, weight_broadcasts);
+  if (!call.ok) return py::none();
+  const OptionalTensor site = optional(prediction);
+  static const auto op = find_operator<PointwiseSignature>("fusedloss::pointwise");
+  return computed([&] {
+    return op.call(*call.input, *call.target, weight, pos_weight, loss, parameter, 0, reduction,
+                   call.dtype(), site);
+  });
+}
+
+py::object custom(py::handle input, py::handle target, py::handle weight_object,
+                  std::string_view loss, const std::vector<double>& parameters, int64_t reduction,
+                  py::handle prediction) {
+  PlainCall call(input, target);
+  call.check_target(true);
+  if (!call.ok) return py::none();
+  OptionalTensor weight = call.weight(weight_object, call.input->sizes(), true);
+  if (!call.ok) return py::none();
+  const OptionalTensor site = optional(prediction);
+  static const auto op = find_operator<CustomSignature>("fusedloss::custom");
+  return computed([&] {
+    // A mean divides by its sum.
+    if (weight) weight = weight->expand(call.input->sizes());
+    return op.call(*call.input, *call.target, weight, loss, parameters, reduction, call.dtype(),
+                   site);
+  });
+}
+
+py::object cross_entropy(py::handle input, py::handle target, py::handle weight_object,
+                         int64_t ignore_index, double label_smoothing, int64_t reduction,
+                         py::handle prediction) {
+  PlainCall call(input, target);
+  call.check_rows(ignore_index);
+  const OptionalTensor weight = call.class_weight(weight_object);
+  if (!call.ok || !(label_smoothing >= 0 && label_smoothing <= 1)) return py::none();
+  // The engine wants the dimensions behind the classes joined.
+  const int64_t dims = call.input->dim();
+  if (dims > 3 && !call.input->is_contiguous() &&
+      !(dims == 4 && call.input->is_contiguous(at::MemoryFormat::ChannelsLast))) {
+    return py::none();
+  }
+  const OptionalTensor site = optional(prediction);
+  static const auto op = find_operator<CrossEntropySignature>("fusedloss::cross_entropy");
+  return computed([&] {
+    return op.call(*call.input, *call.target, weight, ignore_index, label_smoothing, reduction,
+                   call.dtype(), site);
+  });
+}
+
+double eps_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble:
+      return std::numeric_limits<double>::epsilon();
+    case at::kFloat:
+      return std::numeric_limits<float>::epsilon();
+    case at::kBFloat16:
+      return std::numeric_limits<at::BFloat16>::epsilon();
+    default:
+      return std::numeric_limits<at::Half>::epsilon();
+  }
+}
+
+py::object log_loss(py::handle input, py::handle target, py::handle weight_object,
+                    int64_t ignore_index, int64_t reduction, py::handle prediction) {
+  PlainCall call(input, target);
+  call.check_rows(ignore_index);
+  OptionalTensor weight = call.class_weight(weight_object);
+  if (!call.ok || call.input->dim() > kMostDims) return py::none();
+  const OptionalTensor site = optional(prediction);
+  static const auto op = find_operator<PointwiseSignature>("fusedloss::pointwise");
+  return computed([&] {
+    const int64_t dim = class_dim(*call.input);
+    if (weight) {
+      at::DimVector sizes(call.input->dim() - dim, 1);  // behind the rows
+      sizes[0] = call.classes();
+      weight = weight->view(sizes);
+    }
+    const bool each = reduction == at::Reduction::None;
+    // Elements that are added up to rows are rounded after that, once.
+    const at::ScalarType dtype = each ? at::promote_types(call.dtype(), at::kFloat) : call.dtype();
+    const Tensor value = op.call(*call.input, *call.target, weight, {}, "log_loss",
+                                 eps_of(call.dtype()), ignore_index, reduction, dtype, site);
+    return each ? value.sum(dim).to(call.dtype()) : value;
+  });
 }
 
 #if defined(__clang__)
@@ -191,6 +267,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("custom", &custom, "The loss, or None: not a plain call.");
   m.def("load_custom", &load_custom, "Loads a compiled loss under a name.");
   m.def("cross_entropy", &cross_entropy, "The loss, or None: not a plain call.");
+  m.def("log_loss", &log_loss, "The loss, or None: not a plain call.");
 #if defined(FUSEDLOSS_CUDA)
   m.def("raise_faults", &raise_faults,
         "Raises what a kernel found wrong with its input, if known.");

@@ -15,7 +15,6 @@ from torch import Tensor
 from . import backends
 from .reference import REDUCTIONS
 
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

@@ -382,10 +382,13 @@ def _pointwise(
     prediction: Tensor | None,
 ) -> Tensor:
     """Runs a pointwise loss fused, or else ``torch_loss(*args)``; unfit: why its options are not."""
-    if weight is None and pos_weight is None and unfit is None and _plain_calls():
+    if unfit is None and _plain_calls():
         number = reference.REDUCTIONS.get(reduction) if type(reduction) is str else None
         if number is not None:
-            value = _C.pointwise(input, target, loss, parameter, number, prediction)
+            value = _C.pointwise(
+                input, target, weight, pos_weight, broadcast_weight, loss, parameter, number,
+                prediction,
+            )  # fmt: skip
             if value is not None:
                 if _counted:
                     _count(torch_loss.__name__)
@@ -722,6 +725,10 @@ def _binary_cross_entropy_with_logits(
     )  # fmt: skip
 
 
+def _int64(value: Any) -> bool:
+    return type(value) is int and -(1 << 63) <= value < 1 << 63
+
+
 def _rows_obstacle(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: Any, reduction: str
 ) -> str | None:
@@ -738,7 +745,7 @@ def _rows_obstacle(
         return f"shapes differ: {tuple(shape)} and {tuple(target.shape)}"
     if weight is not None and weight.shape != (shape[1] if len(shape) > 1 else shape[0],):
         return f"a weight of shape {tuple(weight.shape)}"
-    if type(ignore_index) is not int or not -(1 << 63) <= ignore_index < 1 << 63:
+    if not _int64(ignore_index):
         return f"ignore_index {ignore_index!r}"
     if ignore_index >= 0 and target.dtype is not torch.int64:
         return "ignore_index is given with class probabilities"
@@ -803,8 +810,7 @@ def _cross_entropy(
         label_smoothing = float(label_smoothing)
     if (
         type(label_smoothing) is float
-        and type(ignore_index) is int
-        and -(1 << 63) <= ignore_index < 1 << 63
+        and _int64(ignore_index)
         and type(reduction) is str
         and _plain_calls()
     ):
@@ -893,6 +899,14 @@ def _log_loss(
     ignore_index: int,
     prediction: Tensor | None = None,
 ) -> Tensor:
+    if _int64(ignore_index) and type(reduction) is str and _plain_calls():
+        number = reference.REDUCTIONS.get(reduction)
+        if number is not None:
+            value = _C.log_loss(input, target, weight, ignore_index, number, prediction)
+            if value is not None:
+                if _counted:
+                    _count("log_loss")
+                return value  # type: ignore[no-any-return]
     args = (input, target, weight, reduction, ignore_index)
     if _overridden(input, target, weight):
         return _offer(  # type: ignore[no-any-return]

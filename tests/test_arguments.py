@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
+import random
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+import fusedloss
 import fusedloss.functional as FL
-from cases import LOSSES, at_shape
-from fusedloss import reference
+from cases import DEVICE, LOSSES, at_shape
+from fusedloss import custom, reference
+from fusedloss import math as fm
 from helpers import (
     FOR_A_GPU,
+    assert_same_bits,
     assert_same_error,
     compare_with_torch,
     host_sees_errors,
@@ -309,3 +318,179 @@ def test_other_devices_and_layouts(loss: str, backend: str) -> None:
     _, our_error, _ = outcome(lambda: getattr(FL, loss)(sparse, sample.target))
     _, their_error, _ = outcome(lambda: torch_loss(loss)(sparse, sample.target))
     assert_same_error(our_error, their_error)
+
+
+# ---- the short way into the operators ------------------------------------------------------------
+
+
+@fusedloss.pointwise_loss
+def charbonnier(input: Any, target: Any, *, eps: float = 1e-3) -> Any:
+    return fm.sqrt((input - target) ** 2 + eps**2)
+
+
+CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "plain": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "mode": lambda: torch.device("cpu"),
+}
+
+
+class RandomCall:
+    """A call drawn from what callers may come up with; often fused, often not."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        torch.manual_seed(seed)
+        usually = self.random.random() < 0.5  # else anything goes
+        self.odd = 0.04 if usually else 0.2
+        self.loss = self.random.choice([*LOSSES, "charbonnier"])
+        self.context = self.maybe("plain", *CONTEXTS)
+        dims = self.maybe(2, 0, 1, 3, 4, 9)
+        self.shape = tuple(self.random.choice((1, 2, 3, 5)) for _ in range(dims))
+        self.dtype = self.maybe(torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        if self.maybe(False, True):
+            self.shape = (0, *self.shape[1:])
+        self.input = self.tensor(self.shape)
+        if not self.input.is_inference():
+            wants = self.input.is_floating_point() and self.maybe(True, False)
+            self.input = self.input.detach().requires_grad_(wants)
+        self.options: dict[str, Any] = {"reduction": self.maybe("mean", "sum", "none", "max")}
+        rows = self.loss in ("cross_entropy", "log_loss")
+        if rows and self.maybe(True, False):
+            shape = self.shape[:1] + self.shape[2:] if dims > 1 else ()
+            classes = max(1, (*self.shape, 1, 1)[min(1, max(dims - 1, 0))])
+            shape = self.maybe(shape, (), (3,), self.shape)
+            self.target = torch.randint(0, classes, shape)
+            if self.maybe(False, True):
+                self.target = self.target.float()
+        else:
+            self.target = self.tensor(self.maybe(self.shape, self.shape[1:], (1,)))
+        if self.loss == "charbonnier":
+            self.may_have("clip_grad", 0.5, 1, -1.0)
+            self.may_have("eps", 0.5, 1, "a")
+        elif self.loss not in ("huber_loss", "log_loss"):
+            self.options.update({"size_average": self.maybe(None, True, False)})
+        if self.loss != "smooth_l1_loss" and self.random.random() < 0.6:
+            classes = self.shape[min(1, dims - 1) :][:1] if dims else ()
+            broad = self.shape[self.random.randint(0, dims) :]
+            weight_shape = classes if rows else self.maybe(self.shape, broad, (1,), (4,))
+            self.options["weight"] = self.maybe(self.tensor(weight_shape), 2.0)
+        if self.loss == "binary_cross_entropy_with_logits" and self.random.random() < 0.6:
+            broad = self.shape[self.random.randint(0, dims) :]
+            self.options["pos_weight"] = self.maybe(self.tensor(broad), self.tensor(self.shape))
+        if self.loss == "huber_loss":
+            self.may_have("delta", 0.5, 2, -1.0)
+        if self.loss == "smooth_l1_loss":
+            self.may_have("beta", 0.5, 0, -1.0)
+        if rows:
+            self.may_have("ignore_index", 1, -1, -7, 1 << 70, 1.0)
+        if self.loss == "cross_entropy":
+            self.may_have("label_smoothing", 0.1, 1, -0.5, True, "a")
+
+    def maybe(self, usual: Any, *others: Any) -> Any:
+        return self.random.choice(others) if self.random.random() < 2 * self.odd else usual
+
+    def may_have(self, option: str, *values: Any) -> None:
+        if self.random.random() < 0.4:
+            self.options[option] = self.random.choice(values)
+
+    def tensor(self, shape: tuple[int, ...]) -> Tensor:
+        """Within (0, 1); of any layout."""
+        dtype = self.maybe(self.dtype, torch.float32, torch.float64, torch.int32)
+        t = torch.rand(shape) * 0.9 + 0.05
+        layout = self.maybe("row-major", "transposed", "stepped", "channels_last")
+        if layout == "transposed" and t.dim() > 1:
+            t = t.transpose(0, -1).contiguous().transpose(0, -1)
+        elif layout == "stepped" and t.dim() > 0:
+            t = t.repeat_interleave(2, dim=-1)[..., ::2]
+        elif layout == "channels_last" and t.dim() == 4:
+            t = t.contiguous(memory_format=torch.channels_last)
+        kind = self.maybe("tensor", "leaf", "inference", "parameter", "subclass")
+        if kind == "inference":
+            with torch.inference_mode():
+                wants = dtype.is_floating_point and self.maybe(False, True)
+                return t.to(dtype).clone().requires_grad_(wants)
+        t = t.to(dtype)
+        if kind == "subclass":
+            return t.as_subclass(Subclass)
+        if dtype.is_floating_point and kind == "parameter":
+            return torch.nn.Parameter(t)
+        return t.requires_grad_(dtype.is_floating_point and kind == "leaf")
+
+    def function(self) -> Callable[..., Any]:
+        return charbonnier if self.loss == "charbonnier" else getattr(FL, self.loss)
+
+    def run(self) -> list[Any]:
+        """Value and gradients, or the error; and the warnings."""
+        tensors = (self.input, self.target, *self.options.values())
+
+        def call() -> list[Tensor | None]:
+            with CONTEXTS[self.context]():
+                value = self.function()(self.input, self.target, **self.options)
+            wanted = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
+            if not value.requires_grad:
+                return [value]
+            upstream = torch.full_like(value, 0.75)
+            return [value, *torch.autograd.grad(value, wanted, upstream, allow_unused=True)]
+
+        return list(outcome(call))
+
+
+class Subclass(Tensor):
+    pass
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_short_way_decides_as_the_long_way(
+    seed: int, compiled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same results, errors and warnings; and it is open to whatever plain call is fused."""
+    charbonnier.compile()
+    taken: list[bool] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            def entry(*args: Any) -> Any:
+                value = getattr(extension, name)(*args)
+                taken.append(value is not None)
+                return value
+
+            return entry
+
+    extension = FL._C
+    for module in (FL, custom):
+        monkeypatch.setattr(module, "_C", Watched())
+    paths = []
+    for number in range(100):
+        call = RandomCall(seed * 1000 + number)
+        what = f"{call.loss}, call {number} of seed {seed}"
+        taken.clear()
+        short = call.run()
+        with CONTEXTS[call.context](), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                fused = fusedloss.explain(call.function(), call.input, call.target, **call.options)
+            except Exception:  # noqa: BLE001 - which it is is compared
+                fused = None
+        plain = call.context in ("plain", "no_grad", "inference_mode")
+        plain = plain and DEVICE == "cpu"  # else under a mode, see conftest.py
+        is_fused = fused is not None and fused.fused
+        assert not any(taken) or (is_fused and plain), f"{what}: {fused}"
+        # Layouts and dimensions that the long way looks into.
+        rare = call.input.dim() > (3 if call.loss == "cross_entropy" else 8)
+        assert any(taken) or not (is_fused and plain) or rare, f"{what}: {fused}"
+        with monkeypatch.context() as patch:
+            patch.setattr(FL, "_plain_calls", lambda: False)
+            long = call.run()
+        assert repr(short[1:]) == repr(long[1:]), what
+        if short[0] is not None:
+            assert len(short[0]) == len(long[0]), what
+            for first, second in zip(short[0], long[0], strict=True):
+                assert (first is None) == (second is None), what
+                if first is not None:
+                    assert first.requires_grad == second.requires_grad, what
+                    assert_same_bits(first.detach(), second.detach(), what)
+        paths.append((any(taken), is_fused))
+    assert {path for path in paths} >= {(True, True), (False, False)}

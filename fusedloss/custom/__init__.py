@@ -182,10 +182,11 @@ class PointwiseLoss:
         if number is None:
             raise ValueError(f"{reduction} is not a valid value for reduction")
         bound = self._bound(clip_grad)
-        if weight is None and functional._plain_calls():
+        if functional._plain_calls():
             known = self._keys.get(input.device.type) if isinstance(input, Tensor) else None
             if known is not None:
-                loss = _C.custom(input, target, known, (*values, bound), number, prediction)
+                numbers = (*values, bound)
+                loss = _C.custom(input, target, weight, known, numbers, number, prediction)
                 if loss is not None:
                     if functional._counted:
                         functional._count(self.__name__)
