@@ -21,6 +21,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_unary
 
 from .. import _caller, autograd, backends, functional, second_order
 from ..modules import _Predicting
@@ -182,7 +183,7 @@ class PointwiseLoss:
         if number is None:
             raise ValueError(f"{reduction} is not a valid value for reduction")
         bound = self._bound(clip_grad)
-        if functional._plain_calls():
+        if functional._plain_calls() and not has_torch_function_unary(input):
             known = self._keys.get(input.device.type) if isinstance(input, Tensor) else None
             if known is not None:
                 numbers = (*values, bound)
