@@ -58,3 +58,7 @@ def at_callers_line(
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warns at that line."""
     at_callers_line(warnings.warn, message, category)
+
+
+# A tracing compiler calls it while it traces: see autograd.constant_when_traced.
+warn._dynamo_marked_constant = True  # type: ignore[attr-defined]

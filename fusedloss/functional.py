@@ -431,7 +431,8 @@ def _pointwise(
     if _listening():
         _report(torch_loss.__name__, reason, _backend(reason, input))
     if reason is not None:
-        if getattr(input, "shape", None) == getattr(target, "shape", None):
+        traced = torch._C._get_tracing_state() is not None  # and warns of each comparison
+        if traced or getattr(input, "shape", None) == getattr(target, "shape", None):
             return torch_loss(*args)
         return _caller.at_callers_line(torch_loss, *args)  # which warns, or raises an error
     assert isinstance(dtype, torch.dtype)

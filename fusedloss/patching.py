@@ -272,8 +272,9 @@ class patch(ContextDecorator):
                 for name, fused in _FUNCTIONS.items():
                     setattr(torch_functional, name, fused)
             patch._active += 1
-            if self._depth == 0:
+            if not any(table is self._table for table in functional._counted):
                 functional._counted = (*functional._counted, self._table)
+                self._depth = 0  # whatever it was when another one's stop() ended this one
             self._depth += 1
 
     def stop(self) -> None:
