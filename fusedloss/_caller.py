@@ -36,9 +36,7 @@ def frame(start: FrameType | None = None) -> FrameType:
         found = found.f_back
 
 
-def at_callers_line(
-    function: Callable[..., Result], /, *args: Any, **options: Any
-) -> Result:
+def at_callers_line(function: Callable[..., Result], /, *args: Any, **options: Any) -> Result:
     """``function(*args, **options)``, called as if from that line: what torch warns of there with
     ``stacklevel=2`` is shown, filtered and counted as the caller's own."""
     if torch.compiler.is_dynamo_compiling():  # which traces: there are no frames

@@ -164,7 +164,9 @@ def no_extension(package: Path = PACKAGE, path: Sequence[str] | None = None) -> 
     if _extensions(package):
         return f"the extension in {package} is of another Python: reinstall fusedloss with this one"
     if source:
-        return f"nothing has been compiled in {folder}, where fusedloss was imported from: {install}"
+        return (
+            f"nothing has been compiled in {folder}, where fusedloss was imported from: {install}"
+        )
     return "the extension was not built: reinstall fusedloss where a C++ compiler is found"
 
 
@@ -180,37 +182,42 @@ def _is_command() -> bool:
 
 _INSTALLED = """
 import os, runpy, sys
-sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or ".") != {!r}]
+sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or ".") != {!r}] + [{!r}]
 runpy.run_module("fusedloss", run_name="__main__", alter_sys=True)
 """
 
 
 def hand_over() -> None:
     """Where this copy, of a source folder, hides the installed one, that one runs the command."""
-    if _hidden(PACKAGE, sys.path) is None:
+    hidden = _hidden(PACKAGE, sys.path)
+    if hidden is None:
         return
     given = sys.argv[1:]
     before = sys.orig_argv[1 : len(sys.orig_argv) - len(given)]
     options = before[: -2 if before[-1] == "fusedloss" else -1]  # -m fusedloss, -mfusedloss
-    code = _INSTALLED.format(os.path.realpath(PACKAGE.parent))
+    code = _INSTALLED.format(os.path.realpath(PACKAGE.parent), str(hidden.parent))
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *options, "-c", code, *given])
 
 
-def copies(
-    package: Path, path: Sequence[str], here: Path | None = None
-) -> Iterator[Finding]:
-    """Whether a stray copy, mostly a source checkout, hides the installation."""
-    others = _others(package, path)
-    here = (here or Path.cwd()).resolve()
-    stray = here / "fusedloss"
-    if (stray / "__init__.py").is_file() and stray not in (package.resolve(), *others):
-        lacks = "" if _extensions(stray) else ", which has no compiled extension"
+def stray(package: Path, path: Sequence[str], here: Path) -> Iterator[Finding]:
+    """Whether programs that start in this folder would import a copy there, and not this one."""
+    copy = here.resolve() / "fusedloss"
+    if (copy / "__init__.py").is_file() and copy not in (
+        package.resolve(),
+        *_others(package, path),
+    ):
+        lacks = "" if _extensions(copy) else ", which has no compiled extension"
         yield Finding(
             "note",
             f"programs that start in {here} import the fusedloss there{lacks}, and not {package}",
             f"start them in another folder, or {sys.executable} -m pip install -e {here}",
         )
+
+
+def copies(package: Path, path: Sequence[str]) -> Iterator[Finding]:
+    """Whether a stray copy, mostly a source checkout, hides the installation."""
+    others = _others(package, path)
     if not others:
         yield Finding("ok", f"fusedloss from {package}, the only copy")
         return
@@ -483,6 +490,7 @@ def examine(also_import: Sequence[str] = ()) -> list[Finding]:
     return [
         *python(),
         *torch_release(torch.__version__, found.requires if found else None),
+        *stray(PACKAGE, sys.path, Path.cwd()),
         *copies(PACKAGE, sys.path),
         *extension(
             PACKAGE,

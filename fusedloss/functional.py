@@ -101,7 +101,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
             return explanation
         finally:
             _explaining = outer
-    raise TypeError(f"{fn!r} is not a loss of fusedloss: there is no path to explain")
+    raise TypeError(f"{fn!r} calls no loss of fusedloss: there is no path to explain")
 
 
 @dataclass(slots=True)
@@ -241,9 +241,7 @@ def _overridden(*tensors: Any) -> bool:
 
 
 def _active_modes() -> list[TorchFunctionMode]:
-    return [
-        torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())
-    ]
+    return [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
 
 
 def _set_modes(modes: Sequence[TorchFunctionMode]) -> None:
@@ -569,11 +567,12 @@ def _smooth_l1_loss(
         size_average, reduce, reduction = None, None, _legacy(size_average, reduce)
     # The kernel divides by beta's reciprocal, a number like any other.
     fits = isinstance(beta, float | int) and (beta == 0 or 1e-30 <= beta <= 1e30)
+    unfit = None if fits else f"beta {beta!r}"
     return _pointwise(
         "l1_loss" if fits and beta == 0 else "smooth_l1_loss", reference.smooth_l1_loss,
         (input, target, size_average, reduce, reduction, beta),
         input, target, None, None, float(beta) if fits else 0.0, reduction,
-        None if fits else f"beta {beta!r}", False, prediction,
+        unfit, False, prediction,
     )  # fmt: skip
 
 
@@ -615,10 +614,11 @@ def _huber_loss(
     prediction: Tensor | None = None,
 ) -> Tensor:
     fits = isinstance(delta, float | int) and delta > 0
+    unfit = None if fits else f"delta {delta!r}"
     return _pointwise(
         "huber_loss", reference.huber_loss, (input, target, reduction, delta, weight),
         input, target, weight, None, float(delta) if fits else 0.0, reduction,
-        None if fits else f"delta {delta!r}", False, prediction,
+        unfit, False, prediction,
     )  # fmt: skip
 
 
