@@ -47,9 +47,7 @@ def at_callers_line(function: Callable[..., Result], /, *args: Any, **options: A
         co_firstlineno=found.f_lineno or 1,
         co_name=found.f_code.co_name,
     )
-    result: Result = eval(  # noqa: S307
-        code, found.f_globals, {"call": partial(function, *args, **options)}
-    )
+    result: Result = eval(code, found.f_globals, {"call": partial(function, *args, **options)})
     return result
 
 

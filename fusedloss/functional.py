@@ -246,9 +246,9 @@ def _active_modes() -> list[TorchFunctionMode]:
 
 def _set_modes(modes: Sequence[TorchFunctionMode]) -> None:
     for _ in range(torch._C._len_torch_function_stack()):
-        _pop_mode()
+        _pop_mode()  # type: ignore[no-untyped-call]
     for mode in modes:
-        _push_mode(mode)
+        _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

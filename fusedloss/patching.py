@@ -113,7 +113,7 @@ def _held(thing: Any, who: str) -> Iterator[tuple[str, Any]]:
                 looked_at = isinstance(value, FunctionType) or not isinstance(value, _PLAIN)
                 if not looked_at or id(value) in seen:
                     continue
-                if len(seen) == _MOST_OBJECTS:
+                if len(seen) >= _MOST_OBJECTS:
                     yield "...", _UNSEARCHED
                     return
                 seen.add(id(value))
@@ -123,7 +123,7 @@ def _held(thing: Any, who: str) -> Iterator[tuple[str, Any]]:
 def _why_left(held: Any) -> str | None:
     """Why a loss is no fused one after :func:`replace`; None: it is one, or it is no loss."""
     if held is _UNSEARCHED:
-        return _UNSEARCHED
+        return str(held)
     if isinstance(held, FunctionType) and held in functional._OURS:
         name = held.__name__
         return f"the function torch.nn.functional.{name}: put fusedloss.functional.{name} there"
@@ -194,7 +194,7 @@ def restore(holder: Any) -> Changed:
     for name, held in _held(holder, "restore"):
         if isinstance(held, modules._Predicting) and held.__dict__.pop("_replaced", False):
             held.__dict__.pop("_own_prediction", None)
-            held.__class__ = _TORCHS[type(held)]
+            held.__class__ = _TORCHS[type(held)]  # type: ignore[assignment]
             changed[name] = held
     if not changed:
         _caller.warn(
@@ -297,7 +297,7 @@ class patch(ContextDecorator):
                 for name, original in patch._found.items():
                     setattr(torch_functional, name, original)
 
-    def __enter__(self) -> patch:
+    def __enter__(self) -> patch:  # noqa: PYI034 - there is no Self in Python 3.10
         self.start()
         return self
 
@@ -317,4 +317,4 @@ def _told(path: Explanation) -> str:
 def _short(file: str) -> str:
     """As seen from the current folder, if it is in there."""
     folder = os.getcwd() + os.sep
-    return file[len(folder) :] if file.startswith(folder) else file
+    return file.removeprefix(folder)

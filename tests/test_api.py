@@ -368,12 +368,12 @@ def test_a_warning_is_shown_once_for_each_line(backend: str) -> None:
     code = compile("for _ in range(3): FL.mse_loss(x, y)\nFL.mse_loss(x, y)\n", "a.py", "exec")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
-        exec(code, module)
+        exec(code, module)  # noqa: S102
     assert [(warning.filename, warning.lineno) for warning in caught] == [("a.py", 1), ("a.py", 2)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", module="somewhere")
-        exec(code, module)
+        exec(code, module)  # noqa: S102
         FL.mse_loss(MATRIX, ROW)
     assert len(caught) == 4
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import fusedloss
 import fusedloss.functional as FL
-from fusedloss import patching
 from cases import LOSSES, at_shape
+from fusedloss import patching
 from helpers import assert_same_bits, compare_with_torch, leaf
 
 TORCH_LOSSES = [loss for loss in LOSSES if loss != "log_loss"]
