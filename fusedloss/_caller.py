@@ -26,14 +26,18 @@ _CALL = compile("call()", "", "eval")
 def frame(start: FrameType | None = None) -> FrameType:
     """The innermost frame of neither fusedloss nor torch, or else the outermost one."""
     found = start or sys._getframe(1)
+    known = _inside.get
     while True:
         file = found.f_code.co_filename
-        inside = _inside.get(file)
+        inside = known(file)
         if inside is None:
             inside = _inside[file] = file.startswith(_INSIDE)
-        if not inside or found.f_back is None:
+        if not inside:
             return found
-        found = found.f_back
+        outer = found.f_back
+        if outer is None:
+            return found
+        found = outer
 
 
 def at_callers_line(function: Callable[..., Result], /, *args: Any, **options: Any) -> Result:

@@ -10,6 +10,7 @@ All tensors are unitless. ``reduction`` is ``"mean"``, ``"sum"`` or ``"none"``. 
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -125,7 +126,7 @@ _counted: tuple[dict[Any, Call], ...] = ()
 
 
 def _count(loss: str, path: Explanation | None = None, calls: int = 1) -> None:
-    frame = _caller.frame()
+    frame = _caller.frame(sys._getframe(2))  # the first two are here
     while not calls and frame.f_code.co_filename == "<string>" and frame.f_back:
         frame = _caller.frame(frame.f_back)  # that one is of torch.fx
     code = frame.f_code
