@@ -292,7 +292,7 @@ class patch(ContextDecorator):
                 others = (table for table in functional._counted if table is not self._table)
                 functional._counted = tuple(others)
             if patch._active == 0:
-                # Of patches that another one's stop() has ended as well.
+                # Whichever patch this stop() belongs to, it has ended them all.
                 functional._counted = ()
                 for name, original in patch._found.items():
                     setattr(torch_functional, name, original)

@@ -484,7 +484,7 @@ def test_each_patch_counts_for_itself(backend: str) -> None:
     assert [call.calls for call in two.calls] == [1, 1, 2], "which began anew"
 
 
-def test_a_patch_counts_all_threads(backend: str) -> None:
+def test_a_patch_counts_all_threads(compiled: str) -> None:
     x = torch.rand(3)
 
     def work() -> None:
