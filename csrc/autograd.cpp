@@ -62,12 +62,6 @@ bool saves_through_hooks() { return at::SavedTensorDefaultHooks::get_hooks().has
 Tensor no_prediction(const Tensor& input) {
   return at::zeros({2}, input.options().dtype(at::kDouble));
 }
-void drop_gradients(const Tensor& scales) {
-  if (Carried* left = carried(scales)) {
-    left->gradient.reset();
-    left->target_gradient.reset();
-  }
-}
 
 // ---- pointwise ----------------------------------------------------------------------------------
 
@@ -98,6 +92,7 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     const OptionalTensor weight = optional(inputs[2]), pos_weight = optional(inputs[3]);
     const Kept kept = Kept::from(ctx);
     const auto [loss, parameter] = kept.loss.to<std::tuple<std::string, double>>();
+    drop_gradients_of_other_memory(kept.scales, input, target);
     variable_list gradients(10);
     if (needs_reference(grad_outputs[0])) {
       static const auto op =
@@ -163,6 +158,7 @@ struct CustomFunction : torch::autograd::Function<CustomFunction> {
     const Kept kept = Kept::from(ctx);
     const auto [loss, parameters, of_input, of_target] =
         kept.loss.to<std::tuple<std::string, std::vector<double>, bool, bool>>();
+    drop_gradients_of_other_memory(kept.scales, input, target);
     variable_list gradients(8);
     if (needs_reference(grad_outputs[0])) {
       static const auto op = find_operator<std::tuple<Tensor, Tensor>(
@@ -222,6 +218,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const OptionalTensor weight = optional(inputs[2]);
     const Kept kept = Kept::from(ctx);
     const double label_smoothing = kept.loss.toDouble();
+    drop_gradients_of_other_memory(kept.scales, input, target);
     variable_list gradients(8);
     if (needs_reference(grad_outputs[0])) {
       static const auto op =

@@ -21,13 +21,6 @@ using at::Tensor;
 
 namespace {
 
-// A call site's: an upstream gradient, and the confidence in it (0 to 3).
-Tensor new_prediction(const at::Device& device) {
-  Tensor prediction = at::full({2}, 1.0, at::dtype(at::kDouble).device(device));
-  prediction.select(0, 1).fill_(3.0);
-  return prediction;
-}
-
 // The predictions of calls without one of their own, by what tells call sites apart.
 struct Shared {
   using Key = std::tuple<std::string, at::ScalarType, int64_t, int64_t>;
@@ -74,6 +67,19 @@ struct Shared {
 
 }  // namespace
 
+Tensor new_prediction(const at::Device& device) {
+  const auto make = [&] {
+    Tensor prediction = at::full({2}, 1.0, at::dtype(at::kDouble).device(device));
+    prediction.select(0, 1).fill_(3.0);
+    return prediction;
+  };
+#if defined(FUSEDLOSS_CUDA)
+  return outside_of_capture(device, make);
+#else
+  return make();
+#endif
+}
+
 Tensor prediction_of(const OptionalTensor& own, std::string_view loss, const Tensor& input,
                      int64_t reduction) {
   if (own.has_value()) {
@@ -89,9 +95,16 @@ Tensor prediction_of(const OptionalTensor& own, std::string_view loss, const Ten
 
 static void destroy(void* carried) { delete static_cast<Carried*>(carried); }
 
-void carry(const Tensor& scales, Tensor gradient, Tensor prediction, Tensor target_gradient) {
-  auto* carried =
-      new Carried{std::move(gradient), std::move(target_gradient), std::move(prediction), {}};
+void carry(const Tensor& scales, const Tensor& input, const Tensor& target, Tensor gradient,
+           Tensor prediction, Tensor target_gradient) {
+  auto* carried = new Carried{std::move(gradient),
+                              std::move(target_gradient),
+                              std::move(prediction),
+                              at::DimVector(input.sizes()),
+                              input.scalar_type(),
+                              input.storage().getWeakStorageImpl(),
+                              target.storage().getWeakStorageImpl(),
+                              {}};
   c10::StorageImpl* storage = scales.storage().unsafeGetStorageImpl();
   carried->memory = storage->set_data_ptr(
       c10::DataPtr(storage->mutable_data(), carried, &destroy, storage->device()));
@@ -100,6 +113,50 @@ void carry(const Tensor& scales, Tensor gradient, Tensor prediction, Tensor targ
 Carried* carried(const Tensor& scales) {
   return scales.has_storage() ? scales.storage().data_ptr().cast_context<Carried>(&destroy)
                               : nullptr;
+}
+
+void drop_gradients(const Tensor& scales) {
+  if (Carried* left = carried(scales)) {
+    left->gradient.reset();
+    left->target_gradient.reset();
+  }
+}
+
+void drop_gradients_of_other_memory(const Tensor& scales, const Tensor& input,
+                                    const Tensor& target) {
+  const Carried* left = carried(scales);
+  if (!left) return;
+  const auto is_in = [](const Tensor& t, const auto& storage) {
+    return t.storage().unsafeGetStorageImpl() == storage._unsafe_get_target();
+  };
+  if (!is_in(input, left->input_storage) || !is_in(target, left->target_storage)) {
+    drop_gradients(scales);
+  }
+}
+
+BackwardGradients::BackwardGradients(Carried* left, const Tensor& input, const Tensor& target,
+                                     Wants wants) {
+  if (left) {
+    TORCH_CHECK(input.sizes() == left->input_sizes && input.scalar_type() == left->input_dtype,
+                "fusedloss: backward's input is a ", input.scalar_type(), " tensor of shape ",
+                input.sizes(), ", and forward's was a ", left->input_dtype, " tensor of shape ",
+                at::IntArrayRef(left->input_sizes),
+                ": between the two, leave input.data as it is");
+    gradient = std::move(left->gradient);
+    target_gradient = std::move(left->target_gradient);
+  }
+  if (!wants.input) {
+    gradient.reset();
+  } else if (!lies_like_gradient(gradient, input, input.scalar_type())) {
+    gradient = empty_gradient(input);
+    fresh = true;
+  }
+  if (!wants.target) {
+    target_gradient.reset();
+  } else if (!lies_like_gradient(target_gradient, input, target.scalar_type())) {
+    target_gradient = empty_target_gradient(input, target);
+    fresh = true;
+  }
 }
 
 }  // namespace fusedloss

@@ -73,6 +73,28 @@ Tensor cross_entropy_backward_meta(const Tensor&, const Tensor&, const Tensor& i
   return empty_gradient(input);
 }
 
+void check_meta(const Tensor& t) {
+  TORCH_CHECK_VALUE(!t.defined() || t.is_meta(), "fusedloss: a tensor on ", t.device(),
+                    " beside a meta tensor");
+}
+void check_meta(const OptionalTensor& t) {
+  if (t.has_value()) check_meta(*t);
+}
+template <class Number>
+void check_meta(const Number&) {}
+
+// A shape-only kernel. Torch calls it as soon as one tensor of a call is a meta tensor; then all must
+// be.
+template <auto kernel>
+struct Meta;
+template <class Result, class... Arguments, Result (*kernel)(Arguments...)>
+struct Meta<kernel> {
+  static Result call(Arguments... arguments) {
+    (check_meta(arguments), ...);
+    return kernel(arguments...);
+  }
+};
+
 }  // namespace
 
 #define FUSEDLOSS_POINTWISE_OPTIONS \
@@ -142,15 +164,15 @@ TORCH_LIBRARY(fusedloss, m) {
 }
 
 TORCH_LIBRARY_IMPL(fusedloss, Meta, m) {
-  m.impl("pointwise", &pointwise_meta);
-  m.impl("pointwise_forward", &pointwise_forward_meta);
-  m.impl("pointwise_backward", &pointwise_backward_meta);
-  m.impl("custom", &custom_meta);
-  m.impl("custom_forward", &custom_forward_meta);
-  m.impl("custom_backward", &custom_backward_meta);
-  m.impl("cross_entropy", &cross_entropy_meta);
-  m.impl("cross_entropy_forward", &cross_entropy_forward_meta);
-  m.impl("cross_entropy_backward", &cross_entropy_backward_meta);
+  m.impl("pointwise", &Meta<&pointwise_meta>::call);
+  m.impl("pointwise_forward", &Meta<&pointwise_forward_meta>::call);
+  m.impl("pointwise_backward", &Meta<&pointwise_backward_meta>::call);
+  m.impl("custom", &Meta<&custom_meta>::call);
+  m.impl("custom_forward", &Meta<&custom_forward_meta>::call);
+  m.impl("custom_backward", &Meta<&custom_backward_meta>::call);
+  m.impl("cross_entropy", &Meta<&cross_entropy_meta>::call);
+  m.impl("cross_entropy_forward", &Meta<&cross_entropy_forward_meta>::call);
+  m.impl("cross_entropy_backward", &Meta<&cross_entropy_backward_meta>::call);
 }
 
 }  // namespace fusedloss

@@ -150,40 +150,33 @@ struct Ahead {
     if (wants.target) target_gradient = empty_target_gradient(input, target);
   }
 
-  Tensor scales(const Tensor& input, double normalizer) && {
+  Tensor scales(const Tensor& input, const Tensor& target, double normalizer) && {
     Tensor scales = empty_scales(input);
     scales.mutable_data_ptr<double>()[0] = upstream;
     scales.mutable_data_ptr<double>()[1] = normalizer;
-    carry(scales, std::move(gradient), std::move(prediction), std::move(target_gradient));
+    carry(scales, input, target, std::move(gradient), std::move(prediction),
+          std::move(target_gradient));
     return scales;
   }
 };
 
-// Of a backward: the true upstream gradient, and the gradients, which may be right for it already.
-struct Behind {
+// A backward's gradients, which may be right already for the true upstream gradient.
+struct Behind : BackwardGradients {
   double upstream = 1;
-  Tensor gradient, target_gradient;
   bool done = false;
 
   Behind(const Tensor& grad_output, const Tensor& scales, const Tensor& input, int64_t reduction,
-         const Tensor& target = {}, Wants wants = {}) {
+         const Tensor& target = {}, Wants wants = {})
+      : BackwardGradients(left_at(scales, input), input, target, wants) {
+    if (reduction == at::Reduction::None) return;
+    check_number(grad_output, input);
+    upstream = scalar(grad_output);
+    if (const Carried* left = carried(scales)) learn(left->prediction, upstream);
+    done = !fresh && same(scales.const_data_ptr<double>()[0], upstream);
+  }
+  static Carried* left_at(const Tensor& scales, const Tensor& input) {
     check_pair("scales", scales, input);
-    Carried* left = carried(scales);
-    if (left) {
-      gradient = std::move(left->gradient);
-      target_gradient = std::move(left->target_gradient);
-    }
-    if (reduction != at::Reduction::None) {
-      check_number(grad_output);
-      upstream = scalar(grad_output);
-      if (left) learn(left->prediction, upstream);
-      done = (gradient.defined() || !wants.input) && (target_gradient.defined() || !wants.target) &&
-             same(scales.const_data_ptr<double>()[0], upstream);
-    }
-    if (wants.input && !gradient.defined()) gradient = empty_gradient(input);
-    if (wants.target && !target_gradient.defined()) {
-      target_gradient = empty_target_gradient(input, target);
-    }
+    return carried(scales);
   }
 };
 
@@ -278,6 +271,8 @@ struct PointwiseCall {
     call.parameter = parameter;
     call.compute_in_double = result == at::kDouble;
     if (target.scalar_type() == at::kLong) {
+      check_rows(input, target, weight);
+      call.loss = of_classes(loss);
       const Classes checked =
           check_classes(target, input.size(class_dim(input)),
                         present(weight) ? weight->reshape({-1}) : Tensor(), ignore_index);
@@ -369,7 +364,7 @@ std::tuple<Tensor, Tensor> pointwise_forward(
   Tensor value = empty_loss(input, reduction, dtype);
   if (ahead.gradient.defined()) p.want_gradient(ahead.gradient, ahead.upstream / normalizer);
   write_loss(p, value, reduction, normalizer);
-  return {value, std::move(ahead).scales(input, normalizer)};
+  return {value, std::move(ahead).scales(input, target, normalizer)};
 }
 
 Tensor pointwise_backward(const Tensor& grad_output, const Tensor& scales, const Tensor& input,
@@ -410,7 +405,7 @@ std::tuple<Tensor, Tensor> custom_forward(const Tensor& input, const Tensor& tar
   Tensor value = empty_loss(input, reduction, dtype);
   p.want_gradients(ahead, ahead.upstream / normalizer);
   write_loss(p, value, reduction, normalizer);
-  return {value, std::move(ahead).scales(input, normalizer)};
+  return {value, std::move(ahead).scales(input, target, normalizer)};
 }
 
 std::tuple<Tensor, Tensor> custom_backward(const Tensor& grad_output, const Tensor& scales,
@@ -476,9 +471,8 @@ struct CrossEntropyCall {
 double cross_entropy_normalizer(const Tensor& input, const Tensor& target,
                                 const OptionalTensor& weight, int64_t ignore_index,
                                 int64_t reduction) {
-  check_shapes(input, target);
+  check_rows(input, target, weight);
   const int64_t classes = input.size(class_dim(input));
-  check_class_weight(input, weight);
   double sum = static_cast<double>(input.numel()) / static_cast<double>(classes);
   if (target.scalar_type() == at::kLong) {
     sum = check_classes(target, classes, present(weight) ? *weight : Tensor(), ignore_index)
@@ -521,7 +515,7 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& input, const Tens
   CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype);
   if (ahead.gradient.defined()) p.want_gradient(ahead.gradient, ahead.upstream / normalizer);
   Tensor value = write_loss(p, input, reduction, dtype, normalizer);
-  return {value, std::move(ahead).scales(input, normalizer)};
+  return {value, std::move(ahead).scales(input, target, normalizer)};
 }
 
 Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& scales, const Tensor& input,

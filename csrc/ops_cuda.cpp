@@ -11,9 +11,11 @@
 
 #include <array>
 #include <atomic>
+#include <functional>
 #include <limits>
 #include <mutex>
 #include <sstream>
+#include <unordered_map>
 
 #include "carried.h"
 #include "cuda/custom_kernel.h"
@@ -37,6 +39,16 @@ void check(cudaError_t error) {
   TORCH_CHECK(error == cudaSuccess, "fusedloss: CUDA: ", cudaGetErrorString(error));
 }
 
+// While a CUDA graph is captured, the thread may allocate and synchronize only as long as one of
+// these lives.
+struct RelaxedCapture {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+
+  RelaxedCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode)); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode); }
+};
+
 // ---- faults -------------------------------------------------------------------------------------
 
 // A device's; page-locked memory, so that both sides reach it. Allocated once and never freed.
@@ -50,13 +62,8 @@ Fault* fault_of(size_t device) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (Fault* known = faults[device].load()) return known;
   void* memory = nullptr;
-  // The first call may be one that a CUDA graph captures, which forbids to allocate unless relaxed.
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  check(cudaThreadExchangeStreamCaptureMode(&mode));
-  const cudaError_t error =
-      cudaHostAlloc(&memory, sizeof(Fault), cudaHostAllocMapped | cudaHostAllocPortable);
-  check(cudaThreadExchangeStreamCaptureMode(&mode));
-  check(error);
+  const RelaxedCapture relaxed;  // the first call may be one that a CUDA graph captures
+  check(cudaHostAlloc(&memory, sizeof(Fault), cudaHostAllocMapped | cudaHostAllocPortable));
   auto* fresh = new (memory) Fault{};
   faults[device].store(fresh);
   return fresh;
@@ -92,14 +99,50 @@ void raise_faults() {
   }
 }
 
+// ---- CUDA graphs --------------------------------------------------------------------------------
+
+namespace {
+
+bool is_captured(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+// A graph writes to the predictions of its capture at every replay, and nobody knows how long a
+// graph lives: those predictions are never freed.
+void keep_if_captured(const Tensor& prediction, cudaStream_t stream) {
+  if (!is_captured(stream)) return;
+  static std::mutex mutex;
+  static auto& kept = *new std::unordered_map<const void*, Tensor>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  kept.emplace(prediction.unsafeGetTensorImpl(), prediction);
+}
+
+}  // namespace
+
+Tensor outside_of_capture(const at::Device& device, const std::function<Tensor()>& make) {
+  if (device.type() != c10::dispatchKeyToDeviceType(c10::DispatchKey::FUSEDLOSS_CUDA_KEY)) {
+    return make();
+  }
+  const c10::cuda::CUDAGuard guard(device);
+  const c10::DeviceIndex index = guard.current_device().index();
+  if (!is_captured(c10::cuda::getCurrentCUDAStream(index))) return make();
+  const RelaxedCapture relaxed;
+  const c10::cuda::CUDAStream side = c10::cuda::getStreamFromPool(false, index);
+  Tensor made;
+  {
+    const c10::cuda::CUDAStreamGuard on_side(side);
+    made = make();
+  }
+  // The captured stream must not wait for the other one, so the host does.
+  check(cudaStreamSynchronize(side));
+  return made;
+}
+
 namespace {
 
 // ---- calls --------------------------------------------------------------------------------------
-
-// Those that are not wanted are undefined.
-struct Gradients {
-  Tensor gradient, target_gradient;
-};
 
 // A call on the device and the current stream of its input. Memory that it drops lasts until its
 // kernels have run: torch's allocator hands it on in the order of the stream.
@@ -127,28 +170,25 @@ struct Call {
   void predicts(const Tensor& prediction) {
     // A module may let go of it while this stream, not the one it comes from, has yet to teach it.
     c10::cuda::CUDACachingAllocator::recordStream(prediction.storage().data_ptr(), stream);
+    keep_if_captured(prediction, stream);
     launch.prediction = prediction.mutable_data_ptr<double>();
   }
-  // The gradients that a backward gives: forward's buffers, or fresh ones. Of one upstream
-  // gradient (a reduction's), the kernel finds out whether those are right for it already.
-  Gradients gradients_after(const Tensor& scales, const Tensor& grad_output, int64_t reduction,
-                            const Tensor& target = {}, Wants wants = {}) {
+  // Where there is one upstream gradient (mean and sum), the kernel finds out whether forward's
+  // gradients are right for it.
+  BackwardGradients gradients_after(const Tensor& scales, const Tensor& grad_output,
+                                    int64_t reduction, const Tensor& target = {},
+                                    Wants wants = {}) {
     check_pair("scales", scales, input);
     Carried* left = carried(scales);
-    Gradients gradients;
-    if (left) gradients = {std::move(left->gradient), std::move(left->target_gradient)};
-    const bool input_lacks = wants.input && !gradients.gradient.defined();
-    const bool target_lacks = wants.target && !gradients.target_gradient.defined();
+    BackwardGradients gradients(left, input, target, wants);
     if (reduction != at::Reduction::None) {
-      check_number(grad_output);
+      check_number(grad_output, input);
       if (left) predicts(left->prediction);
       launch.scales = scales.mutable_data_ptr<double>();
       launch.grad_output = grad_output.const_data_ptr();
       launch.grad_output_dtype = dtype_of(grad_output);
-      launch.fresh = input_lacks || target_lacks;
+      launch.fresh = gradients.fresh;
     }
-    if (input_lacks) gradients.gradient = empty_gradient(input);
-    if (target_lacks) gradients.target_gradient = empty_target_gradient(input, target);
     return gradients;
   }
 
@@ -183,26 +223,28 @@ struct Call {
 
 // Of a forward: the gradient that it may write, and what tells the kernel whether it is to.
 struct Ahead {
-  Tensor prediction, scales;
-  Gradients gradients;
+  Tensor prediction, scales, gradient, target_gradient;
 
   template <class AnyCall>
   Ahead(const OptionalTensor& own, std::string_view loss, AnyCall& call, int64_t reduction,
         const Tensor& target = {}, Wants wants = {})
-      : scales(empty_scales(call.input)) {
+      : scales(empty_scales(call.input)), input(call.input) {
     if (reduction == at::Reduction::None) return;
     prediction = prediction_of(own, loss, call.input, reduction);
     call.predicts(prediction);
-    if (wants.input) gradients.gradient = empty_gradient(call.input);
-    if (wants.target) gradients.target_gradient = empty_target_gradient(call.input, target);
-    call.want(gradients);
+    if (wants.input) gradient = empty_gradient(input);
+    if (wants.target) target_gradient = empty_target_gradient(input, target);
+    call.want(gradient, target_gradient);
   }
 
-  Tensor carried_on() && {
-    carry(scales, std::move(gradients.gradient), std::move(prediction),
-          std::move(gradients.target_gradient));
+  Tensor carried_on(const Tensor& target) && {
+    carry(scales, input, target, std::move(gradient), std::move(prediction),
+          std::move(target_gradient));
     return std::move(scales);
   }
+
+ private:
+  const Tensor& input;
 };
 
 // ---- pointwise ----------------------------------------------------------------------------------
@@ -227,6 +269,8 @@ struct PointwiseCall : Call {
     call.compute_in_double = result == at::kDouble;
     Tensor wanted = target;
     if (target.scalar_type() == at::kLong) {
+      check_rows(input, target, weight);
+      call.loss = of_classes(loss);
       indices = aligned(target.contiguous());
       // What is wrong must not read as ignored.
       wanted = indices.clamp_min(kIgnored + 1).masked_fill_(indices.eq(ignore_index), kIgnored);
@@ -276,14 +320,14 @@ struct PointwiseCall : Call {
     run();
     return loss;
   }
-  void want(const Gradients& g) {
-    if (g.gradient.defined()) {
-      call.gradient = g.gradient.mutable_data_ptr();
-      call.gradient_dtype = dtype_of(g.gradient);
+  void want(const Tensor& gradient, const Tensor& target_gradient) {
+    if (gradient.defined()) {
+      call.gradient = gradient.mutable_data_ptr();
+      call.gradient_dtype = dtype_of(gradient);
     }
-    if (g.target_gradient.defined()) {
-      call.target_gradient = g.target_gradient.mutable_data_ptr();
-      call.target_gradient_dtype = dtype_of(g.target_gradient);
+    if (target_gradient.defined()) {
+      call.target_gradient = target_gradient.mutable_data_ptr();
+      call.target_gradient_dtype = dtype_of(target_gradient);
     }
   }
   size_t workspace_bytes() const {
@@ -313,7 +357,7 @@ std::tuple<Tensor, Tensor> pointwise_forward(
                   Pass::kForward);
   Ahead ahead(prediction, loss, p, reduction);
   Tensor value = p.compute_loss(reduction, dtype, weight, ahead.scales);
-  return {value, std::move(ahead).carried_on()};
+  return {value, std::move(ahead).carried_on(target)};
 }
 
 Tensor pointwise_backward(const Tensor& grad_output, const Tensor& scales, const Tensor& input,
@@ -324,8 +368,8 @@ Tensor pointwise_backward(const Tensor& grad_output, const Tensor& scales, const
   PointwiseCall p(input, target, weight, pos_weight,
                   each ? OptionalTensor(grad_output) : std::nullopt, loss, parameter, ignore_index,
                   dtype, Pass::kBackward);
-  Gradients gradients = p.gradients_after(scales, grad_output, reduction);
-  p.want(gradients);
+  BackwardGradients gradients = p.gradients_after(scales, grad_output, reduction);
+  p.want(gradients.gradient, gradients.target_gradient);
   p.run();
   return std::move(gradients.gradient);
 }
@@ -347,7 +391,7 @@ std::tuple<Tensor, Tensor> custom_forward(const Tensor& input, const Tensor& tar
   PointwiseCall p(input, target, weight, {}, loss, parameters, dtype, Pass::kForward);
   Ahead ahead(prediction, loss, p, reduction, target, {of_input, of_target});
   Tensor value = p.compute_loss(reduction, dtype, weight, ahead.scales);
-  return {value, std::move(ahead).carried_on()};
+  return {value, std::move(ahead).carried_on(target)};
 }
 
 std::tuple<Tensor, Tensor> custom_backward(const Tensor& grad_output, const Tensor& scales,
@@ -358,9 +402,9 @@ std::tuple<Tensor, Tensor> custom_backward(const Tensor& grad_output, const Tens
   const bool each = reduction == at::Reduction::None;
   PointwiseCall p(input, target, weight, each ? OptionalTensor(grad_output) : std::nullopt, loss,
                   parameters, dtype, Pass::kBackward);
-  Gradients gradients =
+  BackwardGradients gradients =
       p.gradients_after(scales, grad_output, reduction, target, {of_input, of_target});
-  p.want(gradients);
+  p.want(gradients.gradient, gradients.target_gradient);
   p.run();
   return {std::move(gradients.gradient), std::move(gradients.target_gradient)};
 }
@@ -377,8 +421,7 @@ struct CrossEntropyCall : Call {
       : Call(input, pass),
         target(target_.scalar_type() == at::kLong ? aligned(target_.contiguous()) : target_),
         operands(call, input, target, weight, ignore_index, label_smoothing, result) {
-    check_shapes(input, target);
-    check_class_weight(input, weight);
+    check_rows(input, target, weight);
     if (call.weight && label_smoothing != 0) {
       held.push_back(operands.weight().sum(at::kDouble));
       call.weight_sum = held.back().const_data_ptr<double>();
@@ -403,8 +446,8 @@ struct CrossEntropyCall : Call {
     run();
     return loss;
   }
-  void want(const Gradients& g) {
-    if (g.gradient.defined()) operands.want_gradient(call, g.gradient);
+  void want(const Tensor& gradient, const Tensor&) {
+    if (gradient.defined()) operands.want_gradient(call, gradient);
   }
   void run() {
     Call::run(launch.loss ? cuda::workspace_bytes(call) : 0,
@@ -427,7 +470,7 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& input, const Tens
   CrossEntropyCall p(input, target, weight, ignore_index, label_smoothing, dtype, Pass::kForward);
   Ahead ahead(prediction, "cross_entropy", p, reduction);
   Tensor value = p.compute_loss(reduction, dtype, ahead.scales);
-  return {value, std::move(ahead).carried_on()};
+  return {value, std::move(ahead).carried_on(target)};
 }
 
 Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& scales, const Tensor& input,
@@ -441,8 +484,8 @@ Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& scales, c
     p.call.upstream = p.held.back().const_data_ptr();
     p.call.upstream_dtype = dtype_of(grad_output);
   }
-  Gradients gradients = p.gradients_after(scales, grad_output, reduction);
-  p.want(gradients);
+  BackwardGradients gradients = p.gradients_after(scales, grad_output, reduction);
+  p.want(gradients.gradient, gradients.target_gradient);
   p.run();
   return std::move(gradients.gradient);
 }

@@ -265,6 +265,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info);
   m.def("pointwise", &pointwise, "The loss, or None: not a plain call.");
   m.def("custom", &custom, "The loss, or None: not a plain call.");
+  m.def(
+      "new_prediction", [](const Tensor& input) { return new_prediction(input.device()); },
+      "A prediction of the upstream gradient, where input is.");
   m.def("load_custom", &load_custom, "Loads a compiled loss under a name.");
   m.def("cross_entropy", &cross_entropy, "The loss, or None: not a plain call.");
   m.def("log_loss", &log_loss, "The loss, or None: not a plain call.");

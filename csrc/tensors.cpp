@@ -54,6 +54,11 @@ Mean mean_of(std::string_view loss) {
   TORCH_CHECK_VALUE(false, "fusedloss: no pointwise loss is named '", loss, "'");
 }
 
+std::string_view of_classes(std::string_view loss) {
+  TORCH_CHECK_VALUE(loss == "log_loss", "fusedloss: ", loss, " takes no class indices");
+  return "log_loss_of_classes";
+}
+
 static bool takes_pos_weight(std::string_view loss) {
 #define FUSEDLOSS_POS_WEIGHT(NAME, LOSS) \
   if (loss == NAME) return LOSS::kPosWeight;
@@ -84,12 +89,14 @@ void check_shapes(const Tensor& input, const Tensor& target) {
                     target.sizes(), " does not fit input of shape ", input.sizes());
 }
 
-void check_class_weight(const Tensor& input, const OptionalTensor& weight) {
-  const int64_t classes = input.size(class_dim(input));
-  TORCH_CHECK_VALUE(!present(weight) || weight->sizes() == at::IntArrayRef{classes},
-                    "fusedloss: ", classes, " classes need a weight of shape (", classes, "), not ",
-                    present(weight) ? weight->sizes() : at::IntArrayRef{});
-  if (present(weight)) check_device("weight", *weight, input);
+void check_rows(const Tensor& input, const Tensor& target, const OptionalTensor& weight) {
+  check_shapes(input, target);
+  const int64_t classes = input.dim() > 0 ? input.size(class_dim(input)) : 0;
+  TORCH_CHECK_VALUE(classes > 0, "fusedloss: input of shape ", input.sizes(), " has no classes");
+  if (!present(weight)) return;
+  TORCH_CHECK_VALUE(weight->numel() == classes, "fusedloss: ", classes,
+                    " classes need a weight of shape (", classes, "), not ", weight->sizes());
+  check_device("weight", *weight, input);
 }
 
 void check_pair(const char* name, const Tensor& pair, const Tensor& input) {
@@ -99,9 +106,11 @@ void check_pair(const char* name, const Tensor& pair, const Tensor& input) {
                     ", not of two contiguous doubles");
 }
 
-void check_number(const Tensor& grad_output) {
-  TORCH_CHECK_VALUE(grad_output.numel() == 1, "fusedloss: grad_output of shape ",
-                    grad_output.sizes(), " is not one number");
+void check_number(const Tensor& grad_output, const Tensor& input) {
+  check_device("grad_output", grad_output, input);
+  TORCH_CHECK_VALUE(
+      grad_output.numel() == 1 && grad_output.is_floating_point(), "fusedloss: grad_output of shape ",
+      grad_output.sizes(), " and dtype ", grad_output.scalar_type(), " is not one real number");
 }
 
 void check_row_upstream(const Tensor& grad_output, const Tensor& input) {
@@ -123,6 +132,13 @@ Tensor empty_gradient(const Tensor& input) { return empty_dense_like(input, inpu
 
 Tensor empty_target_gradient(const Tensor& input, const Tensor& target) {
   return empty_dense_like(input, target.scalar_type());
+}
+
+bool lies_like_gradient(const Tensor& gradient, const Tensor& input, at::ScalarType dtype) {
+  return gradient.defined() && gradient.scalar_type() == dtype &&
+         gradient.device() == input.device() && gradient.sizes() == input.sizes() &&
+         (input.is_non_overlapping_and_dense() ? gradient.strides() == input.strides()
+                                               : gradient.is_contiguous());
 }
 
 Tensor empty_scales(const Tensor& input) {

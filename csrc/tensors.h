@@ -29,15 +29,17 @@ inline int64_t class_dim(const at::Tensor& input) { return input.dim() > 1 ? 1 :
 std::string element_name(const char* tensor, at::IntArrayRef sizes, int64_t linear);
 
 Mean mean_of(std::string_view loss);
+// What the engines call a pointwise loss whose target is class indices.
+std::string_view of_classes(std::string_view loss);
 
-// Of class indices input's without the class dimension, else input's.
+// Throws unless target has input's shape, without the class dimension where it is class indices.
 void check_shapes(const at::Tensor& input, const at::Tensor& target);
-// (classes), where it is given.
-void check_class_weight(const at::Tensor& input, const OptionalTensor& weight);
+// The same for losses over rows, which need a class, and one weight for each class if they have any.
+void check_rows(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight);
 // Of two doubles, as a prediction and scales are, where input is.
 void check_pair(const char* name, const at::Tensor& pair, const at::Tensor& input);
-// The upstream gradient of a reduction: one number.
-void check_number(const at::Tensor& grad_output);
+// The upstream gradient of a reduction: one number, where input is.
+void check_number(const at::Tensor& grad_output, const at::Tensor& input);
 // Of reduction "none" over classes: one for each row.
 void check_row_upstream(const at::Tensor& grad_output, const at::Tensor& input);
 
@@ -45,6 +47,8 @@ void check_row_upstream(const at::Tensor& grad_output, const at::Tensor& input);
 at::Tensor empty_gradient(const at::Tensor& input);
 // In input's order too, for an engine writes both alike.
 at::Tensor empty_target_gradient(const at::Tensor& input, const at::Tensor& target);
+// Whether a gradient, which may be undefined, lies in memory as these two would.
+bool lies_like_gradient(const at::Tensor& gradient, const at::Tensor& input, at::ScalarType dtype);
 // Two doubles, on input's device.
 at::Tensor empty_scales(const at::Tensor& input);
 // A number, or of reduction "none" every element's, or every row's, loss.

@@ -170,6 +170,13 @@ def _transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+@autograd.constant_when_traced
+def _draft_exported() -> bool:
+    """Whether torch.export.draft_export is tracing."""
+    config = sys.modules.get("torch._functorch.config")
+    return getattr(config, "fake_tensor_propagate_real_tensors", False)
+
+
 def _sees_functions(value: Any) -> bool:
     """Whether it is a tensor of a class of its own that sees torch functions."""
     kind = type(value)
@@ -204,6 +211,10 @@ def _obstacle(input: Any, target: Any, *others: Any, target_gradient: bool = Fal
         return f"layouts {input.layout} and {target.layout} are not both strided"
     if input.is_nested or target.is_nested:
         return "a nested tensor is involved"
+    # It runs each operator to see whether that writes to its arguments, and takes an optional tensor
+    # that is None for one that was written to.
+    if torch.compiler.is_exporting() and _draft_exported():
+        return "torch.export.draft_export is tracing"
     if _transformed():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
@@ -363,7 +374,22 @@ def _options(function: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, A
 
 def _plain_calls() -> bool:
     """Whether the short way into the operators is open: it explains and traces nothing."""
-    return backends.compiled_runs and _explaining is None and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and backends.compiled_runs and _explaining is None
+
+
+def _left_to_inductor(input: Any, least: int) -> bool:
+    """Whether torch.compile gets a loss in plain PyTorch: one of few elements, as in torch's own.
+
+    least: the elements from which on one pass saves more than an operator costs a compiled step. That
+    is some 30 us, for its call and its guards, and since Inductor fuses nothing into it.
+    """
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and backends.unchosen
+        and isinstance(input, Tensor)
+        and input.numel() < least
+    )
 
 
 def _pointwise(
@@ -392,6 +418,10 @@ def _pointwise(
                 if _counted:
                     _count(torch_loss.__name__)
                 return value  # type: ignore[no-any-return]
+    if _left_to_inductor(input, 1 << 12 if loss.startswith("binary_cross_entropy") else 1 << 18):
+        if _listening():
+            _report(torch_loss.__name__, "few elements, which are left to the compiler", None)
+        return torch_loss(*args)
     if _overridden(input, target, weight, pos_weight):
         function = globals()[torch_loss.__name__]
         return _offer(  # type: ignore[no-any-return]
@@ -808,13 +838,11 @@ def _cross_entropy(
 ) -> Tensor:
     if size_average is not None or reduce is not None:
         size_average, reduce, reduction = None, None, _legacy(size_average, reduce)
-    if type(label_smoothing) is int:
-        label_smoothing = float(label_smoothing)
     if (
-        type(label_smoothing) is float
+        _plain_calls()
+        and type(label_smoothing) in (float, int)
         and _int64(ignore_index)
         and type(reduction) is str
-        and _plain_calls()
     ):
         number = reference.REDUCTIONS.get(reduction)
         if number is not None:
@@ -828,11 +856,17 @@ def _cross_entropy(
     args = (
         input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
     )  # fmt: skip
+    if _left_to_inductor(input, 1 << 14):
+        if _listening():
+            _report("cross_entropy", "few elements, which are left to the compiler", None)
+        return reference.cross_entropy(*args)
     if _overridden(input, target, weight):
         return _offer(  # type: ignore[no-any-return]
             cross_entropy, (input, target, weight), args[:2], _options(cross_entropy, args),
             lambda: _cross_entropy(*args, prediction),
         )  # fmt: skip
+    if type(label_smoothing) is int:
+        label_smoothing = float(label_smoothing)
     dtype: torch.dtype | str | None = None
     reason = _obstacle(input, target, weight)
     if reason is None:
@@ -901,7 +935,7 @@ def _log_loss(
     ignore_index: int,
     prediction: Tensor | None = None,
 ) -> Tensor:
-    if _int64(ignore_index) and type(reduction) is str and _plain_calls():
+    if _plain_calls() and _int64(ignore_index) and type(reduction) is str:
         number = reference.REDUCTIONS.get(reduction)
         if number is not None:
             value = _C.log_loss(input, target, weight, ignore_index, number, prediction)

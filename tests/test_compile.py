@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
@@ -16,6 +17,15 @@ import fusedloss.functional as FL
 from cases import LOSSES, Sample, at_shape
 from helpers import NAMESPACE, assert_same_bits, leaf
 
+MODULES = {
+    "mse_loss": fusedloss.MSELoss(),
+    "l1_loss": fusedloss.L1Loss(),
+    "smooth_l1_loss": fusedloss.SmoothL1Loss(),
+    "huber_loss": fusedloss.HuberLoss(),
+    "binary_cross_entropy": fusedloss.BCELoss(),
+    "binary_cross_entropy_with_logits": fusedloss.BCEWithLogitsLoss(),
+    "cross_entropy": fusedloss.CrossEntropyLoss(),
+}
 pytestmark = [pytest.mark.usefixtures("fused")]
 FAMILIES = [
     *LOSSES,
@@ -110,6 +120,25 @@ def test_the_graph_holds_one_operator(family: str) -> None:
     ]
     names = (*graphs.forward, *graphs.backward)
     assert not [n for n in names if n.startswith("aten") and ("loss" in n or "entropy" in n)]
+
+
+def operators_of(function: Callable[..., Tensor], sample: Sample) -> list[str]:
+    """What the graph of a compiled call holds, forward and backward."""
+    torch._dynamo.reset()
+    graphs = Graphs()
+    gradient(torch.compile(function, backend=graphs.backend, fullgraph=True), sample, 1.0)
+    return [*graphs.forward, *graphs.backward]
+
+
+@pytest.mark.parametrize("loss", MODULES)
+def test_few_elements_are_left_to_inductor(loss: str, compiled: str) -> None:
+    """The graph is that of torch's own loss; many elements are an operator, as is a chosen backend's."""
+    few, many = draw(loss), draw(loss, (1 << (9 if "entropy" in loss else 13), 35))
+    for function in (getattr(FL, loss), MODULES[loss]):
+        assert any("fusedloss" in name for name in operators_of(function, few))
+        with fusedloss.backend(None):
+            assert operators_of(function, few) == operators_of(getattr(F, loss), few)
+            assert any("fusedloss" in name for name in operators_of(function, many))
 
 
 @pytest.mark.parametrize(
@@ -245,3 +274,15 @@ def test_export(loss: str, module: nn.Module, strict: bool) -> None:
         assert f"torch.ops.{NAMESPACE}." in exported.graph_module.code
         got = gradient(exported.module(), other, 1.0)
         torch.testing.assert_close(got, gradient(step, other, 1.0))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("loss", [*MODULES, "log_loss"])
+def test_draft_export(loss: str, strict: bool) -> None:
+    """As export does it, through plain PyTorch."""
+    sample = draw(loss)
+    step = Step({**MODULES, "log_loss": fusedloss.LogLoss()}[loss])
+    arguments = (sample.input, sample.target)
+    program = torch.export.draft_export(step, arguments, strict=strict)
+    torch.testing.assert_close(program.module()(*arguments), step(*arguments))
+    assert "fusedloss" in str(torch.export.export(step, arguments, strict=strict).graph)

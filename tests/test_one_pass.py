@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import fusedloss
 import fusedloss.functional as FL
 from cases import DEVICE, DTYPES, LOSSES, Sample, at_shape
+from fusedloss import math as fm
 from helpers import (
     INTERPRETED,
     affordable,
@@ -464,3 +465,64 @@ def test_parameter_shared_by_two_sites_of_one_size(loss: str) -> None:
         for sample, upstream in zip(samples, (0.5, 20.0), strict=True):
             expected = step(MODULES[loss](), sample, upstream)
             assert_same_bits(step(getattr(FL, loss), sample, upstream), expected, "site")
+
+
+# ---- memory that changes hands between forward and backward ---------------------------------------
+
+
+@fusedloss.pointwise_loss
+def charbonnier(input: Any, target: Any) -> Any:
+    return fm.sqrt((input - target) ** 2 + 1e-6)
+
+
+SWAPPED = [*LOSSES, "charbonnier"]
+
+
+def loss_of(name: str) -> Callable[..., Tensor]:
+    return charbonnier if name == "charbonnier" else getattr(FL, name)  # type: ignore[no-any-return]
+
+
+def before_swap(name: str, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, its input and its target."""
+    sample = draw("mse_loss" if name == "charbonnier" else name)
+    input = leaf(sample.input)
+    return loss_of(name)(input, sample.target, reduction=reduction), input, sample.target
+
+
+@pytest.mark.parametrize("upstream", [1.0, 2.0])
+@pytest.mark.parametrize("shape", [(50, 670), (2, 67)])
+@pytest.mark.parametrize("name", SWAPPED)
+def test_data_of_another_size(name: str, shape: tuple[int, int], upstream: float) -> None:
+    """A RuntimeError as in torch, and no byte beyond the gradient that forward has written."""
+    value, input, target = before_swap(name, "sum")
+    other = at_shape("mse_loss" if name == "charbonnier" else name, shape).sample(torch.float32)
+    input.data, target.data = other.input, other.target
+    with pytest.raises(RuntimeError, match=r"input is a .* tensor of shape .* forward's was a"):
+        value.backward(torch.tensor(upstream))
+    assert input.grad is None
+
+
+@pytest.mark.parametrize("upstream", [1.0, 2.0])
+@pytest.mark.parametrize("order", ["same strides", "transposed"])
+@pytest.mark.parametrize("name", SWAPPED)
+def test_other_data_of_the_same_size(name: str, order: str, upstream: float) -> None:
+    """Backward sees the data that is there then, whatever upstream gradient forward expected."""
+    value, input, target = before_swap(name, "sum")
+    other = draw("mse_loss" if name == "charbonnier" else name, seed=1)
+    new = other.input if order == "same strides" else other.input.t().contiguous().t()
+    input.data, target.data = new, other.target
+    value.backward(torch.tensor(upstream))
+    expected = leaf(new)
+    again = loss_of(name)(expected, other.target, reduction="sum")
+    again.backward(torch.tensor(upstream))
+    assert input.grad is not None and expected.grad is not None
+    assert_same_bits(input.grad, expected.grad, "gradient")
+    assert input.grad.stride() == new.stride()
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_data_of_another_dtype(name: str) -> None:
+    value, input, _ = before_swap(name, "sum")
+    input.data = input.data.double()
+    with pytest.raises(RuntimeError, match="forward's was a"):
+        value.backward()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import weakref
 from typing import Any
 
 import pytest
@@ -9,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fusedloss
 import fusedloss.functional as FL
 from cases import FAMILIES, REDUCTIONS, at_shape
-from helpers import NAMESPACE, leaf, operators
+from fusedloss import backends
+from helpers import EMULATED, NAMESPACE, leaf, operators
 
 pytestmark = pytest.mark.usefixtures("fused")
 
@@ -97,6 +101,7 @@ def test_the_operators_are_listed() -> None:
 X, Y, PAIR = torch.zeros(8), torch.zeros(8), torch.tensor([float("nan"), 1.0], dtype=torch.float64)
 ROWS, CLASSES = torch.zeros(50, 4), torch.zeros(50, dtype=torch.int64)
 LOGITS, ONE = "binary_cross_entropy_with_logits", torch.tensor(1.0)
+INT, META = torch.tensor(1), ONE.to("meta")
 MSE = (0.0, 0, 1, torch.float32)  # what follows its name: parameter, ignore_index, "mean", dtype
 SUM_OF_ROWS, EACH_ROW = (-100, 0.0, 2, torch.float32), (-100, 0.0, 0, torch.float32)
 
@@ -111,7 +116,15 @@ SUM_OF_ROWS, EACH_ROW = (-100, 0.0, 2, torch.float32), (-100, 0.0, 0, torch.floa
         ("pointwise_forward", (X, Y, None, None, "mse_loss", *MSE, PAIR[:0]), "two contiguous"),
         ("pointwise_forward", (X, Y, None, None, "mse_loss", *MSE, X[:2]), "two contiguous"),
         ("pointwise_backward", (ONE, PAIR[:1], X, Y, None, None, "mse_loss", *MSE), "two contig"),
-        ("pointwise_backward", (X, PAIR, X, Y, None, None, "mse_loss", *MSE), "not one number"),
+        ("pointwise_backward", (X, PAIR, X, Y, None, None, "mse_loss", *MSE), "not one real"),
+        ("pointwise_backward", (INT, PAIR, X, Y, None, None, "mse_loss", *MSE), "not one real"),
+        ("pointwise_backward", (META, PAIR, X, Y, None, None, "mse_loss", *MSE), "beside a meta"),
+        ("pointwise", (X, Y.to("meta"), None, None, "mse_loss", *MSE, None), "beside a meta"),
+        ("pointwise", (ROWS, CLASSES, X[:1], None, "log_loss", *MSE, None), "weight of shape"),
+        ("pointwise", (ROWS, CLASSES, None, None, "mse_loss", *MSE, None), "no class indices"),
+        ("cross_entropy", (ROWS, CLASSES.to("meta"), None, *SUM_OF_ROWS, None), "beside a meta"),
+        ("cross_entropy", (ROWS[:, :0], ROWS[:, :0], None, *SUM_OF_ROWS, None), "no classes"),
+        ("cross_entropy", (ROWS[:, :0], CLASSES, None, *SUM_OF_ROWS, None), "no classes"),
         ("cross_entropy", (ROWS, CLASSES, X, *SUM_OF_ROWS, None), "weight of shape"),
         ("cross_entropy_backward", (X, PAIR, ROWS, CLASSES, None, *EACH_ROW), "grad_output of"),
         ("cross_entropy_backward", (X, PAIR, ROWS, CLASSES, None, *SUM_OF_ROWS), "grad_output of"),
@@ -125,3 +138,36 @@ def test_direct_calls_are_checked(
         pytest.skip("the operators of csrc alone take pointers")
     with pytest.raises(ValueError, match=problem):
         getattr(operators(), operator)(*arguments)
+
+
+def test_scales_of_another_forward() -> None:
+    """Their gradient has another size: an error, and not a byte beyond it."""
+    recorded("mse_loss")  # the first use of a backend defines its operators
+    call = (None, None, "mse_loss", 0.0, 0, 1, torch.float32)
+    small, large = torch.ones(8), torch.ones(8000)
+    _, scales = operators().pointwise_forward(small, small, *call, None)
+    with pytest.raises(RuntimeError, match=r"input is a .* shape \[8000\], .* shape \[8\]"):
+        operators().pointwise_backward(ONE, scales, large, large, *call)
+
+
+@pytest.mark.skipif(not EMULATED, reason="asks the emulator to capture")
+def test_predictions_of_a_capture_live_for_ever() -> None:
+    """A CUDA graph writes to them at every replay, when their modules may be gone."""
+    emulator = ctypes.CDLL(backends.extension.__file__)
+    x, y = leaf(torch.ones(8)), torch.zeros(8)
+
+    def prediction_of_a_step() -> weakref.ref[Tensor]:
+        module = fusedloss.MSELoss()
+        module(x, y).backward()
+        return weakref.ref(module._prediction(x))
+
+    assert prediction_of_a_step()() is None
+    before = emulator.emulator_waits()
+    emulator.emulator_capture(1)
+    try:
+        kept = prediction_of_a_step()
+    finally:
+        emulator.emulator_capture(0)
+    assert kept() is not None
+    # Made on another stream, which the graph does not see, and which the host has waited for.
+    assert emulator.emulator_waits() == before + 1

@@ -524,6 +524,19 @@ def test_a_patch_says_what_was_traced(shape: tuple[int, ...], backend: str) -> N
     assert " traced " in str(patch)
 
 
+@pytest.mark.slow
+def test_a_patch_says_what_is_left_to_the_compiler(compiled: str) -> None:
+    torch._dynamo.reset()
+    x = torch.rand(5, 7)
+    with fusedloss.backend(None), fusedloss.patch() as patch:
+        for loss in (FL.mse_loss, FL.cross_entropy):
+            torch.compile(loss, backend="aot_eager")(x, x)
+    assert {(call.loss, call.calls, call.path.reasons) for call in patch.calls} == {
+        (loss, 0, ("few elements, which are left to the compiler",))
+        for loss in ("mse_loss", "cross_entropy")
+    }
+
+
 # ---- TorchScript under a patch -------------------------------------------------------------------
 
 

@@ -12,12 +12,11 @@
 #include "../math/sum.h"
 #include "../math/vocabulary.h"
 #include "run.h"
+#include "wide.h"
 
 namespace fusedloss::cpu {
 
 namespace CPU_CAPABILITY {
-
-constexpr int64_t kShort = 512;  // elements that a register adds up as T, before they go to double
 
 // What a loop is compiled for. kFactor: whether there is a factor, or, of a loss of one's own, may
 // be: it has loops enough to compile.
@@ -63,11 +62,11 @@ constexpr int kWidth =
 #endif
 
 // kCount SIMD registers of elements from i on, of which only a single one may hold fewer, `count`;
-// adds the values to sums. All are loaded before one is stored: else none could be computed beside
+// adds the values to sum. All are loaded before one is stored: else none could be computed beside
 // another, and each is one long chain of instructions that wait for each other.
 template <int kCount, class Loss, class Want, class T>
 FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, Scale<T> scale, int64_t i,
-                       int64_t count, Vec<T>* sums, Mask<T>& valid) {
+                       int64_t count, RegisterSum<T>& sum, Mask<T>& valid) {
   constexpr int64_t kLanes = Vec<T>::size();
   const bool full = kCount > 1 || count == kLanes;
   const auto load = [&](const T* p) __attribute__((always_inline)) {
@@ -113,13 +112,14 @@ FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, Scale<T> scale, int6
                  y_fits = less_equal(zero, y[u] * (one - y[u]));
       valid = both(valid, both(x_fits, y_fits));
     }
-    if constexpr (Want::kSum) {
-      sums[u] = sums[u] + (full ? value[u] : Vec<T>::set(Vec<T>(0), value[u], count));
-    }
     if constexpr (Want::kValue) store(value[u], run.value + k);
     if constexpr (Want::kGradient) store(gradient[u], run.gradient + k);
     if constexpr (Want::kTargetGradient) store(target_gradient[u], run.target_gradient + k);
   });
+  if constexpr (Want::kSum) {
+    if (!full) value[0] = Vec<T>::set(Vec<T>(0), value[0], count);
+    sum.add(value);
+  }
 }
 
 // By value: what a store might have changed would be loaded, and worked out, again for each
@@ -128,33 +128,21 @@ template <class Want, class Loss, class T>
 double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
              [[maybe_unused]] bool& in_unit) {
   constexpr int64_t kLanes = Vec<T>::size();
-  const Scale<T> scale(gradient_scale);
+  const Scale<T> scale(gradient_scale * Loss::kSlopeUnit);
   Mask<T> valid = equal(Vec<T>(0), Vec<T>(0));
   constexpr int kStep = kWidth<Loss, Want>;
-  double total[kLanes] = {};
-  for (int64_t i = 0; i < n;) {
-    // Indexed by what is known at compile time: else they lie in memory, and their stores wait in
-    // line with the gradient's.
-    Vec<T> sums[kStep];
-    unrolled<kStep>([&](auto u) { sums[u] = Vec<T>(0); });
-    const int64_t end = std::min(n, i + kShort * kStep);
-    for (; i + kStep * kLanes <= end; i += kStep * kLanes) {
-      step<kStep, Loss, Want>(loss, run, scale, i, kLanes, sums, valid);
-    }
-    for (; i < end; i += kLanes) {
-      step<1, Loss, Want>(loss, run, scale, i, std::min(kLanes, end - i), sums, valid);
-    }
-    if constexpr (Want::kSum) {
-      unrolled<kStep - 1>([&](auto u) { sums[0] = sums[0] + sums[u + 1]; });
-      T lanes[kLanes];
-      sums[0].store(lanes);
-      for (int64_t k = 0; k < kLanes; ++k) total[k] += lanes[k];
-    }
+  RegisterSum<T> sum;
+  int64_t i = 0;
+  for (; i + kStep * kLanes <= n; i += kStep * kLanes) {
+    step<kStep, Loss, Want>(loss, run, scale, i, kLanes, sum, valid);
+  }
+  for (; i < n; i += kLanes) {
+    step<1, Loss, Want>(loss, run, scale, i, std::min(kLanes, n - i), sum, valid);
   }
   if constexpr (Loss::kUnitInterval) in_unit = in_unit && all(valid);
-  Sum sum;
-  for (double lane : total) sum.add(lane);
-  return sum.value();
+  Sum total;
+  if constexpr (Want::kSum) sum.add_to(total);
+  return total.value();
 }
 
 }  // namespace CPU_CAPABILITY

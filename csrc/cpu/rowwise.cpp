@@ -15,13 +15,31 @@
 
 #include "../math/cross_entropy.h"
 #include "../math/sum.h"
-#include "lanes.h"
 #include "staging.h"
 #include "stream.h"
+#include "wide.h"
 
 namespace fusedloss::cpu {
 namespace CPU_CAPABILITY {
 namespace {
+
+// A class index a lane, in registers as large as those of T.
+template <class T>
+using Index = at::vec::int_same_size_t<T>;
+
+#if defined(CPU_CAPABILITY_AVX512)
+FUSEDLOSS_HD Mask<float> same(Vec<int32_t> a, Vec<int32_t> b) {
+  return {_mm512_cmpeq_epi32_mask(a, b)};
+}
+FUSEDLOSS_HD Mask<double> same(Vec<int64_t> a, Vec<int64_t> b) {
+  return {_mm512_cmpeq_epi64_mask(a, b)};
+}
+#else
+FUSEDLOSS_HD Mask<float> same(Vec<int32_t> a, Vec<int32_t> b) { return simd::cast<float>(a == b); }
+FUSEDLOSS_HD Mask<double> same(Vec<int64_t> a, Vec<int64_t> b) {
+  return simd::cast<double>(a == b);
+}
+#endif
 
 constexpr int64_t kTask = 32768;  // elements a task, at least: ATen's own grain
 constexpr int64_t kBlock = 1024;  // elements of a row at a time
@@ -59,6 +77,9 @@ template <class T>
 struct Problem {
   const CrossEntropy& call;
   const T* weight;
+  // Whether a loss needs the digits of what the smaller e^(x - max) add up to: with one target, a row
+  // that is sure of another class has a large loss without them.
+  bool keeps_small = !call.indices || call.label_smoothing != 0;
   Shares<T> shares;
   Shares<double> exact;
 
@@ -148,7 +169,20 @@ template <class T>
 struct Accumulators {
   Vec<T> v[4];
   explicit Accumulators(T start) : v{Vec<T>(start), Vec<T>(start), Vec<T>(start), Vec<T>(start)} {}
-  Vec<T> sum() const { return (v[0] + v[1]) + (v[2] + v[3]); }
+  FUSEDLOSS_HD void add(Vec<T> x, int u) { v[u] = v[u] + x; }
+  double total() const { return cpu::CPU_CAPABILITY::total((v[0] + v[1]) + (v[2] + v[3])); }
+};
+
+// The same with the digits of a RegisterSum.
+template <class T>
+struct ExactAccumulator {
+  RegisterSum<T> sum;
+  FUSEDLOSS_HD void add(Vec<T> x, int) { sum.add(x); }
+  double total() const {
+    Sum all;
+    sum.add_to(all);
+    return all.value();
+  }
 };
 
 // The larger of two; of nan, either: a nan logit makes its row's sum nan whatever max is.
@@ -169,10 +203,10 @@ T largest(const T* x, int64_t n) {
 
 // Adds the logits x of one block, but not x[target], to max and sum; e^(x - max) goes to keep as
 // well, if not null, to be written next. target may lie outside of [0, n). max counts the target's
-// logit already.
+// logit already. keeps_small: as in Problem.
 template <class T>
-void add_exponentials(const T* x, int64_t n, int64_t target, T& top, double& sum, T* keep,
-                      Prefetch ahead) {
+void add_exponentials(const T* x, int64_t n, int64_t target, bool keeps_small, T& top, double& sum,
+                      T* keep, Prefetch ahead) {
   const T block_top = largest(x, n);
   if (block_top > top) {
     if (sum != 0) sum *= std::exp(double(top) - double(block_top));
@@ -195,25 +229,31 @@ void add_exponentials(const T* x, int64_t n, int64_t target, T& top, double& sum
     std::copy_n(x + own, std::min(kLanes, n - own), others);
     others[target - own] = -std::numeric_limits<T>::infinity();
   }
-  const auto add = [&](auto keeps) {
-    Accumulators<T> parts(T(0));
+  const auto add = [&](auto keeps, auto parts) {
     for_registers<T>(n, [&](int64_t i, int64_t count, int u) {
       ahead.read(i);
       const Vec<T> logits =
           load(i == own ? others : x + i, count, -std::numeric_limits<T>::infinity());
       const Vec<T> e = exp_nonpositive(logits - Vec<T>(top));
-      parts.v[u] = parts.v[u] + e;
+      parts.add(e, u);
       if constexpr (keeps()) {
         ahead.write(i);
         store(e, keep + i, count);
       }
     });
-    sum += total(parts.sum());
+    sum += parts.total();
   };
-  if (keep) {
-    add(std::true_type());
+  const auto add_as = [&](auto parts) {
+    if (keep) {
+      add(std::true_type(), parts);
+    } else {
+      add(std::false_type(), parts);
+    }
+  };
+  if (keeps_small) {
+    add_as(ExactAccumulator<T>());
   } else {
-    add(std::false_type());
+    add_as(Accumulators<T>(T(0)));
   }
 }
 
@@ -225,13 +265,13 @@ void add_distances(const T* x, const T* q, int64_t n, T origin, double& dot, dou
     Vec<T> d = load(x + i, count, origin) - Vec<T>(origin);
     if (q) {
       const Vec<T> qi = load(q + i, count, T(0));
-      counts.v[u] = counts.v[u] + qi;
+      counts.add(qi, u);
       d = d * qi;
     }
-    dots.v[u] = dots.v[u] + d;
+    dots.add(d, u);
   });
-  dot += total(dots.sum());
-  seen += q ? total(counts.sum()) : static_cast<double>(n);
+  dot += dots.total();
+  seen += q ? counts.total() : static_cast<double>(n);
 }
 
 // ---- class dimension innermost: row by row ------------------------------------------------------
@@ -291,7 +331,8 @@ struct RowWalk {
       // The next block, or the next row's first; and this one's gradient, which is written soon.
       const Prefetch ahead(call.input, offset + at + n, call.gradient, out_offset + at);
       const int64_t here = k * blocks + b;
-      add_exponentials(x, n, target - at, top, sum, keeps ? &kept[here * kBlock] : nullptr, ahead);
+      add_exponentials(x, n, target - at, problem.keeps_small, top, sum,
+                       keeps ? &kept[here * kBlock] : nullptr, ahead);
       tops[here] = top;
       if (call.indices && !problem.shares.smooth) continue;
       const double next = std::isfinite(top) ? top : origin;
@@ -313,9 +354,10 @@ struct RowWalk {
   void finish() {
     using V = Vec<double>;
     const auto at = [](const Line& line) { return V::loadu(line.data()); };
-    const RowSums<V> row{at(sums.max),   at(sums.sum), at(sums.dot),
-                         at(sums.mass),  at(sums.gap), exp_nonpositive(at(sums.gap)),
-                         at(sums.weight)};
+    const V sum = at(sums.sum), gap = at(sums.gap),
+            own = call.indices ? exp_nonpositive(gap) : V(0);
+    const RowSums<V> row{at(sums.max), sum, at(sums.dot),    at(sums.mass),
+                         gap,          own, at(sums.weight), sum + (own - V(1))};
     problem.shares.loss(row).store(losses.data());
     if (!call.gradient.data) return;
     const RowSlope<V> slope = problem.shares.slope(row, at(scales));
@@ -472,7 +514,7 @@ struct TileWalk {
     for (auto* line : {&top, &own_logit, &weight, &losses, &factor, &part, &own_gradient}) {
       line->resize(w, T(1));
     }
-    for (auto* line : {&sum, &dot, &mass}) line->resize(w, 0);
+    for (auto* line : {&sum, &dot, &mass}) line->resize(at_sum(w), 0);
     scale.resize(w, call.scale);
     target.resize(w);
     number.resize(call.classes);
@@ -568,10 +610,15 @@ struct TileWalk {
     while (c < call.classes) line(std::integral_constant<int, 1>());
   }
 
-  // Sums term(c, i) of every class c into sums, with more digits than T has; kept, if not null, is
-  // where the terms stay, which may be what term reads.
-  template <class F>
-  FUSEDLOSS_HD void total(int64_t n, Lines<double>& sums, F term, T* kept = nullptr) const {
+  // Where the RegisterSum of the rows from i on lies in a line of them.
+  static FUSEDLOSS_HD int64_t at_sum(int64_t i) { return i / kLanes * RegisterSum<T>::kSize; }
+
+  // Sums term(c, i) of every class c into sums, with more digits than T has: each of them, or
+  // (exact: no) a few that are added up in T before. kept, if not null, is where the terms stay, which
+  // may be what term reads.
+  template <class F, class Exact = std::false_type>
+  FUSEDLOSS_HD void total(int64_t n, Lines<double>& sums, F term, T* kept = nullptr,
+                          Exact exact = {}) const {
     std::fill(sums.begin(), sums.end(), 0.0);
     for_table(n, [=, to = sums.data(), stride = width](auto count, int64_t c,
                                                        int64_t i) __attribute__((always_inline)) {
@@ -581,9 +628,13 @@ struct TileWalk {
         some = some + terms[u];
         if (kept) terms[u].store(kept + (c + u) * stride + i);
       });
-      Wide<T> sum = Wide<T>::load(to + i);
-      sum += widen(some);
-      sum.store(to + i);
+      RegisterSum<T> sum = RegisterSum<T>::load(to + at_sum(i));
+      if constexpr (exact()) {
+        sum.add(terms);
+      } else {
+        sum.add(some);
+      }
+      sum.store(to + at_sum(i));
     });
   }
 
@@ -637,21 +688,30 @@ struct TileWalk {
 
   // The losses of the rows from i on, and what their gradient is made of.
   FUSEDLOSS_HD void finish(int64_t i) {
-    const Wide<T> sums = Wide<T>::load(&sum[i]), dots = Wide<T>::load(&dot[i]),
-                  masses = Wide<T>::load(&mass[i]), scales = Wide<T>::load(&scale[i]);
-    const Vec<T> max = at(top, i), gap = at(own_logit, i) - max, own = exp_nonpositive(gap);
-    const Vec<T> loss = problem.shares.loss(
-        RowSums<Vec<T>>{max, narrow(sums), narrow(dots), narrow(masses), gap, own, at(weight, i)});
+    const auto sums_of = [&](const Lines<double>& line) __attribute__((always_inline)) {
+      return RegisterSum<T>::load(&line[at_sum(i)]).lanes();
+    };
+    const Wide<T> sums = sums_of(sum), dots = sums_of(dot), masses = sums_of(mass),
+                  scales = Wide<T>::load(&scale[i]);
+    const Vec<T> max = at(top, i), gap = at(own_logit, i) - max,
+                 own = call.indices ? exp_nonpositive(gap) : Vec<T>(0);
+    const Wide<T> owns = widen(own), weights = widen(at(weight, i));
+    Wide<T> excess = sums;
+    unrolled<Wide<T>::kParts>([&](auto p) __attribute__((always_inline)) {
+      excess.part[p] = excess.part[p] + (owns.part[p] - Vec<double>(1));
+    });
+    const Vec<T> loss =
+        problem.shares.loss(RowSums<Vec<T>>{max, narrow(sums), narrow(dots), narrow(masses), gap,
+                                            own, at(weight, i), narrow(excess)});
     select(targets().are_none(i), Vec<T>(0), loss).store(&losses[i]);
     if (!call.gradient.data) return;
-    const Wide<T> owns = widen(own), weights = widen(at(weight, i));
     const Vec<double> unread(0);
     Wide<T> factors, parts, own_gradients;
     unrolled<Wide<T>::kParts>([&](auto p) __attribute__((always_inline)) {
       const Vec<double> w = weights.part[p];
       const RowSlope<Vec<double>> s =
           problem.exact.slope(RowSums<Vec<double>>{unread, sums.part[p], unread, masses.part[p],
-                                                   unread, owns.part[p], w},
+                                                   unread, owns.part[p], w, unread},
                               scales.part[p]);
       factors.part[p] = s.factor;
       parts.part[p] = s.scale;
@@ -707,25 +767,25 @@ struct TileWalk {
     const int64_t size = bytes_of(call.input.dtype);
     const char* const ahead = address(call.input, offset(call.input, o, 0, begin + width));
     const int64_t line = call.input.classes * size, step = call.input.inner * size;
-    total(
-        n, sum,
-        [=](int64_t c, int64_t i) __attribute__((always_inline)) {
-          __builtin_prefetch(ahead + c * line + i * step, 0, 2);
-          return exp_nonpositive(distance(c, i));
-        },
-        table.data());
+    const auto exponential = [=](int64_t c, int64_t i) __attribute__((always_inline)) {
+      __builtin_prefetch(ahead + c * line + i * step, 0, 2);
+      return exp_nonpositive(distance(c, i));
+    };
+    if (problem.keeps_small) {
+      total(n, sum, exponential, table.data(), std::true_type());
+    } else {
+      total(n, sum, exponential, table.data());
+    }
     if (call.upstream) {
       for (int64_t i = 0; i < n; ++i) scale[i] = problem.row_scale(row0 + i);
     }
-    Wide<T> sums = widen(Vec<T>(0));
+    RegisterSum<T> sums;
     for (int64_t i = 0; i < n; i += kLanes) {
       finish(i);
-      sums += widen(at(losses, i));
+      sums.add(at(losses, i));
     }
-    double lanes[kLanes];
-    sums.store(lanes);
     Sum sum_of_losses;
-    for (double lane : lanes) sum_of_losses.add(lane);
+    sums.add_to(sum_of_losses);
     if (call.value) narrow(losses.data(), n, call.value_dtype, call.value, row0, 1);
     if (call.gradient.data) write_gradient(o, begin, n);
     return sum_of_losses.value();

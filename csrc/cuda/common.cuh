@@ -285,6 +285,12 @@ __device__ inline bool grid_sum(double& x, double& common, void* workspace) {
   return true;
 }
 
+// Whether a thread of the block has told the host of a fault.
+__device__ inline int& block_has_told() {
+  __shared__ int told;
+  return told;
+}
+
 // ---- the upstream gradient ----------------------------------------------------------------------
 
 constexpr double kConfident = 2, kMostConfident = 3;
@@ -300,7 +306,10 @@ struct Scaling {
   // reads it, and only once; all threads go by what that one has seen. Value and confidence need
   // not be of one teaching: any upstream gradient may be predicted, as long as scales tell which.
   __device__ static const Scaling& of_block(const Launch& l) {
-    if (threadIdx.x == 0) seen() = read(l);
+    if (threadIdx.x == 0) {
+      seen() = read(l);
+      block_has_told() = 0;
+    }
     __syncthreads();
     return seen();
   }
@@ -359,11 +368,14 @@ __device__ inline void finish(const Launch& l, double value) {
 
 // ---- faults -------------------------------------------------------------------------------------
 
-// Tells the host of an input that cannot be, a class index or an element; the first to come is
-// told.
+// Tells the host of an input that cannot be, a class index or an element; the first to come is told.
+// Only one thread of a block tries: where every element is wrong, atomics on the host's memory would
+// take far longer than all else.
 template <class Value>
 __device__ void tell(const Launch& l, Fault::What what, int64_t position, Value value,
                      int64_t classes) {
+  volatile int& told = block_has_told();
+  if (told || atomicExch(&block_has_told(), 1)) return;
   Fault* const fault = l.fault;
   if (atomicCAS(&fault->state, int{Fault::kNone}, int{Fault::kBeingWritten}) != Fault::kNone)
     return;

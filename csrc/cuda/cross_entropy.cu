@@ -292,10 +292,11 @@ struct RowEnd {
     if (target.index >= 0) p.move_to(fmax(p.max, logit));
     const T weight = target.index >= 0 ? problem.class_weight(target.index) : T(1);
     const T gap = logit - p.max;
-    sums = {p.max, p.sum, p.dot, p.mass, gap, exp_nonpositive(gap), weight};
     const CrossEntropyCall& call = problem.call;
+    const T at = call.indices ? exp_nonpositive(gap) : T(0);
+    sums = {p.max, p.sum, p.dot, p.mass, gap, at, weight, p.sum + (at - T(1))};
     if (call.upstream) scale = read<W>(call.upstream, call.upstream_dtype, row);
-    const RowSums<W> wide{sums.max, sums.sum, sums.dot, sums.mass, gap, sums.at, weight};
+    const RowSums<W> wide{sums.max, sums.sum, sums.dot, sums.mass, gap, at, weight, W(0)};
     const RowSlope<W> exact = shares.slope(wide, static_cast<W>(scale));
     W own = exact.own * exact.factor;
     if (shares.smooth) own = own - wide.weight * exact.scale;

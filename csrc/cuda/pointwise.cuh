@@ -61,6 +61,11 @@ struct Writes {
 template <class Loss, class D>
 using Number = std::conditional_t<sizeof(D) == 2 && !Loss::kCustom, Quick, Compute<D>>;
 
+// What a few packets of values are added up in. Roundings of floats would add up where many values are
+// equal; to a two-byte result they are nothing.
+template <class D>
+using Part = std::conditional_t<sizeof(D) == 4, double, Compute<D>>;
+
 template <class Loss, class D>
 struct Flat {
   Loss loss;
@@ -114,19 +119,20 @@ template <class Loss, bool kPlain>
 constexpr int kLeastPerSM = kPlain ? kBlocksPerSM : (Loss::kCustom ? 2 : 1);
 
 // kPlain: without weight, upstream, value and target's gradient, whose packets would take
-// registers. kIndexed: target is class indices.
-template <class Loss, class D, bool kPlain, bool kIndexed = false>
+// registers.
+template <class Loss, class D, bool kPlain>
 __global__ void __launch_bounds__(kThreads, kLeastPerSM<Loss, kPlain>)
     flat(const Flat<Loss, D> c, const Launch l) {
   using T = Compute<D>;
   using N = Number<Loss, D>;
   using P = Packet<D>;
+  constexpr bool kIndexed = Loss::kIndexed;
   const Scaling s = Scaling::of_block(l);
   if (settled(l, s)) return;
   constexpr bool kTarget = Loss::kCustom && !kPlain;
   const Writes<Loss, Flat<Loss, D>> writes(c, s);
   const Loss loss = c.loss;
-  const N scale(static_cast<T>(s.scale));
+  const N scale(static_cast<T>(s.scale * Loss::kSlopeUnit));
   const int64_t packets = c.packets;
   const bool weighted = !kPlain && c.weight, has_upstream = !kPlain && c.upstream;
   const bool has_value = !kPlain && c.value;
@@ -185,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, kLeastPerSM<Loss, kPlain>)
         }
       }
     }
-    T part(0);
+    Part<D> part(0);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t at = first + u * kThreads;
@@ -290,7 +296,7 @@ __global__ void __launch_bounds__(kThreads)
   const Scaling s = Scaling::of_block(l);
   if (settled(l, s)) return;
   const Writes<Loss, Strided> writes(c, s);
-  const T scale = static_cast<T>(s.scale);
+  const T scale = static_cast<T>(s.scale * Loss::kSlopeUnit);
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   double total = 0;
   for (int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x; at < c.numel; at += stride) {
@@ -349,10 +355,10 @@ bool is_flat(const Loss& loss, const Pointwise& call, Flat<Loss, D>& c) {
   const auto fits = [&](const void* data, DType dtype) {
     return !data || (dtype == own && phase(static_cast<const D*>(data)) == phase(input));
   };
-  const bool indexed = rows_of_indices(call, Packet<D>::kSize);
+  if (Loss::kIndexed && !rows_of_indices(call, Packet<D>::kSize)) return false;
   for (const Operand* op :
        {&call.input, &call.target, &call.weight, &call.pos_weight, &call.upstream}) {
-    if (op == &call.target && indexed) continue;
+    if (op == &call.target && Loss::kIndexed) continue;
     if (op->data && (!op->contiguous || !fits(op->data, op->dtype))) return false;
   }
   if (!fits(call.value, call.value_dtype) || !fits(call.gradient, call.gradient_dtype) ||
@@ -374,7 +380,7 @@ bool is_flat(const Loss& loss, const Pointwise& call, Flat<Loss, D>& c) {
        static_cast<D*>(call.target_gradient),
        head,
        (call.numel - head) / Packet<D>::kSize};
-  if (indexed) {
+  if (Loss::kIndexed) {
     c.target = nullptr;
     c.indices = static_cast<const int64_t*>(call.target.data);
     c.classes = call.space.sizes[call.space.dims - 1];
@@ -414,20 +420,16 @@ void start(const Loss& loss, const Pointwise& call, const Launch& launch, unsign
     if (!is_flat(loss, call, c)) return false;
     // A double is in no hurry, and whoever has a loss compiled waits for each kernel.
     constexpr bool kHasPlain = !Loss::kCustom || !std::is_same_v<D, double>;
-    if (c.indices) {
-      if constexpr (Loss::kIndexed) {
-        if (c.weight || c.upstream || c.value) return false;
-        flat<Loss, D, true, true><<<blocks, kThreads, 0, launch.stream>>>(c, launch);
-        return true;
-      }
-      return false;
-    }
-    if (kHasPlain && !c.weight && !c.upstream && !c.value && !c.target_gradient) {
+    const bool plain = kHasPlain && !c.weight && !c.upstream && !c.value && !c.target_gradient;
+    if (plain) {
       flat<Loss, D, kHasPlain><<<blocks, kThreads, 0, launch.stream>>>(c, launch);
-    } else {
-      flat<Loss, D, false><<<blocks, kThreads, 0, launch.stream>>>(c, launch);
+      return true;
     }
-    return true;
+    if constexpr (!Loss::kIndexed) {
+      flat<Loss, D, false><<<blocks, kThreads, 0, launch.stream>>>(c, launch);
+      return true;
+    }
+    return false;
   });
   if (done) return;
   const Strided c = as_strided(call);

@@ -1,8 +1,9 @@
 // The maths of cross-entropy, for a row whose logits have all been seen: N is float or double, or a
 // CPU SIMD register of rows.
 //
-// Loss and gradient are formed from `sum`, which for class indices leaves the target out: 1 - p of
-// the target is sum / (sum + its own share), with all its digits however confident the row is.
+// The gradient is formed from `sum`, which for class indices leaves the target out: 1 - p of the target
+// is sum / (sum + its own share), with all its digits however confident the row is. The loss is formed
+// from `excess`, with all the digits of its logarithm.
 #pragma once
 
 #include "vocabulary.h"
@@ -18,6 +19,8 @@ struct RowSums {
   N gap;     // from max to the target's logit,
   N at;      // e^gap, and
   N weight;  // the target's weight; class indices only
+  N excess;  // sum + at - 1 (sum - 1 of class probabilities): what all e^(x - max) but the largest,
+             // which is 1, add up to
 };
 
 // What the gradient is made of: e^(x - max) * factor - q * scale; for class indices w is q, and the
@@ -45,10 +48,8 @@ struct Shares {
 
   template <class N>
   FUSEDLOSS_HD N loss(const RowSums<N>& row) const {
-    if (!indices) return row.mass * log(row.sum) - row.dot;
-    // Keeps the digits of a small loss, where the target is the largest logit and at is 1; where it
-    // is not, sum is 1 or more.
-    const N log_sum = log1p(row.sum + (row.at - N(1)));
+    const N log_sum = log1p(row.excess);
+    if (!indices) return row.mass * log_sum - row.dot;
     const N hard = N(keep) * row.weight * (log_sum - row.gap);
     if (!smooth) return hard;
     return hard + N(spread) * (N(weights) * log_sum - row.dot);

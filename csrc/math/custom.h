@@ -49,6 +49,7 @@ struct Usual {
 template <int count>
 struct CustomLoss {
   static constexpr bool kUnitInterval = false;
+  static constexpr double kSlopeUnit = 1;
   static constexpr bool kIndexed = false;
   static constexpr bool kPosWeight = false;
   static constexpr int kAbreast = 8;

@@ -5,8 +5,9 @@
 // A struct also says what an engine must know of it:
 //   parameter       beta, delta or eps, where the loss has one
 //   kUnitInterval   input and target must lie in [0, 1]; the CPU engine checks it on the way
+//   kSlopeUnit      what eval's slope is to be multiplied by
 //   kPosWeight      eval takes pos_weight as a third operand
-//   kIndexed        target may be class indices
+//   kIndexed        target is class indices, which eval sees as one-hot rows
 //   kAbreast        how many SIMD registers the CPU engine computes side by side: one is a chain of
 //                   instructions that wait for each other, many do not fit the CPU's own; measured
 //   kMean           what reduction "mean" divides by
@@ -58,6 +59,25 @@ struct EvalSparse : EvalQuotient<T> {
   }
 };
 
+// A loss of a row's target class alone: the elements of other classes count for nothing, whatever
+// weight and scale they meet. y: 1 for the target class, 0 for others.
+template <class T>
+struct EvalOfClass : EvalQuotient<T> {
+  T y;
+
+  FUSEDLOSS_HD EvalOfClass operator*(T factor) const {
+    const auto other = equal(y, T(0));
+    return {{select(other, T(0), this->value * factor),
+             select(other, this->numerator, this->numerator * factor), this->divisor},
+            y};
+  }
+  template <class Scale>
+  FUSEDLOSS_HD T gradient(Scale scale) const {
+    if (all_zero(y)) return this->numerator;
+    return select(equal(y, T(0)), this->numerator, EvalQuotient<T>::gradient(scale));
+  }
+};
+
 enum class Mean {
   kElements,  // the number of elements
   kWeights,   // the sum of the weights, where there are any
@@ -67,6 +87,7 @@ enum class Mean {
 struct PointwiseLoss {
   static constexpr Mean kMean = Mean::kElements;
   static constexpr bool kUnitInterval = false;
+  static constexpr double kSlopeUnit = 1;
   static constexpr bool kPosWeight = false;
   static constexpr bool kIndexed = false;
   static constexpr int kAbreast = 2;
@@ -74,13 +95,14 @@ struct PointwiseLoss {
   double parameter;
 };
 
-// (x - y)^2
+// (x - y)^2. Its slope 2 (x - y) can overflow where the gradient, divided by a mean's count, does not.
 struct MSE : PointwiseLoss {
   static constexpr Mean kMean = Mean::kWeights;
+  static constexpr double kSlopeUnit = 2;
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T d = x - y;
-    return {d * d, d + d};
+    return {d * d, d};
   }
 };
 
@@ -162,11 +184,10 @@ struct BCEWithLogitsPosWeight : PointwiseLoss {
   }
 };
 
-// -y log(x), x bounded to [eps, 1]; the slope outside these bounds is 0. Most targets are 0, of
-// class indices all but one a row: neither logarithm nor quotient then.
+// -y log(x), x bounded to [eps, 1]; the slope outside these bounds is 0. Where targets are 0, as most
+// may be, neither logarithm nor quotient is computed.
 struct LogLoss : PointwiseLoss {
   static constexpr Mean kMean = Mean::kRows;
-  static constexpr bool kIndexed = true;
   static constexpr int kAbreast = 1;  // else a row of zeros would have no way of its own
   template <class T>
   FUSEDLOSS_HD EvalSparse<T> eval(T x, T y) const {
@@ -179,6 +200,24 @@ struct LogLoss : PointwiseLoss {
   }
 };
 
+// The same for class indices. A nan in another class than the target's leaves the loss as it is, and
+// is that element's gradient, as in torch.
+struct LogLossOfClasses : PointwiseLoss {
+  static constexpr Mean kMean = Mean::kRows;
+  static constexpr bool kIndexed = true;
+  static constexpr int kAbreast = 1;  // as above
+  template <class T>
+  FUSEDLOSS_HD EvalOfClass<T> eval(T x, T y) const {
+    const T eps(parameter), zero(0), one(1);
+    const T nothing = select(equal(x, x), zero, x);
+    if (all_zero(y)) return {{zero, nothing, one}, y};
+    const T p = between(x, eps, one);
+    const auto inside = both(less_equal(eps, x), less_equal(x, one));
+    const T value = select(equal(y, zero), zero, zero - y * log(p));
+    return {{value, select(inside, zero - y, nothing), p}, y};
+  }
+};
+
 // Every pointwise loss: the name an operator takes, and its struct.
 #define FUSEDLOSS_POINTWISE_LOSSES(X)                                      \
   X("mse_loss", MSE)                                                       \
@@ -188,6 +227,7 @@ struct LogLoss : PointwiseLoss {
   X("binary_cross_entropy", BCE)                                           \
   X("binary_cross_entropy_with_logits", BCEWithLogits)                     \
   X("binary_cross_entropy_with_logits_pos_weight", BCEWithLogitsPosWeight) \
-  X("log_loss", LogLoss)
+  X("log_loss", LogLoss)                                                   \
+  X("log_loss_of_classes", LogLossOfClasses)
 
 }  // namespace fusedloss

@@ -93,10 +93,16 @@ if _no_extension is not None:
         )
 
 _chosen: Backend | None = None
-# Read at every call, so kept ready: the fused backend of each type of device, and whether the
-# compiled kernels are one.
+# Read at every call, so kept ready: the fused backend of each type of device, whether the compiled
+# kernels are one, and that none was chosen by name.
 fused_on: dict[str, str] = {}
 compiled_runs = False
+unchosen = True
+
+
+def compiles_for(device: str) -> bool:
+    """Whether the compiled extension has kernels for a type of device."""
+    return extension is not None and device in _compiled_devices
 
 
 def in_order(device: str) -> tuple[str, ...]:
@@ -169,8 +175,9 @@ class backend:
 
 
 def _choose(row: Backend | None) -> None:
-    global _chosen, fused_on, compiled_runs
+    global _chosen, fused_on, compiled_runs, unchosen
     _chosen = row
+    unchosen = row is None
     rows = [row] if row is not None else [row for row in BACKENDS if row.unasked]
     if _no_extension is not None:
         rows = [row for row in rows if row.name != "compiled"]

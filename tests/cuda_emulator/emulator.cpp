@@ -893,6 +893,28 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   return cudaSuccess;
 }
 
+// For tests: whether the default stream is captured, and how often the host has waited for a stream.
+static bool captured = false;
+static int waits = 0;
+extern "C" void emulator_capture(int begins) { captured = begins != 0; }
+extern "C" int emulator_waits() { return waits; }
+
+cudaStream_t emulator_side_stream() {
+  static char stream;
+  return reinterpret_cast<cudaStream_t>(&stream);
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  *status = captured && !stream ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (captured && (!stream || capture_mode != cudaStreamCaptureModeRelaxed)) {
+    return cudaErrorStreamCaptureUnsupported;
+  }
+  ++waits;
+  return cudaSuccess;
+}
+
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
   if (capture_mode != cudaStreamCaptureModeRelaxed) return cudaErrorStreamCaptureUnsupported;
   *memory = malloc(bytes);

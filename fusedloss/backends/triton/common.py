@@ -303,6 +303,13 @@ def empty_like(input: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(input, dtype=dtype, requires_grad=False, memory_format=order)
 
 
+def lies_like_gradient(gradient: Tensor, input: Tensor, dtype: torch.dtype) -> bool:
+    """Whether it lies in memory as ``empty_like(input, dtype)`` would."""
+    if (gradient.shape, gradient.dtype, gradient.device) != (input.shape, dtype, input.device):
+        return False
+    return gradient.stride() == input.stride() if is_dense(input) else gradient.is_contiguous()
+
+
 def empty_scales(input: Tensor) -> Tensor:
     return input.new_empty(2, dtype=torch.float64)
 
@@ -321,4 +328,36 @@ def check_shapes(input: Tensor, target: Tensor) -> None:
         raise ValueError(
             f"fusedloss: target of shape {list(target.shape)} does not fit input of shape "
             f"{list(input.shape)}"
+        )
+
+
+def check_rows(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
+    """The same for losses over rows, which need a class, and one weight for each class."""
+    check_shapes(input, target)
+    classes = input.shape[class_dim(input)] if input.dim() else 0
+    if classes == 0:
+        raise ValueError(f"fusedloss: input of shape {list(input.shape)} has no classes")
+    if weight is not None and weight.numel() != classes:
+        raise ValueError(
+            f"fusedloss: {classes} classes need a weight of shape ({classes}), not "
+            f"{list(weight.shape)}"
+        )
+
+
+def check_pair(name: str, pair: Tensor, input: Tensor) -> None:
+    """Of a prediction and of scales: two float64 where input is."""
+    if pair.device != input.device or pair.dtype is not torch.float64 or pair.shape != (2,):
+        raise ValueError(
+            f"fusedloss: {name} of {list(pair.shape)} {pair.dtype} on {pair.device}, not of two "
+            f"float64 on {input.device}"
+        )
+
+
+def check_number(grad_output: Tensor, input: Tensor) -> None:
+    """The upstream gradient of a reduction: one number, where input is."""
+    one = grad_output.numel() == 1 and grad_output.is_floating_point()
+    if not one or grad_output.device != input.device:
+        raise ValueError(
+            f"fusedloss: grad_output of shape {list(grad_output.shape)} and dtype "
+            f"{grad_output.dtype} on {grad_output.device} is not one real number on {input.device}"
         )

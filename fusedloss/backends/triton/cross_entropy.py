@@ -269,15 +269,10 @@ def run(
     dtype: torch.dtype,
 ) -> Tensor | None:
     """As pointwise.run()."""
-    common.check_shapes(input, target)
+    common.check_rows(input, target, weight)
     each = reduction == 0
     classes = input.shape[common.class_dim(input)]
     if weight is not None:
-        if list(weight.shape) != [classes]:
-            raise ValueError(
-                f"fusedloss: {classes} classes need a weight of shape ({classes}), not "
-                f"{list(weight.shape)}"
-            )
         weight = common.aligned(weight.contiguous())
     soft, smooth = target.dtype is not torch.int64, label_smoothing != 0
     x = as_rows(common.aligned(input))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import second_order
-from ...prediction import new_prediction
+from ...prediction import is_captured, new_prediction
 from . import common, cross_entropy, custom, pointwise
 from .common import Pass
 from .losses import POINTWISE
@@ -35,8 +35,11 @@ Gradients = tuple[Tensor | None, Tensor | None]  # for input and target; None: i
 class Carried:
     """Lives and dies with the memory of a forward's `scales`, as in csrc/carried.h."""
 
-    gradients: Gradients | None  # None: handed over already
+    gradients: Gradients  # (None, None): not written, or handed over already
     prediction: Tensor
+    input_shape: torch.Size
+    input_dtype: torch.dtype
+    addresses: tuple[int, int]  # of input and target
 
 
 def carry(scales: Tensor, carried: Carried) -> None:
@@ -48,6 +51,29 @@ def carried(scales: Tensor) -> Carried | None:
     return getattr(scales.untyped_storage(), "carried", None)
 
 
+def _addresses(call: Sequence[Any]) -> tuple[int, int]:
+    return call[0].data_ptr(), call[1].data_ptr()
+
+
+def _drop_gradients_of_other_memory(scales: Tensor, call: Sequence[Any]) -> None:
+    """Where input or target has been given other memory since forward (``input.data = ...``),
+    backward is to see the numbers there."""
+    left = carried(scales)
+    if left is not None and left.addresses != _addresses(call):
+        left.gradients = None, None
+
+
+# A CUDA graph writes to the predictions of its capture at every replay, and nobody knows how long a
+# graph lives: those predictions are never freed.
+_captured: dict[int, Tensor] = {}
+
+
+def _keep_if_captured(prediction: Tensor) -> Tensor:
+    if is_captured(prediction):
+        _captured[id(prediction)] = prediction
+    return prediction
+
+
 _MOST_SHARED = 512  # on a device
 _shared: dict[tuple[Any, ...], Tensor] = {}
 _sharing = threading.Lock()
@@ -56,7 +82,8 @@ _sharing = threading.Lock()
 def _prediction_of(own: Tensor | None, loss: str, input: Tensor, reduction: int) -> Tensor:
     """A call's own prediction, or, for one that has none, that of all calls like it."""
     if own is not None:
-        return own
+        common.check_pair("prediction", own, input)
+        return _keep_if_captured(own)
     key = (loss, input.device, input.dtype, input.numel(), reduction)
     known = _shared.get(key)
     if known is None:
@@ -124,6 +151,7 @@ def _differentiable(
             (grad_output,) = grad_outputs
             scales, *operands = ctx.saved_tensors
             call = (*operands, *ctx.options)
+            _drop_gradients_of_other_memory(scales, call)
             if _needs_reference(grad_output):
                 gradients = reference_gradient(grad_output, *call)
             else:
@@ -163,11 +191,27 @@ class Engine:
         """The arguments of a call, and whose gradients are wanted."""
         return (call[:-2], call[-2], call[-1]) if self.of_target else (call, True, False)
 
-    def _empty_gradients(self, call: Sequence[Any], of_input: bool, of_target: bool) -> Gradients:
+    def _gradients(
+        self,
+        call: Sequence[Any],
+        of_input: bool,
+        of_target: bool,
+        written: Gradients = (None, None),
+    ) -> Gradients:
+        """Those that are wanted: new ones, but for those written that lie in memory as new ones
+        would. (input and target may have been given other memory: ``input.data = ...``.)"""
         input, target = call[:2]
+
+        def gradient(wanted: bool, dtype: torch.dtype, there: Tensor | None) -> Tensor | None:
+            if not wanted:
+                return None
+            if there is not None and common.lies_like_gradient(there, input, dtype):
+                return there
+            return common.empty_like(input, dtype)
+
         return (
-            common.empty_like(input, input.dtype) if of_input else None,
-            common.empty_like(input, target.dtype) if of_target else None,
+            gradient(of_input, input.dtype, written[0]),
+            gradient(of_target, target.dtype, written[1]),
         )
 
     def _given(self, gradients: Gradients) -> Any:
@@ -187,20 +231,30 @@ class Engine:
             return self.run(Pass(common.VALUE, scales), *call), scales
         prediction = _prediction_of(own, self.loss(*call), input, reduction)
         # What other streams teach the prediction meanwhile is not this call's.
-        scales, gradients = prediction.clone(), self._empty_gradients(call, *wanted)
+        scales, gradients = prediction.clone(), self._gradients(call, *wanted)
         value = self.run(Pass(common.FORWARD, scales, *gradients), *call)
-        carry(scales, Carried(gradients, prediction))
+        carry(scales, Carried(gradients, prediction, input.shape, input.dtype, _addresses(call)))
         return value, scales
 
     def backward(self, grad_output: Tensor, scales: Tensor, *args: Any) -> Any:
         call, *wanted = self._wanted(args)
-        left, gradients = carried(scales), None
+        input, left, written = call[0], carried(scales), (None, None)
+        common.check_pair("scales", scales, input)
+        if call[-2] != 0:
+            common.check_number(grad_output, input)
+        prediction = torch.empty_like(scales)
         if left is not None:
-            gradients, left.gradients = left.gradients, None
-        step = common.FRESH if gradients is None else common.BACKWARD
-        if gradients is None:
-            gradients = self._empty_gradients(call, *wanted)
-        prediction = torch.empty_like(scales) if left is None else left.prediction
+            if (left.input_shape, left.input_dtype) != (input.shape, input.dtype):
+                raise RuntimeError(
+                    f"fusedloss: backward's input is a {input.dtype} tensor of shape "
+                    f"{list(input.shape)}, and forward's was a {left.input_dtype} tensor of shape "
+                    f"{list(left.input_shape)}: between the two, leave input.data as it is"
+                )
+            written, left.gradients = left.gradients, written
+            prediction = _keep_if_captured(left.prediction)
+        gradients = self._gradients(call, *wanted, written)
+        reused = all(new is old for new, old in zip(gradients, written, strict=True))
+        step = common.BACKWARD if reused else common.FRESH
         self.run(Pass(step, scales, *gradients, prediction, grad_output), *call)
         return self._given(gradients)
 
@@ -213,7 +267,8 @@ class Engine:
         return self.meta_value(*call, None), common.empty_scales(call[0])
 
     def meta_backward(self, grad_output: Tensor, scales: Tensor, *args: Any) -> Any:
-        return self._given(self._empty_gradients(*self._wanted(args)))
+        call, *wanted = self._wanted(args)
+        return self._given(self._gradients(call, *wanted))
 
     def define(self) -> None:
         # As in csrc/ops.cpp: traced by compilers, but not into a CUDA graph.

@@ -286,6 +286,8 @@ def run(
     Gradients lie in memory as ``common.empty_like(input)`` does.
     """
     common.check_shapes(input, target)
+    if target.dtype is torch.int64:
+        common.check_rows(input, target, weight)
     each = reduction == 0
     indices = common.aligned(target.contiguous()) if target.dtype is torch.int64 else None
     class_dim = -1

@@ -52,8 +52,10 @@ enum cudaError_t {
   cudaErrorStreamCaptureUnsupported = 900,
 };
 
-// Every launch has finished when its call returns, so that all streams are one.
+// Every launch has finished when its call returns, so that streams differ only in whether they are
+// captured.
 using cudaStream_t = struct CUstream_st*;
+cudaStream_t emulator_side_stream();  // one that never is
 
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
@@ -77,6 +79,9 @@ enum cudaStreamCaptureMode {
   cudaStreamCaptureModeRelaxed = 2,
 };
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream = nullptr);
 
 // ---- launches -----------------------------------------------------------------------------------

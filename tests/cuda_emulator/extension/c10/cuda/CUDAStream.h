@@ -1,4 +1,4 @@
-// Stands for torch's header: there is the default stream alone.
+// Stands for torch's header: the default stream, and one to turn to from it.
 #pragma once
 
 #include <c10/core/Device.h>
@@ -7,9 +7,16 @@
 namespace c10::cuda {
 
 struct CUDAStream {
-  operator cudaStream_t() const { return nullptr; }
+  cudaStream_t stream = nullptr;
+  operator cudaStream_t() const { return stream; }
+
+  static CUDAStream& current() {
+    static thread_local CUDAStream stream;
+    return stream;
+  }
 };
 
-inline CUDAStream getCurrentCUDAStream(c10::DeviceIndex) { return {}; }
+inline CUDAStream getCurrentCUDAStream(c10::DeviceIndex) { return CUDAStream::current(); }
+inline CUDAStream getStreamFromPool(bool, c10::DeviceIndex) { return {emulator_side_stream()}; }
 
 }  // namespace c10::cuda

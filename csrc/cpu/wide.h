@@ -1,14 +1,16 @@
-// A register's lanes, one by one: as doubles, and by the class that each of them wants.
+// The lanes of a register as doubles, and sums of them.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <iterator>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
+#include "../math/sum.h"
 #include "../math/vocabulary.h"
 
 namespace fusedloss::cpu {
@@ -69,23 +71,61 @@ FUSEDLOSS_HD Vec<float> narrow(const Wide<float>& x) {
 #endif
 }
 
-// A class index a lane, in registers as large as those of T.
+// A sum of registers in doubles; where T is one, with twice its digits: what an addition rounds away
+// is added up beside it (Knuth's two-sum). Sums of many equal numbers stay right.
 template <class T>
-using Index = at::vec::int_same_size_t<T>;
+struct RegisterSum {
+  static constexpr int64_t kSize = 2 * Vec<double>::size();  // doubles in memory
+  Vec<double> part[2] = {Vec<double>(0), Vec<double>(0)};
 
-#if defined(CPU_CAPABILITY_AVX512)
-FUSEDLOSS_HD Mask<float> same(Vec<int32_t> a, Vec<int32_t> b) {
-  return {_mm512_cmpeq_epi32_mask(a, b)};
-}
-FUSEDLOSS_HD Mask<double> same(Vec<int64_t> a, Vec<int64_t> b) {
-  return {_mm512_cmpeq_epi64_mask(a, b)};
-}
-#else
-FUSEDLOSS_HD Mask<float> same(Vec<int32_t> a, Vec<int32_t> b) { return simd::cast<float>(a == b); }
-FUSEDLOSS_HD Mask<double> same(Vec<int64_t> a, Vec<int64_t> b) {
-  return simd::cast<double>(a == b);
-}
-#endif
+  static FUSEDLOSS_HD RegisterSum load(const double* from) {
+    return {Vec<double>::loadu(from), Vec<double>::loadu(from + kSize / 2)};
+  }
+  FUSEDLOSS_HD void store(double* to) const {
+    part[0].store(to);
+    part[1].store(to + kSize / 2);
+  }
+
+  FUSEDLOSS_HD void add(Vec<T> x) {
+    if constexpr (std::is_same_v<T, float>) {
+      const Wide<T> wide = widen(x);
+      unrolled<2>([&](auto p) { part[p] = part[p] + wide.part[p]; });
+    } else {
+      const Vec<T> sum = part[0] + x, added = sum - part[0];
+      part[1] = part[1] + ((part[0] - (sum - added)) + (x - added));
+      part[0] = sum;
+    }
+  }
+  // Several, which need not wait for one another.
+  template <int kCount>
+  FUSEDLOSS_HD void add(const Vec<T> (&x)[kCount]) {
+    if constexpr (std::is_same_v<T, float>) {
+      Wide<T> some = widen(x[0]);
+      unrolled<kCount - 1>([&](auto u) { some += widen(x[u + 1]); });
+      unrolled<2>([&](auto p) { part[p] = part[p] + some.part[p]; });
+    } else {
+      unrolled<kCount>([&](auto u) { add(x[u]); });
+    }
+  }
+
+  // Each lane's sum.
+  FUSEDLOSS_HD Wide<T> lanes() const {
+    if constexpr (std::is_same_v<T, float>) {
+      return {{part[0], part[1]}};
+    } else {
+      // An infinite sum has rounded away nothing that means anything.
+      return {{select(equal(part[1], part[1]), part[0] + part[1], part[0])}};
+    }
+  }
+  void add_to(Sum& total) const {
+    double all[kSize];
+    store(all);
+    for (int64_t k = 0; k < kSize; ++k) {
+      const bool rounded_away = std::is_same_v<T, double> && k >= kSize / 2;
+      if (!rounded_away || all[k] == all[k]) total.add(all[k]);  // nan beside an infinite sum
+    }
+  }
+};
 
 }  // namespace CPU_CAPABILITY
 }  // namespace fusedloss::cpu
