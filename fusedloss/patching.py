@@ -63,7 +63,7 @@ def _columns(rows: list[tuple[str, ...]]) -> str:
 # What holds no loss, or nothing that could be swapped in place.
 _PLAIN = (Tensor, type, ModuleType, FunctionType, str, bytes, int, float, complex, type(None))
 _MOST_OBJECTS = 100_000
-_UNSEARCHED = f"the search ended after {_MOST_OBJECTS} objects: pass what holds the loss itself"
+_UNSEARCHED = object()  # stands for what was not searched
 
 
 def _parts(thing: Any) -> Iterator[tuple[Any, Any]]:
@@ -123,7 +123,7 @@ def _held(thing: Any, who: str) -> Iterator[tuple[str, Any]]:
 def _why_left(held: Any) -> str | None:
     """Why a loss is no fused one after :func:`replace`; None: it is one, or it is no loss."""
     if held is _UNSEARCHED:
-        return str(held)
+        return f"the search ended after {_MOST_OBJECTS} objects: pass what holds the loss itself"
     if isinstance(held, FunctionType) and held in functional._OURS:
         name = held.__name__
         return f"the function torch.nn.functional.{name}: put fusedloss.functional.{name} there"
