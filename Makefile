@@ -7,6 +7,11 @@ TORCH ?= torch==2.14.1
 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
+# CUDA kernels are a third of the compiling, and cannot run where no NVIDIA GPU is.
+ifeq ($(findstring GPU,$(shell nvidia-smi -L 2>/dev/null)),)
+FUSEDLOSS_CUDA ?= 0
+endif
+INSTALL = $(if $(FUSEDLOSS_CUDA),FUSEDLOSS_CUDA=$(FUSEDLOSS_CUDA)) $(PIP) install --no-build-isolation -e
 SOURCES := $(shell find csrc -type f) setup.py fusedloss/_version.py
 
 .DELETE_ON_ERROR:
@@ -15,9 +20,9 @@ SOURCES := $(shell find csrc -type f) setup.py fusedloss/_version.py
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
 
-demo: $(VENV)/build.stamp ## train real models with torch's losses and with ours, then the speed table
+demo: $(VENV)/build.stamp ## in minutes: train with torch's losses and with ours, then a short speed table
 	$(BIN)/python -m bench.demo
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench --quick
 
 test: $(VENV)/build.stamp ## all tests
 	$(BIN)/python -m pytest tests
@@ -28,7 +33,7 @@ test-cuda-emulated: $(VENV)/torch.stamp ## the CUDA kernels on the CPU, plain an
 	$(BIN)/python -m pytest tests/cuda_emulator
 	$(BIN)/python tests/cuda_emulator/extension.py
 
-bench: $(VENV)/build.stamp ## the speed table alone
+bench: $(VENV)/build.stamp ## the whole speed table
 	$(BIN)/python -m bench
 
 gpu: ## on an NVIDIA GPU: build, tests, sanitized run and bench, with PYTHON's own torch; installs nothing
@@ -76,13 +81,16 @@ $(VENV)/torch.stamp: $(VENV)/python.stamp
 	@$(PIP) install $(TORCH) 'setuptools>=77' ninja
 	@echo '$(TORCH)' > $@
 
+ifneq ($(shell cat $(VENV)/build.stamp 2>/dev/null),$(FUSEDLOSS_CUDA))
+.PHONY: $(VENV)/build.stamp
+endif
 $(VENV)/build.stamp: $(VENV)/torch.stamp pyproject.toml $(SOURCES)
 	@echo 'installing fusedloss, compiling what has changed'
-	@$(PIP) install --no-build-isolation -e '.[test,bench]'
-	@touch $@
+	@$(INSTALL) '.[test,bench]'
+	@echo '$(FUSEDLOSS_CUDA)' > $@
 
 $(VENV)/lint.stamp: $(VENV)/build.stamp pyproject.toml
-	@$(PIP) install --no-build-isolation -e '.[dev]'
+	@$(INSTALL) '.[dev]'
 	@touch $@
 
 # No torch: the API reference is read from the sources.

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import signal
 import sys
-import time
 from collections.abc import Collection, Sequence
-from pathlib import Path
-
-import torch
-from tqdm import tqdm
 
 from . import compare, examples, figures, kernels, memory, models, numerics, report
-from .arguments import add_device, add_only, add_peers, matching, positive, seconds
+from .arguments import (
+    add_device,
+    add_only,
+    add_out,
+    add_peers,
+    add_seconds,
+    command,
+    matching,
+    positive,
+)
 from .cases import CASES, TABLES, Case
 from .measure import (
     CASE_SECONDS,
@@ -25,6 +27,7 @@ from .measure import (
     Speed,
     contestants,
     describe,
+    one_by_one,
 )
 
 ROUNDS, QUICK_ROUNDS = 25, 7
@@ -46,32 +49,19 @@ def run(
     wanted: Collection[str] | None = None,
     seconds: float | None = None,
 ) -> list[Row]:
-    """Measure each case; one that fails says so in its own row. Ctrl-C, and whoever else ends the
-    process, ends with what is there."""
+    """Measure each case; one that fails says so in its own row."""
     speed = Speed(rounds, compile_seconds, wanted)
-    rows = []
-    start = time.monotonic()
-    progress = tqdm(cases, unit="case", disable=None)  # None: no bar where there is no terminal
-    for case in progress:
-        progress.set_description(case.id)
+
+    def measured(case: Case, late: Problem | None) -> Row:
+        if late is not None:
+            return Row(case, "s", problems=dict.fromkeys(contestants(case, wanted), late))
         try:
-            if seconds is not None and time.monotonic() - start > seconds:
-                problem = Problem("skipped", f"no time left of the {seconds:g} s of this run")
-                problems = dict.fromkeys(contestants(case, wanted), problem)
-                rows.append(Row(case, "s", problems=problems))
-                continue
-            measured = memory.measure(case, wanted) if case.table == "memory" else speed(case)
-            rows.append(measured)
-        except KeyboardInterrupt:
-            break
+            return memory.measure(case, wanted) if case.table == "memory" else speed(case)
         except Exception as error:  # noqa: BLE001 - the other cases' results are kept
             problem = describe(error)
-            rows.append(
-                Row(case, "s", problems=dict.fromkeys(TABLES[case.table].contestants, problem))
-            )
-        if case.device == "cuda":
-            torch.cuda.empty_cache()
-    return rows
+            return Row(case, "s", problems=dict.fromkeys(TABLES[case.table].contestants, problem))
+
+    return one_by_one(cases, measured, seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,9 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_only(parser)
     add_peers(parser)
     add_device(parser)
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: bench/results/cpu, or the GPU's name"
-    )
+    add_out(parser)
     parser.add_argument(
         "--rounds",
         type=positive,
@@ -104,9 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"default: {ROUNDS}, quick: {QUICK_ROUNDS}; "
         f"a case of more than {CASE_SECONDS:.0f} s stops at {ENOUGH_ROUNDS} or later",
     )
-    parser.add_argument(
-        "--seconds", type=seconds, metavar="S", help="start no case later than this (default: all)"
-    )
+    add_seconds(parser)
     arguments = parser.parse_args(argv)
 
     known = CASES[arguments.device]
@@ -119,17 +105,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if report.caveat():
         print(report.caveat())
 
-    told_to_end = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        rows = run(cases, rounds, compile_seconds, arguments.peers, arguments.seconds)
-    finally:
-        signal.signal(signal.SIGTERM, told_to_end)
-    command = shlex.join(["python", "-m", "bench", *argv])
-    about = report.environment(command, rounds, arguments.device)
+    rows = run(cases, rounds, compile_seconds, arguments.peers, arguments.seconds)
+    about = report.environment(command(*argv), rounds, arguments.device)
     print(f"\n{report.tables(rows)}\n{report.summary(rows)}\n")
     if about["caveat"]:
         print(f"{about['caveat']}\n")
-    folder = arguments.out or report.results(arguments.device)
+    folder = report.folder(arguments, arguments.device)
     # A part never takes the place of the whole table, nor of more than it has.
     measured = sum(row.begun for row in rows)
     whole = len(rows) == len(known) and measured >= report.measured(folder / "speed.json")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -70,6 +72,31 @@ def add_peers(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help=f"of {','.join(PEERS)}, those to measure beside ours (default: all that are here)",
     )
+
+
+def add_seconds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seconds", type=seconds, metavar="S", help="start no case later than this (default: all)"
+    )
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: build/bench/cpu, or the GPU's name"
+    )
+    where.add_argument(
+        "--publish",
+        action="store_true",
+        help="write to bench/results, where README and docs have their figures from",
+    )
+
+
+def command(*words: str) -> str:
+    """The command that repeats a run: its words, less those that say where it writes."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_out(parser)
+    return shlex.join(["python", "-m", "bench", *parser.parse_known_args(words)[1]])
 
 
 def matching(

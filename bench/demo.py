@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +19,10 @@ from torch import Tensor, nn
 
 import fusedloss
 
+from .arguments import add_out
 from .cases import Loss
 from .measure import interleave, quantiles
-from .report import caveat, results
+from .report import caveat, folder
 
 ROUNDS = 15
 
@@ -235,16 +235,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "fusedloss's, from the same seed; print and plot both loss curves.",
         epilog="The exit status is 1 if the curves differ by more than rounding explains.",
     )
-    parser.add_argument(
-        "--out", type=Path, default=results("cpu"), metavar="DIR", help="default: bench/results/cpu"
-    )
+    add_out(parser)
     arguments = parser.parse_args(argv)
     if caveat():
         print(caveat())
 
     runs = [(task, *run(task)) for task in TASKS]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "demo.png"
+    path = folder(arguments, "cpu") / "demo.png"
     plot(runs).savefig(path, dpi=110)
     print(
         "These models are tiny, and so are their losses; `python -m bench` measures large ones.\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from . import report
+from .arguments import add_out, command
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -98,9 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Run the examples with losses of one's own, and write what they reach as JSON.",
     )
     parser.add_argument("--quick", action="store_true", help="hardly trained: a check, no result")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: as python -m bench")
+    add_out(parser)
     arguments = parser.parse_args(argv)
-    command = shlex.join(["python", "-m", "bench", "examples", *argv])
     results: dict[str, Any] = {}
     threads = torch.get_num_threads()
     # So small models gain nothing from threads, and wait long for them on a busy machine.
@@ -110,14 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             start = time.perf_counter()
             results[name] = MEASURE[name](load(name), **(QUICK[name] if arguments.quick else {}))
             results[name]["seconds"] = time.perf_counter() - start
-        about = report.environment(command, rounds=1)
+        about = report.environment(command("examples", *argv), rounds=1)
     finally:
         torch.set_num_threads(threads)
     if arguments.quick:
         about["caveat"] = "A check with --quick: hardly trained."
-    folder = arguments.out or report.results("cpu")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "examples.json"
+    path = report.folder(arguments, "cpu") / "examples.json"
     path.write_text(json.dumps({**about, **results}, indent=1) + "\n")
     print(json.dumps(results, indent=1))
     print(f"wrote {path}")

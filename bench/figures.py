@@ -149,17 +149,19 @@ def _ulps(error: float) -> str:
     return f"{error:.2f}" if error < 9.995 else f"{error:.3g}" if error < 1e5 else f"{error:.1e}"
 
 
-def errors(run: Run) -> str:
-    """The largest errors of every loss and dtype, in ULP."""
+def errors(run: Run, place: str = "rows") -> str:
+    """The largest errors of every loss and dtype, in ULP; and for "hard" of every such input."""
+    names = ("loss", "dtype") if place == "rows" else ("input", "loss", "dtype")
     columns = ("element", "mean", "gradient")
     lines = [
-        f"| loss | dtype | {' | | '.join(columns)} | |",
-        "|---|---|" + 2 * len(columns) * "--:|",
-        "| | |" + len(columns) * " ours | torch |",
+        f"| {' | '.join(names)} | {' | | '.join(columns)} | |",
+        "|" + len(names) * "---|" + 2 * len(columns) * "--:|",
+        "|" + len(names) * " |" + len(columns) * " ours | torch |",
     ]
-    for row in run["rows"]:
+    for row in _found(run, place):
+        labels = [f"`{row[name]}`" if name == "loss" else row[name] for name in names]
         cells = [_ulps(row[who][column]) for column in columns for who in ("ours", "torch")]
-        lines.append(f"| `{row['loss']}` | {row['dtype']} | {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join([*labels, *cells])} |")
     text = "\n".join(lines)
     return f"\n{text}\n"
 

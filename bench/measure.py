@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import os
 import random
+import signal
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.benchmark import Timer
+from tqdm import tqdm
 
 import fusedloss
 import fusedloss.functional as FL
@@ -26,6 +28,7 @@ from .cases import COLUMNS, MODULES, TABLES, Case, Loss
 from .peers import PEERS
 
 Step = Callable[[], object]
+T = TypeVar("T")
 
 # Here to expose a contestant that computes something else, not to rank roundings: far above an
 # honest fp32 sum of 2^24 terms or one rounding to bf16, far below any missing term. Norm-wise.
@@ -132,6 +135,33 @@ def describe(error: Exception) -> Problem:
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return Problem("failed", text if len(text) <= 160 else text[:157] + "...")
+
+
+def one_by_one(
+    cases: Iterable[Case], measure: Callable[[Case, Problem | None], T], seconds: float | None
+) -> list[T]:
+    """What `measure` gives for each case; past the seconds it is given the problem instead of time.
+
+    Ctrl-C, and whoever else ends the process, ends the cases: what there is of them is returned.
+    """
+    results = []
+    start = time.monotonic()
+    told_to_end = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        progress = tqdm(cases, unit="case", disable=None)  # None: no bar where there is no terminal
+        for case in progress:
+            progress.set_description(case.id)
+            late = None
+            if seconds is not None and time.monotonic() - start > seconds:
+                late = Problem("skipped", f"no time left of the {seconds:g} s of this run")
+            results.append(measure(case, late))
+            if case.device == "cuda":
+                torch.cuda.empty_cache()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, told_to_end)
+    return results
 
 
 # What may join a table beside its own contestants.

@@ -33,6 +33,7 @@ from tqdm import tqdm
 import fusedloss
 
 from . import report
+from .arguments import add_out, command
 from .measure import BLOCK_SECONDS, interleave, quantiles
 from .memory import resident
 
@@ -391,7 +392,6 @@ def plot(results: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> Figu
 
 
 def write(results: Sequence[dict[str, Any]], about: dict[str, Any], folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"models.{kind}" for kind in ("md", "json", "png")]
     verdicts = "\n".join(f"- {verdict(result)}" for result in results)
     warning = f"**{about['caveat']}**\n\n" if about["caveat"] else ""
@@ -421,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=MODELS, nargs="+", metavar="MODEL", default=list(MODELS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, metavar="N", help=f"default: {ROUNDS}")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: as python -m bench")
+    add_out(parser)
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "CONTESTANT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     device, quick = arguments.device, arguments.quick
@@ -440,13 +440,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except RuntimeError as error:
             print(f"FAILED: {error}", file=sys.stderr)
             return 1
-    command = shlex.join(["python", "-m", "bench", "models", *argv])
-    about = report.environment(command, rounds, device)
+    about = report.environment(command("models", *argv), rounds, device)
     if quick:
         about["caveat"] = "A check of tiny models with --quick: no measurement of anything."
     print(f"\n{table(results)}\n")
     print(about["caveat"] if quick else "\n".join(map(verdict, results)))
-    for path in write(results, about, arguments.out or report.results(device)):
+    for path in write(results, about, report.folder(arguments, device)):
         print(f"wrote {path}")
     return 0
 

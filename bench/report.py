@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -29,14 +30,17 @@ from .measure import JOINING, Row, quantiles
 from .peers import PEERS
 
 RESULTS = Path(__file__).parent / "results"
+# Of the checkout, also where this folder is a link to the checkout's.
+UNPUBLISHED = Path(__file__).resolve().parent.parent / "build" / "bench"
 
 
-def results(device: str) -> Path:
-    """Where a device's results are kept: cpu, or a GPU's name."""
-    if device == "cpu":
-        return RESULTS / "cpu"
-    name = torch.cuda.get_device_name()
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def folder(arguments: argparse.Namespace, device: str) -> Path:
+    """Where the options of `add_out` want a device's results; made if it is not there."""
+    name = "cpu" if device == "cpu" else torch.cuda.get_device_name()
+    kept = RESULTS if arguments.publish else UNPUBLISHED
+    path: Path = arguments.out or kept / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def caveat() -> str | None:
@@ -486,7 +490,6 @@ def picture(rows: Sequence[Row], about: Mapping[str, Any], table: str = "speed")
 
 def write(rows: Sequence[Row], about: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
     """The files written."""
-    folder.mkdir(parents=True, exist_ok=True)
     pictures = {
         "Speed-up over eager, and distance to the limit": (picture, f"{stem}.png"),
         "The same for losses of one's own": (partial(picture, table="own"), f"{stem}-own.png"),

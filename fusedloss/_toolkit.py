@@ -9,7 +9,9 @@ import functools
 import os
 import re
 import shutil
+import signal
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +26,40 @@ NVCC_FLAGS = [
 GCC_SCHEDULING = ["-fschedule-insns", "-fsched-pressure"]
 
 
+def run(
+    *command: str, seconds: float = 60.0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a compiler. Where it takes longer than that it is ended, with what it has started.
+
+    Raises:
+        OSError: it cannot be started; TimeoutError: it took longer.
+    """
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env={**os.environ, **environment},
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except BaseException as error:  # an interrupt from the keyboard too, which it does not get
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise TimeoutError(
+                    f"{command[0]} was ended, since it took longer than {seconds:g} s"
+                ) from error
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
 @functools.cache
 def version_of(compiler: str) -> str:
-    return subprocess.run(
-        [compiler, "--version"], check=False, capture_output=True, text=True
-    ).stdout
+    return run(compiler, "--version").stdout
 
 
 def is_clang(compiler: str) -> bool:
@@ -46,7 +77,7 @@ class Toolkit:
 
 
 def output_of(*command: str) -> str:
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    done = run(*command)
     return done.stdout + done.stderr
 
 
@@ -62,8 +93,11 @@ def find_toolkit() -> Toolkit | str:
     if nvcc is None:
         return "no nvcc: neither NVCC, nor CUDA_HOME/bin/nvcc, nor nvcc on the PATH"
     # Not guessed from where nvcc lies, which may be a script that calls another.
-    says = output_of(nvcc, "--dryrun", "-o", os.devnull, "empty.cu")
-    release = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))
+    try:
+        says = output_of(nvcc, "--dryrun", "-o", os.devnull, "empty.cu")
+        release = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))
+    except OSError as error:
+        return f"{nvcc} does not run: {error}"
     if release is None:
         return f"{nvcc} --version names no release"
     version = release[1]

@@ -73,7 +73,13 @@ def log_loss(
         raise ValueError("log_loss needs an input of shape (C), (N, C) or (N, C, d1, ...), not ()")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
-    log_p = _bounded_log(input, torch.finfo(input.dtype).eps)
+    eps = torch.finfo(input.dtype).eps
+    if torch.is_autocast_enabled(input.device.type) and input.dtype is not torch.float64:
+        # As the kernels do, and cross_entropy: in float32, whatever autocast has for each step.
+        input = input.float()
+        target = target.float() if target.is_floating_point() else target
+        weight = None if weight is None else weight.float()
+    log_p = _bounded_log(input, eps)
     if not target.is_floating_point():
         return _nll_loss(
             log_p, target, weight=weight, ignore_index=ignore_index, reduction=reduction

@@ -18,6 +18,7 @@ import fusedloss
 import fusedloss.functional as FL
 from cases import LOSSES, at_shape
 from conftest import why_not
+from fusedloss.custom import building
 from helpers import NAMESPACE, leaf, torch_loss
 
 
@@ -360,6 +361,16 @@ def test_warnings_of_a_loss_of_ones_own_point_at_the_call(
     ):
         (message,) = warned_at(call)
         assert message.startswith(begins)
+
+
+def test_a_warning_of_the_cache_points_at_the_call(
+    compiled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", "/dev/null/no-folder")
+    monkeypatch.setattr(building, "_warned_of", set())
+    loss = fusedloss.pointwise_loss(difference)
+    (message,) = warned_at(lambda: loss.module()(MATRIX, MATRIX))  # here
+    assert message.startswith("fusedloss keeps no compiled losses")
 
 
 def test_a_warning_is_shown_once_for_each_line(backend: str) -> None:

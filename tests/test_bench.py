@@ -25,14 +25,17 @@ import fusedloss
 import fusedloss.functional as FL
 from bench import __main__ as cli
 from bench import (
+    arguments,
     cases,
     compare,
     demo,
+    examples,
     figures,
     kernels,
     measure,
     memory,
     models,
+    numerics,
     own,
     peers,
     report,
@@ -143,6 +146,66 @@ def test_files_and_setting(run, tmp_path):
     assert "| mse " in text
     assert "](speed.png)" in text
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def folders(monkeypatch, tmp_path):
+    """Stand for build/bench and bench/results."""
+    monkeypatch.setattr(report, "UNPUBLISHED", tmp_path / "build")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    return tmp_path / "build" / "cpu", tmp_path / "results" / "cpu"
+
+
+@pytest.mark.parametrize("publish", [False, True])
+def test_results_are_published_only_when_asked(monkeypatch, folders, capsys, publish):
+    """Pages are held to what is published: a run of whoever tries the bench changes none of it."""
+    monkeypatch.setattr(cli, "CASES", {"cpu": [TINY["mse"]]})
+    monkeypatch.setattr(kernels, "CASES", {"cpu": [TINY["mse"]]})
+    monkeypatch.setattr(numerics, "measure", list)
+    monkeypatch.setattr(numerics, "measure_hard", list)
+    monkeypatch.setattr(models, "peak_elsewhere", lambda *_: 2**20)
+    monkeypatch.setattr(examples, "MEASURE", {})
+    monkeypatch.setattr(demo, "ROUNDS", 1)
+    monkeypatch.setattr(demo, "TASKS", [dataclasses.replace(demo.TASKS[1], epochs=1)])
+    options = ["--publish"] if publish else []
+    quick = ["--rounds", "1", "--peers", "eager"]
+    assert cli.main(quick + options) == 0
+    assert cli.main(["kernels", *quick, *options]) == 0
+    assert cli.main(["numerics", *options]) == 0
+    assert cli.main(["models", "--quick", "--only", "autoencoder", "--rounds", "1", *options]) == 0
+    assert cli.main(["examples", *options]) == 0
+    assert demo.main(options) == 0
+    written, other = folders[::-1] if publish else folders
+    names = {path.name for path in written.iterdir()}
+    names -= {"speed.md", "speed.png", "models.md", "models.png"}
+    jsons = {f"{name}.json" for name in ("speed", "kernels", "numerics", "models", "examples")}
+    assert names == {*jsons, "demo.png"}
+    assert not other.exists()
+    printed = capsys.readouterr().out
+    for name in names:
+        assert f"wrote {written / name}" in printed
+    for name in jsons:  # and how to repeat the run, wherever that one wrote
+        assert "--publish" not in json.loads((written / name).read_text())["command"]
+
+
+def test_unpublished_results_are_ignored_by_git():
+    root = Path(report.__file__).parent.parent
+    if not (root / ".git").exists():
+        pytest.skip("no repository here")
+    assert report.UNPUBLISHED.is_relative_to(root)
+    subprocess.run(["git", "-C", root, "check-ignore", "-q", report.UNPUBLISHED], check=True)
+    # A stranger's run is repeated without the folder that it wrote to.
+    for path in report.RESULTS.rglob("*.json"):
+        assert "--out" not in json.loads(path.read_text())["command"], path
+
+
+def test_command_that_repeats_a_run():
+    words = ["kernels", "--only", "speed: .*(bf16|2.28)$", "--rounds", "3"]
+    told = "python -m bench kernels --only 'speed: .*(bf16|2.28)$' --rounds 3"
+    assert arguments.command(*words) == told
+    assert arguments.command("--out", "/tmp/a", *words) == told
+    assert arguments.command(*words[:3], "--out=/tmp/a", *words[3:]) == told
+    assert arguments.command(*words, "--publish") == told
 
 
 def test_part_of_the_table_leaves_the_whole_one_alone(run, tmp_path):
@@ -304,9 +367,10 @@ def test_cases_are_told_apart(device):
     assert {case.id for case in own if case.quick} == listed, "a name that is no case's"
 
 
-def run_kernels(monkeypatch, tmp_path, *names):
+def run_kernels(monkeypatch, tmp_path, *names, options=()):
     monkeypatch.setattr(kernels, "CASES", {"cpu": [TINY[name] for name in names]})
-    status = kernels.main(["--rounds", "3", "--peers", "eager", "--out", str(tmp_path)])
+    out = ["--out", str(tmp_path)]
+    status = kernels.main(["--rounds", "3", "--peers", "eager", *out, *options])
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
     return status, {(row["case"], row["contestant"]): row for row in rows}
 
@@ -326,6 +390,14 @@ def test_kernels_of_a_step(monkeypatch, tmp_path, capsys):
         assert len(row["seconds"]) == 3
         assert row["limit"]["low"] <= row["limit"]["median"] <= row["limit"]["high"]
     assert rows["speed: mse", "limit"]["limit"]["median"] == 1
+
+
+def test_kernels_short_of_time_say_what_they_left_out(monkeypatch, tmp_path, capsys):
+    status, rows = run_kernels(monkeypatch, tmp_path, "mse", "ce", options=["--seconds", "0"])
+    assert status == 0
+    assert rows.keys() == {("speed: mse", "ours"), ("speed: ce", "ours")}
+    assert {row["problem"] for row in rows.values()} == {"no time left of the 0 s of this run"}
+    assert "no time left of the 0 s of this run" in capsys.readouterr().out
 
 
 def test_kernels_of_a_wrong_result_have_no_figures(monkeypatch, tmp_path, capsys):
@@ -684,8 +756,7 @@ def test_figures_tell_where_someone_else_is_faster():
 
 def test_examples_quick(compiled, tmp_path):
     """What docs/examples.md asks for is measured."""
-    arguments = ["examples", "--quick", "--out", str(tmp_path)]
-    assert cli.main(arguments) == 0
+    assert cli.main(["examples", "--quick", "--out", str(tmp_path)]) == 0
     assert "hardly trained" in json.loads((tmp_path / "examples.json").read_text())["caveat"]
     page = Path(__file__).parent.parent / "docs" / "examples.md"
     if page.exists():
@@ -716,8 +787,8 @@ def test_models_quick(monkeypatch, tmp_path, capsys, scale):
     monkeypatch.setattr(fusedloss, "MSELoss", Loss)
     monkeypatch.setattr(models, "peak_elsewhere", lambda *_: 2**20)
     names = list(models.MODELS) if scale == 1 else ["autoencoder"]
-    arguments = ["models", "--quick", "--rounds", "1", "--out", str(tmp_path), "--only", *names]
-    status = cli.main(arguments)
+    options = ["--quick", "--rounds", "1", "--out", str(tmp_path), "--only", *names]
+    status = cli.main(["models", *options])
     out, err = capsys.readouterr()
     assert status == (scale != 1)
     assert ("autoencoder: the losses of torch and ours are" in err) == (scale != 1)
@@ -740,48 +811,75 @@ def test_peak_memory_of_training():
 GPU = Path(__file__).parent.parent / ".ci" / "gpu"
 
 
-# Stand for a GPU's machine: each stage but the build takes as long as it is let.
+# Stand for a GPU's machine: each stage but the build takes as long as it is let ($SLOW).
 STUBS = {
     "nvidia-smi": "echo GPU 0",
-    "compute-sanitizer": "sleep 100",
+    "compute-sanitizer": """$SLOW
+case $* in
+  *"$ERROR"*) echo '========= COMPUTE-SANITIZER'; echo '========= Error: not here'; exit 1 ;;
+esac""",
     "python3": """case $* in
   *get_device_capability*) echo 9.0 ;;
-  *'-m pytest'*) sleep 100 ;;
-  *'-m bench --device'*) echo "$*" >"$STUBS/bench"; sleep 100 ;;
+  *'-m pytest'*) $SLOW ;;
+  *'-m bench '*) $SLOW ;;
   *bench.gpu_report*) cp "$3" "$STUBS/stages" ;;
 esac""",
 }
 
 
+@pytest.fixture
+def make_gpu(tmp_path):
+    """Run it; gives what came of it, and the result of each stage."""
+
+    def run(**environment: str):
+        for name, text in STUBS.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+        path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+        stubs = {"PATH": path, "PYTHON": "python3", "STUBS": str(tmp_path), **environment}
+        done = subprocess.run(
+            [GPU], check=False, capture_output=True, text=True, env=os.environ | stubs, timeout=28
+        )
+        lines = (tmp_path / "stages").read_text().splitlines()
+        return done, {name: result for name, result, _ in (line.split("\t") for line in lines)}
+
+    return run
+
+
 @pytest.mark.skipif(not GPU.exists(), reason="needs .ci/gpu")
-def test_make_gpu_ends_in_time(tmp_path):
+def test_make_gpu_ends_in_time(make_gpu):
     """What is begun late is stopped early, what comes later is skipped, and all of it is told."""
-    for name, text in STUBS.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]),
-        "PYTHON": "python3",
-        "STUBS": str(tmp_path),
-    }
     # The stages leave 25 of these seconds.
-    environment["GPU_SECONDS"] = "28"
-    done = subprocess.run(
-        [GPU], check=False, capture_output=True, text=True, env=environment, timeout=28
-    )
+    done, stages = make_gpu(SLOW="sleep 100", ERROR="nothing", GPU_SECONDS="28")
     assert done.returncode == 1, done.stderr
-    stages = [line.split("\t") for line in (tmp_path / "stages").read_text().splitlines()]
-    names = [name for name, _, _ in stages]
+    names, results = list(stages), list(stages.values())
     beside = ["autocast", "memcheck", "racecheck", "tests", "tests of the Triton kernels"]
     assert names[0] == "build" and sorted(names[1:6]) == beside
     assert names[6:] == ["tests that only a GPU has", "bench", "kernels"]
-    results = [result for _, result, _ in stages]
     assert results[0] == "passed"
     assert all(re.fullmatch(r"stopped after [1-3] s", result) for result in results[1:6])
     assert results[6:] == ["skipped: no time left"] * 3
     # Which of them had ended, and which had not, is told of the stopped ones too.
     assert "-- values:fp64: " in done.stdout
+
+
+REFUSED = "skipped: compute-sanitizer does not run here: ========= Error: not here"
+
+
+@pytest.mark.skipif(not GPU.exists(), reason="needs .ci/gpu")
+@pytest.mark.parametrize(
+    ("error", "result", "status"),
+    [
+        ("--tool", REFUSED, 0),  # of whatever it runs
+        ("cuda_small", "FAILED with status 1", 1),  # of our kernels alone
+        ("nothing", "passed", 0),
+    ],
+)
+def test_make_gpu_where_compute_sanitizer_is_refused(make_gpu, error, result, status):
+    done, stages = make_gpu(SLOW="", ERROR=error)
+    others = stages.keys() - {"memcheck", "racecheck"}
+    assert stages == {**dict.fromkeys(others, "passed"), "memcheck": result, "racecheck": result}
+    assert done.returncode == status, done.stderr
 
 
 def test_bench_told_to_end_writes_what_it_has(run, monkeypatch, tmp_path):
@@ -797,6 +895,9 @@ def test_bench_told_to_end_writes_what_it_has(run, monkeypatch, tmp_path):
         run("mse", "l1", "ce")
     part = json.loads((tmp_path / "speed-part.json").read_text())
     assert [row["case"] for row in part["rows"]] == ["mse"]
+    status, rows = run_kernels(monkeypatch, tmp_path, "mse", "l1", "ce")
+    assert status == 130
+    assert {case for case, _ in rows} == {"speed: mse"}
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -110,6 +110,27 @@ torch.testing.assert_close(gradient, expected)
     assert done.returncode == 0, done.stderr.decode()
 
 
+def test_prediction_made_amid_a_capture() -> None:
+    """A replay does not make it again, and it outlives its module."""
+    x, y = torch.randn(2, 300, device="cuda")
+    x.requires_grad_()
+    module, upstream = fusedloss.MSELoss(), torch.tensor(5.0, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (gradient,) = torch.autograd.grad(module(x, y), x, upstream)
+    prediction = module._prediction(x)
+    assert prediction is not None
+    for _ in range(3):
+        graph.replay()
+    assert prediction.tolist() == [5.0, 3.0]
+    address = prediction.data_ptr()
+    del module, prediction
+    others = [torch.zeros(2, dtype=torch.float64, device="cuda") for _ in range(1000)]
+    assert address not in {other.data_ptr() for other in others}
+    graph.replay()
+    torch.testing.assert_close(gradient, 5 * 2 / 300 * (x.detach() - y))
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_cuda_graph_of_an_own_loss(reduction: str) -> None:
     """Both gradients; a parameter is that of the capture."""

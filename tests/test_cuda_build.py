@@ -22,7 +22,7 @@ import fusedloss
 from custom_losses import charbonnier, focal, gaussian_kl
 from fusedloss._toolkit import find_toolkit
 from fusedloss.custom import PointwiseLoss
-from fusedloss.custom.building import build_cuda
+from fusedloss.custom.building import cuda_library
 
 REQUIRED = os.environ.get("FUSEDLOSS_REQUIRE_CUDA") == "1"
 
@@ -127,14 +127,17 @@ def nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", [charbonnier, gaussian_kl, focal], ids=lambda x: x.__name__)
 def test_own_loss(loss: PointwiseLoss, nvcc: None, capfd: pytest.CaptureFixture[str]) -> None:
-    key, library = build_cuda(loss.__name__, loss._struct)
+    found: list[tuple[str, str]] = []
+    own = cuda_library(loss.__name__, loss._struct)
+    own.load(lambda *of: found.append(of))
     assert f"compiled {loss.__name__} for the GPU in " in capfd.readouterr().err
     for architecture in ("sm_80", "sm_90"):
         # Three dtypes of value and input's gradient; four of whatever else is wanted.
         for plain, count in (("true", 3), ("false", 4)):
             kind = rf"::flat<fusedloss::.*Loss, [\w:]+, {plain}, false>"
-            check_kernels(str(library), architecture, kind, count)
-    assert build_cuda(loss.__name__, loss._struct) == (key, library)
+            check_kernels(found[0][1], architecture, kind, count)
+    own.load(lambda *of: found.append(of))
+    assert found[1] == found[0]
     assert not capfd.readouterr().err
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 import pickle
+import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -746,6 +748,79 @@ def test_module(backend: str) -> None:
     assert list(criterion.state_dict()) == ["weight"]
     with pytest.raises(TypeError, match="no parameter 'p'; it has q"):
         quantile.module(p=0.1)
+
+
+def scaled(input: Any, target: Any, *, scale: Any = 1.0, shift: Any = 0.0) -> Any:
+    """A definition that is not decorated."""
+    return fm.abs(scale * (input - target) + shift)
+
+
+class Scaled:
+    """A definition by an object."""
+
+    def __call__(self, input: Any, target: Any, *, scale: Any = 1.0, shift: Any = 0.0) -> Any:
+        return scaled(input, target, scale=scale, shift=shift)
+
+
+@pytest.mark.parametrize("name", ["", "///", 3, 'a\\\n#error \'"""/../*?\0\u03bb' + "x" * 300])
+def test_any_name(name: Any, fused: str) -> None:
+    """Reaches neither a source nor a path."""
+
+    class Definition:
+        __name__ = name
+
+        def __call__(self, input: Any, target: Any) -> Any:
+            return (input - target) ** 4
+
+    loss = fusedloss.pointwise_loss(Definition())
+    x, y = torch.tensor([3.0]), torch.tensor([1.0])
+    assert loss(x, y) == 16 and fusedloss.explain(loss, x, y).fused
+    key = custom._prepared(loss._number, DEVICE)[1]
+    assert re.fullmatch(r"\w{1,40}-[\w.-]+", key, re.ASCII), key
+    assert loss._struct.splitlines()[1].startswith("struct Loss")
+    assert loss.__name__ == (name if isinstance(name, str) else "Definition")
+
+
+def power(exponent: Any, input: Any, target: Any) -> Any:
+    return fm.abs(input - target) ** exponent
+
+
+def test_definitions_that_are_no_functions(fused: str) -> None:
+    """Are known by what they compute, in every process, and work as functions do."""
+    x, y = torch.randn(2, 5)
+
+    def key(definition: Any) -> str:
+        loss = fusedloss.pointwise_loss(definition)
+        torch.testing.assert_close(loss(x, y, scale=3), (3 * (x - y)).abs().mean())
+        assert fusedloss.explain(loss, x, y).fused
+        return custom._prepared(loss._number, DEVICE)[1]
+
+    partial = functools.partial(scaled, scale=2)
+    assert key(scaled) == key(partial) == key(functools.partial(partial, shift=0.0))
+    assert key(scaled).startswith("scaled-")
+    assert key(Scaled()).startswith("Scaled-") and key(Scaled()) == key(Scaled())
+    of_lambda = [
+        lambda input, target, *, scale=1: fm.abs(scale * (input - target)) for _ in range(2)
+    ]
+    assert key(of_lambda[0]) == key(of_lambda[1])
+    assert key(of_lambda[0]).startswith("lambda-")
+    powers = [fusedloss.pointwise_loss(functools.partial(power, n)) for n in (2, 3, 2)]
+    assert {loss._traced.identifier for loss in powers} == {"power"}
+    two, three, again = (loss._struct for loss in powers)
+    assert two == again != three
+
+    loss = fusedloss.pointwise_loss(partial)
+    assert (loss.__name__, loss.__module__, loss.__doc__) == (
+        *("scaled", __name__),
+        "A definition that is not decorated.",
+    )
+    for made in (loss, fusedloss.pointwise_loss(scaled), fusedloss.pointwise_loss(Scaled())):
+        assert copy.copy(made) is copy.deepcopy(made) is made
+        copied = pickle.loads(pickle.dumps(made))
+        torch.testing.assert_close(copied(x, y), made(x, y))
+        assert repr(copied) == repr(made)
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+        pickle.dumps(fusedloss.pointwise_loss(of_lambda[0]))
 
 
 def test_loss_object() -> None:

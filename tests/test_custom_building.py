@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fusedloss
 from conftest import need
-from fusedloss import backends
+from fusedloss import _toolkit, backends
 from fusedloss import math as fm
 from fusedloss.custom import building
+from fusedloss.custom.building import CPU, CannotCompile, Library
 
 SCRIPT = """
 import torch, fusedloss
@@ -128,7 +134,13 @@ def test_no_place_to_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def squared(input, target):  # type: ignore[no-untyped-def]
         return (input - target) ** 2
 
-    assert squared(torch.tensor([3.0]), torch.tensor([1.0])) == 4
+    with pytest.warns(RuntimeWarning, match="keeps no compiled losses.*Not a directory") as caught:
+        assert squared(torch.tensor([3.0]), torch.tensor([1.0])) == 4
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        squared.compile()
+    assert fusedloss.explain(squared, torch.ones(2), torch.ones(2)).fused
 
 
 def test_formulas_that_gcc_fails_on() -> None:
@@ -157,6 +169,342 @@ def test_broken_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cubed(x, y) == 8  # without another warning
 
 
+# ---- whose folder, whose library ------------------------------------------------------------------
+
+
+class Cached:
+    """A library in a cache, compiled by a program that writes a finished one: that takes no time."""
+
+    def __init__(self, folder: Path, small: Path) -> None:
+        self.calls = folder.parent / "calls"
+        self.compiler = program(
+            folder.parent / "c++", f'echo >> "{self.calls}"\ncp "{small}" "$out"'
+        )
+        self.library = Library("tiny", CPU, "// a source\n", [self.compiler])
+        self.folder = folder
+        self.path = folder / f"{self.library.key}.so"
+
+    def load(self) -> Path:
+        """The path that is loaded, after a look at what is there."""
+        loaded: list[Path] = []
+
+        def loader(key: str, path: str) -> None:
+            assert building._is_whole(Path(path).read_bytes())
+            loaded.append(Path(path))
+
+        self.library.load(loader)
+        (found,) = loaded
+        return found
+
+    def compilations(self) -> int:
+        return len(self.calls.read_text().splitlines())
+
+
+def program(path: Path, does: str) -> str:
+    """A compiler, whose output is "$out"."""
+    version = '[ "$1" = --version ] && { echo a compiler; exit 0; }\n'
+    last = "for out; do :; done\n"
+    path.write_text(f"#!/bin/sh\n{version}{last}{does}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library of one number."""
+    library = tmp_path_factory.mktemp("small") / "small.so"
+    try:
+        compiler = building.find_compiler()
+    except CannotCompile as error:
+        pytest.skip(str(error))
+    command = [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+    subprocess.run(command, input="int number = 1;", text=True, check=True)
+    return library
+
+
+@pytest.fixture
+def cached(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> Cached:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", str(folder))
+    return Cached(folder, small)
+
+
+def test_folder_is_ours_alone(cached: Cached) -> None:
+    """As soon as it is made, whatever the umask."""
+    before = os.umask(0)
+    try:
+        assert cached.load() == cached.path
+    finally:
+        os.umask(before)
+    assert cached.folder.stat().st_mode & 0o777 == 0o700
+    for path in cached.folder.iterdir():
+        assert path.stat().st_mode & 0o022 == 0, path
+    cached.folder.chmod(0o500)  # nothing has to be written
+    assert cached.load() == cached.path
+    assert cached.compilations() == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no owners and modes")
+@pytest.mark.parametrize("what", ["another user's", "group", "others", "another user's link"])
+def test_folder_of_others(what: str, cached: Cached, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is not used, whatever lies there: a private one is, with a warning that says why."""
+    cached.load()
+    cached.path.write_bytes(b"a trap")
+    names = sorted(cached.folder.iterdir())
+    why = "others can write to .*cache; chmod go-w .*cache ends that"
+    if what == "another user's":
+        user = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+        why = f"cache belongs to user {user}, and this process to user {user + 1}"
+    elif what == "another user's link":
+        link = cached.folder.with_name("link")
+        link.symlink_to(cached.folder)
+        monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", str(link))
+        assert cached.load() == cached.path  # a link of ours
+        cached.path.write_bytes(b"a trap")
+        real = Path.lstat
+
+        def lstat(path: Path) -> os.stat_result:
+            mode, inode, device, links, user, *rest = real(path)
+            return os.stat_result((mode, inode, device, links, user + (path == link), *rest))
+
+        monkeypatch.setattr(Path, "lstat", lstat)
+        why = "link belongs to user"
+    else:
+        cached.folder.chmod(0o770 if what == "group" else 0o702)
+    with pytest.warns(
+        RuntimeWarning, match=f"{why}.*Set FUSEDLOSS_CACHE_DIR to a folder"
+    ) as caught:
+        loaded = cached.load()
+    assert len(caught) == 1 and loaded.parent != cached.folder
+    assert not loaded.parent.exists()
+    assert cached.path.read_bytes() == b"a trap" and sorted(cached.folder.iterdir()) == names
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cached.load()  # without another warning
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "without its end": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "one byte": lambda path: path.write_bytes(b"".join((path.read_bytes()[:999], b"\xa5" * 9))),
+    "writable": lambda path: path.chmod(0o666),
+    "a link": lambda path: path.symlink_to(path.rename(path.with_name("elsewhere"))),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no modes and pipes")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_library(damage: str, cached: Cached) -> None:
+    """Is compiled again, once, instead of being loaded."""
+    cached.load()
+    whole = cached.path.read_bytes()
+    DAMAGES[damage](cached.path)
+    for _ in range(2):
+        assert cached.load() == cached.path
+        assert cached.compilations() == 2
+    assert cached.path.read_bytes() == whole
+    assert cached.path.is_file() and not cached.path.is_symlink()
+
+
+def test_whole_on_disk_before_it_has_its_name(
+    cached: Cached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Any] = []
+    sync, replace = os.fsync, os.replace
+
+    def fsync(file: int) -> None:
+        done.append(os.fstat(file).st_ino)
+        sync(file)
+
+    def rename(source: Path, target: Path) -> None:
+        done.append(target.suffix)
+        assert source.stat().st_ino in done
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    cached.load()
+    assert done[-2:] == [".so", cached.folder.stat().st_ino]
+    assert ".cpp" in done
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_lock_that_is_a_link(exists: bool, cached: Cached) -> None:
+    """Is not followed, so that no other file is made or emptied."""
+    cached.folder.mkdir(mode=0o700)
+    other = cached.folder.with_name("other")
+    if exists:
+        other.write_text("of the user")
+    cached.path.with_suffix(".lock").symlink_to(other)
+    assert cached.load() == cached.path
+    assert other.exists() is exists
+    assert not exists or other.read_text() == "of the user"
+
+
+def test_lock_that_is_held(cached: Cached, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a process that does not end: nobody waits for ever."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(building, "SECONDS", 0.5)
+    cached.folder.mkdir(mode=0o700)
+    with cached.path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        started = time.monotonic()
+        assert cached.load() == cached.path
+    assert 0.5 <= time.monotonic() - started < 10
+
+
+def test_library_that_does_not_load(cached: Cached) -> None:
+    """From a folder that may not hold programs, say: one that is compiled elsewhere may."""
+    tried = []
+
+    def loader(key: str, path: str) -> None:
+        tried.append(Path(path).parent == cached.folder)
+        if len(tried) <= refusals:
+            raise RuntimeError(f"{path} does not load: operation not permitted")
+
+    refusals = 1
+    with pytest.warns(RuntimeWarning, match="keeps no compiled losses.*does not load"):
+        cached.library.load(loader)
+    assert tried == [True, False]
+    refusals = 4
+    with pytest.raises(CannotCompile, match="does not load.*; .*does not load"):
+        cached.library.load(loader)
+    assert tried == [True, False] * 2
+
+
+@pytest.mark.slow
+def test_damaged_kernels(tmp_path: Path) -> None:
+    """What a dynamic loader would end the process on."""
+    need("compiled")
+    cache = tmp_path / "cache"
+    finished(start(cache))
+    (library,) = cache.glob("*.so")
+    DAMAGES["half"](library)
+    out, err = finished(start(cache))
+    assert out.split()[0] == "True"
+    assert len(compiled_lines(err)) == 1
+
+
+# ---- compilers and machines that fail -------------------------------------------------------------
+
+
+def plain(match: str) -> None:
+    """A new loss runs on plain PyTorch, with one warning, which says why."""
+    need("compiled")
+
+    @fusedloss.pointwise_loss
+    def cubed(input, target):  # type: ignore[no-untyped-def]
+        return (input - target) ** 3
+
+    x, y = torch.tensor([3.0]), torch.tensor([1.0])
+    with pytest.warns(RuntimeWarning, match=f"(?s)cubed runs on plain PyTorch.*{match}") as caught:
+        assert cubed(x, y) == 8
+    assert len(caught) == 1
+    assert cubed(x, y) == 8
+
+
+COMPILERS = {
+    "exit 0": "leaves no whole library, and no error",
+    'echo lib > "$out"': "leaves no whole library",
+    'head -c 64 SMALL > "$out"': "leaves no whole library",
+    'head -c 300 SMALL > "$out"': "leaves no whole library",
+    'head -c 5000 SMALL > "$out"': "leaves no whole library",
+    'mkdir "$out"': "leaves no whole library",
+    r"printf 'odd \377 bytes' >&2; exit 1": "fails: odd \N{REPLACEMENT CHARACTER} bytes",
+    "kill -SEGV $$": "fails",
+    "sleep 300 & echo $! > PID; sleep 300": "was ended, since it took longer than 1 s",
+}
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize("does", COMPILERS)
+def test_compilers_that_fail(
+    does: str, tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", str(tmp_path / "cache"))
+    script = does.replace("SMALL", str(small)).replace("PID", str(tmp_path / "pid"))
+    monkeypatch.setenv("CXX", program(tmp_path / "c++", script))
+    monkeypatch.setattr(building, "SECONDS", 1.0)
+    plain(COMPILERS[does])
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    if "PID" in does:  # with what it had started
+        pid, until = int((tmp_path / "pid").read_text()), time.monotonic() + 10
+        while not has_ended(pid):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
+def test_compilers_that_do_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_bytes(b"\x7fELF of another processor")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    plain("Exec format error")
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\nsleep 300\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setitem(_toolkit.run.__kwdefaults__, "seconds", 0.5)
+    plain("was ended, since it took longer than 0.5 s")
+
+
+def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the cache nor for temporary files."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "fsync", full)
+    plain("No space left on device")
+    monkeypatch.setattr(os, "mkdir", full)
+    plain("No space left on device|No usable temporary directory")
+
+
+def test_no_home(cached: Cached, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwd = pytest.importorskip("pwd")
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for variable in ("FUSEDLOSS_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(building, "_warned_of", set())
+    with pytest.warns(RuntimeWarning, match="keeps no compiled losses.*home directory"):
+        cached.load()
+
+
+def test_folder_of_a_name_too_long(cached: Cached, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", "x" * 5000)
+    with pytest.warns(RuntimeWarning, match="keeps no compiled losses.*File name too long"):
+        cached.load()
+
+
+def test_folder_beside_the_work(cached: Cached, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dynamic loader would look for a name without a folder where it keeps the system's."""
+    cached.folder.mkdir(mode=0o700)
+    monkeypatch.chdir(cached.folder)
+    monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", ".")
+    assert cached.load() == cached.path.resolve()
+
+
+def test_unknown_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "abc")
+    with pytest.raises(CannotCompile, match="TORCH_CUDA_ARCH_LIST: .*abc"):
+        building._architectures()
+
+
 def no_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("PATH", "")
@@ -166,8 +514,8 @@ def no_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
     no_toolkit(monkeypatch)
-    with pytest.raises(building.CannotCompile, match="no nvcc: neither NVCC, nor CUDA_HOME"):
-        building.build_cuda("none", "")
+    with pytest.raises(CannotCompile, match="no nvcc: neither NVCC, nor CUDA_HOME"):
+        building.cuda_library("none", "")
 
 
 def test_architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +535,7 @@ def test_architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     ampere, hopper = "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"
     assert flags((9, 0), (8, 0), (9, 0)) == [ampere, hopper]
-    with pytest.raises(building.CannotCompile, match="there is no GPU, and TORCH_CUDA_ARCH_LIST"):
+    with pytest.raises(CannotCompile, match="there is no GPU, and TORCH_CUDA_ARCH_LIST"):
         flags()
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     assert flags() == flags((8, 0)) == [hopper]

@@ -242,6 +242,23 @@ def test_what_the_numerics_page_says_of_its_figures(numerics: ModuleType) -> Non
             assert error < row["torch"][column] + (0.2 if above else 0.02), row
             if row["dtype"] in ("bfloat16", "float16"):
                 assert error < 0.505, row
+    for row in results["hard"]:
+        for column, error in row["ours"].items():
+            assert error < max(row["torch"][column], 1) + 0.02, row
+
+
+def test_numerics_of_hard_inputs(numerics: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The truths are true: what is far off is never both ours and torch's."""
+    monkeypatch.setattr(numerics, "EQUAL", 2**10)
+    monkeypatch.setattr(numerics, "MANY_CLASSES", 100)
+    rows = numerics.measure_hard()
+    assert len(rows) == sum(len(hard.dtypes) for hard in numerics.HARD)
+    for row in rows:
+        for column in ("element", "mean"):
+            assert min(row["ours"][column], row["torch"][column]) < 16, row
+    text = numerics.figures.errors({"hard": rows}, "hard")
+    assert text.count("\n") == len(rows) + 4
+    assert "| confident rows | `cross_entropy` | bfloat16 | 0.50 |" in text
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -5,6 +5,7 @@ Runs on a GPU, or where the emulator or Triton's interpreter stands for one.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +15,8 @@ import torch
 import fusedloss
 import fusedloss.functional as FL
 from cases import DEVICE
-from helpers import FOR_A_GPU, INTERPRETED
+from fusedloss import backends
+from helpers import EMULATED, FOR_A_GPU, INTERPRETED
 
 pytestmark = [
     pytest.mark.skipif(
@@ -88,6 +90,20 @@ def test_probability_outside_unit(which: str, bad: float) -> None:
     assert value.isnan().nonzero().tolist() == [[123]]
     assert gradient.isnan().nonzero().tolist() == [[123]]
     with pytest.raises(RuntimeError, match=rf"elements of {which} should be .* element 123 in"):
+        fusedloss.check()
+
+
+@pytest.mark.skipif(not EMULATED, reason="asks the emulator for its atomics")
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_block_tells_once(strided: bool) -> None:
+    """Where every element is wrong, atomics on the host's memory would take longer than all else."""
+    emulator = ctypes.CDLL(backends.extension.__file__)
+    input = torch.full((40_000, 2 if strided else 1), 7.0)[:, 0].requires_grad_()
+    before = emulator.emulator_compares_and_swaps()
+    FL.binary_cross_entropy(input, torch.zeros(40_000)).backward()
+    blocks = 3 * 3  # of an emulated device, and no pass has more
+    assert 1 <= emulator.emulator_compares_and_swaps() - before <= 2 * blocks
+    with pytest.raises(RuntimeError, match="elements of input should be"):
         fusedloss.check()
 
 

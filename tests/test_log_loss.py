@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 import fusedloss.functional as FL
 from cases import at_shape
-from helpers import assert_same_bits
+from helpers import assert_same_bits, leaf
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
 
@@ -38,6 +42,19 @@ def test_certain_and_wrong(backend: str) -> None:
             target.cpu().numpy(), input.cpu().numpy(), labels=range(3)
         )
         assert FL.log_loss(input, target).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_certain_and_right(backend: str) -> None:
+    """A probability of exactly 1 costs nothing; scikit-learn bounds it by 1 - eps, below which the two
+    agree."""
+    for dtype in (torch.float64, torch.float32):
+        eps = torch.finfo(dtype).eps
+        for p, ours, theirs in ((1, 0, eps), (1 - eps, eps, eps)):
+            input = torch.tensor([[p, 1 - p]], dtype=dtype)
+            value = FL.log_loss(input, torch.tensor([0]))
+            assert value.item() == pytest.approx(ours, rel=1e-6)
+            expected = sklearn_metrics.log_loss([0], input.cpu().numpy(), labels=[0, 1])
+            assert expected == pytest.approx(theirs, rel=1e-6)
 
 
 def test_one_hot_probabilities_are_class_indices(backend: str) -> None:
@@ -88,3 +105,73 @@ def test_targets_of_zero_by_themselves(dtype: torch.dtype, backend: str) -> None
     assert alone.isnan().any()
     assert torch.equal(alone.isnan(), beside.isnan())
     assert_same_bits(alone.nan_to_num(3.0), beside.nan_to_num(3.0), "gradient")
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+def with_gradient(
+    function: Callable[..., Tensor], input: Tensor, *args: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    input = leaf(input)
+    value = function(input, *args, **options)
+    return value.detach(), torch.autograd.grad(value, input, torch.full_like(value, 3.0))[0]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("layout", ["(N, C)", "(N, C, d)", "strided"])
+def test_ignored_rows_have_no_gradient(layout: str, reduction: str, backend: str) -> None:
+    """Nor has a mean over nothing but ignored rows: its value is nan, as that of cross_entropy."""
+    input = torch.rand(6, 16, 4)[..., 0] if layout == "(N, C)" else torch.rand(6, 16, 4)
+    if layout == "strided":
+        input = torch.rand(6, 4, 32)[..., ::2].transpose(1, 2)
+    rows = torch.randint(16, (6, *input.shape[2:]))
+    for ignored in (slice(2, 4), slice(None)):
+        target = rows.clone()
+        target[ignored] = -100
+        value, gradient = with_gradient(FL.log_loss, input, target, reduction=reduction)
+        assert (gradient[ignored] == 0).all()
+        if ignored == slice(None) and reduction == "mean":
+            assert value.isnan()
+        else:
+            assert gradient.isfinite().all() and value.isfinite().all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_of_absent_classes_do_not_count(reduction: str, backend: str) -> None:
+    """As in torch: the loss looks at the target's class alone."""
+    input, target = torch.rand(6, 16), torch.tensor([0, 3, 5, 5, -100, 0])
+    weight = torch.rand(16)
+    expected = with_gradient(FL.log_loss, input, target, weight, reduction=reduction)
+    for absent in (INF, NAN, -INF):
+        weight[[1, 15]] = absent
+        value, gradient = with_gradient(FL.log_loss, input, target, weight, reduction=reduction)
+        assert_same_bits(value, expected[0], f"value, weight {absent}")
+        assert_same_bits(gradient, expected[1], f"gradient, weight {absent}")
+
+
+def test_nan_in_another_class(backend: str) -> None:
+    """The loss is the target's alone; the gradient there is nan, as in torch."""
+    input, target = torch.rand(6, 16), torch.tensor([0, 3, 5, 5, -100, 0])
+    input[1, 7] = input[4, 2] = NAN
+    value, gradient = with_gradient(FL.log_loss, input, target)
+    assert value.isfinite()
+    assert gradient.isnan().nonzero().tolist() == [[1, 7], [4, 2]]
+
+
+@pytest.mark.parametrize("indices", [True, False], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_autocast(dtype: torch.dtype, indices: bool, backend: str) -> None:
+    """float32 on every path, as cross_entropy; float64 stays."""
+    input = torch.rand(6, 16).to(dtype)
+    target = torch.randint(16, (6,)) if indices else torch.rand(6, 16).to(dtype)
+    expected = torch.float64 if dtype is torch.float64 else torch.float32
+    for weight in (None, torch.rand(16).to(dtype)):
+        for reduction in ("mean", "sum", "none"):
+            plain = FL.log_loss(input.float(), target if indices else target.float(),
+                                None if weight is None else weight.float(), reduction)  # fmt: skip
+            with torch.autocast(input.device.type, torch.bfloat16):
+                value = FL.log_loss(input, target, weight, reduction)
+            assert value.dtype is expected
+            if dtype is torch.float32:
+                torch.testing.assert_close(value, plain)

@@ -46,11 +46,17 @@ __device__ Compute<D> exp_for(Compute<D> x) {
 }
 
 // What some of a row's classes add up to, measured from the largest of them; members as in RowSums.
-// D is the type of what comes of it.
-template <class D>
+// D is the type of the results. kHard: the target alone counts; dot and mass stay 0 then. Where more
+// counts, the loss of a row that is sure of another class needs the digits of what the others, small
+// beside it, add up to.
+template <class D, bool kHard>
 struct Partial {
   using T = Compute<D>;
-  T max = -kInfinity<T>, sum = 0, dot = 0, mass = 0;
+  using Result = D;
+  static constexpr bool kSoft = !kHard;
+  T max = -kInfinity<T>;
+  std::conditional_t<kSoft && std::is_same_v<D, float>, double, T> sum = 0;
+  T dot = 0, mass = 0;
 
   // As measured from another origin.
   __device__ void move_to(T top) {
@@ -74,16 +80,16 @@ struct Partial {
 };
 
 // A sum of two has the same bits in either order, and so all lanes come to the same end.
-template <class D>
-__device__ void merge_lanes(Partial<D>& p, int lanes, bool soft) {
-  Compute<D> top = p.max;
+template <class P>
+__device__ void merge_lanes(P& p, int lanes) {
+  auto top = p.max;
   for (int step = lanes / 2; step > 0; step /= 2) {
     top = fmax(top, __shfl_xor_sync(kAllLanes, top, step));
   }
   p.move_to(top);
   for (int step = lanes / 2; step > 0; step /= 2) {
     p.sum += __shfl_xor_sync(kAllLanes, p.sum, step);
-    if (soft) {
+    if constexpr (P::kSoft) {
       p.dot += __shfl_xor_sync(kAllLanes, p.dot, step);
       p.mass += __shfl_xor_sync(kAllLanes, p.mass, step);
     }
@@ -95,7 +101,7 @@ __device__ void merge_lanes(Partial<D>& p, int lanes, bool soft) {
 enum class Scope { kLanes, kBlock, kCluster };
 
 // Of a power of two of lanes: a warp works on several rows.
-template <Scope kScope, class D>
+template <Scope kScope, class P>
 struct Group {
   const int size, rank;
 
@@ -108,44 +114,44 @@ struct Group {
   }
   __device__ int64_t row_step() const { return int64_t{gridDim.x} * blockDim.x / size; }
   __device__ int64_t row_behind() const { return threadIdx.x % kWarp / size; }
-  __device__ void merge(Partial<D>& p, bool soft) { merge_lanes(p, size, soft); }
+  __device__ void merge(P& p) const { merge_lanes(p, size); }
   __device__ void leave() const {}
 };
 
 // A block's warps leave their partials in shared memory. Two sets of them, used by turns, make one
 // barrier a row enough: who writes a set anew has passed the barrier that follows its reading.
-template <class D>
+template <class P>
 struct BlockPartials {
-  Partial<D> of_warp[2][kWarp];
+  P of_warp[2][kWarp];
 };
 
-template <class D>
-__device__ void merge_block(Partial<D>& p, bool soft, Partial<D> (&of_warp)[kWarp]) {
-  merge_lanes(p, kWarp, soft);
+template <class P>
+__device__ void merge_block(P& p, P (&of_warp)[kWarp]) {
+  merge_lanes(p, kWarp);
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = p;
   __syncthreads();
   const unsigned lane = threadIdx.x % kWarp;
-  p = lane < blockDim.x / kWarp ? of_warp[lane] : Partial<D>();
-  merge_lanes(p, kWarp, soft);
+  p = lane < blockDim.x / kWarp ? of_warp[lane] : P();
+  merge_lanes(p, kWarp);
 }
 
-template <class D>
-struct Group<Scope::kBlock, D> {
+template <class P>
+struct Group<Scope::kBlock, P> {
   const int size = blockDim.x, rank = threadIdx.x;
-  BlockPartials<D>& shared;
+  BlockPartials<P>& shared;
   int turn = 0;
 
   __device__ explicit Group(int) : shared(storage()) {}
   __device__ int owner(int packet) const { return packet % size; }
-  __device__ static BlockPartials<D>& storage() {
-    __shared__ alignas(16) unsigned char bytes[sizeof(BlockPartials<D>)];
-    return *reinterpret_cast<BlockPartials<D>*>(bytes);
+  __device__ static BlockPartials<P>& storage() {
+    __shared__ alignas(16) unsigned char bytes[sizeof(BlockPartials<P>)];
+    return *reinterpret_cast<BlockPartials<P>*>(bytes);
   }
   __device__ int64_t first_row() const { return blockIdx.x; }
   __device__ int64_t row_step() const { return gridDim.x; }
   __device__ int64_t row_behind() const { return 0; }
-  __device__ void merge(Partial<D>& p, bool soft) {
-    merge_block(p, soft, shared.of_warp[turn]);
+  __device__ void merge(P& p) {
+    merge_block(p, shared.of_warp[turn]);
     turn ^= 1;
   }
   __device__ void leave() const {}
@@ -153,21 +159,21 @@ struct Group<Scope::kBlock, D> {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 // The hardware has no clusters, and none is launched: see has_clusters.
-template <class D>
-struct Group<Scope::kCluster, D> : Group<Scope::kBlock, D> {
-  using Group<Scope::kBlock, D>::Group;
+template <class P>
+struct Group<Scope::kCluster, P> : Group<Scope::kBlock, P> {
+  using Group<Scope::kBlock, P>::Group;
 };
 #else
-template <class D>
-struct Group<Scope::kCluster, D> {
+template <class P>
+struct Group<Scope::kCluster, P> {
   const int size, rank;
-  BlockPartials<D>& shared;
+  BlockPartials<P>& shared;
   int turn = 0;
 
   __device__ explicit Group(int)
       : size(cluster().num_blocks() * blockDim.x),
         rank(cluster().block_rank() * blockDim.x + threadIdx.x),
-        shared(Group<Scope::kBlock, D>::storage()) {}
+        shared(Group<Scope::kBlock, P>::storage()) {}
   __device__ int owner(int packet) const { return packet % size; }
   __device__ static cooperative_groups::cluster_group cluster() {
     return cooperative_groups::this_cluster();
@@ -175,13 +181,13 @@ struct Group<Scope::kCluster, D> {
   __device__ int64_t first_row() const { return blockIdx.x / cluster().num_blocks(); }
   __device__ int64_t row_step() const { return gridDim.x / cluster().num_blocks(); }
   __device__ int64_t row_behind() const { return 0; }
-  __device__ void merge(Partial<D>& p, bool soft) {
-    __shared__ alignas(16) unsigned char bytes[2 * sizeof(Partial<D>)];
-    Partial<D>* const of_block = reinterpret_cast<Partial<D>*>(bytes) + turn;
-    merge_block(p, soft, shared.of_warp[turn]);
+  __device__ void merge(P& p) {
+    __shared__ alignas(16) unsigned char bytes[2 * sizeof(P)];
+    P* const of_block = reinterpret_cast<P*>(bytes) + turn;
+    merge_block(p, shared.of_warp[turn]);
     if (threadIdx.x == 0) *of_block = p;
     cluster().sync();
-    p = Partial<D>();
+    p = P();
     for (unsigned b = 0; b < cluster().num_blocks(); ++b) {
       p.merge(*cluster().map_shared_rank(of_block, b));
     }
@@ -284,19 +290,20 @@ struct RowEnd {
   T at_target = 0;             // the gradient there
   RowSlope<T> slope{}, low{};  // to be added up; low is 0 where T is as wide as it gets
 
-  template <class D>
-  __device__ RowEnd(const Problem<T>& problem, const Shares<Wide<D>>& shares, const Target& target,
-                    Partial<D> p, T logit, double scale, int64_t row) {
-    using W = Wide<D>;
+  template <class P>
+  __device__ RowEnd(const Problem<T>& problem, const Shares<Wide<typename P::Result>>& shares,
+                    const Target& target, P p, T logit, double scale, int64_t row) {
+    using W = Wide<typename P::Result>;
     if (!target.live) return;
     if (target.index >= 0) p.move_to(fmax(p.max, logit));
     const T weight = target.index >= 0 ? problem.class_weight(target.index) : T(1);
     const T gap = logit - p.max;
     const CrossEntropyCall& call = problem.call;
     const T at = call.indices ? exp_nonpositive(gap) : T(0);
-    sums = {p.max, p.sum, p.dot, p.mass, gap, at, weight, p.sum + (at - T(1))};
+    sums = {p.max, static_cast<T>(p.sum), p.dot, p.mass, gap, at, weight,
+            static_cast<T>(p.sum + (at - T(1)))};
     if (call.upstream) scale = read<W>(call.upstream, call.upstream_dtype, row);
-    const RowSums<W> wide{sums.max, sums.sum, sums.dot, sums.mass, gap, at, weight, W(0)};
+    const RowSums<W> wide{p.max, static_cast<W>(p.sum), p.dot, p.mass, gap, at, weight, W(0)};
     const RowSlope<W> exact = shares.slope(wide, static_cast<W>(scale));
     W own = exact.own * exact.factor;
     if (shares.smooth) own = own - wide.weight * exact.scale;
@@ -377,13 +384,14 @@ __global__ void __launch_bounds__(kBlock<kScope>,
     rows(const Problem<Compute<D>> problem, const Launch l, const Layout layout) {
   using T = Compute<D>;
   using P = Packet<D>;
+  using Sums = Partial<D, kHard>;
   extern __shared__ uint4 shared[];
   const Scaling& s = Scaling::of_block(l);  // in shared memory: it takes no registers meanwhile
   if (settled(l, s)) return;
   const CrossEntropyCall& call = problem.call;
   const auto shares = problem.template shares<T, kHard>();
   const auto wide_shares = problem.template shares<Wide<D>, kHard>();
-  Group<kScope, D> group(layout.lanes);
+  Group<kScope, Sums> group(layout.lanes);
   const int64_t step = group.row_step();
   const auto line_of = [&](int64_t row) {
     const bool there = row < problem.rows;
@@ -435,10 +443,10 @@ __global__ void __launch_bounds__(kBlock<kScope>,
     // The target's own share is left out of the sum.
     wait_for_copies(layout.stages - 1);
     if (layout.keeps && mine) place(its_packet / group.size).element[its_element] = nothing;
-    Partial<D> sums;
+    Sums sums;
     // Class c, by itself.
     const auto part_of = [&](T distance, T top, int c) {
-      Partial<D> part{top, exp_for<D>(distance)};
+      Sums part{top, exp_for<D>(distance)};
       if constexpr (!kHard) {
         part.mass = problem.share(shares, y_at, c);
         part.dot = part.mass * (c == class_of_target ? logit - origin(top) : distance);
@@ -455,7 +463,7 @@ __global__ void __launch_bounds__(kBlock<kScope>,
         x[u] = layout.keeps ? place(k + u) : *line.at(p);
         if (!layout.keeps && p == its_packet) put(x[u], its_element, nothing);
       }
-      Partial<D> part;
+      Sums part;
 #pragma unroll
       for (int u = 0; u < many; ++u) part.max = fmax(part.max, largest(x[u]));
       const T top = origin(part.max);
@@ -463,7 +471,7 @@ __global__ void __launch_bounds__(kBlock<kScope>,
       for (int u = 0; u < many; ++u) {
         const int c = line.first((k + u) * group.size + group.rank);
         // As a tree: where one class outweighs all others, each addition to it is a rounding.
-        Partial<D> of[P::kSize];
+        Sums of[P::kSize];
 #pragma unroll
         for (int i = 0; i < P::kSize; ++i) {
           of[i] = part_of(T(widen(x[u], i)) - top, part.max, c + i);
@@ -490,7 +498,7 @@ __global__ void __launch_bounds__(kBlock<kScope>,
     }
     const PackedRow<D> ahead = line_of(layout.keeps ? row + layout.stages * step : problem.rows);
     if (!s.write) send_for(ahead, 0);
-    group.merge(sums, !kHard);
+    group.merge(sums);
 
     const RowEnd<T> end(problem, wide_shares, target, sums, logit, s.scale, row);
     if (group.rank == 0 && row < problem.rows) {
@@ -570,7 +578,7 @@ __global__ void __launch_bounds__(kColumnsBlock, kColumnsBlocks<D, kWide, kHard>
     Target targets[kRows];
     int64_t y_at[kRows];
     T logits[kRows];
-    Partial<D> sums[kRows];
+    Partial<D, kHard> sums[kRows];
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
       targets[j] = Target(problem, row + j, l);
@@ -586,7 +594,7 @@ __global__ void __launch_bounds__(kColumnsBlock, kColumnsBlocks<D, kWide, kHard>
       }
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
-        Partial<D> part;
+        Partial<D, kHard> part;
 #pragma unroll
         for (int k = 0; k < kStep; ++k) {
           if (c + k < call.classes && c + k != targets[j].index) {

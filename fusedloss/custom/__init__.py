@@ -14,6 +14,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import operator
+import sys
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,7 @@ from torch.overrides import has_torch_function_unary
 from .. import _caller, autograd, backends, functional, second_order
 from ..modules import _Predicting
 from ..reference import REDUCTIONS, reduced
-from .building import CannotCompile, build_cpu, build_cuda
+from .building import CannotCompile, Library, cpu_library, cuda_library
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,10 +63,11 @@ class PointwiseLoss:
         self._default_values = self._values({}) if None not in self._defaults else None
         self.function = function
         self.__wrapped__ = function
+        definition = tracing.definition(function)
         self.__name__: str = self._traced.name
-        self.__qualname__: str = getattr(function, "__qualname__", self.__name__)
-        self.__module__: str = getattr(function, "__module__", "")
-        self.__doc__ = function.__doc__
+        self.__qualname__: str = getattr(definition, "__qualname__", self.__name__)
+        self.__module__: str = getattr(definition, "__module__", "")
+        self.__doc__ = definition.__doc__
         self.__signature__ = self._signature()
 
     # ---- what it is ------------------------------------------------------------------------------
@@ -90,8 +93,18 @@ class PointwiseLoss:
         head = f"{self.__name__}(input, target{', *' if given else ''}{given})"
         return f"<fusedloss.pointwise_loss {head} = {self.formula}>"
 
-    def __reduce__(self) -> str:
-        return self.__qualname__  # found again by name, like a function
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Found again by name, like a function, where it has that name; else made again."""
+        try:
+            found = operator.attrgetter(self.__qualname__)(sys.modules.get(self.__module__))
+        except AttributeError:
+            found = None
+        return self.__qualname__ if found is self else (pointwise_loss, (self.function,))
+
+    def __deepcopy__(self, memo: Any = None) -> PointwiseLoss:
+        return self  # like a function
+
+    __copy__ = __deepcopy__
 
     @property
     def formula(self) -> str:
@@ -494,7 +507,7 @@ def _prepare(loss: PointwiseLoss, device: str, order: tuple[str, ...]) -> tuple[
             if load is None:
                 raise CannotCompile(f"has no kernels of losses of one's own for {device} tensors")
             key = load(loss)
-        except CannotCompile as error:
+        except (CannotCompile, OSError) as error:
             reasons.append(f"{backend}: {error}")
             continue
         second_order.custom_references.setdefault(key, loss._reference)
@@ -504,11 +517,11 @@ def _prepare(loss: PointwiseLoss, device: str, order: tuple[str, ...]) -> tuple[
     return "", "", "; ".join(reasons)
 
 
-def _loaded(loss: PointwiseLoss, build: Callable[[str, str], tuple[str, Path]]) -> str:
-    key, library = build(loss.__name__, loss._struct)
-    if key not in second_order.custom_references:
-        _C.load_custom(key, str(library))
-    return key
+def _loaded(loss: PointwiseLoss, of: Callable[[str, str], Library]) -> str:
+    library = of(loss._traced.identifier, loss._struct)
+    if library.key not in second_order.custom_references:
+        library.load(_C.load_custom)
+    return library.key
 
 
 def _load_triton(loss: PointwiseLoss) -> str:
@@ -517,14 +530,15 @@ def _load_triton(loss: PointwiseLoss) -> str:
 
     constants = printing.host_constants(loss._traced)
     source = printing.triton(loss._traced)
-    key: str = triton.load(loss.__name__, source, len(loss._names) + 1, constants)
+    name = loss._traced.identifier
+    key: str = triton.load(name, source, len(loss._names) + 1, constants)
     return key
 
 
 # Makes a loss ready for a backend's operators on a type of device, and says what they call it; raises
 # CannotCompile where it cannot.
 _LOADERS: dict[tuple[str, str], Callable[[PointwiseLoss], str]] = {
-    ("compiled", "cpu"): lambda loss: _loaded(loss, build_cpu),
-    ("compiled", "cuda"): lambda loss: _loaded(loss, build_cuda),
+    ("compiled", "cpu"): lambda loss: _loaded(loss, cpu_library),
+    ("compiled", "cuda"): lambda loss: _loaded(loss, cuda_library),
     **{("triton", device): _load_triton for device in ("cpu", "cuda", "xpu")},
 }

@@ -10,26 +10,29 @@ import hashlib
 import os
 import shlex
 import shutil
-import subprocess
+import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .. import backends
+from .. import _caller, backends
 from .._toolkit import (
     GCC_SCHEDULING,
     NVCC_FLAGS,
     chosen_architectures,
     find_toolkit,
     is_clang,
+    run,
     version_of,
 )
+
+SECONDS = 300.0  # that a compiler may take, and another process's compiler is waited for
 
 _CXX_FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-w"),
@@ -78,7 +81,11 @@ def headers() -> Path:
 
 def cache_directory() -> Path:
     """Where compiled losses are kept: FUSEDLOSS_CACHE_DIR, else a folder of XDG_CACHE_HOME, else of
-    ~/.cache."""
+    ~/.cache.
+
+    Raises:
+        RuntimeError: there is no home directory.
+    """
     chosen = os.environ.get("FUSEDLOSS_CACHE_DIR")
     if chosen:
         return Path(chosen)
@@ -124,16 +131,13 @@ def cpu_command() -> list[str]:
     return [compiler, *flags, f"-I{headers()}"]
 
 
-def build_cpu(name: str, struct: str) -> tuple[str, Path]:
-    """Compiles a struct for the CPU engine.
-
-    Returns:
-        A name that tells it from any other, and the library.
+def cpu_library(name: str, struct: str) -> Library:
+    """A struct, as printing.cpp() prints it, for the CPU engine.
 
     Raises:
-        CannotCompile: there is no compiler, or it fails.
+        CannotCompile, OSError: there is no compiler.
     """
-    return _build(name, CPU, struct, cpu_command())
+    return Library(name, CPU, CPU.source(struct), cpu_command())
 
 
 def cuda_command() -> list[str]:
@@ -153,8 +157,11 @@ def cuda_command() -> list[str]:
 
 def _architectures() -> list[str]:
     """nvcc's -gencode flags: TORCH_CUDA_ARCH_LIST's, else those of the GPUs that are here."""
-    if chosen := chosen_architectures():
-        return chosen
+    try:
+        if chosen := chosen_architectures():
+            return chosen
+    except ValueError as error:
+        raise CannotCompile(f"TORCH_CUDA_ARCH_LIST: {error}") from error
     found = range(torch.cuda.device_count())
     capabilities = sorted({torch.cuda.get_device_capability(device) for device in found})
     if not capabilities:
@@ -163,44 +170,190 @@ def _architectures() -> list[str]:
     return [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
 
 
-def build_cuda(name: str, struct: str) -> tuple[str, Path]:
-    """Compiles a struct for the CUDA engine; see build_cpu()."""
-    return _build(name, CUDA, struct, cuda_command())
+def cuda_library(name: str, struct: str) -> Library:
+    """A struct for the CUDA engine; see cpu_library()."""
+    return Library(name, CUDA, CUDA.source(struct), cuda_command())
 
 
-def _build(name: str, engine: Engine, struct: str, command: list[str]) -> tuple[str, Path]:
-    source, headers_digest = engine.source(struct), _headers_digest(engine.folder)
-    digest = hashlib.sha256()
-    for part in (source, headers_digest, version_of(command[0]), shlex.join(command)):
-        digest.update(part.encode() + b"\0")
-    key = f"{name}-{digest.hexdigest()[:24]}"
-    library = _cache() / f"{key}.so"
-    if not library.exists():
-        with _alone(library.with_suffix(".lock")):
-            if not library.exists():
-                _compile(name, engine, source, command, library)
-    return key, library
+@dataclass(frozen=True)
+class Library:
+    """A printed loss and the compiler call, up to the file names, that makes a library of it."""
+
+    name: str  # in file names
+    engine: Engine
+    source: str
+    command: list[str]
+
+    @functools.cached_property
+    def key(self) -> str:
+        """A name that tells this library from any other."""
+        digest = hashlib.sha256()
+        headers = _headers_digest(self.engine.folder)
+        for part in (self.source, headers, version_of(self.command[0]), shlex.join(self.command)):
+            digest.update(part.encode(errors="surrogateescape") + b"\0")
+        return f"{self.name}-{digest.hexdigest()[:24]}"
+
+    def load(self, loader: Callable[[str, str], object]) -> None:
+        """Calls loader(key, path) for the library in the cache, which is compiled if it is not there
+        yet. Where the cache cannot be used, or its library not be loaded, the library is compiled for
+        this call alone.
+
+        Raises:
+            CannotCompile: the library cannot be compiled, or does not load; the message says why.
+        """
+        try:
+            loader(self.key, str(self._in_cache()))
+            return
+        except (OSError, RuntimeError) as error:  # a loader's is a RuntimeError, as is a lost home
+            not_kept = str(error).rstrip(".")
+        try:
+            with tempfile.TemporaryDirectory(
+                prefix="fusedloss-", ignore_cleanup_errors=True
+            ) as folder:
+                library = Path(folder, f"{self.key}.so")
+                self._compile(library, "not kept")
+                loader(self.key, str(library))
+        except (OSError, RuntimeError) as error:
+            raise CannotCompile(f"{not_kept}; {error}") from error
+        chosen = os.environ.get("FUSEDLOSS_CACHE_DIR")
+        if chosen not in _warned_of:
+            _warned_of.add(chosen)
+            _caller.warn(
+                "fusedloss keeps no compiled losses, and each process compiles them anew: "
+                f"{not_kept}. Set FUSEDLOSS_CACHE_DIR to a folder to which only you can write",
+                RuntimeWarning,
+            )
+
+    def _in_cache(self) -> Path:
+        library = _cache() / f"{self.key}.so"
+        if not _is_sound(library):
+            with _alone(library.with_suffix(".lock")):
+                if not _is_sound(library):
+                    self._compile(library, f"kept in {library.parent}")
+        return library
+
+    def _compile(self, library: Path, kept: str) -> None:
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=library.parent, prefix=".building-") as folder:
+            source = Path(folder, f"{self.key}{self.engine.suffix}")
+            _write(source, self.source.encode())
+            content = self._compiled(source)
+            finished = Path(folder, "finished")
+            # A dynamic loader does not look at what follows the last segment.
+            _write(finished, content + hashlib.sha256(content).digest())
+            # The source is for whoever wants to read it.
+            os.replace(source, library.with_suffix(source.suffix))
+            # Whole or not at all, for processes that look at the same time.
+            os.replace(finished, library)
+        with suppress(OSError):  # not every system opens folders
+            _sync(library.parent)
+        seconds = time.perf_counter() - started
+        print(
+            f"fusedloss: compiled {self.name} for the {self.engine.device} in {seconds:.1f} s; {kept}",
+            file=sys.stderr,
+        )
+
+    def _compiled(self, source: Path) -> bytes:
+        """The library, as the compiler leaves it."""
+        built, said = source.with_suffix(".so"), shlex.join(self.command)
+        try:
+            # What a compiler leaves behind when it is ended goes with the folder.
+            done = run(
+                *(*self.command, str(source), "-o", str(built)),
+                seconds=SECONDS,
+                TMPDIR=str(source.parent),
+            )
+        except OSError as error:
+            raise CannotCompile(str(error)) from error
+        if done.returncode != 0:
+            raise CannotCompile(f"{said} fails: {done.stderr.strip()[-2000:]}")
+        content = built.read_bytes() if built.is_file() else b""
+        if not _is_whole(content):
+            raise CannotCompile(f"{said} leaves no whole library, and no error")
+        return content
+
+
+_warned_of: set[str | None] = set()  # FUSEDLOSS_CACHE_DIR
 
 
 def _cache() -> Path:
-    folder = cache_directory()
+    """The folder of compiled losses. What lies there is executed: nobody else may write to it.
+
+    Raises:
+        OSError, RuntimeError: there is no such folder, or others may write to it.
+    """
+    chosen = cache_directory()
+    chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = chosen.resolve(strict=True)
+    if chosen.is_symlink():
+        _require_ours(chosen, chosen.lstat())
+    _require_ours(folder, folder.stat())
+    return folder
+
+
+def _require_ours(path: Path, found: os.stat_result) -> None:
+    if os.name == "nt":  # has neither these numbers nor these bits
+        return
+    if found.st_uid != os.geteuid():
+        raise PermissionError(
+            f"{path} belongs to user {found.st_uid}, and this process to user {os.geteuid()}"
+        )
+    # A link's own bits mean nothing.
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not stat.S_ISLNK(found.st_mode):
+        raise PermissionError(f"others can write to {path}; chmod go-w {path} ends that")
+
+
+def _opened(path: str, flags: int) -> int:
+    """Follows no link, waits for no pipe, and lets nobody else write."""
+    more = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return os.open(path, flags | more, 0o644)
+
+
+def _is_sound(library: Path) -> bool:
+    """Whether a library is ours and what was written: to load another ends the process, or worse."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
+        with open(library, "rb", opener=_opened) as file:
+            found = os.fstat(file.fileno())
+            _require_ours(library, found)
+            content = file.read() if stat.S_ISREG(found.st_mode) else b""
     except OSError:
-        writable = False
-    # Where nothing can be kept, each process compiles for itself.
-    return folder if writable else _own_folder()
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
-@functools.cache
-def _own_folder() -> Path:
-    folder = tempfile.TemporaryDirectory(prefix="fusedloss-")
-    _kept.append(folder)
-    return Path(folder.name)
+def _is_whole(content: bytes) -> bool:
+    """Whether a library has all the segments that its head promises: a dynamic loader reads beyond
+    the end of one that has not, and the process ends."""
+    if sys.platform != "linux":
+        return bool(content)
+
+    def number(at: int, size: int = 8) -> int:
+        return int.from_bytes(content[at : at + size], "little")
+
+    if content[:4] != b"\x7fELF":
+        return False
+    if content[4:6] != b"\2\1":  # not of 64 bits, or not little endian: has another head
+        return True
+    first, count, entry = number(32), number(56, 2), 56
+    heads = range(first, first + entry * count, entry)
+    return first + entry * count <= len(content) and all(
+        number(head + 8) + number(head + 32) <= len(content) for head in heads
+    )
 
 
-_kept: list[tempfile.TemporaryDirectory[str]] = []
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb", opener=_opened) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 @contextmanager
@@ -210,27 +363,11 @@ def _alone(lock: Path) -> Iterator[None]:
         with suppress(ImportError, OSError):
             import fcntl
 
-            fcntl.flock(held.enter_context(lock.open("w")), fcntl.LOCK_EX)
+            file = held.enter_context(open(lock, "ab", opener=_opened))
+            until = time.monotonic() + SECONDS
+            while time.monotonic() < until:
+                with suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.05)
         yield
-
-
-def _compile(name: str, engine: Engine, source: str, command: list[str], library: Path) -> None:
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".building-") as folder:
-        file, built = Path(folder, f"{library.stem}{engine.suffix}"), Path(folder, library.name)
-        file.write_text(source)
-        done = subprocess.run(
-            [*command, str(file), "-o", str(built)], check=False, capture_output=True, text=True
-        )
-        if done.returncode != 0:
-            raise CannotCompile(f"{shlex.join(command)} fails: {done.stderr.strip()[-2000:]}")
-        # Whole or not at all, for processes that look at the same time; the source for whoever
-        # wants to read it.
-        os.replace(file, library.with_suffix(engine.suffix))
-        os.replace(built, library)
-    seconds = time.perf_counter() - started
-    print(
-        f"fusedloss: compiled {name} for the {engine.device} in {seconds:.1f} s; "
-        f"kept in {library.parent}",
-        file=sys.stderr,
-    )

@@ -216,7 +216,7 @@ def cpp(traced: Traced) -> str:
     of_call = _CppConstant({name: f"parameters[{i}]" for i, name in enumerate(given)})
     of_element = _Cpp({INPUT: "x", TARGET: "y"})
     lines = [
-        f"// {traced.name}: {_comment(traced.value)}",
+        f"// {traced.identifier}: {_comment(traced.value)}",
         f"struct Loss : CustomLoss<{count}> {{",
         f"  static constexpr int kParameters = {len(given) + 1};",
         f"  static constexpr Usual kUsual[] = {{{', '.join(usual)}}};",
@@ -288,7 +288,7 @@ def triton(traced: Traced) -> str:
     value, *slopes = map(of_element, program.results)
     bounded = [of_element.applied("between", slope, "-clip", "clip") for slope in slopes]
     lines = [
-        f"# {traced.name}: {_comment(traced.value)}",
+        f"# {traced.identifier}: {_comment(traced.value)}",
         "import triton",
         "import triton.language as tl",
         "",
@@ -426,7 +426,7 @@ def torch_source(traced: Traced, program: Program) -> str:
 
 def _executed(traced: Traced, source: str) -> dict[str, Any]:
     namespace = dict(_NAMESPACE)
-    exec(compile(source, f"<{traced.name}>", "exec"), namespace)  # noqa: S102 - of our own print
+    exec(compile(source, f"<{traced.identifier}>", "exec"), namespace)  # noqa: S102 - of our own print
     return namespace
 
 

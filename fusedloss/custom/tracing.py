@@ -6,6 +6,7 @@ SymPy must not multiply out: ``3 * (x - y)`` keeps its digits where ``3 * x - 3 
 from __future__ import annotations
 
 import builtins
+import functools
 import inspect
 import itertools
 import re
@@ -44,6 +45,11 @@ class Traced:
     parameters: dict[str, Expr]  # by name, in order
     defaults: dict[str, float]
     value: Expr
+
+    @property
+    def identifier(self) -> str:
+        """The name in sources and file names, where any other text could do harm."""
+        return re.sub(r"\W+", "_", self.name, flags=re.ASCII).strip("_")[:40] or "loss"
 
     @cached_property
     def slopes(self) -> tuple[Expr, Expr]:
@@ -181,6 +187,19 @@ def _repeated(
         shared += found
 
 
+def definition(function: Callable[..., Any]) -> Any:
+    """What has the name, the text and the module of a definition: the function of which it is a
+    partial one, or itself."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def _name(function: Callable[..., Any]) -> str:
+    name = getattr(definition(function), "__name__", None)
+    return name if isinstance(name, str) else type(function).__name__
+
+
 def trace(function: Callable[..., Any]) -> Traced:
     """The formulas of a loss.
 
@@ -188,7 +207,7 @@ def trace(function: Callable[..., Any]) -> Traced:
         TypeError, ValueError: the function is no definition of a loss; the message says why, and
             what to write instead.
     """
-    name = getattr(function, "__name__", repr(function))
+    name = _name(function)
     defaults = _signature(function, name)
     with distribute(False):
         # Apart from each other by name alone: an expression is found again where it is rewritten.

@@ -13,6 +13,7 @@
 // cluster that there is room for; EMULATOR_THREADS, see take_thread.
 #include "emulator.h"
 
+#include <atomic>
 #include <dlfcn.h>
 #include <signal.h>
 
@@ -767,6 +768,11 @@ void fence(Scope scope) {
   AsHost host_allocates;
   self.made.add_latest({&self, self.block, scope, moment});
 }
+
+// For tests: how many there were.
+static std::atomic<long> compares_and_swaps = 0;
+void count_compare_and_swap() { ++compares_and_swaps; }
+extern "C" long emulator_compares_and_swaps() { return compares_and_swaps; }
 
 void atomic_reads(const void* address) {
   yield();

@@ -283,6 +283,7 @@ class _Pointwise:
         if self.is_log_loss:
             self.parameter = torch.finfo(input.dtype).eps
             if of.by_class:
+                self.name = "log_loss_of_classes"
                 ignored = target == options.get("ignore_index", -100)
                 target = torch.where(ignored, IGNORED, target).unsqueeze(_class_dim(input))
             if weight is not None:

@@ -24,7 +24,7 @@ from translate import mirror
 PACKAGE = build.OUT / "package" / "fusedloss"
 STAND_INS = Path("tests/cuda_emulator/extension")
 TESTS = tuple(
-    f"test_{name}.py" for name in ("values", "edge_cases", "faults", "operators", "custom")
+    f"test_{name}.py" for name in ("values", "edge_cases", "faults", "operators", "custom", "log_loss", "rounding")
 )
 OPERATORS = (
     "ops.cpp",

@@ -49,8 +49,6 @@ def load(loss: custom.PointwiseLoss) -> str:
     assert extension is not None and extension.__file__ is not None
     against = Path(extension.__file__).resolve()
 
-    def compiled(name: str, struct: str) -> tuple[str, Path]:
-        found = library(name, struct, against=against)
-        return found.stem, found
-
-    return custom._loaded(loss, compiled)
+    found = library(loss._traced.identifier, loss._struct, against=against)
+    extension.load_custom(found.stem, str(found))
+    return found.stem

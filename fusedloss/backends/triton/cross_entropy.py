@@ -61,9 +61,14 @@ def add_up(
         others = tl.where(cols[None, :] == target[:, None], float("-inf"), x)
     max = tl.max(others, 1)
     top = losses.origin(max)[:, None]
-    sum = tl.sum(words.exp_nonpositive(others - top), 1)
-    dot = tl.zeros_like(sum)
-    mass = tl.zeros_like(sum)
+    e = words.exp_nonpositive(others - top)
+    if SOFT or SMOOTH:
+        # More than the target counts: the loss of a row that is sure of another class needs the
+        # digits of what the others, small beside it, add up to.
+        e = e.to(tl.float64)
+    sum = tl.sum(e, 1)
+    dot = tl.zeros_like(max)
+    mass = tl.zeros_like(max)
     if SOFT or SMOOTH:
         q = share(y_rows, weight, cols, exists, classes, y_stride, keep, spread, SOFT, T)
         inside = exists[:, None] & (cols < classes)[None, :]
@@ -155,6 +160,8 @@ def cross_entropy(
     else:
         max = tl.full([ROWS], float("-inf"), T)
         sum = tl.zeros([ROWS], T)
+        if SOFT or SMOOTH:
+            sum = sum.to(tl.float64)
         dot = tl.zeros([ROWS], T)
         mass = tl.zeros([ROWS], T)
         for begin in range(0, classes, CLASSES):

@@ -28,8 +28,9 @@ from .words import at_least, between, divide, exp_nonpositive, log1p
 
 @triton.jit
 def _mse(x, y):
+    # Twice that slope can overflow where the gradient, divided by a mean's count, does not.
     d = x - y
-    return d * d, d + d
+    return d * d, d
 
 
 @triton.jit
@@ -93,10 +94,11 @@ class PointwiseLoss:
     mean: str = "elements"  # what reduction "mean" divides by: or "weights", or "rows"
     unit_interval: bool = False  # input and target must lie in [0, 1]
     parameters: int = 0  # how many it takes
+    slope_unit: float = 1.0  # what its slopes are to be multiplied by
 
 
 POINTWISE = {
-    "mse_loss": PointwiseLoss(_mse, mean="weights"),
+    "mse_loss": PointwiseLoss(_mse, mean="weights", slope_unit=2.0),
     "l1_loss": PointwiseLoss(_l1, mean="weights"),
     "smooth_l1_loss": PointwiseLoss(_smooth_l1, parameters=1),
     "huber_loss": PointwiseLoss(_huber, parameters=1),
@@ -137,7 +139,8 @@ def merge(max, sum, dot, mass, other_max, other_sum, other_dot, other_mass):
 @triton.jit
 def soft_row(sum, dot, mass, scale):
     """Of class probabilities: the loss; and the gradient, as e^(x - max) factor - q scale."""
-    return mass * tl.log(sum) - dot, divide(mass * scale, sum)
+    log_sum = log1p((sum - 1.0).to(dot.dtype))
+    return mass * log_sum - dot, divide(mass * scale, sum.to(dot.dtype))
 
 
 @triton.jit
@@ -146,9 +149,9 @@ def hard_row(max, sum, dot, logit, weight, scale, keep, spread, weights, SMOOTH:
     the target's own element."""
     gap = logit - max
     at = exp_nonpositive(gap)
-    # Keeps the digits of a small loss, where the target is the largest logit and at is 1; where it
-    # is not, sum is 1 or more.
-    log_sum = log1p(sum + (at - 1.0))
+    # What all but the largest e^(x - max), which is 1, add up to: keeps the digits of a small loss.
+    log_sum = log1p((sum + (at.to(sum.dtype) - 1.0)).to(at.dtype))
+    sum = sum.to(at.dtype)
     mass = keep * weight
     loss = mass * (log_sum - gap)
     own = 0.0 - sum

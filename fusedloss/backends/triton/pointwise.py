@@ -21,7 +21,7 @@ from .words import divide
 # Fixed: a program of 4 warps, 8 elements a thread at a time (16 bytes of half precision), whose
 # registers leave room for several programs on a multiprocessor.
 WARPS, TILE, TILES = 4, 1024, 8
-PACKET = tl.constexpr(4)  # elements added up in the compute type, before float64
+PACKET = tl.constexpr(4)  # elements of two bytes, added up in the compute type before float64
 MOST_DIMS = 8  # of operands that are not all contiguous; more are made so
 
 
@@ -98,6 +98,9 @@ def tile(
     if weight is not None:
         w = fetch(weight, at, mask, sizes, T)
         v = v * w
+    if CLASS_DIM >= 0:
+        # The elements of other classes count for nothing, whatever weight they meet.
+        v = tl.where(y == 0.0, 0.0, v)
     if value is not None:
         store(value + at, v, mask)
     # Not in the branch on `write`: Triton lets no variable leave that with another type.
@@ -108,11 +111,16 @@ def tile(
             g = result[1] * w * factor
             if len(result) == 4:
                 g = divide(g, result[3])
+            if CLASS_DIM >= 0:
+                g = tl.where(y == 0.0, result[1], g)
             store(gradient + at, g, mask)
         if target_gradient is not None:
             store(target_gradient + at, result[2] * w * factor, mask)
     if mask is not None:
         v = tl.where(mask, v, 0.0)
+    # Roundings of float32 would add up where many values are equal.
+    if input[0].dtype.element_ty == tl.float32:
+        v = v.to(tl.float64)
     return tl.sum(tl.reshape(v, [v.shape[0] // PACKET, PACKET]), 1).to(tl.float64)
 
 
@@ -149,8 +157,9 @@ def tell_fault(bad, input, target, sizes, fault, CLASS_DIM: tl.constexpr):
 def pointwise(
     input, target, weight, operands, upstream, value, gradient, target_gradient, sizes, numel,
     parameters, partials, scales, prediction, grad_output, counts, parts, divisor, fault, step,
-    LOSS: tl.constexpr, UNIT_INTERVAL: tl.constexpr, CLASS_DIM: tl.constexpr, T: tl.constexpr,
-    INDEX: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    LOSS: tl.constexpr, SLOPE_UNIT: tl.constexpr, UNIT_INTERVAL: tl.constexpr,
+    CLASS_DIM: tl.constexpr, T: tl.constexpr, INDEX: tl.constexpr, TILE: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
     """Operands are pairs of a pointer and strides, () where they lie in the order of `sizes`, as
     what is written does. upstream (backward), value (forward): of reduction "none" alone."""
@@ -162,7 +171,7 @@ def pointwise(
                 common.teach(prediction, seen)
         if not write:
             return
-    scale = factor.to(T)
+    scale = (factor * SLOPE_UNIT).to(T)
     numbers = ()
     for k in tl.static_range(len(parameters)):
         numbers = numbers + (common.from_halves(parameters[k]).to(T),)  # type: ignore[assignment]
@@ -329,6 +338,7 @@ def run(
             grad_output=do.grad_output if result is None else result,
             fault=common.fault_of(input.device),
             LOSS=loss.function,
+            SLOPE_UNIT=loss.slope_unit,
             UNIT_INTERVAL=loss.unit_interval,
             CLASS_DIM=space.class_dim,
             T=tl.float64 if dtype is torch.float64 else tl.float32,

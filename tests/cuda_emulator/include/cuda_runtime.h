@@ -146,6 +146,7 @@ inline unsigned atomicInc(unsigned* address, unsigned last) {
 template <class T>
 T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
   emulator::atomic_reads(address);
+  emulator::count_compare_and_swap();
   if (__atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_RELAXED,
                                   __ATOMIC_RELAXED)) {
     emulator::atomic_wrote(address);

@@ -67,6 +67,7 @@ void fence(Scope scope);
 // A relaxed atomic operation at address reads, and has written. Such operations carry the order
 // that fences before a write and after a read make.
 void atomic_reads(const void* address);
+void count_compare_and_swap();
 void atomic_wrote(const void* address);
 
 void* dynamic_shared();
