@@ -81,7 +81,7 @@ _explaining: int | None = None  # the thread that is explaining a call
 _explaining_lock = threading.RLock()  # what is explained may explain in turn
 
 
-def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
     """Which path ``fn(*args, **kwargs)`` takes, and why, without computing it.
 
     Args:

@@ -3,18 +3,20 @@
 Each is stable over its whole domain, with a slope to match, and keeps PyTorch's convention at kinks.
 They take the symbols that a loss is traced with, numbers, and tensors, to which they are PyTorch's
 functions of the same meaning. Arguments are real numbers, elementwise and unitless. Arithmetic,
-powers and comparisons are Python's own operators; conditions are joined by ``&``, ``|``, ``~``.
+powers and comparisons are Python's own operators; conditions are joined by ``&``, ``|``, ``~``, and
+are IEEE 754's for nan: no comparison but ``!=`` holds of it, and the negation of one that does not hold
+does.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import sympy
 import torch
+from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
-from .custom import words
+from .custom import tracing, words
 
 __all__ = [
     "abs",
@@ -24,6 +26,7 @@ __all__ = [
     "erf",
     "exp",
     "expm1",
+    "is_nan",
     "log",
     "log1p",
     "log_sigmoid",
@@ -48,7 +51,7 @@ Operand = Any  # a traced expression, a number or a tensor
 def _tensors(*args: Operand) -> list[Tensor] | None:
     """All of them as tensors, if one is."""
     like = next((arg for arg in args if isinstance(arg, Tensor)), None)
-    if like is None:
+    if like is None or any(isinstance(arg, tracing.Formula) for arg in args):
         return None
     return [
         arg if isinstance(arg, Tensor) else torch.as_tensor(arg, dtype=like.dtype).to(like.device)
@@ -58,17 +61,13 @@ def _tensors(*args: Operand) -> list[Tensor] | None:
 
 def _call(word: Any, *args: Operand) -> Any:
     tensors = _tensors(*args)
-    return word(*map(_expression, args)) if tensors is None else word.torch(*tensors)
+    if tensors is None:
+        return tracing.Formula(word(*map(tracing.expression, args)))
+    return word.torch(*tensors)
 
 
-def _expression(x: Operand) -> Any:
-    try:
-        expression = sympy.sympify(x, strict=True)
-    except sympy.SympifyError:
-        expression = None
-    if expression is None or isinstance(x, bool) or not isinstance(expression, sympy.Expr):
-        raise TypeError(f"fusedloss.math takes numbers, symbols and tensors, not {x!r}")
-    return expression
+def __getattr__(name: str) -> Any:
+    raise AttributeError(tracing.instead_of(name))
 
 
 def exp(x: Operand) -> Any:
@@ -146,22 +145,25 @@ def pow(x: Operand, exponent: Operand) -> Any:
     written down is computed by products and square roots, any other by logarithms."""
     tensors = _tensors(x, exponent)
     if tensors is None:
-        return _expression(x) ** _expression(exponent)
+        return tracing.Formula(tracing.expression(x) ** tracing.expression(exponent))
     return words.Power.torch(*tensors)
 
 
 def maximum(a: Operand, b: Operand) -> Any:
-    """The larger; nan where either is. Where they are equal, half the slope goes to each."""
+    """The larger; nan where either is. Where they are equal, half the slope goes to each; elsewhere all
+    goes to the larger, and the other never counts, as by :func:`where`."""
     return _call(words.Maximum, a, b)
 
 
 def minimum(a: Operand, b: Operand) -> Any:
-    """The smaller; nan where either is. Where they are equal, half the slope goes to each."""
+    """The smaller; nan where either is. Where they are equal, half the slope goes to each; elsewhere
+    all goes to the smaller, and the other never counts, as by :func:`where`."""
     return _call(words.Minimum, a, b)
 
 
 def clamp(x: Operand, min: Operand | None = None, max: Operand | None = None) -> Any:
-    """x, at least min and at most max. Slope 1 inside, at the bounds too, and 0 outside.
+    """x, at least min and at most max; nan where one of the three is. Slope 1 inside, at the bounds
+    too, and 0 outside, where x never counts, as by :func:`where`.
 
     Raises:
         TypeError: neither bound is given.
@@ -174,7 +176,8 @@ def clamp(x: Operand, min: Operand | None = None, max: Operand | None = None) ->
 
 
 def relu(x: Operand) -> Any:
-    """:math:`\\max(x, 0)`. Slope at the kink: 0."""
+    """:math:`\\max(x, 0)`; nan for nan. Slope at the kink: 0. Below it x never counts, as by
+    :func:`where`."""
     return _call(words.Relu, x)
 
 
@@ -185,34 +188,41 @@ def xlogy(x: Operand, y: Operand) -> Any:
 
 def where(condition: Any, yes: Operand, no: Operand) -> Any:
     """``yes`` where the condition holds, else ``no``. What is not taken never counts, for the slope
-    neither: it may be infinite or nan there.
+    neither: value and slope may be infinite or nan there, and so may the slope of what stands around,
+    as in ``sqrt(where(x > 0, x, 0))``, whose slope is 0 where x is not positive.
 
     Raises:
-        TypeError: the condition is a Python bool. (``==`` compares symbols, not their values: write
-            :func:`equal`.)
+        TypeError: the condition is none, such as a Python bool.
     """
     if isinstance(condition, Tensor):
         like = yes if isinstance(yes, Tensor) else no
         pair = _tensors(yes, no) if isinstance(like, Tensor) else [yes, no]
         assert pair is not None
         return torch.where(condition, *pair)
-    if isinstance(condition, bool) or not isinstance(
-        condition, sympy.logic.boolalg.Boolean | sympy.core.relational.Relational
-    ):
+    if isinstance(condition, bool) or not isinstance(condition, Boolean):
         raise TypeError(
-            f"where needs a condition of symbols, such as input > target, not {condition!r}; "
-            "write fusedloss.math.equal(a, b) for a == b, and join conditions by &, | and ~"
+            f"where needs a condition of symbols, such as input > target, not {condition!r}"
         )
-    return words.Where(condition, _expression(yes), _expression(no))
+    sides = map(tracing.expression, (yes, no))
+    return tracing.Formula(words.Where(words.condition(condition), *sides))
 
 
 def equal(a: Operand, b: Operand) -> Any:
-    """The condition a = b."""
+    """The condition a = b, as ``a == b``; nan equals nothing."""
     tensors = _tensors(a, b)
-    return sympy.Eq(_expression(a), _expression(b)) if tensors is None else torch.eq(*tensors)
+    if tensors is not None:
+        return torch.eq(*tensors)
+    return words.Equal(tracing.expression(a), tracing.expression(b))
 
 
 def not_equal(a: Operand, b: Operand) -> Any:
-    """The condition a ≠ b."""
+    """The condition a ≠ b, as ``a != b``; nan differs from everything, itself included."""
     tensors = _tensors(a, b)
-    return sympy.Ne(_expression(a), _expression(b)) if tensors is None else torch.ne(*tensors)
+    if tensors is not None:
+        return torch.ne(*tensors)
+    return words.NotEqual(tracing.expression(a), tracing.expression(b))
+
+
+def is_nan(x: Operand) -> Any:
+    """The condition that x is nan."""
+    return not_equal(x, x)

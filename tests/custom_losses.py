@@ -4,7 +4,7 @@ what docs/gallery.py shows."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,7 @@ def every_word(input, target, *, scale=1.5, gamma=2.3):  # type: ignore[no-untyp
     """Each word that there is, for compilers to take."""
     x, y = input, target
     inside = ((x > 0) & (y <= scale)) | ~fm.equal(x, y) | (fm.not_equal(x, 1) & (y < 2))
+    inside |= fm.is_nan(x) & (y == scale)
     smooth = fm.exp(-x) + fm.expm1(x) + fm.tanh(x) + fm.erf(x) + fm.sin(x) * fm.cos(y)
     of_logits = fm.sigmoid(x) + fm.log_sigmoid(y) + fm.softplus(x * y)
     logarithms = fm.log(y) + fm.log1p(x) + fm.xlogy(x, y) / scale
@@ -150,3 +151,140 @@ CASES = [
     CustomCase(tukey, _tukey, {"c": 3.0}),
     CustomCase(gaussian_kl, lambda x, y: 0.5 * (x**2 + torch.expm1(y) - y)),
 ]
+
+
+@fusedloss.pointwise_loss
+def observed(input, target):  # type: ignore[no-untyped-def]
+    """A root that is taken on one side alone; a target of nan stands for one that nobody observed."""
+    d = fm.relu(input - target)
+    return fm.where(fm.is_nan(target), 0.0, fm.sqrt(d) + fm.log1p(d) ** 0.7)
+
+
+OBSERVED = CustomCase(
+    observed,
+    lambda x, y: torch.where(
+        y.isnan(), 0.0, torch.relu(x - y).sqrt() + torch.log1p(torch.relu(x - y)) ** 0.7
+    ),
+)
+
+
+def one_of(formulas: Iterable[Callable[..., Any]]) -> PointwiseLoss:
+    """Formulas as one loss, to be compiled once; ``which`` is the number of the one that is meant."""
+    numbered = list(enumerate(formulas))
+
+    def chosen(input, target, *, which=0.0):  # type: ignore[no-untyped-def]
+        result = 0.0
+        for number, formula in numbered:
+            result = fm.where(which == number, formula(input, target), result)
+        return result
+
+    return fusedloss.pointwise_loss(chosen)
+
+
+def _clamp(x: Tensor, low: Any, high: Any) -> Tensor:
+    """torch.clamp, whose slope at the bounds is 1 in some releases and 0 in others, as if it were 1."""
+    low, high = (torch.as_tensor(bound, dtype=x.dtype) for bound in (low, high))
+    at_least = torch.where((x < low) | low.isnan(), low, x)
+    return torch.where((at_least > high) | high.isnan(), high, at_least)
+
+
+# A slope that is infinite where the branch inside of it is not taken: the line in our words, and in
+# PyTorch's.
+BRANCHES: dict[str, tuple[Callable[..., Any], Callable[[Tensor, Tensor], Tensor]]] = {
+    "relu": (lambda x, y: fm.sqrt(fm.relu(x - y)), lambda x, y: torch.relu(x - y).sqrt()),
+    "clamp": (
+        lambda x, y: fm.sqrt(fm.clamp(x - y, min=0)),
+        lambda x, y: _clamp(x - y, 0.0, math.inf).sqrt(),
+    ),
+    "maximum": (
+        lambda x, y: fm.sqrt(fm.maximum(x - y, 0)),
+        lambda x, y: torch.maximum(x - y, torch.zeros_like(x)).sqrt(),
+    ),
+    "minimum": (
+        lambda x, y: fm.log1p(-fm.minimum(fm.relu(x), 1)) * y,
+        lambda x, y: torch.log1p(-torch.minimum(x.relu(), torch.ones_like(x))) * y,
+    ),
+    "of both": (lambda x, y: fm.sqrt(fm.maximum(x, y)), lambda x, y: torch.maximum(x, y).sqrt()),
+    "power": (lambda x, y: fm.relu(x - y) ** 0.7, lambda x, y: torch.relu(x - y) ** 0.7),
+    "power of element": (lambda x, y: fm.relu(x) ** y, lambda x, y: torch.relu(x) ** y),
+    "where": (
+        lambda x, y: fm.sqrt(fm.where(x - y > 0, x - y, 0)),
+        lambda x, y: torch.where(x - y > 0, x - y, 0.0).sqrt(),
+    ),
+    "of target": (
+        lambda x, y: fm.sqrt(fm.where(y > 0.5, x, y)),
+        lambda x, y: torch.where(y > 0.5, x, y).sqrt(),
+    ),
+    "where in where": (
+        lambda x, y: fm.sqrt(fm.where(x > 0, fm.where(y > 0, x * y, 0), fm.relu(y))),
+        lambda x, y: torch.where(x > 0, torch.where(y > 0, x * y, 0.0), y.relu()).sqrt(),
+    ),
+    "sum": (
+        lambda x, y: fm.sqrt(fm.relu(x) + fm.relu(y) + 2 * fm.relu(x - 1)),
+        lambda x, y: (x.relu() + y.relu() + 2 * (x - 1).relu()).sqrt(),
+    ),
+    "product": (
+        lambda x, y: fm.sqrt(x) * fm.relu(y) + fm.relu(x) * fm.relu(y),
+        lambda x, y: x.sqrt() * y.relu() + x.relu() * y.relu(),
+    ),
+    "product inside": (
+        lambda x, y: fm.sqrt(fm.where(x > 0, y, 0) * fm.sin(x)),
+        lambda x, y: (torch.where(x > 0, y, 0.0) * x.sin()).sqrt(),
+    ),
+    "quotient": (
+        lambda x, y: 1 / (1 + y * y / fm.relu(x)),
+        lambda x, y: 1 / (1 + y * y / x.relu()),
+    ),
+    "reciprocal": (
+        lambda x, y: fm.exp(-1 / fm.relu(x - y)),
+        lambda x, y: torch.exp(-1 / torch.relu(x - y)),
+    ),
+    "whole power": (
+        lambda x, y: fm.tanh(fm.relu(x - y) ** -2),
+        lambda x, y: torch.tanh(torch.relu(x - y) ** -2),
+    ),
+    "logarithm": (
+        lambda x, y: y * fm.sigmoid(fm.log(fm.relu(x))),
+        lambda x, y: y * torch.sigmoid(x.relu().log()),
+    ),
+    "root squared": (
+        lambda x, y: fm.sqrt(fm.relu(x - y)) ** 2,
+        lambda x, y: torch.relu(x - y).sqrt() ** 2,
+    ),
+    "xlogy": (
+        lambda x, y: fm.xlogy(fm.relu(x), fm.relu(y)),
+        lambda x, y: torch.xlogy(x.relu(), y.relu()),
+    ),
+    "kink of abs": (lambda x, y: fm.sqrt(fm.abs(x - y)), lambda x, y: (x - y).abs().sqrt()),
+}
+any_branch = one_of(ours for ours, _ in BRANCHES.values())
+
+# Conditions and pieces as IEEE 754 has them, for nan and infinities as well. The same functions take
+# symbols and tensors.
+OF_NAN: dict[str, Callable[[Any, Any], Any]] = {
+    "greater": lambda x, y: fm.where(x > y, 1.0, 2.0),
+    "not greater": lambda x, y: fm.where(~(x > y), 1.0, 2.0),
+    "not less or equal": lambda x, y: fm.where(~(x <= y), 1.0, 2.0),
+    "equal": lambda x, y: fm.where(fm.equal(x, y), 1.0, 2.0),
+    "==": lambda x, y: fm.where(x == y, 1.0, 2.0),
+    "!=": lambda x, y: fm.where(x != y, 1.0, 2.0),
+    "equal to itself": lambda x, y: fm.where(fm.equal(y, y), x, 5.0),
+    "differs from itself": lambda x, y: fm.where(fm.not_equal(x, x), 3.0, y),
+    "at least itself": lambda x, y: fm.where(x >= x, 1.0, 2.0),  # noqa: PLR0124
+    "less than itself and 1": lambda x, y: fm.where(x < x + 1, 1.0, 2.0),
+    "square": lambda x, y: fm.where(x**2 >= 0, 1.0, 2.0),
+    "either of all": lambda x, y: fm.where((x > 0) | (x <= 0), 1.0, 2.0),
+    "neither": lambda x, y: fm.where(~((x > y) | (x < 0)) & ~(y > 0), 1.0, 2.0),
+    "is_nan": lambda x, y: fm.where(fm.is_nan(x) | fm.is_nan(y), 0.0, x - y),
+    "not is_nan": lambda x, y: fm.where(~fm.is_nan(x * y), x, 7.0),
+    "relu": lambda x, y: fm.relu(x) + y,
+    "abs": lambda x, y: fm.abs(x) + y,
+    "sign": lambda x, y: fm.sign(x) + y,
+    "maximum": fm.maximum,
+    "minimum": fm.minimum,
+    "clamp": lambda x, y: fm.clamp(x, -1, 1) + y,
+    "clamp above an element": lambda x, y: fm.clamp(x, min=y),
+    "clamp below an element": lambda x, y: fm.clamp(x, 0, y),
+    "clamp between": lambda x, y: fm.clamp(1, x, y),
+}
+any_of_nan = one_of(OF_NAN.values())

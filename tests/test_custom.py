@@ -12,6 +12,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy
 import pytest
 import sympy
 import torch
@@ -21,7 +22,21 @@ from torch import Tensor
 import fusedloss
 from cases import DEVICE
 from conftest import need
-from custom_losses import CASES, CustomCase, charbonnier, focal, gaussian_kl, quantile, tukey
+from custom_losses import (
+    BRANCHES,
+    CASES,
+    OBSERVED,
+    OF_NAN,
+    CustomCase,
+    any_branch,
+    any_of_nan,
+    charbonnier,
+    focal,
+    gaussian_kl,
+    one_of,
+    quantile,
+    tukey,
+)
 from fusedloss import custom
 from fusedloss import math as fm
 from fusedloss.custom import tracing, words
@@ -257,6 +272,218 @@ def test_branch_not_taken(fused: str) -> None:
     (first,) = torch.autograd.grad(guarded(a, y, reduction="sum"), a, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), a)
     assert second.isfinite().all()
+
+
+def grid(*points: float) -> tuple[Tensor, Tensor]:
+    """Every pair of the points."""
+    x, y = torch.meshgrid(*[torch.tensor(points, dtype=torch.float64)] * 2, indexing="ij")
+    return x.flatten(), y.flatten()
+
+
+def assert_equal_to_eager(
+    loss: Any, eager: Any, x: Tensor, y: Tensor, options: dict[str, float]
+) -> None:
+    """Value and both gradients, nan and infinities included, of the kernel, of the plain PyTorch, of its
+    slopes and of the gradient that has a graph."""
+    assert fusedloss.explain(loss, x, y, **options).fused
+    upstream, options = torch.ones_like(x), {**options, "reduction": "none"}
+    a, b = leaf(x), leaf(y)
+    value = eager(a, b)
+    right = (
+        value.detach(),
+        *torch.autograd.grad(value, (a, b), upstream, allow_unused=True, materialize_grads=True),
+    )
+    value = loss(a, b, **options)
+    graph = torch.autograd.grad(value, (a, b), upstream, create_graph=True)
+    for path, ours in {
+        "kernel": gradients(loss, x, y, upstream, **options),
+        "plain PyTorch": gradients(loss.reference, x, y, upstream, **options),
+        "with a graph": (value.detach(), *(g.detach() for g in graph)),
+        "slopes": gradients(loss.reference, x, y, upstream, clip_grad=1e300, **options),
+        "kernel's slopes": gradients(loss, x, y, upstream, clip_grad=1e300, **options),
+    }.items():
+        for what, mine, expected in zip(("value", "input", "target"), ours, right, strict=True):
+            if "slopes" in path and what != "value":
+                expected = expected.clamp(-1e300, 1e300)
+            near = torch.isclose(mine, expected, rtol=1e-10, atol=1e-13, equal_nan=True)
+            at = [
+                f"input {x[i]:g}, target {y[i]:g}: {mine[i]:g}, not {expected[i]:g}"
+                for i in (~near).nonzero().flatten().tolist()
+            ]
+            assert not at, f"{path}, {what}: {at}"
+
+
+@pytest.mark.interpret_all
+@pytest.mark.parametrize("name", BRANCHES)
+def test_outer_slope_stays_in_the_branch(fused: str, name: str) -> None:
+    """At kinks and in branches that are not taken, as in PyTorch's line."""
+    options = {"which": float(list(BRANCHES).index(name))}
+    points = grid(-2, -1, -0.5, 0, 0.5, 1, 1.5, 2)
+    assert_equal_to_eager(any_branch, BRANCHES[name][1], *points, options)
+
+
+@pytest.mark.interpret_all
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("name", OF_NAN)
+def test_conditions_and_pieces_of_nan(fused: str, name: str, dtype: torch.dtype) -> None:
+    x, y = (t.to(dtype) for t in grid(-INF, -1, 0, 0.5, 1, INF, NAN))
+    options: Any = {"which": float(list(OF_NAN).index(name)), "reduction": "none"}
+    right = OF_NAN[name](x, y).to(dtype)
+    for call in (any_of_nan, any_of_nan.reference):
+        torch.testing.assert_close(call(x, y, **options), right, equal_nan=True)
+    torch_word = {"maximum": torch.maximum, "clamp below an element": _torch_clamp}.get(name)
+    if torch_word is not None:
+        torch.testing.assert_close(right, torch_word(x, y), equal_nan=True)
+
+
+def _torch_clamp(x: Tensor, y: Tensor) -> Tensor:
+    return torch.clamp(x, torch.zeros_like(x), y)
+
+
+def test_missing_targets(fused: str) -> None:
+    """A nan that the formula asks for makes no other: a mean over what is there."""
+    x, y = OBSERVED.sample(torch.float64, (257,))
+    y[::3] = NAN
+    seen = ~y.isnan()
+    ours = gradients(OBSERVED.loss, x, y, weight=seen.double())
+    right = gradients(lambda a, b: OBSERVED.eager(a, b).mean(), x[seen], y[seen])
+    torch.testing.assert_close(ours[0], right[0])
+    for mine, expected in zip(ours[1:], right[1:], strict=True):
+        torch.testing.assert_close(mine[seen], expected)
+        assert not mine[~seen].any()
+
+
+def test_bounds_keep_nan(fused: str) -> None:
+    """A slope of nan is not made a number by clip_grad."""
+    loss = one_of([lambda x, y: fm.log(x) * y])
+    x, y = torch.tensor([1.0, -1.0, NAN, 0.0]), torch.ones(4)
+    for call in (loss, loss.reference):
+        _, of_input, of_target = gradients(call, x, y, reduction="sum", clip_grad=0.5)
+        torch.testing.assert_close(of_input, torch.tensor([0.5, -0.5, NAN, 0.5]), equal_nan=True)
+        torch.testing.assert_close(of_target, torch.tensor([0, NAN, NAN, -0.5]), equal_nan=True)
+
+
+def test_constant_pieces(backend: str) -> None:
+    """What a parameter or an element makes constant has a gradient, 0, with a graph as well."""
+
+    @fusedloss.pointwise_loss
+    def switched(input, target, *, on=1.0):  # type: ignore[no-untyped-def]
+        return fm.where(on > 0, (input - target) ** 2, 0.0)
+
+    @fusedloss.pointwise_loss
+    def stepped(input, target):  # type: ignore[no-untyped-def]
+        return fm.where(input > target, 3.0, 1.0)
+
+    x, y = torch.tensor([1.0, -2.0, INF]), torch.tensor([0.5, 0.0, 0.0])
+    for loss, options, right in (
+        (switched, {"on": 0.0}, [0.0, 0, 0]),
+        (stepped, {}, [3.0, 1, 3]),
+    ):
+        for call, graph in itertools.product((loss, loss.reference), (False, True)):
+            for clip in ({}, {"clip_grad": 2.0}):
+                a, b = leaf(x), leaf(y)
+                value = call(a, b, reduction="none", **options, **clip)
+                assert value.tolist() == right
+                found = torch.autograd.grad(value.sum(), (a, b), create_graph=graph)
+                assert all(not g.any() for g in found)
+        assert torch.func.grad(lambda a, o=options, f=loss: f(a, y, **o))(x).tolist() == [0, 0, 0]
+
+
+# What a formula is printed with, or Python and C++ have a meaning for.
+NAMES = [
+    "number",
+    "call",
+    "select",
+    "where",
+    "both",
+    "either",
+    "negation",
+    "exp",
+    "log",
+    "sqrt",
+    "Abs",
+    "Where",
+    "constants",
+    "results",
+    "self",
+    "loss",
+    "fn",
+    "path",
+    "device",
+    "function",
+    "name",
+    "c0",
+    "c1",
+    "t0",
+    "t1",
+    "p0",
+    "p1",
+    "x",
+    "y",
+    "z",
+    "T",
+    "clip",
+    "tl",
+    "words",
+    "torch",
+    "lambda_",
+    "register",
+    "double",
+    "int64_t",
+    "main",
+    "E",
+    "I",
+    "S",
+    "pi",
+    "nan",
+    "inf",
+    "value",
+    "slope",
+]
+
+
+def test_any_name_of_a_parameter(backend: str) -> None:
+    """No name of a parameter means anything to a backend."""
+    for some in (NAMES[::2], NAMES[1::2]):
+        source = f"def named(input, target, *, {', '.join(f'{name}=1.0' for name in some)}):\n"
+        terms = [f"{k + 1} * {name} ** 2" for k, name in enumerate(some)]
+        source += (
+            f"    d = input - target\n    return d**2 * ({' + '.join(terms)}) + fm_log1p(d * d)\n"
+        )
+        namespace: dict[str, Any] = {"fm_log1p": fm.log1p}
+        exec(source, namespace)  # noqa: S102
+        named = fusedloss.pointwise_loss(namespace["named"])
+        numbers = {name: 1.0 + k / 7 for k, name in enumerate(some)}
+        factor = sum((k + 1) * number**2 for k, number in enumerate(numbers.values()))
+        x, y = torch.tensor([1.0, -3.0]).double(), torch.tensor([0.5, 2.0]).double()
+        d = x - y
+        right = (d**2 * factor + torch.log1p(d * d)).mean()
+        for call in (named, named.reference, named.module(**numbers)):
+            options = {} if isinstance(call, torch.nn.Module) else numbers
+            for clip in ({}, {"clip_grad": 1e9})[: 1 + bool(options)]:
+                bound = functools.partial(call, **options, **clip)
+                value, of_input, _ = gradients(bound, x, y)
+                torch.testing.assert_close(value, right)
+                torch.testing.assert_close(of_input, d * factor + d / (1 + d * d))
+        assert "finite differences at 2000" in str(named.check(**numbers))
+
+
+def test_names_of_the_definition(backend: str) -> None:
+    """Input and target go by them in a call, as the signature shows them."""
+
+    @fusedloss.pointwise_loss
+    def squared(y_pred, y_true, *, scale=1.0):  # type: ignore[no-untyped-def]
+        return scale * (y_pred - y_true) ** 2
+
+    x, y = torch.randn(2, 3)
+    for call in (squared, squared.reference):
+        right = call(x, y, scale=2.0)
+        assert call(y_pred=x, y_true=y, scale=2.0) == right == call(x, y_true=y, scale=2.0)
+        assert call(target=y, input=x, scale=2.0) == right == call(y_pred=x, target=y, scale=2.0)
+        with pytest.raises(TypeError, match="squared.. needs two tensors; 'y_true' is missing"):
+            call(y_pred=x)
+        with pytest.raises(TypeError, match="no parameter 'y_pred'"):
+            call(x, y, y_pred=x)
 
 
 def test_kinks(fused: str) -> None:
@@ -851,6 +1078,10 @@ def test_check(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     text = report(stepped)
     assert "jump: at input - target = 0" in text and "domain: the value is not finite" in text
+    root = one_of([lambda x, y: fm.sqrt(fm.abs(x - y)), lambda x, y: fm.sqrt(fm.relu(x))])
+    assert not root.check().ok
+    assert "is nan, and the value 0" in root.check().errors[0]
+    assert root.check(which=1).ok
     monkeypatch.setattr(charbonnier, "_slopes", lambda x, y, values: (x, y))
     report_of_wrong = charbonnier.check()
     assert not report_of_wrong.ok and "finite differences say" in str(report_of_wrong)
@@ -880,6 +1111,19 @@ def definitions() -> dict[str, tuple[Any, type[Exception], str]]:
     def text_default(input, target, *, eps="small"):  # type: ignore[no-untyped-def]
         return input
 
+    def huge_default(input, target, *, eps=10**400):  # type: ignore[no-untyped-def]
+        return input
+
+    def deep(input, target):  # type: ignore[no-untyped-def]
+        for _ in range(400):
+            input = fm.sigmoid(input)
+        return input
+
+    def long(input, target):  # type: ignore[no-untyped-def]
+        for _ in range(12):
+            input = fm.sigmoid(input)
+        return input
+
     return {
         "one argument": (lambda input: input, TypeError, "takes input and target, not 1 of them"),
         "three arguments": (lambda input, target, eps: input, TypeError, "behind a [*]"),
@@ -899,7 +1143,39 @@ def definitions() -> dict[str, tuple[Any, type[Exception], str]]:
         "if": (with_if, TypeError, "fusedloss.math.where"),
         "max": (lambda input, target: max(input, target), TypeError, "maximum"),
         "chain": (lambda input, target: fm.where(0 < input < 1, 1, 2), TypeError, "&"),
-        "equals": (lambda input, target: fm.where(input == target, 1, 2), TypeError, "equal"),
+        "bool": (lambda input, target: fm.where(True, input, 2), TypeError, "condition of symbols"),
+        "exchanged": (lambda target, input: input, ValueError, "input comes first, then target"),
+        "huge default": (
+            huge_default,
+            ValueError,
+            "huge_default: eps is beyond the largest float64",
+        ),
+        "huge number": (lambda input, target: input * 10**400, ValueError, "1.00E.400 is beyond"),
+        "deep": (deep, ValueError, "deep nests too many words and operators .*64 are the most"),
+        "long": (long, ValueError, "long nests too many words"),
+        "unknown word": (
+            lambda input, target: fm.lgamma(input),
+            TypeError,
+            "fusedloss.math has no lgamma; it has abs, clamp",
+        ),
+        "unknown torch word": (
+            lambda input, target: torch.lgamma(input),
+            TypeError,
+            r"torch's lgamma\(\) does not take symbols: fusedloss.math has no lgamma; it has abs",
+        ),
+        "row": (lambda input, target: fm.sum(input), TypeError, "sum is of a row or a tensor"),
+        "torch's row": (
+            lambda input, target: -target * torch.nn.functional.log_softmax(input, -1),
+            TypeError,
+            r"torch's log_softmax\(\) does not take symbols: log_softmax is of a row or a tensor",
+        ),
+        "subscript": (
+            lambda input, target: input[..., 0] - target,
+            TypeError,
+            "takes an element of what is one element already",
+        ),
+        "tensor first": (lambda input, target: torch.ones(2) * input, TypeError, "parameters"),
+        "numpy": (lambda input, target: numpy.exp(input), TypeError, "math or numpy"),
         "complex": (lambda input, target: input * (-1) ** 0.5, ValueError, "no real number"),
     }
 
@@ -915,8 +1191,21 @@ def test_bad_call(backend: str) -> None:
     x = torch.randn(3)
     with pytest.raises(TypeError, match="no parameter 'epsilon'; it has eps, reduction"):
         charbonnier(x, x, epsilon=1.0)
-    with pytest.raises(TypeError, match=r"eps is to be a number, not tensor.*\.item\(\)"):
-        charbonnier(x, x, eps=torch.tensor(1.0))
+    for eps, says in (
+        (torch.tensor(1.0), r"a tensor of one number: pass tensor.item\(\)"),
+        (torch.ones(3), r"a tensor of shape \(3,\): it is one number for the whole call"),
+        (torch.nn.Parameter(torch.ones(1)), "a tensor that wants a gradient.*input or target"),
+    ):
+        with pytest.raises(TypeError, match=rf"eps is to be a number, not {says}") as raised:
+            charbonnier(x, x, eps=eps)
+        assert "1." not in str(raised.value)  # none of its numbers
+    with pytest.raises(ValueError, match="charbonnier: eps is beyond the largest float64"):
+        charbonnier(x, x, eps=10**400)
+    for call in (charbonnier, charbonnier.reference, charbonnier.module()):
+        with pytest.raises(TypeError, match=r"target is to be a tensor, not 1.0: torch.full_like"):
+            call(x, 1.0)
+        with pytest.raises(TypeError, match=r"input is to be a tensor, not \[1.0, 2.0\]"):
+            call([1.0, 2.0], x)
     with pytest.raises(ValueError, match="total is not a valid value for reduction"):
         charbonnier(x, x, reduction="total")
     with pytest.raises(ValueError, match="clip_grad is to be positive, not 0"):

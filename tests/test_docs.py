@@ -100,6 +100,7 @@ def _texts(node: ast.expr) -> Message:
 _GIVE_REASONS = {
     *("_load", "no_extension", "torch_does_not_import", "find_toolkit", "_why_left"),
     *("obstacle", "_obstacle", "_result_dtype", "_rows_obstacle", "_prepared"),
+    *("instead_of", "_shown"),
 }
 _GIVE_ERRORS = {"_explained"}  # functions that return what is then raised
 _SAY = {"warnings.warn", "_caller.warn", "sys.exit", "print"}

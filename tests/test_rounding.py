@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 import fusedloss.functional as FL
-from helpers import FOR_A_GPU
+from helpers import EMULATED, FOR_A_GPU
 
-of_the_cpu = pytest.mark.usefixtures("compiled")
+def of_the_cpu(test: Callable[..., None]) -> Callable[..., None]:
+    """A test of the CPU's own kernels."""
+    emulated = pytest.mark.skipif(EMULATED, reason="is about the CPU's own kernels")
+    return pytest.mark.usefixtures("compiled")(emulated(test))
 
 
 def gradient(loss: Tensor, input: Tensor, upstream: float) -> Tensor:

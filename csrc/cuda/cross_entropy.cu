@@ -301,7 +301,7 @@ struct RowEnd {
     const CrossEntropyCall& call = problem.call;
     const T at = call.indices ? exp_nonpositive(gap) : T(0);
     sums = {p.max, static_cast<T>(p.sum), p.dot, p.mass, gap, at, weight,
-            static_cast<T>(p.sum + (at - T(1)))};
+            static_cast<T>(p.sum + (decltype(p.sum)(at) - 1))};
     if (call.upstream) scale = read<W>(call.upstream, call.upstream_dtype, row);
     const RowSums<W> wide{p.max, static_cast<W>(p.sum), p.dot, p.mass, gap, at, weight, W(0)};
     const RowSlope<W> exact = shares.slope(wide, static_cast<W>(scale));

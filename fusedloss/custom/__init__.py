@@ -15,6 +15,7 @@ import inspect
 import itertools
 import math
 import operator
+import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from numbers import Real
@@ -38,9 +39,32 @@ if TYPE_CHECKING:
 __all__ = ["PointwiseLoss", "PointwiseLossModule", "pointwise_loss"]
 
 _C: Any = backends.extension
+_MISSING: Any = ...  # what no tensor is
 # Every loss by number.
 _defined: WeakValueDictionary[int, PointwiseLoss] = WeakValueDictionary()
 _count = itertools.count()
+
+
+def as_float(loss: str, name: str, value: Any) -> float:
+    """A number of a loss as kernels have it."""
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{loss}: {name} is beyond the largest float64, 1.8e308") from None
+
+
+def _shown(value: Any) -> str:
+    """A value in a message."""
+    if not isinstance(value, Tensor):
+        return reprlib.repr(value)
+    if value.requires_grad:
+        return (
+            "a tensor that wants a gradient, which parameters do not get: what is to be learnt is "
+            "input or target, so expand it to input's shape and make it one of them"
+        )
+    if value.numel() == 1:
+        return "a tensor of one number: pass tensor.item()"
+    return f"a tensor of shape {tuple(value.shape)}: it is one number for the whole call"
 
 
 class PointwiseLoss:
@@ -119,10 +143,12 @@ class PointwiseLoss:
 
     # ---- calls -----------------------------------------------------------------------------------
 
+    # `self, /`: a parameter may have any name.
     def __call__(
         self,
-        input: Tensor,
-        target: Tensor,
+        /,
+        input: Tensor = _MISSING,
+        target: Tensor = _MISSING,
         *,
         reduction: str = "mean",
         weight: Tensor | None = None,
@@ -135,24 +161,28 @@ class PointwiseLoss:
             input: predictions, any shape, of float32, float64, bfloat16 or float16. The latter two
                 are computed in float32.
             target: of input's shape and dtype; another shape is broadcast, with a warning. Both may
-                want a gradient.
+                want a gradient. By keyword the two go by the names in the loss's definition, too.
             reduction: ``"mean"``, ``"sum"`` or ``"none"``.
             weight: multiplies each element's loss; broadcast to input's shape. With it ``"mean"``
                 divides by its sum, as :func:`torch.nn.functional.mse_loss`'s does: a weighted mean.
             clip_grad: bounds the slope of each element, before weight and upstream gradient, to
                 [-clip_grad, clip_grad]; the value stays.
-            parameters: the loss's own, numbers. Another number compiles nothing anew.
+            parameters: the loss's own, numbers. Another number compiles nothing anew, and none gets a
+                gradient.
 
         Returns:
             A 0-d tensor, or one of input's shape for ``"none"``, of input's dtype (float32 under
             autocast).
 
         Raises:
-            TypeError: a parameter is unknown, missing or no number.
-            ValueError: reduction is none of the three, clip_grad is not positive, or weight does
-                not broadcast to input's shape.
+            TypeError: a parameter is unknown, missing or no number; input, target or weight is no
+                tensor.
+            ValueError: reduction is none of the three, clip_grad is not positive, weight does not
+                broadcast to input's shape, or a parameter is beyond float64.
             RuntimeError: the shapes do not broadcast.
         """
+        if input is _MISSING or target is _MISSING:
+            input, target = self._by_name(input, target, parameters)
         return self._call(input, target, reduction, weight, clip_grad, parameters, None)
 
     def _values(self, parameters: Mapping[str, Any]) -> tuple[float, ...]:
@@ -163,21 +193,39 @@ class PointwiseLoss:
             if isinstance(value, bool) or not isinstance(value, Real):
                 if value is None and name not in parameters:
                     raise TypeError(f"{self.__name__}() needs its parameter {name!r}, a number")
-                hint = ": pass tensor.item()" if isinstance(value, Tensor) else ""
-                raise TypeError(f"{self.__name__}(): {name} is to be a number, not {value!r}{hint}")
-            values.append(float(value))
+                raise TypeError(f"{self.__name__}(): {name} is to be a number, not {_shown(value)}")
+            values.append(as_float(self._traced.name, name, value))
         for name in parameters:
             if name not in self._names:
                 known = ", ".join((*self._names, "reduction", "weight", "clip_grad"))
                 raise TypeError(f"{self.__name__}() has no parameter {name!r}; it has {known}")
         return tuple(values)
 
+    def _by_name(self, input: Any, target: Any, keywords: dict[str, Any]) -> list[Any]:
+        """Input and target, out of the keywords where they go by the names in the definition."""
+        operands = []
+        for given, name in zip((input, target), self._traced.arguments, strict=True):
+            operand = keywords.pop(name, _MISSING) if given is _MISSING else given
+            if operand is _MISSING:
+                raise TypeError(f"{self.__name__}() needs two tensors; {name!r} is missing")
+            operands.append(operand)
+        return operands
+
+    def _refuse(self, *operands: Any) -> None:
+        """Of input and target, what is no tensor."""
+        for operand, name in zip(operands, self._traced.arguments, strict=True):
+            if not isinstance(operand, Tensor):
+                raise TypeError(
+                    f"{self.__name__}(): {name} is to be a tensor, not {_shown(operand)}: "
+                    "torch.full_like makes one of a number"
+                )
+
     def _bound(self, clip_grad: float | None) -> float:
         if clip_grad is None:
             return math.inf
         if isinstance(clip_grad, bool) or not isinstance(clip_grad, Real) or not clip_grad > 0:
             raise ValueError(f"{self.__name__}(): clip_grad is to be positive, not {clip_grad!r}")
-        return float(clip_grad)
+        return as_float(self._traced.name, "clip_grad", clip_grad)
 
     def _call(
         self,
@@ -196,8 +244,10 @@ class PointwiseLoss:
         if number is None:
             raise ValueError(f"{reduction} is not a valid value for reduction")
         bound = self._bound(clip_grad)
+        if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+            self._refuse(input, target)
         if functional._plain_calls() and not has_torch_function_unary(input):
-            known = self._keys.get(input.device.type) if isinstance(input, Tensor) else None
+            known = self._keys.get(input.device.type)
             if known is not None:
                 numbers = (*values, bound)
                 loss = _C.custom(input, target, weight, known, numbers, number, prediction)
@@ -240,8 +290,8 @@ class PointwiseLoss:
 
     def _weight(self, input: Any, weight: Any) -> Any:
         """Of input's shape, whose sum is what a mean divides by."""
-        if not isinstance(weight, Tensor) or not isinstance(input, Tensor):
-            raise TypeError(f"{self.__name__}(): weight is to be a tensor, not {weight!r}")
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{self.__name__}(): weight is to be a tensor, not {_shown(weight)}")
         if weight.shape != input.shape:
             if not functional._broadcasts_to(weight, input):
                 raise ValueError(
@@ -276,8 +326,9 @@ class PointwiseLoss:
 
     def reference(
         self,
-        input: Tensor,
-        target: Tensor,
+        /,
+        input: Tensor = _MISSING,
+        target: Tensor = _MISSING,
         *,
         reduction: str = "mean",
         weight: Tensor | None = None,
@@ -286,6 +337,9 @@ class PointwiseLoss:
     ) -> Tensor:
         """The same loss in plain PyTorch, differentiable to any order: what the kernels are checked
         against, and the last fall-back. Arguments and errors are the loss's own."""
+        if input is _MISSING or target is _MISSING:
+            input, target = self._by_name(input, target, parameters)
+        self._refuse(input, target)
         values = self._values(parameters)
         if weight is not None:
             weight = self._weight(input, weight)
@@ -323,7 +377,11 @@ class PointwiseLoss:
 
     def _elements(self, x: Tensor, y: Tensor, values: tuple[float, ...]) -> Tensor:
         (value,) = self._value(x, y, values)
-        return torch.broadcast_to(value, x.shape)
+        if not isinstance(value, Tensor):
+            value = torch.full_like(x, value, requires_grad=False)
+        # A piece that is constant still has a gradient: 0, as from the kernels.
+        nothing = x[None][:0].sum() + y[None][:0].sum()
+        return torch.broadcast_to(value, x.shape) + nothing
 
     def _bounded_slopes(
         self, x: Tensor, y: Tensor, bound: float, values: tuple[float, ...]
@@ -341,6 +399,7 @@ class PointwiseLoss:
 
     def module(
         self,
+        /,
         *,
         reduction: str = "mean",
         weight: Tensor | None = None,
@@ -354,7 +413,7 @@ class PointwiseLoss:
         """
         return PointwiseLossModule(self, reduction, weight, clip_grad, parameters)
 
-    def check(self, **parameters: float) -> Report:
+    def check(self, /, **parameters: float) -> Report:
         """Looks for what makes a loss hard to train with, at random points and along lines.
 
         Args:
@@ -368,7 +427,7 @@ class PointwiseLoss:
         with torch.device("cpu"):
             return check(self, self._values(parameters))
 
-    def plot(self, path: str | Path, **parameters: float) -> None:
+    def plot(self, path: str | Path, /, **parameters: float) -> None:
         """Draws value, slope and curvature against input, for a few targets.
 
         Args:

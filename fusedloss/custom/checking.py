@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,8 @@ def check(loss: PointwiseLoss, values: tuple[float, ...]) -> Report:
     kinks = list(_kinks(probe))
     for found, into in (
         (_undefined(probe, draw(), draw()), remarks),
-        (_gradients(probe, kinks, draw(), draw()), errors),
+        (_without_slope(probe, kinks, draw(), draw()), errors),
+        (_gradients(probe, draw(), draw()), errors),
         (_kernels(probe, draw(), draw()), errors),
     ):
         into.extend(found)
@@ -91,11 +92,15 @@ def _at(x: Any, y: Any) -> str:
     return f"input {float(x):.4g}, target {float(y):.4g}"
 
 
+def _within(low: float, high: float, *draws: Tensor) -> Iterator[Tensor]:
+    yield from (low + (high - low) * (t / (2 * _NEAR) + 0.5) for t in draws)
+
+
 def _undefined(probe: _Probe, x: Tensor, y: Tensor) -> list[str]:
     """Where the value is not finite: a domain to keep to, such as that of a logarithm."""
     found = []
     for low, high in ((-_NEAR, _NEAR), (0.0, 1.0)):
-        a, b = (low + (high - low) * (t / (2 * _NEAR) + 0.5) for t in (x, y))
+        a, b = _within(low, high, x, y)
         bad = ~probe.value(a, b).isfinite()
         if bad.any():
             share, first = bad.double().mean().item(), int(bad.nonzero()[0])
@@ -106,9 +111,31 @@ def _undefined(probe: _Probe, x: Tensor, y: Tensor) -> list[str]:
     return found
 
 
-def _gradients(
+def _without_slope(
     probe: _Probe, kinks: list[tuple[sympy.Expr, Tensor, Tensor]], x: Tensor, y: Tensor
 ) -> list[str]:
+    """Where the value is finite and a slope nan, kinks included: one such element ruins a step."""
+    at_kinks = [(_exact(a), b) for _, a, b in kinks]
+    points = [(x, y), tuple(_within(0.0, 1.0, x, y)), *at_kinks]
+    x, y = (torch.cat(side) for side in zip(*points, strict=True))
+    value, found = probe.value(x, y), []
+    for name, slope in zip((INPUT, TARGET), probe.slopes(x, y), strict=True):
+        bad = value.isfinite() & slope.isnan()
+        if bad.any():
+            at = int(bad.nonzero()[0])
+            found.append(
+                f"the slope by {name} at {_at(x[at], y[at])} is nan, and the value "
+                f"{value[at].item():.4g}"
+            )
+    return found
+
+
+def _exact(x: Tensor) -> Tensor:
+    """A kink as it was meant, for what bisection found."""
+    return x.round(decimals=9)
+
+
+def _gradients(probe: _Probe, x: Tensor, y: Tensor) -> list[str]:
     found = []
     computed = probe.slopes(x, y)
     for name, slope, dx, dy in (
@@ -175,7 +202,7 @@ def _switches(value: sympy.Expr) -> list[sympy.Expr]:
             for bound in node.args[1:]:
                 if bound.is_finite is not False:
                     found[node.args[0] - bound] = None
-        elif isinstance(node, sympy.core.relational.Relational):
+        elif isinstance(node, words.Comparison):
             found[node.lhs - node.rhs] = None
     return [e for e in found if {str(s) for s in e.free_symbols} & {INPUT, TARGET}]
 
@@ -183,14 +210,13 @@ def _switches(value: sympy.Expr) -> list[sympy.Expr]:
 def _kinks(probe: _Probe) -> Iterator[tuple[sympy.Expr, Tensor, Tensor]]:
     """Of each switch: points where it is 0, as input and target, found by bisection along input."""
     from . import printing
-    from .tracing import Traced
 
     traced = probe.loss._traced
     targets = torch.tensor([-1.3, -0.4, 0.0, 0.3, 0.6, 1.0, 1.7], dtype=torch.float64)
     grid = torch.linspace(-10.0013, 9.9987, 4001, dtype=torch.float64)
     x, y = (t.flatten() for t in torch.meshgrid(grid, targets, indexing="ij"))
     for switch in _switches(traced.value):
-        at = Traced("switch", traced.input, traced.target, traced.parameters, {}, switch)
+        at = replace(traced, value=switch)
         run = printing.torch_function(at, at.reference)
 
         def where(a: Tensor, b: Tensor, run: Any = run) -> Tensor:
@@ -226,7 +252,7 @@ def _kinks_in_words(probe: _Probe, kinks: list[tuple[sympy.Expr, Tensor, Tensor]
             )
         elif kinked.any():
             at = int(kinked.nonzero()[0])
-            exact = probe.slopes(x[at : at + 1].round(decimals=9), y[at : at + 1])[0].item()
+            exact = probe.slopes(_exact(x[at : at + 1]), y[at : at + 1])[0].item()
             yield (
                 f"kink: at {where} the slope steps from {before[at].item():.4g} to "
                 f"{after[at].item():.4g} ({_at(x[at], y[at])}), and is {exact:.4g} there"

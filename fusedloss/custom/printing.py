@@ -23,19 +23,16 @@ class Printer:
     term joins: the difference of neighbours is exact.
     """
 
-    operators: ClassVar[dict[Any, str]] = {
-        sympy.Gt: ">",
-        sympy.Ge: ">=",
-        sympy.Lt: "<",
-        sympy.Le: "<=",
-        sympy.Eq: "==",
-        sympy.Ne: "!=",
-    }
-
     def __init__(self, names: Mapping[str, str]) -> None:
         self.names = names  # of symbols, where they are not their own
+        self.printed: dict[Expr, str] = {}
 
     def __call__(self, e: Expr) -> str:
+        if e not in self.printed:
+            self.printed[e] = self._print(e)
+        return self.printed[e]
+
+    def _print(self, e: Expr) -> str:
         for kind in type(e).__mro__:
             method = getattr(self, f"_{kind.__name__}", None)
             if method is not None:
@@ -100,20 +97,11 @@ class Printer:
     def quotient(self, above: str, below: str) -> str:
         return f"(({above}) / ({below}))"
 
-    def _Relational(self, e: Expr) -> str:
-        return f"({self(e.lhs)} {self.operators[e.func]} {self(e.rhs)})"
+    def _Comparison(self, e: Expr) -> str:
+        return f"({self(e.lhs)} {e.operator} {self(e.rhs)})"
 
-    def _joined(self, e: Expr, name: str) -> str:
-        return functools.reduce(lambda a, b: self.applied(name, a, b), map(self, e.args))
-
-    def _And(self, e: Expr) -> str:
-        return self._joined(e, "both")
-
-    def _Or(self, e: Expr) -> str:
-        return self._joined(e, "either")
-
-    def _Not(self, e: Expr) -> str:
-        return self.call("negation", e.args)
+    def _Condition(self, e: Expr) -> str:
+        return self.call(e.func.__name__.lower(), e.args)
 
     def _Word(self, e: Expr) -> str:
         return self.call(e.func.__name__, e.args)
@@ -409,9 +397,10 @@ _NAMESPACE: dict[str, Any] = {
 
 
 def _constants_source(traced: Traced, program: Program) -> str:
-    formulas = map(_TorchConstant({}), (e for _, e in program.constants))
-    arguments = ", ".join(traced.parameters)
-    return f"def constants({arguments}):\n    return [{', '.join(formulas)}]\n"
+    # By number: a parameter may be called as anything that a formula is printed with.
+    names = {name: f"p{i}" for i, name in enumerate(traced.parameters)}
+    formulas = map(_TorchConstant(names), (e for _, e in program.constants))
+    return f"def constants({', '.join(names.values())}):\n    return [{', '.join(formulas)}]\n"
 
 
 def torch_source(traced: Traced, program: Program) -> str:

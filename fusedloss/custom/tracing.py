@@ -9,19 +9,22 @@ import builtins
 import functools
 import inspect
 import itertools
-import re
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import sympy
 from sympy.core.parameters import distribute
+from torch import Tensor
 
-from . import words
+from . import as_float, words
 from .words import INPUT, TARGET, Expr
 
+# A tenth of either is much for a loss.
+_DEEPEST = 64  # words and operators inside each other
+_LONGEST = 100_000  # words and operators of a slope, written out
 RESERVED = ("reduction", "weight", "clip_grad")  # keywords that every loss has
 
 
@@ -40,6 +43,7 @@ class Traced:
     """A loss as formulas."""
 
     name: str
+    arguments: tuple[str, str]  # what the function calls input and target
     input: Expr
     target: Expr
     parameters: dict[str, Expr]  # by name, in order
@@ -51,16 +55,17 @@ class Traced:
         """The name in sources and file names, where any other text could do harm."""
         return re.sub(r"\W+", "_", self.name, flags=re.ASCII).strip("_")[:40] or "loss"
 
-    @cached_property
+    @functools.cached_property
     def slopes(self) -> tuple[Expr, Expr]:
         """The derivatives with respect to input and target."""
         with distribute(False):
             of_input, of_target = (
-                words.canonical(self.value.diff(symbol)) for symbol in (self.input, self.target)
+                words.canonical(words.derivative(self.value, symbol))
+                for symbol in (self.input, self.target)
             )
         return of_input, of_target
 
-    @cached_property
+    @functools.cached_property
     def kernel(self) -> Program:
         """Value and both slopes, in the words that kernels have."""
         with distribute(False):
@@ -79,14 +84,14 @@ class Traced:
         named = zip(of_element, formulas[:count], strict=True)
         return Program(constants, tuple(named), tuple(formulas[count:]))
 
-    @cached_property
+    @functools.cached_property
     def reference(self) -> Program:
         """The value alone, as it was written."""
         with distribute(False):
             constants, results = self._hoist([self.value])
         return Program(constants, (), tuple(results))
 
-    @cached_property
+    @functools.cached_property
     def reference_slopes(self) -> Program:
         """Both slopes, as kernels have them."""
         with distribute(False):
@@ -94,7 +99,10 @@ class Traced:
         return Program(constants, (), tuple(results))
 
     def _lowered_slopes(self) -> list[Expr]:
-        return [_factored(words.lowered(slope)) for slope in self.slopes]
+        slopes = [words.lowered(slope) for slope in self.slopes]
+        if max(map(_length, slopes)) > _LONGEST:
+            _refuse_depth(self.name)
+        return list(map(_factored, slopes))
 
     def _hoist(self, results: list[Expr]) -> tuple[tuple[tuple[Expr, Expr], ...], list[Expr]]:
         """Takes what depends on parameters alone out of the formulas."""
@@ -109,6 +117,7 @@ class Traced:
         def constant(e: Expr) -> Expr:
             return constants.setdefault(e, sympy.Symbol(f"c{len(constants)}", real=True))
 
+        @functools.cache
         def rewrite(e: Expr) -> Expr:
             if is_constant(e):
                 return constant(e)
@@ -200,6 +209,172 @@ def _name(function: Callable[..., Any]) -> str:
     return name if isinstance(name, str) else type(function).__name__
 
 
+# ---- what a function is called with ----------------------------------------------------------------
+
+# What PyTorch has, and a loss of one element has not.
+_OF_TENSORS = frozenset(
+    [
+        "all",
+        "amax",
+        "amin",
+        "any",
+        "argmax",
+        "argmin",
+        "cumsum",
+        "dim",
+        "dtype",
+        "item",
+        "logsumexp",
+        "log_softmax",
+        "max",
+        "mean",
+        "median",
+        "min",
+        "nansum",
+        "norm",
+        "normalize",
+        "numel",
+        "prod",
+        "reshape",
+        "shape",
+        "size",
+        "softmax",
+        "softmin",
+        "sort",
+        "std",
+        "sum",
+        "T",
+        "topk",
+        "view",
+        "var",
+    ]
+)
+
+
+_NO_TENSOR = (
+    "no tensor is part of a formula: pass it as input, target or weight, numbers as parameters"
+)
+_NOT_OF_SYMBOLS = (
+    "a function of math or numpy does not take symbols: write it in the words of fusedloss.math"
+)
+
+
+def instead_of(word: str) -> str:
+    """What to write instead of a function of that name."""
+    from fusedloss import math
+
+    if word in math.__all__:
+        return f"write fusedloss.math.{word}"
+    if word in _OF_TENSORS:
+        return (
+            f"{word} is of a row or a tensor, and a loss of one element: return the element's value; "
+            "reduction= is its caller's keyword"
+        )
+    return f"fusedloss.math has no {word}; it has {', '.join(math.__all__)}"
+
+
+def expression(x: Any) -> Expr:
+    """SymPy's formula of a number or of what is being traced."""
+    if isinstance(x, Formula):
+        return x.expression
+    if isinstance(x, Tensor):
+        raise TypeError(_NO_TENSOR)
+    try:
+        found = sympy.sympify(x, strict=True)
+    except sympy.SympifyError:
+        found = None
+    if found is None or isinstance(x, bool) or not isinstance(found, sympy.Expr):
+        raise TypeError(f"fusedloss.math takes numbers, symbols and tensors, not {x!r}")
+    return found
+
+
+def _operators(of: Callable[[Any, Any], Any]) -> Any:
+    """An operator, and the one with its sides exchanged."""
+
+    def forward(self: Formula, other: Any) -> Formula:
+        return Formula(of(self.expression, expression(other)))
+
+    def reflected(self: Formula, other: Any) -> Formula:
+        return Formula(of(expression(other), self.expression))
+
+    return forward, reflected
+
+
+def _compares(kind: Any) -> Any:
+    def compare(self: Formula, other: Any) -> words.Condition:
+        condition: words.Condition = kind(self.expression, expression(other))
+        return condition
+
+    return compare
+
+
+class Formula:
+    """A symbol that a loss is traced with, and what becomes of it: SymPy's formula with operators
+    that leave conditions as they are, and say what to write instead of what no formula takes."""
+
+    __slots__ = ("expression",)
+    __array_ufunc__ = None  # so NumPy's numbers leave their operators to a formula's
+
+    def __init__(self, expression: Expr) -> None:
+        self.expression = expression
+
+    def _sympy_(self) -> Expr:
+        return self.expression
+
+    def __repr__(self) -> str:
+        return str(self.expression)
+
+    def __hash__(self) -> int:
+        return hash(self.expression)
+
+    __add__, __radd__ = _operators(operator.add)
+    __sub__, __rsub__ = _operators(operator.sub)
+    __mul__, __rmul__ = _operators(operator.mul)
+    __truediv__, __rtruediv__ = _operators(operator.truediv)
+    __pow__, __rpow__ = _operators(operator.pow)
+    __lt__, __le__ = _compares(words.Less), _compares(words.LessEqual)
+    __gt__, __ge__ = _compares(words.Greater), _compares(words.GreaterEqual)
+    __eq__, __ne__ = _compares(words.Equal), _compares(words.NotEqual)
+
+    def __neg__(self) -> Formula:
+        return Formula(-self.expression)
+
+    def __pos__(self) -> Formula:
+        return self
+
+    def __abs__(self) -> Formula:
+        return Formula(words.Abs(self.expression))
+
+    def __bool__(self) -> bool:
+        raise TypeError(words.NO_TRUTH_VALUE)
+
+    def __float__(self) -> float:
+        raise TypeError(_NOT_OF_SYMBOLS)
+
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError(
+            f"{self}[{index}] takes an element of what is one element already: a loss sees no rows or "
+            "channels, so pass the slices as input and target"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what protocols ask for
+            raise AttributeError(name)
+        raise AttributeError(f"a symbol has no .{name}: {instead_of(name)}")
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if any(isinstance(arg, Tensor) for arg in args):
+            raise TypeError(_NO_TENSOR)
+        name = getattr(function, "__name__", str(function))
+        raise TypeError(f"torch's {name}() does not take symbols: {instead_of(name)}")
+
+
+# ---- tracing -------------------------------------------------------------------------------------
+
+
 def trace(function: Callable[..., Any]) -> Traced:
     """The formulas of a loss.
 
@@ -208,34 +383,41 @@ def trace(function: Callable[..., Any]) -> Traced:
             what to write instead.
     """
     name = _name(function)
-    defaults = _signature(function, name)
+    arguments, defaults = _signature(function, name)
     with distribute(False):
         # Apart from each other by name alone: an expression is found again where it is rewritten.
         input, target = sympy.Symbol(INPUT, real=True), sympy.Symbol(TARGET, real=True)
         parameters = {key: sympy.Symbol(key, real=True) for key in defaults}
+        given = {key: Formula(symbol) for key, symbol in parameters.items()}
         try:
-            result = function(input, target, **parameters)
+            result = function(Formula(input), Formula(target), **given)
+        except RecursionError:
+            _refuse_depth(name)
         except Exception as error:
             raise _explained(name, error) from error
         value = _checked(name, result, {input, target, *parameters.values()})
-    given = {key: default for key, default in defaults.items() if default is not None}
-    return Traced(name, input, target, parameters, given, value)
+    known = {key: default for key, default in defaults.items() if default is not None}
+    return Traced(name, arguments, input, target, parameters, known, value)
 
 
-def _signature(function: Callable[..., Any], name: str) -> dict[str, float | None]:
-    """The parameters by name, with their defaults; None: there is none."""
+def _signature(
+    function: Callable[..., Any], name: str
+) -> tuple[tuple[str, str], dict[str, float | None]]:
+    """The names of input and target, and the parameters by name, with their defaults; None: there is
+    none."""
     if not callable(function):
         raise TypeError(f"pointwise_loss takes a function, not {function!r}")
     form = f"def {name}(input, target, *, scale=1.0)"
-    positional, defaults = 0, {}
+    positional: list[str] = []
+    defaults: dict[str, float | None] = {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise TypeError(
                 f"{name}: *args and **kwargs cannot be traced; name every parameter: {form}"
             )
         if parameter.kind is not parameter.KEYWORD_ONLY:
-            positional += 1
-            if positional > 2:
+            positional.append(parameter.name)
+            if len(positional) > 2:
                 raise TypeError(
                     f"{name}: {parameter.name!r} is a third positional argument; a loss takes two, "
                     f"and its parameters as keywords, behind a *: {form}"
@@ -254,51 +436,31 @@ def _signature(function: Callable[..., Any], name: str) -> dict[str, float | Non
             raise TypeError(
                 f"{name}: the default of {parameter.name!r} is to be a number, not {default!r}"
             )
-        defaults[parameter.name] = None if default is None else float(default)
-    if positional != 2:
-        raise TypeError(f"{name}: a loss takes input and target, not {positional} of them: {form}")
-    return defaults
+        defaults[parameter.name] = (
+            None if default is None else as_float(name, parameter.name, default)
+        )
+    if len(positional) != 2:
+        raise TypeError(
+            f"{name}: a loss takes input and target, not {len(positional)} of them: {form}"
+        )
+    if positional[0] == TARGET or positional[1] == INPUT:
+        raise ValueError(f"{name}: input comes first, then target: {form}")
+    return (positional[0], positional[1]), defaults
 
 
 def _explained(name: str, error: Exception) -> Exception:
     """What went wrong in tracing, in the words of whoever wrote the loss."""
-    from fusedloss import math
-
     said = str(error)
-
-    def write(word: str) -> str:
-        instead = {"where": "where(condition, a, b)"}.get(word, f"{word}(...)")
-        return f"write fusedloss.math.{instead}" if word in math.__all__ else ""
-
     if "truth value of" in said:
         return TypeError(
             f"{name}: an if, and, or, not, min, max or chained comparison asks a symbol whether it "
             "is true, which depends on the element: write fusedloss.math.where(condition, a, b), "
             "maximum or minimum, and join conditions by &, | and ~"
         )
-    torch_function = re.match(r"(\w+)\(\)(?:: argument|: expected| received|:? missing)", said)
-    if torch_function or "tensor" in said.lower():
-        word = torch_function[1] if torch_function else ""
-        called = f"torch's {word}()" if word else "a torch function or tensor"
-        advice = write(word) or "write it in the words of fusedloss.math, and numbers as parameters"
-        return TypeError(f"{name}: {called} does not take symbols: {advice} ({said})")
-    method = re.search(r"has no attribute '(\w+)'", said)
-    if isinstance(error, AttributeError) and method:
-        word = method[1]
-        advice = write(word) or (
-            "a loss is of one element, and reduction is its caller's keyword: return the element's "
-            "value"
-            if word
-            in ("mean", "sum", "item", "shape", "size", "dim", "numel", "max", "min", "dtype")
-            else "write it in the words of fusedloss.math"
-        )
-        return TypeError(f"{name}: a symbol has no .{word}: {advice}")
-    numpy_function = re.search(r"no callable (\w+) method|ufunc '?(\w+)", said)
-    if numpy_function or "Cannot convert expression to float" in said:
-        word = next(filter(None, numpy_function.groups()), "") if numpy_function else ""
-        advice = write(word) or "write it in the words of fusedloss.math"
-        return TypeError(f"{name}: a function of math or numpy does not take symbols: {advice}")
-    kind = type(error) if type(error) in vars(builtins).values() else TypeError
+    if "ufunc" in said:
+        said = _NOT_OF_SYMBOLS
+    known = type(error) in vars(builtins).values() and not isinstance(error, AttributeError)
+    kind = type(error) if known else TypeError
     return kind(f"{name} cannot be traced: {said}")
 
 
@@ -308,12 +470,16 @@ def _checked(name: str, result: Any, known: set[Expr]) -> Expr:
         raise TypeError(f"{name} returns None: write return in front of the value")
     if isinstance(result, tuple | list):
         raise TypeError(f"{name} returns {len(result)} values: return one, the element's loss")
+    if isinstance(result, Formula):
+        result = result.expression
     if isinstance(result, sympy.logic.boolalg.Boolean) and not isinstance(result, sympy.Symbol):
         raise TypeError(
             f"{name} returns a condition: write fusedloss.math.where({result}, 1.0, 0.0)"
         )
     if not isinstance(result, sympy.Expr | int | float):
         raise TypeError(f"{name} returns {result!r}: return a formula of input and target")
+    if _depth(result) > _DEEPEST:
+        _refuse_depth(name)
     value = words.canonical(sympy.sympify(result))
     strange = value.free_symbols - known
     if strange:
@@ -325,12 +491,37 @@ def _checked(name: str, result: Any, known: set[Expr]) -> Expr:
     for node in sympy.preorder_traversal(value):
         if node.has(sympy.I, sympy.zoo, sympy.nan):
             raise ValueError(f"{name} is no real number: {value}")
+        if node.is_Number and node.is_finite and words.overflows(node):
+            raise ValueError(f"{name}: {sympy.N(node, 3)} is beyond the largest float64, 1.8e308")
         if isinstance(node, sympy.Function) and not isinstance(node, words.Word):
             raise TypeError(
                 f"{name}: {node.func} is none of the functions of fusedloss.math, which are "
                 f"{', '.join(_words())}"
             )
     return value
+
+
+def _refuse_depth(name: str) -> NoReturn:
+    raise ValueError(
+        f"{name} nests too many words and operators inside each other: {_DEEPEST} are the most, and "
+        f"{_LONGEST} in all of a slope that is written out"
+    ) from None
+
+
+def _depth(e: Any) -> int:
+    """How many words and operators stand inside each other, as far as _DEEPEST."""
+    depth, level = 0, {e}
+    while level and depth <= _DEEPEST:
+        depth, level = depth + 1, {arg for node in level for arg in getattr(node, "args", ())}
+    return depth
+
+
+def _length(e: Expr, known: dict[Expr, int] | None = None) -> int:
+    """How many words, operators and symbols a formula has where nothing is shared."""
+    known = {} if known is None else known
+    if e not in known:
+        known[e] = 1 + sum(_length(arg, known) for arg in e.args)
+    return known[e]
 
 
 def _words() -> list[str]:

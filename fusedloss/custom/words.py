@@ -4,22 +4,25 @@ SymPy simplifies as mathematics allows, which rounding does not: ``log(1 + exp(x
 ``softplus(x)`` does not. These functions are opaque to it. Each says
 
     derivatives()  by each argument, finite wherever the function's slope is
+    pieces()       or, where it chooses among its arguments, itself as a Where of them
     lowered()      itself in the words that kernels have; by default it is one of them
     torch()        itself on tensors, in PyTorch, and on Python numbers' float64 tensors
 
-A condition is a SymPy relation, or an And, Or or Not of them.
+Conditions are opaque as well: to SymPy ``t == t`` is true and ``not x > a`` is ``x <= a``, which nan
+is an exception to.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import sympy
 import torch
 from sympy import Integer, Rational
+from sympy.logic.boolalg import Boolean
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,6 +30,106 @@ Expr = Any  # SymPy is untyped
 INPUT, TARGET = "input", "target"  # the symbols' names
 
 ONE, ZERO, HALF = Integer(1), Integer(0), Rational(1, 2)
+
+NO_TRUTH_VALUE = "the truth value of a symbol or condition depends on the element"
+
+
+def overflows(number: Expr) -> bool:
+    """Whether a finite number is beyond float64."""
+    try:
+        return math.isinf(float(number))
+    except OverflowError:
+        return True
+
+
+# ---- conditions ----------------------------------------------------------------------------------
+
+
+class Condition(Boolean):  # type: ignore[misc]
+    """What holds or does not, as IEEE 754 has it: nothing holds of nan but that it differs."""
+
+    def __and__(self, other: Any) -> Condition:
+        return Both(self, condition(other))
+
+    def __or__(self, other: Any) -> Condition:
+        return Either(self, condition(other))
+
+    __rand__, __ror__ = __and__, __or__
+
+    def __invert__(self) -> Condition:
+        return Negation(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError(NO_TRUTH_VALUE)
+
+    def _sympystr(self, printer: Any) -> str:
+        return f"{self.func.__name__}({', '.join(map(printer._print, self.args))})"
+
+
+class Comparison(Condition):
+    operator: ClassVar[str]
+    lhs = property(lambda self: self.args[0])
+    rhs = property(lambda self: self.args[1])
+
+    def _sympystr(self, printer: Any) -> str:
+        return f"{printer._print(self.lhs)} {self.operator} {printer._print(self.rhs)}"
+
+
+def _comparison(name: str, operator: str) -> Any:
+    return type(name, (Comparison,), {"operator": operator})
+
+
+Greater: Any = _comparison("Greater", ">")
+GreaterEqual: Any = _comparison("GreaterEqual", ">=")
+Less: Any = _comparison("Less", "<")
+LessEqual: Any = _comparison("LessEqual", "<=")
+Equal: Any = _comparison("Equal", "==")
+NotEqual: Any = _comparison("NotEqual", "!=")
+
+
+class Both(Condition):
+    pass
+
+
+class Either(Condition):
+    pass
+
+
+class Negation(Condition):
+    pass
+
+
+def condition(given: Any) -> Any:
+    """SymPy's own conditions as ours.
+
+    Raises:
+        TypeError: it is no condition.
+    """
+    if isinstance(given, Condition):
+        return given
+    kind = _CONDITION_OF_SYMPY.get(getattr(given, "func", None))
+    if kind is None:
+        raise TypeError(f"{given!r} is no condition of symbols, such as input > target")
+    if issubclass(kind, Comparison):
+        return kind(*map(canonical, given.args))
+    args = map(condition, given.args)
+    return Negation(*args) if kind is Negation else functools.reduce(kind, args)
+
+
+_CONDITION_OF_SYMPY: dict[Any, Any] = {
+    sympy.Gt: Greater,
+    sympy.Ge: GreaterEqual,
+    sympy.Lt: Less,
+    sympy.Le: LessEqual,
+    sympy.Eq: Equal,
+    sympy.Ne: NotEqual,
+    sympy.And: Both,
+    sympy.Or: Either,
+    sympy.Not: Negation,
+}
+
+
+# ---- words and their derivatives -----------------------------------------------------------------
 
 
 class Word(sympy.Function):  # type: ignore[misc]
@@ -38,18 +141,72 @@ class Word(sympy.Function):  # type: ignore[misc]
     def derivatives(self) -> tuple[Expr, ...]:
         raise NotImplementedError(f"{self.func.__name__} is a word of kernels alone")
 
+    def pieces(self) -> Where | None:
+        return None
+
     def lowered(self) -> Expr:
         return self
 
-    # SymPy's own hook. A word whose arguments do not all count everywhere chooses among their
-    # derivatives instead of multiplying by 0: what is infinite there must not make a nan.
-    def _eval_derivative(self, symbol: Expr) -> Expr:
-        total = ZERO
-        for slope, arg in zip(self.derivatives(), self.args, strict=True):
-            inner = arg.diff(symbol)
-            if inner != 0:
-                total += slope * inner
-        return total
+
+def derivative(e: Expr, symbol: Expr, outer: Expr = ONE) -> Expr:
+    """outer times the derivative of a formula in our words.
+
+    What is not taken never counts: outer may be infinite where a Where inside of e cuts the symbol off,
+    and so goes into the branches, as PyTorch's gradient does, instead of meeting their 0.
+    """
+    if symbol not in e.free_symbols:
+        return ZERO
+    if e == symbol:
+        return outer
+    if outer != 1:
+        if not _cuts_off(e, symbol):
+            return outer * derivative(e, symbol)
+        if e.is_Add:  # the terms that are not cut keep their sum
+            whole = [term for term in e.args if not _cuts_off(term, symbol)]
+            cut = [derivative(t, symbol, outer) for t in e.args if t not in whole]
+            return sympy.Add(derivative(sympy.Add(*whole), symbol, outer), *cut)
+        # What is the same for all elements is finite where the value is.
+        elements = [s for s in outer.free_symbols if s.name in (INPUT, TARGET)]
+        factor, rest = outer.as_independent(*elements, as_Add=False)
+        if factor != 1:
+            return factor * derivative(e, symbol, rest)
+    chosen = e.pieces() if isinstance(e, Word) else None
+    if chosen is not None:
+        holds, yes, no = chosen.args
+        return Where(holds, derivative(yes, symbol, outer), derivative(no, symbol, outer))
+    total = ZERO
+    for slope, arg in _slopes(e, symbol):
+        total += derivative(arg, symbol, outer * slope)
+    return total
+
+
+def _slopes(e: Expr, symbol: Expr) -> Iterator[tuple[Expr, Expr]]:
+    """The arguments that a formula depends on by other than a choice, each after the derivative by
+    it."""
+    if e.is_Add:
+        yield from ((ONE, term) for term in e.args)
+    elif e.is_Mul:
+        for i, factor in enumerate(e.args):
+            yield sympy.Mul(*e.args[:i], *e.args[i + 1 :]), factor
+    elif e.is_Pow:
+        yield e.exp * e.base ** (e.exp - 1), e.base
+    elif isinstance(e, Power) and isinstance(e.args[0], Sigmoid) and not e.args[1].has(symbol):
+        # The power itself again, and nothing that could be 0 / 0.
+        x = e.args[0].args[0]
+        yield e.args[1] * e * Sigmoid(-x), x
+    else:
+        yield from zip(e.derivatives(), e.args, strict=True)
+
+
+def _cuts_off(e: Expr, symbol: Expr) -> bool:
+    """Whether a branch of a Where in the formula does not depend on the symbol, but another does."""
+    if e == symbol or symbol not in e.free_symbols:
+        return False
+    chosen = e.pieces() if isinstance(e, Word) else None
+    if chosen is None:
+        return any(_cuts_off(arg, symbol) for arg in e.args)
+    depend = [symbol in branch.free_symbols for branch in chosen.args[1:]]
+    return depend[0] != depend[1] or any(_cuts_off(branch, symbol) for branch in chosen.args[1:])
 
 
 def _word(name: str, function: Callable[..., Tensor], **methods: Any) -> Any:
@@ -120,9 +277,8 @@ class Where(Word):
             return yes
         return no if condition == sympy.false else None
 
-    def _eval_derivative(self, symbol: Expr) -> Expr:
-        condition, yes, no = self.args
-        return Where(condition, yes.diff(symbol), no.diff(symbol))
+    def pieces(self) -> Where:
+        return self
 
 
 class _Extremum(Word):
@@ -132,49 +288,57 @@ class _Extremum(Word):
     def eval(cls, a: Expr, b: Expr) -> Expr | None:
         return a if a == b else None
 
-    def _between(self, symbol: Expr, a: Expr, b: Expr) -> Expr:
-        """The derivative where the first argument rules at a, the second at b; where they are
+    def _between(self, low: Expr, high: Expr) -> Where:
+        """The first argument where high is above low, the second where it is below; where they are
         equal, or one is nan, half of either."""
-        first, second = (arg.diff(symbol) for arg in self.args)
-        return Where(a > b, first, Where(a < b, second, HALF * first + HALF * second))
+        first, second = self.args
+        half = HALF * first + HALF * second
+        return Where(Greater(high, low), first, Where(Less(high, low), second, half))
 
 
 class Maximum(_Extremum):
     torch = staticmethod(torch.maximum)
 
-    def _eval_derivative(self, symbol: Expr) -> Expr:
-        return self._between(symbol, *self.args)
+    def pieces(self) -> Where:
+        return self._between(self.args[1], self.args[0])
 
 
 class Minimum(_Extremum):
     torch = staticmethod(torch.minimum)
 
-    def _eval_derivative(self, symbol: Expr) -> Expr:
-        return self._between(symbol, *self.args[::-1])
+    def pieces(self) -> Where:
+        return self._between(*self.args)
 
 
 class Clamp(Word):
-    """x bounded below, then above; the slope at a bound itself is x's."""
+    """x bounded below, then above; the slope at a bound itself is x's. nan if a bound is."""
 
     nargs = 3
 
     @staticmethod
     def torch(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         # Not torch.clamp, whose gradient at the bounds depends on the release.
-        return torch.where(x < low, low, torch.where(x > high, high, x))
+        x = torch.where((x < low) | low.isnan(), low, x)
+        return torch.where((x > high) | high.isnan(), high, x)
 
-    def _eval_derivative(self, symbol: Expr) -> Expr:
+    def lowered(self) -> Expr:
         x, low, high = self.args
-        inside = Where(x > high, high.diff(symbol), x.diff(symbol))
-        return Where(x < low, low.diff(symbol), inside)
+        if low.is_number and high.is_number and low <= high:
+            return self
+        return Minimum(Maximum(x, low), high)
+
+    def pieces(self) -> Where:
+        x, low, high = self.args
+        return Where(Less(x, low), low, Where(Greater(x, high), high, x))
 
 
 class Relu(Word):
     nargs = 1
     torch = staticmethod(torch.relu)
 
-    def _eval_derivative(self, symbol: Expr) -> Expr:
-        return Where(self.args[0] > 0, self.args[0].diff(symbol), ZERO)
+    def pieces(self) -> Where:
+        x = self.args[0]
+        return Where(Greater(x, ZERO), x, ZERO)
 
 
 class Power(Word):
@@ -199,18 +363,11 @@ class Power(Word):
         if not of_element:
             return PowerSlope(base, exponent, self), ZERO
         # e b^e / b, b^e being there already; at 0 its limit.
-        limit = Where(sympy.Eq(exponent, 0), ZERO, exponent * Power(ZERO, exponent - 1))
-        by_base = Where(sympy.Eq(base, 0), limit, exponent * self / base)
-        vanishes = sympy.And(sympy.Eq(base, 0), exponent >= 0)
+        at_zero = Equal(base, ZERO)
+        limit = Where(Equal(exponent, ZERO), ZERO, exponent * Power(ZERO, exponent - 1))
+        by_base = Where(at_zero, limit, exponent * self / base)
+        vanishes = Both(at_zero, GreaterEqual(exponent, ZERO))
         return by_base, Where(vanishes, ZERO, self * Log(base))
-
-    def _eval_derivative(self, symbol: Expr) -> Expr:
-        base, exponent = self.args
-        if isinstance(base, Sigmoid) and not exponent.has(symbol):
-            # The power itself again, and nothing that could be 0 / 0.
-            x = base.args[0]
-            return exponent * self * Sigmoid(-x) * x.diff(symbol)
-        return super()._eval_derivative(symbol)
 
 
 class PowerSlope(Word):
@@ -231,8 +388,9 @@ class XLogY(Word):
 
     def derivatives(self) -> tuple[Expr, ...]:
         x, y = self.args
-        at_zero = sympy.Eq(x, 0)
-        return Where(sympy.And(at_zero, y <= 0), ZERO, Log(y)), Where(at_zero, ZERO, x / y)
+        at_zero = Equal(x, ZERO)
+        log = Where(Both(at_zero, LessEqual(y, ZERO)), ZERO, Log(y))
+        return log, Where(at_zero, ZERO, x / y)
 
 
 # ---- words made of others ------------------------------------------------------------------------
@@ -261,7 +419,9 @@ class Sigmoid(Word):
         x = self.args[0]
         small, large = _sigmoids(x)
         # Of x and -x by one condition.
-        return Where(-x < 0, large, small) if _is_negated(x) else Where(x < 0, small, large)
+        if _is_negated(x):
+            return Where(Less(-x, ZERO), large, small)
+        return Where(Less(x, ZERO), small, large)
 
 
 class SigmoidSlope(Word):
@@ -317,6 +477,8 @@ def canonical(expression: Expr) -> Expr:
     def rewrite(node: Expr) -> Expr:
         if not node.args:
             return node
+        if isinstance(node, Boolean) and not isinstance(node, Condition | sympy.Symbol):
+            return condition(node)
         args = [rewrite(arg) for arg in node.args]
         if isinstance(node, sympy.Pow):
             return _power(*args)
@@ -326,8 +488,8 @@ def canonical(expression: Expr) -> Expr:
             extremum: Any = Maximum if isinstance(node, sympy.Max) else Minimum
             return functools.reduce(extremum, args)
         if isinstance(node, sympy.Piecewise):
-            value, condition = args[-1].args
-            result = value if condition == sympy.true else Where(condition, value, sympy.nan)
+            value, last = args[-1].args
+            result = value if last == sympy.true else Where(last, value, sympy.nan)
             for pair in args[-2::-1]:
                 result = Where(pair.args[1], pair.args[0], result)
             return result
@@ -369,12 +531,13 @@ def _twice(exponent: Expr) -> int | None:
     return int(twice) if abs(twice) <= 32 and twice.is_integer() else None
 
 
-def lowered(expression: Expr) -> Expr:
-    """The expression in words that kernels have."""
+def lowered(expression: Expr, known: dict[Expr, Expr] | None = None) -> Expr:
+    """The expression in words that kernels have. known: what was lowered before."""
+    known = {} if known is None else known
     if not expression.args:
         return expression
-    node = expression.func(*map(lowered, expression.args))
-    if isinstance(node, Word):
-        deeper = node.lowered()
-        return deeper if deeper == node else lowered(deeper)
-    return node
+    if expression not in known:
+        node = expression.func(*(lowered(arg, known) for arg in expression.args))
+        deeper = node.lowered() if isinstance(node, Word) else node
+        known[expression] = deeper if deeper == node else lowered(deeper, known)
+    return known[expression]

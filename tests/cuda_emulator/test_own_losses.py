@@ -15,7 +15,7 @@ from torch import Tensor
 
 from build import build
 from cases import DTYPES, REDUCTIONS, Sample
-from custom_losses import CASES, CustomCase, charbonnier, focal, gaussian_kl
+from custom_losses import CASES, OBSERVED, CustomCase, charbonnier, focal, gaussian_kl
 from engines import RUNNER, SOURCES, Calls, OwnLoss
 from helpers import assert_near, draw_upstream, leaf
 from own_losses import library
@@ -135,6 +135,19 @@ def test_options() -> None:
             for options, clip in itertools.product(given, (math.inf, 0.1))
         ),
     )
+
+
+def test_conditions() -> None:
+    """What is not taken never counts; a target of nan is seen."""
+
+    def asked() -> Iterator[Question]:
+        for dtype in DTYPES.values():
+            x, y = OBSERVED.sample(dtype, (300,))
+            y[::3] = math.nan
+            for reduction in REDUCTIONS:
+                yield Question(OBSERVED, x, y, reduction)
+
+    check_all("plain", asked())
 
 
 def transposed(tensor: Tensor) -> Tensor:
