@@ -10,6 +10,7 @@ import functools
 import inspect
 import itertools
 import operator
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from numbers import Real
