@@ -140,8 +140,7 @@ BackwardGradients::BackwardGradients(Carried* left, const Tensor& input, const T
     TORCH_CHECK(input.sizes() == left->input_sizes && input.scalar_type() == left->input_dtype,
                 "fusedloss: backward's input is a ", input.scalar_type(), " tensor of shape ",
                 input.sizes(), ", and forward's was a ", left->input_dtype, " tensor of shape ",
-                at::IntArrayRef(left->input_sizes),
-                ": between the two, leave input.data as it is");
+                at::IntArrayRef(left->input_sizes), ": between the two, leave input.data as it is");
     gradient = std::move(left->gradient);
     target_gradient = std::move(left->target_gradient);
   }

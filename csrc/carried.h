@@ -10,8 +10,8 @@
 
 namespace fusedloss {
 
-// Two doubles: the upstream gradient 1, and full confidence in it. A CUDA graph that is being captured
-// does not see how they are written: each replay would write them again.
+// Two doubles: the upstream gradient 1, and full confidence in it. A CUDA graph that is being
+// captured does not see how they are written: each replay would write them again.
 at::Tensor new_prediction(const at::Device& device);
 
 #if defined(FUSEDLOSS_CUDA)
@@ -46,8 +46,9 @@ void carry(const at::Tensor& scales, const at::Tensor& input, const at::Tensor& 
 
 // Lets go of the gradients that forward has written, so that backward computes them.
 void drop_gradients(const at::Tensor& scales);
-// The same where input or target has been given other memory since (`input.data = ...`), whose numbers
-// are the ones that backward is to see. (For autograd alone: a compiler may compute both again.)
+// The same where input or target has been given other memory since (`input.data = ...`), whose
+// numbers are the ones that backward is to see. (For autograd alone: a compiler may compute both
+// again.)
 void drop_gradients_of_other_memory(const at::Tensor& scales, const at::Tensor& input,
                                     const at::Tensor& target);
 

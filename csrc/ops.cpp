@@ -83,8 +83,8 @@ void check_meta(const OptionalTensor& t) {
 template <class Number>
 void check_meta(const Number&) {}
 
-// A shape-only kernel. Torch calls it as soon as one tensor of a call is a meta tensor; then all must
-// be.
+// A shape-only kernel. Torch calls it as soon as one tensor of a call is a meta tensor; then all
+// must be.
 template <auto kernel>
 struct Meta;
 template <class Result, class... Arguments, Result (*kernel)(Arguments...)>

@@ -108,9 +108,9 @@ void check_pair(const char* name, const Tensor& pair, const Tensor& input) {
 
 void check_number(const Tensor& grad_output, const Tensor& input) {
   check_device("grad_output", grad_output, input);
-  TORCH_CHECK_VALUE(
-      grad_output.numel() == 1 && grad_output.is_floating_point(), "fusedloss: grad_output of shape ",
-      grad_output.sizes(), " and dtype ", grad_output.scalar_type(), " is not one real number");
+  TORCH_CHECK_VALUE(grad_output.numel() == 1 && grad_output.is_floating_point(),
+                    "fusedloss: grad_output of shape ", grad_output.sizes(), " and dtype ",
+                    grad_output.scalar_type(), " is not one real number");
 }
 
 void check_row_upstream(const Tensor& grad_output, const Tensor& input) {

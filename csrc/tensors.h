@@ -34,7 +34,8 @@ std::string_view of_classes(std::string_view loss);
 
 // Throws unless target has input's shape, without the class dimension where it is class indices.
 void check_shapes(const at::Tensor& input, const at::Tensor& target);
-// The same for losses over rows, which need a class, and one weight for each class if they have any.
+// The same for losses over rows, which need a class, and one weight for each class if they have
+// any.
 void check_rows(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight);
 // Of two doubles, as a prediction and scales are, where input is.
 void check_pair(const char* name, const at::Tensor& pair, const at::Tensor& input);

@@ -29,7 +29,7 @@ from .modules import (
     MSELoss,
     SmoothL1Loss,
 )
-from .patching import patch, replace
+from .patching import patch, replace, restore
 
 __all__ = [
     "BCELoss",
@@ -52,6 +52,7 @@ __all__ = [
     "pointwise_loss",
     "reference",
     "replace",
+    "restore",
 ]
 
 

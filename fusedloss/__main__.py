@@ -1,15 +1,17 @@
-"""``python -m fusedloss info|doctor|bench``"""
+"""``python -m fusedloss info|doctor|run|bench``"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import doctor
-from .backends import info
+from .backends import extension, info
+from .patching import patch
 
 NO_BENCH = (
     "fusedloss: the benchmark is part of the source tree, not of the installed package: "
@@ -40,6 +42,36 @@ def bench(arguments: Sequence[str]) -> int:
     return 0
 
 
+RUN_USAGE = "usage: python -m fusedloss run [-m MODULE | SCRIPT] [ARGUMENT ...]"
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs a program as ``python SCRIPT`` or ``python -m MODULE`` does, under a patch, and then
+    prints what the patch reached, however the program ended."""
+    as_module = list(arguments[:1]) == ["-m"]
+    program, *_ = wanted = list(arguments[as_module:]) or ["-h"]
+    if program in ("-h", "--help"):
+        print(RUN_USAGE, file=sys.stderr)
+        return 0 if program in arguments else 2
+    if not as_module and not os.path.exists(program):
+        print(f"fusedloss: no script {program!r} in {os.getcwd()}", file=sys.stderr)
+        return 2
+    sys.argv[:] = wanted
+    patched = patch()
+    try:
+        with patched:
+            if as_module:
+                runpy.run_module(program, run_name="__main__", alter_sys=True)
+            else:
+                if not getattr(sys.flags, "safe_path", False):
+                    sys.path[0] = os.path.dirname(os.path.realpath(program))
+                runpy.run_path(program, run_name="__main__")
+    finally:
+        sys.stdout.flush()
+        print(patched, file=sys.stderr)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m fusedloss")
@@ -58,10 +90,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="MODULE",
         help="import this as well, as the program in question does; may be repeated",
     )
+    # What follows is the program's own.
+    commands.add_parser(
+        "run",
+        help="run a script, or -m MODULE, with fused losses, and say which calls they reached",
+        add_help=False,
+    )
     # What follows is the benchmark's own, --help too.
     commands.add_parser("bench", help="the benchmark, with its own options", add_help=False)
     if argv[:1] == ["bench"]:
         return bench(argv[1:])
+    if argv[:1] == ["run"]:
+        return run(argv[1:])
     chosen = parser.parse_args(argv)
     if chosen.command == "info":
         print(info())
@@ -75,4 +115,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if extension is None:
+        doctor.hand_over()
     sys.exit(main())

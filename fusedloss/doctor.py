@@ -133,14 +133,91 @@ def torch_release(found: str, requirements: Sequence[str] | None) -> Iterator[Fi
     yield Finding("ok", f"torch {found}")
 
 
-def copies(package: Path, path: Sequence[str]) -> Iterator[Finding]:
-    """Whether a stray copy, mostly a source checkout, hides the installation."""
+def _others(package: Path, path: Sequence[str]) -> list[Path]:
+    """The other copies of the package, in the order in which Python would find them."""
     folders = [Path(entry or ".") / "fusedloss" for entry in path]
     editable = _editable_source()
     if editable is not None:
         folders.append(editable / "fusedloss")
     found = [folder.resolve() for folder in folders if (folder / "__init__.py").is_file()]
-    others = [folder for folder in dict.fromkeys(found) if folder != package.resolve()]
+    return [folder for folder in dict.fromkeys(found) if folder != package.resolve()]
+
+
+def _hidden(package: Path, path: Sequence[str]) -> Path | None:
+    """The copy with a compiled extension that this one, which has none, hides."""
+    if _extensions(package):
+        return None
+    return next(filter(_extensions, _others(package, path)), None)
+
+
+def no_extension(package: Path = PACKAGE, path: Sequence[str] | None = None) -> str:
+    """Why there is no compiled extension to import, and what to do."""
+    hidden = _hidden(package, sys.path if path is None else path)
+    source = (package.parent / "setup.py").is_file()
+    folder = f"the {'source ' if source else ''}folder {package.parent}"
+    install = f"{sys.executable} -m pip install -e {package.parent}"
+    if hidden is not None:
+        return (
+            f"fusedloss was imported from {folder}, which has no compiled extension and hides the "
+            f"installed {hidden}, which has one: start Python in another folder, or {install}"
+        )
+    if _extensions(package):
+        return f"the extension in {package} is of another Python: reinstall fusedloss with this one"
+    if source:
+        return (
+            f"nothing has been compiled in {folder}, where fusedloss was imported from: {install}"
+        )
+    return "the extension was not built: reinstall fusedloss where a C++ compiler is found"
+
+
+def handing_over() -> bool:
+    """Whether ``python -m fusedloss`` is starting in a folder whose copy hides the installed one."""
+    # What sys.argv has there while a module is being looked for.
+    return sys.argv[:1] == ["-m"] and _hidden(PACKAGE, sys.path) is not None and _is_command()
+
+
+def _is_command() -> bool:
+    return any(word.endswith(("fusedloss", "fusedloss.__main__")) for word in sys.orig_argv)
+
+
+_INSTALLED = """
+import os, runpy, sys
+sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or ".") != {!r}] + [{!r}]
+runpy.run_module("fusedloss", run_name="__main__", alter_sys=True)
+"""
+
+
+def hand_over() -> None:
+    """Where this copy, of a source folder, hides the installed one, that one runs the command."""
+    hidden = _hidden(PACKAGE, sys.path)
+    if hidden is None:
+        return
+    given = sys.argv[1:]
+    before = sys.orig_argv[1 : len(sys.orig_argv) - len(given)]
+    options = before[: -2 if before[-1] == "fusedloss" else -1]  # -m fusedloss, -mfusedloss
+    code = _INSTALLED.format(os.path.realpath(PACKAGE.parent), str(hidden.parent))
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *options, "-c", code, *given])
+
+
+def stray(package: Path, path: Sequence[str], here: Path) -> Iterator[Finding]:
+    """Whether programs that start in this folder would import a copy there, and not this one."""
+    copy = here.resolve() / "fusedloss"
+    if (copy / "__init__.py").is_file() and copy not in (
+        package.resolve(),
+        *_others(package, path),
+    ):
+        lacks = "" if _extensions(copy) else ", which has no compiled extension"
+        yield Finding(
+            "note",
+            f"programs that start in {here} import the fusedloss there{lacks}, and not {package}",
+            f"start them in another folder, or {sys.executable} -m pip install -e {here}",
+        )
+
+
+def copies(package: Path, path: Sequence[str]) -> Iterator[Finding]:
+    """Whether a stray copy, mostly a source checkout, hides the installation."""
+    others = _others(package, path)
     if not others:
         yield Finding("ok", f"fusedloss from {package}, the only copy")
         return
@@ -224,7 +301,9 @@ def errors(built_by: str, program: str = _RAISES) -> Iterator[Finding]:
     """Whether an error of the extension arrives: one that a C++ compiler with parts of another
     installation has built may end the process at its first."""
     command = [sys.executable, "-c", program]
-    status = subprocess.run(command, check=False, capture_output=True).returncode
+    # In the folder where it finds this copy of the package.
+    folder = PACKAGE.parent
+    status = subprocess.run(command, check=False, capture_output=True, cwd=folder).returncode
     if status == 0:
         yield Finding("ok", "errors of the compiled extension arrive")
         return
@@ -411,6 +490,7 @@ def examine(also_import: Sequence[str] = ()) -> list[Finding]:
     return [
         *python(),
         *torch_release(torch.__version__, found.requires if found else None),
+        *stray(PACKAGE, sys.path, Path.cwd()),
         *copies(PACKAGE, sys.path),
         *extension(
             PACKAGE,

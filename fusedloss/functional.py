@@ -12,17 +12,27 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.nn._reduction import legacy_get_string
+from torch.overrides import (
+    TorchFunctionMode,
+    _pop_mode,
+    _push_mode,
+    handle_torch_function,
+    has_torch_function,
+)
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import autograd, backends, reference
+from . import _caller, autograd, backends, reference
 
 __all__ = [
     "binary_cross_entropy",
@@ -75,11 +85,12 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
     """Which path ``fn(*args, **kwargs)`` takes, and why, without computing it.
 
     Args:
-        fn: a function of :mod:`fusedloss.functional`, a module of :mod:`fusedloss`, or a loss of
-            one's own.
+        fn: what calls a fused loss: a function of :mod:`fusedloss.functional`, a module of
+            :mod:`fusedloss`, a loss of your own, or a whole model whose forward pass ends in one.
+            It runs as far as its first fused loss, whose path is the answer.
 
     Raises:
-        TypeError: ``fn`` is none of these.
+        TypeError: ``fn`` called no fused loss.
     """
     global _explaining
     with _explaining_lock:
@@ -91,17 +102,66 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
             return explanation
         finally:
             _explaining = outer
-    raise TypeError(f"{fn!r} is not a loss of fusedloss: there is no path to explain")
+    raise TypeError(f"{fn!r} calls no loss of fusedloss: there is no path to explain")
 
 
-def _report(reason: str | None, input: Any = None, backend: str | None = None, *more: str) -> None:
-    """backend: which takes a fused call, if not the first for input's device; more: on the why."""
+@dataclass(slots=True)
+class Call:
+    """A line that calls a loss, the path that its calls take, and how many there were: 0 where a
+    compiler has traced it, since the graph that it made counts nothing."""
+
+    file: str
+    line: int
+    function: str
+    loss: str
+    path: Explanation
+    calls: int
+    code: CodeType  # keeps its id
+
+
+_FUSED = "value and gradient in one pass over the inputs"
+# What patch() counts: a table for each patch that is on, by place in the code, loss and path (None:
+# the short way, which is fused).
+_counted: tuple[dict[Any, Call], ...] = ()
+
+
+def _count(loss: str, path: Explanation | None = None, calls: int = 1) -> None:
+    frame = _caller.frame(sys._getframe(2))  # the first two are here
+    while not calls and frame.f_code.co_filename == "<string>" and frame.f_back:
+        frame = _caller.frame(frame.f_back)  # that one is of torch.fx
+    code = frame.f_code
+    key = (id(code), frame.f_lasti, loss, path)
+    for table in _counted:
+        call = table.get(key)
+        if call is None:
+            told = path or Explanation("compiled", True, (_FUSED,))
+            call = table[key] = Call(
+                code.co_filename, frame.f_lineno or 0, code.co_name, loss, told, 0, code
+            )
+        call.calls += calls
+
+
+def _listening() -> bool:
+    """Whether anyone wants to know which path a call takes."""
+    return _explaining is not None or bool(_counted)
+
+
+def _backend(reason: str | None, input: Any) -> str | None:
+    """The first backend for input's device, if the call is fused."""
+    return backends.fused_on[input.device.type] if reason is None else None
+
+
+@autograd.constant_when_traced
+def _report(loss: str, reason: str | None, backend: str | None, *more: str) -> None:
+    """The path of a call that did not take the short way, to whoever asked for it.
+
+    reason: why it is not fused; backend: which takes it if it is; more: on the why."""
+    path = Explanation("reference", False, (reason,)) if reason is not None else None
+    if path is None:
+        path = Explanation(backend or "", True, (_FUSED, *more))
     if _explaining == threading.get_ident():
-        if reason is None:
-            why = "value and gradient in one pass over the inputs"
-            backend = backends.fused_on[input.device.type] if backend is None else backend
-            raise _Explained(Explanation(backend, True, (why, *more)))
-        raise _Explained(Explanation("reference", False, (reason,)))
+        raise _Explained(path)
+    _count(loss, path, calls=0 if torch.compiler.is_compiling() else 1)
 
 
 @autograd.constant_when_traced
@@ -117,13 +177,17 @@ def _draft_exported() -> bool:
     return getattr(config, "fake_tensor_propagate_real_tensors", False)
 
 
-def _overrides(value: Any) -> bool:
-    """Whether a tensor's own class is to see torch functions, or holds other tensors."""
+def _sees_functions(value: Any) -> bool:
+    """Whether it is a tensor of a class of its own that sees torch functions."""
     kind = type(value)
     if kind is Tensor or kind is Parameter:
         return False
-    overriding = getattr(kind, "__torch_function__", _DISABLED) is not _DISABLED
-    return overriding or is_traceable_wrapper_subclass(value)
+    return getattr(kind, "__torch_function__", _DISABLED) is not _DISABLED
+
+
+def _overrides(value: Any) -> bool:
+    """Whether a tensor's own class is to see torch functions, or holds other tensors."""
+    return _sees_functions(value) or is_traceable_wrapper_subclass(value)
 
 
 def _obstacle(input: Any, target: Any, *others: Any, target_gradient: bool = False) -> str | None:
@@ -132,6 +196,8 @@ def _obstacle(input: Any, target: Any, *others: Any, target_gradient: bool = Fal
     target_gradient: a kernel gives the gradient for target too.
     """
     if torch._C._get_tracing_state() is not None:
+        if _counted:  # patch() is on: the call may be in code that knows nothing of fusedloss
+            return "torch.jit is tracing"
         raise RuntimeError(NO_TORCHSCRIPT)
     if any(map(_overrides, (input, target, *others))):
         return "a tensor subclass is involved"
@@ -178,6 +244,93 @@ def _obstacle(input: Any, target: Any, *others: Any, target_gradient: bool = Fal
     return None
 
 
+# ---- subclasses and modes ------------------------------------------------------------------------
+
+
+def _overridden(*tensors: Any) -> bool:
+    """Whether a tensor's class or a mode sees torch functions. (A compiler sees to that itself.)"""
+    return not torch.compiler.is_compiling() and has_torch_function(tensors)
+
+
+def _active_modes() -> list[TorchFunctionMode]:
+    return [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+
+
+def _set_modes(modes: Sequence[TorchFunctionMode]) -> None:
+    for _ in range(torch._C._len_torch_function_stack()):
+        _pop_mode()  # type: ignore[no-untyped-call]
+    for mode in modes:
+        _push_mode(mode)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _only_modes(modes: Sequence[TorchFunctionMode]) -> Iterator[None]:
+    """These alone are on; the last one is asked first."""
+    found = _active_modes()
+    _set_modes(modes)
+    try:
+        yield
+    finally:
+        _set_modes(found)
+
+
+class _BelowModes(TorchFunctionMode):
+    """Below the caller's modes: a call that they let pass comes back from torch's function to ours."""
+
+    def __init__(self, function: Any, options: dict[str, Any]) -> None:
+        super().__init__()
+        self._offered = function, options
+        self.reached = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reached = True
+        ours = _OURS.get(func, func)
+        function, options = self._offered
+        # torch's l1_loss leaves its weight out where it hands a call on.
+        left_out = options if ours is function else {}
+        return ours(*args, **{**left_out, **(kwargs or {})})
+
+
+def _offer(
+    function: Any,
+    tensors: tuple[Any, ...],
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    again: Callable[[], Any],
+) -> Any:
+    """Offers ``function(*args, **options)`` to what overrides it, as a call of torch's own function.
+
+    torch's own offers the function that its name stands for, and under patch() that is ours: no
+    handler would know it. again: makes the same call, where nothing is to be asked.
+    """
+    from torch.utils._device import DeviceContext  # there as soon as one is on
+
+    theirs = _TORCHS.get(function, function)
+    active = _active_modes()
+    # A loss makes no tensor, so a default device has no part in it.
+    devices = [mode for mode in active if type(mode) is DeviceContext]
+    if len(devices) < len(active):
+        ours = _BelowModes(function, options)
+        if not any(type(mode) is _BelowModes for mode in active):
+            others = [mode for mode in active if type(mode) is not DeviceContext]
+            active = [*devices, ours, *others]
+        with _only_modes(active):
+            value = handle_torch_function(theirs, tensors, *args, **options)
+        if _listening() and not ours.reached:
+            _report(function.__name__, "a TorchFunctionMode has computed it", None)
+        return value
+    if any(map(_sees_functions, tensors)):
+        if _listening():
+            _report(function.__name__, "a tensor subclass is involved", None)
+        with _only_modes(()):
+            return handle_torch_function(theirs, tensors, *args, **options)
+    with torch._C.DisableTorchFunction():
+        return again()
+
+
+# ---- what a call needs ---------------------------------------------------------------------------
+
+
 def _autocast_refuses(device: str) -> bool:
     """Whether autocast is on where torch then refuses binary_cross_entropy, with an error."""
     return device != "cpu" and torch.is_autocast_enabled(device)
@@ -206,6 +359,17 @@ def _broadcasts_to(small: Tensor, big: Tensor) -> bool:
         return True
     offset = len(shape) - small.dim()
     return offset >= 0 and all(n in (1, shape[offset + d]) for d, n in enumerate(small.shape))
+
+
+@autograd.constant_when_traced
+def _legacy(size_average: bool | None, reduce: bool | None) -> str:
+    """The reduction that these deprecated options mean, with torch's warning."""
+    return _caller.at_callers_line(legacy_get_string, size_average, reduce)
+
+
+def _options(function: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Any]:
+    """All arguments behind input and target, by their names, as torch offers them."""
+    return dict(zip(function.__code__.co_varnames[2:], args[2:], strict=False))
 
 
 def _plain_calls() -> bool:
@@ -238,12 +402,12 @@ def _pointwise(
     pos_weight: Tensor | None,
     parameter: float,
     reduction: str,
-    legacy: bool,
+    unfit: str | None,
     broadcast_weight: bool,
     prediction: Tensor | None,
 ) -> Tensor:
-    """Runs a pointwise loss fused, or else ``torch_loss(*args)``."""
-    if _plain_calls() and not legacy:
+    """Runs a pointwise loss fused, or else ``torch_loss(*args)``; unfit: why its options are not."""
+    if unfit is None and _plain_calls():
         number = reference.REDUCTIONS.get(reduction) if type(reduction) is str else None
         if number is not None:
             value = _C.pointwise(
@@ -251,16 +415,27 @@ def _pointwise(
                 prediction,
             )  # fmt: skip
             if value is not None:
+                if _counted:
+                    _count(torch_loss.__name__)
                 return value  # type: ignore[no-any-return]
     if _left_to_inductor(input, 1 << 12 if loss.startswith("binary_cross_entropy") else 1 << 18):
+        if _listening():
+            _report(torch_loss.__name__, "few elements, which are left to the compiler", None)
         return torch_loss(*args)
+    if _overridden(input, target, weight, pos_weight):
+        function = globals()[torch_loss.__name__]
+        return _offer(  # type: ignore[no-any-return]
+            function, (input, target, weight, pos_weight), args[:2], _options(function, args),
+            lambda: _pointwise(
+                loss, torch_loss, args, input, target, weight, pos_weight, parameter, reduction,
+                unfit, broadcast_weight, prediction,
+            ),
+        )  # fmt: skip
     dtype: torch.dtype | str | None = None
-    reason = _obstacle(input, target, weight, pos_weight)
+    reason = unfit or _obstacle(input, target, weight, pos_weight)
     if reason is None:
         dtype = _result_dtype(input, target, weight, pos_weight)
-        if legacy:
-            reason = "size_average or reduce is given"
-        elif type(reduction) is not str or reduction not in reference.REDUCTIONS:
+        if type(reduction) is not str or reduction not in reference.REDUCTIONS:
             reason = f"reduction {reduction!r}"
         elif input.shape != target.shape:
             reason = f"shapes differ: {tuple(input.shape)} and {tuple(target.shape)}"
@@ -282,10 +457,13 @@ def _pointwise(
                     and not (broadcast_weight and _broadcasts_to(w, input))
                 ):
                     reason = f"a weight of shape {tuple(w.shape)}"
-    if _explaining is not None:
-        _report(reason, input)
+    if _listening():
+        _report(torch_loss.__name__, reason, _backend(reason, input))
     if reason is not None:
-        return torch_loss(*args)
+        traced = torch._C._get_tracing_state() is not None  # and warns of each comparison
+        if traced or getattr(input, "shape", None) == getattr(target, "shape", None):
+            return torch_loss(*args)
+        return _caller.at_callers_line(torch_loss, *args)  # which warns, or raises an error
     assert isinstance(dtype, torch.dtype)
     return autograd.pointwise(
         loss, input, target, weight, pos_weight, parameter, 0, reduction, dtype, prediction
@@ -332,10 +510,11 @@ def _mse_loss(
     weight: Tensor | None,
     prediction: Tensor | None = None,
 ) -> Tensor:
+    if size_average is not None or reduce is not None:
+        size_average, reduce, reduction = None, None, _legacy(size_average, reduce)
     return _pointwise(
         "mse_loss", reference.mse_loss, (input, target, size_average, reduce, reduction, weight),
-        input, target, weight, None, 0.0, reduction,
-        size_average is not None or reduce is not None, False, prediction,
+        input, target, weight, None, 0.0, reduction, None, False, prediction,
     )  # fmt: skip
 
 
@@ -367,10 +546,11 @@ def _l1_loss(
     weight: Tensor | None,
     prediction: Tensor | None = None,
 ) -> Tensor:
+    if size_average is not None or reduce is not None:
+        size_average, reduce, reduction = None, None, _legacy(size_average, reduce)
     return _pointwise(
         "l1_loss", reference.l1_loss, (input, target, size_average, reduce, reduction, weight),
-        input, target, weight, None, 0.0, reduction,
-        size_average is not None or reduce is not None, False, prediction,
+        input, target, weight, None, 0.0, reduction, None, False, prediction,
     )  # fmt: skip
 
 
@@ -414,15 +594,16 @@ def _smooth_l1_loss(
     beta: float,
     prediction: Tensor | None = None,
 ) -> Tensor:
-    args = (input, target, size_average, reduce, reduction, beta)
-    legacy = size_average is not None or reduce is not None
+    if size_average is not None or reduce is not None:
+        size_average, reduce, reduction = None, None, _legacy(size_average, reduce)
     # The kernel divides by beta's reciprocal, a number like any other.
-    if not isinstance(beta, float | int) or not (beta == 0 or 1e-30 <= beta <= 1e30):
-        _report(f"beta {beta!r}")
-        return reference.smooth_l1_loss(*args)
+    fits = isinstance(beta, float | int) and (beta == 0 or 1e-30 <= beta <= 1e30)
+    unfit = None if fits else f"beta {beta!r}"
     return _pointwise(
-        "smooth_l1_loss" if beta > 0 else "l1_loss", reference.smooth_l1_loss, args,
-        input, target, None, None, float(beta), reduction, legacy, False, prediction,
+        "l1_loss" if fits and beta == 0 else "smooth_l1_loss", reference.smooth_l1_loss,
+        (input, target, size_average, reduce, reduction, beta),
+        input, target, None, None, float(beta) if fits else 0.0, reduction,
+        unfit, False, prediction,
     )  # fmt: skip
 
 
@@ -463,13 +644,12 @@ def _huber_loss(
     weight: Tensor | None,
     prediction: Tensor | None = None,
 ) -> Tensor:
-    args = (input, target, reduction, delta, weight)
-    if not isinstance(delta, float | int) or not delta > 0:
-        _report(f"delta {delta!r}")
-        return reference.huber_loss(*args)
+    fits = isinstance(delta, float | int) and delta > 0
+    unfit = None if fits else f"delta {delta!r}"
     return _pointwise(
-        "huber_loss", reference.huber_loss, args,
-        input, target, weight, None, float(delta), reduction, False, False, prediction,
+        "huber_loss", reference.huber_loss, (input, target, reduction, delta, weight),
+        input, target, weight, None, float(delta) if fits else 0.0, reduction,
+        unfit, False, prediction,
     )  # fmt: skip
 
 
@@ -516,11 +696,12 @@ def _binary_cross_entropy(
     reduction: str,
     prediction: Tensor | None = None,
 ) -> Tensor:
+    if size_average is not None or reduce is not None:
+        size_average, reduce, reduction = None, None, _legacy(size_average, reduce)
     return _pointwise(
         "binary_cross_entropy", reference.binary_cross_entropy,
         (input, target, weight, size_average, reduce, reduction),
-        input, target, weight, None, 0.0, reduction,
-        size_average is not None or reduce is not None, True, prediction,
+        input, target, weight, None, 0.0, reduction, None, True, prediction,
     )  # fmt: skip
 
 
@@ -565,13 +746,14 @@ def _binary_cross_entropy_with_logits(
     pos_weight: Tensor | None,
     prediction: Tensor | None = None,
 ) -> Tensor:
+    if size_average is not None or reduce is not None:
+        size_average, reduce, reduction = None, None, _legacy(size_average, reduce)
     name = "binary_cross_entropy_with_logits"
     return _pointwise(
         name if pos_weight is None else name + "_pos_weight",
         reference.binary_cross_entropy_with_logits,
         (input, target, weight, size_average, reduce, reduction, pos_weight),
-        input, target, weight, pos_weight, 0.0, reduction,
-        size_average is not None or reduce is not None, True, prediction,
+        input, target, weight, pos_weight, 0.0, reduction, None, True, prediction,
     )  # fmt: skip
 
 
@@ -654,10 +836,10 @@ def _cross_entropy(
     label_smoothing: float,
     prediction: Tensor | None = None,
 ) -> Tensor:
+    if size_average is not None or reduce is not None:
+        size_average, reduce, reduction = None, None, _legacy(size_average, reduce)
     if (
         _plain_calls()
-        and size_average is None
-        and reduce is None
         and type(label_smoothing) in (float, int)
         and _int64(ignore_index)
         and type(reduction) is str
@@ -668,11 +850,21 @@ def _cross_entropy(
                 input, target, weight, ignore_index, label_smoothing, number, prediction
             )
             if value is not None:
+                if _counted:
+                    _count("cross_entropy")
                 return value  # type: ignore[no-any-return]
+    args = (
+        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+    )  # fmt: skip
     if _left_to_inductor(input, 1 << 14):
-        return reference.cross_entropy(
-            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
-        )
+        if _listening():
+            _report("cross_entropy", "few elements, which are left to the compiler", None)
+        return reference.cross_entropy(*args)
+    if _overridden(input, target, weight):
+        return _offer(  # type: ignore[no-any-return]
+            cross_entropy, (input, target, weight), args[:2], _options(cross_entropy, args),
+            lambda: _cross_entropy(*args, prediction),
+        )  # fmt: skip
     if type(label_smoothing) is int:
         label_smoothing = float(label_smoothing)
     dtype: torch.dtype | str | None = None
@@ -680,20 +872,16 @@ def _cross_entropy(
     if reason is None:
         indices = target.dtype is torch.int64
         dtype = _result_dtype(input, weight, None if indices else target)
-        if size_average is not None or reduce is not None:
-            reason = "size_average or reduce is given"
-        elif isinstance(dtype, str):
+        if isinstance(dtype, str):
             reason = dtype
         elif type(label_smoothing) is not float or not 0 <= label_smoothing <= 1:
             reason = f"label_smoothing {label_smoothing!r}"
         else:
             reason = _rows_obstacle(input, target, weight, ignore_index, reduction)
-    if _explaining is not None:
-        _report(reason, input)
+    if _listening():
+        _report("cross_entropy", reason, _backend(reason, input))
     if reason is not None:
-        return reference.cross_entropy(
-            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
-        )
+        return reference.cross_entropy(*args)
     # The engine walks the dimensions behind C as one; in channels_last they are.
     if input.dim() > 3 and not (
         input.is_contiguous()
@@ -754,7 +942,15 @@ def _log_loss(
         if number is not None:
             value = _C.log_loss(input, target, weight, ignore_index, number, prediction)
             if value is not None:
+                if _counted:
+                    _count("log_loss")
                 return value  # type: ignore[no-any-return]
+    args = (input, target, weight, reduction, ignore_index)
+    if _overridden(input, target, weight):
+        return _offer(  # type: ignore[no-any-return]
+            log_loss, (input, target, weight), args[:2], _options(log_loss, args),
+            lambda: _log_loss(*args, prediction),
+        )  # fmt: skip
     dtype: torch.dtype | str | None = None
     reason = _obstacle(input, target, weight)
     if reason is None:
@@ -766,10 +962,10 @@ def _log_loss(
             reason = _rows_obstacle(input, target, weight, ignore_index, reduction)
             if indices and input.dim() > 8 and not input.is_cpu:
                 reason = f"class indices over {input.dim()} dimensions"
-    if _explaining is not None:
-        _report(reason, input)
+    if _listening():
+        _report("log_loss", reason, _backend(reason, input))
     if reason is not None:
-        return reference.log_loss(input, target, weight, reduction, ignore_index)
+        return reference.log_loss(*args)
     if weight is not None:
         weight = reference.class_weight(weight, input)
     eps = torch.finfo(input.dtype).eps
@@ -784,6 +980,24 @@ def _log_loss(
     return loss.sum(1 if input.dim() > 1 else 0).to(dtype)
 
 
-# Where torch.jit.script looks before it compiles a function.
+# torch's own of these names, and back: what handlers of torch functions know.
+_TORCHS: dict[Any, Any] = {
+    globals()[name]: getattr(torch.nn.functional, name)
+    for name in __all__
+    if hasattr(torch.nn.functional, name)
+}
+_OURS = {theirs: ours for ours, theirs in _TORCHS.items()}
+
+
+def _scriptable(function: Any) -> Callable[[], Any]:
+    def prepare() -> Any:
+        if _counted and function in _TORCHS:  # patch() is on: the code may name torch's
+            return _TORCHS[function]
+        raise RuntimeError(NO_TORCHSCRIPT)
+
+    return prepare
+
+
+# What torch.jit.script asks of a function before it compiles it.
 for _name in __all__:
-    setattr(globals()[_name], "__script_unsupported", NO_TORCHSCRIPT)
+    globals()[_name].__prepare_scriptable__ = _scriptable(globals()[_name])

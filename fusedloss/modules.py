@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_unary
 
 from . import autograd, backends
 from . import functional as F
@@ -29,6 +31,9 @@ class _Predicting(nn.Module):
     def _prediction(self, input: Any) -> Tensor | None:
         if not isinstance(input, Tensor) or autograd.traced():
             return None
+        if has_torch_function_unary(input):  # which would be asked about every attribute
+            with torch._C.DisableTorchFunction():
+                return self._prediction(input)
         if input.device.type not in backends.fused_on:
             return None
         prediction: Tensor | None = self.__dict__.get("_own_prediction")

@@ -6,10 +6,15 @@ Two numbers on the device: the upstream gradient that the last backward saw, and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import backends
+
+_C: Any = backends.extension
+_cuda: Any = torch.cuda  # untyped in some of the releases
 
 
 def is_captured(input: Tensor) -> bool:
@@ -21,11 +26,11 @@ def new_prediction(input: Tensor) -> Tensor:
     """A call site's, on input's device: 1, with full confidence. A CUDA graph that is being captured
     does not see how it is written: each replay would write it again."""
     if backends.compiles_for(input.device.type):
-        made: Tensor = backends.extension.new_prediction(input)
+        made: Tensor = _C.new_prediction(input)
         return made
     if not is_captured(input):
         return _written(input)
-    side = torch.cuda.Stream(input.device)
+    side = _cuda.Stream(input.device)
     with torch.cuda.stream(side):
         made = _written(input)
     side.synchronize()

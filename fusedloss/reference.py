@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn._reduction import legacy_get_string
 
+from ._caller import at_callers_line
+
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # by the numbers that operators take
 
 mse_loss = F.mse_loss
@@ -39,13 +41,12 @@ def l1_loss(
     if size_average is not None or reduce is not None:
         reduction = legacy_get_string(size_average, reduce)
     if weight is None or weight.size() != input.size() or reduction not in REDUCTIONS:
-        return _l1_loss(input, target, reduction=reduction, weight=weight)
+        return at_callers_line(_l1_loss, input, target, reduction=reduction, weight=weight)
     if target.size() == input.size():
-        each = torch.abs(
-            input - target
-        )  # as torch does: autocast would give l1_loss itself a dtype
+        # As torch does: autocast would give l1_loss itself a dtype.
+        each = torch.abs(input - target)
     else:
-        each = _l1_loss(input, target, reduction="none")  # which warns
+        each = at_callers_line(_l1_loss, input, target, reduction="none")  # which warns
     each = each * weight
     if reduction == "none":
         return each

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ import fusedloss
 import fusedloss.functional as FL
 from cases import LOSSES, at_shape
 from conftest import why_not
+from fusedloss.custom import building
 from helpers import NAMESPACE, leaf, torch_loss
 
 
@@ -115,7 +118,6 @@ def _unusual() -> dict[str, Any]:
         "integers": (FL.cross_entropy, (x, torch.zeros(5, dtype=torch.uint8)), {}),
         "subclass": (FL.l1_loss, (torch.nn.Buffer(x).as_subclass(Subclass), y), {}),
         "meta": (FL.huber_loss, (x.to("meta"), y.to("meta")), {}),
-        "legacy": (FL.mse_loss, (x, y), {"size_average": False}),
     }
 
 
@@ -131,7 +133,7 @@ def test_explain_a_call_that_is_not_fused(name: str, compiled: str) -> None:
     assert told.reasons and all(reason.strip() for reason in told.reasons)
     if name in ("meta", "integers"):
         return
-    with pytest.warns(UserWarning) if name in ("broadcast", "legacy") else contextlib.nullcontext():
+    with pytest.warns(UserWarning) if name == "broadcast" else contextlib.nullcontext():
         assert not fused_operators(lambda: function(*args, **options))
 
 
@@ -252,3 +254,163 @@ def test_build_info() -> None:
     info = _C.build_info()
     assert info["version"] == fusedloss.__version__
     assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+# ---- where warnings point ------------------------------------------------------------------------
+
+
+def warned_at(call: Callable[[], Any]) -> list[str]:
+    """The messages, once each is seen to point at a line of this file that ends with "# here"."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    lines = Path(__file__).read_text().splitlines()
+    for warning in caught:
+        assert warning.filename == __file__, warning
+        assert lines[warning.lineno - 1].endswith("# here"), warning
+    return [str(warning.message) for warning in caught]
+
+
+ROW, MATRIX = torch.rand(1, 3), torch.rand(2, 3)
+
+
+@pytest.mark.parametrize("loss", ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"])
+def test_a_warning_of_shapes_points_at_the_call(loss: str, backend: str) -> None:
+    """Of the function, the module, deep inside of modules, under a patch, in torch.func and plain."""
+    kind = {"mse_loss": "MSELoss", "l1_loss": "L1Loss", "smooth_l1_loss": "SmoothL1Loss"}
+    module = getattr(fusedloss, kind.get(loss, "HuberLoss"))()
+    theirs = getattr(torch.nn, kind.get(loss, "HuberLoss"))()
+    function, plain = getattr(FL, loss), getattr(fusedloss.reference, loss)
+
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return torch.nn.Sequential(Half(module))(x)  # no line of torch's
+
+    class Half(torch.nn.Module):
+        def __init__(self, loss: Any) -> None:
+            super().__init__()
+            self.loss = loss
+
+        def forward(self, x: Tensor) -> Any:
+            return self.loss(x, ROW)  # here
+
+    def patched() -> None:
+        with fusedloss.patch():
+            theirs(MATRIX, ROW)  # here
+            getattr(torch.nn.functional, loss)(MATRIX, ROW)  # here
+
+    for call, count in (
+        (lambda: function(MATRIX, ROW), 1),  # here
+        (lambda: function(MATRIX, target=ROW, reduction="sum"), 1),  # here
+        (lambda: module(MATRIX, ROW), 1),  # here
+        (lambda: plain(MATRIX, ROW), 1),  # here
+        (lambda: torch.func.grad(lambda x: function(x, ROW))(MATRIX), 1),  # here
+        (lambda: Model()(MATRIX), 1),
+        (patched, 2),
+    ):
+        messages = warned_at(call)
+        assert len(messages) == count
+        assert all("Using a target size (torch.Size([1, 3]))" in text for text in messages)
+
+
+def test_weighted_l1_loss_warns_at_the_call(backend: str) -> None:
+    (message,) = warned_at(
+        lambda: FL.l1_loss(MATRIX, ROW, weight=MATRIX),  # here
+    )
+    assert "Using a target size" in message
+
+
+@pytest.mark.parametrize(
+    "loss", [loss for loss in LOSSES if loss not in ("log_loss", "huber_loss")]
+)
+def test_a_warning_of_deprecated_options_points_at_the_call(loss: str, backend: str) -> None:
+    """And they are fused like the reduction that they mean."""
+    sample = at_shape(loss, (5, 7)).sample(torch.float32)
+    function, given = getattr(FL, loss), (sample.input, sample.target)
+    messages = warned_at(lambda: function(*given, size_average=False))  # here
+    messages += warned_at(lambda: function(*given, reduce=False, reduction="sum"))  # here
+    assert [text.partition("please use ")[2] for text in messages] == [
+        "reduction='sum' instead.",
+        "reduction='none' instead.",
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert fusedloss.explain(function, *given, size_average=False).backend == backend
+        torch.testing.assert_close(
+            function(*given, reduce=False), function(*given, reduction="none")
+        )
+
+
+def difference(input: Any, target: Any) -> Any:
+    return abs(input - target)
+
+
+def test_warnings_of_a_loss_of_ones_own_point_at_the_call(
+    compiled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", "/dev/null/no-folder")
+    loss = fusedloss.pointwise_loss(difference)
+    module = torch.nn.Sequential(loss.module())
+    module[0].forward = lambda x: loss.module()(x, ROW)  # here
+    for call, begins in (
+        (lambda: loss(MATRIX, MATRIX), "difference runs on plain PyTorch"),  # here
+        (lambda: loss(MATRIX, ROW), "difference: target of shape (1, 3) differs"),  # here
+        (lambda: loss.reference(MATRIX, ROW), "difference: target of shape (1, 3) differs"),  # here
+        (lambda: module(MATRIX), "difference: target of shape (1, 3) differs"),
+    ):
+        (message,) = warned_at(call)
+        assert message.startswith(begins)
+
+
+def test_a_warning_of_the_cache_points_at_the_call(
+    compiled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", "/dev/null/no-folder")
+    monkeypatch.setattr(building, "_warned_of", set())
+    loss = fusedloss.pointwise_loss(difference)
+    (message,) = warned_at(lambda: loss.module()(MATRIX, MATRIX))  # here
+    assert message.startswith("fusedloss keeps no compiled losses")
+
+
+def test_a_warning_is_shown_once_for_each_line(backend: str) -> None:
+    """By Python's default, as if the line itself had warned."""
+    module: dict[str, Any] = {"__name__": "somewhere", "FL": FL, "x": MATRIX, "y": ROW}
+    code = compile("for _ in range(3): FL.mse_loss(x, y)\nFL.mse_loss(x, y)\n", "a.py", "exec")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        exec(code, module)  # noqa: S102
+    assert [(warning.filename, warning.lineno) for warning in caught] == [("a.py", 1), ("a.py", 2)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", module="somewhere")
+        exec(code, module)  # noqa: S102
+        FL.mse_loss(MATRIX, ROW)
+    assert len(caught) == 4
+
+
+def test_the_traceback_of_an_error_stays_readable(backend: str) -> None:
+    """Its last lines are the call's and torch's."""
+    with pytest.raises(RuntimeError) as raised:
+        FL.mse_loss(torch.rand(2, 3), torch.rand(2, 4))  # here
+    files = [str(entry.path) for entry in raised.traceback]
+    assert files[0] == __file__ and "torch" in files[-1]
+
+
+# ---- what explain takes --------------------------------------------------------------------------
+
+
+def test_explain_a_model(backend: str) -> None:
+    """Its first loss, whatever comes before; and a loss of torch's own is none of ours."""
+
+    class Model(torch.nn.Module):
+        def __init__(self, criterion: torch.nn.Module) -> None:
+            super().__init__()
+            self.body, self.criterion = torch.nn.Linear(3, 3), criterion
+
+        def forward(self, x: Tensor, target: Tensor) -> Any:
+            return self.criterion(self.body(x), target)
+
+    assert fusedloss.explain(Model(fusedloss.MSELoss()), MATRIX, MATRIX).backend == backend
+    with pytest.raises(TypeError, match="calls no loss of fusedloss"):
+        fusedloss.explain(Model(torch.nn.MSELoss()), MATRIX, MATRIX)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fusedloss
 import fusedloss.functional as FL
-from cases import DEVICE, LOSSES, at_shape
+from cases import LOSSES, at_shape
 from fusedloss import custom, reference
 from fusedloss import math as fm
 from helpers import (
@@ -474,8 +474,7 @@ def test_the_short_way_decides_as_the_long_way(
                 fused = fusedloss.explain(call.function(), call.input, call.target, **call.options)
             except Exception:  # noqa: BLE001 - which it is is compared
                 fused = None
-        plain = call.context in ("plain", "no_grad", "inference_mode")
-        plain = plain and DEVICE == "cpu"  # else under a mode, see conftest.py
+        plain = call.context != "autocast"
         is_fused = fused is not None and fused.fused
         assert not any(taken) or (is_fused and plain), f"{what}: {fused}"
         # Layouts and dimensions that the long way looks into.

@@ -98,12 +98,12 @@ def _texts(node: ast.expr) -> Message:
 
 # Functions that return a message, or a tuple that holds one; others' strings are no messages.
 _GIVE_REASONS = {
-    *("_load", "torch_does_not_import", "find_toolkit"),
+    *("_load", "no_extension", "torch_does_not_import", "find_toolkit", "_why_left"),
     *("obstacle", "_obstacle", "_result_dtype", "_rows_obstacle", "_prepared"),
     *("instead_of", "_shown"),
 }
 _GIVE_ERRORS = {"_explained"}  # functions that return what is then raised
-_SAY = {"warnings.warn", "sys.exit", "print", "_report"}
+_SAY = {"warnings.warn", "_caller.warn", "sys.exit", "print"}
 
 
 def python_messages(path: Path) -> Iterator[Message]:
@@ -119,9 +119,11 @@ def python_messages(path: Path) -> Iterator[Message]:
         match node:
             case ast.Raise(exc=ast.Call(args=[first, *_])):
                 said.append(first)
+            case ast.Call(func=ast.Name(id="_report"), args=[_, reason, *_]):
+                said.append(reason)
             case ast.Call(func=function, args=[first, *_]) if ast.unparse(function) in _SAY:
                 said.append(first)
-            case ast.Assign(targets=[ast.Name(id="reason")], value=value):
+            case ast.Assign(targets=[ast.Name(id="reason" | "unfit")], value=value):
                 said.append(value)
             case ast.FunctionDef(name=name) if name in _GIVE_ERRORS:
                 for inner in ast.walk(node):

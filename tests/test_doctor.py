@@ -198,6 +198,89 @@ def test_damaged_installation(damage: str, tmp_path: Path) -> None:
     assert f"trouble  {said}" in done.stdout
 
 
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A source folder without an extension, beside an installed package that has one."""
+    folder, site = tmp_path / "checkout", tmp_path / "site"
+    shutil.copytree(PACKAGE, site / "fusedloss", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, folder / "fusedloss", ignore=shutil.ignore_patterns("*.so"))
+    (folder / "setup.py").touch()
+    (folder / "program.py").write_text("import fusedloss\nprint(fusedloss.info().compiled)\n")
+    return folder
+
+
+def started(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    packages = [path for path in sys.path if Path(path, "torch").is_dir()]
+    site = str(checkout.parent / "site")
+    return subprocess.run(
+        # -S: an editable installation would lend its extension.
+        [sys.executable, "-S", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([site, *packages])},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=checkout,
+    )
+
+
+@pytest.mark.parametrize("command", [["-m", "fusedloss"], ["-W", "ignore", "-mfusedloss"]], ids=str)
+def test_the_doctor_in_a_checkout_examines_the_installation(
+    command: list[str], checkout: Path, compiled: str
+) -> None:
+    """What README's first two commands do: all is well, and no warning says otherwise."""
+    done = started(checkout, *command, "doctor")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "ok       the compiled extension loads" in done.stdout
+    assert "ok       errors of the compiled extension arrive" in done.stdout
+    assert f"note     programs that start in {checkout} import the fusedloss there" in done.stdout
+    done = started(checkout, *command, "info")
+    assert done.returncode == 0 and "compiled   runs" in done.stdout and done.stderr == ""
+    done = started(checkout, *command, "run", "program.py")
+    assert done.returncode == 0 and done.stdout == "True\n"
+    assert done.stderr.startswith("fusedloss.patch reached no loss")
+
+
+@pytest.mark.parametrize("hides", [True, False])
+def test_the_warning_of_a_checkout(checkout: Path, hides: bool, compiled: str) -> None:
+    """It names the folder, says what to do, and points at the line that imports."""
+    site = checkout.parent / "site" / "fusedloss"
+    if not hides:
+        shutil.rmtree(site)
+        # Where the tests' own installation is editable, it is none of this environment.
+        code = (checkout / "fusedloss" / "doctor.py").read_text()
+        assert code.count('metadata.distribution("fusedloss")') == 1
+        code = code.replace('metadata.distribution("fusedloss")', "None")
+        (checkout / "fusedloss" / "doctor.py").write_text(code)
+    done = started(checkout, "program.py")
+    assert done.stdout == "False\n"
+    where, line = done.stderr.splitlines()
+    assert where.startswith(f"{checkout / 'program.py'}:1: RuntimeWarning: fusedloss runs on plain")
+    assert line == "  import fusedloss"
+    install = f"{sys.executable} -m pip install -e {checkout}"
+    if hides:
+        assert where.endswith(
+            f"imported from the source folder {checkout}, which has no compiled extension and hides "
+            f"the installed {site}, which has one: start Python in another folder, or {install}"
+        )
+    else:
+        assert where.endswith(
+            f"nothing has been compiled in the source folder {checkout}, where fusedloss was "
+            f"imported from: {install}"
+        )
+        done = started(checkout, "-m", "fusedloss", "doctor")
+        assert done.returncode == 1 and f"no compiled extension in {checkout}" in done.stdout
+
+
+def test_why_there_is_no_extension(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed without a compiler, and by another Python."""
+    monkeypatch.setattr(doctor, "_editable_source", lambda: None)
+    assert doctor.no_extension(package, []) == (
+        "the extension was not built: reinstall fusedloss where a C++ compiler is found"
+    )
+    (package / "_C.cpython-39-x86_64-linux-gnu.so").touch()
+    assert "is of another Python" in doctor.no_extension(package, [])
+
+
 def test_extension_of_another_copy(package: Path, tmp_path: Path) -> None:
     found = only(doctor.extension(package, None, str(tmp_path / HERE), "2.14.1"), "trouble")
     assert f"of another copy of the package: {tmp_path / HERE}" in found.what

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -507,3 +508,191 @@ def test_torch_compile(loss: str, backend: str) -> None:
         value.backward()
         results.append((value.detach(), input.grad))
     torch.testing.assert_close(*results)
+
+
+# ---- what overrides torch functions --------------------------------------------------------------
+
+
+class StrictMode(TorchFunctionMode):
+    """Knows the functions that torch had before anything was patched, and lets nothing else pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        assert func in KNOWN, f"{func} reached the mode"
+        return func(*args, **(kwargs or {}))
+
+
+class Handled(Tensor):
+    """A subclass with handlers of its own, by torch's function, as torch's pages advise."""
+
+    handlers: ClassVar[dict[Any, Callable[..., Any]]] = {}
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls.handlers[func](*args, **(kwargs or {}))
+
+
+THEIRS = {loss: getattr(torch.nn.functional, loss) for loss in TORCH_LOSSES}
+KNOWN = {*THEIRS.values(), FL.log_loss}
+
+
+def patched(on: bool) -> Any:
+    return fusedloss.patch() if on else contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("patch", [False, True], ids=["by name", "patched"])
+@pytest.mark.parametrize("family", WRAPPED)
+def test_a_mode_sees_one_call_of_torchs_function(family: str, patch: bool, backend: str) -> None:
+    """And none of the attributes that are read on the way; where it lets the call pass it is fused."""
+    case = at_shape(family, SHAPE)
+    sample = case.sample(torch.float32)
+    function = getattr(FL, case.loss)
+    with patched(patch):
+        name = torch.nn.functional if patch and case.loss != "log_loss" else FL
+        with StrictMode() as mode:
+            value = getattr(name, case.loss)(sample.input, sample.target, **sample.options)
+            told = fusedloss.explain(function, sample.input, sample.target, **sample.options)
+    assert mode.seen == [THEIRS.get(case.loss, FL.log_loss)] * 2
+    assert told.backend == backend
+    torch.testing.assert_close(value, function(sample.input, sample.target, **sample.options))
+
+
+@pytest.mark.parametrize("patch", [False, True], ids=["by name", "patched"])
+@pytest.mark.parametrize("loss", TORCH_LOSSES)
+def test_a_subclass_is_asked_for_torchs_function(loss: str, patch: bool, backend: str) -> None:
+    """A handler that was registered beforehand is found, with the arguments as torch passes them."""
+    sample = at_shape(loss, SHAPE).sample(torch.float32)
+    seen: list[Any] = []
+
+    def handler(input: Tensor, target: Tensor, *, reduction: str, **options: Any) -> str:
+        seen.append((input, target, reduction))
+        return "handled"
+
+    input, module = sample.input.as_subclass(Handled), MODULES[loss](reduction="sum")
+    Handled.handlers = {THEIRS[loss]: handler}
+    with patched(patch):
+        calls = [getattr(FL, loss), getattr(torch.nn.functional, loss), module]
+        for call in calls:
+            options = {} if call is module else {"reduction": "sum"}
+            assert call(input, sample.target, **options) == "handled"
+        told = fusedloss.explain(FL.__dict__[loss], input, sample.target)
+    assert len(seen) == len(calls)
+    for given in seen:
+        assert given[0] is input and given[1] is sample.target and given[2] == "sum"
+    assert told.reasons == ("a tensor subclass is involved",)
+
+
+MODULES = {
+    "mse_loss": fusedloss.MSELoss,
+    "l1_loss": fusedloss.L1Loss,
+    "smooth_l1_loss": fusedloss.SmoothL1Loss,
+    "huber_loss": fusedloss.HuberLoss,
+    "binary_cross_entropy": fusedloss.BCELoss,
+    "binary_cross_entropy_with_logits": fusedloss.BCEWithLogitsLoss,
+    "cross_entropy": fusedloss.CrossEntropyLoss,
+}
+
+
+@pytest.mark.parametrize("options", [{"beta": -1.0}, {"size_average": False}], ids=str)
+def test_a_subclass_is_asked_whatever_the_options(options: dict[str, Any], backend: str) -> None:
+    x = torch.rand(3)
+    Handled.handlers = {THEIRS["smooth_l1_loss"]: lambda *args, **options: "handled"}
+    with fusedloss.patch(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value = torch.nn.functional.smooth_l1_loss(x.as_subclass(Handled), x, **options)
+    assert value == "handled"
+
+
+class MaskedTensor(Tensor):
+    """As in torch's tutorials: what is not kept counts for nothing."""
+
+    mask: Tensor
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not THEIRS["mse_loss"]:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        kept = args[0].mask
+        return func(args[0].as_subclass(Tensor)[kept], args[1][kept], **(kwargs or {}))
+
+
+def test_a_mask_is_kept_under_a_patch(backend: str) -> None:
+    masked = torch.tensor([1.0, 2.0, 100.0]).as_subclass(MaskedTensor)
+    masked.mask = torch.tensor([True, True, False])
+    with fusedloss.patch():
+        assert torch.nn.functional.mse_loss(masked, torch.zeros(3)) == 2.5
+        assert torch.nn.MSELoss()(masked, torch.zeros(3)) == 2.5
+
+
+def test_a_mode_above_and_a_subclass_below(backend: str) -> None:
+    x, y = torch.rand(3).as_subclass(Counting), torch.rand(3)
+    Counting.seen.clear()
+    with fusedloss.patch(), torch.device("cpu"), StrictMode() as mode:
+        value = torch.nn.functional.l1_loss(x, y)
+    assert type(value) is Counting
+    assert mode.seen == [THEIRS["l1_loss"]] and Counting.seen[0] == "l1_loss"
+
+
+class Answering(TorchFunctionMode):
+    """Computes losses itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return "answered"
+
+
+def test_a_mode_that_computes_the_loss_itself(backend: str) -> None:
+    x = torch.rand(3)
+    with fusedloss.patch() as patch, Answering():
+        assert FL.mse_loss(x, x) == "answered"
+        told = fusedloss.explain(FL.mse_loss, x, x)
+    assert not told.fused and "TorchFunctionMode" in str(told)
+    (call,) = patch.calls
+    assert (call.calls, call.path) == (1, told)
+
+
+def test_modes_stay_as_they_were(backend: str) -> None:
+    """In their order, after a call and after an error."""
+
+    def active() -> list[Any]:
+        count = torch._C._len_torch_function_stack()
+        return [torch._C._get_function_stack_at(i) for i in range(count)]
+
+    x = torch.rand(3)
+    with CountingMode(), torch.device("cpu"), CountingMode():
+        before = active()
+        FL.mse_loss(x, x)
+        assert active() == before
+        with pytest.raises(RuntimeError):
+            FL.mse_loss(x, torch.rand(4))
+        assert active() == before
+
+
+def test_own_losses_and_modules_under_a_strict_mode(backend: str) -> None:
+    """One call each as well: of the loss itself, or of torch's function."""
+    x = torch.rand(5, 7)
+    own = fusedloss.pointwise_loss(squared)
+    KNOWN.add(own)
+    with StrictMode() as mode:
+        own(x, x)
+        fusedloss.MSELoss()(x, x)
+        own.module()(x, x)
+    KNOWN.remove(own)
+    assert mode.seen == [own, THEIRS["mse_loss"], own]
+
+
+def squared(input: Any, target: Any) -> Any:
+    return (input - target) ** 2
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_short_way_is_open_under_a_default_device(
+    loss: str, compiled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = at_shape(loss, SHAPE).sample(torch.float32)
+    monkeypatch.setattr(FL, "_obstacle", lambda *_, **__: pytest.fail("the long way"))
+    with torch.device("cpu"):
+        getattr(FL, loss)(sample.input, sample.target)

@@ -77,8 +77,8 @@ template <class T>
 struct Problem {
   const CrossEntropy& call;
   const T* weight;
-  // Whether a loss needs the digits of what the smaller e^(x - max) add up to: with one target, a row
-  // that is sure of another class has a large loss without them.
+  // Whether a loss needs the digits of what the smaller e^(x - max) add up to: with one target, a
+  // row that is sure of another class has a large loss without them.
   bool keeps_small = !call.indices || call.label_smoothing != 0;
   Shares<T> shares;
   Shares<double> exact;
@@ -614,8 +614,8 @@ struct TileWalk {
   static FUSEDLOSS_HD int64_t at_sum(int64_t i) { return i / kLanes * RegisterSum<T>::kSize; }
 
   // Sums term(c, i) of every class c into sums, with more digits than T has: each of them, or
-  // (exact: no) a few that are added up in T before. kept, if not null, is where the terms stay, which
-  // may be what term reads.
+  // (exact: no) a few that are added up in T before. kept, if not null, is where the terms stay,
+  // which may be what term reads.
   template <class F, class Exact = std::false_type>
   FUSEDLOSS_HD void total(int64_t n, Lines<double>& sums, F term, T* kept = nullptr,
                           Exact exact = {}) const {
@@ -700,9 +700,8 @@ struct TileWalk {
     unrolled<Wide<T>::kParts>([&](auto p) __attribute__((always_inline)) {
       excess.part[p] = excess.part[p] + (owns.part[p] - Vec<double>(1));
     });
-    const Vec<T> loss =
-        problem.shares.loss(RowSums<Vec<T>>{max, narrow(sums), narrow(dots), narrow(masses), gap,
-                                            own, at(weight, i), narrow(excess)});
+    const Vec<T> loss = problem.shares.loss(RowSums<Vec<T>>{
+        max, narrow(sums), narrow(dots), narrow(masses), gap, own, at(weight, i), narrow(excess)});
     select(targets().are_none(i), Vec<T>(0), loss).store(&losses[i]);
     if (!call.gradient.data) return;
     const Vec<double> unread(0);

@@ -71,8 +71,8 @@ FUSEDLOSS_HD Vec<float> narrow(const Wide<float>& x) {
 #endif
 }
 
-// A sum of registers in doubles; where T is one, with twice its digits: what an addition rounds away
-// is added up beside it (Knuth's two-sum). Sums of many equal numbers stay right.
+// A sum of registers in doubles; where T is one, with twice its digits: what an addition rounds
+// away is added up beside it (Knuth's two-sum). Sums of many equal numbers stay right.
 template <class T>
 struct RegisterSum {
   static constexpr int64_t kSize = 2 * Vec<double>::size();  // doubles in memory

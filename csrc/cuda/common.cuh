@@ -368,9 +368,9 @@ __device__ inline void finish(const Launch& l, double value) {
 
 // ---- faults -------------------------------------------------------------------------------------
 
-// Tells the host of an input that cannot be, a class index or an element; the first to come is told.
-// Only one thread of a block tries: where every element is wrong, atomics on the host's memory would
-// take far longer than all else.
+// Tells the host of an input that cannot be, a class index or an element; the first to come is
+// told. Only one thread of a block tries: where every element is wrong, atomics on the host's
+// memory would take far longer than all else.
 template <class Value>
 __device__ void tell(const Launch& l, Fault::What what, int64_t position, Value value,
                      int64_t classes) {

@@ -46,9 +46,9 @@ __device__ Compute<D> exp_for(Compute<D> x) {
 }
 
 // What some of a row's classes add up to, measured from the largest of them; members as in RowSums.
-// D is the type of the results. kHard: the target alone counts; dot and mass stay 0 then. Where more
-// counts, the loss of a row that is sure of another class needs the digits of what the others, small
-// beside it, add up to.
+// D is the type of the results. kHard: the target alone counts; dot and mass stay 0 then. Where
+// more counts, the loss of a row that is sure of another class needs the digits of what the others,
+// small beside it, add up to.
 template <class D, bool kHard>
 struct Partial {
   using T = Compute<D>;
@@ -300,8 +300,10 @@ struct RowEnd {
     const T gap = logit - p.max;
     const CrossEntropyCall& call = problem.call;
     const T at = call.indices ? exp_nonpositive(gap) : T(0);
-    sums = {p.max, static_cast<T>(p.sum), p.dot, p.mass, gap, at, weight,
-            static_cast<T>(p.sum + (decltype(p.sum)(at) - 1))};
+    sums = {p.max,  static_cast<T>(p.sum),
+            p.dot,  p.mass,
+            gap,    at,
+            weight, static_cast<T>(p.sum + (decltype(p.sum)(at) - 1))};
     if (call.upstream) scale = read<W>(call.upstream, call.upstream_dtype, row);
     const RowSums<W> wide{p.max, static_cast<W>(p.sum), p.dot, p.mass, gap, at, weight, W(0)};
     const RowSlope<W> exact = shares.slope(wide, static_cast<W>(scale));

@@ -61,8 +61,8 @@ struct Writes {
 template <class Loss, class D>
 using Number = std::conditional_t<sizeof(D) == 2 && !Loss::kCustom, Quick, Compute<D>>;
 
-// What a few packets of values are added up in. Roundings of floats would add up where many values are
-// equal; to a two-byte result they are nothing.
+// What a few packets of values are added up in. Roundings of floats would add up where many values
+// are equal; to a two-byte result they are nothing.
 template <class D>
 using Part = std::conditional_t<sizeof(D) == 4, double, Compute<D>>;
 

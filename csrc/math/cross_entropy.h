@@ -1,9 +1,9 @@
 // The maths of cross-entropy, for a row whose logits have all been seen: N is float or double, or a
 // CPU SIMD register of rows.
 //
-// The gradient is formed from `sum`, which for class indices leaves the target out: 1 - p of the target
-// is sum / (sum + its own share), with all its digits however confident the row is. The loss is formed
-// from `excess`, with all the digits of its logarithm.
+// The gradient is formed from `sum`, which for class indices leaves the target out: 1 - p of the
+// target is sum / (sum + its own share), with all its digits however confident the row is. The loss
+// is formed from `excess`, with all the digits of its logarithm.
 #pragma once
 
 #include "vocabulary.h"

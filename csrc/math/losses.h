@@ -95,7 +95,8 @@ struct PointwiseLoss {
   double parameter;
 };
 
-// (x - y)^2. Its slope 2 (x - y) can overflow where the gradient, divided by a mean's count, does not.
+// (x - y)^2. Its slope 2 (x - y) can overflow where the gradient, divided by a mean's count, does
+// not.
 struct MSE : PointwiseLoss {
   static constexpr Mean kMean = Mean::kWeights;
   static constexpr double kSlopeUnit = 2;
@@ -184,8 +185,8 @@ struct BCEWithLogitsPosWeight : PointwiseLoss {
   }
 };
 
-// -y log(x), x bounded to [eps, 1]; the slope outside these bounds is 0. Where targets are 0, as most
-// may be, neither logarithm nor quotient is computed.
+// -y log(x), x bounded to [eps, 1]; the slope outside these bounds is 0. Where targets are 0, as
+// most may be, neither logarithm nor quotient is computed.
 struct LogLoss : PointwiseLoss {
   static constexpr Mean kMean = Mean::kRows;
   static constexpr int kAbreast = 1;  // else a row of zeros would have no way of its own
@@ -200,8 +201,8 @@ struct LogLoss : PointwiseLoss {
   }
 };
 
-// The same for class indices. A nan in another class than the target's leaves the loss as it is, and
-// is that element's gradient, as in torch.
+// The same for class indices. A nan in another class than the target's leaves the loss as it is,
+// and is that element's gradient, as in torch.
 struct LogLossOfClasses : PointwiseLoss {
   static constexpr Mean kMean = Mean::kRows;
   static constexpr bool kIndexed = true;

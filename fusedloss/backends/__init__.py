@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .. import _caller, doctor
 from .._version import __version__
 
 
@@ -27,9 +27,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
         _C = import_module("fusedloss._C")
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError):
-            return None, (
-                "the extension was not built: reinstall fusedloss where a C++ compiler is found"
-            )
+            return None, doctor.no_extension()
         return None, f"the extension does not load: {error}"
     built: str = _C.build_info()["torch"]
     if built.split("+")[0] != torch.__version__.split("+")[0]:
@@ -88,11 +86,11 @@ if _no_extension is not None:
     _instead = "on plain PyTorch, and on Triton for a GPU's tensors"
     if not _has_triton:
         _instead = "on plain PyTorch"
-    warnings.warn(
-        f"fusedloss runs {_instead}, without compiled kernels: {_no_extension}",
-        RuntimeWarning,
-        stacklevel=3,
-    )
+    if not doctor.handing_over():
+        _caller.warn(
+            f"fusedloss runs {_instead}, without compiled kernels: {_no_extension}",
+            RuntimeWarning,
+        )
 
 _chosen: Backend | None = None
 # Read at every call, so kept ready: the fused backend of each type of device, whether the compiled

@@ -17,7 +17,6 @@ import math
 import operator
 import reprlib
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -25,8 +24,9 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_unary
 
-from .. import autograd, backends, functional, second_order
+from .. import _caller, autograd, backends, functional, second_order
 from ..modules import _Predicting
 from ..reference import REDUCTIONS, reduced
 from .building import CannotCompile, Library, cpu_library, cuda_library
@@ -246,13 +246,23 @@ class PointwiseLoss:
         bound = self._bound(clip_grad)
         if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
             self._refuse(input, target)
-        if functional._plain_calls():
+        if functional._plain_calls() and not has_torch_function_unary(input):
             known = self._keys.get(input.device.type)
             if known is not None:
                 numbers = (*values, bound)
                 loss = _C.custom(input, target, weight, known, numbers, number, prediction)
                 if loss is not None:
+                    if functional._counted:
+                        functional._count(self.__name__)
                     return loss  # type: ignore[no-any-return]
+        if functional._overridden(input, target, weight):
+            options = {"reduction": reduction, "weight": weight, "clip_grad": clip_grad}
+            return functional._offer(  # type: ignore[no-any-return]
+                self, (input, target, weight), (input, target), {**options, **parameters},
+                lambda: self._call(
+                    input, target, reduction, weight, clip_grad, parameters, prediction
+                ),
+            )  # fmt: skip
         if weight is not None:
             weight = self._weight(input, weight)
         reason = functional._obstacle(input, target, weight, target_gradient=True)
@@ -267,8 +277,8 @@ class PointwiseLoss:
             else:
                 backend, key, why_not = _prepared(self._number, input.device.type)
                 reason = None if backend else why_not
-        if functional._explaining is not None:
-            functional._report(reason, input, backend, *filter(None, (why_not,)))
+        if functional._listening():
+            functional._report(self.__name__, reason, backend, *filter(None, (why_not,)))
         if reason is not None:
             return self.reference(
                 input, target, reduction=reduction, weight=weight, clip_grad=clip_grad, **parameters
@@ -334,10 +344,9 @@ class PointwiseLoss:
         if weight is not None:
             weight = self._weight(input, weight)
         if input.shape != target.shape:
-            warnings.warn(
+            _caller.warn(
                 f"{self.__name__}: target of shape {tuple(target.shape)} differs from input's "
-                f"{tuple(input.shape)}, and is broadcast; make sure that is what is meant",
-                stacklevel=3,
+                f"{tuple(input.shape)}, and is broadcast; make sure that is what is meant"
             )
         return self._reference(input, target, reduction, weight, self._bound(clip_grad), values)
 
@@ -542,10 +551,9 @@ def _prepared(number: int, device: str) -> tuple[str, str, str]:
     if found is None:
         found = loss._prepared[device, order] = _prepare(loss, device, order)
         if not found[0]:
-            warnings.warn(
+            _caller.warn(
                 f"{loss.__name__} runs on plain PyTorch, without fused kernels: {found[2]}",
                 RuntimeWarning,
-                stacklevel=5,
             )
     return found
 

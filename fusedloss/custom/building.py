@@ -14,7 +14,6 @@ import stat
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from .. import backends
+from .. import _caller, backends
 from .._toolkit import (
     GCC_SCHEDULING,
     NVCC_FLAGS,
@@ -219,11 +218,10 @@ class Library:
         chosen = os.environ.get("FUSEDLOSS_CACHE_DIR")
         if chosen not in _warned_of:
             _warned_of.add(chosen)
-            warnings.warn(
+            _caller.warn(
                 "fusedloss keeps no compiled losses, and each process compiles them anew: "
                 f"{not_kept}. Set FUSEDLOSS_CACHE_DIR to a folder to which only you can write",
                 RuntimeWarning,
-                stacklevel=8,
             )
 
     def _in_cache(self) -> Path:

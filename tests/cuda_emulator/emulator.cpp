@@ -13,9 +13,9 @@
 // cluster that there is room for; EMULATOR_THREADS, see take_thread.
 #include "emulator.h"
 
-#include <atomic>
 #include <dlfcn.h>
 #include <signal.h>
+#include <atomic>
 
 #include <algorithm>
 #include <bit>
@@ -899,7 +899,8 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   return cudaSuccess;
 }
 
-// For tests: whether the default stream is captured, and how often the host has waited for a stream.
+// For tests: whether the default stream is captured, and how often the host has waited for a
+// stream.
 static bool captured = false;
 static int waits = 0;
 extern "C" void emulator_capture(int begins) { captured = begins != 0; }

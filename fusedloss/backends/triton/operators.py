@@ -187,15 +187,14 @@ class Engine:
     # Gives the gradient for target too: the operators then take whose are wanted.
     of_target: bool = False
 
-    def _wanted(self, call: Sequence[Any]) -> tuple[Sequence[Any], bool, bool]:
+    def _wanted(self, call: Sequence[Any]) -> tuple[Sequence[Any], tuple[bool, bool]]:
         """The arguments of a call, and whose gradients are wanted."""
-        return (call[:-2], call[-2], call[-1]) if self.of_target else (call, True, False)
+        return (call[:-2], (call[-2], call[-1])) if self.of_target else (call, (True, False))
 
     def _gradients(
         self,
         call: Sequence[Any],
-        of_input: bool,
-        of_target: bool,
+        wanted: tuple[bool, bool],
         written: Gradients = (None, None),
     ) -> Gradients:
         """Those that are wanted: new ones, but for those written that lie in memory as new ones
@@ -210,8 +209,8 @@ class Engine:
             return common.empty_like(input, dtype)
 
         return (
-            gradient(of_input, input.dtype, written[0]),
-            gradient(of_target, target.dtype, written[1]),
+            gradient(wanted[0], input.dtype, written[0]),
+            gradient(wanted[1], target.dtype, written[1]),
         )
 
     def _given(self, gradients: Gradients) -> Any:
@@ -223,7 +222,7 @@ class Engine:
         return self.run(Pass(common.VALUE, common.empty_scales(call[0])), *call)
 
     def forward(self, *args: Any) -> tuple[Tensor | None, Tensor]:
-        call, *wanted = self._wanted(args[:-1])
+        call, wanted = self._wanted(args[:-1])
         input, reduction, own = call[0], call[-2], args[-1]
         common.raise_faults()
         if reduction == 0:
@@ -231,14 +230,15 @@ class Engine:
             return self.run(Pass(common.VALUE, scales), *call), scales
         prediction = _prediction_of(own, self.loss(*call), input, reduction)
         # What other streams teach the prediction meanwhile is not this call's.
-        scales, gradients = prediction.clone(), self._gradients(call, *wanted)
+        scales, gradients = prediction.clone(), self._gradients(call, wanted)
         value = self.run(Pass(common.FORWARD, scales, *gradients), *call)
         carry(scales, Carried(gradients, prediction, input.shape, input.dtype, _addresses(call)))
         return value, scales
 
     def backward(self, grad_output: Tensor, scales: Tensor, *args: Any) -> Any:
-        call, *wanted = self._wanted(args)
-        input, left, written = call[0], carried(scales), (None, None)
+        call, wanted = self._wanted(args)
+        input, left = call[0], carried(scales)
+        written: Gradients = None, None
         common.check_pair("scales", scales, input)
         if call[-2] != 0:
             common.check_number(grad_output, input)
@@ -250,9 +250,9 @@ class Engine:
                     f"{list(input.shape)}, and forward's was a {left.input_dtype} tensor of shape "
                     f"{list(left.input_shape)}: between the two, leave input.data as it is"
                 )
-            written, left.gradients = left.gradients, written
+            written, left.gradients = left.gradients, (None, None)
             prediction = _keep_if_captured(left.prediction)
-        gradients = self._gradients(call, *wanted, written)
+        gradients = self._gradients(call, wanted, written)
         reused = all(new is old for new, old in zip(gradients, written, strict=True))
         step = common.BACKWARD if reused else common.FRESH
         self.run(Pass(step, scales, *gradients, prediction, grad_output), *call)
@@ -263,12 +263,12 @@ class Engine:
         return self.empty_loss(input, reduction, dtype)
 
     def meta_forward(self, *args: Any) -> tuple[Tensor, Tensor]:
-        call, *_ = self._wanted(args[:-1])
+        call, _ = self._wanted(args[:-1])
         return self.meta_value(*call, None), common.empty_scales(call[0])
 
     def meta_backward(self, grad_output: Tensor, scales: Tensor, *args: Any) -> Any:
-        call, *wanted = self._wanted(args)
-        return self._given(self._gradients(call, *wanted))
+        call, wanted = self._wanted(args)
+        return self._given(self._gradients(call, wanted))
 
     def define(self) -> None:
         # As in csrc/ops.cpp: traced by compilers, but not into a CUDA graph.
