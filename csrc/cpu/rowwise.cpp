@@ -77,9 +77,9 @@ template <class T>
 struct Problem {
   const CrossEntropy& call;
   const T* weight;
-  // Whether a loss needs the digits of what the smaller e^(x - max) add up to: with one target, a
-  // row that is sure of another class has a large loss without them.
-  bool keeps_small = !call.indices || call.label_smoothing != 0;
+  // Whether a loss needs the digits of what the smaller e^(x - max) add up to: a class of large
+  // weight multiplies them, where more classes count than a target that weighs as much.
+  bool keeps_small = call.weight && (!call.indices || call.label_smoothing != 0);
   Shares<T> shares;
   Shares<double> exact;
 
@@ -630,7 +630,7 @@ struct TileWalk {
       });
       RegisterSum<T> sum = RegisterSum<T>::load(to + at_sum(i));
       if constexpr (exact()) {
-        sum.add(terms);
+        unrolled<count>([&](auto u) { sum.add(terms[u]); });
       } else {
         sum.add(some);
       }

@@ -96,12 +96,13 @@ struct RegisterSum {
       part[0] = sum;
     }
   }
-  // Several, which need not wait for one another.
+  // Several, which need not wait for one another. Floats are added up in pairs before: two that are
+  // equal lose nothing, and roundings of pairs that differ do not add up.
   template <int kCount>
   FUSEDLOSS_HD void add(const Vec<T> (&x)[kCount]) {
-    if constexpr (std::is_same_v<T, float>) {
-      Wide<T> some = widen(x[0]);
-      unrolled<kCount - 1>([&](auto u) { some += widen(x[u + 1]); });
+    if constexpr (std::is_same_v<T, float> && kCount % 2 == 0) {
+      Wide<T> some = widen(x[0] + x[1]);
+      unrolled<kCount / 2 - 1>([&](auto u) { some += widen(x[2 * u + 2] + x[2 * u + 3]); });
       unrolled<2>([&](auto p) { part[p] = part[p] + some.part[p]; });
     } else {
       unrolled<kCount>([&](auto u) { add(x[u]); });

@@ -90,7 +90,7 @@ struct PointwiseLoss {
   static constexpr double kSlopeUnit = 1;
   static constexpr bool kPosWeight = false;
   static constexpr bool kIndexed = false;
-  static constexpr int kAbreast = 2;
+  static constexpr int kAbreast = 4;
   static constexpr bool kCustom = false;
   double parameter;
 };
@@ -146,6 +146,7 @@ struct Huber : PointwiseLoss {
 // The slope (x - y) / (x (1 - x)) has its denominator bounded below by 1e-12, a float in torch.
 struct BCE : PointwiseLoss {
   static constexpr bool kUnitInterval = true;
+  static constexpr int kAbreast = 2;
   template <class T>
   FUSEDLOSS_HD EvalQuotient<T> eval(T x, T y) const {
     const T one(1), floor(-100);

@@ -195,7 +195,7 @@ FUSEDLOSS_HD Vec<double> log1p_unit(Vec<double> x) { return x.log1p(); }
 template <class T>
 FUSEDLOSS_HD Vec<T> ratio(Vec<T> x, Vec<T> y, Vec<T> reciprocal) {
   const Vec<T> near = x * reciprocal;
-  return simd::fmadd(simd::fmadd(-near, y, x), reciprocal, near);
+  return simd::fmadd(simd::fmadd(near, -y, x), reciprocal, near);
 }
 
 namespace detail {
