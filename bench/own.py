@@ -43,6 +43,7 @@ def torch_words() -> SimpleNamespace:
         "log_sigmoid": F.logsigmoid,
         "equal": torch.eq,
         "not_equal": torch.ne,
+        "is_nan": torch.isnan,
     }
     return SimpleNamespace(
         **{word: other_names.get(word) or getattr(torch, word) for word in math.__all__}
