@@ -30,7 +30,7 @@ from .measure import JOINING, Row, quantiles
 from .peers import PEERS
 
 RESULTS = Path(__file__).parent / "results"
-# Of the checkout, also where this folder is a link to the checkout's.
+# The checkout's folder, also where this one is a link into it.
 UNPUBLISHED = Path(__file__).resolve().parent.parent / "build" / "bench"
 
 

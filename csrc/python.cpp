@@ -90,13 +90,13 @@ struct PlainCall {
     return ok ? OptionalTensor(*w) : std::nullopt;
   }
 
-  // Of a loss of elements.
+  // A loss of elements needs a target like its input.
   void check_target(bool takes_gradient) {
     ok = ok && target->scalar_type() == dtype() && target->sizes() == input->sizes() &&
          (takes_gradient || !wants_gradient(*target));
   }
 
-  // Of a loss of rows: class indices, or probabilities, which no index is ignored in.
+  // A loss of rows takes class indices, or probabilities, among which no index is ignored.
   void check_rows(int64_t ignore_index) {
     if (!ok || input->dim() == 0 || wants_gradient(*target) || classes() > (1 << 24)) {
       ok = false;

@@ -301,7 +301,7 @@ def _offer(
     """Offers ``function(*args, **options)`` to what overrides it, as a call of torch's own function.
 
     torch's own offers the function that its name stands for, and under patch() that is ours: no
-    handler would know it. again: makes the same call, where nothing is to be asked.
+    handler would know it. again: makes the same call, where nobody overrides it.
     """
     from torch.utils._device import DeviceContext  # there as soon as one is on
 

@@ -1130,7 +1130,7 @@ def definitions() -> dict[str, tuple[Any, type[Exception], str]]:
         "args": (lambda input, target, *args: input, TypeError, "name every parameter"),
         "not a function": (3, TypeError, "takes a function"),
         "keyword": (keyword, ValueError, "'weight' already"),
-        "default": (text_default, TypeError, "default of 'eps' is to be a number, not 'small'"),
+        "default": (text_default, TypeError, "default of 'eps' must be a number, not 'small'"),
         "None": (lambda input, target: None, TypeError, "write return"),
         "tuple": (lambda input, target: (input, target), TypeError, "returns 2 values"),
         "condition": (lambda input, target: input > target, TypeError, "where"),
@@ -1196,19 +1196,19 @@ def test_bad_call(backend: str) -> None:
         (torch.ones(3), r"a tensor of shape \(3,\): it is one number for the whole call"),
         (torch.nn.Parameter(torch.ones(1)), "a tensor that wants a gradient.*input or target"),
     ):
-        with pytest.raises(TypeError, match=rf"eps is to be a number, not {says}") as raised:
+        with pytest.raises(TypeError, match=rf"eps must be a number, not {says}") as raised:
             charbonnier(x, x, eps=eps)
         assert "1." not in str(raised.value)  # none of its numbers
     with pytest.raises(ValueError, match="charbonnier: eps is beyond the largest float64"):
         charbonnier(x, x, eps=10**400)
     for call in (charbonnier, charbonnier.reference, charbonnier.module()):
-        with pytest.raises(TypeError, match=r"target is to be a tensor, not 1.0: torch.full_like"):
+        with pytest.raises(TypeError, match=r"target must be a tensor, not 1.0: torch.full_like"):
             call(x, 1.0)
-        with pytest.raises(TypeError, match=r"input is to be a tensor, not \[1.0, 2.0\]"):
+        with pytest.raises(TypeError, match=r"input must be a tensor, not \[1.0, 2.0\]"):
             call([1.0, 2.0], x)
     with pytest.raises(ValueError, match="total is not a valid value for reduction"):
         charbonnier(x, x, reduction="total")
-    with pytest.raises(ValueError, match="clip_grad is to be positive, not 0"):
+    with pytest.raises(ValueError, match="clip_grad must be positive, not 0"):
         charbonnier(x, x, clip_grad=0)
     with pytest.raises(ValueError, match=r"\(2,\) does not broadcast to input's \(3,\)"):
         charbonnier(x, x, weight=torch.ones(2))

@@ -5,7 +5,7 @@
 // A struct also says what an engine must know of it:
 //   parameter       beta, delta or eps, where the loss has one
 //   kUnitInterval   input and target must lie in [0, 1]; the CPU engine checks it on the way
-//   kSlopeUnit      what eval's slope is to be multiplied by
+//   kSlopeUnit      the engine multiplies eval's slope by it
 //   kPosWeight      eval takes pos_weight as a third operand
 //   kIndexed        target is class indices, which eval sees as one-hot rows
 //   kAbreast        how many SIMD registers the CPU engine computes side by side: one is a chain of

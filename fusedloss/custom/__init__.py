@@ -59,7 +59,7 @@ def _shown(value: Any) -> str:
         return reprlib.repr(value)
     if value.requires_grad:
         return (
-            "a tensor that wants a gradient, which parameters do not get: what is to be learnt is "
+            "a tensor that wants a gradient, which parameters do not get: what should be learnt is "
             "input or target, so expand it to input's shape and make it one of them"
         )
     if value.numel() == 1:
@@ -193,7 +193,7 @@ class PointwiseLoss:
             if isinstance(value, bool) or not isinstance(value, Real):
                 if value is None and name not in parameters:
                     raise TypeError(f"{self.__name__}() needs its parameter {name!r}, a number")
-                raise TypeError(f"{self.__name__}(): {name} is to be a number, not {_shown(value)}")
+                raise TypeError(f"{self.__name__}(): {name} must be a number, not {_shown(value)}")
             values.append(as_float(self._traced.name, name, value))
         for name in parameters:
             if name not in self._names:
@@ -216,7 +216,7 @@ class PointwiseLoss:
         for operand, name in zip(operands, self._traced.arguments, strict=True):
             if not isinstance(operand, Tensor):
                 raise TypeError(
-                    f"{self.__name__}(): {name} is to be a tensor, not {_shown(operand)}: "
+                    f"{self.__name__}(): {name} must be a tensor, not {_shown(operand)}: "
                     "torch.full_like makes one of a number"
                 )
 
@@ -224,7 +224,7 @@ class PointwiseLoss:
         if clip_grad is None:
             return math.inf
         if isinstance(clip_grad, bool) or not isinstance(clip_grad, Real) or not clip_grad > 0:
-            raise ValueError(f"{self.__name__}(): clip_grad is to be positive, not {clip_grad!r}")
+            raise ValueError(f"{self.__name__}(): clip_grad must be positive, not {clip_grad!r}")
         return as_float(self._traced.name, "clip_grad", clip_grad)
 
     def _call(
@@ -291,7 +291,7 @@ class PointwiseLoss:
     def _weight(self, input: Any, weight: Any) -> Any:
         """Of input's shape, whose sum is what a mean divides by."""
         if not isinstance(weight, Tensor):
-            raise TypeError(f"{self.__name__}(): weight is to be a tensor, not {_shown(weight)}")
+            raise TypeError(f"{self.__name__}(): weight must be a tensor, not {_shown(weight)}")
         if weight.shape != input.shape:
             if not functional._broadcasts_to(weight, input):
                 raise ValueError(

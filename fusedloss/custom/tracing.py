@@ -435,7 +435,7 @@ def _signature(
         default = None if parameter.default is parameter.empty else parameter.default
         if default is not None and (isinstance(default, bool) or not isinstance(default, Real)):
             raise TypeError(
-                f"{name}: the default of {parameter.name!r} is to be a number, not {default!r}"
+                f"{name}: the default of {parameter.name!r} must be a number, not {default!r}"
             )
         defaults[parameter.name] = (
             None if default is None else as_float(name, parameter.name, default)
