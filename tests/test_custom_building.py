@@ -132,10 +132,10 @@ def test_no_place_to_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     @fusedloss.pointwise_loss
     def squared(input, target):  # type: ignore[no-untyped-def]
-        return (input - target) ** 2
+        return 17 * (input - target) ** 2  # which no other test has loaded
 
     with pytest.warns(RuntimeWarning, match="keeps no compiled losses.*Not a directory") as caught:
-        assert squared(torch.tensor([3.0]), torch.tensor([1.0])) == 4
+        assert squared(torch.tensor([3.0]), torch.tensor([1.0])) == 68
     assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

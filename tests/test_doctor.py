@@ -245,6 +245,8 @@ def test_the_warning_of_a_checkout(checkout: Path, hides: bool, compiled: str) -
     """It names the folder, says what to do, and points at the line that imports."""
     site = checkout.parent / "site" / "fusedloss"
     if not hides:
+        if (PACKAGE.parent / "torch").is_dir():
+            pytest.skip("fusedloss is installed beside torch, and hidden as well")
         shutil.rmtree(site)
         # Where the tests' own installation is editable, it is none of this environment.
         code = (checkout / "fusedloss" / "doctor.py").read_text()
