@@ -16,6 +16,7 @@ extern "C" {
 [[gnu::weak]] void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 [[gnu::weak]] void __tsan_acquire(void* address);
 [[gnu::weak]] void __tsan_release(void* address);
+[[gnu::weak]] int __tsan_atomic32_load(const volatile int* address, int order);
 [[gnu::weak]] long long __tsan_atomic64_load(const volatile long long* address, int order);
 [[gnu::weak]] long long __tsan_atomic64_fetch_add(volatile long long* address, long long value,
                                                   int order);

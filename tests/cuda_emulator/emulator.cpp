@@ -836,6 +836,7 @@ unsigned cluster_blocks() { return current->block->cluster->blocks.size(); }
 
 // A volatile access is a relaxed atomic one on the device. This ThreadSanitizer learns before each.
 extern "C" {
+void __tsan_volatile_read4(int* address) { __tsan_atomic32_load(address, __ATOMIC_RELAXED); }
 void __tsan_volatile_read8(long long* address) { __tsan_atomic64_load(address, __ATOMIC_RELAXED); }
 void __tsan_volatile_write8(long long* address) {
   __tsan_atomic64_fetch_add(address, 0, __ATOMIC_RELAXED);
