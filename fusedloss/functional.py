@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -301,7 +302,8 @@ def _offer(
     """Offers ``function(*args, **options)`` to what overrides it, as a call of torch's own function.
 
     torch's own offers the function that its name stands for, and under patch() that is ours: no
-    handler would know it. again: makes the same call, where nobody overrides it.
+    handler would know it. again: makes the same call, where nobody overrides it; a partial, since
+    a closure would make every call allocate its cells.
     """
     from torch.utils._device import DeviceContext  # there as soon as one is on
 
@@ -426,9 +428,9 @@ def _pointwise(
         function = globals()[torch_loss.__name__]
         return _offer(  # type: ignore[no-any-return]
             function, (input, target, weight, pos_weight), args[:2], _options(function, args),
-            lambda: _pointwise(
-                loss, torch_loss, args, input, target, weight, pos_weight, parameter, reduction,
-                unfit, broadcast_weight, prediction,
+            partial(
+                _pointwise, loss, torch_loss, args, input, target, weight, pos_weight, parameter,
+                reduction, unfit, broadcast_weight, prediction,
             ),
         )  # fmt: skip
     dtype: torch.dtype | str | None = None
@@ -863,7 +865,7 @@ def _cross_entropy(
     if _overridden(input, target, weight):
         return _offer(  # type: ignore[no-any-return]
             cross_entropy, (input, target, weight), args[:2], _options(cross_entropy, args),
-            lambda: _cross_entropy(*args, prediction),
+            partial(_cross_entropy, *args, prediction),
         )  # fmt: skip
     if type(label_smoothing) is int:
         label_smoothing = float(label_smoothing)
@@ -949,7 +951,7 @@ def _log_loss(
     if _overridden(input, target, weight):
         return _offer(  # type: ignore[no-any-return]
             log_loss, (input, target, weight), args[:2], _options(log_loss, args),
-            lambda: _log_loss(*args, prediction),
+            partial(_log_loss, *args, prediction),
         )  # fmt: skip
     dtype: torch.dtype | str | None = None
     reason = _obstacle(input, target, weight)

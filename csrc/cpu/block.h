@@ -122,27 +122,38 @@ FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, Scale<T> scale, int6
   }
 }
 
-// By value: what a store might have changed would be loaded, and worked out, again for each
-// register.
+// The elements from `begin` to `end`, kStep registers at a time, of which the last may hold fewer
+// only where kStep is 1. By value: what a store might have changed would be loaded, and worked out,
+// again for each register.
+template <int kStep, class Want, class Loss, class T>
+Sum pass(Loss loss, Run<T> run, Scale<T> scale, int64_t begin, int64_t end, Mask<T>& all_valid) {
+  constexpr int64_t kLanes = Vec<T>::size();
+  RegisterSum<T> sum;
+  Mask<T> valid = all_valid;
+  for (int64_t i = begin; i < end; i += kStep * kLanes) {
+    step<kStep, Loss, Want>(loss, run, scale, i, std::min(kLanes, end - i), sum, valid);
+  }
+  all_valid = valid;
+  Sum total;
+  if constexpr (Want::kSum) sum.add_to(total);
+  return total;
+}
+
 template <class Want, class Loss, class T>
 double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
              [[maybe_unused]] bool& in_unit) {
-  constexpr int64_t kLanes = Vec<T>::size();
   const Scale<T> scale(gradient_scale * Loss::kSlopeUnit);
-  Mask<T> valid = equal(Vec<T>(0), Vec<T>(0));
   constexpr int kStep = kWidth<Loss, Want>;
-  RegisterSum<T> sum;
-  int64_t i = 0;
-  for (; i + kStep * kLanes <= n; i += kStep * kLanes) {
-    step<kStep, Loss, Want>(loss, run, scale, i, kLanes, sum, valid);
-  }
-  for (; i < n; i += kLanes) {
-    step<1, Loss, Want>(loss, run, scale, i, std::min(kLanes, n - i), sum, valid);
+  Mask<T> valid = equal(Vec<T>(0), Vec<T>(0));
+  const int64_t whole = n - n % (kStep * Vec<T>::size());
+  Sum sum = pass<kStep, Want>(loss, run, scale, 0, whole, valid);
+  if (whole < n) sum.add(pass<1, Want>(loss, run, scale, whole, n, valid));
+  // A few floats can add up to infinity, or to nan, where a mean of them is a number.
+  if (kStep > 1 && !std::isfinite(sum.value())) {
+    sum = pass<1, Want>(loss, run, scale, 0, n, valid);
   }
   if constexpr (Loss::kUnitInterval) in_unit = in_unit && all(valid);
-  Sum total;
-  if constexpr (Want::kSum) sum.add_to(total);
-  return total.value();
+  return sum.value();
 }
 
 }  // namespace CPU_CAPABILITY

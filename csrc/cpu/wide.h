@@ -96,13 +96,18 @@ struct RegisterSum {
       part[0] = sum;
     }
   }
-  // Several, which need not wait for one another. Floats are added up in pairs before: two that are
-  // equal lose nothing, and roundings of pairs that differ do not add up.
+  // Several, which need not wait for one another. Up to four floats are added up as floats first:
+  // equal ones lose nothing, and others lose two roundings, which do not grow with the count.
   template <int kCount>
   FUSEDLOSS_HD void add(const Vec<T> (&x)[kCount]) {
-    if constexpr (std::is_same_v<T, float> && kCount % 2 == 0) {
-      Wide<T> some = widen(x[0] + x[1]);
-      unrolled<kCount / 2 - 1>([&](auto u) { some += widen(x[2 * u + 2] + x[2 * u + 3]); });
+    if constexpr (std::is_same_v<T, float> && kCount > 1) {
+      static_assert(kCount == 2 || kCount % 4 == 0);
+      const auto few = [&](int u) __attribute__((always_inline)) {
+        const Vec<T> two = x[u] + x[u + 1];
+        return widen(kCount == 2 ? two : two + (x[u + 2] + x[u + 3]));
+      };
+      Wide<T> some = few(0);
+      unrolled<kCount / 4 - (kCount > 2)>([&](auto u) { some += few(4 * u + 4); });
       unrolled<2>([&](auto p) { part[p] = part[p] + some.part[p]; });
     } else {
       unrolled<kCount>([&](auto u) { add(x[u]); });

@@ -126,7 +126,7 @@ struct SmoothL1 : PointwiseLoss {
     const T beta(parameter), half_beta(0.5 * parameter), one(1);
     const T d = x - y;
     const T slope = ratio(between(d, -beta, beta), beta, one / beta);
-    return {slope * (d - half_beta * slope), slope};
+    return {slope * multiply_add(-half_beta, slope, d), slope};
   }
 };
 
@@ -135,10 +135,10 @@ struct SmoothL1 : PointwiseLoss {
 struct Huber : PointwiseLoss {
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
-    const T delta(parameter), half(0.5);
+    const T delta(parameter), minus_half(-0.5);
     const T d = x - y;
     const T slope = between(d, -delta, delta);
-    return {slope * (d - half * slope), slope};
+    return {slope * multiply_add(minus_half, slope, d), slope};
   }
 };
 
@@ -152,7 +152,7 @@ struct BCE : PointwiseLoss {
     const T one(1), floor(-100);
     const T log_x = at_least(log(x), floor);
     const T log_1_x = at_least(log1p(-x), floor);
-    return {(y - one) * log_1_x - y * log_x, x - y, at_least((one - x) * x, T(1e-12f))};
+    return {multiply_add(y - one, log_1_x, -(y * log_x)), x - y, at_least((one - x) * x, T(1e-12f))};
   }
 };
 

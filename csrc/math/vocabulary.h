@@ -55,6 +55,9 @@ FUSEDLOSS_HD T between(T x, T low, T high) {
 }
 FUSEDLOSS_HD float abs(float x) { return ::fabsf(x); }
 FUSEDLOSS_HD double abs(double x) { return ::fabs(x); }
+// a b + c, rounded once where the hardware has an instruction for it.
+FUSEDLOSS_HD float multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
+FUSEDLOSS_HD double multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
 FUSEDLOSS_HD float minus_abs(float x) { return -::fabsf(x); }
 FUSEDLOSS_HD double minus_abs(double x) { return -::fabs(x); }
 FUSEDLOSS_HD float exp_nonpositive(float x) { return ::expf(x); }
@@ -178,6 +181,10 @@ FUSEDLOSS_HD Vec<T> between(Vec<T> x, Vec<T> low, Vec<T> high) {
 template <class T>
 FUSEDLOSS_HD Vec<T> abs(Vec<T> x) {
   return x.abs();
+}
+template <class T>
+FUSEDLOSS_HD Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return simd::fmadd(a, b, c);
 }
 template <class T>
 FUSEDLOSS_HD Vec<T> minus_abs(Vec<T> x) {

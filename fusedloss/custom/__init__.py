@@ -18,6 +18,7 @@ import operator
 import reprlib
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -259,8 +260,8 @@ class PointwiseLoss:
             options = {"reduction": reduction, "weight": weight, "clip_grad": clip_grad}
             return functional._offer(  # type: ignore[no-any-return]
                 self, (input, target, weight), (input, target), {**options, **parameters},
-                lambda: self._call(
-                    input, target, reduction, weight, clip_grad, parameters, prediction
+                partial(
+                    self._call, input, target, reduction, weight, clip_grad, parameters, prediction
                 ),
             )  # fmt: skip
         if weight is not None:
