@@ -238,7 +238,7 @@ def build_kernels() -> type[build_ext]:
                 return str(target)
 
             if toolkit is not None:
-                ext.sources.append("csrc/ops_cuda.cpp")
+                ext.sources.append("csrc/torch/cuda.cpp")
                 ext.extra_compile_args += [f'-DFUSEDLOSS_CUDA="{toolkit.version}"']
                 ext.extra_compile_args += [
                     w for path in toolkit.includes for w in ("-isystem", path)
@@ -304,7 +304,10 @@ def compiled_part() -> dict[str, Any]:
     found, usable = installed_torch()
     extension = Extension(
         "fusedloss._C",
-        sources=sorted(str(p) for p in Path("csrc").glob("*.cpp") if p.stem != "ops_cuda"),
+        sources=[
+            "csrc/losses.cpp",
+            *sorted(str(p) for p in Path("csrc/torch").glob("*.cpp") if p.stem != "cuda"),
+        ],
         depends=sorted(map(str, Path("csrc").rglob("*.*"))),
         include_dirs=[str(Path("csrc").absolute())],
         language="c++",

@@ -1,6 +1,6 @@
 """The differentiable operators.
 
-The autograd Functions themselves are in csrc/autograd.cpp and backends/triton/operators.py.
+The autograd Functions themselves are in csrc/torch/operators.cpp and backends/triton/operators.py.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-
-from . import backends
-from .reference import REDUCTIONS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -36,68 +33,26 @@ def _load_triton() -> bool:
     return True
 
 
-def _operators(input: Tensor) -> Any:
-    return _operators_of(backends.fused_on[input.device.type])
-
-
-def _operators_of(backend: str) -> Any:
-    if backend == "compiled":
-        return torch.ops.fusedloss
-    _load_triton()
-    return torch.ops.fusedloss_triton
-
-
-def pointwise(
-    loss: str,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    parameter: float,
-    ignore_index: int,
-    reduction: str,
-    dtype: torch.dtype,
-    prediction: Tensor | None,
-) -> Tensor:
-    """One fused pointwise call."""
-    number = REDUCTIONS[reduction]
-    value: Tensor = _operators(input).pointwise.default(
-        input, target, weight, pos_weight, loss, parameter, ignore_index, number, dtype, prediction
-    )
-    return value
-
-
-def custom(
+def loss(
     backend: str,
-    loss: str,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    more: list[Tensor],
+    name: str,
     parameters: list[float],
+    ignore_index: int,
     reduction: int,
     dtype: torch.dtype,
     prediction: Tensor | None,
 ) -> Tensor:
-    """One fused call of a loss of one's own, on a backend that has made it ready."""
-    value: Tensor = _operators_of(backend).custom.default(
-        input, target, weight, loss, parameters, reduction, dtype, prediction
-    )
-    return value
-
-
-def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    dtype: torch.dtype,
-    prediction: Tensor | None,
-) -> Tensor:
-    """One fused cross-entropy call."""
-    number = REDUCTIONS[reduction]
-    value: Tensor = _operators(input).cross_entropy.default(
-        input, target, weight, ignore_index, label_smoothing, number, dtype, prediction
+    """One fused call. more: the loss's inputs besides input and target."""
+    if backend == "compiled":
+        operators: Any = torch.ops.fusedloss
+    else:
+        _load_triton()
+        operators = torch.ops.fusedloss_triton
+    value: Tensor = operators.loss.default(
+        input, target, weight, more, name, parameters, ignore_index, reduction, dtype, prediction
     )
     return value

@@ -467,9 +467,12 @@ def _pointwise(
             return torch_loss(*args)
         return _caller.at_callers_line(torch_loss, *args)  # which warns, or raises an error
     assert isinstance(dtype, torch.dtype)
-    return autograd.pointwise(
-        loss, input, target, weight, pos_weight, parameter, 0, reduction, dtype, prediction
-    )
+    more = [] if pos_weight is None else [pos_weight]
+    parameters = [parameter] if loss in ("smooth_l1_loss", "huber_loss") else []
+    return autograd.loss(
+        backends.fused_on[input.device.type], input, target, weight, more, loss, parameters,
+        0, reference.REDUCTIONS[reduction], dtype, prediction,
+    )  # fmt: skip
 
 
 # ---- regression ----------------------------------------------------------------------------------
@@ -891,9 +894,10 @@ def _cross_entropy(
     ):
         input = input.contiguous()
     assert isinstance(dtype, torch.dtype)
-    return autograd.cross_entropy(
-        input, target, weight, ignore_index, label_smoothing, reduction, dtype, prediction
-    )
+    return autograd.loss(
+        backends.fused_on[input.device.type], input, target, weight, [], "cross_entropy",
+        [label_smoothing], ignore_index, reference.REDUCTIONS[reduction], dtype, prediction,
+    )  # fmt: skip
 
 
 def log_loss(
@@ -974,9 +978,10 @@ def _log_loss(
     assert isinstance(dtype, torch.dtype)
     # Elements that are added up to rows are rounded after that, once.
     wide = torch.promote_types(dtype, torch.float32) if reduction == "none" else dtype
-    loss = autograd.pointwise(
-        "log_loss", input, target, weight, None, eps, ignore_index, reduction, wide, prediction
-    )
+    loss = autograd.loss(
+        backends.fused_on[input.device.type], input, target, weight, [], "log_loss", [eps],
+        ignore_index, reference.REDUCTIONS[reduction], wide, prediction,
+    )  # fmt: skip
     if reduction != "none":
         return loss
     return loss.sum(1 if input.dim() > 1 else 0).to(dtype)

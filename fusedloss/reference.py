@@ -144,17 +144,21 @@ def class_weight(weight: Tensor, input: Tensor) -> Tensor:
     return weight.view(-1, *[1] * (input.dim() - 2)) if input.dim() > 2 else weight
 
 
-def pointwise(
+def call(
     loss: str,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    pos_weight: Tensor | None,
-    parameter: float,
+    more: list[Tensor],
+    parameters: list[float],
     ignore_index: int,
     reduction: str,
 ) -> Tensor:
-    """The loss that the pointwise operators call ``loss``, with their arguments."""
+    """The loss that the operators call so, with their arguments.
+
+    Raises:
+        ValueError: there is no such loss.
+    """
     options: dict[str, Any] = {"reduction": reduction}
     if weight is not None:
         options["weight"] = weight
@@ -164,16 +168,25 @@ def pointwise(
         case "l1_loss":
             return l1_loss(input, target, **options)
         case "smooth_l1_loss":
-            return smooth_l1_loss(input, target, beta=parameter, **options)
+            return smooth_l1_loss(input, target, beta=parameters[0], **options)
         case "huber_loss":
-            return huber_loss(input, target, delta=parameter, **options)
+            return huber_loss(input, target, delta=parameters[0], **options)
         case "binary_cross_entropy":
             return binary_cross_entropy(input, target, **options)
-        case "log_loss" if reduction == "none":
-            return log_loss_elements(input, target, weight, parameter, ignore_index)
+        case "binary_cross_entropy_with_logits":
+            return binary_cross_entropy_with_logits(input, target, **options)
+        case "binary_cross_entropy_with_logits_pos_weight":
+            return binary_cross_entropy_with_logits(input, target, pos_weight=more[0], **options)
+        case "cross_entropy":
+            (label_smoothing,) = parameters
+            return cross_entropy(
+                input, target, ignore_index=ignore_index, label_smoothing=label_smoothing, **options
+            )
         case "log_loss":
-            if weight is not None:
-                options["weight"] = weight.reshape(-1)
-            return log_loss(input, target, ignore_index=ignore_index, **options)
+            (eps,) = parameters
+            if reduction == "none":
+                return log_loss_elements(input, target, weight, eps, ignore_index)
+            weight = None if weight is None else weight.reshape(-1)
+            return log_loss(input, target, weight, reduction, ignore_index)
         case _:
-            return binary_cross_entropy_with_logits(input, target, pos_weight=pos_weight, **options)
+            raise ValueError(f"fusedloss: no loss is named {loss!r}")

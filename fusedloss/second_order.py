@@ -15,113 +15,50 @@ from . import backends, reference
 
 _REDUCTION_NAMES = {number: name for name, number in reference.REDUCTIONS.items()}
 
-# Of losses of one's own, by what the operators call them.
+# The reference of each custom loss, under the name that the operators know it by.
 custom_references: dict[str, Callable[..., Tensor]] = {}
 
 
-def _reference_gradient(
-    loss: Callable[[Tensor], Tensor], input: Tensor, grad_output: Tensor, create_graph: bool
-) -> Tensor:
-    with torch.enable_grad():
-        # Not input itself, whose hooks the outer backward runs.
-        alias = input.view_as(input)
-        value = loss(alias)
-    return torch.autograd.grad(value, alias, grad_output, create_graph=create_graph)[0]
-
-
-def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t.to(dtype) if t.is_floating_point() else t
-
-
-def pointwise_reference_gradient(
+def loss_reference_gradient(
     grad_output: Tensor,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    pos_weight: Tensor | None,
-    loss: str,
-    parameter: float,
-    ignore_index: int,
-    reduction: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    def value(input: Tensor) -> Tensor:
-        return reference.pointwise(
-            loss,
-            _cast(input, dtype),
-            _cast(target, dtype),
-            None if weight is None else _cast(weight, dtype),
-            None if pos_weight is None else _cast(pos_weight, dtype),
-            parameter,
-            ignore_index,
-            _REDUCTION_NAMES[reduction],
-        )
-
-    return _reference_gradient(value, input, grad_output, torch.is_grad_enabled())
-
-
-def custom_reference_gradient(
-    grad_output: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
+    more: list[Tensor],
     loss: str,
     parameters: list[float],
+    ignore_index: int,
     reduction: int,
     dtype: torch.dtype,
-    of_input: bool,
-    of_target: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    *values, bound = parameters
+    gradients: int,
+) -> list[Tensor]:
+    """The gradients whose bits are set in ``gradients``, with a graph where one is wanted."""
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() else t
+
     with torch.enable_grad():
         # Not the tensors themselves, whose hooks the outer backward runs.
-        x, y = input.view_as(input), target.view_as(target)
-        value = custom_references[loss](
-            _cast(x, dtype),
-            _cast(y, dtype),
-            _REDUCTION_NAMES[reduction],
-            None if weight is None else _cast(weight, dtype),
-            bound,
-            tuple(values),
+        x, y = (t.view_as(t) for t in (input, target))
+        operands = (
+            cast(x),
+            cast(y),
+            None if weight is None else cast(weight),
+            [cast(t) for t in more],
         )
-    wanted = [t for t, of in ((x, of_input), (y, of_target)) if of]
-    gradients = iter(
+        options = parameters, ignore_index, _REDUCTION_NAMES[reduction]
+        custom = custom_references.get(loss)
+        value = custom(*operands, *options) if custom else reference.call(loss, *operands, *options)
+    wanted = [t for i, t in enumerate((x, y)) if gradients >> i & 1]
+    create_graph = torch.is_grad_enabled()
+    return list(
         torch.autograd.grad(
-            value, wanted, grad_output, create_graph=torch.is_grad_enabled(), materialize_grads=True
+            value, wanted, grad_output, create_graph=create_graph, materialize_grads=True
         )
     )
-    return next(gradients) if of_input else None, next(gradients) if of_target else None
-
-
-def cross_entropy_reference_gradient(
-    grad_output: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    def value(input: Tensor) -> Tensor:
-        return reference.cross_entropy(
-            _cast(input, dtype),
-            _cast(target, dtype),
-            None if weight is None else _cast(weight, dtype),
-            ignore_index=ignore_index,
-            reduction=_REDUCTION_NAMES[reduction],
-            label_smoothing=label_smoothing,
-        )
-
-    return _reference_gradient(value, input, grad_output, torch.is_grad_enabled())
 
 
 if backends.extension is not None:
     _torch_library: Any = torch.library  # untyped in some of the releases
     _library = _torch_library.Library("fusedloss", "IMPL")
-    for _name, _implementation in (
-        ("pointwise_reference_gradient", pointwise_reference_gradient),
-        ("custom_reference_gradient", custom_reference_gradient),
-        ("cross_entropy_reference_gradient", cross_entropy_reference_gradient),
-    ):
-        _library.impl(_name, _implementation, "CompositeImplicitAutograd")
+    _library.impl("loss_reference_gradient", loss_reference_gradient, "CompositeImplicitAutograd")

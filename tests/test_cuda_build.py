@@ -148,7 +148,7 @@ def test_own_loss_loads(nvcc: None, built: str) -> None:
     charbonnier.compile("cpu")
     assert charbonnier._keys["cuda"] != charbonnier._keys["cpu"]
     x = torch.ones(3)
-    with pytest.raises(RuntimeError, match="no kernel of a loss"):
-        torch.ops.fusedloss.custom(
-            x, x, None, charbonnier._keys["cuda"], [1.0, 1.0], 1, x.dtype, None
+    with pytest.raises(RuntimeError, match="no CPU kernel of the loss"):
+        torch.ops.fusedloss.loss(
+            x, x, None, [], charbonnier._keys["cuda"], [1.0, 1.0], 0, 1, x.dtype, None
         )

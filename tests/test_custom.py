@@ -950,14 +950,14 @@ def test_operator(fused: str) -> None:
     weight, parameters = torch.rand(5, 3), [2.0, 0.25, math.inf]
     for reduction in (0, 1):
         torch.library.opcheck(
-            operators().custom.default,
-            (x, y, weight, loss, parameters, reduction, torch.float32, None),
+            operators().loss.default,
+            (x, y, weight, [], loss, parameters, 0, reduction, torch.float32, None),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )
     with pytest.raises(ValueError, match="has 3 parameters, and the call 1"):
-        operators().custom(x, y, None, loss, [2.0], 1, torch.float32, None)
-    with pytest.raises(RuntimeError, match="no kernel of a loss 'none' is loaded"):
-        operators().custom(x, y, None, "none", [], 1, torch.float32, None)
+        operators().loss(x, y, None, [], loss, [2.0], 0, 1, torch.float32, None)
+    with pytest.raises(RuntimeError, match="no loss 'none' is known"):
+        operators().loss(x, y, None, [], "none", [], 0, 1, torch.float32, None)
 
 
 # ---- the object ----------------------------------------------------------------------------------

@@ -137,8 +137,8 @@ def test_operator_checks_shapes() -> None:
     prediction = torch.tensor([1.0, 3.0], dtype=torch.float64)
     input, target = torch.randn(1000, 3), torch.zeros(1000, dtype=torch.long)
     FL.cross_entropy(input, target)  # the first use of a backend defines its operators
-    op = operators().cross_entropy.default
-    rest = (-100, 0.0, 2, torch.float32, prediction)
+    op = operators().loss.default
+    rest = ([], "cross_entropy", [0.0], -100, 2, torch.float32, prediction)
     with pytest.raises(ValueError, match=r"target of shape \[1\] does not fit"):
         op(input, target[:1], None, *rest)
     with pytest.raises(ValueError, match="3 classes need a weight of shape"):

@@ -439,10 +439,10 @@ def test_sites_without_end() -> None:
         for _ in range(5):  # whatever other tests have taught these sites
             FL.mse_loss(input, torch.zeros(n)).backward(torch.tensor(7.0))
     fresh = torch.zeros(701)
-    _, scales = operators().pointwise_forward(
-        fresh, fresh, None, None, "mse_loss", 0.0, -100, 1, torch.float32, None
+    _, state = operators().loss_forward(
+        fresh, fresh, None, [], "mse_loss", [], -100, 1, torch.float32, 1, None
     )
-    assert scales[0].item() == 7
+    assert state[0].item() == 7
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -91,7 +91,7 @@ def test_the_operators_are_listed() -> None:
     recorded("mse_loss")  # the first use of a backend defines its operators
     every = torch._C._dispatch_get_all_op_names()
     names = {name for name in every if name.startswith(f"{NAMESPACE}::")}
-    assert {f"{NAMESPACE}::pointwise", f"{NAMESPACE}::cross_entropy"} <= names
+    assert {f"{NAMESPACE}::loss", f"{NAMESPACE}::loss_backward"} <= names
     for name in names:
         schema = getattr(operators(), name.split("::")[1]).default._schema
         writes = any(a.alias_info and a.alias_info.is_write for a in schema.arguments)
@@ -102,32 +102,39 @@ X, Y, PAIR = torch.zeros(8), torch.zeros(8), torch.tensor([float("nan"), 1.0], d
 ROWS, CLASSES = torch.zeros(50, 4), torch.zeros(50, dtype=torch.int64)
 LOGITS, ONE = "binary_cross_entropy_with_logits", torch.tensor(1.0)
 INT, META = torch.tensor(1), ONE.to("meta")
-MSE = (0.0, 0, 1, torch.float32)  # what follows its name: parameter, ignore_index, "mean", dtype
-SUM_OF_ROWS, EACH_ROW = (-100, 0.0, 2, torch.float32), (-100, 0.0, 0, torch.float32)
+# What follows input and target: weight, more, loss, parameters, ignore_index, reduction, dtype.
+MSE = (None, [], "mse_loss", [], 0, 1, torch.float32)
+POS_WEIGHT = (None, [], f"{LOGITS}_pos_weight", [], 0, 1, torch.float32)
+TWO_WEIGHTS = (None, [X], "mse_loss", [], 0, 1, torch.float32)
+LOG = ([], "log_loss", [1e-7], 0, 1, torch.float32)
+SUM_OF_ROWS = ([], "cross_entropy", [0.0], -100, 2, torch.float32)
+EACH_ROW = ([], "cross_entropy", [0.0], -100, 0, torch.float32)
 
 
 @pytest.mark.parametrize(
     ("operator", "arguments", "problem"),
     [
-        ("pointwise", (X, Y[:3], None, None, "mse_loss", *MSE, None), "does not fit input"),
-        ("pointwise", (X, Y, None, None, "mse", *MSE, None), "no pointwise loss is named 'mse'"),
-        ("pointwise", (X, Y, None, None, f"{LOGITS}_pos_weight", *MSE, None), "needs a pos_weight"),
-        ("pointwise", (X, Y, None, X, "mse_loss", *MSE, None), "takes no pos_weight"),
-        ("pointwise_forward", (X, Y, None, None, "mse_loss", *MSE, PAIR[:0]), "two contiguous"),
-        ("pointwise_forward", (X, Y, None, None, "mse_loss", *MSE, X[:2]), "two contiguous"),
-        ("pointwise_backward", (ONE, PAIR[:1], X, Y, None, None, "mse_loss", *MSE), "two contig"),
-        ("pointwise_backward", (X, PAIR, X, Y, None, None, "mse_loss", *MSE), "not one real"),
-        ("pointwise_backward", (INT, PAIR, X, Y, None, None, "mse_loss", *MSE), "not one real"),
-        ("pointwise_backward", (META, PAIR, X, Y, None, None, "mse_loss", *MSE), "beside a meta"),
-        ("pointwise", (X, Y.to("meta"), None, None, "mse_loss", *MSE, None), "beside a meta"),
-        ("pointwise", (ROWS, CLASSES, X[:1], None, "log_loss", *MSE, None), "weight of shape"),
-        ("pointwise", (ROWS, CLASSES, None, None, "mse_loss", *MSE, None), "no class indices"),
-        ("cross_entropy", (ROWS, CLASSES.to("meta"), None, *SUM_OF_ROWS, None), "beside a meta"),
-        ("cross_entropy", (ROWS[:, :0], ROWS[:, :0], None, *SUM_OF_ROWS, None), "no classes"),
-        ("cross_entropy", (ROWS[:, :0], CLASSES, None, *SUM_OF_ROWS, None), "no classes"),
-        ("cross_entropy", (ROWS, CLASSES, X, *SUM_OF_ROWS, None), "weight of shape"),
-        ("cross_entropy_backward", (X, PAIR, ROWS, CLASSES, None, *EACH_ROW), "grad_output of"),
-        ("cross_entropy_backward", (X, PAIR, ROWS, CLASSES, None, *SUM_OF_ROWS), "grad_output of"),
+        ("loss", (X, Y[:3], *MSE, None), "does not fit input"),
+        ("loss", (X, Y, None, [], "mse_loss", [1.0], 0, 1, torch.float32, None), "0 parameters"),
+        ("loss", (X, Y, *POS_WEIGHT, None), "has 1 inputs besides input and target, and the call 0"),
+        ("loss", (X, Y, *TWO_WEIGHTS, None), "has 0 inputs besides input and target"),
+        ("loss", (X, Y.to("meta"), *MSE, None), "beside a meta"),
+        ("loss", (ROWS, CLASSES, X[:1], *LOG, None), "weight of shape"),
+        ("loss", (ROWS, CLASSES, *MSE, None), "no class indices"),
+        ("loss", (ROWS, CLASSES.to("meta"), None, *SUM_OF_ROWS, None), "beside a meta"),
+        ("loss", (ROWS[:, :0], ROWS[:, :0], None, *SUM_OF_ROWS, None), "no classes"),
+        ("loss", (ROWS[:, :0], CLASSES, None, *SUM_OF_ROWS, None), "no classes"),
+        ("loss", (ROWS, CLASSES, X, *SUM_OF_ROWS, None), "weight of shape"),
+        ("loss_forward", (X, Y, *MSE, 1, PAIR[:0]), "two contiguous"),
+        ("loss_forward", (X, Y, *MSE, 1, X[:2]), "two contiguous"),
+        ("loss_forward", (X, Y, *MSE, 2, None), "no gradients for the mask 2"),
+        ("loss_backward", (ONE, PAIR, X, Y, *MSE, 3), "no gradients for the mask 3"),
+        ("loss_backward", (ONE, PAIR[:1], X, Y, *MSE, 1), "two contig"),
+        ("loss_backward", (X, PAIR, X, Y, *MSE, 1), "not one real"),
+        ("loss_backward", (INT, PAIR, X, Y, *MSE, 1), "not one real"),
+        ("loss_backward", (META, PAIR, X, Y, *MSE, 1), "beside a meta"),
+        ("loss_backward", (X, PAIR, ROWS, CLASSES, None, *EACH_ROW, 1), "grad_output of"),
+        ("loss_backward", (X, PAIR, ROWS, CLASSES, None, *SUM_OF_ROWS, 1), "grad_output of"),
     ],
 )
 def test_direct_calls_are_checked(
@@ -140,14 +147,19 @@ def test_direct_calls_are_checked(
         getattr(operators(), operator)(*arguments)
 
 
-def test_scales_of_another_forward() -> None:
-    """Their gradient has another size: an error, and not a byte beyond it."""
+def test_a_loss_that_is_not_known() -> None:
     recorded("mse_loss")  # the first use of a backend defines its operators
-    call = (None, None, "mse_loss", 0.0, 0, 1, torch.float32)
+    with pytest.raises(RuntimeError, match="no loss 'mse' is known"):
+        operators().loss(X, Y, None, [], "mse", [], 0, 1, torch.float32, None)
+
+
+def test_state_of_another_forward() -> None:
+    """Its gradient has another size: an error, and not a byte beyond it."""
+    recorded("mse_loss")  # the first use of a backend defines its operators
     small, large = torch.ones(8), torch.ones(8000)
-    _, scales = operators().pointwise_forward(small, small, *call, None)
+    _, state = operators().loss_forward(small, small, *MSE, 1, None)
     with pytest.raises(RuntimeError, match=r"input is a .* shape \[8000\], .* shape \[8\]"):
-        operators().pointwise_backward(ONE, scales, large, large, *call)
+        operators().loss_backward(ONE, state, large, large, *MSE, 1)
 
 
 @pytest.mark.skipif(not EMULATED, reason="asks the emulator to capture")

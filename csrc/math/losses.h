@@ -3,7 +3,7 @@
 // SIMD register of them.
 //
 // A struct also says what an engine must know of it:
-//   parameter       beta, delta or eps, where the loss has one
+//   kParameters     1 where the loss has a `parameter`: beta, delta or eps
 //   kUnitInterval   input and target must lie in [0, 1]; the CPU engine checks it on the way
 //   kSlopeUnit      the engine multiplies eval's slope by it
 //   kPosWeight      eval takes pos_weight as a third operand
@@ -88,6 +88,7 @@ struct PointwiseLoss {
   static constexpr Mean kMean = Mean::kElements;
   static constexpr bool kUnitInterval = false;
   static constexpr double kSlopeUnit = 1;
+  static constexpr int kParameters = 0;
   static constexpr bool kPosWeight = false;
   static constexpr bool kIndexed = false;
   static constexpr int kAbreast = 4;
@@ -121,6 +122,7 @@ struct L1 : PointwiseLoss {
 // d^2 / (2 beta) where |d| < beta, else |d| - beta / 2, with d = x - y: both are s (d - beta s /
 // 2), s the slope. beta in [1e-30, 1e30].
 struct SmoothL1 : PointwiseLoss {
+  static constexpr int kParameters = 1;
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T beta(parameter), half_beta(0.5 * parameter), one(1);
@@ -133,6 +135,7 @@ struct SmoothL1 : PointwiseLoss {
 // d^2 / 2 where |d| <= delta, else delta (|d| - delta / 2), with d = x - y: both are s (d - s / 2),
 // s the slope. delta > 0.
 struct Huber : PointwiseLoss {
+  static constexpr int kParameters = 1;
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T delta(parameter), minus_half(-0.5);
@@ -190,6 +193,7 @@ struct BCEWithLogitsPosWeight : PointwiseLoss {
 // most may be, neither logarithm nor quotient is computed.
 struct LogLoss : PointwiseLoss {
   static constexpr Mean kMean = Mean::kRows;
+  static constexpr int kParameters = 1;
   static constexpr int kAbreast = 1;  // else a row of zeros would have no way of its own
   template <class T>
   FUSEDLOSS_HD EvalSparse<T> eval(T x, T y) const {
@@ -206,6 +210,7 @@ struct LogLoss : PointwiseLoss {
 // and is that element's gradient, as in torch.
 struct LogLossOfClasses : PointwiseLoss {
   static constexpr Mean kMean = Mean::kRows;
+  static constexpr int kParameters = 1;
   static constexpr bool kIndexed = true;
   static constexpr int kAbreast = 1;  // as above
   template <class T>

@@ -285,8 +285,8 @@ class PointwiseLoss:
                 input, target, reduction=reduction, weight=weight, clip_grad=clip_grad, **parameters
             )
         assert isinstance(dtype, torch.dtype)
-        return autograd.custom(
-            backend, key, input, target, weight, [*values, bound], number, dtype, prediction
+        return autograd.loss(
+            backend, input, target, weight, [], key, [*values, bound], 0, number, dtype, prediction
         )
 
     def _weight(self, input: Any, weight: Any) -> Any:
@@ -375,6 +375,20 @@ class PointwiseLoss:
             value = _Clipped.apply(x, y, self, bound, values)
         wide = None if weight is None else weight.to(compute)
         return reduced(value, wide, reduction).to(result)
+
+    def _operator_reference(
+        self,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        more: list[Tensor],
+        parameters: list[float],
+        ignore_index: int,
+        reduction: str,
+    ) -> Tensor:
+        """The same with the operators' arguments."""
+        *values, bound = parameters
+        return self._reference(input, target, reduction, weight, bound, tuple(values))
 
     def _elements(self, x: Tensor, y: Tensor, values: tuple[float, ...]) -> Tensor:
         (value,) = self._value(x, y, values)
@@ -570,7 +584,7 @@ def _prepare(loss: PointwiseLoss, device: str, order: tuple[str, ...]) -> tuple[
         except (CannotCompile, OSError) as error:
             reasons.append(f"{backend}: {error}")
             continue
-        second_order.custom_references.setdefault(key, loss._reference)
+        second_order.custom_references.setdefault(key, loss._operator_reference)
         if backend == "compiled":
             loss._keys[device] = key
         return backend, key, "; ".join(reasons)

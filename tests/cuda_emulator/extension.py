@@ -28,13 +28,12 @@ TESTS = tuple(
     for name in ("values", "edge_cases", "faults", "operators", "custom", "log_loss", "rounding")
 )
 OPERATORS = (
-    "ops.cpp",
-    "ops_cuda.cpp",
-    "tensors.cpp",
-    "carried.cpp",
-    "custom.cpp",
-    "autograd.cpp",
-    "python.cpp",
+    "losses.cpp",
+    "torch/operators.cpp",
+    "torch/one_pass.cpp",
+    "torch/tensors.cpp",
+    "torch/cuda.cpp",
+    "torch/python.cpp",
 )
 
 

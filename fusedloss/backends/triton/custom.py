@@ -8,11 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from . import pointwise
-from .common import Pass
 from .losses import PointwiseLoss
 
 Numbers = tuple[float, ...]
@@ -46,27 +41,17 @@ def load(name: str, source: str, parameters: int, constants: Callable[[Numbers],
     return key
 
 
-def run(
-    do: Pass,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    name: str,
-    parameters: Sequence[float],
-    reduction: int,
-    dtype: torch.dtype,
-) -> Tensor | None:
-    loaded = _loaded.get(name)
-    if loaded is None:
+def loaded(name: str, parameters: Sequence[float]) -> tuple[PointwiseLoss, Numbers]:
+    """A custom loss, and the numbers that its kernel takes."""
+    found = _loaded.get(name)
+    if found is None:
         raise RuntimeError(
-            f"fusedloss: no kernel of a loss {name!r} is loaded: import the module that defines it, "
-            "and call it once"
+            f"fusedloss: no loss {name!r} is known: import the module that defines it, and call it once"
         )
-    if len(parameters) != loaded.parameters:
+    if len(parameters) != found.parameters:
         raise ValueError(
-            f"fusedloss: {name!r} has {loaded.parameters} parameters, and the call "
+            f"fusedloss: {name!r} has {found.parameters} parameters, and the call "
             f"{len(parameters)}"
         )
     *own, bound = parameters
-    numbers = (*loaded.constants(tuple(own)), bound)
-    return pointwise.run(do, loaded.loss, input, target, weight, (), numbers, 0, reduction, dtype)
+    return found.loss, (*found.constants(tuple(own)), bound)

@@ -1,11 +1,11 @@
-"""The operators torch.ops.fusedloss_triton.*: those of csrc/ops.cpp and csrc/autograd.cpp, with
+"""The operators torch.ops.fusedloss_triton.*: those of csrc/torch/operators.cpp and one_pass.h, with
 their schemas and their ways, in Python: they need no compiled extension.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,8 @@ Gradients = tuple[Tensor | None, Tensor | None]  # for input and target; None: i
 
 
 @dataclass
-class Carried:
-    """Lives and dies with the memory of a forward's `scales`, as in csrc/carried.h."""
+class SavedGradients:
+    """Lives and dies with the memory of a forward's state, as in csrc/torch/one_pass.h."""
 
     gradients: Gradients  # (None, None): not written, or handed over already
     prediction: Tensor
@@ -42,25 +42,21 @@ class Carried:
     addresses: tuple[int, int]  # of input and target
 
 
-def carry(scales: Tensor, carried: Carried) -> None:
-    scales.untyped_storage().carried = carried  # type: ignore[attr-defined]
+def attach(state: Tensor, saved: SavedGradients) -> None:
+    state.untyped_storage().saved = saved  # type: ignore[attr-defined]
 
 
-def carried(scales: Tensor) -> Carried | None:
-    """None for scales that are no longer where forward left them."""
-    return getattr(scales.untyped_storage(), "carried", None)
+def saved_in(state: Tensor) -> SavedGradients | None:
+    """None for a state that is no longer where forward left it."""
+    return getattr(state.untyped_storage(), "saved", None)
 
 
-def _addresses(call: Sequence[Any]) -> tuple[int, int]:
-    return call[0].data_ptr(), call[1].data_ptr()
-
-
-def _drop_gradients_of_other_memory(scales: Tensor, call: Sequence[Any]) -> None:
+def _drop_gradients_of_other_memory(state: Tensor, input: Tensor, target: Tensor) -> None:
     """Where input or target has been given other memory since forward (``input.data = ...``),
-    backward is to see the numbers there."""
-    left = carried(scales)
-    if left is not None and left.addresses != _addresses(call):
-        left.gradients = None, None
+    backward must see the numbers there."""
+    saved = saved_in(state)
+    if saved is not None and saved.addresses != (input.data_ptr(), target.data_ptr()):
+        saved.gradients = None, None
 
 
 # A CUDA graph writes to the predictions of its capture at every replay, and nobody knows how long a
@@ -117,235 +113,197 @@ def _saves_through_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
-def _differentiable(
-    loss: str, tensors: int, of_target: bool, reference_gradient: Callable[..., Any]
-) -> Callable[..., Tensor]:
-    """The operator for autograd. A call begins with so many tensors and ends with a prediction.
+class OnePass(torch.autograd.Function):
+    """The forward pass writes the gradient already, for a predicted upstream gradient; the backward
+    operator has it computed where the prediction was wrong."""
 
-    of_target: target may want a gradient too. The operators then take whose are wanted, and give
-    both.
-    """
-
-    class OnePass(torch.autograd.Function):
-        """The forward pass writes the gradient already, for a predicted upstream gradient; the
-        backward operator has it computed where the prediction was wrong."""
-
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Tensor:
-            *call, prediction = args
-            if of_target:
-                call += ctx.needs_input_grad[:2]
-            hooked = _saves_through_hooks()
-            if hooked:
-                prediction = call[0].new_zeros(2, dtype=torch.float64)  # no confidence in it
-            with torch._C._AutoDispatchBelowADInplaceOrView():
-                value, scales = getattr(operators, loss + "_forward").default(*call, prediction)
-            if hooked:
-                scales = scales.clone()
-            ctx.save_for_backward(scales, *call[:tensors])
-            ctx.options = call[tensors:]
-            return value  # type: ignore[no-any-return]
-
-        @staticmethod
-        def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-            (grad_output,) = grad_outputs
-            scales, *operands = ctx.saved_tensors
-            call = (*operands, *ctx.options)
-            _drop_gradients_of_other_memory(scales, call)
-            if _needs_reference(grad_output):
-                gradients = reference_gradient(grad_output, *call)
-            else:
-                backward = getattr(operators, loss + "_backward").default
-                gradients = backward(grad_output, scales, *call)
-            if not of_target:
-                gradients = gradients, None
-            return *gradients, *(None,) * (len(ctx.needs_input_grad) - 2)
-
-    def operator(*args: Any) -> Tensor:
-        wanted = args[0].requires_grad or (of_target and args[1].requires_grad)
-        if torch.is_grad_enabled() and wanted:
-            return OnePass.apply(*args)  # type: ignore[no-any-return]
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        input, target, weight, *more = (t for t in args[: -len(OPTIONS)])
+        *options, prediction = args[-len(OPTIONS) :]
+        gradients = sum(bit for bit, need in zip((1, 2), ctx.needs_input_grad, strict=False) if need)
+        hooked = _saves_through_hooks()
+        if hooked:
+            prediction = input.new_zeros(2, dtype=torch.float64)  # no confidence in it
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            return getattr(operators, loss).default(*args)  # type: ignore[no-any-return]
+            value, state = operators.loss_forward.default(
+                input, target, weight, more, *options, gradients, prediction
+            )
+        if hooked:
+            state = state.clone()
+        ctx.save_for_backward(state, input, target, weight, *more)
+        ctx.options = *options, gradients
+        return value  # type: ignore[no-any-return]
 
-    return operator
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (grad_output,) = grad_outputs
+        state, input, target, weight, *more = ctx.saved_tensors
+        call = input, target, weight, more, *ctx.options
+        _drop_gradients_of_other_memory(state, input, target)
+        if _needs_reference(grad_output):
+            found = second_order.loss_reference_gradient(grad_output, *call)
+        else:
+            found = operators.loss_backward.default(grad_output, state, *call)
+        left = iter(found)
+        given = [next(left) if ctx.options[-1] & bit else None for bit in (1, 2)]
+        return *given, *(None,) * (len(ctx.needs_input_grad) - 2)
+
+
+def _differentiable(
+    input: Tensor, target: Tensor, weight: Tensor | None, more: list[Tensor], *options: Any
+) -> Tensor:
+    wanted = input.requires_grad or (target.requires_grad and _is_custom(options[0]))
+    if torch.is_grad_enabled() and wanted:
+        # Autograd looks for tensors among the arguments, not inside of lists.
+        return OnePass.apply(input, target, weight, *more, *options)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return operators.loss.default(input, target, weight, more, *options)  # type: ignore[no-any-return]
 
 
 # ---- operators -----------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Engine:
-    """An engine behind the operators of one family. call: as in their schemas."""
-
-    name: str
-    call: str  # the arguments of a call, of which the last two are the reduction and the dtype
-    run: Callable[..., Tensor | None]  # of a Pass, and those arguments
-    loss: Callable[..., str]  # what tells predictions apart
-    empty_loss: Callable[[Tensor, int, torch.dtype], Tensor]
-    reference_gradient: Callable[..., Any]
-    # Gives the gradient for target too: the operators then take whose are wanted.
-    of_target: bool = False
-
-    def _wanted(self, call: Sequence[Any]) -> tuple[Sequence[Any], tuple[bool, bool]]:
-        """The arguments of a call, and whose gradients are wanted."""
-        return (call[:-2], (call[-2], call[-1])) if self.of_target else (call, (True, False))
-
-    def _gradients(
-        self,
-        call: Sequence[Any],
-        wanted: tuple[bool, bool],
-        written: Gradients = (None, None),
-    ) -> Gradients:
-        """Those that are wanted: new ones, but for those written that lie in memory as new ones
-        would. (input and target may have been given other memory: ``input.data = ...``.)"""
-        input, target = call[:2]
-
-        def gradient(wanted: bool, dtype: torch.dtype, there: Tensor | None) -> Tensor | None:
-            if not wanted:
-                return None
-            if there is not None and common.lies_like_gradient(there, input, dtype):
-                return there
-            return common.empty_like(input, dtype)
-
-        return (
-            gradient(wanted[0], input.dtype, written[0]),
-            gradient(wanted[1], target.dtype, written[1]),
-        )
-
-    def _given(self, gradients: Gradients) -> Any:
-        return gradients if self.of_target else gradients[0]
-
-    def value(self, *args: Any) -> Tensor | None:
-        *call, _ = args
-        common.raise_faults()
-        return self.run(Pass(common.VALUE, common.empty_scales(call[0])), *call)
-
-    def forward(self, *args: Any) -> tuple[Tensor | None, Tensor]:
-        call, wanted = self._wanted(args[:-1])
-        input, reduction, own = call[0], call[-2], args[-1]
-        common.raise_faults()
-        if reduction == 0:
-            scales = common.empty_scales(input)
-            return self.run(Pass(common.VALUE, scales), *call), scales
-        prediction = _prediction_of(own, self.loss(*call), input, reduction)
-        # What other streams teach the prediction meanwhile is not this call's.
-        scales, gradients = prediction.clone(), self._gradients(call, wanted)
-        value = self.run(Pass(common.FORWARD, scales, *gradients), *call)
-        carry(scales, Carried(gradients, prediction, input.shape, input.dtype, _addresses(call)))
-        return value, scales
-
-    def backward(self, grad_output: Tensor, scales: Tensor, *args: Any) -> Any:
-        call, wanted = self._wanted(args)
-        input, left = call[0], carried(scales)
-        written: Gradients = None, None
-        common.check_pair("scales", scales, input)
-        if call[-2] != 0:
-            common.check_number(grad_output, input)
-        prediction = torch.empty_like(scales)
-        if left is not None:
-            if (left.input_shape, left.input_dtype) != (input.shape, input.dtype):
-                raise RuntimeError(
-                    f"fusedloss: backward's input is a {input.dtype} tensor of shape "
-                    f"{list(input.shape)}, and forward's was a {left.input_dtype} tensor of shape "
-                    f"{list(left.input_shape)}: between the two, leave input.data as it is"
-                )
-            written, left.gradients = left.gradients, (None, None)
-            prediction = _keep_if_captured(left.prediction)
-        gradients = self._gradients(call, wanted, written)
-        reused = all(new is old for new, old in zip(gradients, written, strict=True))
-        step = common.BACKWARD if reused else common.FRESH
-        self.run(Pass(step, scales, *gradients, prediction, grad_output), *call)
-        return self._given(gradients)
-
-    def meta_value(self, *args: Any) -> Tensor:
-        input, reduction, dtype = args[0], *args[-3:-1]
-        return self.empty_loss(input, reduction, dtype)
-
-    def meta_forward(self, *args: Any) -> tuple[Tensor, Tensor]:
-        call, _ = self._wanted(args[:-1])
-        return self.meta_value(*call, None), common.empty_scales(call[0])
-
-    def meta_backward(self, grad_output: Tensor, scales: Tensor, *args: Any) -> Any:
-        call, wanted = self._wanted(args)
-        return self._given(self._gradients(call, wanted))
-
-    def define(self) -> None:
-        # As in csrc/ops.cpp: traced by compilers, but not into a CUDA graph.
-        tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
-        wanted = ", bool of_input, bool of_target" if self.of_target else ""
-        gradients = "(Tensor, Tensor)" if self.of_target else "Tensor"
-        for name, schema, kernel, meta in (
-            ("", f"({self.call}, Tensor? prediction) -> Tensor", self.value, self.meta_value),
-            (
-                "_forward",
-                f"({self.call}{wanted}, Tensor? prediction) -> (Tensor loss, Tensor scales)",
-                self.forward,
-                self.meta_forward,
-            ),
-            (
-                "_backward",
-                f"(Tensor grad_output, Tensor scales, {self.call}{wanted}) -> {gradients}",
-                self.backward,
-                self.meta_backward,
-            ),
-        ):
-            _library.define(self.name + name + schema, tags=tags)
-            for device in DEVICES:
-                _library.impl(self.name + name, kernel, device)
-            _library.impl(self.name + name, meta, "Meta")
-        tensors = self.call.count("Tensor")
-        operator = _differentiable(self.name, tensors, self.of_target, self.reference_gradient)
-        _library.impl(self.name, operator, "Autograd")
+OPTIONS = ("loss", "parameters", "ignore_index", "reduction", "dtype", "prediction")
 
 
-def _run_pointwise(
+def _is_custom(loss: str) -> bool:
+    return loss not in POINTWISE and loss != "cross_entropy"
+
+
+def _empty_gradients(
+    input: Tensor, target: Tensor, mask: int, written: Gradients = (None, None)
+) -> Gradients:
+    """Those whose bits are set: new ones, but for those written that lie in memory as new ones would.
+    (input and target may have been given other memory: ``input.data = ...``.)"""
+
+    def gradient(bit: int, dtype: torch.dtype, there: Tensor | None) -> Tensor | None:
+        if not mask & bit:
+            return None
+        if there is not None and common.lies_like_gradient(there, input, dtype):
+            return there
+        return common.empty_like(input, dtype)
+
+    return gradient(1, input.dtype, written[0]), gradient(2, target.dtype, written[1])
+
+
+def _listed(gradients: Gradients) -> list[Tensor]:
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _run(
     do: Pass,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    pos_weight: Tensor | None,
-    name: str,
-    parameter: float,
+    more: Sequence[Tensor],
+    loss: str,
+    parameters: Sequence[float],
     ignore_index: int,
     reduction: int,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    if name not in POINTWISE:
-        raise ValueError(f"fusedloss: no pointwise loss is named {name!r}")
-    loss = POINTWISE[name]
-    operands = () if pos_weight is None else (pos_weight,)
-    parameters = (parameter,) * loss.parameters
+    """The engine of the loss: a forward's loss, or None."""
+    if loss == "cross_entropy":
+        (label_smoothing,) = parameters
+        return cross_entropy.run(
+            do, input, target, weight, ignore_index, label_smoothing, reduction, dtype
+        )
+    known = POINTWISE.get(loss)
+    numbers = tuple(parameters)
+    if known is None:
+        known, numbers = custom.loaded(loss, parameters)
+    elif len(numbers) != known.parameters:
+        raise ValueError(
+            f"fusedloss: {loss!r} has {known.parameters} parameters, and the call {len(numbers)}"
+        )
     return pointwise.run(
-        do, loss, input, target, weight, operands, parameters, ignore_index, reduction, dtype
+        do, known, input, target, weight, more, numbers, ignore_index, reduction, dtype
     )
 
 
-Engine(
-    "pointwise",
-    "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, str loss, float parameter, "
-    "int ignore_index, int reduction, ScalarType dtype",
-    _run_pointwise,
-    lambda *call: call[4],
-    pointwise.empty_loss,
-    second_order.pointwise_reference_gradient,
-).define()
-Engine(
-    "custom",
-    "Tensor input, Tensor target, Tensor? weight, str loss, float[] parameters, int reduction, "
-    "ScalarType dtype",
-    custom.run,
-    lambda *call: call[3],
-    pointwise.empty_loss,
-    second_order.custom_reference_gradient,
-    of_target=True,
-).define()
-Engine(
-    "cross_entropy",
-    "Tensor input, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
-    "int reduction, ScalarType dtype",
-    cross_entropy.run,
-    lambda *call: "cross_entropy",
-    cross_entropy.empty_loss,
-    second_order.cross_entropy_reference_gradient,
-).define()
+def _loss(*args: Any) -> Tensor | None:
+    *call, _ = args
+    common.raise_faults()
+    return _run(Pass(common.VALUE, common.empty_scales(call[0])), *call)
+
+
+def _loss_forward(*args: Any) -> tuple[Tensor | None, Tensor]:
+    *call, mask, own = args
+    input, target, loss, reduction = call[0], call[1], call[4], call[7]
+    common.raise_faults()
+    if reduction == 0:
+        state = common.empty_scales(input)
+        return _run(Pass(common.VALUE, state), *call), state
+    prediction = _prediction_of(own, loss, input, reduction)
+    # What other streams teach the prediction meanwhile is not this call's.
+    state, gradients = prediction.clone(), _empty_gradients(input, target, mask)
+    value = _run(Pass(common.FORWARD, state, *gradients), *call)
+    addresses = input.data_ptr(), target.data_ptr()
+    attach(state, SavedGradients(gradients, prediction, input.shape, input.dtype, addresses))
+    return value, state
+
+
+def _loss_backward(grad_output: Tensor, state: Tensor, *args: Any) -> list[Tensor]:
+    *call, mask = args
+    input, target, reduction = call[0], call[1], call[7]
+    saved = saved_in(state)
+    written: Gradients = None, None
+    common.check_pair("state", state, input)
+    if reduction != 0:
+        common.check_number(grad_output, input)
+    prediction = torch.empty_like(state)
+    if saved is not None:
+        if (saved.input_shape, saved.input_dtype) != (input.shape, input.dtype):
+            raise RuntimeError(
+                f"fusedloss: backward's input is a {input.dtype} tensor of shape "
+                f"{list(input.shape)}, and forward's was a {saved.input_dtype} tensor of shape "
+                f"{list(saved.input_shape)}: between the two, leave input.data as it is"
+            )
+        written, saved.gradients = saved.gradients, (None, None)
+        prediction = _keep_if_captured(saved.prediction)
+    gradients = _empty_gradients(input, target, mask, written)
+    reused = all(new is old for new, old in zip(gradients, written, strict=True))
+    step = common.BACKWARD if reused else common.FRESH
+    _run(Pass(step, state, *gradients, prediction, grad_output), *call)
+    return _listed(gradients)
+
+
+def _loss_meta(*args: Any) -> Tensor:
+    input, loss, reduction, dtype = args[0], args[4], args[7], args[8]
+    engine = cross_entropy if loss == "cross_entropy" else pointwise
+    return engine.empty_loss(input, reduction, dtype)
+
+
+def _loss_forward_meta(*args: Any) -> tuple[Tensor, Tensor]:
+    return _loss_meta(*args), common.empty_scales(args[0])
+
+
+def _loss_backward_meta(grad_output: Tensor, state: Tensor, *args: Any) -> list[Tensor]:
+    return _listed(_empty_gradients(args[0], args[1], args[-1]))
+
+
+CALL = (
+    "Tensor input, Tensor target, Tensor? weight, Tensor[] more, str loss, float[] parameters, "
+    "int ignore_index, int reduction, ScalarType dtype"
+)
+# As in csrc/torch/operators.cpp: traced by compilers, but not into a CUDA graph.
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+for _schema, _kernel, _meta in (
+    (f"loss({CALL}, Tensor? prediction) -> Tensor", _loss, _loss_meta),
+    (
+        f"loss_forward({CALL}, int gradients, Tensor? prediction) -> (Tensor loss, Tensor state)",
+        _loss_forward,
+        _loss_forward_meta,
+    ),
+    (
+        f"loss_backward(Tensor grad_output, Tensor state, {CALL}, int gradients) -> Tensor[]",
+        _loss_backward,
+        _loss_backward_meta,
+    ),
+):
+    _name = _schema.partition("(")[0]
+    _library.define(_schema, tags=TAGS)
+    for _device in DEVICES:
+        _library.impl(_name, _kernel, _device)
+    _library.impl(_name, _meta, "Meta")
+_library.impl("loss", _differentiable, "Autograd")

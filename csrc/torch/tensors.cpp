@@ -46,27 +46,6 @@ std::string element_name(const char* tensor, at::IntArrayRef sizes, int64_t line
   return name.str();
 }
 
-Mean mean_of(std::string_view loss) {
-#define FUSEDLOSS_MEAN(NAME, LOSS) \
-  if (loss == NAME) return LOSS::kMean;
-  FUSEDLOSS_POINTWISE_LOSSES(FUSEDLOSS_MEAN)
-#undef FUSEDLOSS_MEAN
-  TORCH_CHECK_VALUE(false, "fusedloss: no pointwise loss is named '", loss, "'");
-}
-
-std::string_view of_classes(std::string_view loss) {
-  TORCH_CHECK_VALUE(loss == "log_loss", "fusedloss: ", loss, " takes no class indices");
-  return "log_loss_of_classes";
-}
-
-static bool takes_pos_weight(std::string_view loss) {
-#define FUSEDLOSS_POS_WEIGHT(NAME, LOSS) \
-  if (loss == NAME) return LOSS::kPosWeight;
-  FUSEDLOSS_POINTWISE_LOSSES(FUSEDLOSS_POS_WEIGHT)
-#undef FUSEDLOSS_POS_WEIGHT
-  return false;  // one of one's own
-}
-
 static void check_device(const char* name, const Tensor& t, const Tensor& input) {
   TORCH_CHECK_VALUE(t.device() == input.device(), "fusedloss: ", name, " on ", t.device(),
                     " for input on ", input.device());
@@ -78,25 +57,44 @@ static at::DimVector row_sizes(const Tensor& input) {
   return sizes;
 }
 
-void check_shapes(const Tensor& input, const Tensor& target) {
-  check_device("target", target, input);
-  at::DimVector expected(input.sizes());
-  if (target.scalar_type() == at::kLong) {
-    TORCH_CHECK_VALUE(input.dim() > 0, "fusedloss: input of shape () has no class dimension");
-    expected = row_sizes(input);
-  }
-  TORCH_CHECK_VALUE(target.sizes() == at::IntArrayRef(expected), "fusedloss: target of shape ",
-                    target.sizes(), " does not fit input of shape ", input.sizes());
+static void check_count(const Arguments& a, const char* what, size_t there, int wanted) {
+  TORCH_CHECK_VALUE(there == static_cast<size_t>(wanted), "fusedloss: '", a.loss, "' has ", wanted,
+                    " ", what, ", and the call ", there);
 }
 
-void check_rows(const Tensor& input, const Tensor& target, const OptionalTensor& weight) {
-  check_shapes(input, target);
-  const int64_t classes = input.dim() > 0 ? input.size(class_dim(input)) : 0;
-  TORCH_CHECK_VALUE(classes > 0, "fusedloss: input of shape ", input.sizes(), " has no classes");
-  if (!present(weight)) return;
-  TORCH_CHECK_VALUE(weight->numel() == classes, "fusedloss: ", classes,
-                    " classes need a weight of shape (", classes, "), not ", weight->sizes());
-  check_device("weight", *weight, input);
+// One weight for each class.
+static void check_class_weight(const Arguments& a) {
+  TORCH_CHECK_VALUE(a.classes() > 0, "fusedloss: input of shape ", a.input.sizes(),
+                    " has no classes");
+  if (!present(a.weight)) return;
+  TORCH_CHECK_VALUE(a.weight->numel() == a.classes(), "fusedloss: ", a.classes(),
+                    " classes need a weight of shape (", a.classes(), "), not ",
+                    a.weight->sizes());
+  check_device("weight", *a.weight, a.input);
+}
+
+const LossInfo& known_loss(std::string_view name) {
+  const LossInfo* info = find_loss(name);
+  TORCH_CHECK(info, "fusedloss: no loss '", name,
+              "' is known: import the module that defines it, and call it once");
+  return *info;
+}
+
+const LossInfo& checked(const Arguments& a) {
+  const LossInfo& info = known_loss(a.loss);
+  check_count(a, "parameters", a.parameters.size(), info.parameters);
+  check_count(a, "inputs besides input and target", a.more.size(), info.extra_inputs);
+  check_device("target", a.target, a.input);
+  at::DimVector expected(a.input.sizes());
+  if (a.indices()) {
+    TORCH_CHECK_VALUE(!info.of_classes.empty(), "fusedloss: ", a.loss, " takes no class indices");
+    TORCH_CHECK_VALUE(a.input.dim() > 0, "fusedloss: input of shape () has no class dimension");
+    expected = row_sizes(a.input);
+  }
+  TORCH_CHECK_VALUE(a.target.sizes() == at::IntArrayRef(expected), "fusedloss: target of shape ",
+                    a.target.sizes(), " does not fit input of shape ", a.input.sizes());
+  if (a.indices() || info.family == Family::kRows) check_class_weight(a);
+  return a.indices() ? known_loss(info.of_classes) : info;
 }
 
 void check_pair(const char* name, const Tensor& pair, const Tensor& input) {
@@ -106,78 +104,68 @@ void check_pair(const char* name, const Tensor& pair, const Tensor& input) {
                     ", not of two contiguous doubles");
 }
 
-void check_number(const Tensor& grad_output, const Tensor& input) {
-  check_device("grad_output", grad_output, input);
-  TORCH_CHECK_VALUE(grad_output.numel() == 1 && grad_output.is_floating_point(),
-                    "fusedloss: grad_output of shape ", grad_output.sizes(), " and dtype ",
-                    grad_output.scalar_type(), " is not one real number");
-}
-
-void check_row_upstream(const Tensor& grad_output, const Tensor& input) {
-  check_device("grad_output", grad_output, input);
-  TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(row_sizes(input)),
-                    "fusedloss: grad_output of shape ", grad_output.sizes(),
-                    " does not fit input of shape ", input.sizes());
+void check_upstream(const Tensor& grad_output, const Arguments& a, Family family) {
+  check_device("grad_output", grad_output, a.input);
+  if (!a.each()) {
+    TORCH_CHECK_VALUE(grad_output.numel() == 1 && grad_output.is_floating_point(),
+                      "fusedloss: grad_output of shape ", grad_output.sizes(), " and dtype ",
+                      grad_output.scalar_type(), " is not one real number");
+  } else if (family == Family::kRows) {
+    TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(row_sizes(a.input)),
+                      "fusedloss: grad_output of shape ", grad_output.sizes(),
+                      " does not fit input of shape ", a.input.sizes());
+  }
 }
 
 // ---- results ------------------------------------------------------------------------------------
 
-static Tensor empty_dense_like(const Tensor& input, at::ScalarType dtype) {
+Tensor empty_like_input(const Tensor& input, at::ScalarType dtype) {
   return at::empty_like(input, input.options().dtype(dtype),
                         input.is_non_overlapping_and_dense() ? at::MemoryFormat::Preserve
                                                              : at::MemoryFormat::Contiguous);
 }
 
-Tensor empty_gradient(const Tensor& input) { return empty_dense_like(input, input.scalar_type()); }
-
-Tensor empty_target_gradient(const Tensor& input, const Tensor& target) {
-  return empty_dense_like(input, target.scalar_type());
-}
-
-bool lies_like_gradient(const Tensor& gradient, const Tensor& input, at::ScalarType dtype) {
+bool lies_like_input(const Tensor& gradient, const Tensor& input, at::ScalarType dtype) {
   return gradient.defined() && gradient.scalar_type() == dtype &&
          gradient.device() == input.device() && gradient.sizes() == input.sizes() &&
          (input.is_non_overlapping_and_dense() ? gradient.strides() == input.strides()
                                                : gradient.is_contiguous());
 }
 
-Tensor empty_scales(const Tensor& input) {
+Tensor empty_state(const Tensor& input) {
   return at::empty({2}, input.options().dtype(at::kDouble));
 }
 
-Tensor empty_loss(const Tensor& input, int64_t reduction, at::ScalarType dtype) {
-  if (reduction != at::Reduction::None) return at::empty({}, input.options().dtype(dtype));
-  return empty_dense_like(input, dtype);
-}
-
-Tensor empty_row_loss(const Tensor& input, int64_t reduction, at::ScalarType dtype) {
+Tensor empty_loss(const Arguments& a, Family family) {
+  if (a.each() && family == Family::kPointwise) return empty_like_input(a.input, a.dtype);
   c10::SymDimVector sizes;
-  if (reduction == at::Reduction::None) {
-    for (int64_t d = 0; d < input.dim(); ++d) {
-      if (d != class_dim(input)) sizes.push_back(input.sym_size(d));
+  if (a.each()) {
+    for (int64_t d = 0; d < a.input.dim(); ++d) {
+      if (d != class_dim(a.input)) sizes.push_back(a.input.sym_size(d));
     }
   }
-  return at::empty_symint(sizes, input.options().dtype(dtype));
+  return at::empty_symint(sizes, a.input.options().dtype(a.dtype));
 }
 
 // ---- pointwise ----------------------------------------------------------------------------------
 
-PointwiseOperands::PointwiseOperands(Pointwise& call, const Tensor& input, const Tensor& target,
-                                     const OptionalTensor& weight, const OptionalTensor& pos_weight,
-                                     const OptionalTensor& upstream, int most_dims)
+PointwiseOperands::PointwiseOperands(Pointwise& call, const Arguments& a, const Tensor& target,
+                                     const OptionalTensor& upstream, int max_dims)
     : operands_{&call.input, &call.target, &call.weight, &call.pos_weight, &call.upstream} {
-  const bool classes = target.scalar_type() == at::kLong;
+  const Tensor& input = a.input;
+  const bool classes = a.indices();
   const auto expand = [&](const char* name, const OptionalTensor& t) {
     if (!present(t)) return Tensor();
     check_device(name, *t, input);
     return aligned(*t).expand(input.sizes());
   };
-  TORCH_CHECK_VALUE(present(pos_weight) == takes_pos_weight(call.loss), "fusedloss: ", call.loss,
-                    present(pos_weight) ? " takes no pos_weight" : " needs a pos_weight");
   tensors_ = {aligned(input),
               classes ? target.unsqueeze(class_dim(input)).expand(input.sizes()) : aligned(target),
-              expand("weight", weight), expand("pos_weight", pos_weight),
+              expand("weight", a.weight),
+              a.more.empty() ? Tensor() : expand("pos_weight", a.more[0]),
               expand("grad_output", upstream)};
+  call.compute_in_double = a.in_double();
+  call.parameter = a.parameter();
   call.numel = input.numel();
   bool flat = !classes;
   for (size_t k = 0; k < kOperands; ++k) {
@@ -185,7 +173,7 @@ PointwiseOperands::PointwiseOperands(Pointwise& call, const Tensor& input, const
     operands_[k]->dtype = dtype_of(tensors_[k]);
     flat = flat && tensors_[k].is_contiguous();
   }
-  if (!flat) walk(call.space, classes ? class_dim(input) : -1, most_dims);
+  if (!flat) coalesce_dimensions(call.space, classes ? class_dim(input) : -1, max_dims);
   for (size_t k = 0; k < kOperands; ++k) {
     if (tensors_[k].defined()) operands_[k]->data = tensors_[k].const_data_ptr();
   }
@@ -193,7 +181,7 @@ PointwiseOperands::PointwiseOperands(Pointwise& call, const Tensor& input, const
 
 // Finds the order of dimensions in which input, or else a row-major gradient, lies in memory, and
 // how each operand strides along it.
-void PointwiseOperands::walk(Space& space, int64_t classes, int most_dims) {
+void PointwiseOperands::coalesce_dimensions(Space& space, int64_t classes, int max_dims) {
   const Tensor& input = tensors_[0];
   std::vector<int64_t> order(input.dim());
   std::iota(order.begin(), order.end(), 0);
@@ -218,7 +206,7 @@ void PointwiseOperands::walk(Space& space, int64_t classes, int most_dims) {
     }
   }
   if (space.dims == 0) space.sizes[space.dims++] = 1;  // one element: strides are not used
-  if (space.dims > most_dims) {
+  if (space.dims > max_dims) {
     TORCH_CHECK(classes < 0, "fusedloss: class indices of ", space.dims, " dimensions");
     for (Tensor& t : tensors_) {
       if (t.defined()) t = t.permute(order).contiguous();
@@ -259,27 +247,24 @@ Rows rows_of(const Tensor& t) {
 
 }  // namespace
 
-CrossEntropyOperands::CrossEntropyOperands(CrossEntropy& call, const Tensor& input,
-                                           const Tensor& target, const OptionalTensor& weight,
-                                           int64_t ignore_index, double label_smoothing,
-                                           at::ScalarType dtype)
-    : input_(join_inner(aligned(input))), target_(target) {
-  const bool wide = dtype == at::kDouble;
-  call.compute_in_double = wide;
-  call.ignore_index = ignore_index;
-  call.label_smoothing = label_smoothing;
+CrossEntropyOperands::CrossEntropyOperands(CrossEntropy& call, const Arguments& a,
+                                           const Tensor& target)
+    : input_(join_inner(aligned(a.input))), target_(target) {
+  call.compute_in_double = a.in_double();
+  call.ignore_index = a.ignore_index;
+  call.label_smoothing = a.parameter();
   call.outer = input_.dim() > 1 ? input_.size(0) : 1;
   call.classes = input_.size(class_dim(input_));
   call.inner = input_.dim() > 2 ? input_.size(2) : 1;
   call.input = rows_of(input_);
-  if (target.scalar_type() == at::kLong) {
+  if (a.indices()) {
     call.indices = target_.const_data_ptr<int64_t>();
   } else {
     target_ = join_inner(aligned(target));
     call.probabilities = rows_of(target_);
   }
-  if (present(weight)) {
-    weight_ = aligned(weight->to(wide ? at::kDouble : at::kFloat).contiguous());
+  if (present(a.weight)) {
+    weight_ = aligned(a.weight->to(a.in_double() ? at::kDouble : at::kFloat).contiguous());
     call.weight = weight_.const_data_ptr();
   }
   if (call.classes != 1 && call.inner == 1 && call.input.classes != 1) lay_rows_inside(call);
@@ -291,7 +276,7 @@ void CrossEntropyOperands::lay_rows_inside(CrossEntropy& call) {
   for (Rows* r : {&call.input, &call.probabilities}) std::swap(r->outer, r->inner);
 }
 
-void CrossEntropyOperands::want_gradient(CrossEntropy& call, const Tensor& gradient) const {
+void CrossEntropyOperands::write_to(CrossEntropy& call, const Tensor& gradient) const {
   call.gradient = rows_of(join_inner(gradient));
   TORCH_CHECK(call.gradient.data == gradient.const_data_ptr(),
               "fusedloss: the dimensions of input behind the classes must be joinable");

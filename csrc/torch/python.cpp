@@ -12,9 +12,7 @@
 
 #include <limits>
 
-#include "carried.h"
-#include "custom.h"
-#include "tensors.h"
+#include "one_pass.h"
 
 namespace fusedloss {
 namespace {
@@ -117,17 +115,25 @@ struct PlainCall {
   }
 };
 
-constexpr int64_t kMostDims = 8;  // of class indices over classes, on any device
+constexpr int64_t kMaxClassDims = 8;  // of an input with class indices, on any device
 
-// What op() computes, without the GIL.
-template <class Op>
-py::object computed(const Op& op) {
+// What compute() returns, without the GIL.
+template <class Compute>
+py::object without_gil(const Compute& compute) {
   Tensor value;
   {
     py::gil_scoped_release no_gil;
-    value = op();
+    value = compute();
   }
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(value)));
+}
+
+Tensor call_loss(const PlainCall& call, const OptionalTensor& weight, at::TensorList more,
+                 std::string_view loss, at::ArrayRef<double> parameters, int64_t ignore_index,
+                 int64_t reduction, at::ScalarType dtype, const OptionalTensor& prediction) {
+  static const auto op = find_operator<LossSignature>("fusedloss::loss");
+  return op.call(*call.input, *call.target, weight, more, loss, parameters, ignore_index, reduction,
+                 dtype, prediction);
 }
 
 py::object pointwise(py::handle input, py::handle target, py::handle weight_object,
@@ -141,10 +147,10 @@ py::object pointwise(py::handle input, py::handle target, py::handle weight_obje
   const OptionalTensor pos_weight = call.weight(pos_weight_object, sizes, weight_broadcasts);
   if (!call.ok) return py::none();
   const OptionalTensor site = optional(prediction);
-  static const auto op = find_operator<PointwiseSignature>("fusedloss::pointwise");
-  return computed([&] {
-    return op.call(*call.input, *call.target, weight, pos_weight, loss, parameter, 0, reduction,
-                   call.dtype(), site);
+  return without_gil([&] {
+    const at::ArrayRef<double> parameters(&parameter, known_loss(loss).parameters);
+    const auto more = pos_weight ? at::TensorList(*pos_weight) : at::TensorList();
+    return call_loss(call, weight, more, loss, parameters, 0, reduction, call.dtype(), site);
   });
 }
 
@@ -157,12 +163,10 @@ py::object custom(py::handle input, py::handle target, py::handle weight_object,
   OptionalTensor weight = call.weight(weight_object, call.input->sizes(), true);
   if (!call.ok) return py::none();
   const OptionalTensor site = optional(prediction);
-  static const auto op = find_operator<CustomSignature>("fusedloss::custom");
-  return computed([&] {
+  return without_gil([&] {
     // A mean divides by its sum.
     if (weight) weight = weight->expand(call.input->sizes());
-    return op.call(*call.input, *call.target, weight, loss, parameters, reduction, call.dtype(),
-                   site);
+    return call_loss(call, weight, {}, loss, parameters, 0, reduction, call.dtype(), site);
   });
 }
 
@@ -180,10 +184,9 @@ py::object cross_entropy(py::handle input, py::handle target, py::handle weight_
     return py::none();
   }
   const OptionalTensor site = optional(prediction);
-  static const auto op = find_operator<CrossEntropySignature>("fusedloss::cross_entropy");
-  return computed([&] {
-    return op.call(*call.input, *call.target, weight, ignore_index, label_smoothing, reduction,
-                   call.dtype(), site);
+  return without_gil([&] {
+    return call_loss(call, weight, {}, "cross_entropy", label_smoothing, ignore_index, reduction,
+                     call.dtype(), site);
   });
 }
 
@@ -205,10 +208,9 @@ py::object log_loss(py::handle input, py::handle target, py::handle weight_objec
   PlainCall call(input, target);
   call.check_rows(ignore_index);
   OptionalTensor weight = call.class_weight(weight_object);
-  if (!call.ok || call.input->dim() > kMostDims) return py::none();
+  if (!call.ok || call.input->dim() > kMaxClassDims) return py::none();
   const OptionalTensor site = optional(prediction);
-  static const auto op = find_operator<PointwiseSignature>("fusedloss::pointwise");
-  return computed([&] {
+  return without_gil([&] {
     const int64_t dim = class_dim(*call.input);
     if (weight) {
       at::DimVector sizes(call.input->dim() - dim, 1);  // behind the rows
@@ -218,8 +220,8 @@ py::object log_loss(py::handle input, py::handle target, py::handle weight_objec
     const bool each = reduction == at::Reduction::None;
     // Elements that are added up to rows are rounded after that, once.
     const at::ScalarType dtype = each ? at::promote_types(call.dtype(), at::kFloat) : call.dtype();
-    const Tensor value = op.call(*call.input, *call.target, weight, {}, "log_loss",
-                                 eps_of(call.dtype()), ignore_index, reduction, dtype, site);
+    const Tensor value = call_loss(call, weight, {}, "log_loss", eps_of(call.dtype()), ignore_index,
+                                   reduction, dtype, site);
     return each ? value.sum(dim).to(call.dtype()) : value;
   });
 }

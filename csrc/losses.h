@@ -1,0 +1,48 @@
+// The table of losses: what the operators must know of one, by its name. Built-in losses stand in
+// it, compiled custom losses are loaded into it.
+#pragma once
+
+#include <atomic>
+#include <string>
+#include <string_view>
+
+#include "math/losses.h"
+
+namespace fusedloss {
+
+namespace cpu {
+struct CustomKernel;
+}
+namespace cuda {
+struct CustomKernel;
+}
+
+enum class Family {
+  kPointwise,  // every element has a loss, from its own input and target
+  kRows,       // every row has one, from all of its elements
+};
+
+struct LossInfo {
+  std::string name;
+  Family family = Family::kPointwise;
+  Mean mean = Mean::kElements;
+  int parameters = 0;
+  int extra_inputs = 0;         // besides input and target: pos_weight
+  bool target_gradient = false;  // whether there is a gradient for target
+  std::string_view of_classes;  // the loss whose target is class indices; empty: takes none
+
+  // The kernels of a custom loss; null for a built-in one, and where none is loaded.
+  std::atomic<const cpu::CustomKernel*> cpu = nullptr;
+  std::atomic<const cuda::CustomKernel*> cuda = nullptr;
+
+  bool custom() const { return target_gradient; }
+};
+
+// Null: there is no loss of this name. What it points to lives for ever.
+const LossInfo* find_loss(std::string_view name);
+
+// Loads the library of a custom loss, for whichever device it is. Once for each name and device; it
+// stays loaded. Throws std::runtime_error where it is none, or of another version.
+void load_custom(const std::string& name, const std::string& library);
+
+}  // namespace fusedloss

@@ -1,0 +1,331 @@
+// The operators on CUDA: arguments in, kernels queued on the current stream. Nothing here waits for
+// the device.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/eq.h>
+#include <ATen/ops/masked_fill.h>
+#include <ATen/ops/sum.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <array>
+#include <atomic>
+#include <functional>
+#include <limits>
+#include <mutex>
+#include <sstream>
+#include <unordered_map>
+
+#include "cuda/custom_kernel.h"
+#include "cuda/kernels.h"
+#include "one_pass.h"
+
+// Which tensors these operators take: CPU ones where the kernels are emulated.
+#if !defined(FUSEDLOSS_CUDA_KEY)
+#define FUSEDLOSS_CUDA_KEY CUDA
+#endif
+
+namespace fusedloss {
+namespace {
+
+using at::Tensor;
+using cuda::Fault;
+using cuda::Launch;
+
+void check(cudaError_t error) {
+  TORCH_CHECK(error == cudaSuccess, "fusedloss: CUDA: ", cudaGetErrorString(error));
+}
+
+// While a CUDA graph is captured, the thread may allocate and synchronize only as long as one of
+// these lives.
+struct RelaxedCapture {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+
+  RelaxedCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode)); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode); }
+};
+
+// ---- faults -------------------------------------------------------------------------------------
+
+// A device's; page-locked memory, so that both sides reach it. Allocated once and never freed.
+constexpr size_t kMostDevices = 64;
+std::array<std::atomic<Fault*>, kMostDevices> faults;
+
+Fault* fault_of(size_t device) {
+  TORCH_CHECK(device < kMostDevices, "fusedloss: device ", device, " is one too many");
+  if (Fault* known = faults[device].load()) return known;
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (Fault* known = faults[device].load()) return known;
+  void* memory = nullptr;
+  const RelaxedCapture relaxed;  // the first call may be one that a CUDA graph captures
+  check(cudaHostAlloc(&memory, sizeof(Fault), cudaHostAllocMapped | cudaHostAllocPortable));
+  auto* fresh = new (memory) Fault{};
+  faults[device].store(fresh);
+  return fresh;
+}
+
+[[noreturn]] void raise(const Fault& fault) {
+  constexpr const char* kWhen =
+      " (In an earlier call of fusedloss, whose loss and gradient are nan there.)";
+  if (fault.what == Fault::kTargetClass) {
+    TORCH_CHECK_INDEX(false, "Target ", fault.index,
+                      " is out of bounds. It stands at target.flatten()[", fault.position,
+                      "]; there are ", fault.classes, " classes.", kWhen);
+  }
+  const char* name = fault.what == Fault::kInputOutsideUnit ? "input" : "target";
+  TORCH_CHECK(false, "all elements of ", name, " should be between 0 and 1, but element ",
+              fault.position, " in memory order is ", fault.value, kWhen);
+}
+
+}  // namespace
+
+void raise_faults() {
+  for (std::atomic<Fault*>& slot : faults) {
+    Fault* const fault = slot.load();
+    if (!fault) continue;
+    const std::atomic_ref<int> state(fault->state);
+    if (state.load(std::memory_order_acquire) != Fault::kTold) continue;
+    static std::mutex mutex;  // one thread raises it
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (state.load(std::memory_order_acquire) != Fault::kTold) continue;
+    const Fault told = *fault;
+    state.store(Fault::kNone, std::memory_order_release);
+    raise(told);
+  }
+}
+
+// ---- CUDA graphs --------------------------------------------------------------------------------
+
+namespace {
+
+bool is_captured(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+// A graph writes to the predictions of its capture at every replay, and nobody knows how long a
+// graph lives: those predictions are never freed.
+void keep_if_captured(const Tensor& prediction, cudaStream_t stream) {
+  if (!is_captured(stream)) return;
+  static std::mutex mutex;
+  static auto& kept = *new std::unordered_map<const void*, Tensor>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  kept.emplace(prediction.unsafeGetTensorImpl(), prediction);
+}
+
+}  // namespace
+
+Tensor outside_of_capture(const at::Device& device, const std::function<Tensor()>& make) {
+  if (device.type() != c10::dispatchKeyToDeviceType(c10::DispatchKey::FUSEDLOSS_CUDA_KEY)) {
+    return make();
+  }
+  const c10::cuda::CUDAGuard guard(device);
+  const c10::DeviceIndex index = guard.current_device().index();
+  if (!is_captured(c10::cuda::getCurrentCUDAStream(index))) return make();
+  const RelaxedCapture relaxed;
+  const c10::cuda::CUDAStream side = c10::cuda::getStreamFromPool(false, index);
+  Tensor made;
+  {
+    const c10::cuda::CUDAStreamGuard on_side(side);
+    made = make();
+  }
+  // The captured stream must not wait for the other one, so the host does.
+  check(cudaStreamSynchronize(side));
+  return made;
+}
+
+namespace {
+
+// ---- calls --------------------------------------------------------------------------------------
+
+// A call on the device and the current stream of its input. Memory that it drops lasts until its
+// kernels have run: torch's allocator hands it on in the order of the stream.
+struct CudaEngine {
+  const Arguments& a;
+  const LossInfo& info;
+
+  CudaEngine(const Arguments& arguments, Pass pass)
+      : a(arguments),
+        info(checked(a)),
+        guard_(a.input.device()),
+        stream_(c10::cuda::getCurrentCUDAStream(guard_.current_device().index())) {
+    if (pass != Pass::kBackward) raise_faults();
+    launch_.pass = static_cast<cuda::Pass>(pass);
+    launch_.stream = stream_;
+    launch_.fault = fault_of(static_cast<size_t>(guard_.current_device().index()));
+  }
+
+  // Always: the kernel finds out whether it may trust the prediction.
+  bool predicts(const Tensor& prediction) {
+    // A module may let go of it while this stream, not the one it comes from, has yet to teach it.
+    c10::cuda::CUDACachingAllocator::recordStream(prediction.storage().data_ptr(), stream_);
+    keep_if_captured(prediction, stream_);
+    launch_.prediction = prediction.mutable_data_ptr<double>();
+    return true;
+  }
+
+  void read(const OptionalTensor& upstream) {
+    target_ = a.indices() ? aligned(a.target.contiguous()) : a.target;
+    if (info.family == Family::kRows) {
+      read_rows(upstream);
+    } else {
+      read_elements(upstream);
+    }
+  }
+
+  void compute(const Tensor& loss, const Gradients& gradients, Tensor state) {
+    if (!state.defined()) state = empty_state(a.input);
+    launch_.scales = state.mutable_data_ptr<double>();
+    if (a.reduction == at::Reduction::Mean) divide_by_mean(state);
+    if (a.each()) {
+      pointwise_.value = rows_.value = loss.mutable_data_ptr();
+      pointwise_.value_dtype = rows_.value_dtype = dtype_of(loss);
+    } else {
+      launch_.loss = loss.mutable_data_ptr();
+      launch_.loss_dtype = dtype_of(loss);
+    }
+    write(gradients);
+    run();
+  }
+
+  // Where there is one upstream gradient (mean and sum), the kernel finds out whether forward's
+  // gradients are right for it.
+  bool is_done(const Tensor& grad_output, const Tensor& state, SavedGradients* saved, bool fresh) {
+    if (a.each()) return false;
+    if (saved) predicts(saved->prediction);
+    launch_.scales = state.mutable_data_ptr<double>();
+    launch_.grad_output = grad_output.const_data_ptr();
+    launch_.grad_output_dtype = dtype_of(grad_output);
+    launch_.fresh = fresh;
+    return false;
+  }
+
+  void recompute(const Gradients& gradients, const Tensor&) {
+    write(gradients);
+    run();
+  }
+
+ private:
+  void read_elements(const OptionalTensor& upstream) {
+    Tensor target = target_;
+    if (a.indices()) {
+      // What is wrong must not read as ignored.
+      target = target_.clamp_min(kIgnored + 1).masked_fill_(target_.eq(a.ignore_index), kIgnored);
+    }
+    pointwise_.loss = info.name;
+    if (info.custom()) {
+      custom_ = info.cuda;
+      TORCH_CHECK(custom_, "fusedloss: no CUDA kernel of the loss '", a.loss,
+                  "' is loaded: call it once on the GPU");
+    }
+    elements_.emplace(pointwise_, a, target, upstream, cuda::kMaxDims);
+  }
+
+  void read_rows(const OptionalTensor& upstream) {
+    row_operands_.emplace(rows_, a, target_);
+    if (rows_.weight && rows_.label_smoothing != 0) {
+      held_.push_back(row_operands_->weight().sum(at::kDouble));
+      rows_.weight_sum = held_.back().const_data_ptr<double>();
+    }
+    if (present(upstream)) {
+      held_.push_back(aligned(upstream->contiguous()));
+      rows_.upstream = held_.back().const_data_ptr();
+      rows_.upstream_dtype = dtype_of(*upstream);
+    }
+  }
+
+  void divide_by_mean(const Tensor& state) {
+    launch_.normalizer = static_cast<double>(a.input.numel());
+    if (info.mean == Mean::kWeights && present(a.weight)) {
+      state.select(0, 1).copy_(a.weight->sum(at::kDouble));
+      divide_by_what_is_there();
+    } else if (info.mean == Mean::kRows) {
+      launch_.normalizer /= static_cast<double>(a.classes());
+      if (a.indices()) divide_by_class_weights();
+    }
+  }
+
+  // A kernel counts them, into the second number of the state.
+  void divide_by_class_weights() {
+    cuda::ClassWeights count;
+    count.indices = target_.const_data_ptr<int64_t>();
+    count.n = target_.numel();
+    count.classes = a.classes();
+    count.ignore_index = a.ignore_index;
+    Tensor weight;
+    if (info.family == Family::kRows) {
+      weight = row_operands_->weight();
+    } else if (present(a.weight)) {
+      weight = a.weight->to(at::kDouble).flatten();
+    }
+    if (weight.defined()) {
+      count.weight = weight.const_data_ptr();
+      count.weight_is_double = weight.scalar_type() == at::kDouble;
+    }
+    count.sum = launch_.scales + 1;
+    launch(cuda::workspace_bytes(count), [&] { return cuda::sum_class_weights(count, launch_); });
+    divide_by_what_is_there();
+  }
+  void divide_by_what_is_there() {
+    launch_.normalizer = std::numeric_limits<double>::quiet_NaN();
+  }
+
+  void write(const Gradients& gradients) {
+    const auto& [of_input, of_target] = gradients;
+    if (of_input.defined() && info.family == Family::kRows) {
+      row_operands_->write_to(rows_, of_input);
+    } else if (of_input.defined()) {
+      pointwise_.gradient = of_input.mutable_data_ptr();
+      pointwise_.gradient_dtype = dtype_of(of_input);
+    }
+    if (of_target.defined()) {
+      pointwise_.target_gradient = of_target.mutable_data_ptr();
+      pointwise_.target_gradient_dtype = dtype_of(of_target);
+    }
+  }
+
+  void run() {
+    const bool sums = launch_.loss;
+    if (info.family == Family::kRows) {
+      launch(sums ? cuda::workspace_bytes(rows_) : 0,
+             [&] { return cuda::cross_entropy(rows_, launch_); });
+    } else if (custom_) {
+      launch(sums ? custom_->workspace_bytes(pointwise_) : 0,
+             [&] { return custom_->run(pointwise_, a.parameters.data(), launch_); });
+    } else {
+      launch(sums ? cuda::workspace_bytes(pointwise_) : 0,
+             [&] { return cuda::pointwise(pointwise_, launch_); });
+    }
+  }
+
+  template <class Kernels>
+  void launch(size_t bytes, const Kernels& kernels) {
+    Tensor workspace;
+    if (bytes > 0) {
+      workspace = at::empty({static_cast<int64_t>(bytes)}, a.input.options().dtype(at::kByte));
+      launch_.workspace = workspace.mutable_data_ptr();
+    }
+    check(kernels());
+  }
+
+  c10::cuda::CUDAGuard guard_;
+  c10::cuda::CUDAStream stream_;
+  Launch launch_;
+  Tensor target_;
+  std::vector<Tensor> held_;  // until the kernels are queued
+  Pointwise pointwise_;
+  cuda::CrossEntropyCall rows_;
+  const cuda::CustomKernel* custom_ = nullptr;
+  std::optional<PointwiseOperands> elements_;
+  std::optional<CrossEntropyOperands> row_operands_;
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fusedloss, FUSEDLOSS_CUDA_KEY, m) { Operators<CudaEngine>::add_to(m); }
+
+}  // namespace fusedloss

@@ -1,0 +1,162 @@
+// One pass over memory, whatever the upstream gradient: forward writes the gradient already, for a
+// predicted upstream gradient; backward hands it over where the prediction was right, and has the
+// same kernel compute it where it was not. The same for every device, whose Engine knows its
+// kernels.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <array>
+#include <functional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "operators.h"
+#include "tensors.h"
+
+namespace fusedloss {
+
+// ---- predictions --------------------------------------------------------------------------------
+
+// Two doubles: the upstream gradient 1, and full confidence in it. A CUDA graph that is being
+// captured does not see how they are written: each replay would write them again.
+at::Tensor new_prediction(const at::Device& device);
+
+#if defined(FUSEDLOSS_CUDA)
+// make(), on a stream of the device that no CUDA graph captures.
+at::Tensor outside_of_capture(const at::Device& device, const std::function<at::Tensor()>& make);
+#endif
+
+// A call's own prediction, or, for one that has none, that of all calls like it.
+at::Tensor prediction_of(const OptionalTensor& own, const Arguments& a);
+
+// ---- gradients ----------------------------------------------------------------------------------
+
+// Those for input and target, undefined where not wanted: bit i of a mask stands for the i-th.
+using Gradients = std::array<at::Tensor, 2>;
+
+inline bool wants(int64_t mask, size_t i) { return mask >> i & 1; }
+inline const at::Tensor& operand(const Arguments& a, size_t i) { return i == 0 ? a.input : a.target; }
+// Throws where the loss gives no gradient for one of them.
+void check_mask(int64_t mask, const LossInfo& info);
+Gradients empty_gradients(const Arguments& a, int64_t mask);
+// Those that are wanted, in order.
+std::vector<at::Tensor> listed(Gradients&& gradients);
+
+// Lives and dies with the memory of a forward's state. So the backward operator is a function that
+// returns fresh tensors, for a tracing compiler too, and yet hands over what forward has written:
+// as an output of forward, a compiler would copy it.
+struct SavedGradients {
+  Gradients gradients;  // undefined: not written, or handed over already
+  at::Tensor prediction;
+  at::DimVector input_sizes;
+  at::ScalarType input_dtype;
+  c10::weak_intrusive_ptr<c10::StorageImpl> input_storage, target_storage;
+  c10::DataPtr memory;  // of the state
+};
+
+void attach(const at::Tensor& state, const Arguments& a, Gradients gradients,
+            at::Tensor prediction);
+// Null for a state that is no longer where forward left it: a copy, or a tensor without numbers.
+SavedGradients* saved_in(const at::Tensor& state);
+
+// Lets go of the gradients that forward has written, so that backward computes them.
+void drop_gradients(const at::Tensor& state);
+// The same where input or target has been given other memory since (`input.data = ...`), whose
+// numbers backward must see. (For autograd alone: a compiler may compute both again.)
+void drop_gradients_of_other_memory(const at::Tensor& state, const at::Tensor& input,
+                                    const at::Tensor& target);
+
+// The gradients that a backward returns: forward's, or new ones.
+struct BackwardGradients {
+  Gradients gradients;
+  bool fresh = false;  // whether one of them is new
+
+  // Forward's are taken out of `saved`, but only where they lie in memory as new ones would.
+  BackwardGradients(SavedGradients* saved, const Arguments& a, int64_t mask);
+};
+
+// ---- operators ----------------------------------------------------------------------------------
+
+enum class Pass {
+  kValue,     // the loss
+  kForward,   // the loss, and the gradient where the prediction is trusted
+  kBackward,  // the gradient, where forward's was written for another upstream gradient
+};
+
+// The operators of a device. Its Engine, made of the arguments and the pass, has
+//   info                            the loss, checked
+//   predicts(prediction)            whether forward may write gradients for it
+//   read(upstream)                  looks at the operands; upstream: with reduction "none" alone
+//   compute(loss, gradients, state) forward; fills in the state
+//   is_done(grad_output, state, saved, gradients)   backward: whether forward's gradients are right
+//   recompute(gradients, state)     backward
+template <class Engine>
+struct Operators {
+  static at::Tensor loss(const at::Tensor& input, const at::Tensor& target,
+                         const OptionalTensor& weight, at::TensorList more, std::string_view loss,
+                         at::ArrayRef<double> parameters, int64_t ignore_index, int64_t reduction,
+                         at::ScalarType dtype, const OptionalTensor&) {
+    const Arguments a{input,      target,       weight,    more, loss,
+                      parameters, ignore_index, reduction, dtype};
+    Engine engine(a, Pass::kValue);
+    engine.read({});
+    at::Tensor value = empty_loss(a, engine.info.family);
+    engine.compute(value, {}, {});
+    return value;
+  }
+
+  static std::tuple<at::Tensor, at::Tensor> forward(
+      const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+      at::TensorList more, std::string_view loss, at::ArrayRef<double> parameters,
+      int64_t ignore_index, int64_t reduction, at::ScalarType dtype, int64_t mask,
+      const OptionalTensor& own) {
+    const Arguments a{input,      target,       weight,    more, loss,
+                      parameters, ignore_index, reduction, dtype};
+    Engine engine(a, Pass::kForward);
+    check_mask(mask, engine.info);
+    at::Tensor prediction;
+    Gradients gradients;
+    if (!a.each()) {
+      prediction = prediction_of(own, a);
+      // Before any small tensor: the last step's gradient has left a hole of just this size, and a
+      // loss that its caller keeps must not be the one to take a piece of it.
+      if (engine.predicts(prediction)) gradients = empty_gradients(a, mask);
+    }
+    engine.read({});
+    at::Tensor value = empty_loss(a, engine.info.family), state = empty_state(input);
+    engine.compute(value, gradients, state);
+    attach(state, a, std::move(gradients), std::move(prediction));
+    return {std::move(value), std::move(state)};
+  }
+
+  static std::vector<at::Tensor> backward(
+      const at::Tensor& grad_output, const at::Tensor& state, const at::Tensor& input,
+      const at::Tensor& target, const OptionalTensor& weight, at::TensorList more,
+      std::string_view loss, at::ArrayRef<double> parameters, int64_t ignore_index,
+      int64_t reduction, at::ScalarType dtype, int64_t mask) {
+    const Arguments a{input,      target,       weight,    more, loss,
+                      parameters, ignore_index, reduction, dtype};
+    Engine engine(a, Pass::kBackward);
+    check_mask(mask, engine.info);
+    check_pair("state", state, input);
+    check_upstream(grad_output, a, engine.info.family);
+    SavedGradients* saved = saved_in(state);
+    BackwardGradients result(saved, a, mask);
+    if (!engine.is_done(grad_output, state, saved, result.fresh)) {
+      engine.read(a.upstream(grad_output));
+      engine.recompute(result.gradients, state);
+    }
+    return listed(std::move(result.gradients));
+  }
+
+  static void add_to(torch::Library& m) {
+    m.impl("loss", &loss);
+    m.impl("loss_forward", &forward);
+    m.impl("loss_backward", &backward);
+  }
+};
+
+}  // namespace fusedloss

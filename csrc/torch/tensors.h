@@ -1,0 +1,107 @@
+// The arguments of a call, checked, and tensors as the engines want them: pointers and strides.
+#pragma once
+
+#include <ATen/core/Reduction.h>
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "engine.h"
+#include "losses.h"
+#include "operators.h"
+
+namespace fusedloss {
+
+DType dtype_of(const at::Tensor& t);
+
+// Memory that a caller brought along may begin between two elements: a copy does not.
+at::Tensor aligned(const at::Tensor& t);
+
+inline bool present(const OptionalTensor& t) { return t.has_value() && t->defined(); }
+
+inline int64_t class_dim(const at::Tensor& input) { return input.dim() > 1 ? 1 : 0; }
+
+// "target[3, 4]": where the element at a linear position stands.
+std::string element_name(const char* tensor, at::IntArrayRef sizes, int64_t linear);
+
+// The arguments that all operators of the family take, and the loss that they name.
+struct Arguments {
+  const at::Tensor &input, &target;
+  const OptionalTensor& weight;
+  at::TensorList more;
+  std::string_view loss;
+  at::ArrayRef<double> parameters;
+  int64_t ignore_index, reduction;
+  at::ScalarType dtype;  // of the loss; the kernels compute in it, or in float32
+
+  bool each() const { return reduction == at::Reduction::None; }
+  bool indices() const { return target.scalar_type() == at::kLong; }
+  bool in_double() const { return dtype == at::kDouble; }
+  int64_t classes() const { return input.dim() > 0 ? input.size(class_dim(input)) : 0; }
+  // A number of a loss that has one at most.
+  double parameter() const { return parameters.empty() ? 0 : parameters[0]; }
+  // With each() there is one for every element or row; else it is in the state.
+  OptionalTensor upstream(const at::Tensor& grad_output) const {
+    return each() ? OptionalTensor(grad_output) : std::nullopt;
+  }
+};
+
+// Throws where there is no loss of this name.
+const LossInfo& known_loss(std::string_view name);
+// The loss that a kernel computes. Throws where the arguments do not fit it: shapes, devices, and
+// how many inputs and parameters there are.
+const LossInfo& checked(const Arguments& a);
+// Throws unless there are two doubles, as in a prediction and a state, on input's device.
+void check_pair(const char* name, const at::Tensor& pair, const at::Tensor& input);
+// Throws unless grad_output is what autograd gives: a number; for each(), one for every element or
+// every row.
+void check_upstream(const at::Tensor& grad_output, const Arguments& a, Family family);
+
+// A gradient for one of a call's inputs, or an element's losses: dense in the order of input's
+// strides, else row-major, which is what AccumulateGrad takes without a copy.
+at::Tensor empty_like_input(const at::Tensor& input, at::ScalarType dtype);
+// Whether a gradient, which may be undefined, lies in memory as that one would.
+bool lies_like_input(const at::Tensor& gradient, const at::Tensor& input, at::ScalarType dtype);
+// What a forward leaves for its backward: see operators.cpp.
+at::Tensor empty_state(const at::Tensor& input);
+// A number, or for each() the loss of every element or every row.
+at::Tensor empty_loss(const Arguments& a, Family family);
+
+// The operands of a pointwise call, and the tensors that hold them.
+class PointwiseOperands {
+ public:
+  // target: of input's shape, or contiguous class indices, ignored ones kIgnored.
+  // max_dims: of operands that are not all contiguous; others are copied.
+  PointwiseOperands(Pointwise& call, const Arguments& a, const at::Tensor& target,
+                    const OptionalTensor& upstream, int max_dims);
+
+ private:
+  static constexpr size_t kOperands = 5;
+  std::array<at::Tensor, kOperands> tensors_;  // undefined: absent
+  std::array<Operand*, kOperands> operands_;
+
+  void coalesce_dimensions(Space& space, int64_t classes, int max_dims);
+};
+
+// The operands of a cross-entropy call, and the tensors that hold them.
+class CrossEntropyOperands {
+ public:
+  // target: contiguous class indices, or probabilities.
+  CrossEntropyOperands(CrossEntropy& call, const Arguments& a, const at::Tensor& target);
+
+  void write_to(CrossEntropy& call, const at::Tensor& gradient) const;
+  // Makes the rows of a matrix neighbours: (1, N) instead of (N, 1) rows outside and inside.
+  void lay_rows_inside(CrossEntropy& call);
+  // Per class, of the type that the call computes in; undefined: none.
+  const at::Tensor& weight() const { return weight_; }
+
+ private:
+  at::Tensor input_, target_, weight_;
+  bool swapped_ = false;  // a matrix whose rows are inside
+};
+
+}  // namespace fusedloss
