@@ -61,4 +61,6 @@ def loss_reference_gradient(
 if backends.extension is not None:
     _torch_library: Any = torch.library  # untyped in some of the releases
     _library = _torch_library.Library("fusedloss", "IMPL")
-    _library.impl("loss_reference_gradient", loss_reference_gradient, "CompositeImplicitAutograd")
+    # Batched: what is_grads_batched=True makes of an upstream gradient. Each step below is batched.
+    for _key in ("CompositeImplicitAutograd", "Batched", "FuncTorchBatchedDecomposition"):
+        _library.impl("loss_reference_gradient", loss_reference_gradient, _key)

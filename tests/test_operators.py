@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import fusedloss
 import fusedloss.functional as FL
@@ -70,7 +71,7 @@ def test_meta_tensors(family: str) -> None:
     for reduction in REDUCTIONS:
         operator, args = recorded(family, reduction)
         real = operator(*args)
-        metas = [a.detach().to("meta") if isinstance(a, Tensor) else a for a in args]
+        metas = tree_map_only(Tensor, lambda t: t.detach().to("meta"), args)
         for wanted in (False, True):
             metas[0] = metas[0].detach().requires_grad_(wanted)
             meta = operator(*metas)
