@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
 from . import autograd, backends
-from . import functional as F
+from ._dispatch import NO_TORCHSCRIPT, run
+from ._losses import LOSSES
 from .prediction import new_prediction
 
 __all__ = [
@@ -44,7 +45,7 @@ class _Predicting(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         # What torch.jit.script asks of a module before it compiles it.
-        raise RuntimeError(F.NO_TORCHSCRIPT)
+        raise RuntimeError(NO_TORCHSCRIPT)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is another call site: it learns its own.
@@ -55,14 +56,16 @@ class MSELoss(_Predicting, nn.MSELoss):
     """:class:`torch.nn.MSELoss`, fused; see :func:`fusedloss.functional.mse_loss`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F._mse_loss(input, target, None, None, self.reduction, None, self._prediction(input))
+        args = input, target, None, None, self.reduction, None
+        return run(LOSSES["mse_loss"], args, self._prediction(input))
 
 
 class L1Loss(_Predicting, nn.L1Loss):
     """:class:`torch.nn.L1Loss` (MAE), fused; see :func:`fusedloss.functional.l1_loss`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F._l1_loss(input, target, None, None, self.reduction, None, self._prediction(input))
+        args = input, target, None, None, self.reduction, None
+        return run(LOSSES["l1_loss"], args, self._prediction(input))
 
 
 MAELoss = L1Loss
@@ -72,27 +75,24 @@ class SmoothL1Loss(_Predicting, nn.SmoothL1Loss):
     """:class:`torch.nn.SmoothL1Loss`, fused; see :func:`fusedloss.functional.smooth_l1_loss`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F._smooth_l1_loss(
-            input, target, None, None, self.reduction, self.beta, self._prediction(input)
-        )
+        args = input, target, None, None, self.reduction, self.beta
+        return run(LOSSES["smooth_l1_loss"], args, self._prediction(input))
 
 
 class HuberLoss(_Predicting, nn.HuberLoss):
     """:class:`torch.nn.HuberLoss`, fused; see :func:`fusedloss.functional.huber_loss`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F._huber_loss(
-            input, target, self.reduction, self.delta, None, self._prediction(input)
-        )
+        args = input, target, self.reduction, self.delta, None
+        return run(LOSSES["huber_loss"], args, self._prediction(input))
 
 
 class BCELoss(_Predicting, nn.BCELoss):
     """:class:`torch.nn.BCELoss`, fused; see :func:`fusedloss.functional.binary_cross_entropy`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F._binary_cross_entropy(
-            input, target, self.weight, None, None, self.reduction, self._prediction(input)
-        )
+        args = input, target, self.weight, None, None, self.reduction
+        return run(LOSSES["binary_cross_entropy"], args, self._prediction(input))
 
 
 class BCEWithLogitsLoss(_Predicting, nn.BCEWithLogitsLoss):
@@ -100,16 +100,8 @@ class BCEWithLogitsLoss(_Predicting, nn.BCEWithLogitsLoss):
     :func:`fusedloss.functional.binary_cross_entropy_with_logits`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F._binary_cross_entropy_with_logits(
-            input,
-            target,
-            self.weight,
-            None,
-            None,
-            self.reduction,
-            self.pos_weight,
-            self._prediction(input),
-        )
+        args = input, target, self.weight, None, None, self.reduction, self.pos_weight
+        return run(LOSSES["binary_cross_entropy_with_logits"], args, self._prediction(input))
 
 
 class CrossEntropyLoss(_Predicting, nn.CrossEntropyLoss):
@@ -117,7 +109,7 @@ class CrossEntropyLoss(_Predicting, nn.CrossEntropyLoss):
     :func:`fusedloss.functional.cross_entropy`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F._cross_entropy(
+        args = (
             input,
             target,
             self.weight,
@@ -126,8 +118,8 @@ class CrossEntropyLoss(_Predicting, nn.CrossEntropyLoss):
             None,
             self.reduction,
             self.label_smoothing,
-            self._prediction(input),
         )
+        return run(LOSSES["cross_entropy"], args, self._prediction(input))
 
 
 class LogLoss(_Predicting):
@@ -147,11 +139,5 @@ class LogLoss(_Predicting):
         return f"reduction={self.reduction!r}, ignore_index={self.ignore_index}"
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F._log_loss(
-            input,
-            target,
-            self.weight,
-            self.reduction,
-            self.ignore_index,
-            self._prediction(input),
-        )
+        args = input, target, self.weight, self.reduction, self.ignore_index
+        return run(LOSSES["log_loss"], args, self._prediction(input))

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as torch_functional
 from torch.nn.modules.loss import _Loss
 
-from . import _caller, functional, modules
-from .functional import Call, Explanation
+from . import _caller, _dispatch, functional, modules
+from ._dispatch import Call, Explanation
 
 __all__ = ["patch", "replace", "restore"]
 
@@ -124,7 +124,7 @@ def _why_left(held: Any) -> str | None:
     """Why a loss is no fused one after :func:`replace`; None: it is one, or it is no loss."""
     if held is _UNSEARCHED:
         return f"the search ended after {_MOST_OBJECTS} objects: pass what holds the loss itself"
-    if isinstance(held, FunctionType) and held in functional._OURS:
+    if isinstance(held, FunctionType) and held in _dispatch.OURS:
         name = held.__name__
         return f"the function torch.nn.functional.{name}: put fusedloss.functional.{name} there"
     if isinstance(held, torch.jit.ScriptModule):
@@ -272,8 +272,8 @@ class patch(ContextDecorator):
                 for name, fused in _FUNCTIONS.items():
                     setattr(torch_functional, name, fused)
             patch._active += 1
-            if not any(table is self._table for table in functional._counted):
-                functional._counted = (*functional._counted, self._table)
+            if not any(table is self._table for table in _dispatch._counted):
+                _dispatch._counted = (*_dispatch._counted, self._table)
                 self._depth = 0  # whatever it was when another one's stop() ended this one
             self._depth += 1
 
@@ -289,11 +289,11 @@ class patch(ContextDecorator):
             patch._active -= 1
             self._depth = max(self._depth - 1, 0)
             if self._depth == 0:
-                others = (table for table in functional._counted if table is not self._table)
-                functional._counted = tuple(others)
+                others = (table for table in _dispatch._counted if table is not self._table)
+                _dispatch._counted = tuple(others)
             if patch._active == 0:
                 # Whichever patch this stop() belongs to, it has ended them all.
-                functional._counted = ()
+                _dispatch._counted = ()
                 for name, original in patch._found.items():
                     setattr(torch_functional, name, original)
 
@@ -309,7 +309,7 @@ _MOST_PATHS = 3  # of a line, before the table leaves the rest out
 
 
 def _told(path: Explanation) -> str:
-    reasons = "; ".join(reason for reason in path.reasons if reason != functional._FUSED)
+    reasons = "; ".join(reason for reason in path.reasons if reason != _dispatch._FUSED)
     head = f"fused, {path.backend}" if path.fused else "plain PyTorch"
     return f"{head}: {reasons}" if reasons else head
 

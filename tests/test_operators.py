@@ -117,7 +117,11 @@ EACH_ROW = ([], "cross_entropy", [0.0], -100, 0, torch.float32)
     [
         ("loss", (X, Y[:3], *MSE, None), "does not fit input"),
         ("loss", (X, Y, None, [], "mse_loss", [1.0], 0, 1, torch.float32, None), "0 parameters"),
-        ("loss", (X, Y, *POS_WEIGHT, None), "has 1 inputs besides input and target, and the call 0"),
+        (
+            "loss",
+            (X, Y, *POS_WEIGHT, None),
+            "has 1 inputs besides input and target, and the call 0",
+        ),
         ("loss", (X, Y, *TWO_WEIGHTS, None), "has 0 inputs besides input and target"),
         ("loss", (X, Y.to("meta"), *MSE, None), "beside a meta"),
         ("loss", (ROWS, CLASSES, X[:1], *LOG, None), "weight of shape"),

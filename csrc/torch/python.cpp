@@ -1,8 +1,9 @@
 // The Python module fusedloss._C: build information, and the short way into the operators.
 //
-// The operators are reached as torch.ops.fusedloss.* too, by tracing for one; the short way saves a
-// small call what that costs: boxed arguments, and the checks of its tensors made one by one in
-// Python. It takes plain calls only, and answers None to any other.
+// The operators can be called as torch.ops.fusedloss.* too, and compilers do so. The short way saves
+// a small call what that costs: boxed arguments, and the checks of its tensors made one by one in
+// Python. It takes plain calls only, and answers None to any other; fusedloss/_dispatch.py has the
+// long way, with the same conditions.
 #include <ATen/ExpandUtils.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
@@ -10,7 +11,10 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <limits>
+#include <string>
+#include <vector>
 
 #include "one_pass.h"
 
@@ -117,6 +121,12 @@ struct PlainCall {
 
 constexpr int64_t kMaxClassDims = 8;  // of an input with class indices, on any device
 
+// Whether the row engines can walk the dimensions behind the classes as one.
+bool joins_inner_dimensions(const Tensor& input) {
+  return input.dim() <= 3 || input.is_contiguous() ||
+         (input.dim() == 4 && input.is_contiguous(at::MemoryFormat::ChannelsLast));
+}
+
 // What compute() returns, without the GIL.
 template <class Compute>
 py::object without_gil(const Compute& compute) {
@@ -136,24 +146,6 @@ Tensor call_loss(const PlainCall& call, const OptionalTensor& weight, at::Tensor
                  dtype, prediction);
 }
 
-py::object pointwise(py::handle input, py::handle target, py::handle weight_object,
-                     py::handle pos_weight_object, bool weight_broadcasts, std::string_view loss,
-                     double parameter, int64_t reduction, py::handle prediction) {
-  PlainCall call(input, target);
-  call.check_target(false);
-  if (!call.ok) return py::none();
-  const at::IntArrayRef sizes = call.input->sizes();
-  const OptionalTensor weight = call.weight(weight_object, sizes, weight_broadcasts);
-  const OptionalTensor pos_weight = call.weight(pos_weight_object, sizes, weight_broadcasts);
-  if (!call.ok) return py::none();
-  const OptionalTensor site = optional(prediction);
-  return without_gil([&] {
-    const at::ArrayRef<double> parameters(&parameter, known_loss(loss).parameters);
-    const auto more = pos_weight ? at::TensorList(*pos_weight) : at::TensorList();
-    return call_loss(call, weight, more, loss, parameters, 0, reduction, call.dtype(), site);
-  });
-}
-
 py::object custom(py::handle input, py::handle target, py::handle weight_object,
                   std::string_view loss, const std::vector<double>& parameters, int64_t reduction,
                   py::handle prediction) {
@@ -170,24 +162,44 @@ py::object custom(py::handle input, py::handle target, py::handle weight_object,
   });
 }
 
-py::object cross_entropy(py::handle input, py::handle target, py::handle weight_object,
-                         int64_t ignore_index, double label_smoothing, int64_t reduction,
-                         py::handle prediction) {
-  PlainCall call(input, target);
-  call.check_rows(ignore_index);
-  const OptionalTensor weight = call.class_weight(weight_object);
-  if (!call.ok || !(label_smoothing >= 0 && label_smoothing <= 1)) return py::none();
-  // The engine wants the dimensions behind the classes joined.
-  const int64_t dims = call.input->dim();
-  if (dims > 3 && !call.input->is_contiguous() &&
-      !(dims == 4 && call.input->is_contiguous(at::MemoryFormat::ChannelsLast))) {
-    return py::none();
-  }
-  const OptionalTensor site = optional(prediction);
-  return without_gil([&] {
-    return call_loss(call, weight, {}, "cross_entropy", label_smoothing, ignore_index, reduction,
-                     call.dtype(), site);
-  });
+// ---- built-in losses ----------------------------------------------------------------------------
+
+// A row of fusedloss/_losses.py: where the arguments of a public function stand, -1 for one that it
+// does not have, and what the kernels take of them.
+struct Signature {
+  std::string name, at_zero;
+  enum { kElement, kBroadcasts, kClass } weight_kind;
+  double low, high;  // of the parameter
+  int weight, pos_weight, size_average, reduce, reduction, parameter, ignore_index;
+};
+
+std::vector<Signature>& signatures() {
+  static auto& all = *new std::vector<Signature>;
+  return all;
+}
+
+size_t define(const std::string& name, const std::vector<std::string>& arguments,
+              const std::string& weight_kind, const std::string& parameter, double low,
+              double high, const std::string& at_zero) {
+  const auto at = [&](const std::string& argument) {
+    const auto found = std::find(arguments.begin(), arguments.end(), argument);
+    return found == arguments.end() ? -1 : static_cast<int>(found - arguments.begin());
+  };
+  signatures().push_back({name,
+                          at_zero,
+                          weight_kind == "class"        ? Signature::kClass
+                          : weight_kind == "broadcasts" ? Signature::kBroadcasts
+                                                        : Signature::kElement,
+                          low,
+                          high,
+                          at("weight"),
+                          at("pos_weight"),
+                          at("size_average"),
+                          at("reduce"),
+                          at("reduction"),
+                          at(parameter),
+                          at("ignore_index")});
+  return signatures().size() - 1;
 }
 
 double eps_of(at::ScalarType dtype) {
@@ -203,13 +215,96 @@ double eps_of(at::ScalarType dtype) {
   }
 }
 
-py::object log_loss(py::handle input, py::handle target, py::handle weight_object,
-                    int64_t ignore_index, int64_t reduction, py::handle prediction) {
-  PlainCall call(input, target);
-  call.check_rows(ignore_index);
-  OptionalTensor weight = call.class_weight(weight_object);
-  if (!call.ok || call.input->dim() > kMaxClassDims) return py::none();
-  const OptionalTensor site = optional(prediction);
+// The options of a call, out of its arguments; `ok` while the kernels take them.
+struct Options {
+  bool ok = true;
+  int64_t reduction = at::Reduction::Mean, ignore_index = 0;
+  double parameter = 0;
+
+  Options(const Signature& s, const py::tuple& args) {
+    const auto at = [&](int i) { return i < 0 ? Py_None : PyTuple_GET_ITEM(args.ptr(), i); };
+    ok = at(s.size_average) == Py_None && at(s.reduce) == Py_None;
+    read_reduction(at(s.reduction));
+    if (s.parameter >= 0) read_parameter(at(s.parameter), s);
+    if (s.ignore_index >= 0) read_ignore_index(at(s.ignore_index));
+  }
+
+ private:
+  void read_reduction(PyObject* object) {
+    const auto is = [&](const char* text) {
+      return PyUnicode_CompareWithASCIIString(object, text) == 0;
+    };
+    if (!PyUnicode_CheckExact(object)) {
+      ok = false;
+    } else if (is("sum")) {
+      reduction = at::Reduction::Sum;
+    } else if (is("none")) {
+      reduction = at::Reduction::None;
+    } else {
+      ok = ok && is("mean");
+    }
+  }
+  void read_parameter(PyObject* object, const Signature& s) {
+    if (PyFloat_Check(object)) {
+      parameter = PyFloat_AS_DOUBLE(object);
+    } else if (PyLong_CheckExact(object)) {
+      parameter = PyLong_AsDouble(object);
+      if (PyErr_Occurred()) PyErr_Clear(), ok = false;
+    } else {
+      ok = false;
+    }
+    const bool in_domain = parameter >= s.low && parameter <= s.high;
+    ok = ok && (in_domain || (parameter == 0 && !s.at_zero.empty()));
+  }
+  void read_ignore_index(PyObject* object) {
+    int overflow = 0;
+    ok = ok && PyLong_CheckExact(object);
+    if (!ok) return;
+    ignore_index = PyLong_AsLongLongAndOverflow(object, &overflow);
+    ok = overflow == 0;
+  }
+};
+
+// A loss of every element.
+py::object elements_loss(const Signature& s, PlainCall& call, const py::tuple& args,
+                         const Options& options, const OptionalTensor& prediction) {
+  call.check_target(false);
+  if (!call.ok) return py::none();
+  const at::IntArrayRef sizes = call.input->sizes();
+  const bool broadcasts = s.weight_kind == Signature::kBroadcasts;
+  const auto weight_at = [&](int i) {
+    return i < 0 ? std::nullopt : call.weight(args[i], sizes, broadcasts);
+  };
+  const OptionalTensor weight = weight_at(s.weight), pos_weight = weight_at(s.pos_weight);
+  if (!call.ok) return py::none();
+  const bool zero = !s.at_zero.empty() && options.parameter == 0;
+  const bool has_number = s.parameter >= 0 && !zero;
+  return without_gil([&] {
+    const auto parameters = has_number ? at::ArrayRef<double>(options.parameter) : at::ArrayRef<double>();
+    if (!pos_weight) {
+      return call_loss(call, weight, {}, zero ? s.at_zero : s.name, parameters, 0,
+                       options.reduction, call.dtype(), prediction);
+    }
+    return call_loss(call, weight, *pos_weight, s.name + "_pos_weight", parameters, 0,
+                     options.reduction, call.dtype(), prediction);
+  });
+}
+
+// A loss of every row.
+py::object rows_loss(const Signature& s, PlainCall& call, const py::tuple& args,
+                     const Options& options, const OptionalTensor& prediction) {
+  call.check_rows(options.ignore_index);
+  OptionalTensor weight = call.class_weight(args[s.weight]);
+  if (!call.ok) return py::none();
+  const at::ScalarType dtype = call.dtype();
+  if (s.parameter >= 0) {  // label_smoothing: cross-entropy
+    if (!joins_inner_dimensions(*call.input)) return py::none();
+    return without_gil([&] {
+      return call_loss(call, weight, {}, s.name, options.parameter, options.ignore_index,
+                       options.reduction, dtype, prediction);
+    });
+  }
+  if (call.input->dim() > kMaxClassDims) return py::none();
   return without_gil([&] {
     const int64_t dim = class_dim(*call.input);
     if (weight) {
@@ -217,13 +312,23 @@ py::object log_loss(py::handle input, py::handle target, py::handle weight_objec
       sizes[0] = call.classes();
       weight = weight->view(sizes);
     }
-    const bool each = reduction == at::Reduction::None;
+    const bool each = options.reduction == at::Reduction::None;
     // Elements that are added up to rows are rounded after that, once.
-    const at::ScalarType dtype = each ? at::promote_types(call.dtype(), at::kFloat) : call.dtype();
-    const Tensor value = call_loss(call, weight, {}, "log_loss", eps_of(call.dtype()), ignore_index,
-                                   reduction, dtype, site);
-    return each ? value.sum(dim).to(call.dtype()) : value;
+    const Tensor value = call_loss(call, weight, {}, s.name, eps_of(dtype), options.ignore_index,
+                                   options.reduction,
+                                   each ? at::promote_types(dtype, at::kFloat) : dtype, prediction);
+    return each ? value.sum(dim).to(dtype) : value;
   });
+}
+
+py::object loss(size_t number, const py::tuple& args, py::handle prediction) {
+  const Signature& s = signatures().at(number);
+  const Options options(s, args);
+  if (!options.ok) return py::none();
+  PlainCall call(args[0], args[1]);
+  const OptionalTensor site = optional(prediction);
+  return s.weight_kind == Signature::kClass ? rows_loss(s, call, args, options, site)
+                                            : elements_loss(s, call, args, options, site);
 }
 
 #if defined(__clang__)
@@ -265,14 +370,13 @@ py::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "What was built and what of it runs, and the short way into torch.ops.fusedloss.*.";
   m.def("build_info", &build_info);
-  m.def("pointwise", &pointwise, "The loss, or None: not a plain call.");
+  m.def("define", &define, "Tells of a public function; returns its number.");
+  m.def("loss", &loss, "The loss of that public function, or None: not a plain call.");
   m.def("custom", &custom, "The loss, or None: not a plain call.");
   m.def(
       "new_prediction", [](const Tensor& input) { return new_prediction(input.device()); },
       "A prediction of the upstream gradient, where input is.");
   m.def("load_custom", &load_custom, "Loads a compiled loss under a name.");
-  m.def("cross_entropy", &cross_entropy, "The loss, or None: not a plain call.");
-  m.def("log_loss", &log_loss, "The loss, or None: not a plain call.");
 #if defined(FUSEDLOSS_CUDA)
   m.def("raise_faults", &raise_faults,
         "Raises what a kernel found wrong with its input, if known.");

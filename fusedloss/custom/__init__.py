@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
-from .. import _caller, autograd, backends, functional, second_order
+from .. import _caller, _dispatch, autograd, backends, second_order
 from ..modules import _Predicting
 from ..reference import REDUCTIONS, reduced
 from .building import CannotCompile, Library, cpu_library, cuda_library
@@ -247,18 +247,18 @@ class PointwiseLoss:
         bound = self._bound(clip_grad)
         if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
             self._refuse(input, target)
-        if functional._plain_calls() and not has_torch_function_unary(input):
+        if _dispatch._plain_calls() and not has_torch_function_unary(input):
             known = self._keys.get(input.device.type)
             if known is not None:
                 numbers = (*values, bound)
                 loss = _C.custom(input, target, weight, known, numbers, number, prediction)
                 if loss is not None:
-                    if functional._counted:
-                        functional._count(self.__name__)
+                    if _dispatch._counted:
+                        _dispatch._count(self.__name__)
                     return loss  # type: ignore[no-any-return]
-        if functional._overridden(input, target, weight):
+        if _dispatch._overridden(input, target, weight):
             options = {"reduction": reduction, "weight": weight, "clip_grad": clip_grad}
-            return functional._offer(  # type: ignore[no-any-return]
+            return _dispatch._offer(  # type: ignore[no-any-return]
                 self, (input, target, weight), (input, target), {**options, **parameters},
                 partial(
                     self._call, input, target, reduction, weight, clip_grad, parameters, prediction
@@ -266,11 +266,11 @@ class PointwiseLoss:
             )  # fmt: skip
         if weight is not None:
             weight = self._weight(input, weight)
-        reason = functional._obstacle(input, target, weight, target_gradient=True)
+        reason = _dispatch._obstacle(input, target, weight, target_gradient=True)
         backend = key = why_not = ""
         dtype: torch.dtype | str | None = None
         if reason is None:
-            dtype = functional._result_dtype(input, target, weight)
+            dtype = _dispatch._result_dtype(input, target, weight)
             if isinstance(dtype, str):
                 reason = dtype
             elif input.shape != target.shape:
@@ -278,8 +278,8 @@ class PointwiseLoss:
             else:
                 backend, key, why_not = _prepared(self._number, input.device.type)
                 reason = None if backend else why_not
-        if functional._listening():
-            functional._report(self.__name__, reason, backend, *filter(None, (why_not,)))
+        if _dispatch._listening():
+            _dispatch._report(self.__name__, reason, backend, *filter(None, (why_not,)))
         if reason is not None:
             return self.reference(
                 input, target, reduction=reduction, weight=weight, clip_grad=clip_grad, **parameters
@@ -294,7 +294,7 @@ class PointwiseLoss:
         if not isinstance(weight, Tensor):
             raise TypeError(f"{self.__name__}(): weight must be a tensor, not {_shown(weight)}")
         if weight.shape != input.shape:
-            if not functional._broadcasts_to(weight, input):
+            if not _dispatch._broadcasts_to(weight, input):
                 raise ValueError(
                     f"{self.__name__}(): weight of shape {tuple(weight.shape)} does not broadcast "
                     f"to input's {tuple(input.shape)}"

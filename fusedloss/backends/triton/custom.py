@@ -50,8 +50,7 @@ def loaded(name: str, parameters: Sequence[float]) -> tuple[PointwiseLoss, Numbe
         )
     if len(parameters) != found.parameters:
         raise ValueError(
-            f"fusedloss: {name!r} has {found.parameters} parameters, and the call "
-            f"{len(parameters)}"
+            f"fusedloss: {name!r} has {found.parameters} parameters, and the call {len(parameters)}"
         )
     *own, bound = parameters
     return found.loss, (*found.constants(tuple(own)), bound)

@@ -121,7 +121,9 @@ class OnePass(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         input, target, weight, *more = (t for t in args[: -len(OPTIONS)])
         *options, prediction = args[-len(OPTIONS) :]
-        gradients = sum(bit for bit, need in zip((1, 2), ctx.needs_input_grad, strict=False) if need)
+        gradients = sum(
+            bit for bit, need in zip((1, 2), ctx.needs_input_grad, strict=False) if need
+        )
         hooked = _saves_through_hooks()
         if hooked:
             prediction = input.new_zeros(2, dtype=torch.float64)  # no confidence in it
