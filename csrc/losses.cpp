@@ -74,6 +74,16 @@ const LossInfo* find_loss(std::string_view name) {
   return found == table.losses.end() ? nullptr : &found->second;
 }
 
+std::vector<const LossInfo*> built_in_losses() {
+  Table& table = Table::instance();
+  const std::shared_lock lock(table.mutex);
+  std::vector<const LossInfo*> built_in;
+  for (const auto& [name, info] : table.losses) {
+    if (!info.custom()) built_in.push_back(&info);
+  }
+  return built_in;
+}
+
 void load_custom(const std::string& name, const std::string& library) {
   void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!handle) throw std::runtime_error("fusedloss: " + library + " does not load: " + dlerror());

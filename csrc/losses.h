@@ -5,6 +5,7 @@
 #include <atomic>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "math/losses.h"
 
@@ -40,6 +41,8 @@ struct LossInfo {
 
 // Null: there is no loss of this name. What it points to lives for ever.
 const LossInfo* find_loss(std::string_view name);
+// Those that are built in.
+std::vector<const LossInfo*> built_in_losses();
 
 // Loads the library of a custom loss, for whichever device it is. Once for each name and device; it
 // stays loaded. Throws std::runtime_error where it is none, or of another version.

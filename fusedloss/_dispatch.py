@@ -430,7 +430,7 @@ def _run_any(loss: Loss, args: tuple[Any, ...], prediction: Tensor | None) -> Te
         return loss.reference(*args)
     if _overridden(*tensors):
         options = dict(zip(loss.arguments[2:], args[2:], strict=True))
-        again = partial(_run_any, loss, args, prediction)
+        again = partial(run, loss, args, prediction)
         return _offer(PUBLIC[loss.name], tensors, args[:2], options, again)  # type: ignore[no-any-return]
     dtype: torch.dtype | str | None = None
     reason = _unfit(loss, call) or _obstacle(*tensors)

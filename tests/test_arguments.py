@@ -19,7 +19,7 @@ from torch import Tensor
 import fusedloss
 import fusedloss.functional as FL
 from cases import LOSSES, at_shape
-from fusedloss import custom, reference
+from fusedloss import _dispatch, custom, reference
 from fusedloss import math as fm
 from helpers import (
     FOR_A_GPU,
@@ -459,8 +459,8 @@ def test_the_short_way_decides_as_the_long_way(
 
             return entry
 
-    extension = FL._C
-    for module in (FL, custom):
+    extension = _dispatch._C
+    for module in (_dispatch, custom):
         monkeypatch.setattr(module, "_C", Watched())
     paths = []
     for number in range(100):
@@ -477,11 +477,12 @@ def test_the_short_way_decides_as_the_long_way(
         plain = call.context != "autocast"
         is_fused = fused is not None and fused.fused
         assert not any(taken) or (is_fused and plain), f"{what}: {fused}"
-        # Layouts and dimensions that the long way looks into.
+        # Layouts, dimensions and deprecated options that the long way looks into.
         rare = call.input.dim() > (3 if call.loss == "cross_entropy" else 8)
+        rare = rare or bool({"size_average", "reduce"} & call.options.keys())
         assert any(taken) or not (is_fused and plain) or rare, f"{what}: {fused}"
         with monkeypatch.context() as patch:
-            patch.setattr(FL, "_plain_calls", lambda: False)
+            patch.setattr(_dispatch, "_plain_calls", lambda: False)
             long = call.run()
         assert repr(short[1:]) == repr(long[1:]), what
         if short[0] is not None:

@@ -111,12 +111,9 @@ def test_the_graph_holds_one_operator(family: str) -> None:
         got, expected = (gradient(f, sample, upstream) for f in (compiled, function))
         assert_same_bits(got[0], expected[0], "value")
         assert_same_bits(got[1], expected[1], f"gradient by {upstream}")
-    engine = "cross_entropy" if family.startswith("cross_entropy") else "pointwise"
-    assert [n for n in graphs.forward if "fusedloss" in n] == [
-        f"{NAMESPACE}.{engine}_forward.default"
-    ]
+    assert [n for n in graphs.forward if "fusedloss" in n] == [f"{NAMESPACE}.loss_forward.default"]
     assert [n for n in graphs.backward if "fusedloss" in n] == [
-        f"{NAMESPACE}.{engine}_backward.default"
+        f"{NAMESPACE}.loss_backward.default"
     ]
     names = (*graphs.forward, *graphs.backward)
     assert not [n for n in names if n.startswith("aten") and ("loss" in n or "entropy" in n)]

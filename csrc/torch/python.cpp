@@ -365,12 +365,29 @@ py::dict build_info() {
   return info;
 }
 
+py::dict losses() {
+  py::dict all;
+  for (const LossInfo* info : built_in_losses()) {
+    py::dict loss;
+    loss["family"] = info->family == Family::kRows ? "rows" : "pointwise";
+    loss["mean"] = info->mean == Mean::kRows      ? "rows"
+                   : info->mean == Mean::kWeights ? "weights"
+                                                  : "elements";
+    loss["parameters"] = info->parameters;
+    loss["extra_inputs"] = info->extra_inputs;
+    loss["of_classes"] = info->of_classes;
+    all[info->name.c_str()] = loss;
+  }
+  return all;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "What was built and what of it runs, and the short way into torch.ops.fusedloss.*.";
   m.def("build_info", &build_info);
   m.def("define", &define, "Tells of a public function; returns its number.");
+  m.def("losses", &losses, "The built-in losses of the operators: what the kernels take and give.");
   m.def("loss", &loss, "The loss of that public function, or None: not a plain call.");
   m.def("custom", &custom, "The loss, or None: not a plain call.");
   m.def(

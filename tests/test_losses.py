@@ -1,0 +1,68 @@
+"""The table of losses in fusedloss/_losses.py, and every other place that lists them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+import fusedloss.functional as FL
+from cases import LOSSES as TESTED
+from fusedloss import backends, reference
+from fusedloss._losses import LOSSES, Loss
+
+OPERATORS = [*LOSSES, "binary_cross_entropy_with_logits_pos_weight"]
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_arguments(loss: Loss) -> None:
+    """Those of the public function and of the reference, in order."""
+    public = inspect.signature(getattr(FL, loss.name)).parameters
+    assert tuple(public) == loss.arguments
+    assert set(inspect.signature(loss.reference).parameters) >= set(loss.arguments)
+
+
+def test_every_loss_is_tested() -> None:
+    assert set(TESTED) == set(LOSSES)
+
+
+def test_the_compiled_table(compiled: str) -> None:
+    theirs: dict[str, dict[str, Any]] = backends.extension.losses()
+    assert set(theirs) - set(OPERATORS) == {theirs["log_loss"]["of_classes"]}
+    assert set(OPERATORS) <= set(theirs)
+    for name, loss in LOSSES.items():
+        mine = theirs[name]
+        numbers = bool(loss.parameter) or name == "log_loss"  # whose number is the dtype's eps
+        assert mine["parameters"] == numbers, name
+        assert bool(mine["of_classes"]) == loss.over_classes, name
+        assert mine["extra_inputs"] == 0, name
+    for name in OPERATORS:
+        assert theirs[name]["extra_inputs"] == name.endswith("_pos_weight")
+
+
+def test_the_table_of_triton(compiled: str) -> None:
+    pytest.importorskip("triton")
+    from fusedloss.backends.triton.losses import POINTWISE
+
+    theirs: dict[str, dict[str, Any]] = backends.extension.losses()
+    for name, loss in POINTWISE.items():
+        assert theirs[name]["mean"] == loss.mean, name
+        assert theirs[name]["parameters"] == loss.parameters, name
+    elementwise = {name for name in OPERATORS if theirs[name]["family"] == "pointwise"}
+    assert set(POINTWISE) == elementwise
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_reference_has_it(name: str) -> None:
+    x = torch.rand(3, 4)
+    more = [torch.ones(4)] if name.endswith("_pos_weight") else []
+    parameter = {"cross_entropy": 0.1, "log_loss": 1e-7}.get(name, 1.0)
+    value = reference.call(name, x, x.softmax(1), None, more, [parameter], -100, "mean")
+    assert value.dim() == 0
+
+
+def test_the_reference_has_no_other() -> None:
+    with pytest.raises(ValueError, match="no loss is named 'mse'"):
+        reference.call("mse", torch.ones(1), torch.ones(1), None, [], [], 0, "mean")
