@@ -103,9 +103,8 @@ void load_custom(const std::string& name, const std::string& library) {
     return true;
   };
 #if defined(FUSEDLOSS_CUDA)
-  if (add(kernel_of<cuda::CustomKernel>(library, handle,
-                                        FUSEDLOSS_NAME(FUSEDLOSS_CUSTOM_CUDA_ENTRY),
-                                        cuda::kCustomVersion),
+  if (add(kernel_of<cuda::CustomKernel>(
+              library, handle, FUSEDLOSS_NAME(FUSEDLOSS_CUSTOM_CUDA_ENTRY), cuda::kCustomVersion),
           &LossInfo::cuda)) {
     return;
   }

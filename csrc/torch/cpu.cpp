@@ -244,9 +244,9 @@ struct CpuEngine {
   void read(const OptionalTensor& upstream) {
     target_ = a.target;
     if (a.indices()) {
-      Classes classes = check_classes(
-          a.target, a.classes(), present(a.weight) ? a.weight->reshape({-1}) : Tensor(),
-          a.ignore_index);
+      Classes classes =
+          check_classes(a.target, a.classes(),
+                        present(a.weight) ? a.weight->reshape({-1}) : Tensor(), a.ignore_index);
       class_weights_ = classes.weight_sum;
       target_ = std::move(classes.indices);
     }
@@ -316,15 +316,14 @@ struct CpuEngine {
   // Row by row, or tiles of neighbouring rows.
   void choose_walk() {
     // A gradient has its input's strides, or is row-major where input is not dense.
-    rows_.by_row = rows_.classes == 1 ||
-                   (rows_.input.classes == 1 &&
-                    (rows_.inner == 1 || a.input.is_non_overlapping_and_dense()));
+    rows_.by_row =
+        rows_.classes == 1 ||
+        (rows_.input.classes == 1 && (rows_.inner == 1 || a.input.is_non_overlapping_and_dense()));
     // Rows are no neighbours where they are fewer than a register holds, or further apart than
     // their classes. With few classes, what a row costs beside its elements is worth more than to
     // have these side by side.
     constexpr int64_t kFew = 128, kRows = 16;
-    if (rows_.classes > kFew &&
-        (rows_.inner < kRows || rows_.input.classes < rows_.input.inner)) {
+    if (rows_.classes > kFew && (rows_.inner < kRows || rows_.input.classes < rows_.input.inner)) {
       rows_.by_row = true;
     }
     if (rows_.by_row && rows_.classes > 1 && rows_.classes <= kFew &&
@@ -372,8 +371,8 @@ struct CpuEngine {
     return result.sum;
   }
 
-  double predicted_ = kNaN;  // the upstream gradient that forward writes gradients for
-  double upstream_ = 1;      // the true one
+  double predicted_ = kNaN;   // the upstream gradient that forward writes gradients for
+  double upstream_ = 1;       // the true one
   double class_weights_ = 0;  // of the targets that are not ignored
   Tensor target_, row_upstream_;
   cpu::Pointwise pointwise_;

@@ -270,9 +270,7 @@ struct CudaEngine {
     launch(cuda::workspace_bytes(count), [&] { return cuda::sum_class_weights(count, launch_); });
     divide_by_what_is_there();
   }
-  void divide_by_what_is_there() {
-    launch_.normalizer = std::numeric_limits<double>::quiet_NaN();
-  }
+  void divide_by_what_is_there() { launch_.normalizer = std::numeric_limits<double>::quiet_NaN(); }
 
   void write(const Gradients& gradients) {
     const auto& [of_input, of_target] = gradients;

@@ -157,7 +157,8 @@ BackwardGradients::BackwardGradients(SavedGradients* saved, const Arguments& a, 
     TORCH_CHECK(input.sizes() == saved->input_sizes && input.scalar_type() == saved->input_dtype,
                 "fusedloss: backward's input is a ", input.scalar_type(), " tensor of shape ",
                 input.sizes(), ", and forward's was a ", saved->input_dtype, " tensor of shape ",
-                at::IntArrayRef(saved->input_sizes), ": between the two, leave input.data as it is");
+                at::IntArrayRef(saved->input_sizes),
+                ": between the two, leave input.data as it is");
     gradients = std::exchange(saved->gradients, {});
   }
   for (size_t i = 0; i < gradients.size(); ++i) {

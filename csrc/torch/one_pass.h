@@ -38,7 +38,9 @@ at::Tensor prediction_of(const OptionalTensor& own, const Arguments& a);
 using Gradients = std::array<at::Tensor, 2>;
 
 inline bool wants(int64_t mask, size_t i) { return mask >> i & 1; }
-inline const at::Tensor& operand(const Arguments& a, size_t i) { return i == 0 ? a.input : a.target; }
+inline const at::Tensor& operand(const Arguments& a, size_t i) {
+  return i == 0 ? a.input : a.target;
+}
 // Throws where the loss gives no gradient for one of them.
 void check_mask(int64_t mask, const LossInfo& info);
 Gradients empty_gradients(const Arguments& a, int64_t mask);
@@ -132,11 +134,12 @@ struct Operators {
     return {std::move(value), std::move(state)};
   }
 
-  static std::vector<at::Tensor> backward(
-      const at::Tensor& grad_output, const at::Tensor& state, const at::Tensor& input,
-      const at::Tensor& target, const OptionalTensor& weight, at::TensorList more,
-      std::string_view loss, at::ArrayRef<double> parameters, int64_t ignore_index,
-      int64_t reduction, at::ScalarType dtype, int64_t mask) {
+  static std::vector<at::Tensor> backward(const at::Tensor& grad_output, const at::Tensor& state,
+                                          const at::Tensor& input, const at::Tensor& target,
+                                          const OptionalTensor& weight, at::TensorList more,
+                                          std::string_view loss, at::ArrayRef<double> parameters,
+                                          int64_t ignore_index, int64_t reduction,
+                                          at::ScalarType dtype, int64_t mask) {
     const Arguments a{input,      target,       weight,    more, loss,
                       parameters, ignore_index, reduction, dtype};
     Engine engine(a, Pass::kBackward);

@@ -70,9 +70,9 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     ctx->save_for_backward(std::move(inputs));
     // As values that compiled autograd can read.
     ctx->saved_data["state"] = std::move(state);
-    ctx->saved_data["options"] = c10::ivalue::Tuple::create(
-        std::string(loss), parameters.vec(), ignore_index, reduction, static_cast<int64_t>(dtype),
-        mask);
+    ctx->saved_data["options"] =
+        c10::ivalue::Tuple::create(std::string(loss), parameters.vec(), ignore_index, reduction,
+                                   static_cast<int64_t>(dtype), mask);
     return value;
   }
 
@@ -148,15 +148,16 @@ Tensor loss_meta(const Tensor& input, const Tensor& target, const OptionalTensor
                  at::TensorList more, std::string_view loss, at::ArrayRef<double> parameters,
                  int64_t ignore_index, int64_t reduction, at::ScalarType dtype,
                  const OptionalTensor&) {
-  const Arguments a{input,      target,       weight,    more, loss,
-                    parameters, ignore_index, reduction, dtype};
+  const Arguments a{input, target, weight, more, loss, parameters, ignore_index, reduction, dtype};
   return empty_loss(a, checked_meta(a).family);
 }
 
-std::tuple<Tensor, Tensor> loss_forward_meta(
-    const Tensor& input, const Tensor& target, const OptionalTensor& weight, at::TensorList more,
-    std::string_view loss, at::ArrayRef<double> parameters, int64_t ignore_index, int64_t reduction,
-    at::ScalarType dtype, int64_t, const OptionalTensor& prediction) {
+std::tuple<Tensor, Tensor> loss_forward_meta(const Tensor& input, const Tensor& target,
+                                             const OptionalTensor& weight, at::TensorList more,
+                                             std::string_view loss, at::ArrayRef<double> parameters,
+                                             int64_t ignore_index, int64_t reduction,
+                                             at::ScalarType dtype, int64_t,
+                                             const OptionalTensor& prediction) {
   return {loss_meta(input, target, weight, more, loss, parameters, ignore_index, reduction, dtype,
                     prediction),
           empty_state(input)};
@@ -168,8 +169,7 @@ std::vector<Tensor> loss_backward_meta(const Tensor& grad_output, const Tensor& 
                                        std::string_view loss, at::ArrayRef<double> parameters,
                                        int64_t ignore_index, int64_t reduction,
                                        at::ScalarType dtype, int64_t mask) {
-  const Arguments a{input,      target,       weight,    more, loss,
-                    parameters, ignore_index, reduction, dtype};
+  const Arguments a{input, target, weight, more, loss, parameters, ignore_index, reduction, dtype};
   check_mask(mask, checked_meta(a));
   check_meta(grad_output);
   check_meta(state);
@@ -178,8 +178,8 @@ std::vector<Tensor> loss_backward_meta(const Tensor& grad_output, const Tensor& 
 
 }  // namespace
 
-#define FUSEDLOSS_CALL                                                                    \
-  "Tensor input, Tensor target, Tensor? weight, Tensor[] more, str loss, "                \
+#define FUSEDLOSS_CALL                                                     \
+  "Tensor input, Tensor target, Tensor? weight, Tensor[] more, str loss, " \
   "float[] parameters, int ignore_index, int reduction, ScalarType dtype"
 
 TORCH_LIBRARY(fusedloss, m) {

@@ -1,9 +1,9 @@
 // The Python module fusedloss._C: build information, and the short way into the operators.
 //
-// The operators can be called as torch.ops.fusedloss.* too, and compilers do so. The short way saves
-// a small call what that costs: boxed arguments, and the checks of its tensors made one by one in
-// Python. It takes plain calls only, and answers None to any other; fusedloss/_dispatch.py has the
-// long way, with the same conditions.
+// The operators can be called as torch.ops.fusedloss.* too, and compilers do so. The short way
+// saves a small call what that costs: boxed arguments, and the checks of its tensors made one by
+// one in Python. It takes plain calls only, and answers None to any other; fusedloss/_dispatch.py
+// has the long way, with the same conditions.
 #include <ATen/ExpandUtils.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
@@ -179,26 +179,18 @@ std::vector<Signature>& signatures() {
 }
 
 size_t define(const std::string& name, const std::vector<std::string>& arguments,
-              const std::string& weight_kind, const std::string& parameter, double low,
-              double high, const std::string& at_zero) {
+              const std::string& weight_kind, const std::string& parameter, double low, double high,
+              const std::string& at_zero) {
   const auto at = [&](const std::string& argument) {
     const auto found = std::find(arguments.begin(), arguments.end(), argument);
     return found == arguments.end() ? -1 : static_cast<int>(found - arguments.begin());
   };
-  signatures().push_back({name,
-                          at_zero,
+  signatures().push_back({name, at_zero,
                           weight_kind == "class"        ? Signature::kClass
                           : weight_kind == "broadcasts" ? Signature::kBroadcasts
                                                         : Signature::kElement,
-                          low,
-                          high,
-                          at("weight"),
-                          at("pos_weight"),
-                          at("size_average"),
-                          at("reduce"),
-                          at("reduction"),
-                          at(parameter),
-                          at("ignore_index")});
+                          low, high, at("weight"), at("pos_weight"), at("size_average"),
+                          at("reduce"), at("reduction"), at(parameter), at("ignore_index")});
   return signatures().size() - 1;
 }
 
@@ -280,7 +272,8 @@ py::object elements_loss(const Signature& s, PlainCall& call, const py::tuple& a
   const bool zero = !s.at_zero.empty() && options.parameter == 0;
   const bool has_number = s.parameter >= 0 && !zero;
   return without_gil([&] {
-    const auto parameters = has_number ? at::ArrayRef<double>(options.parameter) : at::ArrayRef<double>();
+    const auto parameters =
+        has_number ? at::ArrayRef<double>(options.parameter) : at::ArrayRef<double>();
     if (!pos_weight) {
       return call_loss(call, weight, {}, zero ? s.at_zero : s.name, parameters, 0,
                        options.reduction, call.dtype(), prediction);
@@ -314,9 +307,9 @@ py::object rows_loss(const Signature& s, PlainCall& call, const py::tuple& args,
     }
     const bool each = options.reduction == at::Reduction::None;
     // Elements that are added up to rows are rounded after that, once.
-    const Tensor value = call_loss(call, weight, {}, s.name, eps_of(dtype), options.ignore_index,
-                                   options.reduction,
-                                   each ? at::promote_types(dtype, at::kFloat) : dtype, prediction);
+    const Tensor value =
+        call_loss(call, weight, {}, s.name, eps_of(dtype), options.ignore_index, options.reduction,
+                  each ? at::promote_types(dtype, at::kFloat) : dtype, prediction);
     return each ? value.sum(dim).to(dtype) : value;
   });
 }

@@ -68,8 +68,7 @@ static void check_class_weight(const Arguments& a) {
                     " has no classes");
   if (!present(a.weight)) return;
   TORCH_CHECK_VALUE(a.weight->numel() == a.classes(), "fusedloss: ", a.classes(),
-                    " classes need a weight of shape (", a.classes(), "), not ",
-                    a.weight->sizes());
+                    " classes need a weight of shape (", a.classes(), "), not ", a.weight->sizes());
   check_device("weight", *a.weight, a.input);
 }
 
