@@ -55,7 +55,7 @@ lint: $(VENV)/lint.stamp ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	find csrc tests/cuda_emulator -name '*.h' -o -name '*.c*' | grep -v pycache | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc bench tests/cuda_emulator -name '*.h' -o -name '*.c*' | grep -v pycache | xargs $(BIN)/clang-format --dry-run -Werror
 
 clean: ## remove what was built; the environment stays
 	rm -rf build dist fusedloss/*.so *.egg-info $(VENV)/build.stamp

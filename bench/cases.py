@@ -49,19 +49,19 @@ class Table:
 TABLES = {
     "speed": Table(
         "Forward + backward",
-        ("eager", "compile", "ours", "limit"),
+        ("eager", "compile", "ours", "limit", "copy"),
         ("eager", "compile", "limit"),
         peers=True,
     ),
     "own": Table(
         "Forward + backward, losses of one's own",
-        ("eager", "compile", "ours", "limit"),
+        ("eager", "compile", "ours", "limit", "copy"),
         ("eager", "compile", "limit"),
         peers=True,
     ),
     "curve": Table(
         "Forward + backward, by size",
-        ("eager", "ours", "limit"),
+        ("eager", "ours", "limit", "copy"),
         ("eager", "limit"),
         peers=True,
     ),

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import fusedloss
 import fusedloss.functional as FL
 
-from . import own
+from . import limit, own
 from .cases import COLUMNS, MODULES, TABLES, Case, Loss
 from .peers import PEERS
 
@@ -36,8 +36,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-8}
 
 # Long enough a block for the clock, short enough that a round sees one state of the machine.
 BLOCK_SECONDS = 0.01
-# Of a round on a GPU, where each step is timed alone, over a cache that holds none of its data.
+# The same on a GPU, where each step is timed alone, over a cache that holds none of its data.
 GPU_BLOCK_SECONDS = 0.04
+# What decides which copy is the fastest of a case takes this for a block, and this many rounds.
+LIMIT_BLOCK_SECONDS, LIMIT_ROUNDS = 0.003, 5
 
 # Past it, a case starts no further round, once it has enough of them for a median and a spread.
 CASE_SECONDS = 20.0
@@ -77,6 +79,7 @@ class Row:
     problems: dict[str, Problem] = field(default_factory=dict)
     path: str | None = None
     compile_seconds: float | None = None
+    limit_by: str | None = None  # the means that was the fastest, see bench/limit.py
 
     def ratios(self) -> dict[str, Ratio]:
         """The table's columns, as far as both contestants of one were measured."""
@@ -185,12 +188,13 @@ def second_backend(device: str) -> str | None:
 def contestants(case: Case, wanted: Collection[str] | None = None) -> list[str]:
     """Who is measured: ours and the limit always, the others as wanted (None: whoever is here)."""
     table = TABLES[case.table]
-    names = list(table.contestants)
+    # On a GPU PyTorch's copy is the limit.
+    names = [name for name in table.contestants if name != "copy" or case.device == "cpu"]
     if table.peers:
         second = second_backend(case.device)
         names += [second] if second and not case.functions else []
         names += [p.name for p in PEERS.values() if p.covers(case) and p.version is not None]
-    always = ("ours", "unit", "limit")
+    always = ("ours", "unit", "limit", "copy")
     return [name for name in names if wanted is None or name in wanted or name in always]
 
 
@@ -245,18 +249,34 @@ def upstream_of(case: Case, contestant: str, x: Tensor, t: Tensor) -> Tensor | N
     return None
 
 
+def copy_step(copy: limit.Copy, x: Tensor) -> Step:
+    """A copy in the place of a loss step."""
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        # Kept in x.grad, so that it is freed when a gradient is: at the next step.
+        x.grad = None
+        x.grad = copy()
+        return x.grad
+
+    return step
+
+
+def fastest_copy(x: Tensor, t: Tensor) -> tuple[str, Step]:
+    """The limit: the fastest of all means, and its name."""
+    steps = {name: copy_step(copy, x) for name, copy in limit.means(x, t).items()}
+    if len(steps) > 1:
+        samples = interleave(steps, LIMIT_ROUNDS, LIMIT_BLOCK_SECONDS, host_clock)
+        name = min(samples, key=lambda name: np.median(samples[name]))
+    else:
+        (name,) = steps
+    return name, steps[name]
+
+
 def make_step(case: Case, contestant: str, x: Tensor, t: Tensor) -> Step:
     """What is timed: a loss step that delivers a fresh gradient."""
-    if contestant == "limit":
-
-        @torch.no_grad()
-        def step() -> Tensor:
-            # Kept in x.grad, so that it is freed when a gradient is: at the next step.
-            x.grad = None
-            x.grad = torch.add(x, t) if x.shape == t.shape else x.clone()
-            return x.grad
-
-        return step
+    if contestant == "copy":
+        return copy_step(lambda: limit.by_pytorch(x, t), x)
 
     loss = build_loss(case, contestant)
     if case.table == "forward":
@@ -441,7 +461,10 @@ class Speed:
                             "skipped", "no kernel of that backend takes it"
                         )
                         continue
-                    steps[name] = self.prepare(case, name, x, t, truth)
+                    if name == "limit":
+                        row.limit_by, steps[name] = fastest_copy(x, t)
+                    else:
+                        steps[name] = self.prepare(case, name, x, t, truth)
                 if name == "ours":
                     row.path = path(case, x, t)
             except Exception as error:  # noqa: BLE001 - the others are still measured
@@ -469,7 +492,7 @@ class Speed:
         truth: tuple[Tensor, Tensor | None],
     ) -> Step:
         """A contestant's step, found right; whoever is wrong raises."""
-        if name == "limit":
+        if name == "copy":
             return make_step(case, name, x, t)
         original = x.detach()
         if name in PEERS and PEERS[name].overwrites_input:

@@ -163,6 +163,7 @@ def _row(row: Row) -> dict[str, Any]:
         "least_bytes": row.case.least_bytes,
         "samples": row.samples,
         "compile_seconds": row.compile_seconds,
+        "limit_by": row.limit_by,
     }
 
 
@@ -271,11 +272,17 @@ def summary(rows: Sequence[Row]) -> str:
     return "\n\n".join(lines)
 
 
+_LIMIT_CPU = (
+    "It is the fastest of three copies into memory that is prepared as ours is (huge pages from 32 MiB "
+    "on): compiled with ordinary stores, with streaming stores, or PyTorch's own `add` or `copy_`; the "
+    'JSON names it, and also has PyTorch\'s copy into new memory ("copy").'
+)
+_LIMIT_GPU = "It is PyTorch's own operator, `torch.add` or `clone`."
 _ABOUT_CPU = """\
 - Every figure is a ratio: the median over rounds of the ratio within a round, with the 20 % and \
 80 % quantiles in brackets. All contestants run in one process in turn, once a round, in an order \
-drawn anew; where a bar is to be as fast as another (upstream gradients, "none", forward only), \
-there are three times the rounds. Each is first held against float64; one that is wrong gets no \
+drawn anew; tables whose bars lie within a few per cent (upstream gradients, "none", forward only) \
+have three times the rounds. Each is first held against float64; one that is wrong gets no \
 figure.
 - Peak memory is resident memory, each contestant in a process of its own."""
 _ABOUT_GPU = """\
@@ -295,11 +302,11 @@ def markdown(rows: Sequence[Row], about: Mapping[str, Any], pictures: Mapping[st
 {summary(rows)}
 {warning}
 {images}- **eager** is `torch.nn.functional`, **torch.compile** the same call compiled (fixed shapes, \
-compiling not timed), **ours** `fusedloss.functional`. A loss of one's own (those of \
+compiling not timed), **ours** `fusedloss.functional`. A custom loss (those of \
 docs/custom-losses.md) is the same line for all three. Each step delivers a fresh gradient.
-- **limit** is the least traffic a step can have, by PyTorch's own operator: `torch.add(x, y)` into \
-fresh memory for a pointwise loss, `x.clone()` where targets are class indices. Only cheaper fresh memory (huge \
-pages) can beat it. GB/s counts that traffic alone.
+- **limit** is the least traffic that a step can have: read both tensors of a pointwise loss (one where \
+targets are class indices), write one. {_LIMIT_GPU if about["device"] == "cuda" else _LIMIT_CPU} \
+GB/s counts that traffic alone.
 {_ABOUT_GPU if about["device"] == "cuda" else _ABOUT_CPU}
 
 {tables(rows)}
@@ -480,7 +487,7 @@ def picture(rows: Sequence[Row], about: Mapping[str, Any], table: str = "speed")
             text = f" fusedloss: {row.problems['ours'].verdict}"
             left.text(0, place - 0.2, text, color="tab:red", va="center", fontsize=8)
     left.set_xlabel("times as fast as PyTorch eager (longer is better)")
-    right.set_xlabel("share of the memory limit's speed (100 % = a bare add or copy)")
+    right.set_xlabel("share of the memory limit's speed (100 % = a bare copy)")
     right.xaxis.set_major_formatter(PercentFormatter(1))
     left.set_yticks(range(len(rows)), [row.case.name for row in rows])
     left.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
@@ -492,7 +499,7 @@ def write(rows: Sequence[Row], about: Mapping[str, Any], folder: Path, stem: str
     """The files written."""
     pictures = {
         "Speed-up over eager, and distance to the limit": (picture, f"{stem}.png"),
-        "The same for losses of one's own": (partial(picture, table="own"), f"{stem}-own.png"),
+        "The same for custom losses": (partial(picture, table="own"), f"{stem}-own.png"),
         "Share of the limit by size": (curves, f"{stem}-curves.png"),
         "Peak memory": (memory_picture, f"{stem}-memory.png"),
     }

@@ -32,6 +32,7 @@ from bench import (
     examples,
     figures,
     kernels,
+    limit,
     measure,
     memory,
     models,
@@ -287,7 +288,7 @@ def test_exception_in_one_case_leaves_the_others(run, monkeypatch):
         "verdict": "failed",
         "text": "ValueError: no such luck",
     }
-    assert rows["mse"]["samples"].keys() == {"eager", "limit"}
+    assert rows["mse"]["samples"].keys() == {"eager", "limit", "copy"}
     assert rows["ce"]["samples"] == {}
     assert rows["l1"]["ratios"]["eager"]["met"] is True
     assert text.count("OURS FAILED") == 2
@@ -302,6 +303,67 @@ def test_time_for_compiling_is_bounded(monkeypatch):
     assert row.unmeasured() == ["compile"]
     assert "not measured: compile" in report.tables([row])
     assert "0 of 1 cases with a bar reach all of theirs." in report.summary([row])
+
+
+@pytest.mark.parametrize("elements", [1, 100, 2**15 + 5])
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_every_copy_moves_the_whole_tensor(elements, inputs):
+    x = torch.arange(1, elements + 1, dtype=torch.float32)
+    t = torch.full((elements,), -2.0) if inputs == 2 else torch.zeros(3)
+    copies = limit.means(x, t)
+    torch.testing.assert_close(copies.pop("PyTorch")(), x - 2 if inputs == 2 else x)
+    if isinstance(limit.library(), str):
+        pytest.skip(limit.library())
+    assert copies.keys() == {"ordinary stores", "streaming stores"}
+    bits = x.view(torch.int32)
+    bits = bits ^ t.view(torch.int32) if inputs == 2 else bits
+    for copy in copies.values():
+        assert torch.equal(copy().view(torch.int32), bits)
+
+
+@pytest.mark.skipif(limit.sys.platform != "linux", reason="huge pages are Linux's")
+def test_limit_is_measured_over_memory_prepared_as_ours(monkeypatch):
+    advised = []
+    madvise = lambda at, size, advice: advised.append((at.value, size.value, advice))
+    monkeypatch.setattr(limit, "_libc", lambda: SimpleNamespace(madvise=madvise))
+    large = torch.empty(limit.HUGE_PAGES_FROM, dtype=torch.uint8)
+    assert limit.new_memory(large[1:]).numel() == large.numel() - 1
+    assert advised == []
+    new = limit.new_memory(large)
+    ((first, size, advice),) = advised
+    assert first % 4096 == size % 4096 == 0 and advice == 14
+    assert new.data_ptr() <= first < new.data_ptr() + 4096
+    assert 0 <= new.data_ptr() + new.nbytes - (first + size) < 4096
+    for copy in limit.means(large, large[:3]).values():
+        copy()
+    assert len(advised) == 1 + len(limit.means(large, large[:3]))
+
+
+def test_limit_is_the_fastest_copy(monkeypatch):
+    x, t = torch.ones(3), torch.ones(3)
+    copies = dict.fromkeys(("slow", "fast", "slower"), torch.Tensor)
+    monkeypatch.setattr(limit, "means", lambda x, t: copies)
+    samples = {"slow": [3.0, 1.0, 3.0], "fast": [2.0, 2.0, 9.0], "slower": [4.0, 4.0, 4.0]}
+    monkeypatch.setattr(measure, "interleave", lambda steps, *_: samples)
+    assert measure.fastest_copy(x, t)[0] == "fast"
+
+
+def test_limit_without_a_compiler(monkeypatch, run):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    limit.library.cache_clear()
+    try:
+        assert "/no/such/compiler" in limit.library()
+        assert run("mse")[2]["mse"]["limit_by"] == "PyTorch"
+    finally:
+        limit.library.cache_clear()
+
+
+def test_limit_of_a_gpu_is_pytorchs_copy(monkeypatch):
+    monkeypatch.setattr(measure, "second_backend", lambda device: None)
+    case = dataclasses.replace(TINY["mse"], device="cuda")
+    assert measure.contestants(case, ["eager"]) == ["eager", "ours", "limit"]
+    x = torch.ones(3, device="meta")
+    assert list(limit.means(x, x)) == ["PyTorch"]
 
 
 def test_rounds_time_everyone_in_changing_order():
@@ -492,7 +554,7 @@ def test_installed_peer_joins_with_an_input_of_its_own(peer):
     row = measure.Speed(2, wanted=["liger", "eager"])(case)
     assert not row.problems
     assert torch.equal(x, before), "the input that the others share"
-    assert row.samples.keys() == {"eager", "ours", "limit", "liger"}
+    assert row.samples.keys() == {"eager", "ours", "limit", "copy", "liger"}
     assert "liger" in row.ratios()
     text = report.tables([row])
     assert "Liger-Kernel / ours" in text
@@ -517,7 +579,7 @@ def test_peer_is_checked(monkeypatch, peer):
     )
     row = measure.Speed(2, wanted=["liger"])(TINY["ce"])
     assert row.problems["liger"].verdict == "wrong"
-    assert row.samples.keys() == {"ours", "limit"}
+    assert row.samples.keys() == {"ours", "limit", "copy"}
 
 
 @pytest.fixture
@@ -594,7 +656,7 @@ def test_replay_that_gives_something_else_is_wrong(monkeypatch, cuda_graphs):
 
 
 def test_peers_by_name(peer):
-    assert measure.contestants(TINY["ce"], ["eager"]) == ["eager", "ours", "limit"]
+    assert measure.contestants(TINY["ce"], ["eager"]) == ["eager", "ours", "limit", "copy"]
     assert "liger" in measure.contestants(TINY["ce"])
     assert "liger" not in measure.contestants(TINY["none"]), "a table that none joins"
 
@@ -607,7 +669,7 @@ def test_second_backend_joins(monkeypatch):
     monkeypatch.setattr(measure, "running", lambda contestant: contextlib.nullcontext())
     row = measure.Speed(2, wanted=["triton"])(TINY["own"])
     assert row.problems["triton"].verdict == "skipped"
-    assert row.samples.keys() == {"ours", "limit"}
+    assert row.samples.keys() == {"ours", "limit", "copy"}
 
 
 @pytest.mark.parametrize("name", sorted({c.loss for c in cases.CASES["cpu"] if c.table == "own"}))
@@ -689,30 +751,36 @@ def test_pictures_of_sizes_and_memory():
     assert [bar.get_width() for bar in figure.axes[0].patches] == [1.0, 2.0]
 
 
-def _run_of(ours, limit=(1.0, 1.0, 1.0)):
+def _run_of(ours, copy=(1.0, 1.0, 1.0), before_copy=False):
     about = {"date": "2026-01-01", "cpu": "a CPU", "torch": "2", "commit": "c"}
-    samples = {"ours": list(ours), "limit": list(limit)}
+    # Up to version 0.1.1 PyTorch's copy was the limit.
+    beside = (
+        {"limit": list(copy)} if before_copy else {"copy": list(copy), "limit": [0.1, 0.2, 0.3]}
+    )
+    samples = {"ours": list(ours), **beside}
     row = {"table": "speed", "case": "mse", "unit": "s", "samples": samples}
     return {**about, "rows": [row]}
 
 
 @pytest.mark.parametrize(
-    ("after", "limit", "said", "status"),
+    ("after", "copy", "said", "status"),
     [
         ((1.0, 1.1, 1.2), (1.0, 1.0, 1.0), "same", 0),
         ((2.0, 2.1, 2.2), (1.0, 1.0, 1.0), "SLOWER", 1),
         ((0.5, 0.6, 0.7), (1.0, 1.0, 1.0), "faster", 0),
-        # Of a machine that is half as fast.
+        # A machine that is half as fast.
         ((2.0, 2.2, 2.4), (2.0, 2.0, 2.0), "same", 0),
     ],
 )
-def test_compare(tmp_path, capsys, after, limit, said, status):
-    for name, run in (("a", _run_of((1.0, 1.1, 1.2))), ("b", _run_of(after, limit))):
+@pytest.mark.parametrize("before_copy", [False, True])
+def test_compare(tmp_path, capsys, after, copy, said, status, before_copy):
+    earlier = _run_of((1.0, 1.1, 1.2), before_copy=before_copy)
+    for name, run in (("a", earlier), ("b", _run_of(after, copy))):
         (tmp_path / f"{name}.json").write_text(json.dumps(run))
     paths = [str(tmp_path / f"{name}.json") for name in "ab"]
     assert cli.main(["compare", *paths]) == status
     line = next(x for x in capsys.readouterr().out.splitlines() if "speed: mse" in x)
-    assert said in line
+    assert said in line and "copy by PyTorch" in line
     with pytest.raises(SystemExit):
         compare.main([paths[0], str(tmp_path / "none.json")])
     assert "none.json" in capsys.readouterr().err
