@@ -15,11 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import formulas
+import fusedloss
 import fusedloss.functional as FL
 from cases import DEVICE, Case, Sample
 
 Loss = Callable[..., Tensor]
 T = TypeVar("T")
+
+# The module of each loss of the table in cases.py.
+MODULES = {
+    "mse_loss": fusedloss.MSELoss,
+    "l1_loss": fusedloss.L1Loss,
+    "smooth_l1_loss": fusedloss.SmoothL1Loss,
+    "huber_loss": fusedloss.HuberLoss,
+    "binary_cross_entropy": fusedloss.BCELoss,
+    "binary_cross_entropy_with_logits": fusedloss.BCEWithLogitsLoss,
+    "cross_entropy": fusedloss.CrossEntropyLoss,
+    "log_loss": fusedloss.LogLoss,
+}
 
 # The CUDA operators stand for the CPU's, over the emulator: see tests/cuda_emulator/extension.py.
 EMULATED = os.environ.get("FUSEDLOSS_EMULATED") == "1"

@@ -15,6 +15,7 @@ import fusedloss.functional as FL
 from cases import DEVICE, FAMILIES, LOSSES, REDUCTIONS, Sample, at_shape
 from custom_losses import charbonnier
 from helpers import (
+    MODULES,
     assert_close_to_truth,
     assert_same_bits,
     draw_upstream,
@@ -288,7 +289,7 @@ def test_another_device_than_the_current_one(loss: str) -> None:
     sample = at_shape(loss, (33, 257)).sample(torch.float32)
     far = to(sample, "cuda:1")
     assert torch.cuda.current_device() == 0
-    for module in (None, getattr(fusedloss, _MODULES[loss])()):
+    for module in (None, MODULES[loss]()):
         function = getattr(FL, loss) if module is None else module
         for on in (sample, far, sample):  # a module moves along with its inputs
             input = leaf(on.input)
@@ -300,18 +301,6 @@ def test_another_device_than_the_current_one(loss: str) -> None:
                 value.detach().to("cuda:0"), expected.value, expected.value_scale, "value"
             )
             assert_close_to_truth(grad.to("cuda:0"), expected.grad, expected.grad_scale, "gradient")
-
-
-_MODULES = {
-    "mse_loss": "MSELoss",
-    "l1_loss": "L1Loss",
-    "smooth_l1_loss": "SmoothL1Loss",
-    "huber_loss": "HuberLoss",
-    "binary_cross_entropy": "BCELoss",
-    "binary_cross_entropy_with_logits": "BCEWithLogitsLoss",
-    "cross_entropy": "CrossEntropyLoss",
-    "log_loss": "LogLoss",
-}
 
 
 # ---- more than 2^31 elements --------------------------------------------------------------------

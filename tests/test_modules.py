@@ -14,20 +14,13 @@ from torch import Tensor, nn
 import fusedloss
 import fusedloss.functional as FL
 from cases import at_shape
-from helpers import assert_same_bits, leaf
+from helpers import MODULES, assert_same_bits, leaf
 
+# By the module's name: ours, torch's, and the loss.
 CLASSES: dict[str, tuple[type[nn.Module], type[nn.Module], str]] = {
-    "MSELoss": (fusedloss.MSELoss, nn.MSELoss, "mse_loss"),
-    "L1Loss": (fusedloss.L1Loss, nn.L1Loss, "l1_loss"),
-    "SmoothL1Loss": (fusedloss.SmoothL1Loss, nn.SmoothL1Loss, "smooth_l1_loss"),
-    "HuberLoss": (fusedloss.HuberLoss, nn.HuberLoss, "huber_loss"),
-    "BCELoss": (fusedloss.BCELoss, nn.BCELoss, "binary_cross_entropy"),
-    "BCEWithLogitsLoss": (
-        fusedloss.BCEWithLogitsLoss,
-        nn.BCEWithLogitsLoss,
-        "binary_cross_entropy_with_logits",
-    ),
-    "CrossEntropyLoss": (fusedloss.CrossEntropyLoss, nn.CrossEntropyLoss, "cross_entropy"),
+    ours.__name__: (ours, getattr(nn, ours.__name__), loss)
+    for loss, ours in MODULES.items()
+    if loss != "log_loss"
 }
 FUNCTIONS = {name: loss for name, (_, _, loss) in CLASSES.items()} | {"LogLoss": "log_loss"}
 WEIGHT = torch.linspace(0.5, 2, 7)

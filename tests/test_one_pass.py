@@ -24,6 +24,7 @@ from cases import DEVICE, DTYPES, LOSSES, Sample, at_shape
 from fusedloss import math as fm
 from helpers import (
     INTERPRETED,
+    MODULES,
     affordable,
     assert_close_to_truth,
     assert_same_bits,
@@ -34,16 +35,6 @@ from helpers import (
 )
 
 NAN, INF = float("nan"), float("inf")
-MODULES = {
-    "mse_loss": fusedloss.MSELoss,
-    "l1_loss": fusedloss.L1Loss,
-    "smooth_l1_loss": fusedloss.SmoothL1Loss,
-    "huber_loss": fusedloss.HuberLoss,
-    "binary_cross_entropy": fusedloss.BCELoss,
-    "binary_cross_entropy_with_logits": fusedloss.BCEWithLogitsLoss,
-    "cross_entropy": fusedloss.CrossEntropyLoss,
-    "log_loss": fusedloss.LogLoss,
-}
 SITES = {
     "module": lambda loss, reduction: MODULES[loss](reduction=reduction),
     "function": lambda loss, reduction: lambda x, y: getattr(FL, loss)(x, y, reduction=reduction),

@@ -19,7 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedloss
 import fusedloss.functional as FL
 from cases import FAMILIES, LOSSES, Sample, at_shape
-from helpers import assert_same_error, draw_upstream, leaf, outcome, sample_truth, torch_loss
+from helpers import (
+    MODULES,
+    assert_same_error,
+    draw_upstream,
+    leaf,
+    outcome,
+    sample_truth,
+    torch_loss,
+)
 
 SHAPE = (5, 7)
 # Those whose input are probabilities.
@@ -584,17 +592,6 @@ def test_a_subclass_is_asked_for_torchs_function(loss: str, patch: bool, backend
     for given in seen:
         assert given[0] is input and given[1] is sample.target and given[2] == "sum"
     assert told.reasons == ("a tensor subclass is involved",)
-
-
-MODULES = {
-    "mse_loss": fusedloss.MSELoss,
-    "l1_loss": fusedloss.L1Loss,
-    "smooth_l1_loss": fusedloss.SmoothL1Loss,
-    "huber_loss": fusedloss.HuberLoss,
-    "binary_cross_entropy": fusedloss.BCELoss,
-    "binary_cross_entropy_with_logits": fusedloss.BCEWithLogitsLoss,
-    "cross_entropy": fusedloss.CrossEntropyLoss,
-}
 
 
 @pytest.mark.parametrize("options", [{"beta": -1.0}, {"size_average": False}], ids=str)
