@@ -692,7 +692,7 @@ def test_wrong_loss_of_ones_own_is_shown(run, monkeypatch):
     status, text, rows = run("own")
     assert status == 1
     assert "off by 0.001" in rows["own"]["problems"]["ours"]["text"]
-    assert "losses of one's own" in text
+    assert "custom losses" in text
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.01])
@@ -789,24 +789,29 @@ def test_compare(tmp_path, capsys, after, copy, said, status, before_copy):
 def test_figures_come_from_the_results(run, tmp_path):
     run("mse", "l1", "upstream")
     page = (
-        'a <!-- figures: speed ratio speed "^mse$" eager -->0<!-- /figures --> b\n'
+        '<!-- figures: speed spans "all of them" "" mine "^mse$" -->\n0\n<!-- /figures -->\n'
         "<!-- figures: speed ratios speed -->\nold\n<!-- /figures -->\n"
-        "<!-- figures: speed missed --><!-- /figures -->"
+        '<!-- figures: speed numbers rounds rounds:d eager "rows/0/ratios/eager/median:.2f" -->\n'
+        "<!-- /figures -->\n<!-- figures: speed missed --><!-- /figures -->"
     )
     fresh = figures.rewrite(page, tmp_path)
     rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
-    number = f"{rows[0]['ratios']['eager']['median']:.2f}"
-    assert f'a <!-- figures: speed ratio speed "^mse$" eager -->{number}<!-- /' in fresh
-    assert f"| mse    | {number} " in fresh
+    first, second = (row["ratios"]["eager"]["median"] for row in rows[:2])
+    short = lambda ratio: f"{ratio:.1f}" if ratio < 9.95 else f"{ratio:.0f}"
+    assert f"| mse    | {first:.2f} " in fresh
+    assert f"| eager  | {first:.2f} |" in fresh
+    assert re.search(rf"\| mine +\| {short(first)} to {short(first)}× ", fresh)
+    low, high = sorted((first, second))
+    assert re.search(rf"\| all of them +\| {short(low)} to {short(high)}× ", fresh)
     assert "old" not in fresh
-    assert "-->1 of 2<!-- /figures -->" in fresh  # mse's third bar is out of reach
+    assert "\n1 of 2 cases with a goal miss it.\n" in fresh  # mse's third bar is out of reach
     assert figures.rewrite(fresh, tmp_path) == fresh
     for wrong, problem in (
-        ("speed ratio speed nobody eager", "no case of 'speed' matches 'nobody'"),
-        ("speed ratio speed mse quack", "has no 'quack'"),
+        ("speed ratios speed nobody", "no case of 'speed' matches 'nobody'"),
+        ("speed spans mine", "zip() argument 2 is shorter"),
         ("speed shout", "no view ['shout']"),
-        ("speed value rows/7/case", "nothing stands at 'rows/7/case'"),
-        ("speed value rows/0/case .1f", "Unknown format code"),
+        ("speed numbers a rows/7/case", "nothing stands at 'rows/7/case'"),
+        ("speed numbers a rows/0/case:.1f", "Unknown format code"),
         ("elsewhere missed", "No such file"),
     ):
         with pytest.raises(figures.NoFigure) as raised:
@@ -814,12 +819,25 @@ def test_figures_come_from_the_results(run, tmp_path):
         assert problem in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("samples", "gpu", "words"),
+    [
+        ({"limit": [1.0]}, None, "values below 1 are real"),
+        ({"limit": [1.0], "copy": [2.0]}, None, "the fastest plain copy"),
+        ({"limit": [1.0]}, "a GPU", "by PyTorch's own kernel"),
+    ],
+)
+def test_pages_say_what_the_limit_of_a_run_is(samples, gpu, words):
+    """A run up to version 0.1.1 has PyTorch's copy as its limit."""
+    assert words in figures.limit({"gpu": gpu, "rows": [{"samples": samples}]})
+
+
 def test_figures_tell_where_someone_else_is_faster():
     row = measure.Row(TINY["mse"], "s", {"eager": [1.0], "ours": [2.0], "limit": [9.0]})
     run = json.loads(report.as_json([row], {}))
-    assert figures.slower(run) == "speed: mse (eager 2.00 times)"
+    assert figures.slower(run) == "\n- speed: mse (eager 2.00 times)\n"
     row.samples["ours"] = [1.0]
-    assert figures.slower(json.loads(report.as_json([row], {}))) == "none"
+    assert "No case of this run is slower" in figures.slower(json.loads(report.as_json([row], {})))
 
 
 def test_examples_quick(compiled, tmp_path):
@@ -829,7 +847,7 @@ def test_examples_quick(compiled, tmp_path):
     page = Path(__file__).parent.parent / "docs" / "examples.md"
     if page.exists():
         fresh = figures.rewrite(page.read_text().replace("cpu/examples", "examples"), tmp_path)
-        assert "In <!-- figures: examples value vae/epochs d -->2<!-- /figures --> epochs" in fresh
+        assert re.search(r"\| epochs +\| 2 ", fresh)
         assert "| mean squared error " in fresh
 
 
@@ -838,7 +856,9 @@ def test_pages_have_the_figures_of_the_committed_results():
     for page in figures.pages():
         text = page.read_text()
         assert figures.rewrite(text) == text, f"{page}: run python -m bench figures"
-        # What is said to be so many times as fast was measured, and stands in a mark.
+        cut = re.search(r"[^\n]<!-- figures|<!-- /figures -->[^\n]", text)
+        assert cut is None, f"{page}: {cut}: a mark stands on a line of its own"
+        # A speed-up on a page was measured, and stands in a mark.
         unmarked = re.search(r"\d\.\d+\s*(x|×|times)\b", figures.BLOCK.sub("", text))
         assert unmarked is None, f"{page}: {unmarked}"
     assert "<!-- figures: cpu/speed " in (figures.ROOT / "README.md").read_text()
