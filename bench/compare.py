@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-# What both runs measured beside ours, the steadiest first: it tells a slower machine from slower code.
-# Runs up to version 0.1.1 call PyTorch's copy "limit", as those on a GPU still do.
+# What both runs measured beside ours, the steadiest first: it tells a slower machine from slower
+# code. Runs up to version 0.1.1 call PyTorch's copy "limit", as those on a GPU still do.
 YARDSTICKS = {"copy": "copy by PyTorch", "limit": "copy by PyTorch", "eager": "eager"}
 
 
@@ -28,13 +28,13 @@ def spread(row: Mapping[str, Any]) -> tuple[str, np.ndarray[Any, Any]] | None:
     return None
 
 
-# Apart by less than this, nothing is said to have changed: memory has no spread.
+# Differences below this count as none: memory has no spread to judge by.
 LEAST = 0.02
 WORDS = {"s": ("faster", "SLOWER"), "bytes": ("less", "MORE")}
 
 
 def verdict(before: Sequence[float], after: Sequence[float], unit: str = "s") -> str:
-    """Of 20 %, median and 80 %: a difference is one where the spreads lie apart."""
+    """Compares spreads (20 %, median, 80 %): different where they do not overlap."""
     better, worse = WORDS[unit]
     if after[2] < before[0] * (1 - LEAST):
         return better

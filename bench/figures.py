@@ -1,12 +1,13 @@
 """The figures of README and docs, from committed results: `python -m bench figures`.
 
-A page marks where figures go, and this writes what stands between the marks:
+A page has marks for its figures, and this command writes the text between them:
 
     <!-- figures: cpu/speed ratios speed -->
     <!-- /figures -->
 
-The first word is a JSON under bench/results; then come a view and what the view is asked for (a word
-with spaces in quotes). A mark stands on a line of its own, so that no sentence is cut in two.
+The first word is a JSON under bench/results, the second a view, and the rest are the view's
+arguments (in quotes if they have spaces). A mark stands on a line of its own, so that it cuts no
+sentence in two.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Run = Mapping[str, Any]
 
 
 class NoFigure(Exception):
-    """A mark asks for what is not in the results."""
+    """A mark asks for something that is not in the results."""
 
 
 @cache
@@ -69,7 +70,7 @@ def ratios(run: Run, table: str, name: str = "") -> str:
     return f"\n{tabulate(body, headers, tablefmt='github', disable_numparse=True)}\n"
 
 
-# What a reader of the first page asks for, and in which words.
+# The columns of a first page, in words for a newcomer.
 _HEADLINES = {
     "eager": "faster than eager PyTorch",
     "compile": "than torch.compile",
@@ -79,7 +80,8 @@ _HEADLINES = {
 
 
 def spans(run: Run, *labelled: str) -> str:
-    """A table of the smallest and the largest ratio of groups of cases: label, regular expression, ..."""
+    """A table of the smallest and the largest ratio of groups of cases: label, regular expression,
+    ..."""
     groups = [
         (label, rows_of(run, "(speed|memory)", name))
         for label, name in zip(labelled[::2], labelled[1::2], strict=True)
@@ -101,7 +103,7 @@ def spans(run: Run, *labelled: str) -> str:
 
 
 def limit(run: Run) -> str:
-    """What the run calls the limit."""
+    """A sentence that says what the limit of the run is."""
     if run.get("gpu"):
         what = "a plain copy of the same traffic, by PyTorch's own kernel"
     elif any("copy" in row["samples"] for row in run["rows"]):
@@ -177,12 +179,12 @@ def steps(run: Run) -> str:
 
 
 def _ulps(error: float) -> str:
-    """Two decimals where the half of an ULP that any rounding costs is to be seen."""
+    """Two decimals for small errors: half an ULP is the cost of one rounding."""
     return f"{error:.2f}" if error < 9.995 else f"{error:.3g}" if error < 1e5 else f"{error:.1e}"
 
 
 def errors(run: Run, place: str = "rows") -> str:
-    """The largest errors of every loss and dtype, in ULP; and for "hard" of every such input."""
+    """The largest errors of every loss and dtype, in ULP; for "hard", of every hard input."""
     names = ("loss", "dtype") if place == "rows" else ("input", "loss", "dtype")
     columns = ("element", "mean", "gradient")
     lines = [
@@ -199,7 +201,7 @@ def errors(run: Run, place: str = "rows") -> str:
 
 
 def _found(run: Run, place: str) -> Any:
-    """What stands at a place: keys, and numbers of lists, joined by slashes."""
+    """The value at a place: keys and list indices, joined by slashes."""
     value: Any = run
     for key in place.split("/"):
         try:

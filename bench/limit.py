@@ -1,8 +1,9 @@
 """The memory limit of a case: the least traffic of its step, by the fastest means of this machine.
 
-A step must read its inputs and write the gradient. The limit does only that. On the CPU the new memory is
-prepared as the package prepares it (huge pages), and the copy is whichever is fastest: ordinary stores,
-streaming stores, which go past the caches, or PyTorch's own operator. On a GPU it is PyTorch's operator.
+A step must read its inputs and write the gradient. The limit does only that. On the CPU the new
+memory is prepared as the package prepares it (huge pages), and the copy is whichever is fastest:
+ordinary stores, streaming stores, which go past the caches, or PyTorch's own operator. On a GPU it
+is PyTorch's operator.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("copy.cpp")
-# As csrc advises them: smaller memory has mostly been used before.
+# The same as in csrc: smaller memory has mostly been used before.
 HUGE_PAGES_FROM = 32 << 20
 _MADV_HUGEPAGE, _PAGE = 14, 4096
 
@@ -30,7 +31,7 @@ Copy = Callable[[], Tensor]
 
 
 def traffic(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-    """The tensors that a step must read. A class index for each row is next to nothing."""
+    """The tensors that a step must read. Class indices, one for each row, are next to nothing."""
     return (x, t) if x.shape == t.shape else (x,)
 
 
@@ -53,8 +54,8 @@ def library() -> ctypes.CDLL | str:
         try:
             compiled = [compiler, *flags, "-c", str(SOURCE), "-o", made]
             subprocess.run(compiled, check=True, capture_output=True, text=True)
-            # Without -fopenmp: the runtime is torch's. The threads of a second one would be in the
-            # way of whoever is timed next.
+            # Without -fopenmp, to use torch's runtime. Idle threads of a second one would disturb
+            # the next contestant.
             linking = [compiler, "-shared", made, "-o", linked]
             subprocess.run(linking, check=True, capture_output=True, text=True)
             loaded = ctypes.CDLL(linked)
@@ -80,7 +81,7 @@ def new_memory(like: Tensor) -> Tensor:
     if new.nbytes >= HUGE_PAGES_FROM and sys.platform == "linux":
         first = -(-new.data_ptr() // _PAGE) * _PAGE
         end = (new.data_ptr() + new.nbytes) // _PAGE * _PAGE
-        # Advice: a kernel that does not know it, or does not take it, changes nothing.
+        # Only advice: Linux may refuse it.
         _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_HUGEPAGE)
     return new
 
@@ -91,7 +92,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def means(x: Tensor, t: Tensor) -> dict[str, Copy]:
-    """Every way that may be the fastest, by name."""
+    """Every copy that may be the fastest, by name."""
     if x.device.type != "cpu":
         return {"PyTorch": lambda: by_pytorch(x, t)}
     x = x.detach()
