@@ -1,4 +1,4 @@
-"""The speed table and the demo report what they measured, and show what is wrong as wrong."""
+"""The speed table and the demo report what they measured, and show wrong results as wrong."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_every_kind_of_row_is_measured(run):
     pairs = sorted(e / o for e, o in zip(samples["eager"], samples["ours"], strict=True))
     assert ratio["median"] == pytest.approx(sum(pairs) / 2)
     assert pairs[0] <= ratio["low"] <= ratio["high"] <= pairs[1]
-    # 1e-3 of eager's speed is reached, and 1e-3 of the limit's time cannot be.
+    # 1e-3 of eager's speed is reached; 1e-3 of the limit's time is impossible.
     assert ratio["met"] is True
     assert rows["mse"]["missed"] == ["limit"]
     line = next(line for line in text.splitlines() if line.startswith("| mse "))
@@ -159,7 +159,8 @@ def folders(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("publish", [False, True])
 def test_results_are_published_only_when_asked(monkeypatch, folders, capsys, publish):
-    """Pages are held to what is published: a run of whoever tries the bench changes none of it."""
+    """Pages show published results, so a run of somebody who tries the bench must not change
+    them."""
     monkeypatch.setattr(cli, "CASES", {"cpu": [TINY["mse"]]})
     monkeypatch.setattr(kernels, "CASES", {"cpu": [TINY["mse"]]})
     monkeypatch.setattr(numerics, "measure", list)
@@ -185,7 +186,7 @@ def test_results_are_published_only_when_asked(monkeypatch, folders, capsys, pub
     printed = capsys.readouterr().out
     for name in names:
         assert f"wrote {written / name}" in printed
-    for name in jsons:  # and how to repeat the run, wherever that one wrote
+    for name in jsons:  # the command that repeats the run, wherever it wrote
         assert "--publish" not in json.loads((written / name).read_text())["command"]
 
 
@@ -195,7 +196,7 @@ def test_unpublished_results_are_ignored_by_git():
         pytest.skip("no repository here")
     assert report.UNPUBLISHED.is_relative_to(root)
     subprocess.run(["git", "-C", root, "check-ignore", "-q", report.UNPUBLISHED], check=True)
-    # A stranger's run is repeated without the folder that it wrote to.
+    # The command that repeats a run does not name the folder that it wrote to.
     for path in report.RESULTS.rglob("*.json"):
         assert "--out" not in json.loads(path.read_text())["command"], path
 
@@ -367,7 +368,7 @@ def test_limit_of_a_gpu_is_pytorchs_copy(monkeypatch):
 
 
 def test_rounds_time_everyone_in_changing_order():
-    """Nobody always comes after the same other."""
+    """No contestant always comes after the same other one."""
     calls: list[str] = []
     steps = {name: lambda name=name: calls.append(name) or 1.0 for name in "abc"}
     samples = measure.interleave(steps, rounds=30, clock=lambda step, seconds: step)
@@ -497,7 +498,7 @@ def test_peak_memory_sees_each_tensor_that_eager_makes(monkeypatch):
     )
     row = memory.measure(case)
     assert not row.problems
-    # Forward holds the squares, backward the gradient: 2^24 floats at a time.
+    # Forward holds the squares and backward the gradient: 2^24 floats at a time.
     assert row.samples["eager"][0] == pytest.approx(2**26, rel=0.02)
 
 
@@ -520,7 +521,7 @@ def test_demo_fails_where_curves_part(monkeypatch, tmp_path, capsys, scale):
 
 
 class _Overwriting(torch.autograd.Function):
-    """Cross-entropy whose forward leaves its gradient where its input was."""
+    """Cross-entropy whose forward writes its gradient over its input."""
 
     @staticmethod
     def forward(ctx, x, t):
@@ -539,7 +540,7 @@ class _Overwriting(torch.autograd.Function):
 
 @pytest.fixture
 def peer(monkeypatch):
-    """One that is installed and covers every case."""
+    """A peer that is installed and covers every case."""
     load = lambda: _Overwriting.apply
     liger = dataclasses.replace(peers.PEERS["liger"], module="torch", load=load)
     monkeypatch.setattr(type(liger), "covers", lambda self, case: self.name == "liger")
@@ -584,8 +585,9 @@ def test_peer_is_checked(monkeypatch, peer):
 
 @pytest.fixture
 def cuda_graphs(monkeypatch):
-    """torch.cuda's streams and graphs, without a GPU: a capture runs, and a replay finds its results
-    where they are. Gives the streams that are current, the last one innermost, and what was replayed."""
+    """torch.cuda's streams and graphs without a GPU: a capture runs the code, and a replay leaves
+    the results as they are. Returns the stack of current streams and the list of replayed
+    graphs."""
     main, replayed = SimpleNamespace(wait_stream=lambda other: None), []
     current = [main]
 
@@ -601,7 +603,7 @@ def cuda_graphs(monkeypatch):
     def graph(made, stream):
         current.append(stream)
         yield
-        current.pop()  # not where the capture fails, as in torch
+        current.pop()  # not if the capture fails, as in torch
 
     class Graph:
         def replay(self):
@@ -616,7 +618,7 @@ def cuda_graphs(monkeypatch):
 
 
 def test_peer_joins_in_cuda_graphs(peer, cuda_graphs):
-    """One that overwrites its input as well: what is replayed is checked, on an input that is whole."""
+    """One that overwrites its input, too: the replay is checked on an intact input."""
     current, replayed = cuda_graphs
     row = measure.Speed(2)(TINY["graph"])
     assert not row.problems
@@ -665,7 +667,7 @@ def test_second_backend_joins(monkeypatch):
     assert "triton" not in measure.contestants(TINY["mse"])
     monkeypatch.setattr(measure, "second_backend", lambda device: "triton")
     assert "triton" in measure.contestants(TINY["mse"])
-    # Plain PyTorch is not to stand there under its name.
+    # Plain PyTorch must not be measured under its name.
     monkeypatch.setattr(measure, "running", lambda contestant: contextlib.nullcontext())
     row = measure.Speed(2, wanted=["triton"])(TINY["own"])
     assert row.problems["triton"].verdict == "skipped"
@@ -673,8 +675,8 @@ def test_second_backend_joins(monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted({c.loss for c in cases.CASES["cpu"] if c.table == "own"}))
-def test_loss_of_ones_own_beside_the_same_line_in_torch(name):
-    """In float64: the line that eager and torch.compile get is the loss's, not its translation."""
+def test_custom_loss_beside_the_same_line_in_torch(name):
+    """In float64: eager and torch.compile get the loss's own line, not a translation of it."""
     case = dataclasses.replace(TINY["own"], loss=name, dtype=torch.float64)
     x, t = case.inputs()
     ours, eager = measure.our_loss(case), measure.eager_loss(case)
@@ -684,9 +686,9 @@ def test_loss_of_ones_own_beside_the_same_line_in_torch(name):
     assert "fusedloss" not in eager(x, t).grad_fn.next_functions[0][0].name().lower()
 
 
-def test_wrong_loss_of_ones_own_is_shown(run, monkeypatch):
+def test_wrong_custom_loss_is_shown(run, monkeypatch):
     right = measure.our_loss(TINY["own"])
-    measure.eager_loss(TINY["own"])  # is kept
+    measure.eager_loss(TINY["own"])  # is cached
     wrong = lambda x, t, reduction="mean": right(x, t, reduction=reduction) * 1.001
     monkeypatch.setattr(own, "ours", lambda name: wrong)
     status, text, rows = run("own")
@@ -722,7 +724,7 @@ def test_run_that_is_short_of_time_says_what_it_left_out(monkeypatch, tmp_path, 
     out = capsys.readouterr().out
     assert "0 of 0 cases" in out and "Not begun, for lack of time: speed: mse; speed: l1." in out
     assert not list(tmp_path.glob("*.png"))
-    # It takes the place of no more than itself.
+    # It replaces nothing larger than itself.
     for seconds, name in (("1000", "speed.json"), ("0", "speed-part.json")):
         assert cli.main(["--seconds", seconds, "--rounds", "1", "--out", str(tmp_path)]) == 0
         rows = json.loads((tmp_path / name).read_text())["rows"]
@@ -841,7 +843,7 @@ def test_figures_tell_where_someone_else_is_faster():
 
 
 def test_examples_quick(compiled, tmp_path):
-    """What docs/examples.md asks for is measured."""
+    """The figures of docs/examples.md are measured."""
     assert cli.main(["examples", "--quick", "--out", str(tmp_path)]) == 0
     assert "hardly trained" in json.loads((tmp_path / "examples.json").read_text())["caveat"]
     page = Path(__file__).parent.parent / "docs" / "examples.md"
@@ -866,7 +868,7 @@ def test_pages_have_the_figures_of_the_committed_results():
 
 @pytest.mark.parametrize("scale", [1.0, 1.01])
 def test_models_quick(monkeypatch, tmp_path, capsys, scale):
-    """Whole steps are measured; trainings that part are told, not measured."""
+    """Whole steps are measured; trainings with different losses are reported instead."""
 
     class Loss(fusedloss.MSELoss):
         def forward(self, input, target):
@@ -899,7 +901,7 @@ def test_peak_memory_of_training():
 GPU = Path(__file__).parent.parent / ".ci" / "gpu"
 
 
-# Stand for a GPU's machine: each stage but the build takes as long as it is let ($SLOW).
+# Stand for a machine with a GPU: each stage except the build takes as long as $SLOW.
 STUBS = {
     "nvidia-smi": "echo GPU 0",
     "compute-sanitizer": """$SLOW
@@ -917,7 +919,7 @@ esac""",
 
 @pytest.fixture
 def make_gpu(tmp_path):
-    """Run it; gives what came of it, and the result of each stage."""
+    """Runs it; returns the finished process and the result of each stage."""
 
     def run(**environment: str):
         for name, text in STUBS.items():
@@ -936,8 +938,8 @@ def make_gpu(tmp_path):
 
 @pytest.mark.skipif(not GPU.exists(), reason="needs .ci/gpu")
 def test_make_gpu_ends_in_time(make_gpu):
-    """What is begun late is stopped early, what comes later is skipped, and all of it is told."""
-    # The stages leave 25 of these seconds.
+    """Late stages are stopped early, later ones are skipped, and the report says so."""
+    # 25 of these seconds are for the stages.
     done, stages = make_gpu(SLOW="sleep 100", ERROR="nothing", GPU_SECONDS="28")
     assert done.returncode == 1, done.stderr
     names, results = list(stages), list(stages.values())
@@ -947,7 +949,7 @@ def test_make_gpu_ends_in_time(make_gpu):
     assert results[0] == "passed"
     assert all(re.fullmatch(r"stopped after [1-3] s", result) for result in results[1:6])
     assert results[6:] == ["skipped: no time left"] * 3
-    # Which of them had ended, and which had not, is told of the stopped ones too.
+    # The report has the finished parts of stopped stages.
     assert "-- values:fp64: " in done.stdout
 
 
@@ -958,8 +960,8 @@ REFUSED = "skipped: compute-sanitizer does not run here: ========= Error: not he
 @pytest.mark.parametrize(
     ("error", "result", "status"),
     [
-        ("--tool", REFUSED, 0),  # of whatever it runs
-        ("cuda_small", "FAILED with status 1", 1),  # of our kernels alone
+        ("--tool", REFUSED, 0),  # for every program
+        ("cuda_small", "FAILED with status 1", 1),  # for our kernels only
         ("nothing", "passed", 0),
     ],
 )
@@ -979,7 +981,7 @@ def test_bench_told_to_end_writes_what_it_has(run, monkeypatch, tmp_path):
     original = measure.Speed.__call__
     monkeypatch.setattr(measure.Speed, "__call__", measure_one)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(FileNotFoundError):  # no whole table
+    with pytest.raises(FileNotFoundError):  # no complete table
         run("mse", "l1", "ce")
     part = json.loads((tmp_path / "speed-part.json").read_text())
     assert [row["case"] for row in part["rows"]] == ["mse"]

@@ -86,7 +86,7 @@ def test_state_dict_goes_both_ways(name: str, options: dict[str, Any]) -> None:
 
 @each
 def test_copies(name: str, options: dict[str, Any]) -> None:
-    """deepcopy, pickle and torch.save, of a module that has been used."""
+    """deepcopy, pickle and torch.save of a module that has been used."""
     ours, _, loss = CLASSES[name]
     module = ours(**options)
     expected = step(module, loss, torch.float32)
@@ -183,7 +183,7 @@ def test_log_loss(options: dict[str, Any], backend: str) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", [*CLASSES, "LogLoss"])
 def test_torchscript_is_refused(name: str, backend: str) -> None:
-    """In one clear sentence: a module, a model that holds it, a function, one that calls it."""
+    """One clear sentence for a module, a model that holds it, a function, and one that calls it."""
     module, function = getattr(fusedloss, name)(), getattr(FL, FUNCTIONS[name])
     sample = at_shape(FUNCTIONS[name], (5, 7)).sample(torch.float32)
 
@@ -199,7 +199,7 @@ def test_torchscript_is_refused(name: str, backend: str) -> None:
 
 
 def test_checkpoint_of_torch_loads() -> None:
-    """A state_dict that was saved with torch's class loads into ours by way of a file."""
+    """A state_dict that was saved with torch's class loads into ours, through a file."""
     file = io.BytesIO()
     torch.save(nn.CrossEntropyLoss(weight=WEIGHT).state_dict(), file)
     file.seek(0)

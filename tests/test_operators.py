@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("fused")
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the calls of our operators."""
+    """Records the calls of our operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Recorder(TorchDispatchMode):
 
 
 def recorded(family: str, reduction: str = "mean") -> tuple[Any, list[Any]]:
-    """The operator that a public call ends in, and arguments for it that want a gradient."""
+    """The operator that a public call ends in, and arguments that require a gradient."""
     case = at_shape(family, (5, 7))
     sample = case.sample(torch.float32)
     with Recorder() as recorder, torch.no_grad():
@@ -133,7 +133,7 @@ SUM_OF_ROWS, EACH_ROW = (-100, 0.0, 2, torch.float32), (-100, 0.0, 0, torch.floa
 def test_direct_calls_are_checked(
     operator: str, arguments: tuple[Any, ...], problem: str, compiled: str
 ) -> None:
-    """Whatever leads an engine to memory that is not there is an error before it."""
+    """Anything that would lead an engine to invalid memory is an error before that."""
     if NAMESPACE != "fusedloss":
         pytest.skip("the operators of csrc alone take pointers")
     with pytest.raises(ValueError, match=problem):
@@ -141,7 +141,7 @@ def test_direct_calls_are_checked(
 
 
 def test_scales_of_another_forward() -> None:
-    """Their gradient has another size: an error, and not a byte beyond it."""
+    """Their gradient has another size: an error, and no write beyond it."""
     recorded("mse_loss")  # the first use of a backend defines its operators
     call = (None, None, "mse_loss", 0.0, 0, 1, torch.float32)
     small, large = torch.ones(8), torch.ones(8000)
@@ -152,7 +152,7 @@ def test_scales_of_another_forward() -> None:
 
 @pytest.mark.skipif(not EMULATED, reason="asks the emulator to capture")
 def test_predictions_of_a_capture_live_for_ever() -> None:
-    """A CUDA graph writes to them at every replay, when their modules may be gone."""
+    """A CUDA graph writes to them at every replay, even if their modules are gone."""
     emulator = ctypes.CDLL(backends.extension.__file__)
     x, y = leaf(torch.ones(8)), torch.zeros(8)
 
@@ -169,5 +169,5 @@ def test_predictions_of_a_capture_live_for_ever() -> None:
     finally:
         emulator.emulator_capture(0)
     assert kept() is not None
-    # Made on another stream, which the graph does not see, and which the host has waited for.
+    # Made on another stream that the graph does not see; the host has waited for it.
     assert emulator.emulator_waits() == before + 1
