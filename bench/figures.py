@@ -80,8 +80,8 @@ _HEADLINES = {
 
 
 def spans(run: Run, *labelled: str) -> str:
-    """A table of the smallest and the largest ratio of groups of cases: label, regular expression,
-    ..."""
+    """A first table: the smallest and the largest ratio of groups of cases, each a label and a
+    regular expression, and the setting."""
     groups = [
         (label, rows_of(run, "(speed|memory)", name))
         for label, name in zip(labelled[::2], labelled[1::2], strict=True)
@@ -99,7 +99,8 @@ def spans(run: Run, *labelled: str) -> str:
     columns = [c for c in _HEADLINES if any(cell(rows, c) for _, rows in groups)]
     body = [[label, *(cell(rows, c) for c in columns)] for label, rows in groups]
     headers = ["", *(_HEADLINES[c] for c in columns)]
-    return f"\n{tabulate(body, headers, tablefmt='github', disable_numparse=True)}\n"
+    text = tabulate(body, headers, tablefmt="github", disable_numparse=True)
+    return f"\n{text}\n{setting(run)}"
 
 
 def limit(run: Run) -> str:
