@@ -349,6 +349,16 @@ def test_limit_is_the_fastest_copy(monkeypatch):
     assert measure.fastest_copy(x, t)[0] == "fast"
 
 
+@pytest.mark.parametrize(("copy", "by"), [([2.0, 2.0, 9.0], "PyTorch"), ([4.0, 4.0, 1.0], "x")])
+def test_limit_is_never_slower_than_pytorchs_copy(monkeypatch, copy, by):
+    samples = {"ours": [3.0] * 3, "limit": [3.0] * 3, "copy": copy}
+    monkeypatch.setattr(measure, "fastest_copy", lambda x, t: ("x", lambda: None))
+    monkeypatch.setattr(measure.Speed, "time", lambda *_: dict(samples))
+    row = measure.Speed(1, wanted=[])(TINY["mse"])
+    assert row.limit_by == by
+    assert row.samples["limit"] == (copy if by == "PyTorch" else samples["limit"])
+
+
 def test_limit_without_a_compiler(monkeypatch, run):
     monkeypatch.setenv("CXX", "/no/such/compiler")
     limit.library.cache_clear()
