@@ -42,6 +42,11 @@ def test_gradcheck_with_target(family: str, backend: str) -> None:
     def call(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return getattr(FL, case.loss)(input, target, **sample.options)
 
+    try:
+        call(leaf(sample.input), leaf(target))
+    except RuntimeError as error:
+        assert "not differentiable with respect to argument 'target'" in str(error)
+        pytest.skip("torch has no derivative by target")
     assert torch.autograd.gradcheck(call, (leaf(sample.input), leaf(target)))
     assert torch.autograd.gradgradcheck(call, (leaf(sample.input), leaf(target)))
 
