@@ -1,13 +1,13 @@
-# `make help` says what there is. Needs Python 3.10 or later, GNU make and, for the kernels, a C++
+# `make help` lists the targets. They need Python 3.10 or later, GNU make and, for the kernels, a C++
 # compiler; everything else is installed into $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
-# What pip is asked for; `make TORCH=torch==2.13.0 test` picks another.
+# The torch that pip installs; `make TORCH=torch==2.13.0 test` picks another.
 TORCH ?= torch==2.14.1
 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
-# CUDA kernels are a third of the compiling, and cannot run where no NVIDIA GPU is.
+# CUDA kernels are a third of the compile time, and useless without an NVIDIA GPU.
 ifeq ($(findstring GPU,$(shell nvidia-smi -L 2>/dev/null)),)
 FUSEDLOSS_CUDA ?= 0
 endif
@@ -20,7 +20,7 @@ SOURCES := $(shell find csrc -type f) setup.py fusedloss/_version.py
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
 
-demo: $(VENV)/build.stamp ## in minutes: train with torch's losses and with ours, then a short speed table
+demo: $(VENV)/build.stamp ## train with torch's losses and with ours, then a short speed table: minutes
 	$(BIN)/python -m bench.demo
 	$(BIN)/python -m bench --quick
 
@@ -36,10 +36,10 @@ test-cuda-emulated: $(VENV)/torch.stamp ## the CUDA kernels on the CPU, plain an
 bench: $(VENV)/build.stamp ## the whole speed table
 	$(BIN)/python -m bench
 
-gpu: ## on an NVIDIA GPU: build, tests, sanitized run and bench, with PYTHON's own torch; installs nothing
+gpu: ## on an NVIDIA GPU: build, tests, sanitizers and bench, in the environment of PYTHON; installs nothing
 	PYTHON=$(PYTHON) .ci/gpu
 
-figures: $(VENV)/build.stamp ## the figures of README and docs, from bench/results
+figures: $(VENV)/build.stamp ## write the figures of README and docs, from bench/results
 	$(BIN)/python -m bench figures
 
 build: $(VENV)/build.stamp ## the environment and the extension
@@ -55,12 +55,12 @@ lint: $(VENV)/lint.stamp ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	find csrc tests/cuda_emulator -name '*.h' -o -name '*.c*' | grep -v pycache | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc bench tests/cuda_emulator -name '*.h' -o -name '*.c*' | grep -v pycache | xargs $(BIN)/clang-format --dry-run -Werror
 
 clean: ## remove what was built; the environment stays
 	rm -rf build dist fusedloss/*.so *.egg-info $(VENV)/build.stamp
 
-# Each stamp is written when its step has succeeded, so that one that was cut short runs again.
+# A stamp is written when its step has succeeded, so an interrupted step runs again.
 
 ifneq ($(shell $(BIN)/python -c 'import pip; print("works")' 2>/dev/null),works)
 .PHONY: $(VENV)/python.stamp

@@ -1,7 +1,7 @@
-"""Builds the compiled extension `fusedloss._C`; what is static stands in pyproject.toml.
+"""Builds the compiled extension `fusedloss._C`; everything static is in pyproject.toml.
 
-FUSEDLOSS_CUDA=0|1 decides by hand whether CUDA kernels are built; unset, they are where torch is a
-CUDA build and its nvcc is found (NVCC, CUDA_HOME/bin/nvcc, nvcc). TORCH_CUDA_ARCH_LIST picks the
+FUSEDLOSS_CUDA=0|1 chooses whether CUDA kernels are built. By default they are if torch is a CUDA
+build and its nvcc is found (NVCC, CUDA_HOME/bin/nvcc, nvcc). TORCH_CUDA_ARCH_LIST picks the
 architectures.
 """
 
@@ -26,7 +26,7 @@ from typing import Any
 import setuptools
 
 if int(setuptools.__version__.split(".")[0]) < 77:
-    # The first that reads pyproject.toml's licence field, and says nothing useful before.
+    # The first version that reads pyproject.toml's licence field; older ones give no useful error.
     sys.exit(
         f"fusedloss builds with setuptools>=77, and there is {setuptools.__version__} here: "
         "upgrade it first, or build with isolation"
@@ -39,7 +39,7 @@ from setuptools.command.build_py import build_py
 
 
 def load_module(path: Path) -> ModuleType:
-    """One file of the package, which as a whole does not import yet."""
+    """One file of the package, since the package cannot be imported yet."""
     spec = importlib.util.spec_from_file_location(f"setup_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -59,11 +59,11 @@ if platform.machine() in ("x86_64", "AMD64"):
     CPU_CAPABILITIES["AVX512"] = [
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
         *CPU_CAPABILITIES["AVX2"],
-        # GCC before 13 warns of its own _mm512_undefined_ps.
+        # GCC before 13 warns about its own _mm512_undefined_ps.
         *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
     ]
 
-# Sources without torch headers, and so in seconds; see csrc/cuda.
+# Sources without torch headers, which compile in seconds; see csrc/cuda.
 NVCC_FLAGS = [
     *toolkits.NVCC_FLAGS,
     *("-Xfatbin=-compress-all", "-Xptxas=-v", "-Xcompiler=-fPIC,-Wall,-Wextra,-Wno-psabi"),
@@ -73,23 +73,23 @@ CXX_FLAGS = [
     *("-std=c++20", "-O2"),
     *("-g0", "-Wall", "-Wextra"),
     *("-fvisibility=hidden", "-fvisibility-inlines-hidden"),
-    # Nothing reads errno or floating-point traps, and keeping them stops loops from vectorising.
+    # Nothing reads errno or floating-point traps, and keeping them prevents vectorization.
     *("-fno-math-errno", "-fno-trapping-math"),
-    # A gradient has the same bits from every kernel that forms it, whatever else that computes.
+    # A gradient has the same bits from every kernel that computes it.
     "-ffp-contract=off",
-    "-Wno-psabi",  # of calls that are inlined anyway
+    "-Wno-psabi",  # about calls that are inlined anyway
 ]
-# Which clang does not have.
+# Flags that clang does not have.
 GCC_FLAGS = [
-    # -O3 takes five times as long to compile, and what it adds is this.
+    # The useful part of -O3, which takes five times as long to compile.
     *("-ftree-loop-vectorize", "-fvect-cost-model=dynamic"),
     *toolkits.GCC_SCHEDULING,
-    "-Wno-maybe-uninitialized",  # what gcc 12 says of its own AVX-512 headers
+    "-Wno-maybe-uninitialized",  # about gcc 12's own AVX-512 headers
 ]
 
 
 class ShipHeaders(build_py):
-    """Puts into the package what a loss of one's own is compiled with, where the package is used."""
+    """Puts the headers into the package with which custom losses are compiled where it is used."""
 
     HEADERS = ("engine.h", "math/*.h", "cpu/*.h", "cuda/*.h", "cuda/*.cuh")
 
@@ -104,9 +104,10 @@ class ShipHeaders(build_py):
 
 
 def expose_environment() -> None:
-    """Let this build see the packages of the environment it installs into, behind its own.
+    """Let this build see the packages of the environment that it installs into, after its own.
 
-    Build isolation hides them, but an extension loads only into the torch it was built against.
+    Build isolation hides them, but an extension only loads into the torch that it was built
+    against.
     """
     isolation = ("PYTHONPATH", "PYTHONNOUSERSITE")
     answer = subprocess.run(
@@ -120,7 +121,7 @@ def expose_environment() -> None:
 
 
 def installed_torch() -> tuple[str | None, bool]:
-    """The version of torch here, if any, and whether it will do."""
+    """The version of the installed torch, if any, and whether it is supported."""
     try:
         found = metadata.version(TORCH.name)
     except metadata.PackageNotFoundError:
@@ -144,12 +145,12 @@ def wanted_toolkit() -> toolkits.Toolkit | None:
 
 
 def architecture_flags(toolkit: toolkits.Toolkit) -> list[str]:
-    """nvcc's -gencode flags: what it compiles for now, and, as PTX, what a driver may later."""
+    """nvcc's -gencode flags: the architectures, and PTX that drivers compile for later GPUs."""
     if chosen := toolkits.chosen_architectures():
         return chosen
     listed = toolkits.output_of(toolkit.nvcc, "--list-gpu-arch")
     newest = max(int(name) for name in re.findall(r"compute_(\d+)\b", listed))
-    # Between sm_90 and the newest, a driver compiles from the former's PTX.
+    # For GPUs between sm_90 and the newest, a driver compiles sm_90's PTX.
     pairs = [(80, "sm_80"), (90, "sm_90"), (90, "compute_90"), (newest, f"compute_{newest}")]
     return [f"-gencode=arch=compute_{ptx},code={code}" for ptx, code in dict.fromkeys(pairs)]
 
@@ -169,14 +170,14 @@ def cxx_flags(compiler: str) -> list[str]:
 
 
 def openmp_flags(torch_include: Path) -> list[str]:
-    """at::parallel_for is a template that runs in parallel only where OpenMP is switched on."""
+    """at::parallel_for is a template that runs in parallel only if OpenMP is switched on."""
     config = (torch_include / "ATen" / "Config.h").read_text()
     on = sys.platform == "linux" and "#define AT_PARALLEL_OPENMP 1" in config
     return ["-fopenmp"] if on else []
 
 
 def needs_torch(found: str | None) -> type[build_ext]:
-    """The command for an environment whose torch will not do, to fail if it is really run."""
+    """The command for an environment without a supported torch: it fails if it is run."""
 
     class NeedsTorch(build_ext):
         def run(self) -> None:
@@ -190,14 +191,15 @@ def needs_torch(found: str | None) -> type[build_ext]:
 
 
 def build_kernels() -> type[build_ext]:
-    """The command that compiles the extension, made here because its base class is torch's."""
+    """The command that compiles the extension. A function makes it, since its base class is
+    torch's."""
     import torch
     from setuptools.errors import CompileError
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
     torch_includes = include_paths()
     flags = cxx_flags(os.environ["CXX"]) + openmp_flags(Path(torch_includes[0]))
-    # -isystem: the warnings asked for are about our own code.
+    # -isystem, so that warnings are about our own code only.
     flags += [word for path in torch_includes for word in ("-isystem", path)]
     # Last, so that it wins; torch's ninja files leave it out.
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -206,7 +208,7 @@ def build_kernels() -> type[build_ext]:
     class BuildKernels(BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()
-            # Kept between builds, editable ones too, so that only what changed is compiled again.
+            # Kept between builds, also editable ones, so that only changes are compiled again.
             tag = f"{sys.implementation.cache_tag}-{platform.machine()}-torch{torch.__version__}"
             self.build_temp = str(Path("build", tag).absolute())
 
@@ -233,7 +235,7 @@ def build_kernels() -> type[build_ext]:
                     done = subprocess.run(command, check=False, capture_output=True, text=True)
                     if done.returncode != 0:
                         raise CompileError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
-                    # What ptxas says of registers and spills.
+                    # ptxas's report of registers and spills.
                     target.with_suffix(".log").write_text(done.stderr)
                 return str(target)
 
@@ -244,7 +246,7 @@ def build_kernels() -> type[build_ext]:
                     w for path in toolkit.includes for w in ("-isystem", path)
                 ]
                 ext.library_dirs += toolkit.libraries
-                # Torch's own runtime is loaded by then: cudart names the same library.
+                # torch has loaded its runtime by then: cudart names the same library.
                 ext.libraries += ["c10_cuda", "torch_cuda", "cudart"]
             ext.extra_compile_args += [
                 *flags,
@@ -265,8 +267,8 @@ def build_kernels() -> type[build_ext]:
                 )
 
             # A few sources at a time would leave cores idle, so all are compiled side by side;
-            # without ninja the compiler object is not made for that. One is left, for build_ext
-            # wants one: the smallest, as it is compiled when these are done.
+            # without ninja the compiler object cannot do that. The smallest source is left for
+            # build_ext, which needs one and compiles it when these are done.
             left = min(ext.sources, key=lambda source: Path(source).stat().st_size)
             operators, ext.sources = [s for s in ext.sources if s != left], [left]
             cuda_sources = sorted(Path("csrc/cuda").glob("*.cu")) if toolkit else []
@@ -276,12 +278,12 @@ def build_kernels() -> type[build_ext]:
                 cuda_objects = pool.map(compile_cuda, cuda_sources)
                 operator_objects = pool.map(compile_operators, [operators])
                 objects = pool.map(compile_for, CPU_CAPABILITIES)
-            # The baseline first: of an inline function that several objects hold the linker keeps
-            # the first, which must run on every CPU.
+            # The baseline first: if several objects hold an inline function, the linker keeps the
+            # first, and that one must run on every CPU.
             ext.extra_objects += chain.from_iterable([*operator_objects, *objects, cuda_objects])
             ext.library_dirs += library_paths()
-            # No -fopenmp here: the runtime is the one that torch brings along, since a second one
-            # would have threads of its own and not heed torch.set_num_threads.
+            # No -fopenmp here, to use torch's runtime: a second one would have its own threads and
+            # ignore torch.set_num_threads.
             ext.libraries += ["c10", "torch", "torch_cpu", "torch_python"]
             super().build_extension(ext)
 
@@ -289,14 +291,14 @@ def build_kernels() -> type[build_ext]:
 
 
 def compiled_part() -> dict[str, Any]:
-    """What setup() is told about the extension: nothing where there is no compiler."""
+    """setup()'s arguments for the extension: none if there is no compiler."""
     compiler = find_compiler()
     if compiler is None:
         print("fusedloss: no C++ compiler (CXX, c++, g++, clang++): installing without kernels")
         return {"cmdclass": {"build_py": ShipHeaders}}
     os.environ["CXX"] = compiler
     if importlib.util.find_spec("ninja"):
-        # Called by its path, an environment's python does not have its programs on the PATH.
+        # If python is called by its path, the environment's programs are not on the PATH.
         import ninja
 
         os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ["PATH"]
@@ -323,7 +325,7 @@ def compiled_part() -> dict[str, Any]:
 
 
 def torch_requirement(compiled: bool) -> str:
-    """What is installed with a compiled extension asks for the torch that it was built against."""
+    """A package with a compiled extension requires the torch that it was built against."""
     found, usable = installed_torch()
     if not compiled or not usable or "sdist" in sys.argv:
         return str(TORCH)

@@ -37,7 +37,7 @@ COMMANDS = {
     "figures": (figures.main, "write the figures of README and docs from committed results"),
     "kernels": (kernels.main, "the kernels of a step, or operators, and their time alone"),
     "models": (models.main, "whole training steps of small models"),
-    "examples": (examples.main, "what the examples with losses of one's own reach"),
+    "examples": (examples.main, "the results of the examples with custom losses"),
     "numerics": (numerics.main, "the largest error of every loss and dtype, in ULP"),
 }
 
@@ -49,7 +49,7 @@ def run(
     wanted: Collection[str] | None = None,
     seconds: float | None = None,
 ) -> list[Row]:
-    """Measure each case; one that fails says so in its own row."""
+    """Measure each case. If one fails, its row says so and the others go on."""
     speed = Speed(rounds, compile_seconds, wanted)
 
     def measured(case: Case, late: Problem | None) -> Row:
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = matching(parser, arguments.only, cases)
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     compile_seconds = QUICK_COMPILE_SECONDS if arguments.quick else COMPILE_SECONDS
-    if arguments.seconds is not None:  # compiling leaves time for measuring
+    if arguments.seconds is not None:  # leave time for measuring
         compile_seconds = min(compile_seconds, arguments.seconds / 3)
     if report.caveat():
         print(report.caveat())
@@ -111,14 +111,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if about["caveat"]:
         print(f"{about['caveat']}\n")
     folder = report.folder(arguments, arguments.device)
-    # A part never takes the place of the whole table, nor of more than it has.
+    # Part of a table never replaces the whole one, nor a part with more cases.
     measured = sum(row.begun for row in rows)
     whole = len(rows) == len(known) and measured >= report.measured(folder / "speed.json")
     stem = "speed" if whole else "speed-part"
     for path in report.write(rows, about, folder, stem):
         print(f"wrote {path}")
     if len(rows) < len(cases):
-        return 130  # as a shell says of an interrupted command
+        return 130  # a shell's status for an interrupted command
     return 1 if any({"ours", "unit"} & {*row.broken()} for row in rows) else 0
 
 

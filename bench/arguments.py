@@ -1,4 +1,4 @@
-"""What the commands' options take, with an error that names it."""
+"""The options of the commands, with errors that name the wrong value."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def positive(text: str) -> int:
 
 def seconds(text: str) -> float:
     number = float(text)
-    if not number >= 0:  # nor nan
+    if not number >= 0:  # also false for nan
         raise argparse.ArgumentTypeError(f"{text} is no number of seconds: at least 0")
     return number
 
@@ -93,7 +93,7 @@ def add_out(parser: argparse.ArgumentParser) -> None:
 
 
 def command(*words: str) -> str:
-    """The command that repeats a run: its words, less those that say where it writes."""
+    """The command that repeats a run, without the options that say where it writes."""
     parser = argparse.ArgumentParser(add_help=False)
     add_out(parser)
     return shlex.join(["python", "-m", "bench", *parser.parse_known_args(words)[1]])
@@ -102,7 +102,7 @@ def command(*words: str) -> str:
 def matching(
     parser: argparse.ArgumentParser, only: re.Pattern[str] | None, cases: Sequence[Case]
 ) -> list[Case]:
-    """The cases that --only wants; none is an error that lists them."""
+    """The cases that match --only; if none does, an error lists them all."""
     found = [case for case in cases if only is None or only.search(case.id)]
     if not found and only is not None:
         names = "\n  ".join(case.id for case in cases)

@@ -1,4 +1,4 @@
-"""What is measured, between whom, and what it has to reach."""
+"""What is measured, between whom, and the goals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Loss = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Column:
-    """A ratio of two contestants, `of` / `over`; its bar is a floor or a ceiling."""
+    """A ratio of two contestants, `of` / `over`; its goal is a minimum or a maximum."""
 
     heading: str
     of: str
@@ -28,7 +28,7 @@ COLUMNS = {
     "limit": Column("ours / limit", "ours", "limit", at_least=False),
     "unit": Column("ours / ours at upstream 1", "ours", "unit", at_least=False),
     "memory": Column("ours / eager", "ours", "eager", at_least=False),
-    # Peers, where they are installed and cover the case; and the backend that is not the first.
+    # The second backend, and peers if they are installed and cover the case.
     "triton": Column("triton backend / ours", "triton", "ours", at_least=True),
     "liger": Column("Liger-Kernel / ours", "liger", "ours", at_least=True),
     "quack": Column("quack / ours", "quack", "ours", at_least=True),
@@ -42,26 +42,26 @@ class Table:
     title: str
     contestants: tuple[str, ...]
     columns: tuple[str, ...]
-    peers: bool = False  # whether installed peers that cover a case join it
-    repeats: int = 1  # times the rounds of others, where bars are within a few per cent
+    peers: bool = False  # whether installed peers join it, where they cover a case
+    repeats: int = 1  # more rounds where goals lie within a few per cent
 
 
 TABLES = {
     "speed": Table(
         "Forward + backward",
-        ("eager", "compile", "ours", "limit"),
+        ("eager", "compile", "ours", "limit", "copy"),
         ("eager", "compile", "limit"),
         peers=True,
     ),
     "own": Table(
-        "Forward + backward, losses of one's own",
-        ("eager", "compile", "ours", "limit"),
+        "Forward + backward, custom losses",
+        ("eager", "compile", "ours", "limit", "copy"),
         ("eager", "compile", "limit"),
         peers=True,
     ),
     "curve": Table(
         "Forward + backward, by size",
-        ("eager", "ours", "limit"),
+        ("eager", "ours", "limit", "copy"),
         ("eager", "limit"),
         peers=True,
     ),
@@ -105,7 +105,7 @@ MODULES = {
 
 
 def plain_log_loss(x: Tensor, t: Tensor, reduction: str = "mean") -> Tensor:
-    """Log loss as one writes it where torch has no function of that name."""
+    """Log loss with torch's functions, since torch has none of that name."""
     log_p = x.clamp(torch.finfo(x.dtype).eps, 1).log()
     return torch.nn.functional.nll_loss(log_p, t, reduction=reduction)
 
@@ -114,10 +114,10 @@ def plain_log_loss(x: Tensor, t: Tensor, reduction: str = "mean") -> Tensor:
 class Case:
     """One loss at one shape.
 
-    A loss that is in neither torch.nn.functional nor fusedloss.functional brings its own callables,
-    `functions`, each called as ``function(x, t, reduction=...)``: "eager" (which is compiled for
-    "compile" and, in float64, gives the truth) and "ours"; and `draw`, which gives the leaf and its
-    target. Those of the table "own" are in bench/own.py.
+    A loss that is in neither torch.nn.functional nor fusedloss.functional brings its own callables
+    in `functions`, called as ``function(x, t, reduction=...)``: "eager" (which is also compiled for
+    "compile" and gives the expected result in float64) and "ours"; and `draw`, which returns the
+    leaf and its target. The custom losses, in the table "own", are in bench/own.py.
     """
 
     name: str
@@ -144,19 +144,20 @@ class Case:
 
     @property
     def by_rows(self) -> bool:
-        """Whether a target is a class index for each row, or a distribution over classes."""
+        """Whether a row of classes has one target: a class index, or a distribution over
+        classes."""
         return self.loss in ("cross_entropy", "log_loss")
 
     @property
     def least_bytes(self) -> int:
-        """What forward and backward move at least, as the limit does: input, target and gradient;
-        of class indices next to nothing."""
+        """The least that forward and backward must move, as the limit does: input, target and
+        gradient. Class indices are next to nothing."""
         tensors = 2 if self.by_rows and not self.probabilities else 3
         return tensors * math.prod(self.shape) * self.dtype.itemsize
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """The leaf and its target, the same on every call; written in place, so that making
-        them leaves no mark in a process's peak memory."""
+        """The leaf and its target, the same on every call. They are written in place, so that
+        making them does not show in the peak memory of the process."""
         if self.draw is not None:
             return self.draw(self)
         generator = torch.Generator(self.device).manual_seed(0)
@@ -188,7 +189,7 @@ def bars(**named: float | None) -> dict[str, float]:
     return {column: value for column, value in named.items() if value is not None}
 
 
-# loss: label, then the bars (x eager, x compile, x limit) on the CPU at 2^18, 2^22 and 2^24 elements
+# loss: label, then the goals on the CPU (eager, compile, limit) at 2^18, 2^22 and 2^24 elements
 _POINTWISE = {
     "mse_loss": ("mse", (1.8, 1.5), (2.4, 1.4, 1.25), (2.0, 1.4, 1.25)),
     "l1_loss": ("l1", (3, 1.5), (4, 1.5, 1.25), (4, 1.5, 1.25)),
@@ -213,8 +214,8 @@ _CROSS_ENTROPY: tuple[tuple[tuple[int, ...], tuple[float | None, ...]], ...] = (
     ((4, 21, 256, 256), (3, None, 2.7)),
 )
 
-# Losses of one's own: how many times the limit each may take on the CPU. What has a logarithm or an
-# exponential computes for longer than memory takes.
+# Custom losses: how many times the limit each may take on the CPU. A loss with a logarithm or an
+# exponential is bound by arithmetic, not by memory.
 _RATIONAL, _TRANSCENDENTAL = 1.5, 3.0
 _OWN = {
     "charbonnier": _RATIONAL,
@@ -229,7 +230,7 @@ _OWN = {
     "focal": _TRANSCENDENTAL,
 }
 
-# Enough for a first look: each table, and the losses whose cost differs most.
+# A first look: something of each table, and the losses whose costs differ most.
 _QUICK = {
     "speed: mse 2^22",
     "speed: bce_with_logits 2^22",
@@ -287,12 +288,12 @@ def case(
     upstream: float = 1.0,
     autocast: bool = False,
 ) -> Case:
-    """A case of a loss, named after its options."""
+    """A case, named after its loss, size and options."""
     if len(shape) > 1:
         size = "x".join(map(str, shape))
     else:
         power = math.log2(shape[0])
-        # A curve's sizes are all powers; elsewhere a small one reads better as a number.
+        # Small sizes read better as plain numbers, except in a curve, where all are powers.
         short = power.is_integer() and (power > 14 or table == "curve")
         size = f"2^{power:.0f}" if short else str(shape[0])
     name = f"{LABELS.get(loss, loss)} {size}"
@@ -343,7 +344,7 @@ def _cpu() -> tuple[Case, ...]:
     for loss in _POINTWISE:
         for power in range(10, 25, 2):
             cases.append(case("curve", loss, (2**power,), {}))
-    # As many logits each time, in ever longer rows.
+    # The same number of logits each time, in ever longer rows.
     for loss, powers in ((ce, range(4, 17, 2)), ("log_loss", range(6, 15, 4))):
         for power in powers:
             cases.append(case("curve", loss, (2 ** (22 - power), 2**power), {}))
@@ -385,7 +386,7 @@ def _cuda() -> tuple[Case, ...]:
     ) -> None:
         cases.append(case(table, loss, shape, bars, device="cuda", **options))  # type: ignore[arg-type]
 
-    # Most telling first: a run that is short of time leaves out the last.
+    # The most important first: a run that is short of time leaves out the last.
     aims = {
         "mse_loss": 2.4,
         "l1_loss": 3.6,

@@ -63,7 +63,7 @@ def diabetes() -> Data:
     x_train, x_test, y_train, y_test = train_test_split(
         x, y[:, None], test_size=0.25, random_state=0
     )
-    # Scaled by the training part alone: the test part stays unseen.
+    # Scaled by the training part only, so that the test part stays unseen.
     of_x, of_y = StandardScaler().fit(x_train), StandardScaler().fit(y_train)
 
     def scaled(x: Any, y: Any) -> tuple[Tensor, Tensor]:
@@ -80,14 +80,14 @@ TASKS = (
 
 
 def in_double(loss: Loss) -> Loss:
-    """The same loss, rounded elsewhere."""
+    """The same loss, with other roundings."""
     return lambda x, t: loss(x.double(), t.double() if t.is_floating_point() else t)
 
 
 def make_model(task: Task, data: Data) -> nn.Module:
     torch.manual_seed(0)
     features = data.train[0].shape[1]
-    # Smooth: at a ReLU's kink, training magnifies a rounding a thousandfold.
+    # A smooth activation: at the kink of a ReLU, training magnifies a rounding a thousandfold.
     return nn.Sequential(nn.Linear(features, 64), nn.Tanh(), nn.Linear(64, task.outputs))
 
 
@@ -120,10 +120,10 @@ def difference(a: Training, b: Training) -> list[float]:
 
 
 def rounding(plain: Training, control: Training) -> float:
-    """How far apart rounding alone can take two curves.
+    """How far rounding alone can move two curves apart.
 
-    Measured, as training magnifies a rounding: ten times the distance to the control, where
-    torch.nn's own loss runs in float64; at least a few float32 roundings of the curve itself.
+    It is measured, since training magnifies roundings: ten times the distance to a control, in
+    which torch.nn's own loss runs in float64, and at least a few float32 roundings of the curve.
     """
     return max(10 * max(difference(control, plain)), 1e-6 * max(plain.curve))
 
@@ -186,7 +186,7 @@ def plot(
         curve.set_ylabel("training loss")
         curve.legend()
         gap.plot(epochs, difference(ours, plain), ".-", color="tab:blue", label="difference")
-        # Logarithmic, with room for an exact zero.
+        # logarithmic, with room for an exact zero
         gap.set_yscale("symlog", linthresh=1e-9)
         gap.set_ylim(0, 30 * allowed)
         gap.axhline(allowed, color="tab:red", ls="--", label="what rounding explains")
@@ -197,7 +197,7 @@ def plot(
 
 
 def run(task: Task) -> tuple[Training, Training, float]:
-    """Both trainings, and the difference that rounding explains; all of it printed."""
+    """Run both trainings and print the results, with the difference that rounding explains."""
     data = task.data()
     plain, ours = getattr(nn, task.loss)(), getattr(fusedloss, task.loss)()
     torch_run, our_run = train(task, data, plain), train(task, data, ours)
@@ -261,6 +261,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # So small a model gains nothing from threads, and waits long for them on a busy machine.
+    # So small a model gains nothing from threads, and would wait for them on a busy machine.
     torch.set_num_threads(1)
     sys.exit(main())

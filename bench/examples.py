@@ -1,4 +1,4 @@
-"""What the examples with losses of one's own reach: `python -m bench examples`."""
+"""The results of the examples with custom losses: `python -m bench examples`."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def gan(module: ModuleType, **quick: int) -> dict[str, Any]:
 MEASURE: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function for function in (asymmetric_forecast, focal_imbalance, vae, gan)
 }
-# What a check takes instead of a whole training.
+# A check of the code, instead of a whole training.
 QUICK = {
     "asymmetric_forecast": {"splits": 1, "steps": 5},
     "focal_imbalance": {"splits": 2, "steps": 5},
@@ -95,14 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="python -m bench examples",
-        description="Run the examples with losses of one's own, and write what they reach as JSON.",
+        description="Run the examples with custom losses, and write their results as JSON.",
     )
     parser.add_argument("--quick", action="store_true", help="hardly trained: a check, no result")
     add_out(parser)
     arguments = parser.parse_args(argv)
     results: dict[str, Any] = {}
     threads = torch.get_num_threads()
-    # So small models gain nothing from threads, and wait long for them on a busy machine.
+    # So small models gain nothing from threads, and would wait for them on a busy machine.
     torch.set_num_threads(1)
     try:
         for name in tqdm(MEASURE, unit="example", disable=None):

@@ -1,12 +1,13 @@
 """The figures of README and docs, from committed results: `python -m bench figures`.
 
-A page marks where figures go, and this writes what stands between the marks:
+A page has marks for its figures, and this command writes the text between them:
 
     <!-- figures: cpu/speed ratios speed -->
     <!-- /figures -->
 
-The first word is a JSON under bench/results; then come a view and what the view is asked for (a word
-with spaces in quotes). A mark may stand within a line.
+The first word is a JSON under bench/results, the second a view, and the rest are the view's
+arguments (in quotes if they have spaces). A mark stands on a line of its own, so that it cuts no
+sentence in two.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Run = Mapping[str, Any]
 
 
 class NoFigure(Exception):
-    """A mark asks for what is not in the results."""
+    """A mark asks for something that is not in the results."""
 
 
 @cache
@@ -47,19 +48,13 @@ def load(path: Path) -> Run:
 
 def rows_of(run: Run, table: str, name: str = "") -> list[Run]:
     """The table's rows with a ratio whose case matches the regular expression."""
-    rows = [r for r in run["rows"] if r["table"] == table and re.search(name, r["case"])]
+    rows = [
+        r for r in run["rows"] if re.fullmatch(table, r["table"]) and re.search(name, r["case"])
+    ]
     rows = [r for r in rows if r["ratios"]]
     if not rows:
         raise NoFigure(f"no case of {table!r} matches {name!r}")
     return rows
-
-
-def _ratio(row: Run, column: str) -> float:
-    try:
-        median: float = row["ratios"][column]["median"]
-    except KeyError:
-        raise NoFigure(f"{row['table']}: {row['case']} has no {column!r}") from None
-    return median
 
 
 def ratios(run: Run, table: str, name: str = "") -> str:
@@ -75,18 +70,54 @@ def ratios(run: Run, table: str, name: str = "") -> str:
     return f"\n{tabulate(body, headers, tablefmt='github', disable_numparse=True)}\n"
 
 
-def ratio(run: Run, table: str, name: str, column: str) -> str:
-    """One number: of all cases that match, which must be one."""
-    rows = rows_of(run, table, name)
-    if len(rows) > 1:
-        raise NoFigure(f"{len(rows)} cases of {table!r} match {name!r}")
-    return f"{_ratio(rows[0], column):.2f}"
+# The columns of a first page, in words for a newcomer.
+_HEADLINES = {
+    "eager": "faster than eager PyTorch",
+    "compile": "than torch.compile",
+    "liger": "than Liger-Kernel",
+    "memory": "peak memory, share of eager's",
+}
 
 
-def span(run: Run, table: str, name: str, column: str) -> str:
-    """The smallest and the largest of the cases that match."""
-    found = [_ratio(row, column) for row in rows_of(run, table, name)]
-    return f"{min(found):.2f} to {max(found):.2f}"
+def spans(run: Run, *labelled: str) -> str:
+    """A first table: the smallest and the largest ratio of groups of cases, each a label and a
+    regular expression, and the setting."""
+    groups = [
+        (label, rows_of(run, "(speed|memory)", name))
+        for label, name in zip(labelled[::2], labelled[1::2], strict=True)
+    ]
+
+    def cell(rows: Sequence[Run], column: str) -> str:
+        found = [row["ratios"][column]["median"] for row in rows if column in row["ratios"]]
+        if not found:
+            return ""
+        if column == "memory":
+            return f"{min(found):.0%} to {max(found):.0%}"
+        low, high = (f"{ratio:.{int(ratio < 9.95)}f}" for ratio in (min(found), max(found)))
+        return f"{low} to {high}×"
+
+    columns = [c for c in _HEADLINES if any(cell(rows, c) for _, rows in groups)]
+    body = [[label, *(cell(rows, c) for c in columns)] for label, rows in groups]
+    headers = ["", *(_HEADLINES[c] for c in columns)]
+    text = tabulate(body, headers, tablefmt="github", disable_numparse=True)
+    return f"\n{text}\n{setting(run)}"
+
+
+def limit(run: Run) -> str:
+    """A sentence that says what the limit of the run is."""
+    if run.get("gpu"):
+        what = "a plain copy of the same traffic, by PyTorch's own kernel"
+    elif any("copy" in row["samples"] for row in run["rows"]):
+        what = (
+            "the fastest plain copy of the same traffic that this machine can do, into memory prepared\n"
+            "as ours is"
+        )
+    else:
+        what = (
+            "PyTorch's own copy of the same traffic into new memory. For 32 MiB and more fusedloss asks\n"
+            "for huge pages, and that copy does not, so values below 1 are real"
+        )
+    return f"\n*limit* is the time of {what}.\n"
 
 
 def missed(run: Run) -> str:
@@ -96,7 +127,8 @@ def missed(run: Run) -> str:
         for row in run["rows"]
         if row["missed"] or any(ratio["bar"] is not None for ratio in row["ratios"].values())
     ]
-    return f"{sum(bool(row['missed']) for row in barred)} of {len(barred)}"
+    count = sum(bool(row["missed"]) for row in barred)
+    return f"\n{count} of {len(barred)} cases with a goal miss it.\n"
 
 
 def slower(run: Run) -> str:
@@ -107,17 +139,20 @@ def slower(run: Run) -> str:
         for name, ratio in row["ratios"].items()
         if COLUMNS[name].at_least and round(ratio["median"], 2) < 1
     ]
-    return "; ".join(found) or "none"
+    if not found:
+        return "\nNo case of this run is slower than what stands beside it.\n"
+    return "\n" + "\n".join(f"- {case}" for case in found) + "\n"
 
 
 def setting(run: Run) -> str:
-    """Where and when."""
+    """Where, when, and with which versions."""
     if run.get("gpu"):
         where = run["gpu"]
     else:
         threads = f"{run['threads']} thread{'s' if run['threads'] > 1 else ''}"
         where = f"{threads} of {run['cpu']} ({run['cpu_capability']})"
-    return f"`{run['command']}` on {where}, torch {run['torch']}, {run['date'][:10]}"
+    versions = f"fusedloss {run['fusedloss']}, torch {run['torch'].partition('+')[0]}"
+    return f"\nMeasured on {where}, {versions}, {run['date'][:10]}.\n"
 
 
 def steps(run: Run) -> str:
@@ -145,12 +180,12 @@ def steps(run: Run) -> str:
 
 
 def _ulps(error: float) -> str:
-    """Two decimals where the half of an ULP that any rounding costs is to be seen."""
+    """Two decimals for small errors: half an ULP is the cost of one rounding."""
     return f"{error:.2f}" if error < 9.995 else f"{error:.3g}" if error < 1e5 else f"{error:.1e}"
 
 
 def errors(run: Run, place: str = "rows") -> str:
-    """The largest errors of every loss and dtype, in ULP; and for "hard" of every such input."""
+    """The largest errors of every loss and dtype, in ULP; for "hard", of every hard input."""
     names = ("loss", "dtype") if place == "rows" else ("input", "loss", "dtype")
     columns = ("element", "mean", "gradient")
     lines = [
@@ -167,7 +202,7 @@ def errors(run: Run, place: str = "rows") -> str:
 
 
 def _found(run: Run, place: str) -> Any:
-    """What stands at a place: keys, and numbers of lists, joined by slashes."""
+    """The value at a place: keys and list indices, joined by slashes."""
     value: Any = run
     for key in place.split("/"):
         try:
@@ -177,25 +212,33 @@ def _found(run: Run, place: str) -> Any:
     return value
 
 
-def value(run: Run, place: str, form: str = "") -> str:
-    """One number, formatted as Python does."""
+def _formatted(run: Run, place: str, form: str) -> str:
     try:
         return format(_found(run, place), form)
     except ValueError as error:
         raise NoFigure(str(error)) from None
 
 
+def numbers(run: Run, *labelled: str) -> str:
+    """A table of single numbers: label, place or place:format, ..."""
+    body = []
+    for label, wanted in zip(labelled[::2], labelled[1::2], strict=True):
+        place, _, form = wanted.partition(":")
+        body.append([label, _formatted(run, place, form)])
+    return f"\n{tabulate(body, ['', ''], tablefmt='github', disable_numparse=True)}\n"
+
+
 def table(run: Run, place: str, *columns: str) -> str:
-    """A list of objects as a table: of each the fields that are named, `field` or `field:format`."""
+    """A list of objects as a table, with the fields that are named: `field` or `field:format`."""
     fields = [column.partition(":")[::2] for column in columns]
-    body = [[value(row, field, form) for field, form in fields] for row in _found(run, place)]
+    body = [[_formatted(row, field, form) for field, form in fields] for row in _found(run, place)]
     headers = [field for field, _ in fields]
     return f"\n{tabulate(body, headers, tablefmt='github', disable_numparse=True)}\n"
 
 
 VIEWS: dict[str, Callable[..., str]] = {
     view.__name__: view
-    for view in (ratios, ratio, span, missed, slower, setting, steps, errors, value, table)
+    for view in (ratios, spans, limit, missed, slower, setting, steps, errors, numbers, table)
 }
 
 
@@ -206,7 +249,7 @@ def figure(request: str, results: Path = RESULTS) -> str:
     view, *arguments = asked
     try:
         return VIEWS[view](load(results / f"{source}.json"), *arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise NoFigure(str(error)) from None
 
 

@@ -1,4 +1,5 @@
-"""What `make gpu` did, beside the bench's own results: `python -m bench.gpu_report STAGES LOG`."""
+"""The stages of `make gpu` and their log, beside the results of the bench: `python -m
+bench.gpu_report STAGES LOG`."""
 
 from __future__ import annotations
 

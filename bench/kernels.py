@@ -1,7 +1,7 @@
-"""What runs inside of a step: a GPU's kernels, or the CPU's operators, by torch.profiler.
+"""What runs in a step: a GPU's kernels, or the CPU's operators, by torch.profiler.
 
-`python -m bench` times whole steps, with their host's part and what lies between kernels. This is what
-the kernels take by themselves, how many there are, and which.
+`python -m bench` times whole steps, including the host's part and the gaps between kernels. This
+lists the kernels, counts them, and gives the time they take by themselves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from tabulate import tabulate
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from . import report
 from .arguments import (
@@ -35,9 +35,10 @@ from .cases import CASES, Case
 from .measure import Problem, Speed, Step, describe, interleave, one_by_one, quantiles
 
 ROUNDS, STEPS = 9, 3  # profiles of a contestant, steps of a profile
-# Of the CPU's operators, what is none: autograd's own calls, and torch.compile's.
+# The profiler lists these among the CPU's operators, but they are calls of autograd and
+# torch.compile.
 NO_OPERATOR = ("autograd::", "torch::autograd::", "Torch-Compiled", "TorchDynamo", "ProfilerStep")
-SHOWN = 48  # characters of a kernel's name: those of templates are long
+SHOWN = 48  # characters of a kernel's name: names of templates are long
 
 
 class Part(NamedTuple):
@@ -45,11 +46,11 @@ class Part(NamedTuple):
 
     name: str
     calls: float  # a step
-    seconds: float  # a step, all its calls, without what an operator calls
+    seconds: float  # a step: all calls, without other operators that they call
 
 
 def profiled(step: Step, on: str) -> list[Part]:
-    """What a step runs, the longest first."""
+    """The kernels or operators of a step, the longest first."""
     gpu = on == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
         for _ in range(STEPS):
@@ -69,21 +70,34 @@ def profiled(step: Step, on: str) -> list[Part]:
     return sorted(parts, key=lambda part: -part.seconds)
 
 
+def labelled(step: Step, name: str) -> Step:
+    """The step under a name that the profiler sees."""
+
+    def seen() -> object:
+        with record_function(name):
+            return step()
+
+    return seen
+
+
 class Kernels(Speed):
-    """As Speed, but of a step counts only what its kernels take, and they are kept."""
+    """Like Speed, but counts only the time of a step's kernels, and keeps the list of them."""
 
     def __init__(self, rounds: int, wanted: Collection[str] | None) -> None:
         super().__init__(rounds, wanted=wanted)
-        self.parts: dict[str, list[Part]] = {}  # of the last case, by contestant
+        self.parts: dict[str, list[Part]] = {}  # of the last case
 
     def time(self, case: Case, steps: Mapping[str, Step]) -> dict[str, list[float]]:
         names = {step: name for name, step in steps.items()}
 
         def clock(step: Step, _: float) -> Callable[[], float]:
             step()
+            name = names[step]
+            # The profiler sees operators only, and the compiled copy is none.
+            seen = labelled(step, name) if name == "limit" and case.device == "cpu" else step
 
             def seconds() -> float:
-                self.parts[names[step]] = parts = profiled(step, case.device)
+                self.parts[name] = parts = profiled(seen, case.device)
                 return sum(part.seconds for part in parts)
 
             return seconds
@@ -132,7 +146,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             lines.append([row["case"], row["contestant"], None, row["problem"], None])
             continue
         whole = sum(part["seconds"] for part in row["parts"])
-        # What takes less than a hundredth is counted, but explains nothing.
+        # Kernels under a hundredth are counted, but not listed.
         long = [part for part in row["parts"] if part["seconds"] >= 0.01 * whole]
         what = ", ".join(
             f"{part['name'].removeprefix('void ')[:SHOWN]} {part['seconds'] / whole:.0%}"
@@ -161,7 +175,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_out(parser)
     arguments = parser.parse_args(argv)
     known = [case for case in CASES[arguments.device] if case.table in ("speed", "own")]
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says when it starts and ends
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # or the profiler prints when it starts and ends
     kernels = Kernels(arguments.rounds, arguments.peers)
     cases = matching(parser, arguments.only, known)
     measured = one_by_one(cases, partial(measure, kernels=kernels), arguments.seconds)
@@ -172,6 +188,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     print(f"wrote {path}")
     if len(measured) < len(cases):
-        return 130  # as a shell says of an interrupted command
+        return 130  # a shell's status for an interrupted command
     missing = {row["verdict"] for row in rows if "verdict" in row and row["contestant"] == "ours"}
     return 1 if missing - {"skipped"} else 0

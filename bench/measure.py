@@ -1,4 +1,4 @@
-"""Contestants of a case, the check that they are right, and interleaved timing."""
+"""The contestants of a case, the check of their results, and interleaved timing."""
 
 from __future__ import annotations
 
@@ -23,32 +23,36 @@ from tqdm import tqdm
 import fusedloss
 import fusedloss.functional as FL
 
-from . import own
+from . import limit, own
 from .cases import COLUMNS, MODULES, TABLES, Case, Loss
 from .peers import PEERS
 
 Step = Callable[[], object]
 T = TypeVar("T")
 
-# Here to expose a contestant that computes something else, not to rank roundings: far above an
-# honest fp32 sum of 2^24 terms or one rounding to bf16, far below any missing term. Norm-wise.
+# Exposes a contestant that computes something else, and does not rank roundings: far above the
+# error of an fp32 sum of 2^24 terms or of one rounding to bf16, far below any missing term.
+# Norm-wise.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-8}
 
-# Long enough a block for the clock, short enough that a round sees one state of the machine.
+# Long enough for the clock, short enough that a round sees one state of the machine.
 BLOCK_SECONDS = 0.01
-# Of a round on a GPU, where each step is timed alone, over a cache that holds none of its data.
+# The same on a GPU, where each step is timed alone, over an emptied cache.
 GPU_BLOCK_SECONDS = 0.04
+# For the choice of the fastest copy.
+LIMIT_BLOCK_SECONDS, LIMIT_ROUNDS = 0.003, 5
 
-# Past it, a case starts no further round, once it has enough of them for a median and a spread.
+# After this time a case starts no further round, if it has enough of them for a median and a
+# spread.
 CASE_SECONDS = 20.0
 ENOUGH_ROUNDS = 5
 
-# What all compiling of one run may take together; later cases then go without.
+# For all compiling of one run together; later cases then go without.
 COMPILE_SECONDS = 300.0
 
 
 class WrongResult(Exception):
-    """A contestant's loss or gradient is not the one that float64 gives."""
+    """A contestant's loss or gradient differs from the one in float64."""
 
 
 @dataclass
@@ -77,9 +81,10 @@ class Row:
     problems: dict[str, Problem] = field(default_factory=dict)
     path: str | None = None
     compile_seconds: float | None = None
+    limit_by: str | None = None  # the fastest copy, see bench/limit.py
 
     def ratios(self) -> dict[str, Ratio]:
-        """The table's columns, as far as both contestants of one were measured."""
+        """The table's columns for which both contestants were measured."""
         ratios = {}
         for name in (*TABLES[self.case.table].columns, *JOINING):
             column = COLUMNS[name]
@@ -89,7 +94,7 @@ class Row:
             bar = self.case.bars.get(name)
             met = None
             if bar is not None:
-                # Judged as printed, to two decimals: 0.998 against 1 is noise, 0.98 is not.
+                # Judged as printed, with two decimals: 0.998 against 1 is noise, 0.98 is not.
                 shown = round(median, 2)
                 met = shown >= bar if column.at_least else shown <= bar
             ratios[name] = Ratio(median, low, high, bar, met)
@@ -101,19 +106,19 @@ class Row:
         return bool(self.samples) or any(p.verdict != "skipped" for p in self.problems.values())
 
     def broken(self) -> list[str]:
-        """Contestants that gave a wrong result or none."""
+        """Contestants with a wrong result or none."""
         return [name for name, problem in self.problems.items() if problem.verdict != "skipped"]
 
     def missed(self) -> list[str]:
-        """Columns whose bar is not reached; without a result of ours, none of them is."""
+        """Columns whose goal is missed: all of them if ours has no result."""
         if "ours" in self.broken():
             return list(self.case.bars)
         return [name for name, ratio in self.ratios().items() if ratio.met is False]
 
     def unmeasured(self) -> list[str]:
-        """Columns whose bar could be neither reached nor missed, for want of a rival."""
+        """Columns whose goal could not be judged, since the other contestant was not measured."""
         known = {*self.missed(), *self.ratios()}
-        # A peer that is not installed here leaves nothing unmeasured.
+        # A peer that is not installed does not count as unmeasured.
         wanted = {*TABLES[self.case.table].columns, *self.problems}
         return [name for name in self.case.bars if name in wanted and name not in known]
 
@@ -121,15 +126,15 @@ class Row:
 def quantiles(of: list[float], over: list[float]) -> tuple[float, float, float]:
     """20 %, median and 80 % of the rounds' ratios.
 
-    The median of ratios, not the ratio of medians: what slows the machine for a while slows both
-    sides of a round alike and cancels within it, and the spread is then that of the ratio.
+    The median of ratios, not the ratio of medians: whatever slows the machine for a while slows
+    both sides of a round and cancels, so the spread is that of the ratio.
     """
     low, median, high = np.quantile(np.divide(of, over), [0.2, 0.5, 0.8]).tolist()
     return low, median, high
 
 
 def describe(error: Exception) -> Problem:
-    """One line for a note."""
+    """The error as one line for a note."""
     if isinstance(error, WrongResult):
         return Problem("wrong", str(error))
     lines = str(error).strip().splitlines()
@@ -140,15 +145,15 @@ def describe(error: Exception) -> Problem:
 def one_by_one(
     cases: Iterable[Case], measure: Callable[[Case, Problem | None], T], seconds: float | None
 ) -> list[T]:
-    """What `measure` gives for each case; past the seconds it is given the problem instead of time.
+    """The results of `measure` for each case. After the given seconds it gets a problem to report.
 
-    Ctrl-C, and whoever else ends the process, ends the cases: what there is of them is returned.
+    Ctrl-C or SIGTERM ends the loop, and the results so far are returned.
     """
     results = []
     start = time.monotonic()
     told_to_end = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        progress = tqdm(cases, unit="case", disable=None)  # None: no bar where there is no terminal
+        progress = tqdm(cases, unit="case", disable=None)  # None: no bar without a terminal
         for case in progress:
             progress.set_description(case.id)
             late = None
@@ -164,14 +169,14 @@ def one_by_one(
     return results
 
 
-# What may join a table beside its own contestants.
+# Contestants that may join a table.
 JOINING = ("triton", *PEERS)
 
 
 def second_backend(device: str) -> str | None:
-    """The fused backend that runs on the device, but is not the one that calls go to."""
+    """Another fused backend that runs on the device, beside the one that calls use."""
     if device == "cpu":
-        return None  # Triton's is an interpreter there, for finding mistakes
+        return None  # Triton only has its interpreter there
     x = torch.zeros(2, device=device)
     first = fusedloss.explain(FL.mse_loss, x, x).backend
     for name, why_not in fusedloss.info().backends.items():
@@ -185,17 +190,18 @@ def second_backend(device: str) -> str | None:
 def contestants(case: Case, wanted: Collection[str] | None = None) -> list[str]:
     """Who is measured: ours and the limit always, the others as wanted (None: whoever is here)."""
     table = TABLES[case.table]
-    names = list(table.contestants)
+    # On a GPU PyTorch's copy is the limit.
+    names = [name for name in table.contestants if name != "copy" or case.device == "cpu"]
     if table.peers:
         second = second_backend(case.device)
         names += [second] if second and not case.functions else []
         names += [p.name for p in PEERS.values() if p.covers(case) and p.version is not None]
-    always = ("ours", "unit", "limit")
+    always = ("ours", "unit", "limit", "copy")
     return [name for name in names if wanted is None or name in wanted or name in always]
 
 
 def running(contestant: str) -> AbstractContextManager[None]:
-    """What holds while a contestant is built, checked or timed."""
+    """The context in which a contestant is built, checked and timed."""
     return fusedloss.backend(contestant) if contestant == "triton" else nullcontext()
 
 
@@ -216,19 +222,19 @@ def build_loss(case: Case, contestant: str) -> Loss:
         return PEERS[contestant].load()
     loss: Loss
     if case.table == "upstream":
-        # Modules, as each keeps a prediction of its own: calls of one function at both upstream
-        # gradients in turn would measure the mispredicted path.
+        # Modules, since each has its own prediction: one function, called with both upstream
+        # gradients in turn, would measure the mispredicted path.
         package = torch.nn if contestant == "eager" else fusedloss
         loss = getattr(package, MODULES[case.loss])()
     elif contestant == "compile":
         # Idle compile workers would share the cores with what is being timed.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-        # Cases recompile one function: past dynamo's limit it would quietly run eagerly.
+        # Cases recompile one function: above dynamo's limit it would silently run eagerly.
         torch._dynamo.reset()
         loss = torch.compile(eager_loss(case), fullgraph=True, dynamic=False)
     else:
         loss = eager_loss(case) if contestant == "eager" else our_loss(case)
-    # A partial costs every call: only where it is needed.
+    # A partial costs time in every call, so only where it is needed.
     return loss if case.reduction == "mean" else partial(loss, reduction=case.reduction)
 
 
@@ -240,23 +246,39 @@ def upstream_of(case: Case, contestant: str, x: Tensor, t: Tensor) -> Tensor | N
         return torch.randn(shape, generator=generator, device=case.device, dtype=case.dtype)
     if case.table == "upstream":
         value = 1.0 if contestant == "unit" else case.upstream
-        # Eager's loss has the input's dtype, and peers' have float32: backward() casts.
+        # Eager's loss has the input's dtype and the peers' have float32: backward() casts.
         return torch.tensor(value, device=case.device)
     return None
 
 
+def copy_step(copy: limit.Copy, x: Tensor) -> Step:
+    """A copy in place of a loss step."""
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        # Kept in x.grad, so that it is freed when a gradient would be: at the next step.
+        x.grad = None
+        x.grad = copy()
+        return x.grad
+
+    return step
+
+
+def fastest_copy(x: Tensor, t: Tensor) -> tuple[str, Step]:
+    """The limit: the name of the fastest copy, and its step."""
+    steps = {name: copy_step(copy, x) for name, copy in limit.means(x, t).items()}
+    if len(steps) > 1:
+        samples = interleave(steps, LIMIT_ROUNDS, LIMIT_BLOCK_SECONDS, host_clock)
+        name = min(samples, key=lambda name: np.median(samples[name]))
+    else:
+        (name,) = steps
+    return name, steps[name]
+
+
 def make_step(case: Case, contestant: str, x: Tensor, t: Tensor) -> Step:
-    """What is timed: a loss step that delivers a fresh gradient."""
-    if contestant == "limit":
-
-        @torch.no_grad()
-        def step() -> Tensor:
-            # Kept in x.grad, so that it is freed when a gradient is: at the next step.
-            x.grad = None
-            x.grad = torch.add(x, t) if x.shape == t.shape else x.clone()
-            return x.grad
-
-        return step
+    """The step that is timed: it delivers a fresh gradient."""
+    if contestant == "copy":
+        return copy_step(lambda: limit.by_pytorch(x, t), x)
 
     loss = build_loss(case, contestant)
     if case.table == "forward":
@@ -288,14 +310,14 @@ def make_step(case: Case, contestant: str, x: Tensor, t: Tensor) -> Step:
 
 
 def captured(step: Step, x: Tensor, original: Tensor) -> Step:
-    """The step in a CUDA graph, replayed on what x holds then: here what `original` does.
+    """The step in a CUDA graph, captured and replayed on the values of `original`.
 
-    Raises what the step does where it cannot be captured, as one that waits for the device cannot.
+    Raises the step's error if it cannot be captured, for example because it waits for the device.
     """
     graph = torch.cuda.CUDAGraph()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    # Around the capture as well: one that fails leaves its stream the current one.
+    # Around the capture as well: after a failed one its stream would stay the current one.
     with torch.cuda.stream(side):
         for _ in range(3):
             step()
@@ -320,7 +342,7 @@ def path(case: Case, x: Tensor, t: Tensor) -> str | None:
     with torch.autocast(case.device, dtype=torch.bfloat16, enabled=case.autocast):
         try:
             return fusedloss.explain(our_loss(case), x, t, reduction=case.reduction).backend
-        except TypeError:  # a callable that explain() does not know
+        except TypeError:  # explain() does not know this callable
             return None
 
 
@@ -338,7 +360,7 @@ def expected(case: Case, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
 def check(
     case: Case, contestant: str, step: Step, x: Tensor, truth: tuple[Tensor, Tensor | None]
 ) -> None:
-    """Hold a contestant's loss and gradient against float64."""
+    """Compare a contestant's loss and gradient with float64."""
     x.grad = None
     value = step()
     assert isinstance(value, Tensor)
@@ -351,29 +373,29 @@ def check(
             continue
         if got is None:
             raise WrongResult(f"no {name}")
-        if got.shape != right.shape and contestant not in PEERS:  # one of them gives (1,)
+        if got.shape != right.shape and contestant not in PEERS:  # one of the peers returns (1,)
             raise WrongResult(f"{name} of shape {tuple(got.shape)}, not {tuple(right.shape)}")
         error = float((got.double().view_as(right) - right).norm() / right.norm())
-        # Written so that nan fails.
+        # Written like this so that nan fails.
         if not error <= TOLERANCE[got.dtype]:
             raise WrongResult(f"{name} off by {error:.2g} (norm-wise) from float64")
 
 
 def host_clock(step: Step, block_seconds: float) -> Callable[[], float]:
-    """Seconds a step, by blocks of steps that the host waits for once, at their end.
+    """Seconds per step, from blocks of steps at whose end the host waits once.
 
-    `Timer.timeit` warms up before it reads the clock, so that nobody pays for what the one before
+    `Timer.timeit` warms up before it reads the clock, so nobody pays for what the contestant before
     left in caches and heap.
     """
     timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-    # Best of a few: a single first call may be slow, and would make the blocks too short.
+    # The best of a few: the first call may be slow, and would make the blocks too short.
     seconds = min(timer.timeit(1).mean for _ in range(3))
     number = math.ceil(block_seconds / seconds)
     return lambda: timer.timeit(number).mean
 
 
 def gpu_clock(step: Step, block_seconds: float) -> Callable[[], float]:
-    """Seconds a step on the GPU, each step alone and over a cache that was emptied before it."""
+    """Seconds per step on the GPU; each step runs alone, over an emptied cache."""
     from triton.testing import do_bench
 
     milliseconds = 1e3 * block_seconds
@@ -388,10 +410,10 @@ def interleave(
     block_seconds: float = BLOCK_SECONDS,
     clock: Callable[[Step, float], Callable[[], float]] = host_clock,
 ) -> dict[str, list[float]]:
-    """Seconds a step of each contestant, one sample a round.
+    """Seconds per step of each contestant, one sample per round.
 
-    Each round times every contestant once, in an order drawn anew: whoever always came after the
-    same other would pay for what that one leaves in heap and caches.
+    Each round times every contestant once, in a new random order: otherwise each would always pay
+    for what the same other one leaves in heap and caches.
     """
     clocks = {}
     for name, step in steps.items():
@@ -412,7 +434,7 @@ def interleave(
 
 
 class Speed:
-    """Times cases one by one, within the run's allowance for compiling."""
+    """Times cases one by one, within the run's time for compiling."""
 
     def __init__(
         self,
@@ -441,7 +463,10 @@ class Speed:
                             "skipped", "no kernel of that backend takes it"
                         )
                         continue
-                    steps[name] = self.prepare(case, name, x, t, truth)
+                    if name == "limit":
+                        row.limit_by, steps[name] = fastest_copy(x, t)
+                    else:
+                        steps[name] = self.prepare(case, name, x, t, truth)
                 if name == "ours":
                     row.path = path(case, x, t)
             except Exception as error:  # noqa: BLE001 - the others are still measured
@@ -449,12 +474,15 @@ class Speed:
             if name == "compile":
                 row.compile_seconds = time.perf_counter() - start
                 self.compile_left -= row.compile_seconds
-        del truth  # twice the size of the inputs and more
+        del truth  # at least twice the size of the inputs
         row.samples = self.time(case, steps)
+        # A wrong choice among copies that are about as fast shows in the rounds.
+        if np.median(row.samples.get("copy", math.inf)) < np.median(row.samples.get("limit", 0)):
+            row.limit_by, row.samples["limit"] = "PyTorch", row.samples["copy"]
         return row
 
     def time(self, case: Case, steps: Mapping[str, Step]) -> dict[str, list[float]]:
-        """Seconds a step of each contestant, by rounds."""
+        """Seconds per step of each contestant, one sample per round."""
         rounds = self.rounds * TABLES[case.table].repeats
         if case.device == "cuda" and case.table not in ("small", "graph"):
             return interleave(steps, rounds, GPU_BLOCK_SECONDS, gpu_clock)
@@ -468,8 +496,8 @@ class Speed:
         t: Tensor,
         truth: tuple[Tensor, Tensor | None],
     ) -> Step:
-        """A contestant's step, found right; whoever is wrong raises."""
-        if name == "limit":
+        """A contestant's step, checked: raises if its result is wrong."""
+        if name == "copy":
             return make_step(case, name, x, t)
         original = x.detach()
         if name in PEERS and PEERS[name].overwrites_input:

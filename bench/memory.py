@@ -1,7 +1,7 @@
 """Peak memory of forward + backward, beyond the inputs.
 
-On the CPU what the process holds, each contestant of a case in a process of its own; on a GPU what
-torch's allocator handed out.
+On the CPU it is the memory of the process, with a new process for each contestant; on a GPU it is
+what torch's allocator handed out.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .measure import Problem, Row, contestants, describe, make_step, running
 
 
 def resident(field: str) -> int:
-    """Bytes in memory: now (VmRSS), or at most (VmHWM).
+    """Bytes of this process in memory: now (VmRSS), or the peak (VmHWM).
 
-    What the kernel counted, so it sees scratch that never went through PyTorch's allocator (whose
-    profiler would not). Not getrusage's ru_maxrss: a child process starts at its parent's.
+    Linux counts it, so it includes scratch memory that PyTorch's allocator (and profiler) never
+    saw. getrusage's ru_maxrss will not do: a child process starts with its parent's.
     """
     status = Path("/proc/self/status").read_text()
     match = re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)
@@ -33,10 +33,10 @@ def resident(field: str) -> int:
 
 
 def allocated(case: Case, contestant: str) -> int:
-    """Bytes of the GPU that a step took at most."""
+    """Peak bytes on the GPU during a step."""
     x, t = case.inputs()
     step = make_step(case, contestant, x, t)
-    step()  # a prediction, a workspace, handles: made once, and not a step's
+    step()  # makes predictions, workspaces and handles, once
     x.grad = None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -46,13 +46,13 @@ def allocated(case: Case, contestant: str) -> int:
 
 
 def growth(case: Case, contestant: str) -> int:
-    """Bytes that the steps of a fresh process took at most."""
+    """Peak bytes during steps, in a fresh process."""
     x, t = case.inputs()
     small = x.detach()[:2].requires_grad_()
-    # Code pages and threads are no part of a step's memory.
+    # Code pages and threads do not count as a step's memory.
     make_step(case, contestant, small, t[:2])()
     step = make_step(case, contestant, x, t)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, from now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     for _ in range(3):
         step()

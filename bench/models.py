@@ -1,7 +1,7 @@
 """Whole training steps, with torch's losses and with ours: `python -m bench models`.
 
-What a faster loss is worth depends on the model around it, so the share of the step that the loss
-takes stands first: where it is small, nothing is to be gained.
+The worth of a faster loss depends on the model around it, so the loss's share of the step comes
+first: where it is small, there is nothing to gain.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from .measure import BLOCK_SECONDS, interleave, quantiles
 from .memory import resident
 
 ROUNDS, QUICK_ROUNDS = 11, 3
-# Freed memory goes back at once: what glibc keeps for later differs from run to run, by more than
-# losses do.
+# Freed memory goes back to the system at once: what glibc keeps differs from run to run by more
+# than the losses do.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
-# Training magnifies roundings; this is far above what a few steps make of them.
+# Training magnifies roundings; this is far above their effect in a few steps.
 SAME = 1e-3
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the models: what a CPU trains in a second, or a GPU in a tenth of one."""
+    """Sizes of the models: a step takes a CPU a second, or a GPU a tenth of one."""
 
     vocabulary: int
     width: int
@@ -127,7 +127,7 @@ def gpt(sizes: Sizes) -> Training:
 
 
 def segmentation(sizes: Sizes) -> Training:
-    """Discs of 20 kinds on a background, told apart by their colour."""
+    """Discs of 20 kinds on a background, distinguished by colour."""
     classes, edge = 21, sizes.image
     axis = torch.arange(edge)
     image = torch.zeros(sizes.images, 3, edge, edge)
@@ -170,7 +170,7 @@ class Factors(nn.Module):
 
 
 def recommender(sizes: Sizes) -> Training:
-    """Who bought what, from taste of a low rank."""
+    """Who bought what, from a matrix of low rank."""
     taste = torch.randn(sizes.users, 8) @ torch.randn(8, sizes.items)
     bought = (taste > 4).float()
     return Training(Factors(sizes), torch.arange(sizes.users), bought)
@@ -221,7 +221,7 @@ class Steps:
         self.output.requires_grad_()
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Mixed on a GPU, as models are trained there."""
+        """Mixed precision on a GPU, as is usual there."""
         if self.device == "cuda":
             return torch.autocast("cuda", dtype=torch.bfloat16)
         return nullcontext()
@@ -247,7 +247,7 @@ def sizes_for(device: str, quick: bool) -> Sizes:
 
 
 def peak(name: str, contestant: str, device: str, quick: bool) -> int:
-    """Bytes that training takes at most, beyond model and data: of a process of its own."""
+    """Peak bytes of training, beyond model and data, in a new process."""
     steps = Steps(MODELS[name], contestant, device, sizes_for(device, quick))
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -338,7 +338,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """One sentence of what ours is worth in that model."""
+    """One sentence about what ours gains in that model."""
     step = result["step"]
     if step["low"] > 1:
         return f"{result['title']}: the step is {step['median']:.2f} times as fast."

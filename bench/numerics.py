@@ -1,7 +1,7 @@
 """The largest error of every loss and dtype, ours and torch's: `python -m bench numerics`.
 
-Of random inputs, and of inputs that are made to be hard: equal terms, whose roundings all go the same
-way, cancellation, and numbers near the ends of their range.
+For random inputs, and for hard ones: equal terms, whose roundings all go the same way,
+cancellation, and numbers near the ends of their range.
 
 The truth is computed in x86's 80-bit floating point, which has 11 bits more than float64.
 """
@@ -35,10 +35,10 @@ Formula = Callable[..., tuple[Wide, Wide]]
 Draw = Callable[[torch.Generator], tuple[Tensor, Tensor]]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-UPSTREAM = 1000 / 3  # a loss scale, say; rounded to the dtype
+UPSTREAM = 1000 / 3  # like a loss scale; rounded to the dtype
 SEEDS = 3
 ELEMENTS, ROWS, CLASSES = 250_000, 512, 1000
-EQUAL, MANY_CLASSES = 2**24, 32_000  # of the hard inputs
+EQUAL, MANY_CLASSES = 2**24, 32_000  # for the hard inputs
 
 
 def _mse(x: Wide, y: Wide) -> tuple[Wide, Wide]:
@@ -50,7 +50,7 @@ def _l1(x: Wide, y: Wide) -> tuple[Wide, Wide]:
 
 
 def _huber(x: Wide, y: Wide) -> tuple[Wide, Wide]:
-    """Smooth L1 too, at beta 1 and delta 1."""
+    """Smooth L1 too, since beta and delta are 1."""
     d = x - y
     slope = np.clip(d, -1, 1)
     return slope * (d - slope / 2), slope
@@ -61,7 +61,7 @@ def _bce(x: Wide, y: Wide) -> tuple[Wide, Wide]:
 
 
 def _bce_with_logits(x: Wide, y: Wide) -> tuple[Wide, Wide]:
-    """Each term is positive, so that none cancels another."""
+    """Every term is positive, so none cancels another."""
     positive, negative = np.logaddexp(0, -x), np.logaddexp(0, x)
     slope = (1 - y) / (1 + np.exp(-x)) - y / (1 + np.exp(x))
     return y * positive + (1 - y) * negative, slope
@@ -73,7 +73,7 @@ def _cross_entropy(x: Wide, y: npt.NDArray[np.int64]) -> tuple[Wide, Wide]:
     chosen = e[rows, y].copy()
     total = e.sum(1)
     e[rows, y] = 0
-    # 1 - p of the target's class as the sum of the others, of which none is lost.
+    # 1 - p of the target's class is the sum of the others, so that none of them is lost.
     others = e.sum(1)
     slope = e / total[:, None]
     slope[rows, y] = -others / total
@@ -111,7 +111,7 @@ def _classes(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def _distribution(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Few classes: most of many would be below bfloat16's eps."""
+    """Few classes: with many, most probabilities would be below bfloat16's eps."""
     x = torch.randn(ELEMENTS // 10, 10, generator=generator, dtype=torch.float64)
     return x.softmax(1), torch.randint(10, (ELEMENTS // 10,), generator=generator)
 
@@ -126,7 +126,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Truth:
-    """What a loss gives for an input. What is the same for all elements stands there once."""
+    """A loss's results for an input. A value that all elements share is stored once."""
 
     each: Wide  # with reduction="none"
     mean: Wide
@@ -134,13 +134,13 @@ class Truth:
 
     @staticmethod
     def plain(value: Wide, slope: Wide) -> Truth:
-        """Where all elements or rows count alike."""
+        """For losses in which all elements or rows count alike."""
         return Truth(value, np.asarray(value.mean()), slope / value.size)
 
 
 @dataclass(frozen=True)
 class Hard:
-    """An input that is made to be hard: its tensors, the loss's options, and the truth."""
+    """A hard input: its tensors, the loss's options, and the exact results."""
 
     title: str
     loss: str
@@ -155,7 +155,7 @@ def _all_equal(formula: Formula, x: float, y: float, dtype: torch.dtype) -> Any:
 
 
 def _far_apart(dtype: torch.dtype) -> Any:
-    """Twice the difference is out of range, and the gradient of the mean is not."""
+    """Twice the difference is out of range, but the gradient of the mean is not."""
     x = torch.linspace(-0.75, 0.75, 1000, dtype=torch.float64) * torch.finfo(dtype).max
     x, y = x.to(dtype), torch.zeros(1000, dtype=dtype)
     return x, y, {}, Truth.plain(*_mse(wide(x), wide(y)))
@@ -168,8 +168,8 @@ def _confident(dtype: torch.dtype) -> Any:
 
 
 def _equal_classes(dtype: torch.dtype) -> Any:
-    """A confident class beside many that are all alike, over K dimensions. How their roundings add up
-    depends on the one exponential, and so each row has another."""
+    """A confident class beside many that are all equal, over K dimensions. How their roundings add
+    up depends on their exponential, so each row has another one."""
     generator = torch.Generator().manual_seed(0)
     shape = (2, 32, MANY_CLASSES)
     y = torch.randint(MANY_CLASSES, shape[:2], generator=generator)
@@ -182,7 +182,7 @@ def _equal_classes(dtype: torch.dtype) -> Any:
 
 
 def _heavy_class(dtype: torch.dtype) -> Any:
-    """Label smoothing, where one class weighs as much as all others together, and more."""
+    """Label smoothing, with one class that weighs more than all others together."""
     x, y = _classes(torch.Generator().manual_seed(0))
     x = x.to(dtype)
     weight = torch.ones(CLASSES, dtype=dtype)
@@ -242,17 +242,17 @@ def wide(t: Tensor) -> Wide:
 
 
 def ulps(result: Tensor, truth: Wide) -> float:
-    """The largest distance, in units in the last place of the truth in the result's dtype."""
+    """The largest distance from the truth, in its units in the last place in the result's dtype."""
     info = torch.finfo(result.dtype)
     if truth.ndim == 0:
-        result = torch.stack(result.aminmax())  # one of which is the farthest away
+        result = torch.stack(result.aminmax())  # one of these is the farthest away
     got = wide(result)
     _, exponent = np.frexp(truth)
     spacing = np.ldexp(np.longdouble(info.eps), exponent - 1)
     smallest = np.longdouble(info.smallest_normal) * np.longdouble(info.eps)
     spacing = np.where(truth == 0, smallest, np.maximum(spacing, smallest))
     distance = np.abs(got - truth) / spacing
-    distance[np.isinf(got) & (np.sign(got) * truth > info.max)] = 0  # as it is rounded
+    distance[np.isinf(got) & (np.sign(got) * truth > info.max)] = 0  # as rounded
     distance[np.isnan(got)] = np.inf
     return float(np.max(distance))
 

@@ -1,7 +1,7 @@
-"""Losses of one's own: those of the gallery, which the tests hold to independent formulas.
+"""The custom losses of the gallery, which the tests compare with independent formulas.
 
-Each is a line in the words of fusedloss.math. Eager PyTorch and torch.compile are given that very line,
-with torch's functions for the words.
+Each is one line with functions of fusedloss.math. Eager PyTorch and torch.compile get the same
+line, with torch's functions instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TESTS = Path(__file__).parent.parent / "tests"
 
 @cache
 def ours(name: str) -> PointwiseLoss:
-    """The loss; only when it is needed, since SymPy traces the whole gallery then."""
+    """The loss. Imported when it is needed, since SymPy then traces the whole gallery."""
     if str(TESTS) not in sys.path:
         sys.path.append(str(TESTS))
     import custom_losses

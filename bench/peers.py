@@ -1,4 +1,5 @@
-"""Others' fused losses, measured wherever they are installed: all of them cross-entropy on a GPU."""
+"""Fused losses of other packages, measured if they are installed: all are cross-entropy on a
+GPU."""
 
 from __future__ import annotations
 
@@ -15,18 +16,18 @@ from .cases import Case, Loss
 @dataclass(frozen=True)
 class Peer:
     name: str  # in COLUMNS
-    package: str  # what it installs as
+    package: str  # the name that pip knows
     module: str
     load: Callable[[], Loss]
-    # Writes its gradient over its input, as its users let it: it is timed so, on a copy of its own.
+    # It writes the gradient over its input, so it is timed on its own copy.
     overwrites_input: bool = False
 
     @property
     def version(self) -> str | None:
-        """The installed version; None: not installed."""
+        """The installed version; None if it is not installed."""
         try:
             found = find_spec(self.module) is not None
-        except ModuleNotFoundError:  # not even the package that the module is in
+        except ModuleNotFoundError:  # not even the parent package
             found = False
         if not found:
             return None
@@ -69,7 +70,7 @@ def _apex() -> Loss:
     from apex.contrib.xentropy import SoftmaxCrossEntropyLoss
 
     def loss(x: Tensor, t: Tensor) -> Tensor:
-        # Smoothing 0; the padding index is 0 otherwise, which is a class here.
+        # smoothing 0; and a padding index, whose default 0 is a class here
         mean: Tensor = SoftmaxCrossEntropyLoss.apply(x, t, 0.0, -100).mean()
         return mean
 

@@ -30,12 +30,12 @@ from .measure import JOINING, Row, quantiles
 from .peers import PEERS
 
 RESULTS = Path(__file__).parent / "results"
-# The checkout's folder, also where this one is a link into it.
+# In the checkout, even if this folder is a link into it.
 UNPUBLISHED = Path(__file__).resolve().parent.parent / "build" / "bench"
 
 
 def folder(arguments: argparse.Namespace, device: str) -> Path:
-    """Where the options of `add_out` want a device's results; made if it is not there."""
+    """The folder for a device's results, by the options of `add_out`; created if it is missing."""
     name = "cpu" if device == "cpu" else torch.cuda.get_device_name()
     kept = RESULTS if arguments.publish else UNPUBLISHED
     path: Path = arguments.out or kept / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -44,7 +44,7 @@ def folder(arguments: argparse.Namespace, device: str) -> Path:
 
 
 def caveat() -> str | None:
-    """What a reader must know first, where the compiled kernels cannot run."""
+    """A warning for the reader if the compiled kernels cannot run."""
     reason = fusedloss.info().backends["compiled"]
     if reason is None:
         return None
@@ -52,7 +52,7 @@ def caveat() -> str | None:
 
 
 def busy(load: float | None, threads: int) -> str | None:
-    """A warning, where more was running than our threads: OpenMP waits long for a lost core."""
+    """A warning if more was running than our threads: OpenMP waits long for a core that it lost."""
     if load is None or load <= threads + 0.75:
         return None
     return (
@@ -104,7 +104,7 @@ def _version(package: str) -> str | None:
 
 
 def environment(command: str, rounds: int, device: str = "cpu") -> dict[str, Any]:
-    """What a stranger needs to judge the figures, or to repeat them; asked for after the run."""
+    """What a stranger needs to judge or repeat the figures; collected after the run."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     threads = torch.get_num_threads()
     warnings = [text for text in (caveat(), busy(load, threads)) if text]
@@ -133,7 +133,7 @@ def environment(command: str, rounds: int, device: str = "cpu") -> dict[str, Any
 
 
 def measured(path: Path) -> int:
-    """How many cases an earlier run's JSON has figures of; none: there is no such run."""
+    """How many cases have figures in the JSON of an earlier run; 0 if there is none."""
     if not path.exists():
         return 0
     return sum(bool(row["samples"]) for row in json.loads(path.read_text())["rows"])
@@ -163,6 +163,7 @@ def _row(row: Row) -> dict[str, Any]:
         "least_bytes": row.case.least_bytes,
         "samples": row.samples,
         "compile_seconds": row.compile_seconds,
+        "limit_by": row.limit_by,
     }
 
 
@@ -171,7 +172,7 @@ def _bar(name: str, bar: float) -> str:
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """A table's columns: its own, and those of whoever joined it."""
+    """A table's own columns, and those of the contestants that joined it."""
     joined = {name for row in rows for name in (*row.samples, *row.problems)}
     return [*TABLES[rows[0].case.table].columns, *(c for c in JOINING if c in joined)]
 
@@ -218,7 +219,7 @@ def _verdict(row: Row) -> str:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """GitHub Markdown, which reads well in a terminal too."""
+    """The tables as GitHub Markdown, which is also readable in a terminal."""
     parts = []
     for name, table in TABLES.items():
         own = [row for row in rows if row.case.table == name and row.begun]
@@ -271,11 +272,17 @@ def summary(rows: Sequence[Row]) -> str:
     return "\n\n".join(lines)
 
 
+_LIMIT_CPU = (
+    "It is the fastest of three copies into memory that is prepared as ours is (huge pages from 32 MiB "
+    "on): compiled with ordinary stores, with streaming stores, or PyTorch's own `add` or `copy_`; the "
+    'JSON names it, and also has PyTorch\'s copy into new memory ("copy").'
+)
+_LIMIT_GPU = "It is PyTorch's own operator, `torch.add` or `clone`."
 _ABOUT_CPU = """\
 - Every figure is a ratio: the median over rounds of the ratio within a round, with the 20 % and \
 80 % quantiles in brackets. All contestants run in one process in turn, once a round, in an order \
-drawn anew; where a bar is to be as fast as another (upstream gradients, "none", forward only), \
-there are three times the rounds. Each is first held against float64; one that is wrong gets no \
+drawn anew; tables whose bars lie within a few per cent (upstream gradients, "none", forward only) \
+have three times the rounds. Each is first held against float64; one that is wrong gets no \
 figure.
 - Peak memory is resident memory, each contestant in a process of its own."""
 _ABOUT_GPU = """\
@@ -295,11 +302,11 @@ def markdown(rows: Sequence[Row], about: Mapping[str, Any], pictures: Mapping[st
 {summary(rows)}
 {warning}
 {images}- **eager** is `torch.nn.functional`, **torch.compile** the same call compiled (fixed shapes, \
-compiling not timed), **ours** `fusedloss.functional`. A loss of one's own (those of \
+compiling not timed), **ours** `fusedloss.functional`. A custom loss (those of \
 docs/custom-losses.md) is the same line for all three. Each step delivers a fresh gradient.
-- **limit** is the least traffic a step can have, by PyTorch's own operator: `torch.add(x, y)` into \
-fresh memory for a pointwise loss, `x.clone()` where targets are class indices. Only cheaper fresh memory (huge \
-pages) can beat it. GB/s counts that traffic alone.
+- **limit** is the least traffic that a step can have: read both tensors of a pointwise loss (one where \
+targets are class indices), write one. {_LIMIT_GPU if about["device"] == "cuda" else _LIMIT_CPU} \
+GB/s counts that traffic alone.
 {_ABOUT_GPU if about["device"] == "cuda" else _ABOUT_CPU}
 
 {tables(rows)}
@@ -349,7 +356,8 @@ _COLOURS = {
 
 
 def curves(rows: Sequence[Row], about: Mapping[str, Any]) -> Figure | None:
-    """Share of the limit's speed by size, a panel a loss: a roofline, whose roof is at 100 %."""
+    """Share of the limit's speed by size, one panel for each loss: a roofline with its roof at 100
+    %."""
     panels: dict[str, list[Row]] = {}
     for row in rows:
         if row.case.table == "curve" and "limit" in row.samples:
@@ -366,7 +374,7 @@ def curves(rows: Sequence[Row], about: Mapping[str, Any]) -> Figure | None:
     axes = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
     for axis, (loss, own) in zip(axes, panels.items(), strict=False):
         classes = len(own[0].case.shape) > 1
-        if not classes:  # torch.compile is measured at a few of the sizes, in the table of speed
+        if not classes:  # torch.compile is measured only at some sizes, in the table of speed
             own = own + [
                 row
                 for row in rows
@@ -406,7 +414,7 @@ def curves(rows: Sequence[Row], about: Mapping[str, Any]) -> Figure | None:
 
 
 def memory_picture(rows: Sequence[Row], about: Mapping[str, Any]) -> Figure | None:
-    """Peak memory of whoever was measured."""
+    """Peak memory of every contestant that was measured."""
     rows = [row for row in rows if row.case.table == "memory" and row.samples]
     if not rows:
         return None
@@ -436,7 +444,7 @@ def memory_picture(rows: Sequence[Row], about: Mapping[str, Any]) -> Figure | No
 
 
 def picture(rows: Sequence[Row], about: Mapping[str, Any], table: str = "speed") -> Figure | None:
-    """Speed-up over eager and share of the limit, for a table that has both."""
+    """Speed-up over eager and share of the limit, for a table with both."""
     rows = [row for row in rows if row.case.table == table and row.begun]
     if not rows:
         return None
@@ -480,7 +488,7 @@ def picture(rows: Sequence[Row], about: Mapping[str, Any], table: str = "speed")
             text = f" fusedloss: {row.problems['ours'].verdict}"
             left.text(0, place - 0.2, text, color="tab:red", va="center", fontsize=8)
     left.set_xlabel("times as fast as PyTorch eager (longer is better)")
-    right.set_xlabel("share of the memory limit's speed (100 % = a bare add or copy)")
+    right.set_xlabel("share of the memory limit's speed (100 % = a bare copy)")
     right.xaxis.set_major_formatter(PercentFormatter(1))
     left.set_yticks(range(len(rows)), [row.case.name for row in rows])
     left.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
@@ -489,10 +497,10 @@ def picture(rows: Sequence[Row], about: Mapping[str, Any], table: str = "speed")
 
 
 def write(rows: Sequence[Row], about: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
-    """The files written."""
+    """Write Markdown, JSON and pictures; returns their paths."""
     pictures = {
         "Speed-up over eager, and distance to the limit": (picture, f"{stem}.png"),
-        "The same for losses of one's own": (partial(picture, table="own"), f"{stem}-own.png"),
+        "The same for custom losses": (partial(picture, table="own"), f"{stem}-own.png"),
         "Share of the limit by size": (curves, f"{stem}-curves.png"),
         "Peak memory": (memory_picture, f"{stem}-memory.png"),
     }

@@ -2,8 +2,8 @@
 
     python docs/gallery.py [--write]
 
-Definitions are those that the tests run, in tests/custom_losses.py. Without --write the text is only
-printed.
+The definitions are those that the tests run, in tests/custom_losses.py. Without --write the text is
+only printed.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ GALLERY = [
         "Charbonnier",
         defined.charbonnier,
         r"\sqrt{d^2 + \epsilon^2}",
-        "Image restoration and optical flow: MAE without its kink; eps is the width of what is "
-        "rounded.",
+        "Image restoration and optical flow: MAE without its kink; eps is the width of the rounded "
+        "part.",
         "P. Charbonnier, L. Blanc-Féraud, G. Aubert and M. Barlaud, *Two deterministic half-quadratic "
         "regularization algorithms for computed imaging*, ICIP 1994",
         {"eps": 0.3},
@@ -79,7 +79,7 @@ GALLERY = [
         defined.tukey,
         r"\frac{c^2}{6} \left(1 - (1 - (d/c)^2)^3\right) \text{ for } |d| \le c, \quad "
         r"\frac{c^2}{6} \text{ beyond}",
-        "Gross errors that are to count for nothing: beyond c the slope is 0. Scale the residuals "
+        "Gross errors that should not count at all: beyond c the slope is 0. Scale the residuals "
         "first; an initial fit that is off by more than c learns nothing.",
         "A. E. Beaton and J. W. Tukey, *The fitting of power series, meaning polynomials, "
         "illustrated on band-spectroscopic data*, Technometrics 1974",
@@ -89,8 +89,8 @@ GALLERY = [
         "Quantile",
         defined.quantile,
         r"\max(-q d,\; (1 - q) d)",
-        "The q-quantile instead of the mean: prediction intervals, stock that is to last on 90 of "
-        "100 days. Also called pinball loss.",
+        "The q-quantile instead of the mean: prediction intervals, or stock that lasts on 90 of 100 "
+        "days. Also called pinball loss.",
         "R. Koenker and G. Bassett, *Regression Quantiles*, Econometrica 1978",
         {"q": 0.9},
     ),
@@ -100,7 +100,7 @@ GALLERY = [
         r"-q d + w \log(1 + e^{d/w})",
         "The same with its kink rounded: slope and curvature are continuous, and as `width` (w) goes "
         "to 0 it is the quantile loss. `max(a, b)` is `a + relu(b - a)`, and `softplus` is the smooth "
-        "`relu`; so is any kinked loss made smooth.",
+        "`relu`; any kinked loss can be made smooth like this.",
         "S. Zheng, *Gradient descent algorithms for quantile regression with smooth approximation*, "
         "International Journal of Machine Learning and Cybernetics 2011",
         {"q": 0.9, "width": 0.3},
@@ -118,9 +118,9 @@ GALLERY = [
         "Poisson",
         defined.poisson,
         r"e^{x} - y x",
-        "Counts: `input` (x) is the logarithm of the expected count, `target` (y) the count. As "
-        "`torch.nn.functional.poisson_nll_loss`. One wild log-rate has a huge slope: train with "
-        "`clip_grad`.",
+        "Counts: `input` (x) is the logarithm of the expected count, `target` (y) the count. The "
+        "same as `torch.nn.functional.poisson_nll_loss`. One wild log-rate has a huge slope: train "
+        "with `clip_grad`.",
         "P. McCullagh and J. A. Nelder, *Generalized Linear Models*, 1989",
     ),
     Entry(
@@ -128,8 +128,8 @@ GALLERY = [
         defined.focal,
         r"-\alpha\, y\, (1 - p)^\gamma \log p - (1 - \alpha) (1 - y)\, p^\gamma \log(1 - p), \quad "
         r"p = \sigma(x)",
-        "Few positives among many easy negatives: what is classified well already counts little. "
-        "`input` (x) is the logit, `target` (y) is 0 or 1.",
+        "Few positives among many easy negatives: elements that are already classified well count "
+        "little. `input` (x) is the logit, `target` (y) is 0 or 1.",
         "T.-Y. Lin, P. Goyal, R. Girshick, K. He and P. Dollár, *Focal Loss for Dense Object "
         "Detection*, ICCV 2017",
     ),

@@ -36,7 +36,8 @@ _ROLE = re.compile(r":(math|func|class|mod|meth):`([^`]+)`")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Adds what pages link to outside of docs/: Markdown as a page, text as a page that shows it."""
+    """Adds what pages link to outside of docs/: Markdown as a page, text as a page that shows
+    it."""
     waiting = [(file.src_uri, file.content_string) for file in files.documentation_pages()]
     while waiting:
         here, text = waiting.pop()

@@ -1,9 +1,9 @@
 """Forecasting where too little costs more than too much: `python examples/asymmetric_forecast.py`.
 
-Running out costs UNDER times what a left-over costs. Real numbers stand in for a demand: the target
-of scikit-learn's diabetes data, forecast from its ten features by a linear model, on 20 random
-splits. The loss is the bill itself, in one line; beside it stand the mean squared error, and the
-mean squared error with a constant safety margin on top, the best one on the training data.
+Running out of stock costs UNDER times as much as a left-over. The target of scikit-learn's diabetes
+data stands in for a demand: a linear model forecasts it from ten features, on 20 random splits. The
+custom loss is the bill itself. It is compared with the mean squared error, and with the mean
+squared error plus a constant safety margin, the best one on the training data.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Focal loss where one sample in fifty is positive: `python examples/focal_imbalance.py`.
 
-Is it an eight? scikit-learn's digits, with so many eights left out that they are 2 %, in training
-and held out alike; a small network, 20 random splits. Beside the focal loss stands the binary
-cross-entropy. Average precision does not depend on where the threshold is, precision and recall do.
+Is the digit an eight? The data are scikit-learn's digits, with most eights left out so that they
+are 2 %, in training and held out alike. A small network is trained on 20 random splits, with the
+focal loss and with binary cross-entropy. Average precision does not depend on the threshold;
+precision and recall do.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A generative adversarial network of digits: `python examples/gan.py`.
 
-The discriminator's loss is the binary cross-entropy with logits, the generator's the non-saturating
-one, in one line.
+The discriminator trains on binary cross-entropy with logits, the generator on the non-saturating
+loss, a custom loss of one line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NOISE = 16
 
 @fusedloss.pointwise_loss
 def non_saturating(input, target):
-    """-log D where the discriminator is to say real (1), -log(1 - D) where fake (0)."""
+    """-log D where the label is real (1), -log(1 - D) where it is fake (0)."""
     return fm.softplus((1 - 2 * target) * input)
 
 

@@ -1,7 +1,7 @@
 """Hugging Face's Trainer: `pip install 'fusedloss[examples]'`, then this script.
 
-The loss is deep inside transformers, which calls torch.nn.functional.cross_entropy:
-fusedloss.patch() makes that the fused one while the trainer runs. The model is tiny and random, and
+The loss is deep inside transformers, which calls torch.nn.functional.cross_entropy.
+fusedloss.patch() makes that call fused while the trainer runs. The model is tiny and random, and
 nothing is downloaded.
 """
 
@@ -19,7 +19,8 @@ import fusedloss
 
 
 class Sentences(Dataset[dict[str, Tensor]]):
-    """Tokens that count upwards, so that there is something to learn; the first are padding."""
+    """Sequences that count upwards, so that there is something to learn; the first tokens are
+    padding."""
 
     def __len__(self) -> int:
         return 64

@@ -1,6 +1,6 @@
-"""A training loop of one's own: `python examples/plain_loop.py`.
+"""A plain training loop: `python examples/plain_loop.py`.
 
-The model holds its loss, and fusedloss.replace() makes it the fused one in place.
+The model holds its loss, and fusedloss.replace() makes it fused, in place.
 """
 
 from __future__ import annotations

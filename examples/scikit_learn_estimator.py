@@ -1,7 +1,7 @@
 """An estimator in a scikit-learn pipeline: `python examples/scikit_learn_estimator.py`.
 
-The estimator calls torch.nn.functional.huber_loss, and stays as it is: fusedloss.patch() makes that
-the fused one while the pipeline is fitted.
+The estimator calls torch.nn.functional.huber_loss and is not changed: fusedloss.patch() makes that
+call fused while the pipeline is fitted.
 """
 
 from __future__ import annotations

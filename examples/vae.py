@@ -1,7 +1,7 @@
 """A variational autoencoder of digits: `python examples/vae.py`.
 
-Reconstruction is the binary cross-entropy with logits; the divergence of the code from the standard
-normal distribution is one line, with gradients for both of its arguments.
+The reconstruction is binary cross-entropy with logits. The divergence of the code from the standard
+normal distribution is a custom loss of one line, with gradients for both arguments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CODE = 8
 
 @fusedloss.pointwise_loss
 def kl_divergence(input, target):
-    """Of N(input, exp(target)) from N(0, 1): mean and logarithm of the variance."""
+    """The divergence of N(input, exp(target)) from N(0, 1): mean and logarithm of the variance."""
     return 0.5 * (input**2 + fm.expm1(target) - target)
 
 

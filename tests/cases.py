@@ -18,7 +18,7 @@ from torch import Tensor
 Shape = tuple[int, ...]
 Draw = Callable[[Shape, torch.dtype, torch.Generator], Tensor]
 
-# Where the tests compute. conftest.py makes it the default device, and what is drawn is moved there.
+# Where the tests compute. conftest.py makes it the default device, and samples are moved there.
 DEVICE = os.environ.get("FUSEDLOSS_TEST_DEVICE", "cpu")
 
 DTYPES = {
@@ -114,7 +114,7 @@ IGNORED = 1  # an ignore_index that is also a class, for the families that ask f
 
 def real(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Unit normal."""
-    # All is drawn in fp64 so that every dtype sees the same numbers, rounded.
+    # Drawn in fp64 so that every dtype gets the same numbers, rounded.
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
@@ -192,7 +192,7 @@ class Sample:
     options: dict[str, Any]
 
 
-@dataclass(frozen=True, eq=False)  # a case is itself: hashable, for caches keyed by it
+@dataclass(frozen=True, eq=False)  # compared by identity, so that caches can be keyed by cases
 class Case:
     """One loss, one set of options, one shape."""
 
@@ -402,7 +402,7 @@ LOSSES: tuple[str, ...] = tuple(dict.fromkeys(case.loss for case in CASES))
 
 
 def at_shape(family: str, shape: Shape) -> Case:
-    """The family at a shape of the caller's choosing."""
+    """The family at another shape."""
     first = FAMILIES[family][0]
     return Case(
         family=family,

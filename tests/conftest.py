@@ -15,11 +15,11 @@ from cases import DEVICE
 from fusedloss import custom
 from helpers import EMULATED, FUSED, INTERPRETED
 
-# CI sets it, so that a broken build cannot pass by skipping.
+# CI sets this, so that a broken build cannot pass by skipping.
 REQUIRE_COMPILED = os.environ.get("FUSEDLOSS_REQUIRE_COMPILED") == "1"
 
-# One thread, but where a test says otherwise: threads that wait for a busy machine's other cores
-# take ten times as long over small tensors. test_memory.py holds the bits on more threads equal.
+# One thread unless a test says otherwise: on a busy machine, threads that wait for other cores take
+# ten times as long over small tensors. test_memory.py checks that more threads give the same bits.
 torch.set_num_threads(1)
 
 settings.register_profile(
@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "interpret_all: in Triton's interpreter too")
 
 
-# What has another side on another device; the rest is about the CPU, or about no device.
+# These tests apply to other devices too; the rest is about the CPU, or about no device.
 ON_ANY_DEVICE = frozenset(
     f"test_{name}"
     for name in (
@@ -48,12 +48,12 @@ ON_ANY_DEVICE = frozenset(
 )
 
 
-# Of each test function so many instances run in Triton's interpreter, spread evenly.
+# In Triton's interpreter only this many instances of each test function run, spread evenly.
 INTERPRETED_EACH = 8
 
 
 def keep_tests_of_triton(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The tests of its kernels alone, and in its interpreter those of them that are quick there."""
+    """Only the tests of Triton's kernels; in its interpreter, only those that are quick there."""
     functions: dict[Any, list[pytest.Item]] = {}
     for item in items:
         backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
@@ -83,7 +83,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def on_the_device() -> Iterator[None]:
-    """Tensors that a test makes are on the device that it is about."""
+    """Tensors that a test makes are on the device under test."""
     if DEVICE == "cpu":
         yield
     else:
@@ -107,7 +107,7 @@ def need(backend: str) -> None:
 
 @pytest.fixture(params=[FUSED, "reference"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend that can run here, made the one in use."""
+    """Each backend that can run here, in use."""
     need(request.param)
     with fusedloss.backend(request.param):
         yield request.param
@@ -115,7 +115,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def fused() -> Iterator[str]:
-    """The backend of fused kernels that is tested, made the one in use."""
+    """The fused backend under test, in use."""
     need(FUSED)
     with fusedloss.backend(FUSED):
         yield FUSED
@@ -123,7 +123,7 @@ def fused() -> Iterator[str]:
 
 @pytest.fixture
 def compiled() -> Iterator[str]:
-    """The compiled backend alone, for what is its own (threads, one pass, fresh memory)."""
+    """The compiled backend only, for its special features (threads, one pass, fresh memory)."""
     need("compiled")
     with fusedloss.backend("compiled"):
         yield "compiled"
@@ -131,7 +131,8 @@ def compiled() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def unchanged_settings() -> Iterator[None]:
-    """A test that leaves a global setting changed would make the next one lie."""
+    """Fails a test that leaves a global setting changed, since the next one could not be
+    trusted."""
     before = (
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
@@ -150,7 +151,7 @@ def unchanged_settings() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Losses are compiled afresh by every test run."""
+    """Every test run compiles its losses anew."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSEDLOSS_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -158,10 +159,10 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def emulated_losses() -> Iterator[None]:
-    """What stands for nvcc where the extension is over the emulator."""
+    """Stands for nvcc where the extension runs on the emulator."""
     with pytest.MonkeyPatch.context() as patch:
         if EMULATED:
-            from own_losses import load  # beside that extension's own script
+            from own_losses import load  # the module beside that extension's script
 
             patch.setitem(custom._LOADERS, ("compiled", "cpu"), load)
         yield

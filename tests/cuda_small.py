@@ -1,6 +1,6 @@
 """A small run of every kernel, for compute-sanitizer: `compute-sanitizer python cuda_small.py`.
 
-Values are the other tests' matter; here memory and races are, so nothing else is computed.
+Other tests check values; this is about memory and races, so nothing else is computed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from cases import DEVICE, FAMILIES, at_shape
 from custom_losses import CASES
 from helpers import leaf
 
-# Tails of packets; rows of a warp, of a block, and of a cluster; classes not innermost.
+# Tails of vectors; rows for a warp, a block and a cluster; classes not innermost.
 FLAT = ((1,), (4099,), (33, 130))
 CLASSES = ((5, 3), (9, 257), (3, 4099), (2, 70_001), (2, 5, 7))
 
 
-# Of roots; and of exponentials, with gradients of two kinds.
+# One with roots; and one with exponentials and both gradients.
 OWN = ("charbonnier", "gaussian_kl")
 
 
@@ -48,7 +48,7 @@ def main() -> None:
                 for dtype in (torch.float32, torch.bfloat16):
                     sample = at_shape(family, shape).sample(dtype)
                     for reduction in ("mean", "none"):
-                        # As predicted, and not as predicted.
+                        # An upstream gradient as predicted, and another one.
                         for upstream in (1.0, 0.5):
                             input = leaf(sample.input)
                             value = getattr(FL, loss)(
@@ -60,7 +60,7 @@ def main() -> None:
         own_losses()
     fusedloss.check()
     print(
-        f"ran {len(FAMILIES)} families and {len(OWN)} losses of one's own on {DEVICE}, {fusedloss.info().backends}"
+        f"ran {len(FAMILIES)} families and {len(OWN)} custom losses on {DEVICE}, {fusedloss.info().backends}"
     )
 
 

@@ -1,5 +1,5 @@
-"""Losses of one's own, each in our words and as one would write it in PyTorch: what the tests call, and
-what docs/gallery.py shows."""
+"""Custom losses, each with functions of fusedloss.math and as plain PyTorch, for the tests and for
+docs/gallery.py."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ def tukey(input, target, *, c=4.685):  # type: ignore[no-untyped-def]
 
 @fusedloss.pointwise_loss
 def gaussian_kl(mu, logvar):  # type: ignore[no-untyped-def]
-    """VAE's: the Kullback-Leibler divergence from a standard normal distribution."""
+    """The Kullback-Leibler divergence of a VAE, from a standard normal distribution."""
     return 0.5 * (mu**2 + fm.expm1(logvar) - logvar)
 
 
 @fusedloss.pointwise_loss
 def every_word(input, target, *, scale=1.5, gamma=2.3):  # type: ignore[no-untyped-def]
-    """Each word that there is, for compilers to take."""
+    """Every function of fusedloss.math, to be compiled once."""
     x, y = input, target
     inside = ((x > 0) & (y <= scale)) | ~fm.equal(x, y) | (fm.not_equal(x, 1) & (y < 2))
     inside |= fm.is_nan(x) & (y == scale)
@@ -99,7 +99,7 @@ def every_word(input, target, *, scale=1.5, gamma=2.3):  # type: ignore[no-untyp
 @dataclass(frozen=True)
 class CustomCase:
     loss: PointwiseLoss
-    eager: Callable[..., Tensor]  # elements' losses
+    eager: Callable[..., Tensor]  # the losses of the elements
     options: dict[str, float] = field(default_factory=dict)
     unit_target: bool = False
 
@@ -155,7 +155,7 @@ CASES = [
 
 @fusedloss.pointwise_loss
 def observed(input, target):  # type: ignore[no-untyped-def]
-    """A root that is taken on one side alone; a target of nan stands for one that nobody observed."""
+    """A root on one side only; a target of nan was not observed."""
     d = fm.relu(input - target)
     return fm.where(fm.is_nan(target), 0.0, fm.sqrt(d) + fm.log1p(d) ** 0.7)
 
@@ -169,7 +169,7 @@ OBSERVED = CustomCase(
 
 
 def one_of(formulas: Iterable[Callable[..., Any]]) -> PointwiseLoss:
-    """Formulas as one loss, to be compiled once; ``which`` is the number of the one that is meant."""
+    """Several formulas in one loss, so that it is compiled once; ``which`` selects one."""
     numbered = list(enumerate(formulas))
 
     def chosen(input, target, *, which=0.0):  # type: ignore[no-untyped-def]
@@ -182,14 +182,14 @@ def one_of(formulas: Iterable[Callable[..., Any]]) -> PointwiseLoss:
 
 
 def _clamp(x: Tensor, low: Any, high: Any) -> Tensor:
-    """torch.clamp, whose slope at the bounds is 1 in some releases and 0 in others, as if it were 1."""
+    """torch.clamp with slope 1 at its bounds, where some releases have 0."""
     low, high = (torch.as_tensor(bound, dtype=x.dtype) for bound in (low, high))
     at_least = torch.where((x < low) | low.isnan(), low, x)
     return torch.where((at_least > high) | high.isnan(), high, at_least)
 
 
-# A slope that is infinite where the branch inside of it is not taken: the line in our words, and in
-# PyTorch's.
+# The outer slope is infinite where the inner branch is not taken: the formula for us, and for
+# PyTorch.
 BRANCHES: dict[str, tuple[Callable[..., Any], Callable[[Tensor, Tensor], Tensor]]] = {
     "relu": (lambda x, y: fm.sqrt(fm.relu(x - y)), lambda x, y: torch.relu(x - y).sqrt()),
     "clamp": (
@@ -259,7 +259,7 @@ BRANCHES: dict[str, tuple[Callable[..., Any], Callable[[Tensor, Tensor], Tensor]
 }
 any_branch = one_of(ours for ours, _ in BRANCHES.values())
 
-# Conditions and pieces as IEEE 754 has them, for nan and infinities as well. The same functions take
+# Conditions and pieces follow IEEE 754, for nan and infinities as well. The same functions take
 # symbols and tensors.
 OF_NAN: dict[str, Callable[[Any, Any], Any]] = {
     "greater": lambda x, y: fm.where(x > y, 1.0, 2.0),

@@ -1,10 +1,9 @@
-"""Each loss as plain maths in float64: the truth that values and gradients are held against.
+"""Each loss as plain maths in float64: the truth with which values and gradients are compared.
 
-Independent of the package and of torch's own loss functions: written from the definitions, with
-the derivative written out beside the value (autograd cannot differentiate a clamped logarithm the
-way torch documents it). Beside each value stands its *scale*: the sum of the magnitudes of the
-terms that it is made of. A rounding error is relative to a term, not to what is left after terms
-cancel, so tolerances are multiples of the scale.
+It is independent of the package and of torch's loss functions: written from the definitions, with
+the derivative beside the value (autograd cannot differentiate a clamped logarithm the way torch
+documents it). Each value has a *scale*: the sum of the magnitudes of its terms. A rounding error is
+relative to a term, not to the rest after terms cancel, so tolerances are multiples of the scale.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Elements:
     slope: Tensor
     slope_scale: Tensor
     divisor: Tensor  # what reduction "mean" divides the sum by
-    class_dim: int | None = None  # None: each element has its own value
+    class_dim: int | None = None  # None: each element has a value
     counted: Tensor | None = None  # rows that are not ignored
 
 
@@ -42,7 +41,7 @@ class Truth:
     grad_scale: Tensor
 
 
-# torch documents 1e-12 and holds it in a float.
+# torch documents 1e-12 and stores it in a float.
 _BCE_FLOOR = torch.tensor(1e-12, dtype=torch.float32).item()
 
 
@@ -115,7 +114,7 @@ def binary_cross_entropy_with_logits(
 ) -> Elements:
     positive = target if pos_weight is None else target * pos_weight
     magnitude = input.abs()
-    softplus = torch.log1p(torch.exp(-magnitude))  # of minus the magnitude
+    softplus = torch.log1p(torch.exp(-magnitude))  # of -|x|
     value = positive * (softplus + (-input).clamp(min=0)) + (1 - target) * (
         softplus + input.clamp(min=0)
     )
@@ -124,7 +123,7 @@ def binary_cross_entropy_with_logits(
         value,
         (1 - target) * sigmoid - positive * complement,
         weight,
-        # The linear parts cancel: exactly at targets 0 and 1, but for a pos_weight.
+        # The linear parts cancel: exactly at targets 0 and 1, unless there is a pos_weight.
         value_scale=value
         + torch.where((target * (1 - target) == 0) & (pos_weight is None), 0.0, magnitude),
         # The target's 1 and the sigmoid may cancel.
@@ -143,7 +142,7 @@ def _row_weights(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weight of each class in each row (classes last), with the rows' share in a mean.
+    """Weight of each class in each row (classes last), with the row's share in a mean.
 
     Returns the hard part, the smooth part, the counted rows and the divisor of the mean.
     """
@@ -180,14 +179,14 @@ def cross_entropy(
     log_sum = torch.logsumexp(logits - top, -1, keepdim=True)
     log_p = logits - top - log_sum
     p = log_p.exp()
-    # Each class pulls its own logit by (1 - p), summed from the others: 1 - p loses them all
-    # where p is nearly 1.
+    # Each class pulls its logit by 1 - p, summed from the other classes, since 1 - p itself
+    # loses all digits where p is nearly 1.
     others = p.sum(-1, keepdim=True) - p
     confident = p > 0.5
     others = torch.where(confident, torch.where(confident, 0.0, p).sum(-1, keepdim=True), others)
     total = row.sum(-1, keepdim=True)
     slope = p * (total - row) - row * others
-    # Every logit enters a row through (x - max); an error in that is one of the whole exponential.
+    # Every logit enters through (x - max), and an error there is one of the whole exponential.
     magnitude = 1 + log_p.abs()
     # A class of weight 0 contributes nothing, however improbable (0 * -inf).
     terms = torch.where(row == 0, 0.0, row * log_p)
@@ -248,7 +247,7 @@ def _widen(value: Any) -> Any:
 
 
 def elements(loss: str, input: Tensor, target: Tensor, options: dict[str, Any]) -> Elements:
-    """The unreduced loss in float64 of the very numbers given, whatever their dtype."""
+    """The unreduced loss in float64, of exactly the given numbers, in any dtype."""
     extra = {"eps": torch.finfo(input.dtype).eps} if loss == "log_loss" else {}
     wide = {key: _widen(value) for key, value in options.items()}
     return FORMULAS[loss](_widen(input), _widen(target), **wide, **extra)
@@ -282,5 +281,5 @@ def truth(
     reduction: str,
     upstream: Tensor | float = 1.0,
 ) -> Truth:
-    """Value and gradient in float64 of the very numbers given."""
+    """Value and gradient in float64, of exactly the given numbers."""
     return reduce(elements(loss, input, target, options), reduction, upstream)

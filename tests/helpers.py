@@ -15,26 +15,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import formulas
+import fusedloss
 import fusedloss.functional as FL
 from cases import DEVICE, Case, Sample
 
 Loss = Callable[..., Tensor]
 T = TypeVar("T")
 
+# The module of each loss of the table in cases.py.
+MODULES = {
+    "mse_loss": fusedloss.MSELoss,
+    "l1_loss": fusedloss.L1Loss,
+    "smooth_l1_loss": fusedloss.SmoothL1Loss,
+    "huber_loss": fusedloss.HuberLoss,
+    "binary_cross_entropy": fusedloss.BCELoss,
+    "binary_cross_entropy_with_logits": fusedloss.BCEWithLogitsLoss,
+    "cross_entropy": fusedloss.CrossEntropyLoss,
+    "log_loss": fusedloss.LogLoss,
+}
+
 # The CUDA operators stand for the CPU's, over the emulator: see tests/cuda_emulator/extension.py.
 EMULATED = os.environ.get("FUSEDLOSS_EMULATED") == "1"
-# The backend that tests of fused kernels run on: "triton" makes it Triton's, and the tests of those
-# kernels (the fixtures `fused` and `backend`) the only ones. Without a GPU, in its interpreter.
+# The backend of the tests of fused kernels. With "triton" only the tests with the fixtures `fused`
+# and `backend` run, on Triton's kernels; without a GPU, in its interpreter.
 FUSED = os.environ.get("FUSEDLOSS_TEST_BACKEND", "compiled")
 INTERPRETED = FUSED == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-NAMESPACE = "fusedloss_triton" if FUSED == "triton" else "fusedloss"  # of its operators
-# A CPU stands for a GPU: what a GPU's kernels compute is compared with the truth, not with torch's.
+NAMESPACE = "fusedloss_triton" if FUSED == "triton" else "fusedloss"  # of the backend's operators
+# A CPU stands for a GPU: results of its kernels are compared with the truth, not with torch's.
 FOR_A_GPU = EMULATED or INTERPRETED
 host_sees_errors = pytest.mark.skipif(
     FOR_A_GPU or DEVICE == "cuda", reason="the host hears of them later: test_faults.py"
 )
 
-# Arithmetic is in fp32 for the reduced precisions, else in the dtype itself.
+# The dtype of the arithmetic.
 COMPUTE = {
     torch.float64: torch.float64,
     torch.float32: torch.float32,
@@ -42,9 +55,9 @@ COMPUTE = {
     torch.float16: torch.float32,
 }
 
-# How many eps of the compute dtype a result may be off its terms. The longest formula chains some
-# ten operations, each half an eps, and an exponential or logarithm of one ulp; a sum over a chunk
-# in vector lanes adds a few.
+# Tolerance in eps of the compute dtype, relative to the terms of a result. The longest formula
+# chains some ten operations of half an eps each, and an exponential or logarithm of one ulp; a sum
+# over a chunk in vector lanes adds a few.
 ROUNDINGS = 8
 
 
@@ -55,9 +68,9 @@ def torch_log_loss(
     reduction: str = "mean",
     ignore_index: int = -100,
 ) -> Tensor:
-    """Log loss with torch's functions, as one would write it without a loss of that name."""
+    """Log loss with torch's functions, since torch has no loss of that name."""
     eps = torch.finfo(input.dtype).eps
-    # A bound itself counts as inside; the gradient of clamp() there differs between releases.
+    # The bounds count as inside; the gradient of clamp() there differs between releases.
     inside = (input >= eps) & (input <= 1)
     log_p = torch.where(inside, input, input.detach().clamp(eps, 1)).log()
     if not target.is_floating_point():
@@ -70,24 +83,24 @@ def torch_log_loss(
 
 
 def torch_l1_loss(*args: Any, **options: Any) -> Tensor:
-    """Outside of `with torch.device(...)`, under which F.l1_loss leaves its weight out."""
+    """F.l1_loss without any `with torch.device(...)`, under which it ignores its weight."""
     with torch._C.DisableTorchFunction():
         return F.l1_loss(*args, **options)
 
 
 def torch_loss(loss: str) -> Loss:
-    """What torch offers for the loss."""
+    """torch's function for the loss."""
     own = {"log_loss": torch_log_loss, "l1_loss": torch_l1_loss}
     return own.get(loss) or getattr(F, loss)
 
 
 def operators() -> Any:
-    """torch.ops.* of the backend that is tested, once that has been used."""
+    """torch.ops.* of the backend under test, which its first use defines."""
     return getattr(torch.ops, NAMESPACE)
 
 
 def leaf(tensor: Tensor) -> Tensor:
-    """A fresh leaf that wants a gradient, in the same layout."""
+    """A new leaf that requires a gradient, in the same layout."""
     return tensor.detach().requires_grad_()
 
 
@@ -104,7 +117,7 @@ def result_shape(loss: str, sample: Sample, reduction: str) -> torch.Size:
 
 
 def draw_upstream(shape: torch.Size, dtype: torch.dtype, seed: int = 7) -> Tensor:
-    """Upstream gradient: of both signs, never 1, never all alike."""
+    """An upstream gradient of both signs, never 1, never all equal."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("cpu"):
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -128,7 +141,7 @@ def value_and_grad(
 
 @lru_cache(maxsize=64)
 def drawn(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Sample, formulas.Elements]:
-    """A sample with its unreduced truth, kept while a test goes through the reductions."""
+    """A sample with its unreduced truth, cached while a test loops over the reductions."""
     sample = case.sample(dtype, seed)
     return sample, formulas.elements(case.loss, sample.input, sample.target, sample.options)
 
@@ -138,19 +151,19 @@ def sample_truth(loss: str, sample: Sample, reduction: str, upstream: Any = 1.0)
 
 
 def assert_close_to_truth(result: Tensor, truth: Tensor, scale: Tensor, what: str) -> None:
-    """Each element within the roundings of its terms, and the whole within them in norm.
+    """Each element is within the roundings of its terms, and so is the whole in norm.
 
-    One rounding to the result's dtype (half an eps, where the arithmetic is in a wider one), plus
-    ``ROUNDINGS`` eps of the arithmetic's dtype relative to the scale of the terms; below the
-    smallest normal number only the absolute spacing holds. What overflows must be infinite, and
-    nan must be nan.
+    The tolerance is one rounding to the result's dtype (half an eps if the arithmetic is wider),
+    plus ``ROUNDINGS`` eps of the arithmetic's dtype relative to the scale of the terms. Below the
+    smallest normal number only the absolute spacing counts. Results that overflow must be infinite,
+    and nan must be nan.
     """
     assert result.shape == truth.shape, f"{what}: shape {result.shape}, not {truth.shape}"
     info, compute = torch.finfo(result.dtype), torch.finfo(COMPUTE[result.dtype])
     once = 0.0 if info.eps == compute.eps else info.eps / 2
     many = ROUNDINGS * compute.eps
     result = result.double()
-    # Within a rounding of the overflow either side is right.
+    # Within a rounding of the overflow both are right.
     edge = (truth.abs() / info.max - 1).abs() < info.eps
     expected = torch.where(truth.abs() > info.max, truth.sign() * torch.inf, truth)
     if not bool((result.isfinite() & expected.isfinite()).all()):
@@ -166,8 +179,8 @@ def assert_close_to_truth(result: Tensor, truth: Tensor, scale: Tensor, what: st
     if not result.numel():
         return
     error = (result - expected).abs()
-    # A kernel may flush the arithmetic's subnormal numbers to 0, before weight and upstream gradient
-    # (here below 2^8) scale them.
+    # A kernel may flush the arithmetic's subnormal numbers to 0, before weight and upstream
+    # gradient (here below 2^8) scale them.
     spacing = info.smallest_normal * info.eps + 2**8 * compute.smallest_normal
     allowed = (once * expected.abs() + many * scale) * (1 + info.eps) + spacing
     excess = error - allowed
@@ -185,12 +198,13 @@ def assert_close_to_truth(result: Tensor, truth: Tensor, scale: Tensor, what: st
 
 
 def assert_no_worse(result: Tensor, eager: Tensor, truth: Tensor, what: str) -> None:
-    """The error, in norm and at its largest, is at most torch's own, or that of a few roundings.
+    """The error, in norm and at its largest, is at most torch's, or that of a few roundings.
 
-    Arithmetic in a wider dtype is rounded once. In the dtype itself right algorithms round at
-    different places, some four times, once for all elements alike (the factor of upstream gradient
-    and mean), and a sum in vector lanes as many times again. The norm of many elements tells the
-    better one, to a tenth; the largest error is a matter of chance: half as much again may pass.
+    Arithmetic in a wider dtype is rounded once. In the dtype itself, correct algorithms round at
+    different places: about four times, once for all elements together (the factor of upstream
+    gradient and mean), and about as often again for a sum in vector lanes. The norm of many
+    elements tells the better one, to a tenth. The largest error is a matter of chance, so 1.5 times
+    passes.
     """
     if not truth.numel():
         return
@@ -198,16 +212,16 @@ def assert_no_worse(result: Tensor, eager: Tensor, truth: Tensor, what: str) -> 
     comparable = truth.isfinite() & (truth.abs() < info.max)
     truth = truth.where(comparable, 0.0)
     ours, theirs = (
-        # Where torch itself is nan or infinite anything is no worse.
+        # Where torch is nan or infinite, nothing is worse.
         (tensor.double().where(comparable, 0.0) - truth).abs().nan_to_num(torch.inf, torch.inf)
         for tensor in (result, eager)
     )
-    # The wider arithmetic has an error of its own, seen where a result lies between two numbers.
+    # The error of the wider arithmetic shows where a result lies between two numbers.
     rounding = info.eps / 2 * (1 + 2**-8)
     spacing = info.smallest_normal * info.eps
     wider = COMPUTE[result.dtype] is not result.dtype
     if FOR_A_GPU and not wider:
-        return  # a GPU's kernels are to be compared with torch's on a GPU
+        return  # a GPU's kernels are compared with torch's on a GPU
     if wider:
         checks = [(torch.linalg.vector_norm, "error in norm", 1.0, 1), (inf_norm, "error", 1.0, 1)]
     else:
@@ -221,7 +235,7 @@ def assert_no_worse(result: Tensor, eager: Tensor, truth: Tensor, what: str) -> 
 
 
 def assert_near(result: Tensor, truth: Tensor, what: str) -> None:
-    """A few roundings of the terms off, whose size is about truth's largest; then of the result."""
+    """Off by a few roundings of the terms, about as large as truth's largest, and of the result."""
     assert result.shape == truth.shape, f"{what}: shape {result.shape}, not {truth.shape}"
     info, compute = torch.finfo(result.dtype), torch.finfo(COMPUTE[result.dtype])
     many = 64 if result.dtype is torch.float64 else 16
@@ -232,7 +246,7 @@ def assert_near(result: Tensor, truth: Tensor, what: str) -> None:
 
 
 def affordable(things: Sequence[T], most: int) -> Sequence[T]:
-    """All of them; of what Triton's interpreter has to run, at 10 ms a kernel, some."""
+    """All cases; in Triton's interpreter, at 10 ms per kernel, some of them."""
     return things[:: -(-len(things) // most)] if INTERPRETED else things
 
 
@@ -244,7 +258,7 @@ _AS_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
-    """Bit for bit: tells -0.0 from 0.0, and nan is itself (whatever its payload)."""
+    """Equal bit for bit: -0.0 is not 0.0, and any nan equals any other."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
     if not first.is_floating_point():
@@ -270,7 +284,7 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fresh memory holds nan (integers: their largest), from at::empty in C++ as well."""
+    """New memory holds nan (integers: the largest), from at::empty in C++ as well."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -308,8 +322,8 @@ def compare_with_torch(
 ) -> None:
     """Same result, gradients and warnings as torch, or the same error.
 
-    The result and the gradients have torch's dtype and shape; their values may differ by what
-    torch itself is off by, which in reduced precision is a lot: half the digits are compared.
+    The result and the gradients have torch's dtype and shape. Their values may differ by torch's
+    own error, which is large in reduced precision: half the digits are compared.
     """
     wants = [value for value in options.values() if isinstance(value, Tensor)]
     wants = [value for value in wants if value.requires_grad]
@@ -359,7 +373,7 @@ def compare_with_torch(
 
 
 def assert_same_error(ours: BaseException | None, theirs: BaseException | None) -> None:
-    """Same type; our message says what torch's says, and may say more."""
+    """Same type; our message contains torch's."""
     if theirs is None:
         if ours is not None:
             raise AssertionError(f"torch accepts it; {type(ours).__name__}: {ours}") from ours

@@ -79,7 +79,8 @@ with fusedloss.patch():
 
 @pytest.mark.parametrize("use", ["", _FIRST_USE], ids=["import", "first use"])
 def test_little_is_imported(use: str) -> None:
-    """No compiler and no SymPy, which take seconds: nothing beyond torch but Python's own modules."""
+    """It imports no compiler and no SymPy, which take seconds: only torch and Python's own
+    modules."""
     code = (
         "import sys, torch; before = set(sys.modules)\n"
         f"import fusedloss\n{use}\n"
@@ -96,7 +97,7 @@ def test_little_is_imported(use: str) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_explain_tells_what_happens(loss: str, backend: str) -> None:
-    """explain's word is what the profiler sees."""
+    """explain() agrees with the profiler."""
     sample = at_shape(loss, (5, 7)).sample(torch.float32)
     function = getattr(FL, loss)
     told = fusedloss.explain(function, leaf(sample.input), sample.target)
@@ -173,7 +174,7 @@ def test_backend_as_context_manager() -> None:
 
 
 def test_backend_as_context_manager_again() -> None:
-    """Kept in a variable: it chooses each time it is entered, and each end gives back what was."""
+    """In a variable it can be entered repeatedly, and each exit restores the choice before."""
 
     def chosen() -> str:
         return fusedloss.explain(FL.mse_loss, torch.rand(3), torch.rand(3)).backend
@@ -191,7 +192,7 @@ def test_backend_as_context_manager_again() -> None:
 
 
 def test_explain_what_explains(compiled: str) -> None:
-    """As a loss does that logs its own path."""
+    """Like a loss that logs its own path."""
     x, y = torch.rand(3), torch.rand(3)
     seen = []
 
@@ -205,7 +206,7 @@ def test_explain_what_explains(compiled: str) -> None:
 
 
 def test_backend_as_function() -> None:
-    """Called plainly, it stays; shown in a process of its own."""
+    """Called as a function it stays in effect; tested in another process."""
     code = (
         "import fusedloss, torch, fusedloss.functional as FL;"
         "fusedloss.backend('reference');"
@@ -226,7 +227,7 @@ def test_unknown_backend() -> None:
 
 @pytest.mark.parametrize("name", ["compiled", "triton"])
 def test_backend_that_cannot_run(name: str) -> None:
-    """Choosing it says why; there is no silent fall-back."""
+    """Choosing it raises with the reason; there is no silent fall-back."""
     reason = why_not(name)
     if reason is None:
         pytest.skip(f"{name} runs here")
@@ -260,7 +261,8 @@ def test_build_info() -> None:
 
 
 def warned_at(call: Callable[[], Any]) -> list[str]:
-    """The messages, once each is seen to point at a line of this file that ends with "# here"."""
+    """The messages, after checking that each points at a line of this file that ends with "#
+    here"."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
@@ -276,7 +278,8 @@ ROW, MATRIX = torch.rand(1, 3), torch.rand(2, 3)
 
 @pytest.mark.parametrize("loss", ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"])
 def test_a_warning_of_shapes_points_at_the_call(loss: str, backend: str) -> None:
-    """Of the function, the module, deep inside of modules, under a patch, in torch.func and plain."""
+    """For the function, the module, modules inside modules, under a patch, in torch.func and
+    plain."""
     kind = {"mse_loss": "MSELoss", "l1_loss": "L1Loss", "smooth_l1_loss": "SmoothL1Loss"}
     module = getattr(fusedloss, kind.get(loss, "HuberLoss"))()
     theirs = getattr(torch.nn, kind.get(loss, "HuberLoss"))()
@@ -284,7 +287,7 @@ def test_a_warning_of_shapes_points_at_the_call(loss: str, backend: str) -> None
 
     class Model(torch.nn.Module):
         def forward(self, x: Tensor) -> Any:
-            return torch.nn.Sequential(Half(module))(x)  # no line of torch's
+            return torch.nn.Sequential(Half(module))(x)  # not a line of torch
 
     class Half(torch.nn.Module):
         def __init__(self, loss: Any) -> None:
@@ -324,7 +327,7 @@ def test_weighted_l1_loss_warns_at_the_call(backend: str) -> None:
     "loss", [loss for loss in LOSSES if loss not in ("log_loss", "huber_loss")]
 )
 def test_a_warning_of_deprecated_options_points_at_the_call(loss: str, backend: str) -> None:
-    """And they are fused like the reduction that they mean."""
+    """They are fused like the reduction that they mean."""
     sample = at_shape(loss, (5, 7)).sample(torch.float32)
     function, given = getattr(FL, loss), (sample.input, sample.target)
     messages = warned_at(lambda: function(*given, size_average=False))  # here
@@ -374,7 +377,7 @@ def test_a_warning_of_the_cache_points_at_the_call(
 
 
 def test_a_warning_is_shown_once_for_each_line(backend: str) -> None:
-    """By Python's default, as if the line itself had warned."""
+    """Shown by Python's default filters, as if the line itself had warned."""
     module: dict[str, Any] = {"__name__": "somewhere", "FL": FL, "x": MATRIX, "y": ROW}
     code = compile("for _ in range(3): FL.mse_loss(x, y)\nFL.mse_loss(x, y)\n", "a.py", "exec")
     with warnings.catch_warnings(record=True) as caught:
@@ -390,7 +393,7 @@ def test_a_warning_is_shown_once_for_each_line(backend: str) -> None:
 
 
 def test_the_traceback_of_an_error_stays_readable(backend: str) -> None:
-    """Its last lines are the call's and torch's."""
+    """The last lines of the traceback are the call's and torch's."""
     with pytest.raises(RuntimeError) as raised:
         FL.mse_loss(torch.rand(2, 3), torch.rand(2, 4))  # here
     files = [str(entry.path) for entry in raised.traceback]
@@ -401,7 +404,7 @@ def test_the_traceback_of_an_error_stays_readable(backend: str) -> None:
 
 
 def test_explain_a_model(backend: str) -> None:
-    """Its first loss, whatever comes before; and a loss of torch's own is none of ours."""
+    """It explains the model's first fused loss; torch's own losses do not count."""
 
     class Model(torch.nn.Module):
         def __init__(self, criterion: torch.nn.Module) -> None:

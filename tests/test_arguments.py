@@ -73,7 +73,7 @@ def test_public_functions_are_documented(loss: str) -> None:
 @pytest.mark.parametrize("reduction", ["average", "", "MEAN", "elementwise_mean", "batchmean"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_unknown_reduction(loss: str, reduction: str, backend: str) -> None:
-    """ValueError that names it; torch warns of "elementwise_mean" and takes it."""
+    """A ValueError that names it; torch warns of "elementwise_mean" and takes it."""
     sample = at_shape(loss, SHAPE).sample(torch.float32)
     if loss == "log_loss":
         with pytest.raises(ValueError, match=reduction):
@@ -84,7 +84,7 @@ def test_unknown_reduction(loss: str, reduction: str, backend: str) -> None:
 
 @pytest.mark.parametrize("loss", [f for f in TORCH_LOSSES if f != "huber_loss"])
 def test_legacy_reduction(loss: str, backend: str) -> None:
-    """size_average and reduce: torch's result and torch's warning."""
+    """size_average and reduce give torch's result and torch's warning."""
     sample = at_shape(loss, SHAPE).sample(torch.float32)
     for average, reduce in itertools.product((None, True, False), repeat=2):
         compare_with_torch(
@@ -112,7 +112,7 @@ def test_label_smoothing_out_of_range(value: float, backend: str) -> None:
 @pytest.mark.parametrize("value", [7, 8, -1, -2, -99, -101, 2**31, 2**40, -(2**40)])
 @pytest.mark.parametrize("place", [0, 3, 4])
 def test_class_out_of_range(value: int, place: int, backend: str) -> None:
-    """IndexError that names the class, wherever it is."""
+    """An IndexError that names the class, wherever it is."""
     for family, dims in (("cross_entropy", (5, 7)), ("cross_entropy", (5, 7, 2, 3))):
         sample = at_shape(family, dims).sample(torch.float32)
         sample.target[place] = value
@@ -123,7 +123,7 @@ def test_class_out_of_range(value: int, place: int, backend: str) -> None:
                 compare_with_torch(
                     "cross_entropy", sample.input, sample.target, reduction=reduction, **options
                 )
-        # Ignored, it is in order.
+        # An ignored one is accepted.
         compare_with_torch("cross_entropy", sample.input, sample.target, ignore_index=value)
     rows = at_shape("log_loss", (5, 7)).sample(torch.float32)
     rows.target[place] = value
@@ -171,17 +171,17 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("loss", TORCH_LOSSES)
 def test_nan_and_infinity(loss: str, dtype: str, reduction: str, backend: str) -> None:
-    """nan and infinities in input and target come out where torch's do."""
+    """nan and infinities in input and target give nan and infinities where torch has them."""
     shape = (6, 35)
     family = "cross_entropy-probabilities" if loss == "cross_entropy" else loss
     regression = "entropy" not in loss
     for in_input, in_target in itertools.product((0.5, NAN, INF, -INF), repeat=2):
         if not regression and in_target in (INF, -INF):
-            continue  # no probability
+            continue  # not a probability
         if loss == "binary_cross_entropy_with_logits" and in_input == -INF:
             continue  # torch's formula gives nan there; the loss is infinite
         if loss == "binary_cross_entropy" and FOR_A_GPU and (in_input, in_target) != (0.5, 0.5):
-            continue  # the host hears of them later: test_faults.py
+            continue  # reported to the host later: test_faults.py
         sample = at_shape(family, shape).sample(getattr(torch, dtype))
         sample.input[2, 17] = in_input
         sample.input[3] = in_input
@@ -278,14 +278,14 @@ def test_log_loss_shapes(case: int, backend: str) -> None:
 @pytest.mark.parametrize("argument", ["input", "target", "weight", "reduction"])
 @pytest.mark.parametrize("loss", TORCH_LOSSES)
 def test_arguments_of_the_wrong_type(loss: str, argument: str, backend: str) -> None:
-    """Something that is not a tensor (or not a string): torch's type of error."""
+    """Something that is not a tensor (or not a string) gives torch's type of error."""
     sample = at_shape(loss, SHAPE).sample(torch.float32)
     for value in (None, 3, [1.0, 2.0], "mean"):
         keywords = {"input": sample.input, "target": sample.target, argument: value}
         if argument == "weight" and (loss == "smooth_l1_loss" or value is None):
             continue
         if argument == "reduction" and isinstance(value, str):
-            continue  # a string is its type
+            continue  # a string is checked by type
         ours, our_error, _ = outcome(lambda keywords=keywords: getattr(FL, loss)(**keywords))
         theirs, their_error, _ = outcome(lambda keywords=keywords: torch_loss(loss)(**keywords))
         if their_error is None:
@@ -338,12 +338,12 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 class RandomCall:
-    """A call drawn from what callers may come up with; often fused, often not."""
+    """A random call of the kind that users may make; often fused, often not."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         torch.manual_seed(seed)
-        usually = self.random.random() < 0.5  # else anything goes
+        usually = self.random.random() < 0.5  # otherwise anything
         self.odd = 0.04 if usually else 0.2
         self.loss = self.random.choice([*LOSSES, "charbonnier"])
         self.context = self.maybe("plain", *CONTEXTS)
@@ -397,7 +397,7 @@ class RandomCall:
             self.options[option] = self.random.choice(values)
 
     def tensor(self, shape: tuple[int, ...]) -> Tensor:
-        """Within (0, 1); of any layout."""
+        """In (0, 1), in any layout."""
         dtype = self.maybe(self.dtype, torch.float32, torch.float64, torch.int32)
         t = torch.rand(shape) * 0.9 + 0.05
         layout = self.maybe("row-major", "transposed", "stepped", "channels_last")
@@ -423,7 +423,7 @@ class RandomCall:
         return charbonnier if self.loss == "charbonnier" else getattr(FL, self.loss)
 
     def run(self) -> list[Any]:
-        """Value and gradients, or the error; and the warnings."""
+        """Value and gradients or the error, and the warnings."""
         tensors = (self.input, self.target, *self.options.values())
 
         def call() -> list[Tensor | None]:
@@ -446,7 +446,7 @@ class Subclass(Tensor):
 def test_the_short_way_decides_as_the_long_way(
     seed: int, compiled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Same results, errors and warnings; and it is open to whatever plain call is fused."""
+    """The same results, errors and warnings, and every plain call that is fused takes it."""
     charbonnier.compile()
     taken: list[bool] = []
 

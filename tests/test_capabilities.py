@@ -1,7 +1,7 @@
 """The kernels of every CPU capability, each in a process of its own.
 
-torch chooses its capability when it is loaded, by ATEN_CPU_CAPABILITY and what the CPU has; ours
-is torch's choice.
+torch chooses its capability when it is loaded, by ATEN_CPU_CAPABILITY and the CPU. Ours follows
+torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from conftest import need
 
 TESTS = Path(__file__).parent
 CAPABILITIES = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
-# The whole table in fp32 and bf16 at reduction "mean", and what depends on vector widths.
+# The whole table in fp32 and bf16 with reduction "mean", and tests that depend on vector widths.
 SUBSET = (
     "(test_value_and_gradient and mean and (fp32 or bf16)) or test_memory_on_no_boundary"
     " or test_padded_lanes or test_leading_block or test_masked_logits or test_same_bits_again"
@@ -59,7 +59,7 @@ def test_kernels(capability: str) -> None:
 
 @pytest.mark.slow
 def test_capabilities_agree() -> None:
-    """A capability that is not there is not taken: torch's own choice is always ours."""
+    """A missing capability is not used: we always follow torch's choice."""
     need("compiled")
     for capability in CAPABILITIES:
         told = run(

@@ -1,4 +1,4 @@
-"""What only a GPU has: CUDA graphs, streams, other devices, and memory for 2^31 elements."""
+"""Tests that need a GPU: CUDA graphs, streams, other devices, and memory for 2^31 elements."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import fusedloss.functional as FL
 from cases import DEVICE, FAMILIES, LOSSES, REDUCTIONS, Sample, at_shape
 from custom_losses import charbonnier
 from helpers import (
+    MODULES,
     assert_close_to_truth,
     assert_same_bits,
     draw_upstream,
@@ -33,7 +34,7 @@ GIB = 2**30
 
 
 def need_memory(gib: float) -> None:
-    """Skip where the GPU has not as much left."""
+    """Skip if the GPU does not have this much free memory."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     if free < gib * GIB:
@@ -51,8 +52,8 @@ def to(sample: Sample, device: torch.device | str) -> Sample:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cuda_graph(family: str, reduction: str) -> None:
-    """Captured once, replayed over other numbers and other upstream gradients: the bits of a call
-    outside of the graph. A call that asks the host anything cannot be captured at all."""
+    """Captured once and replayed with other numbers and upstream gradients, it gives the bits of a
+    call outside the graph. A call that waits for the host could not be captured at all."""
     case = at_shape(family, (33, 257))
     samples = [case.sample(torch.float32, seed) for seed in range(3)]
     function = getattr(FL, case.loss)
@@ -82,7 +83,7 @@ def test_cuda_graph(family: str, reduction: str) -> None:
         for key, option in sample.options.items():
             if isinstance(option, Tensor):
                 still.options[key].copy_(option)
-        # The predicted upstream gradient, and others: the first replay mispredicts.
+        # The predicted upstream gradient and others: the first replay mispredicts.
         for again in range(2):
             upstream.copy_(draw_upstream(shape, torch.float32, seed=seed))
             graph.replay()
@@ -92,7 +93,7 @@ def test_cuda_graph(family: str, reduction: str) -> None:
 
 
 def test_captured_from_the_first_call_on() -> None:
-    """What a process sets up once may be set up amid a capture."""
+    """One-time initialisation may happen during a capture."""
     program = """
 import torch
 import fusedloss.functional as FL
@@ -111,7 +112,7 @@ torch.testing.assert_close(gradient, expected)
 
 
 def test_prediction_made_amid_a_capture() -> None:
-    """A replay does not make it again, and it outlives its module."""
+    """A replay does not initialise the prediction again, and it outlives its module."""
     x, y = torch.randn(2, 300, device="cuda")
     x.requires_grad_()
     module, upstream = fusedloss.MSELoss(), torch.tensor(5.0, device="cuda")
@@ -133,7 +134,7 @@ def test_prediction_made_amid_a_capture() -> None:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_cuda_graph_of_an_own_loss(reduction: str) -> None:
-    """Both gradients; a parameter is that of the capture."""
+    """Both gradients; parameters keep their values from the capture."""
     charbonnier.compile("cuda")
     x, y = torch.randn(2, 33, 257)
     other = torch.randn(2, 33, 257)
@@ -162,7 +163,7 @@ def test_cuda_graph_of_an_own_loss(reduction: str) -> None:
 
 
 def test_nothing_waits_for_the_device() -> None:
-    """torch raises at each synchronisation of its own; a capture does at anyone's."""
+    """torch raises at each of its own synchronisations, and a capture at any other."""
     samples = {loss: at_shape(loss, (33, 65)).sample(torch.float32) for loss in LOSSES}
     for loss, sample in samples.items():
         value_and_grad(getattr(FL, loss), sample, "mean", 0.5)
@@ -180,7 +181,7 @@ def test_nothing_waits_for_the_device() -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_side_stream(loss: str) -> None:
-    """The kernels queue on the current stream: behind the copy there that makes their input."""
+    """The kernels run on the current stream, after the copy that makes their input."""
     large = at_shape(loss, (2**12, 1024))
     sample, other = large.sample(torch.float32), large.sample(torch.float32, seed=1)
     expected = value_and_grad(getattr(FL, loss), sample, "mean", 0.5)
@@ -188,7 +189,7 @@ def test_side_stream(loss: str) -> None:
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        torch.cuda._sleep(20_000_000)  # long enough that another stream would be through
+        torch.cuda._sleep(20_000_000)  # long enough that another stream would have finished
         late.input.copy_(sample.input)
         late.target.copy_(sample.target)
         got = value_and_grad(getattr(FL, loss), late, "mean", 0.5)
@@ -198,7 +199,7 @@ def test_side_stream(loss: str) -> None:
 
 
 def test_side_stream_of_an_own_loss() -> None:
-    """A library's kernels are in the same context as torch's, and on its current stream."""
+    """Kernels of a loaded library run in torch's context and on its current stream."""
     x, y = torch.randn(2, 2**22)
     expected = charbonnier(x, y)
     late = torch.zeros_like(x)
@@ -226,8 +227,9 @@ def test_own_loss_on_another_device() -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_streams_at_once(loss: str) -> None:
-    """Threads with a stream each, and one call site: while the blocks of a forward read what to
-    predict, and until they have said what they wrote, backwards of the others teach it."""
+    """Threads with one stream each share a call site: backward passes of others update the
+    prediction while the blocks of a forward read it and until they have reported what they
+    wrote."""
     samples = [at_shape(loss, (1031, 1021)).sample(torch.float32, seed) for seed in range(4)]
     function, upstreams = getattr(FL, loss), (0.5, 1.5)
     expected = [[value_and_grad(function, s, "mean", u) for u in upstreams] for s in samples]
@@ -235,8 +237,8 @@ def test_streams_at_once(loss: str) -> None:
 
     def work(i: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
-            # Spells of one, or nothing would be predicted. All of it is queued before any is
-            # looked at, or the streams would hardly overlap.
+            # Runs of equal values, or nothing would be predicted. All of it is queued before any
+            # result is read, or the streams would hardly overlap.
             spells = [step // 8 % 2 for step in range(48)]
             got = [value_and_grad(function, samples[i], "mean", upstreams[u]) for u in spells]
             torch.cuda.current_stream().synchronize()
@@ -249,11 +251,11 @@ def test_streams_at_once(loss: str) -> None:
 
 
 def test_module_let_go_of_before_its_backward_has_run() -> None:
-    """Nobody else gets the prediction's memory until the side stream has taught it."""
+    """Nobody else gets the prediction's memory before the side stream has updated it."""
     input, target = torch.randn(2, 3000)
     input.requires_grad_()
     module = fusedloss.MSELoss()
-    module(input, target)  # the prediction comes from this stream
+    module(input, target)  # the prediction is allocated on this stream
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -288,7 +290,7 @@ def test_another_device_than_the_current_one(loss: str) -> None:
     sample = at_shape(loss, (33, 257)).sample(torch.float32)
     far = to(sample, "cuda:1")
     assert torch.cuda.current_device() == 0
-    for module in (None, getattr(fusedloss, _MODULES[loss])()):
+    for module in (None, MODULES[loss]()):
         function = getattr(FL, loss) if module is None else module
         for on in (sample, far, sample):  # a module moves along with its inputs
             input = leaf(on.input)
@@ -302,21 +304,9 @@ def test_another_device_than_the_current_one(loss: str) -> None:
             assert_close_to_truth(grad.to("cuda:0"), expected.grad, expected.grad_scale, "gradient")
 
 
-_MODULES = {
-    "mse_loss": "MSELoss",
-    "l1_loss": "L1Loss",
-    "smooth_l1_loss": "SmoothL1Loss",
-    "huber_loss": "HuberLoss",
-    "binary_cross_entropy": "BCELoss",
-    "binary_cross_entropy_with_logits": "BCEWithLogitsLoss",
-    "cross_entropy": "CrossEntropyLoss",
-    "log_loss": "LogLoss",
-}
-
-
 # ---- more than 2^31 elements --------------------------------------------------------------------
 
-# Past 2^31 and 2^32 elements, with a tail that fills no packet of 16 bytes.
+# Past 2^31 and 2^32 elements, with a tail shorter than a vector of 16 bytes.
 PAST_2_31 = 2**31 + 4099
 PAST_2_32 = 2**32 + 4099
 
@@ -325,14 +315,14 @@ PAST_2_32 = 2**32 + 4099
 @pytest.mark.parametrize("elements", [PAST_2_31, PAST_2_32])
 @pytest.mark.parametrize("loss", ["mse_loss", "binary_cross_entropy_with_logits"])
 def test_pointwise_past_2_31_elements(loss: str, elements: int) -> None:
-    """The gradient of each part is the one that it has alone, and the sum is that of the parts."""
+    """Each part has the same gradient as alone, and the sum is that of the parts."""
     need_memory(3 * 2 * elements / GIB + 2)
     unit = at_shape(loss, (4099,)).sample(torch.bfloat16)
     whole, rest = divmod(elements, 4099)
 
     def step(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         input = leaf(input)
-        # bf16 holds no sum of so many.
+        # bf16 cannot represent a sum of so many.
         with torch.autocast("cuda", dtype=torch.bfloat16):
             value = getattr(FL, loss)(input, target, reduction="sum")
         return value.detach().double(), torch.autograd.grad(value, input, torch.tensor(0.5))[0]
@@ -352,7 +342,7 @@ def test_pointwise_past_2_31_elements(loss: str, elements: int) -> None:
     ("rows", "classes"), [(2**14 + 3, 2**17 + 5), (2**27 + 9, 17), (2**7 + 1, 2**24 - 1)], ids=str
 )
 def test_cross_entropy_past_2_31_elements(rows: int, classes: int) -> None:
-    """Rows from the first to the last against float64."""
+    """Rows from first to last against float64."""
     need_memory(2 * 2 * rows * classes / GIB + 8 * rows / GIB + 6)
     assert rows * classes > 2**31
     input = torch.empty(rows, classes, dtype=torch.bfloat16).normal_().requires_grad_()
@@ -368,7 +358,7 @@ def test_cross_entropy_past_2_31_elements(rows: int, classes: int) -> None:
 
 
 def _tiled(unit: Tensor, elements: int) -> Tensor:
-    """The same numbers over and over, without a second tensor of that size."""
+    """Repeats the same numbers, without a second tensor of that size."""
     result = torch.empty(elements, dtype=unit.dtype)
     whole = elements // unit.numel()
     result[: whole * unit.numel()].view(whole, -1).copy_(unit)

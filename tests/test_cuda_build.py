@@ -1,5 +1,5 @@
-"""The CUDA kernels as machine code, where they were built, and those of losses of one's own, where
-there is an nvcc: what a GPU would be given to run.
+"""The machine code of the CUDA kernels, if they were built, and of custom losses, if there is an
+nvcc.
 
 cuobjdump comes with the CUDA toolkit, and with Triton's package.
 """
@@ -26,8 +26,8 @@ from fusedloss.custom.building import cuda_library
 
 REQUIRED = os.environ.get("FUSEDLOSS_REQUIRE_CUDA") == "1"
 
-# Kernels that a bandwidth depends on: 16 bytes an access, and nothing spilled from registers. By
-# what their names hold once demangled; a double is never in a hurry.
+# The kernels whose bandwidth counts: 16 bytes per access, and no spilled registers. By parts of
+# their demangled names; kernels for double do not count.
 HOT = {
     "pointwise": r"::flat<fusedloss::\w+, (?!double)[\w:]+, true>",
     "rows of classes": r"::rows<(?!double)[\w:]+, .*Scope\)\d, true>",
@@ -45,7 +45,7 @@ def _cuobjdump() -> str | None:
 
 
 def need(wanted: object, reason: str) -> None:
-    """Ends the test where something is missing: it fails where FUSEDLOSS_REQUIRE_CUDA=1."""
+    """Skips the test if something is missing, or fails it if FUSEDLOSS_REQUIRE_CUDA=1."""
     if wanted:
         return
     if REQUIRED:
@@ -90,13 +90,13 @@ def machine_code(file: str, architecture: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("kind", HOT)
 def test_hot_kernels(kind: str, architecture: str, built: str) -> None:
-    # Three dtypes of each; eight losses, and three groups of threads that share a row.
+    # Three dtypes of each; eight losses, and three sizes of thread groups for a row.
     count = {"pointwise": 27, "rows of classes": 9, "classes apart": 3}[kind]
     check_kernels(built, architecture, HOT[kind], count)
 
 
 def check_kernels(file: str, architecture: str, kind: str, count: int) -> None:
-    """Each of those kernels reads and writes 16 bytes at a time, and spills no register."""
+    """Each hot kernel reads and writes 16 bytes at a time and spills no register."""
     kernels = machine_code(file, architecture).items()
     found = {name: code for name, code in kernels if re.search(kind, name)}
     assert len(found) == count, list(found)
@@ -109,12 +109,12 @@ def check_kernels(file: str, architecture: str, kind: str, count: int) -> None:
 
 
 def test_ptx_for_later_devices(built: str) -> None:
-    """For devices that have no machine code here a driver compiles the PTX."""
+    """A driver compiles the PTX for devices without machine code in the library."""
     listed = _dump(built, "-lptx") + _dump(built, "-ptx", "-arch", "sm_90")
     assert re.search(r"arch = sm_90\b", listed)
 
 
-# ---- losses of one's own -------------------------------------------------------------------------
+# ---- custom losses -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_own_loss(loss: PointwiseLoss, nvcc: None, capfd: pytest.CaptureFixture[
     own.load(lambda *of: found.append(of))
     assert f"compiled {loss.__name__} for the GPU in " in capfd.readouterr().err
     for architecture in ("sm_80", "sm_90"):
-        # Three dtypes of value and input's gradient; four of whatever else is wanted.
+        # Three dtypes with value and input's gradient; four with every other combination.
         for plain, count in (("true", 3), ("false", 4)):
             kind = rf"::flat<fusedloss::.*Loss, [\w:]+, {plain}>"
             check_kernels(found[0][1], architecture, kind, count)

@@ -1,4 +1,4 @@
-"""Losses of one's own: values, gradients, options, and every way that a call can take."""
+"""Custom losses: values, gradients, options, and every path that a call can take."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_ahead() -> None:
-    """Side by side, where nvcc takes seconds for each."""
+    """Compiles them side by side, since nvcc takes seconds for each."""
     if DEVICE == "cuda":
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda case: case.loss.compile(DEVICE), CASES))
@@ -73,7 +73,7 @@ def gradients(
 
 
 def truth(case: CustomCase, x: Tensor, y: Tensor, upstream: Tensor, reduction: str, w: Tensor):  # type: ignore[no-untyped-def]
-    """In float64, by PyTorch's own derivatives."""
+    """Value and gradients in float64, by PyTorch's derivatives."""
 
     def eager(a: Tensor, b: Tensor) -> Tensor:
         elements = case.eager(a, b, **case.options) * w
@@ -158,7 +158,7 @@ def sigmoid(x: float) -> float:
 
 
 def or_inf(f: Any) -> Any:
-    """math's functions raise where a float is infinite or nan."""
+    """Python's math functions raise where a float is infinite or nan."""
 
     def safe(x: float) -> float:
         try:
@@ -173,7 +173,7 @@ def or_inf(f: Any) -> Any:
     return safe
 
 
-# The word, its value and its slope, of one number, by Python's own functions.
+# Each function of fusedloss.math, its value and its slope, for one number, in plain Python.
 WORDS: dict[str, tuple[Any, Any, Any]] = {
     "exp": (fm.exp, math.exp, math.exp),
     "expm1": (fm.expm1, math.expm1, math.exp),
@@ -203,7 +203,7 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {
 
 @fusedloss.pointwise_loss
 def any_word(input, target, *, which=0.0):  # type: ignore[no-untyped-def]
-    """The word of a number: all are computed everywhere, and those not chosen must not show."""
+    """The chosen function of a number. All are computed, and the others must not show."""
     result = 0 * target
     for number, (word, _, _) in enumerate(WORDS.values()):
         result = fm.where(fm.equal(which, float(number)), word(input), result)
@@ -236,7 +236,7 @@ def test_words_at_extremes(fused: str, word: str, dtype: torch.dtype) -> None:
                 if results is of_input:
                     right = {"sign": 0.0, "abs": 0.0, "relu": 0.0}.get(word, NAN)
             elif at == -INF and word == "pow":
-                right = INF  # as C has it
+                right = INF  # as in C
             else:
                 right = or_inf(function)(at)
             right = torch.tensor(right, dtype=torch.float64).to(dtype).item()
@@ -255,7 +255,8 @@ def test_words_on_tensors() -> None:
 
 
 def test_branch_not_taken(fused: str) -> None:
-    """Its infinite value or slope never shows, in any order of differentiation."""
+    """An infinite value or slope in the other branch never shows, in any order of
+    differentiation."""
 
     @fusedloss.pointwise_loss
     def guarded(input, target):  # type: ignore[no-untyped-def]
@@ -283,8 +284,8 @@ def grid(*points: float) -> tuple[Tensor, Tensor]:
 def assert_equal_to_eager(
     loss: Any, eager: Any, x: Tensor, y: Tensor, options: dict[str, float]
 ) -> None:
-    """Value and both gradients, nan and infinities included, of the kernel, of the plain PyTorch, of its
-    slopes and of the gradient that has a graph."""
+    """Value and both gradients, nan and infinities included: of the kernel, the plain PyTorch, its
+    slopes and the gradient with a graph."""
     assert fusedloss.explain(loss, x, y, **options).fused
     upstream, options = torch.ones_like(x), {**options, "reduction": "none"}
     a, b = leaf(x), leaf(y)
@@ -316,7 +317,7 @@ def assert_equal_to_eager(
 @pytest.mark.interpret_all
 @pytest.mark.parametrize("name", BRANCHES)
 def test_outer_slope_stays_in_the_branch(fused: str, name: str) -> None:
-    """At kinks and in branches that are not taken, as in PyTorch's line."""
+    """At kinks and in branches that are not taken, as in PyTorch."""
     options = {"which": float(list(BRANCHES).index(name))}
     points = grid(-2, -1, -0.5, 0, 0.5, 1, 1.5, 2)
     assert_equal_to_eager(any_branch, BRANCHES[name][1], *points, options)
@@ -341,7 +342,7 @@ def _torch_clamp(x: Tensor, y: Tensor) -> Tensor:
 
 
 def test_missing_targets(fused: str) -> None:
-    """A nan that the formula asks for makes no other: a mean over what is there."""
+    """A nan that the formula tests for makes no other: a mean over the observed elements."""
     x, y = OBSERVED.sample(torch.float64, (257,))
     y[::3] = NAN
     seen = ~y.isnan()
@@ -354,7 +355,7 @@ def test_missing_targets(fused: str) -> None:
 
 
 def test_bounds_keep_nan(fused: str) -> None:
-    """A slope of nan is not made a number by clip_grad."""
+    """clip_grad does not turn a slope of nan into a number."""
     loss = one_of([lambda x, y: fm.log(x) * y])
     x, y = torch.tensor([1.0, -1.0, NAN, 0.0]), torch.ones(4)
     for call in (loss, loss.reference):
@@ -364,7 +365,8 @@ def test_bounds_keep_nan(fused: str) -> None:
 
 
 def test_constant_pieces(backend: str) -> None:
-    """What a parameter or an element makes constant has a gradient, 0, with a graph as well."""
+    """A formula that a parameter or an element makes constant has gradient 0, with a graph as
+    well."""
 
     @fusedloss.pointwise_loss
     def switched(input, target, *, on=1.0):  # type: ignore[no-untyped-def]
@@ -389,7 +391,7 @@ def test_constant_pieces(backend: str) -> None:
         assert torch.func.grad(lambda a, o=options, f=loss: f(a, y, **o))(x).tolist() == [0, 0, 0]
 
 
-# What a formula is printed with, or Python and C++ have a meaning for.
+# Names that printed formulas use, or that mean something in Python or C++.
 NAMES = [
     "number",
     "call",
@@ -443,7 +445,7 @@ NAMES = [
 
 
 def test_any_name_of_a_parameter(backend: str) -> None:
-    """No name of a parameter means anything to a backend."""
+    """Parameters may have any name, whatever it means to a backend."""
     for some in (NAMES[::2], NAMES[1::2]):
         source = f"def named(input, target, *, {', '.join(f'{name}=1.0' for name in some)}):\n"
         terms = [f"{k + 1} * {name} ** 2" for k, name in enumerate(some)]
@@ -469,7 +471,7 @@ def test_any_name_of_a_parameter(backend: str) -> None:
 
 
 def test_names_of_the_definition(backend: str) -> None:
-    """Input and target go by them in a call, as the signature shows them."""
+    """A call may name input and target as the signature does."""
 
     @fusedloss.pointwise_loss
     def squared(y_pred, y_true, *, scale=1.0):  # type: ignore[no-untyped-def]
@@ -487,7 +489,7 @@ def test_names_of_the_definition(backend: str) -> None:
 
 
 def test_kinks(fused: str) -> None:
-    """As PyTorch has them."""
+    """The same as in PyTorch."""
 
     @fusedloss.pointwise_loss
     def kinked(input, target):  # type: ignore[no-untyped-def]
@@ -519,7 +521,7 @@ def nested(input, target):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("loss", (lopsided, nested), ids=lambda loss: loss.__name__)
 def test_conditions_inside_of_powers(fused: str, loss: Any) -> None:
-    """SymPy is to see numbers in them, and to cancel one power by another."""
+    """SymPy must see numbers, so that it can cancel one power with another."""
     x, y = torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64), torch.zeros(3).double()
     ours = gradients(loss, x, y)
     for result, expected in zip(ours, gradients(loss.reference, x, y), strict=True):
@@ -527,7 +529,7 @@ def test_conditions_inside_of_powers(fused: str, loss: Any) -> None:
 
 
 def test_default_that_is_no_number(fused: str) -> None:
-    """An exponent that every call has to give."""
+    """An exponent without a default."""
 
     @fusedloss.pointwise_loss
     def required(input, target, *, power=math.nan):  # type: ignore[no-untyped-def]
@@ -556,7 +558,8 @@ def test_simplification_keeps_digits(fused: str) -> None:
 
 
 def test_common_factors() -> None:
-    """Of terms are multiplied, or divided by, once; in words and conditions all stays as it was."""
+    """Common factors of terms are multiplied or divided by once; function arguments stay as they
+    were."""
     a, b, x, y, z = sympy.symbols("a b x y z")
     with distribute(False):
         for terms, factored in (
@@ -578,7 +581,7 @@ def test_common_factors() -> None:
 
 
 def used(shared: list[tuple[Any, Any]], results: list[Any]) -> list[Any]:
-    """The formulas that results need."""
+    """The formulas that the results need."""
     formulas, waiting = [], list(results)
     while waiting:
         formulas.append(waiting.pop())
@@ -589,7 +592,7 @@ def used(shared: list[tuple[Any, Any]], results: list[Any]) -> list[Any]:
 
 @by_case
 def test_target_slope_leaves_the_others_alone(case: CustomCase) -> None:
-    """Calls that do not want it pay nothing for it."""
+    """Calls that do not need it pay nothing for it."""
     traced = case.loss._traced
     with distribute(False):
         value, *slopes = words.lowered(traced.value), *traced._lowered_slopes()
@@ -626,7 +629,7 @@ def scaled(input, target, *, s=3.0):  # type: ignore[no-untyped-def]
     ids=lambda x: getattr(x, "__name__", None),
 )
 def test_each_word_once(loss: Any, word: Any, count: int) -> None:
-    """Value and both slopes share what is slow."""
+    """Value and both slopes share slow subexpressions."""
     kernel = loss._traced.kernel
     formulas = used(list(kernel.shared), list(kernel.results))
     functions = [node.func for f in formulas for node in sympy.preorder_traversal(f)]
@@ -660,7 +663,7 @@ def product_of_powers(input, target):  # type: ignore[no-untyped-def]
     ids=lambda loss: loss.__name__,
 )
 def test_exact_where_equal(fused: str, loss: Any) -> None:
-    """Formulas are shared as they were written: what is 0 at input == target stays so."""
+    """Formulas are shared as written: an expression that is 0 at input == target stays 0 there."""
     x = torch.linspace(-2, 2, 1001, dtype=torch.float64)[torch.arange(1001) != 500]
     for y in (x.clone(), torch.nextafter(x, x - 1)):
         ours = gradients(loss, x, y, reduction="none")
@@ -689,7 +692,7 @@ def test_slope_is_of_the_branch_taken(fused: str) -> None:
 
 
 def test_one_pass(fused: str) -> None:
-    """Whatever the history of upstream gradients, the gradients are those of a fresh computation."""
+    """Whatever upstream gradients came before, the gradients are those of a fresh computation."""
     x, y = CASES[0].sample(torch.float32, (20_001 if INTERPRETED else 70_001,))
     for upstream in (1.0, 1.0, 3.0, 3.0, 0.1, 7.0, 0.2, 0.2, 0.2):
         ours = gradients(charbonnier, x, y, torch.tensor(upstream))
@@ -713,7 +716,7 @@ def test_written_in_forward(fused: str) -> None:
     gradients(charbonnier, x, y)
     a, b = leaf(x.clone()), leaf(y)
     value = charbonnier(a, b)
-    # Were they computed in backward, they would be those of the changed input.
+    # Computed in backward, they would be those of the changed input.
     with torch.no_grad():
         a.data.zero_()
     for mine, right in zip(
@@ -723,8 +726,8 @@ def test_written_in_forward(fused: str) -> None:
 
 
 def test_one_gradient_or_the_other(fused: str) -> None:
-    """What only one of the two arguments wants is what both would get; and again the same bits, of
-    inputs that nobody has written to."""
+    """A gradient for one of the two arguments is the same as with both; the same bits on a second
+    call, and the inputs are unchanged."""
     x, y = CASES[8].sample(torch.float32, (9001,))
     before = x.clone(), y.clone()
     for reduction in ("mean", "none"):
@@ -758,7 +761,7 @@ def test_same_bits_on_any_threads(compiled: str) -> None:
 
 @by_case
 def test_same_bits_on_the_usual_way(fused: str, case: CustomCase) -> None:
-    """Calls without weight and bound, with the defaults, may go a way of their own."""
+    """Calls without weight and clip_grad and with default parameters may take a special path."""
     x, y = (t.flatten() for t in case.sample(torch.float32))
     x, y = torch.cat([x] * 9), torch.cat([y] * 9)
     usual = gradients(case.loss, x, y, reduction="sum")
@@ -770,7 +773,7 @@ def test_same_bits_on_the_usual_way(fused: str, case: CustomCase) -> None:
 
 
 def test_usual_numbers_are_no_others(fused: str) -> None:
-    """Of a default exponent, which kernels may have been told."""
+    """With a default exponent, which kernels may know."""
     x, y = torch.linspace(-3, 3, 301), torch.rand(301)
     near = {g: gradients(focal, x, y, gamma=g)[1] for g in (1.9999, 2.0, 2.0001)}
     for g, got in near.items():
@@ -804,7 +807,7 @@ def test_weight(fused: str) -> None:
 
 
 def test_clip_grad(fused: str) -> None:
-    """Of the slope alone, before weight and upstream gradient; the value stays."""
+    """It bounds the slope only, before weight and upstream gradient; the value stays."""
     x, y = torch.tensor([0.1, 5.0, -5.0]), torch.zeros(3)
     free = gradients(gaussian_kl, x, y, reduction="sum")
     value, of_input, _ = gradients(
@@ -859,7 +862,7 @@ def test_explained(fused: str) -> None:
 
 
 def test_told_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain PyTorch runs, which is warned of once."""
+    """Plain PyTorch runs, with one warning."""
     monkeypatch.setattr(fusedloss.backends, "fused_on", {DEVICE: "compiled"})
     monkeypatch.setattr(fusedloss.backends, "in_order", lambda device: ("compiled",))
     monkeypatch.setattr(custom, "_LOADERS", {})
@@ -880,8 +883,8 @@ def test_told_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_next_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the first backend cannot compile the next takes, and explain() says so; but not where
-    the first was chosen by name."""
+    """If the first backend cannot compile a loss the next one takes it, and explain() says so; but
+    not if the first was chosen by name."""
 
     def refuses(loss: Any) -> str:
         raise custom.CannotCompile("no nvcc")
@@ -925,7 +928,7 @@ def test_transforms(backend: str) -> None:
 @pytest.mark.slow
 @pytest.mark.interpret_all
 def test_torch_compile(fused: str) -> None:
-    """Whole, with a kernel compiled while tracing, and the same result."""
+    """The graph is whole, the kernel is compiled while tracing, and the result is the same."""
 
     @fusedloss.pointwise_loss
     def fresh(input, target, *, scale=2.0):  # type: ignore[no-untyped-def]
@@ -991,7 +994,7 @@ class Scaled:
 
 @pytest.mark.parametrize("name", ["", "///", 3, 'a\\\n#error \'"""/../*?\0\u03bb' + "x" * 300])
 def test_any_name(name: Any, fused: str) -> None:
-    """Reaches neither a source nor a path."""
+    """The name reaches neither a source nor a path."""
 
     class Definition:
         __name__ = name
@@ -1013,7 +1016,7 @@ def power(exponent: Any, input: Any, target: Any) -> Any:
 
 
 def test_definitions_that_are_no_functions(fused: str) -> None:
-    """Are known by what they compute, in every process, and work as functions do."""
+    """They are identified by what they compute, in every process, and work like functions."""
     x, y = torch.randn(2, 5)
 
     def key(definition: Any) -> str:
@@ -1098,7 +1101,7 @@ def test_plot(tmp_path: Any) -> None:
 
 
 def definitions() -> dict[str, tuple[Any, type[Exception], str]]:
-    """A definition that is none, its error, and what that says."""
+    """A wrong definition, its error, and the message."""
 
     def with_if(input, target):  # type: ignore[no-untyped-def]
         if input > target:

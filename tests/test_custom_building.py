@@ -1,4 +1,4 @@
-"""Compiling losses of one's own: the cache, processes side by side, and machines that cannot."""
+"""Compiling custom losses: the cache, parallel processes, and machines that cannot compile."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def compiled_lines(err: str) -> list[str]:
 
 @pytest.mark.slow
 def test_cache(tmp_path: Path) -> None:
-    """Of two processes one compiles, and says so; a third finds it; nothing else is left over."""
+    """One of two processes compiles and says so; a third finds the library; no other file is
+    left."""
     need("compiled")
     cache = tmp_path / "cache"
     both = [start(cache), start(cache)]
@@ -100,7 +101,7 @@ def test_no_compiler(tmp_path: Path) -> None:
 
 
 def test_flags_of_another_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What only GCC knows is asked of no other: clang would fail on it."""
+    """Flags that only GCC knows go to no other compiler: clang would fail on them."""
     need("compiled")
     for compiler, said, has in (("g++", "g++ 12.2.0", True), ("c++", "clang version 19.1", False)):
         program = tmp_path / compiler
@@ -132,7 +133,7 @@ def test_no_place_to_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     @fusedloss.pointwise_loss
     def squared(input, target):  # type: ignore[no-untyped-def]
-        return 17 * (input - target) ** 2  # which no other test has loaded
+        return 17 * (input - target) ** 2  # no other test has loaded it
 
     with pytest.warns(RuntimeWarning, match="keeps no compiled losses.*Not a directory") as caught:
         assert squared(torch.tensor([3.0]), torch.tensor([1.0])) == 68
@@ -144,7 +145,7 @@ def test_no_place_to_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_formulas_that_gcc_fails_on() -> None:
-    """GCC 12 for AVX-512, while it vectorizes straight-line code."""
+    """GCC 12, which vectorizes straight-line code for AVX-512."""
     need("compiled")
 
     @fusedloss.pointwise_loss
@@ -173,7 +174,7 @@ def test_broken_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Cached:
-    """A library in a cache, compiled by a program that writes a finished one: that takes no time."""
+    """A library in a cache; the compiler is a program that copies a finished one, to save time."""
 
     def __init__(self, folder: Path, small: Path) -> None:
         self.calls = folder.parent / "calls"
@@ -185,7 +186,7 @@ class Cached:
         self.path = folder / f"{self.library.key}.so"
 
     def load(self) -> Path:
-        """The path that is loaded, after a look at what is there."""
+        """The path that is loaded, after checking the folder."""
         loaded: list[Path] = []
 
         def loader(key: str, path: str) -> None:
@@ -230,7 +231,7 @@ def cached(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> Cach
 
 
 def test_folder_is_ours_alone(cached: Cached) -> None:
-    """As soon as it is made, whatever the umask."""
+    """Private from the moment it is made, whatever the umask."""
     before = os.umask(0)
     try:
         assert cached.load() == cached.path
@@ -247,7 +248,7 @@ def test_folder_is_ours_alone(cached: Cached) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="has no owners and modes")
 @pytest.mark.parametrize("what", ["another user's", "group", "others", "another user's link"])
 def test_folder_of_others(what: str, cached: Cached, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Is not used, whatever lies there: a private one is, with a warning that says why."""
+    """It is not used, whatever is in it: a private one is, with a warning that says why."""
     cached.load()
     cached.path.write_bytes(b"a trap")
     names = sorted(cached.folder.iterdir())
@@ -299,7 +300,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.skipif(os.name == "nt", reason="has no modes and pipes")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_library(damage: str, cached: Cached) -> None:
-    """Is compiled again, once, instead of being loaded."""
+    """It is compiled again, once, instead of being loaded."""
     cached.load()
     whole = cached.path.read_bytes()
     DAMAGES[damage](cached.path)
@@ -334,7 +335,7 @@ def test_whole_on_disk_before_it_has_its_name(
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_lock_that_is_a_link(exists: bool, cached: Cached) -> None:
-    """Is not followed, so that no other file is made or emptied."""
+    """It is not followed, so that no other file is created or emptied."""
     cached.folder.mkdir(mode=0o700)
     other = cached.folder.with_name("other")
     if exists:
@@ -346,7 +347,7 @@ def test_lock_that_is_a_link(exists: bool, cached: Cached) -> None:
 
 
 def test_lock_that_is_held(cached: Cached, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a process that does not end: nobody waits for ever."""
+    """A lock held by a process that does not end: nobody waits for ever."""
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(building, "SECONDS", 0.5)
     cached.folder.mkdir(mode=0o700)
@@ -358,7 +359,8 @@ def test_lock_that_is_held(cached: Cached, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_library_that_does_not_load(cached: Cached) -> None:
-    """From a folder that may not hold programs, say: one that is compiled elsewhere may."""
+    """For example from a folder that must not hold programs: one that is compiled elsewhere
+    loads."""
     tried = []
 
     def loader(key: str, path: str) -> None:
@@ -378,7 +380,7 @@ def test_library_that_does_not_load(cached: Cached) -> None:
 
 @pytest.mark.slow
 def test_damaged_kernels(tmp_path: Path) -> None:
-    """What a dynamic loader would end the process on."""
+    """A file on which the dynamic loader would end the process."""
     need("compiled")
     cache = tmp_path / "cache"
     finished(start(cache))
@@ -437,7 +439,7 @@ def test_compilers_that_fail(
     monkeypatch.setattr(building, "SECONDS", 1.0)
     plain(COMPILERS[does])
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
-    if "PID" in does:  # with what it had started
+    if "PID" in does:  # and the processes that it had started
         pid, until = int((tmp_path / "pid").read_text()), time.monotonic() + 10
         while not has_ended(pid):
             assert time.monotonic() < until
@@ -459,7 +461,7 @@ def test_compilers_that_do_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither in the cache nor for temporary files."""
+    """There is no space in the cache nor for temporary files."""
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -492,7 +494,7 @@ def test_folder_of_a_name_too_long(cached: Cached, monkeypatch: pytest.MonkeyPat
 
 
 def test_folder_beside_the_work(cached: Cached, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dynamic loader would look for a name without a folder where it keeps the system's."""
+    """For a name without a folder, a dynamic loader would search the system's folders."""
     cached.folder.mkdir(mode=0o700)
     monkeypatch.chdir(cached.folder)
     monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", ".")
@@ -519,7 +521,7 @@ def test_no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all GPUs that are here, unless they are chosen."""
+    """For all GPUs of the machine, unless some are chosen."""
     no_toolkit(monkeypatch)
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.88\n")

@@ -35,7 +35,7 @@ PLACEMENTS = {"rows": Shard(0), "classes": Shard(1), "replicated": Replicate()}
 def train(
     wrap: Callable[[nn.Module], nn.Module], make_loss: Callable[[], nn.Module], rank: int
 ) -> list[float]:
-    """The losses of a few steps, each process on rows of its own."""
+    """The losses of a few steps; each process has its own rows."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, CLASSES))
     model, loss = wrap(model), make_loss()
@@ -45,7 +45,7 @@ def train(
     for step in range(STEPS):
         x = torch.randn(ROWS, 5, generator=generator)
         y = torch.randint(CLASSES, (ROWS,), generator=generator)
-        # Of another size every other step, and scaled as by accumulation.
+        # Another size in every other step, and scaled as by accumulation.
         value = loss(model(x[: ROWS - step % 2]), y[: ROWS - step % 2]) / (1 + step // 3)
         optimizer.zero_grad()
         value.backward()
@@ -91,7 +91,7 @@ def work(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each process found."""
+    """The results of each process."""
     folder = tmp_path_factory.mktemp("distributed")
     mp.spawn(work, (folder,), nprocs=PROCESSES)
     return [torch.load(folder / f"results-{rank}") for rank in range(PROCESSES)]

@@ -47,8 +47,8 @@ def one_process_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("compiled", "one_process_of_torchrun")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_snippets_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order, in one namespace a page; what is shown below one is what it prints."""
-    # Traced as by the default backend, without half a minute of a C++ compiler.
+    """In order, in one namespace per page; the output below a snippet is what it prints."""
+    # Traces like the default backend, without half a minute of C++ compiling.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     text = page.read_text()
     namespace: dict[str, object] = {"__name__": page.stem}
@@ -63,7 +63,7 @@ def test_snippets_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cpp_compiles(tmp_path: Path) -> None:
-    """A struct on a page is a loss beside those of csrc/math/losses.h."""
+    """A struct on a page compiles beside those of csrc/math/losses.h."""
     text = "\n".join(page.read_text() for page in PAGES)
     structs = re.findall(r"^```cpp\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     names = re.findall(r"^struct (\w+) : PointwiseLoss", "".join(structs), re.MULTILINE)
@@ -82,13 +82,13 @@ def test_cpp_compiles(tmp_path: Path) -> None:
 
 
 # ---- messages ------------------------------------------------------------------------------------
-# A message as its source has it: the texts between what is filled in.
+# A message as in its source: the constant texts between the parts that vary.
 
 Message = tuple[str, ...]
 
 
 def _texts(node: ast.expr) -> Message:
-    """The constant texts of a string, in order; empty where the expression is no string."""
+    """The constant texts of a string, in order; empty if the expression is not a string."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return (node.value,)
     if isinstance(node, ast.JoinedStr):
@@ -96,18 +96,18 @@ def _texts(node: ast.expr) -> Message:
     return ()
 
 
-# Functions that return a message, or a tuple that holds one; others' strings are no messages.
+# Functions that return a message, or a tuple with one.
 _GIVE_REASONS = {
     *("_load", "no_extension", "torch_does_not_import", "find_toolkit", "_why_left"),
     *("obstacle", "_obstacle", "_result_dtype", "_rows_obstacle", "_prepared"),
     *("instead_of", "_shown"),
 }
-_GIVE_ERRORS = {"_explained"}  # functions that return what is then raised
+_GIVE_ERRORS = {"_explained"}  # functions that return an exception
 _SAY = {"warnings.warn", "_caller.warn", "sys.exit", "print"}
 
 
 def python_messages(path: Path) -> Iterator[Message]:
-    """What a file raises, warns of, or gives a reason with."""
+    """The messages of a file: errors, warnings and reasons."""
     tree = ast.parse(path.read_text())
     constants = {
         node.targets[0].id: _texts(node.value)
@@ -162,7 +162,7 @@ def _arguments(code: str, start: int) -> list[str]:
 
 
 def cpp_messages(path: Path) -> Iterator[Message]:
-    """What a file's TORCH_CHECKs and TORCH_WARNs say."""
+    """The messages of a file's TORCH_CHECKs and TORCH_WARNs."""
     code = path.read_text()
     for macro in re.finditer(r"\bTORCH_(CHECK\w*|WARN\w*)\(", code):
         arguments = _arguments(code, macro.end() - 1)
@@ -188,13 +188,13 @@ def messages() -> dict[str, Message]:
 
 @functools.cache
 def _explained() -> str:
-    """The messages of the page: its lines that are indented code, one of them a line."""
+    """The messages on the page: its lines of indented code, one message per line."""
     lines = (DOCS / "troubleshooting.md").read_text().splitlines()
     return "\n".join(line[4:] for line in lines if line.startswith("    "))
 
 
 def test_every_message_is_explained() -> None:
-    """As the source has it, with something in the place of what is filled in."""
+    """The page has each message of the source, with examples for the parts that vary."""
     found = messages()
     assert len(found) > 25
     unexplained = [
@@ -206,7 +206,7 @@ def test_every_message_is_explained() -> None:
 
 
 def test_every_explained_message_exists() -> None:
-    """A line that no source says any more is to go."""
+    """The page has no message that is gone from the source."""
     patterns = [".*".join(map(re.escape, message)) for message in messages().values()]
     source = "\n".join(
         path.read_text()
@@ -233,7 +233,7 @@ def numerics() -> ModuleType:
 
 
 def test_what_the_numerics_page_says_of_its_figures(numerics: ModuleType) -> None:
-    """That the figures are those of the JSON is test_bench.py's."""
+    """test_bench.py checks that the figures are those of the JSON."""
     results = json.loads((numerics.report.RESULTS / "cpu" / "numerics.json").read_text())
     covered = {(row["loss"], row["dtype"]) for row in results["rows"]}
     assert len(covered) == len(results["rows"]) == len(numerics.LOSSES) * len(numerics.DTYPES)
@@ -249,7 +249,7 @@ def test_what_the_numerics_page_says_of_its_figures(numerics: ModuleType) -> Non
 
 
 def test_numerics_of_hard_inputs(numerics: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The truths are true: what is far off is never both ours and torch's."""
+    """The truths are true: ours and torch's are never both far off."""
     monkeypatch.setattr(numerics, "EQUAL", 2**10)
     monkeypatch.setattr(numerics, "MANY_CLASSES", 100)
     rows = numerics.measure_hard()

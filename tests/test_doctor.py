@@ -1,4 +1,4 @@
-"""python -m fusedloss: each trouble of an installation, made on purpose, and what is said of it."""
+"""python -m fusedloss: each problem of an installation, made on purpose, and what is reported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HERE = "_C" + EXTENSION_SUFFIXES[0]
 
 
 def only(findings: Iterable[Finding], kind: str) -> Finding:
-    """The one finding that is not ok, which is of this kind and has a cure."""
+    """The only finding that is not ok: it is of this kind and has a cure."""
     (found,) = (finding for finding in findings if finding.kind != "ok")
     assert found.kind == kind and found.cure, found
     return found
@@ -37,7 +37,7 @@ def program(folder: Path, name: str, prints: str) -> Path:
 
 @pytest.fixture
 def bare_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The only folder on the PATH: nothing but cat is in it."""
+    """The only folder on the PATH, with nothing but cat in it."""
     folder = tmp_path / "bin"
     folder.mkdir()
     cat = shutil.which("cat")
@@ -96,8 +96,8 @@ def test_torch_out_of_range(release: str, wanted: str, fits: bool) -> None:
 
 
 def test_torch_that_does_not_import(tmp_path: Path) -> None:
-    """A torch whose library is missing, and none at all: one sentence with the cure, no riddle."""
-    # Apart from a torch that may be installed beside the package.
+    """A torch whose library is missing, and no torch at all: one clear sentence with the cure."""
+    # Away from a torch that may be installed beside the package.
     site = tmp_path / "site"
     shutil.copytree(PACKAGE, site / "fusedloss", ignore=shutil.ignore_patterns("*.so"))
     broken = tmp_path / "broken" / "torch"
@@ -227,7 +227,7 @@ def started(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 def test_the_doctor_in_a_checkout_examines_the_installation(
     command: list[str], checkout: Path, compiled: str
 ) -> None:
-    """What README's first two commands do: all is well, and no warning says otherwise."""
+    """The first commands of the README: all is well, and there is no warning."""
     done = started(checkout, *command, "doctor")
     assert done.returncode == 0 and done.stderr == ""
     assert "ok       the compiled extension loads" in done.stdout
@@ -248,7 +248,7 @@ def test_the_warning_of_a_checkout(checkout: Path, hides: bool, compiled: str) -
         if (PACKAGE.parent / "torch").is_dir():
             pytest.skip("fusedloss is installed beside torch, and hidden as well")
         shutil.rmtree(site)
-        # Where the tests' own installation is editable, it is none of this environment.
+        # If the installation under test is editable, it does not belong to this environment.
         code = (checkout / "fusedloss" / "doctor.py").read_text()
         assert code.count('metadata.distribution("fusedloss")') == 1
         code = code.replace('metadata.distribution("fusedloss")', "None")
@@ -300,7 +300,7 @@ def test_checkout_that_hides_the_installation(
     path = [str(checkout.parent), str(package.parent)]
     note = only(doctor.copies(checkout, path), "note")
     assert str(package) in note.what
-    # Worse, where the copy that is hidden is the one that has kernels.
+    # It is worse if the hidden copy is the one with kernels.
     (package / HERE).touch()
     found = only(doctor.copies(checkout, path), "trouble")
     assert "which has the compiled extension that the former lacks" in found.what
@@ -348,7 +348,7 @@ def test_compiler_chosen_by_hand(bare_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_missing_nvcc(bare_path: Path) -> None:
     found = only(doctor.cuda("13.0", None, None, fused=False), "note")
     assert "no nvcc was found" in found.what and "toolkit 13.0" in str(found.cure)
-    # With a GPU at hand that is a trouble, unless another backend drives it.
+    # With a GPU that is a problem, unless another backend drives it.
     assert only(doctor.cuda("13.0", None, (13, 0), fused=False), "trouble") == Finding(
         "trouble", found.what, found.cure
     )
@@ -395,7 +395,7 @@ def test_torch_for_the_cpu_beside_a_gpu() -> None:
 
 @pytest.mark.parametrize(("number", "kind"), [(12040, "trouble"), (13000, "note"), (13010, "ok")])
 def test_old_driver(number: int, kind: str, tmp_path: Path) -> None:
-    """A stand-in for NVIDIA's library says what it runs; a process of its own loads it."""
+    """A stand-in for NVIDIA's library says what it runs; another process loads it."""
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -449,7 +449,7 @@ def test_two_openmp_runtimes() -> None:
 
 
 def test_nothing_is_wrong_here(compiled: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """What the tests run on: at most notes, so status 0."""
+    """The installation under test: at most notes, so status 0."""
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert f"ok       torch {torch.__version__}" in said

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("masked", [-1e9, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("classes", [8, 3000])
 def test_masked_first_class(masked: float, classes: int) -> None:
-    """A far lower logit, which counts for nothing, costs the others no digit."""
+    """A logit so low that it does not count costs the others no digit."""
     torch.manual_seed(0)
     input = torch.randn(4, classes)
     input[:, 0] = masked
@@ -75,14 +75,14 @@ def test_retained_gradient_of_an_intermediate() -> None:
 
 
 def test_more_dimensions_than_can_be_joined() -> None:
-    """18 dimensions in an order of their own."""
+    """18 dimensions in a permuted order."""
     input = torch.randn([2] * 18).permute(*reversed(range(18)))
     target = torch.randn([2] * 18)
     torch.testing.assert_close(FL.mse_loss(input, target), F.mse_loss(input, target))
 
 
 def bytes_in_use() -> int:
-    """Memory of the device that this process holds now."""
+    """Device memory that this process holds now."""
     if DEVICE == "cuda":
         return torch.cuda.memory_allocated()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -92,10 +92,10 @@ def bytes_in_use() -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_hooks_take_all_of_the_memory() -> None:
-    """Where hooks put saved tensors away, as under checkpoint, the forward keeps no gradient."""
+    """If hooks take saved tensors away, as under checkpoint, forward keeps no gradient."""
     input = torch.randn(1024, 8192, requires_grad=True)
     target = torch.randint(8192, (1024,))
-    FL.cross_entropy(input[:1], target[:1]).backward()  # whatever a first call sets up
+    FL.cross_entropy(input[:1], target[:1]).backward()  # initialises everything once
     before = bytes_in_use()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         value = FL.cross_entropy(input, target)
@@ -125,7 +125,7 @@ def test_module_traced_before_its_first_call(module: type[torch.nn.Module]) -> N
 
 
 def test_smoothing_without_a_row_is_nan() -> None:
-    """A mean over targets that all weigh 0 is nan, as torch's."""
+    """A mean over targets that all have weight 0 is nan, as in torch."""
     input, weight = torch.randn(3, 4), torch.tensor([0.0, 1.0, 1.0, 1.0])
     target = torch.zeros(3, dtype=torch.long)
     assert F.cross_entropy(input, target, weight, label_smoothing=0.1).isnan()
@@ -149,7 +149,9 @@ def test_operator_checks_shapes() -> None:
 def test_target_changed_unseen() -> None:
     """Memory shared with NumPy changes without a version: backward checks the indices again."""
     input, target = torch.randn(3, 4, requires_grad=True), torch.zeros(3, dtype=torch.long)
-    value = FL.cross_entropy(input, target, torch.ones(4)) * 3  # not the predicted upstream
+    value = (
+        FL.cross_entropy(input, target, torch.ones(4)) * 3
+    )  # not the predicted upstream gradient
     target.numpy()[1] = 10**11
     with pytest.raises(IndexError, match=r"100000000000.*target\[1\]"):
         value.backward()
@@ -157,7 +159,7 @@ def test_target_changed_unseen() -> None:
 
 @pytest.mark.parametrize("shape", [(5, 200), (40, 6), (40, 20), (3, 7, 33)], ids=str)
 def test_ignored_rows_have_no_gradient(shape: tuple[int, ...], compiled: str) -> None:
-    """Zero, whatever their logits and a weight in label smoothing's sum hold."""
+    """Their gradient is zero, whatever their logits, and the weights in label smoothing, are."""
     input = torch.randn(shape).movedim(1, -1)
     target = torch.randint(shape[1], input.shape[:-1])
     ignored = torch.rand(target.shape) < 0.4

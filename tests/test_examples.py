@@ -1,4 +1,5 @@
-"""Each example trains on the fused operators: as with torch's losses, or to what its own are for."""
+"""Each example trains on fused operators: as with torch's losses, or to the aim of its custom
+loss."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ NEEDS = {
     "hugging_face_trainer": ["transformers", "accelerate"],
 }
 
-# Those with losses of one's own: these, and what a quick training takes.
+# Examples with custom losses: the losses, and arguments for a quick training.
 OWN: dict[str, tuple[list[str], dict[str, int]]] = {
     "asymmetric_forecast": (["bill"], {"splits": 3, "steps": 200}),
     "focal_imbalance": (["focal"], {"splits": 4, "steps": 200}),

@@ -1,6 +1,6 @@
-"""Input that cannot be, on a GPU: nan where it stands, and an error that nobody waits for.
+"""Invalid input on a GPU: nan in its place, and an error later, without waiting.
 
-Runs on a GPU, or where the emulator or Triton's interpreter stands for one.
+Runs on a GPU, or on the emulator or Triton's interpreter in place of one.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def test_class_index_out_of_range(loss: str, bad: int, reduction: str) -> None:
     torch.testing.assert_close(gradient[others], wanted[others])
     if reduction == "none":
         torch.testing.assert_close(value[others], result[others])
-    # The smallest number stands for an ignored row there.
+    # There the smallest number means an ignored row.
     told = max(bad, 1 - (1 << 63)) if loss == "log_loss" else bad
     with pytest.raises(IndexError, match=rf"Target {told} is out of .*\[7\]; there are 5 classes"):
         fusedloss.check()
@@ -96,12 +96,12 @@ def test_probability_outside_unit(which: str, bad: float) -> None:
 @pytest.mark.skipif(not EMULATED, reason="asks the emulator for its atomics")
 @pytest.mark.parametrize("strided", [False, True])
 def test_a_block_tells_once(strided: bool) -> None:
-    """Where every element is wrong, atomics on the host's memory would take longer than all else."""
+    """If every element is wrong, atomics on host memory would take longer than everything else."""
     emulator = ctypes.CDLL(backends.extension.__file__)
     input = torch.full((40_000, 2 if strided else 1), 7.0)[:, 0].requires_grad_()
     before = emulator.emulator_compares_and_swaps()
     FL.binary_cross_entropy(input, torch.zeros(40_000)).backward()
-    blocks = 3 * 3  # of an emulated device, and no pass has more
+    blocks = 3 * 3  # of an emulated device; no pass has more
     assert 1 <= emulator.emulator_compares_and_swaps() - before <= 2 * blocks
     with pytest.raises(RuntimeError, match="elements of input should be"):
         fusedloss.check()
@@ -127,7 +127,7 @@ def test_one_of_many_threads_raises() -> None:
 
 
 def test_target_changed_before_backward() -> None:
-    """An index leads to memory: a backward that computes looks at it again."""
+    """An index leads to memory, so a backward that computes checks it again."""
     input, target = class_indices(0)
     value = FL.cross_entropy(input, target) * 7.25  # not the predicted upstream gradient
     target.data[1] = 10**11

@@ -1,4 +1,4 @@
-"""Mistakes that fused losses elsewhere have shipped, each one a test: the docstring names it."""
+"""Mistakes that other fused losses have shipped: each is a test, and its docstring names it."""
 
 from __future__ import annotations
 
@@ -371,7 +371,7 @@ def test_long_sums_drift(loss: str) -> None:
     x[::3] = 0.9999
     exact = {"mse_loss": x.double().square().mean(), "l1_loss": x.double().mean()}[loss]
     value = getattr(FL, loss)(x, y)
-    # Each term is squared in fp32; their sum must add next to nothing.
+    # Each term is squared in fp32; adding them up must cost next to nothing.
     assert (value.double() / exact - 1).abs() <= 2 * torch.finfo(torch.float32).eps
     assert (getattr(FL, loss)(x, y, reduction="sum").double() / (exact * n) - 1).abs() <= (
         2 * torch.finfo(torch.float32).eps
@@ -503,9 +503,9 @@ def test_gradient_of_one_step_is_not_overwritten_by_the_next() -> None:
 
 def test_offsets_in_32_bits() -> None:
     """Element offsets past 2^31 wrapped around."""
-    # Rows that begin where a row of those far apart does: at a packet's begin.
+    # Rows that begin where distant rows do: at the beginning of a vector.
     x, y = torch.empty(5, 68)[:, :67].copy_(logits(5, 67)), labels(5, 67)
-    # Five short rows far apart: the memory between them is never touched, so never there.
+    # Five short rows far apart: the memory between them is never touched, so never allocated.
     far = torch.empty(2**31 + 2**20, dtype=torch.float32).as_strided((5, 67), (2**29 + 2**10, 1))
     far.copy_(x)
     for loss, target in (("cross_entropy", y), ("mse_loss", x.flip(0))):
@@ -523,7 +523,8 @@ def _step(loss: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("loss", ["mse_loss", "l1_loss", "huber_loss"])
 def test_weight_under_a_default_device(loss: str, backend: str) -> None:
-    """PyTorch's l1_loss leaves weight out under `with torch.device(...)`, as under any such mode."""
+    """PyTorch's l1_loss leaves weight out under `with torch.device(...)`, as under any such
+    mode."""
     x, y = torch.zeros(2, 3), torch.ones(2, 3)
     weight = torch.tensor([[1.0, 2.0, 3.0]]).repeat(2, 1)
     with torch.device(DEVICE):

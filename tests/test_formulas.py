@@ -42,7 +42,7 @@ def test_formula_agrees_with_torch(family: str, reduction: str) -> None:
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if "poles" not in f and "clamped" not in f])
 def test_slope_is_the_derivative(family: str) -> None:
-    """The derivatives written out are those of the values written out."""
+    """The derivatives are those of the values."""
     case = FAMILIES[family][-2]
     sample = case.sample(torch.float64)
     input = sample.input.clone().requires_grad_()

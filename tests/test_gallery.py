@@ -1,5 +1,5 @@
-"""The gallery of docs/custom-losses.md: its text is what docs/gallery.py writes of the losses that the
-tests hold to independent formulas, in test_custom.py and here."""
+"""The gallery of docs/custom-losses.md has the text that docs/gallery.py writes; its losses are
+compared with independent formulas, in test_custom.py and here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Strides, offsets, dtypes and shapes that are not the plain ones."""
+"""Unusual strides, offsets, dtypes and shapes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def transposed(tensor: Tensor) -> Tensor:
 
 
 def byte_offset(tensor: Tensor) -> Tensor:
-    """Starts in the middle of a vector register, and on no boundary but its own."""
+    """Starts in the middle of a vector register, aligned to its element only."""
     flat = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:]
     return flat.copy_(tensor.reshape(-1)).view(tensor.shape)
 
@@ -87,7 +87,7 @@ LAYOUTS_4D: dict[str, Layout] = {
 
 def check(loss: str, sample: Sample, what: str, backend: str) -> None:
     for reduction in ("none", "mean"):
-        if backend == "reference":  # it is torch, and right where torch is
+        if backend == "reference":  # it is torch's result, and as right
             compare_with_torch(
                 loss, sample.input, sample.target, reduction=reduction, **sample.options
             )
@@ -131,7 +131,7 @@ def test_layouts(loss: str, shape: tuple[int, ...], dtype: str, backend: str) ->
     layouts = LAYOUTS_4D if len(shape) == 4 else LAYOUTS
     for (name, layout), which in itertools.product(layouts.items(), WHICH):
         if loss == "cross_entropy" and "options" in which:
-            continue  # a vector has no such layouts; see test_class_weight_layouts
+            continue  # vectors have no such layouts; see test_class_weight_layouts
         check(loss, laid_out(sample, layout, which), f"{name} {which}", backend)
 
 
@@ -143,7 +143,7 @@ def test_rows(loss: str, backend: str) -> None:
             check(loss, Sample(layout(sample.input), sample.target, {}), f"{name} input", backend)
             target = sample.target
             if target.dim() == 1:
-                # Labels are a vector: a column of a matrix, with another stride.
+                # Labels as a column of a matrix, with another stride.
                 for column in (torch.stack([target, target * 0 - 9], 1)[:, 0], byte_offset(target)):
                     check(loss, Sample(sample.input, column, {}), "column of labels", backend)
             else:
@@ -209,7 +209,7 @@ def test_segmentation(layout: str, backend: str) -> None:
 def test_segmentation_beyond_the_caches(
     rest: tuple[int, int], dtype: torch.dtype, compiled: str
 ) -> None:
-    """A gradient of more than 16 MiB is written past the caches where its lines begin evenly."""
+    """A gradient of more than 16 MiB is written with streaming stores if its rows are aligned."""
     generator = torch.Generator(DEVICE).manual_seed(5)
     x = torch.randn((4, 21, *rest), dtype=dtype, generator=generator)
     t = torch.randint(21, (4, *rest), generator=generator)
@@ -236,12 +236,12 @@ def test_expanded(loss: str, backend: str) -> None:
 
 
 def test_overlapping(backend: str) -> None:
-    """A sliding window: one element of memory in many places."""
+    """A sliding window: one element of memory appears in many places."""
     series = at_shape("mse_loss", (60,)).sample(torch.float32).input
     windows = series.unfold(0, 9, 1)
     check("mse_loss", Sample(windows, windows.flip(0), {}), "windows", backend)
     check("cross_entropy", Sample(windows, torch.arange(52) % 9, {}), "windows", backend)
-    # Their gradients meet in the series.
+    # Their gradients add up in the series.
     results = []
     for function in (FL.mse_loss, torch.nn.functional.mse_loss):
         source = series.clone().requires_grad_()
@@ -255,7 +255,7 @@ def test_overlapping(backend: str) -> None:
 def test_memory_on_no_boundary(loss: str, dtype: str, backend: str) -> None:
     for shape in ((1, 5), (9, 67)):
         sample = at_shape(loss, shape).sample(DTYPES[dtype])
-        # On a GPU torch has no way to a tensor that is not aligned to its own element.
+        # On a GPU torch cannot make a tensor that is not aligned to its element.
         for change in (byte_offset, unaligned) if DEVICE == "cpu" else (byte_offset,):
             check(loss, laid_out(sample, change, "input and target"), change.__name__, backend)
 
@@ -269,7 +269,7 @@ def test_any_number_of_dimensions(loss: str, dims: int, backend: str) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_dimensions_that_do_not_join(loss: str, backend: str) -> None:
-    """Ten dimensions, each operand striding through them in its own order."""
+    """Ten dimensions; each operand has another order of strides."""
     if (EMULATED or DEVICE == "cuda") and loss == "log_loss":
         pytest.skip("on a GPU these class indices go to the reference")
     sample = at_shape(loss, (2, 3, 2, 2, 1, 2, 2, 2, 2, 2)).sample(torch.float64)
@@ -428,7 +428,8 @@ FEW_ROWS: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("layout", FEW_ROWS)
 def test_few_rows_whose_classes_are_apart(layout: str, dtype: torch.dtype, compiled: str) -> None:
-    """Values, and gradients in input's own order; of rows, and of probabilities as far apart."""
+    """Values, and gradients in the order of the input; for rows, and for equally strided
+    probabilities."""
     input = FEW_ROWS[layout]().to(dtype)
     shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
     target = torch.randint(input.shape[min(1, input.dim() - 1)], shape)

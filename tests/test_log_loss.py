@@ -45,7 +45,7 @@ def test_certain_and_wrong(backend: str) -> None:
 
 
 def test_certain_and_right(backend: str) -> None:
-    """A probability of exactly 1 costs nothing; scikit-learn bounds it by 1 - eps, below which the two
+    """A probability of exactly 1 costs nothing; scikit-learn clamps it to 1 - eps. Below that both
     agree."""
     for dtype in (torch.float64, torch.float32):
         eps = torch.finfo(dtype).eps
@@ -88,8 +88,8 @@ def test_it_is_cross_entropy_of_a_softmax(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 def test_targets_of_zero_by_themselves(dtype: torch.dtype, backend: str) -> None:
-    """Kernels pass over stretches of targets that are all 0, with the bits that they would have
-    beside a target that is not; nan stays."""
+    """Kernels skip runs of targets that are all 0, with the same bits as beside another target; nan
+    stays."""
     special = [float("nan"), float("inf"), -float("inf"), -1.0, -0.0, 0.0, 1e-30, 0.5, 1.0, 2.0]
     input = torch.tensor(special * 64, dtype=dtype).view(-1, 64).requires_grad_()
     gradients = []
@@ -121,7 +121,7 @@ def with_gradient(
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("layout", ["(N, C)", "(N, C, d)", "strided"])
 def test_ignored_rows_have_no_gradient(layout: str, reduction: str, backend: str) -> None:
-    """Nor has a mean over nothing but ignored rows: its value is nan, as that of cross_entropy."""
+    """A mean over ignored rows only has none either: its value is nan, as for cross_entropy."""
     input = torch.rand(6, 16, 4)[..., 0] if layout == "(N, C)" else torch.rand(6, 16, 4)
     if layout == "strided":
         input = torch.rand(6, 4, 32)[..., ::2].transpose(1, 2)
@@ -139,7 +139,7 @@ def test_ignored_rows_have_no_gradient(layout: str, reduction: str, backend: str
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_weights_of_absent_classes_do_not_count(reduction: str, backend: str) -> None:
-    """As in torch: the loss looks at the target's class alone."""
+    """As in torch, the loss depends on the target's class only."""
     input, target = torch.rand(6, 16), torch.tensor([0, 3, 5, 5, -100, 0])
     weight = torch.rand(16)
     expected = with_gradient(FL.log_loss, input, target, weight, reduction=reduction)
@@ -151,7 +151,7 @@ def test_weights_of_absent_classes_do_not_count(reduction: str, backend: str) ->
 
 
 def test_nan_in_another_class(backend: str) -> None:
-    """The loss is the target's alone; the gradient there is nan, as in torch."""
+    """The loss depends on the target's class only; the gradient there is nan, as in torch."""
     input, target = torch.rand(6, 16), torch.tensor([0, 3, 5, 5, -100, 0])
     input[1, 7] = input[4, 2] = NAN
     value, gradient = with_gradient(FL.log_loss, input, target)
@@ -162,7 +162,7 @@ def test_nan_in_another_class(backend: str) -> None:
 @pytest.mark.parametrize("indices", [True, False], ids=["indices", "probabilities"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_autocast(dtype: torch.dtype, indices: bool, backend: str) -> None:
-    """float32 on every path, as cross_entropy; float64 stays."""
+    """float32 on every path, like cross_entropy; float64 stays."""
     input = torch.rand(6, 16).to(dtype)
     target = torch.randint(16, (6,)) if indices else torch.rand(6, 16).to(dtype)
     expected = torch.float64 if dtype is torch.float64 else torch.float32

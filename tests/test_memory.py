@@ -1,4 +1,4 @@
-"""Fresh memory, the caller's memory, and the same bits every time."""
+"""New memory, the caller's memory, and the same bits every time."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_forward_only_has_the_value_of_the_training_step(family: str, fused: str
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mse_loss", "binary_cross_entropy_with_logits"])
 def test_many_elements(family: str, compiled: str) -> None:
-    """Many chunks of work, with a tail, past the size where fresh memory is treated specially."""
+    """Many chunks of work with a tail, above the size from which new memory gets huge pages."""
     case = at_shape(family, (2**22 + 13,))
     sample = case.sample(torch.float32)
     upstream = draw_upstream(torch.Size(), torch.float32)

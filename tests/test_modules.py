@@ -14,20 +14,13 @@ from torch import Tensor, nn
 import fusedloss
 import fusedloss.functional as FL
 from cases import at_shape
-from helpers import assert_same_bits, leaf
+from helpers import MODULES, assert_same_bits, leaf
 
+# By the module's name: ours, torch's, and the loss.
 CLASSES: dict[str, tuple[type[nn.Module], type[nn.Module], str]] = {
-    "MSELoss": (fusedloss.MSELoss, nn.MSELoss, "mse_loss"),
-    "L1Loss": (fusedloss.L1Loss, nn.L1Loss, "l1_loss"),
-    "SmoothL1Loss": (fusedloss.SmoothL1Loss, nn.SmoothL1Loss, "smooth_l1_loss"),
-    "HuberLoss": (fusedloss.HuberLoss, nn.HuberLoss, "huber_loss"),
-    "BCELoss": (fusedloss.BCELoss, nn.BCELoss, "binary_cross_entropy"),
-    "BCEWithLogitsLoss": (
-        fusedloss.BCEWithLogitsLoss,
-        nn.BCEWithLogitsLoss,
-        "binary_cross_entropy_with_logits",
-    ),
-    "CrossEntropyLoss": (fusedloss.CrossEntropyLoss, nn.CrossEntropyLoss, "cross_entropy"),
+    ours.__name__: (ours, getattr(nn, ours.__name__), loss)
+    for loss, ours in MODULES.items()
+    if loss != "log_loss"
 }
 FUNCTIONS = {name: loss for name, (_, _, loss) in CLASSES.items()} | {"LogLoss": "log_loss"}
 WEIGHT = torch.linspace(0.5, 2, 7)
@@ -93,7 +86,7 @@ def test_state_dict_goes_both_ways(name: str, options: dict[str, Any]) -> None:
 
 @each
 def test_copies(name: str, options: dict[str, Any]) -> None:
-    """deepcopy, pickle and torch.save, of a module that has been used."""
+    """deepcopy, pickle and torch.save of a module that has been used."""
     ours, _, loss = CLASSES[name]
     module = ours(**options)
     expected = step(module, loss, torch.float32)
@@ -190,7 +183,7 @@ def test_log_loss(options: dict[str, Any], backend: str) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", [*CLASSES, "LogLoss"])
 def test_torchscript_is_refused(name: str, backend: str) -> None:
-    """In one clear sentence: a module, a model that holds it, a function, one that calls it."""
+    """One clear sentence for a module, a model that holds it, a function, and one that calls it."""
     module, function = getattr(fusedloss, name)(), getattr(FL, FUNCTIONS[name])
     sample = at_shape(FUNCTIONS[name], (5, 7)).sample(torch.float32)
 
@@ -206,7 +199,7 @@ def test_torchscript_is_refused(name: str, backend: str) -> None:
 
 
 def test_checkpoint_of_torch_loads() -> None:
-    """A state_dict that was saved with torch's class loads into ours by way of a file."""
+    """A state_dict that was saved with torch's class loads into ours, through a file."""
     file = io.BytesIO()
     torch.save(nn.CrossEntropyLoss(weight=WEIGHT).state_dict(), file)
     file.seek(0)

@@ -1,7 +1,7 @@
-"""The gradient computed in the forward pass is the one of a backward pass.
+"""The gradient that forward computes is, bit for bit, the one of a backward pass.
 
-Bit for bit, whatever upstream gradients the call site has seen before and whatever autograd is
-asked to do: a second backward, two forwards in flight, hooks, checkpoints, accumulation.
+That holds whatever upstream gradients the call site has seen before, and whatever autograd has to
+do: a second backward, two forwards in flight, hooks, checkpoints, accumulation.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from cases import DEVICE, DTYPES, LOSSES, Sample, at_shape
 from fusedloss import math as fm
 from helpers import (
     INTERPRETED,
+    MODULES,
     affordable,
     assert_close_to_truth,
     assert_same_bits,
@@ -34,16 +35,6 @@ from helpers import (
 )
 
 NAN, INF = float("nan"), float("inf")
-MODULES = {
-    "mse_loss": fusedloss.MSELoss,
-    "l1_loss": fusedloss.L1Loss,
-    "smooth_l1_loss": fusedloss.SmoothL1Loss,
-    "huber_loss": fusedloss.HuberLoss,
-    "binary_cross_entropy": fusedloss.BCELoss,
-    "binary_cross_entropy_with_logits": fusedloss.BCEWithLogitsLoss,
-    "cross_entropy": fusedloss.CrossEntropyLoss,
-    "log_loss": fusedloss.LogLoss,
-}
 SITES = {
     "module": lambda loss, reduction: MODULES[loss](reduction=reduction),
     "function": lambda loss, reduction: lambda x, y: getattr(FL, loss)(x, y, reduction=reduction),
@@ -93,8 +84,8 @@ def test_a_fresh_site_is_right(loss: str, dtype: str) -> None:
         if torch.isfinite(rounded):
             assert_close_to_truth(grad, expected.grad, expected.grad_scale, what)
         elif loss != "log_loss":  # torch has no function of that name
-            # What an infinite upstream gradient makes of a difference, nan or infinity, depends on
-            # the order of the operations; that it is not finite does not.
+            # Whether an infinite upstream gradient gives nan or infinity depends on the order of the
+            # operations; that the result is not finite does not.
             eager = functools.partial(torch_loss(loss), reduction=reduction)
             theirs = step(eager, sample, upstream)
             assert torch.equal(grad.isfinite(), theirs.isfinite()), what
@@ -128,8 +119,8 @@ def test_bits_do_not_depend_on_history(loss: str, site: str, dtype: str) -> None
     ],
 )
 def test_forward_and_backward_kernels_agree_on_special_numbers(family: str, dtype: str) -> None:
-    """nan, infinities and zeros in the input: the gradient of the forward pass is still that of
-    the backward pass, which a second backward shows."""
+    """nan, infinities and zeros in the input: a second backward shows that the gradient of forward
+    is still that of the backward pass."""
     case = at_shape(family, (7, 67))
     sample = case.sample(DTYPES[dtype])
     if "entropy" in case.loss and "logits" not in case.loss and case.loss != "cross_entropy":
@@ -154,7 +145,7 @@ def test_forward_and_backward_kernels_agree_on_special_numbers(family: str, dtyp
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_history_of_other_data(loss: str) -> None:
-    """What a site remembers is the upstream gradient, not a gradient."""
+    """A site remembers the upstream gradient, not a gradient."""
     module = MODULES[loss]()
     for seed, upstream in enumerate((3.0, 3.0, 3.0, 0.1, 0.1, 3.0)):
         sample = draw(loss, seed=seed)
@@ -166,7 +157,7 @@ def test_history_of_other_data(loss: str) -> None:
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_second_backward(loss: str, reduction: str) -> None:
-    """With retain_graph, by the same upstream gradient and by others."""
+    """With retain_graph, for the same upstream gradient and for others."""
     sample = draw(loss)
     for warm_up in (1.0, 0.6):
         module = MODULES[loss](reduction=reduction)
@@ -178,7 +169,7 @@ def test_second_backward(loss: str, reduction: str) -> None:
             (grad,) = torch.autograd.grad(value, input, factor, retain_graph=True)
             fresh = step(MODULES[loss](reduction=reduction), sample, upstream)
             assert_same_bits(grad, fresh, f"upstream {upstream} after a first {warm_up}")
-            grad.fill_(NAN)  # whoever is handed a gradient may do with it as they please
+            grad.fill_(NAN)  # the owner of a gradient may change it
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -212,7 +203,7 @@ def test_two_forwards_before_two_backwards(loss: str, site: str, order: str) -> 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_accumulation(loss: str) -> None:
-    """Two backwards add up in .grad, and gradients of other steps stay as they are."""
+    """Two backward passes add up in .grad, and gradients of other steps stay as they are."""
     first, second = draw(loss, seed=0), draw(loss, seed=1)
     for upstream in (1.0, 0.25):
         module = MODULES[loss]()
@@ -266,7 +257,7 @@ def test_gradient_aliases_nothing(loss: str, reduction: str) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_input_in_the_middle_of_a_graph(loss: str) -> None:
-    """retain_grad, and a hook that changes the gradient in place."""
+    """retain_grad(), and a hook that changes the gradient in place."""
     sample = draw(loss)
     module = MODULES[loss]()
     for _ in range(3):
@@ -284,7 +275,7 @@ def test_input_in_the_middle_of_a_graph(loss: str) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_create_graph(loss: str) -> None:
-    """The gradient has a graph wherever torch's has one, also after steps without."""
+    """The gradient has a graph wherever torch's has one, also after steps without a graph."""
     sample = draw(loss, torch.float64)
     module = MODULES[loss]()
     step(module, sample, 0.5)
@@ -304,7 +295,7 @@ def test_create_graph(loss: str) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_upstream_of_any_layout(loss: str, dtype: str) -> None:
-    """reduction "none": not uniform, transposed, expanded, with gaps."""
+    """reduction "none": upstream gradients that vary, are transposed, expanded, or have gaps."""
     sample = at_shape(loss, (6, 7) if loss != "cross_entropy" else (6, 9, 7)).sample(DTYPES[dtype])
     input = leaf(sample.input)
     value = getattr(FL, loss)(input, sample.target, reduction="none")
@@ -329,10 +320,10 @@ def test_upstream_of_any_layout(loss: str, dtype: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["mse_loss", "l1_loss", "binary_cross_entropy_with_logits"])
 def test_fp16_gradient_under_a_loss_scale(loss: str) -> None:
-    """2 / N is nothing in fp16: the scale comes before the rounding."""
+    """2 / N is 0 in fp16, so the scale comes before the rounding."""
     case = at_shape(loss, (2**22,))
     sample = case.sample(torch.float16)
-    # fp16 holds no 65536; under autocast the loss, and so its upstream gradient, is fp32.
+    # fp16 cannot represent 65536; under autocast the loss and its upstream gradient are fp32.
     for autocast, scale in ((False, 2.0**15), (True, 2.0**16)):
         expected = sample_truth(loss, sample, "mean", scale)
         module = MODULES[loss]()
@@ -345,7 +336,7 @@ def test_fp16_gradient_under_a_loss_scale(loss: str) -> None:
 @pytest.mark.parametrize("changed", ["input", "target"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_changed_in_place_between_forward_and_backward(loss: str, changed: str) -> None:
-    """Raises where torch does; where torch has no need to, raises or is right."""
+    """Raises where torch does; where torch need not, it raises or is right."""
     sample = draw(loss)
 
     def run(function: Callable[..., Tensor]) -> Tensor:
@@ -382,7 +373,7 @@ def test_saved_tensors_hooks(loss: str) -> None:
         packed.append(tensor)
         return tensor.numpy(force=True).copy()
 
-    def unpack(array: Any) -> Tensor:  # maybe in autograd's thread, which knows no default device
+    def unpack(array: Any) -> Tensor:  # maybe in autograd's thread, which has no default device
         return torch.asarray(array, device=DEVICE)
 
     for upstream in (1.0, 0.4):
@@ -432,11 +423,11 @@ def test_module_in_several_threads(loss: str) -> None:
 
 @pytest.mark.usefixtures("compiled")
 def test_sites_without_end() -> None:
-    """Of more sites than are remembered the latest take on what the oldest have predicted: a CUDA
-    graph holds predictions by their addresses, and so none may be freed."""
+    """With more sites than are remembered, the latest take over the predictions of the oldest: CUDA
+    graphs hold predictions by address, so none may be freed."""
     for n in range(1, 700):
         input = torch.zeros(n, requires_grad=True)
-        for _ in range(5):  # whatever other tests have taught these sites
+        for _ in range(5):  # other tests may have used these sites
             FL.mse_loss(input, torch.zeros(n)).backward(torch.tensor(7.0))
     fresh = torch.zeros(701)
     _, state = operators().loss_forward(
@@ -459,7 +450,7 @@ def test_copies_of_a_module_do_not_share_history(loss: str) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_parameter_shared_by_two_sites_of_one_size(loss: str) -> None:
-    """Calls of one loss and size share a prediction: alternating between two is still right."""
+    """Calls of one loss and size share a prediction; alternating between two is still right."""
     samples = [draw(loss, seed=seed) for seed in (0, 1)]
     for _ in range(6):
         for sample, upstream in zip(samples, (0.5, 20.0), strict=True):
@@ -493,7 +484,7 @@ def before_swap(name: str, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("shape", [(50, 670), (2, 67)])
 @pytest.mark.parametrize("name", SWAPPED)
 def test_data_of_another_size(name: str, shape: tuple[int, int], upstream: float) -> None:
-    """A RuntimeError as in torch, and no byte beyond the gradient that forward has written."""
+    """A RuntimeError as in torch, and no write beyond forward's gradient."""
     value, input, target = before_swap(name, "sum")
     other = at_shape("mse_loss" if name == "charbonnier" else name, shape).sample(torch.float32)
     input.data, target.data = other.input, other.target
@@ -506,7 +497,7 @@ def test_data_of_another_size(name: str, shape: tuple[int, int], upstream: float
 @pytest.mark.parametrize("order", ["same strides", "transposed"])
 @pytest.mark.parametrize("name", SWAPPED)
 def test_other_data_of_the_same_size(name: str, order: str, upstream: float) -> None:
-    """Backward sees the data that is there then, whatever upstream gradient forward expected."""
+    """Backward sees the current data, whatever upstream gradient forward predicted."""
     value, input, target = before_swap(name, "sum")
     other = draw("mse_loss" if name == "charbonnier" else name, seed=1)
     new = other.input if order == "same strides" else other.input.t().contiguous().t()

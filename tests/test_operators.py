@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("fused")
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the calls of our operators."""
+    """Records the calls of our operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Recorder(TorchDispatchMode):
 
 
 def recorded(family: str, reduction: str = "mean") -> tuple[Any, list[Any]]:
-    """The operator that a public call ends in, and arguments for it that want a gradient."""
+    """The operator that a public call ends in, and arguments that require a gradient."""
     case = at_shape(family, (5, 7))
     sample = case.sample(torch.float32)
     with Recorder() as recorder, torch.no_grad():
@@ -145,7 +145,7 @@ EACH_ROW = ([], "cross_entropy", [0.0], -100, 0, torch.float32)
 def test_direct_calls_are_checked(
     operator: str, arguments: tuple[Any, ...], problem: str, compiled: str
 ) -> None:
-    """Whatever leads an engine to memory that is not there is an error before it."""
+    """Anything that would lead an engine to invalid memory is an error before that."""
     if NAMESPACE != "fusedloss":
         pytest.skip("the operators of csrc alone take pointers")
     with pytest.raises(ValueError, match=problem):
@@ -169,7 +169,7 @@ def test_state_of_another_forward() -> None:
 
 @pytest.mark.skipif(not EMULATED, reason="asks the emulator to capture")
 def test_predictions_of_a_capture_live_for_ever() -> None:
-    """A CUDA graph writes to them at every replay, when their modules may be gone."""
+    """A CUDA graph writes to them at every replay, even if their modules are gone."""
     emulator = ctypes.CDLL(backends.extension.__file__)
     x, y = leaf(torch.ones(8)), torch.zeros(8)
 
@@ -186,5 +186,5 @@ def test_predictions_of_a_capture_live_for_ever() -> None:
     finally:
         emulator.emulator_capture(0)
     assert kept() is not None
-    # Made on another stream, which the graph does not see, and which the host has waited for.
+    # Made on another stream that the graph does not see; the host has waited for it.
     assert emulator.emulator_waits() == before + 1

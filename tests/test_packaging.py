@@ -1,4 +1,4 @@
-"""The version stands in one place, and a wheel asks for the torch that it was built against."""
+"""The version is in one place, and a wheel requires the torch that it was built against."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_version_stands_in_one_place() -> None:
 
 @pytest.fixture
 def requirement(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], str]:
-    """setup.py's torch_requirement(), without what the file does besides."""
+    """setup.py's torch_requirement(), without the rest of the file's effects."""
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     # It adds to both.
     monkeypatch.setattr(os, "environ", os.environ.copy())

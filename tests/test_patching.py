@@ -43,7 +43,7 @@ def torch_is_itself_again() -> Iterator[None]:
 
 
 class Mine(nn.MSELoss):
-    """Not torch's loss, whatever it computes."""
+    """A subclass, which may compute something else."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return super().forward(input, target) + 1
@@ -112,7 +112,7 @@ def test_replace_keeps_options_buffers_and_hooks() -> None:
 
 
 def test_replace_reaches_a_loss_that_is_shared() -> None:
-    """One module under two names, and held elsewhere as well."""
+    """One module under two names and in other places as well."""
     loss = nn.MSELoss()
     both = nn.ModuleDict({"a": loss, "b": loss})
     assert list(fusedloss.replace(both)) == ["a"]
@@ -227,7 +227,7 @@ def test_what_holds_no_losses_is_refused(change: Any, wrong: Any, named: str) ->
 
 def test_restore_undoes_replace() -> None:
     mine = model()
-    before = fusedloss.HuberLoss()  # which was fused before
+    before = fusedloss.HuberLoss()  # was fused before
     mine["own"] = before
     kinds = {name: type(module) for name, module in mine.named_modules()}
     keys = {name: set(module.__dict__) for name, module in mine.named_modules()}
@@ -318,7 +318,7 @@ def test_patch_from_many_threads() -> None:
 
 @pytest.mark.parametrize("loss", TORCH_LOSSES)
 def test_patched_functions_compute_what_torch_does(loss: str, backend: str) -> None:
-    """Fused, and what is not fused: no call comes round to itself."""
+    """Fused and not fused: no call ends in a loop."""
     sample = at_shape(loss, (5, 7)).sample(torch.float64)
 
     def patched(*args: Any, **kwargs: Any) -> Tensor:
@@ -351,7 +351,7 @@ def test_torchs_modules_are_fused_under_a_patch(compiled: str) -> None:
 
 
 def line_of(text: str) -> int:
-    """Where this file has a line that ends with that comment."""
+    """The line of this file that ends with that comment."""
     lines = Path(__file__).read_text().splitlines()
     (found,) = (i for i, line in enumerate(lines, 1) if line.endswith(f"  # {text}"))
     return found
@@ -364,7 +364,8 @@ def rows(patch: fusedloss.patch) -> list[tuple[int, str, int, bool]]:
 
 @pytest.mark.parametrize("loss", TORCH_LOSSES)
 def test_a_patch_counts_calls(loss: str, backend: str) -> None:
-    """By line, on each path, which is the one that explain tells; before and after it nothing."""
+    """Counted by line and path, the path that explain() gives; nothing before and after the
+    patch."""
     sample = at_shape(loss, (5, 7)).sample(torch.float32)
 
     def step() -> Tensor:
@@ -392,7 +393,7 @@ def test_a_patch_says_why_a_call_is_plain(compiled: str) -> None:
         F.smooth_l1_loss(x, x, beta=0.0), F.mse_loss(x, x)  # two calls
         nn.Sequential(Pair(nn.HuberLoss()))(x)  # through modules
         fusedloss.BCELoss()(x, x)  # by name
-        FL.log_loss(x, x)  # torch has none
+        FL.log_loss(x, x)  # torch has no such function
     one = [
         "fused, compiled",
         "plain PyTorch: shapes differ: (5, 7) and (1, 7)",
@@ -620,7 +621,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     ids=["ends", "exits", "raises"],
 )
 def test_run_a_script(ends: str, status: int, tmp_path: Path) -> None:
-    """As Python does, from another folder as well; the table comes last but for a traceback."""
+    """Like Python, from another folder as well; the table comes last, before any traceback."""
     done = run(tmp_path, "script.py", ends, "--option")
     assert done.returncode == status
     assert done.stdout == f"__main__ {['script.py', ends, '--option']}\n"

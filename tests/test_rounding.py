@@ -17,7 +17,7 @@ from helpers import EMULATED, FOR_A_GPU
 
 
 def of_the_cpu(test: Callable[..., None]) -> Callable[..., None]:
-    """A test of the CPU's own kernels."""
+    """A test of the CPU kernels."""
     emulated = pytest.mark.skipif(EMULATED, reason="is about the CPU's own kernels")
     return pytest.mark.usefixtures("compiled")(emulated(test))
 
@@ -38,7 +38,7 @@ def ulps(result: Tensor, truth: Tensor) -> float:
 @of_the_cpu
 @pytest.mark.parametrize("count", [5, 2048, 250_000])
 def test_float64_mean(count: int) -> None:
-    """The sum keeps what its parts have rounded away, and so does the division."""
+    """The sum keeps the digits that its parts round away, and so does the division."""
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
         input, target = torch.randn(2, count, generator=generator, dtype=torch.float64)
@@ -50,8 +50,8 @@ def test_float64_mean(count: int) -> None:
 @of_the_cpu
 @pytest.mark.parametrize("upstream", [1.0, 1 / 3, 65536.0, -1000 / 3, 1e-3])
 def test_scale_costs_no_digit(upstream: float) -> None:
-    """Of x - y exact, a gradient of mse_loss is rounded once, whatever it is multiplied by: where
-    the CPU has fused multiply-add."""
+    """If x - y is exact, a gradient of mse_loss is rounded once, whatever the factors, on CPUs with
+    fused multiply-add."""
     input = torch.randn(10_007, generator=torch.Generator().manual_seed(0)).requires_grad_()
     target = torch.zeros_like(input)
     upstream = torch.tensor(upstream).item()  # as a float32
@@ -62,7 +62,7 @@ def test_scale_costs_no_digit(upstream: float) -> None:
 
 @pytest.mark.parametrize("upstream", [1.0, 1 / 3, -1 / 3, 65536.0])
 def test_infinite_slope(upstream: float) -> None:
-    """Infinity times the scale is infinity, whether a float32 holds the scale or not."""
+    """Infinity times the scale is infinity, whether the scale fits a float32 or not."""
     for count in (4, 3):
         input = torch.zeros(count)
         input[:2] = torch.tensor([torch.inf, -torch.inf])
@@ -74,7 +74,7 @@ def test_infinite_slope(upstream: float) -> None:
 
 
 def test_quotient_is_divided_last() -> None:
-    """Of a target of 1, a gradient of log_loss is one number by another: two roundings in all."""
+    """With a target of 1, a gradient of log_loss is a quotient: two roundings in all."""
     input = torch.rand(10_007, 3, generator=torch.Generator().manual_seed(0)) * 0.9 + 0.05
     input.requires_grad_()
     target = torch.arange(10_007) % 3
@@ -87,7 +87,7 @@ def test_quotient_is_divided_last() -> None:
 
 
 def test_quotient_as_torch() -> None:
-    """A gradient of binary_cross_entropy has torch's error at most, on every draw."""
+    """A gradient of binary_cross_entropy has at most torch's error, on every draw."""
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
         input = (torch.rand(50_000, generator=generator) * 0.98 + 0.01).requires_grad_()
@@ -142,7 +142,7 @@ def test_many_elements(pattern: str, fused: str) -> None:
         input[::2] = 0.3
     elif pattern == "outliers":
         input[::4097] = 1e6
-    elif pattern == "huge":  # whose sum is no float32
+    elif pattern == "huge":  # whose sum does not fit a float32
         input.fill_(1e38)
     else:
         weight = torch.full_like(input, 0.7)
@@ -154,7 +154,7 @@ def test_many_elements(pattern: str, fused: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_slope_of_mse_does_not_overflow(dtype: torch.dtype, fused: str) -> None:
-    """Twice the difference is no number of its dtype, and the gradient is one."""
+    """Twice the difference is out of range, but the gradient is not."""
     huge = torch.finfo(dtype).max * 0.75
     input = torch.tensor([huge, -huge, 1.0], dtype=dtype).repeat(30).requires_grad_()
     for reduction, upstream in (("mean", 1.0), ("sum", 0.25)):
@@ -197,8 +197,8 @@ def test_float64_rows_of_many_classes(inner: tuple[int, ...]) -> None:
 def test_smoothing_with_one_heavy_class(
     shape: tuple[int, ...], smoothing: float, fused: str
 ) -> None:
-    """Where a row is sure of the heavy class, and another is the target, what the other classes'
-    shares add up to is multiplied by the heavy weight."""
+    """If a row is sure of the heavy class and another class is the target, the sum over the other
+    classes is multiplied by the heavy weight."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(shape, generator=generator) * 4
     logits[:, 3] += 12

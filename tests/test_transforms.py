@@ -19,13 +19,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedloss
 import fusedloss.functional as FL
 from cases import FAMILIES, LOSSES, Sample, at_shape
-from helpers import assert_same_error, draw_upstream, leaf, outcome, sample_truth, torch_loss
+from helpers import (
+    MODULES,
+    assert_same_error,
+    draw_upstream,
+    leaf,
+    outcome,
+    sample_truth,
+    torch_loss,
+)
 
 SHAPE = (5, 7)
-# Those whose input are probabilities.
+# Losses whose inputs are probabilities.
 UNIT = ("binary_cross_entropy", "binary_cross_entropy-weight")
 TORCH_LOSSES = [loss for loss in LOSSES if loss != "log_loss"]
-# One family a loss, and those whose options take another way through the code.
+# One family per loss, and families whose options take another path through the code.
 WRAPPED = [
     *LOSSES,
     "mse_loss-weight",
@@ -69,7 +77,7 @@ def test_func_of_a_leaf_that_wants_a_gradient(family: str, backend: str) -> None
 @pytest.mark.parametrize("with_target", [False, True])
 @pytest.mark.parametrize("family", WRAPPED)
 def test_vmap(family: str, with_target: bool, backend: str) -> None:
-    """Over rows of input alone, and over input and target."""
+    """Over rows of input only, and over input and target."""
 
     def use(f: Callable[..., Tensor], s: Sample) -> Tensor:
         stacked = torch.stack([s.input, s.input.flip(0).contiguous()])
@@ -101,7 +109,7 @@ def test_jvp(family: str, backend: str) -> None:
 
 @pytest.mark.parametrize("family", WRAPPED)
 def test_forward_mode(family: str, backend: str) -> None:
-    """A dual tensor, alone and where the input wants a gradient as well."""
+    """A dual tensor, also if the input requires a gradient."""
 
     def use(f: Callable[..., Tensor], s: Sample) -> Any:
         results = []
@@ -153,7 +161,7 @@ class Tagged(Tensor):
 
 
 class Counting(Tensor):
-    """A subclass that sees the functions it is given to."""
+    """A subclass that records the functions it is passed to."""
 
     seen: ClassVar[list[str]] = []
 
@@ -228,7 +236,7 @@ def test_modes(family: str, mode: Any, backend: str) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_default_device_and_dtype(loss: str, backend: str) -> None:
-    """Global defaults change nothing about tensors that are given."""
+    """Global defaults do not affect calls on given tensors."""
     before = torch.get_default_dtype()
 
     def use(f: Callable[..., Tensor], s: Sample) -> Any:
@@ -264,7 +272,7 @@ def test_parameter_as_input(family: str, backend: str) -> None:
 def test_autocast(
     family: str, dtype: torch.dtype, autocast_dtype: torch.dtype, backend: str
 ) -> None:
-    """torch's result dtype, gradients in the input's, and no worse a value."""
+    """torch's result dtype, gradients in the input's dtype, and a value that is no worse."""
     case = at_shape(family, SHAPE)
     sample = case.sample(dtype)
 
@@ -343,7 +351,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loss", ["mse_loss", "binary_cross_entropy_with_logits", "cross_entropy"])
 def test_training_under_autocast(loss: str, dtype: torch.dtype, device: str, compiled: str) -> None:
-    """With a GradScaler where it is fp16: a scale that overflows skips the step, as with torch."""
+    """With a GradScaler for fp16: a scale that overflows skips the step, as with torch."""
     results = []
     for function in (getattr(FL, loss), torch_loss(loss)):
         torch.manual_seed(0)
@@ -373,7 +381,7 @@ def test_training_under_autocast(loss: str, dtype: torch.dtype, device: str, com
 
 @pytest.mark.parametrize("family", WRAPPED)
 def test_functional_call(family: str, backend: str) -> None:
-    """Parameters given from outside, and the gradient taken of those, by either way."""
+    """Parameters given from outside, and their gradients, both ways."""
 
     def use(f: Callable[..., Tensor], s: Sample) -> Any:
         model = torch.nn.Linear(7, 7).double()
@@ -396,7 +404,7 @@ def test_functional_call(family: str, backend: str) -> None:
 
 @pytest.mark.parametrize("family", WRAPPED)
 def test_anomaly_mode(family: str, backend: str) -> None:
-    """It passes what is finite, and names a nan."""
+    """It accepts finite results and names a nan."""
 
     def use(f: Callable[..., Tensor], s: Sample) -> Any:
         with warnings.catch_warnings(), torch.autograd.detect_anomaly():
@@ -410,7 +418,7 @@ def test_anomaly_mode(family: str, backend: str) -> None:
         return grad
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that anomaly mode is slow
+        warnings.simplefilter("ignore")  # anomaly mode is slow
         both(family, use)
 
 
@@ -430,7 +438,7 @@ def test_deterministic_mode(family: str, backend: str) -> None:
 
 @pytest.mark.parametrize("family", WRAPPED)
 def test_inference_tensors(family: str, backend: str) -> None:
-    """Made under inference_mode, and used for training afterwards: torch's answer."""
+    """Made under inference_mode and used for training afterwards: torch's answer."""
 
     def use(f: Callable[..., Tensor], s: Sample) -> Any:
         with torch.inference_mode():
@@ -445,7 +453,7 @@ def test_inference_tensors(family: str, backend: str) -> None:
 @pytest.mark.parametrize("mode", [lambda: torch.device("cpu"), CountingMode], ids=["device", "own"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_torch_function_modes_are_fused(loss: str, mode: Any, compiled: str) -> None:
-    """torch.set_default_device is such a mode, and nothing to give the kernels up for."""
+    """torch.set_default_device is such a mode, and calls stay fused under it."""
     sample = at_shape(loss, SHAPE).sample(torch.float32)
     with mode():
         assert fusedloss.explain(getattr(FL, loss), sample.input, sample.target).fused
@@ -514,7 +522,7 @@ def test_torch_compile(loss: str, backend: str) -> None:
 
 
 class StrictMode(TorchFunctionMode):
-    """Knows the functions that torch had before anything was patched, and lets nothing else pass."""
+    """Knows torch's functions from before anything was patched, and accepts no others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -527,7 +535,7 @@ class StrictMode(TorchFunctionMode):
 
 
 class Handled(Tensor):
-    """A subclass with handlers of its own, by torch's function, as torch's pages advise."""
+    """A subclass with handlers for torch's functions, as torch's documentation advises."""
 
     handlers: ClassVar[dict[Any, Callable[..., Any]]] = {}
 
@@ -547,7 +555,7 @@ def patched(on: bool) -> Any:
 @pytest.mark.parametrize("patch", [False, True], ids=["by name", "patched"])
 @pytest.mark.parametrize("family", WRAPPED)
 def test_a_mode_sees_one_call_of_torchs_function(family: str, patch: bool, backend: str) -> None:
-    """And none of the attributes that are read on the way; where it lets the call pass it is fused."""
+    """And it is not asked about attributes; if it lets the call pass, the call is fused."""
     case = at_shape(family, SHAPE)
     sample = case.sample(torch.float32)
     function = getattr(FL, case.loss)
@@ -564,7 +572,8 @@ def test_a_mode_sees_one_call_of_torchs_function(family: str, patch: bool, backe
 @pytest.mark.parametrize("patch", [False, True], ids=["by name", "patched"])
 @pytest.mark.parametrize("loss", TORCH_LOSSES)
 def test_a_subclass_is_asked_for_torchs_function(loss: str, patch: bool, backend: str) -> None:
-    """A handler that was registered beforehand is found, with the arguments as torch passes them."""
+    """A handler that was registered beforehand is found, with the arguments as torch passes
+    them."""
     sample = at_shape(loss, SHAPE).sample(torch.float32)
     seen: list[Any] = []
 
@@ -586,17 +595,6 @@ def test_a_subclass_is_asked_for_torchs_function(loss: str, patch: bool, backend
     assert told.reasons == ("a tensor subclass is involved",)
 
 
-MODULES = {
-    "mse_loss": fusedloss.MSELoss,
-    "l1_loss": fusedloss.L1Loss,
-    "smooth_l1_loss": fusedloss.SmoothL1Loss,
-    "huber_loss": fusedloss.HuberLoss,
-    "binary_cross_entropy": fusedloss.BCELoss,
-    "binary_cross_entropy_with_logits": fusedloss.BCEWithLogitsLoss,
-    "cross_entropy": fusedloss.CrossEntropyLoss,
-}
-
-
 @pytest.mark.parametrize("options", [{"beta": -1.0}, {"size_average": False}], ids=str)
 def test_a_subclass_is_asked_whatever_the_options(options: dict[str, Any], backend: str) -> None:
     x = torch.rand(3)
@@ -608,7 +606,7 @@ def test_a_subclass_is_asked_whatever_the_options(options: dict[str, Any], backe
 
 
 class MaskedTensor(Tensor):
-    """As in torch's tutorials: what is not kept counts for nothing."""
+    """As in torch's tutorials: dropped elements do not count."""
 
     mask: Tensor
 
@@ -672,7 +670,7 @@ def test_modes_stay_as_they_were(backend: str) -> None:
 
 
 def test_own_losses_and_modules_under_a_strict_mode(backend: str) -> None:
-    """One call each as well: of the loss itself, or of torch's function."""
+    """Each sees one call: of the loss itself, or of torch's function."""
     x = torch.rand(5, 7)
     own = fusedloss.pointwise_loss(squared)
     KNOWN.add(own)

@@ -1,5 +1,5 @@
-"""What the Triton backend has of its own: functions of one's own in its engine, and that it needs
-no compiled extension. The tests over the table run on it as well: FUSED in helpers.py."""
+"""Features of the Triton backend: other functions in its engine, and running without a compiled
+extension. The tests over the table run on it as well: FUSED in helpers.py."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def test_function_of_ones_own(reduction: int, layout: str, fused: str) -> None:
 @pytest.mark.interpret_all
 @pytest.mark.parametrize("p", [2.0, 1.0, 3.0, 0.5, 0.0, 1.3, -1.0])
 def test_numbers_anywhere(p: float, fused: str) -> None:
-    """A parameter, a number or a condition of them in each argument's place; and slopes that are
-    the same for all elements."""
+    """A parameter, a number or a condition of them in the place of each argument, and slopes that
+    are equal for all elements."""
 
     @fusedloss.pointwise_loss
     def numbers(input, target, *, p):  # type: ignore[no-untyped-def]
@@ -98,7 +98,8 @@ def test_numbers_anywhere(p: float, fused: str) -> None:
 
 
 def test_it_takes_what_the_extension_has_no_kernels_for() -> None:
-    """Unasked: CPU tensors are the compiled kernels', a GPU's without CUDA kernels Triton's."""
+    """By default CPU tensors go to the compiled kernels, and GPU tensors without CUDA kernels to
+    Triton."""
     interpreted = backends.INTERPRETED
     built = backends.extension is not None
     cuda = "compiled" if built and fusedloss.info().build["cuda"] else "triton"
@@ -111,7 +112,7 @@ def test_it_takes_what_the_extension_has_no_kernels_for() -> None:
 
 
 def test_who_is_asked_in_which_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a loss that the CUDA kernels cannot take: Triton, unless they were chosen by name."""
+    """A loss that the CUDA kernels cannot take goes to Triton, unless they were chosen by name."""
     monkeypatch.setattr(backends, "fused_on", {"cuda": "compiled"})
     later = () if backends.INTERPRETED else ("triton",)
     assert backends.in_order("cuda") == ("compiled", *later)
@@ -129,7 +130,7 @@ assert "without compiled kernels" in str(caught[0].message), caught
 import torch, fusedloss.functional as FL
 assert fusedloss.info().backends["compiled"] and not fusedloss.info().backends["triton"]
 x, y = torch.randn(9, 5, requires_grad=True), torch.randint(5, (9,))
-assert not fusedloss.explain(FL.cross_entropy, x, y).fused  # the interpreter is to be asked for
+assert not fusedloss.explain(FL.cross_entropy, x, y).fused  # the interpreter must be chosen
 fusedloss.backend("triton")
 assert fusedloss.explain(FL.cross_entropy, x, y).backend == "triton"
 module = fusedloss.CrossEntropyLoss()

@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).with_name("triton_compile.py")
 
 
 def compiled(*options: str, cache: Path) -> dict[str, list[dict[str, Any]]]:
-    """What is said of the kernels of the engines, by call."""
+    """The compilers' report on the engines' kernels, by call."""
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *options],
         env={**os.environ, "TRITON_CACHE_DIR": str(cache)},
@@ -38,8 +38,8 @@ def compiled(*options: str, cache: Path) -> dict[str, list[dict[str, Any]]]:
     return calls
 
 
-# Each operand and option of the kernels is in one of them: indices as rows, broadcast operands,
-# a parameter, probabilities in [0, 1], weights, smoothing, rows in one tile and in several.
+# Together these have each operand and option of the kernels: indices as rows, broadcast operands, a
+# parameter, probabilities in [0, 1], weights, smoothing, rows in one tile and in several.
 @pytest.mark.parametrize(
     ("target", "dtype", "families"),
     [
@@ -73,17 +73,17 @@ def test_kernels(target: str, dtype: str, families: list[str], tmp_path: Path) -
     rows = sum(family.startswith("cross_entropy") for family in families)
     assert len(calls) == len(families) + rows
     for call, (forward, backward) in calls.items():
-        # So a gradient has the same bits from both passes.
+        # so that a gradient has the same bits from both passes
         assert forward["binary"] == backward["binary"], call
         if target.startswith("sm"):
-            # Bytes a thread: a tile that its registers do not hold would spill far more.
+            # Bytes per thread: a tile that does not fit the registers would spill far more.
             assert forward["spills"] <= 64, call
             assert forward["load"] == forward["store"] == 16, call
 
 
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
 def test_without_reduction(dtype: str, tmp_path: Path) -> None:
-    """Kernels of their own: one that stores values, one that reads upstream gradients."""
+    """It has special kernels: one that stores values, one that reads upstream gradients."""
     families = [
         "mse_loss",
         "mse_loss-weight",
@@ -97,7 +97,7 @@ def test_without_reduction(dtype: str, tmp_path: Path) -> None:
     for family in families:
         options += ["--family", family]
     calls = compiled(*options, "--own", "tukey", cache=tmp_path)
-    assert len(calls) == len(families) + 3  # one's own: both gradients, or either
+    assert len(calls) == len(families) + 3  # the custom loss: both gradients, or either
     for call, rows in calls.items():
         forward, backward = rows[:2]
         assert forward["binary"] != backward["binary"], call
@@ -118,10 +118,10 @@ def test_without_reduction(dtype: str, tmp_path: Path) -> None:
 )
 def test_losses_of_ones_own(target: str, dtype: str, loss: str, tmp_path: Path) -> None:
     calls = compiled("--target", target, "--dtype", dtype, "--own", loss, cache=tmp_path)
-    # Both gradients, for input alone and for target alone.
+    # Both gradients, input's only, and target's only.
     assert [len(rows) for rows in calls.values()] == [4, 2, 2]
     for call, rows in calls.items():
-        # Other parameters, and a gradient from another pass, are the same kernel's.
+        # Other parameters, and a gradient from another pass, use the same kernel.
         assert len({row["binary"] for row in rows}) == 1, call
         if target.startswith("sm"):
             assert rows[0]["load"] == rows[0]["store"] == 16, call

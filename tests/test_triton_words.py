@@ -1,4 +1,4 @@
-"""The words of the Triton backend: their errors, and what they make of infinities and nan."""
+"""The primitives of the Triton backend: errors, infinities and nan."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def many_digits() -> Iterator[None]:
 
 
 def near(x: Any) -> float:
-    """The float nearest to a number of many digits."""
+    """The float nearest to a number with many digits."""
     try:
         return float(x)
     except OverflowError:
@@ -72,7 +72,7 @@ def near(x: Any) -> float:
 
 
 def check(got: Tensor, right: Sequence[Any], points: Sequence[Any], most: float) -> None:
-    """got is within so many units in the last place; infinite or nan where the truth is."""
+    """got is within the given units in the last place, and infinite or nan where the truth is."""
     info = torch.finfo(got.dtype)
     expected = torch.tensor([near(r) for r in right], dtype=torch.float64).to(got.dtype)
     worst, where = 0.0, None
@@ -92,7 +92,7 @@ def check(got: Tensor, right: Sequence[Any], points: Sequence[Any], most: float)
 
 
 def spread(dtype: torch.dtype, low: float = -INF, high: float = INF) -> Tensor:
-    """Points of every size and of usual size, within bounds, with their ends."""
+    """Points of every magnitude and of usual size, within bounds, including their ends."""
     generator = torch.Generator().manual_seed(0)
     info = torch.finfo(dtype)
     lowest, highest = math.log(info.smallest_normal) - 9, math.log(info.max)
@@ -125,7 +125,7 @@ def expm1(x: Any) -> Any:
     return mpmath.expm1(x) if abs(x) < 1000 else exp(x) - 1
 
 
-# The word: its truth; the largest errors in float32 and float64, in ULP, and its domain.
+# Each primitive: its truth; the largest errors in float32 and float64, in ULP, and its domain.
 ERRORS: dict[str, tuple[Callable[[Any], Any], float, float, float, float]] = {
     "exp": (exp, 1.1, 1.0, -INF, INF),
     "expm1": (expm1, 1.6, 2.5, -INF, INF),
@@ -162,7 +162,7 @@ def test_far_below() -> None:
 
 
 def power(x: float, y: float) -> Any:
-    """x^y as C has it."""
+    """x^y as in C."""
     if y == 0 or x == 1:
         return mpmath.mpf(1)
     if math.isnan(x) or math.isnan(y):
@@ -183,7 +183,7 @@ def power(x: float, y: float) -> Any:
 
 
 def pairs(dtype: torch.dtype) -> dict[str, tuple[list[float], list[float], float]]:
-    """Bases and exponents of some kinds, and the largest error there."""
+    """Several kinds of bases and exponents, and the largest error there."""
     wide = dtype is torch.float64
     generator = torch.Generator().manual_seed(1)
     top = math.log(torch.finfo(dtype).max)
@@ -217,7 +217,7 @@ def test_pow(kind: str, dtype: torch.dtype) -> None:
 @by_dtype
 @pytest.mark.parametrize("exponent", [2.0, 1.0, 3.0, 0.5, 0.0, 2.7, -1.5, 1.3, 0.7, -2.0])
 def test_power(exponent: float, dtype: torch.dtype) -> None:
-    """Of one exponent for all elements, with its slope, which has the value's digits."""
+    """With one exponent for all elements; the slope is as exact as the value."""
     x = torch.tensor([0.0, 1e-10, 0.3, 1.0, 1.7, 3.0, 40.0, -0.3, -2.0, NAN], dtype=dtype)
     e = torch.tensor([exponent], dtype=dtype)
     padded = torch.nn.functional.pad(x, (0, 16 - x.numel())).to(DEVICE)
@@ -234,7 +234,7 @@ def test_power(exponent: float, dtype: torch.dtype) -> None:
     torch.testing.assert_close(slope[:n].cpu(), right_slope, **kwargs)
 
 
-# The word, and torch's: the same bits.
+# The primitive and torch's function: the same bits.
 EXACT: dict[str, tuple[Any, Callable[..., Tensor]]] = {
     "abs": (words.abs, torch.abs),
     "sign": (words.sign, torch.sign),

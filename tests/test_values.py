@@ -1,4 +1,4 @@
-"""Value and gradient of every case against float64, and never worse than torch's own."""
+"""Value and gradient of every case against float64, and never worse than torch's."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from helpers import (
 
 
 def small(family: str) -> list[Case]:
-    """Every third case of a family that is not large."""
+    """Every third case of a family, without large ones."""
     return [case for case in FAMILIES[family][1::3] if math.prod(case.shape) < 10_000]
 
 
 def in_turn(family: str, dtype: str, reduction: str) -> Sequence[Case]:
-    """Of the family's shapes those that Triton's interpreter takes with this dtype and reduction;
-    all dtypes and reductions together take them all."""
+    """The family's shapes that run in Triton's interpreter with this dtype and reduction; all
+    dtypes and reductions together cover all shapes."""
     turns = list(itertools.product(REDUCTIONS, DTYPES))
     shapes = FAMILIES[family]
     every = min(len(turns), len(shapes))
@@ -60,7 +60,7 @@ def test_value_and_gradient(family: str, dtype: str, reduction: str, fused: str)
         what = f"{case.name} {reduction} {dtype}"
         assert_close_to_truth(value, expected.value, expected.value_scale, f"{what} value")
         assert_close_to_truth(grad, expected.grad, expected.grad_scale, f"{what} gradient")
-        # In fp64 the truth itself is no better than the results: nothing to compare.
+        # In fp64 the truth is no better than the results, so there is nothing to compare.
         if dtype != "fp64":
             eager = value_and_grad(torch_loss(case.loss), sample, reduction, upstream)
             assert_no_worse(value, eager[0], expected.value, f"{what} value")
@@ -70,7 +70,7 @@ def test_value_and_gradient(family: str, dtype: str, reduction: str, fused: str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reference_is_torch(family: str, dtype: str) -> None:
-    """Same bits as torch's own function: what it is off by is torch's."""
+    """The same bits as torch's own function, so its error is torch's."""
     for case, reduction in itertools.product(small(family), REDUCTIONS):
         sample, elements = drawn(case, DTYPES[dtype])
         upstream = draw_upstream(result_shape(case.loss, sample, reduction), DTYPES[dtype])
@@ -149,7 +149,7 @@ def test_inference_tensors(loss: str, backend: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_takes_the_fused_path(family: str, fused: str) -> None:
-    """What the rest of this file tests on a backend is that backend."""
+    """The other tests of this file really run on the backend that they name."""
     case = FAMILIES[family][-1]
     for dtype in DTYPES.values():
         sample = case.sample(dtype)
@@ -175,7 +175,7 @@ def test_the_tolerance_catches_zeros_for_the_other_classes() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("factor", [1 + 2**-6, -1.0, 0.0])
 def test_the_tolerance_catches_a_wrong_factor(factor: float, dtype: str) -> None:
-    """A gradient off by a factor that each dtype can tell from 1 must not pass."""
+    """A gradient that is off by a factor which the dtype can tell from 1 must not pass."""
     for loss in LOSSES:
         sample = at_shape(loss, (4, 100)).sample(DTYPES[dtype])
         expected = sample_truth(loss, sample, "mean", 0.7)

@@ -17,11 +17,11 @@ from conftest import REQUIRE_COMPILED, need
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
-# In the order in which a CPU comes to have them.
+# From the oldest to the newest.
 CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]
 
-# ULP: the largest error, rounded up, without fused multiply-add (DEFAULT) and with it, and with
-# AVX-512 where it has another form. Found over all floats of the domain; for ratio, a quotient by
+# The largest error in ULP, rounded up, without fused multiply-add (DEFAULT) and with it, and with
+# AVX-512 if that has another form. Measured over all floats of the domain; for ratio, a quotient by
 # some betas, over 2**28.
 BOUNDS: dict[str, dict[str, tuple[float, ...]]] = {
     "vocabulary": {
@@ -46,7 +46,7 @@ BOUNDS: dict[str, dict[str, tuple[float, ...]]] = {
         "pow": (66.0, 8.0),  # x^101
     },
 }
-# Floats of each domain that the test tries; 2**32 are all of them and take minutes.
+# How many floats of each domain the test tries; 2**32 are all of them and take minutes.
 POINTS = 10_000_000
 
 
@@ -58,7 +58,7 @@ def cannot(reason: str) -> NoReturn:
 
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What setup.py defines: the compiler and the flags that kernels are built with."""
+    """setup.py's definitions: the compiler and flags for kernels."""
     need("compiled")
     for path in (ROOT / "setup.py", ROOT / "csrc"):
         if not path.exists():

@@ -1,4 +1,4 @@
-"""Many threads and processes: each gets torch's answer, and none waits for ever."""
+"""Many threads and processes: each gets torch's result, and none waits for ever."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def step(loss: str, sample: Sample, upstream: float) -> Tensor:
 
 
 def test_many_threads_at_once() -> None:
-    """Of all losses, over tensors small and large, of one and of several compute threads."""
+    """All losses, with small and large tensors, on one and on several compute threads."""
     samples = [
         (loss, at_shape(loss, shape).sample(torch.float32))
         for loss in LOSSES
@@ -48,7 +48,7 @@ def test_many_threads_at_once() -> None:
 
 
 def answer(queue: multiprocessing.Queue[list[float]]) -> None:
-    torch.set_num_threads(1)  # as torch's own data workers do
+    torch.set_num_threads(1)  # like torch's data workers
     sample = at_shape("cross_entropy", (40, 700)).sample(torch.float32)
     queue.put(step("cross_entropy", sample, 0.5).sum(0).tolist())
 
@@ -57,7 +57,7 @@ def answer(queue: multiprocessing.Queue[list[float]]) -> None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_worker_processes(method: str) -> None:
-    """Of a parent that has computed already, on several threads."""
+    """The parent has computed before, on several threads."""
     sample = at_shape("cross_entropy", (40, 700)).sample(torch.float32)
     with threads(2):
         expected = step("cross_entropy", sample, 0.5).sum(0).tolist()
@@ -76,13 +76,13 @@ def test_worker_processes(method: str) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_fork_while_another_thread_computes() -> None:
-    """The child does not wait for a lock that a thread of its parent's held."""
+    """The child does not wait for a lock that a thread of its parent held."""
     enough = threading.Event()
     numbers = torch.randn(20_000)
 
     def compute() -> None:
         length = 1
-        while not enough.is_set():  # every size is another entry of the table behind the lock
+        while not enough.is_set():  # every size makes another entry in the table behind the lock
             length = length % 10_000 + 1
             FL.mse_loss(leaf(numbers[:length]), numbers[:length])
 

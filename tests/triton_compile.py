@@ -1,7 +1,7 @@
 """The Triton kernels, compiled for GPUs that need not be there: `python triton_compile.py`.
 
-Takes each call's own way from tensors to kernels, on CPU tensors, and stops short of the launch.
-Prints, a line each, what the compilers say of every kernel, as JSON.
+It follows each call from tensors to kernels, on CPU tensors, and stops before the launch. It prints
+the compilers' report on every kernel as JSON, one line each.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ KERNELS += [(common, "finish"), (common, "count_classes")]
 
 
 class Driver:
-    """As much of one as compiling asks for."""
+    """The attributes of a device that compiling asks for."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.get_current_target = lambda: target
-        # Triton keeps what it has compiled by device.
+        # Triton caches compiled kernels by device.
         self.get_current_device = lambda: list(TARGETS.values()).index(target)
         self.get_current_stream = lambda device: 0
         self.get_active_torch_device = lambda: torch.device("cpu")
@@ -82,7 +82,7 @@ def compiling(target: GPUTarget, tell: Callable[[str, Any, float], None]) -> Ite
 
 @functools.cache
 def of_nvidia(target: GPUTarget, ptx: str) -> dict[str, Any]:
-    """What ptxas says of it, and how wide it reads and writes memory."""
+    """ptxas's report, and how wide the kernel reads and writes memory."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +137,7 @@ def main() -> None:
     for target, name, dtype in itertools.product(
         asked.target or TARGETS, asked.own or (), asked.dtype or DTYPES
     ):
-        # Whatever the parameters, a kernel for each gradient that may be wanted.
+        # One kernel for each combination of gradients, whatever the parameters.
         loss, sample = getattr(custom_losses, name), torch.rand(2, 640, 200, dtype=DTYPES[dtype])
         for wanted, clip_grad in (((0, 1), 0.5), ((0, 1), 3.0), ((0,), None), ((1,), None)):
             x, y = (t.detach().requires_grad_(i in wanted) for i, t in enumerate(sample))
