@@ -89,10 +89,10 @@ void raise_faults() {
     Fault* const fault = slot.load();
     if (!fault) continue;
     const std::atomic_ref<int> state(fault->state);
-    if (state.load(std::memory_order_acquire) != Fault::kTold) continue;
+    if (state.load(std::memory_order_acquire) != Fault::kReady) continue;
     static std::mutex mutex;  // one thread raises it
     const std::lock_guard<std::mutex> lock(mutex);
-    if (state.load(std::memory_order_acquire) != Fault::kTold) continue;
+    if (state.load(std::memory_order_acquire) != Fault::kReady) continue;
     const Fault told = *fault;
     state.store(Fault::kNone, std::memory_order_release);
     raise(told);
@@ -184,7 +184,7 @@ struct Call {
     if (reduction != at::Reduction::None) {
       check_number(grad_output, input);
       if (left) predicts(left->prediction);
-      launch.scales = scales.mutable_data_ptr<double>();
+      launch.forward_state = scales.mutable_data_ptr<double>();
       launch.grad_output = grad_output.const_data_ptr();
       launch.grad_output_dtype = dtype_of(grad_output);
       launch.fresh = gradients.fresh;
@@ -204,7 +204,7 @@ struct Call {
       count.weight = weight.const_data_ptr();
       count.weight_is_double = weight.scalar_type() == at::kDouble;
     }
-    count.sum = launch.scales + 1;
+    count.sum = launch.forward_state + 1;
     run(cuda::workspace_bytes(count), [&] { return cuda::sum_class_weights(count, launch); });
     divides_by_what_is_there();
   }
@@ -309,7 +309,7 @@ struct PointwiseCall : Call {
   Tensor compute_loss(int64_t reduction, at::ScalarType dtype, const OptionalTensor& weight,
                       const Tensor& scales) {
     Tensor loss = empty_loss(input, reduction, dtype);
-    launch.scales = scales.mutable_data_ptr<double>();
+    launch.forward_state = scales.mutable_data_ptr<double>();
     divide(reduction, weight, scales);
     if (reduction == at::Reduction::None) {
       call.value = loss.mutable_data_ptr();
@@ -430,7 +430,7 @@ struct CrossEntropyCall : Call {
 
   Tensor compute_loss(int64_t reduction, at::ScalarType dtype, const Tensor& scales) {
     Tensor loss = empty_row_loss(input, reduction, dtype);
-    launch.scales = scales.mutable_data_ptr<double>();
+    launch.forward_state = scales.mutable_data_ptr<double>();
     if (reduction == at::Reduction::Mean) {
       launch.normalizer = static_cast<double>(call.outer * call.inner);
       if (call.indices) {

@@ -1,5 +1,5 @@
-"""The CUDA kernels as machine code, where they were built, and those of losses of one's own, where
-there is an nvcc: what a GPU would be given to run.
+"""The CUDA kernels as machine code, where they were built, and those of custom losses, where there
+is an nvcc: what a GPU would be given to run.
 
 cuobjdump comes with the CUDA toolkit, and with Triton's package.
 """
@@ -29,9 +29,9 @@ REQUIRED = os.environ.get("FUSEDLOSS_REQUIRE_CUDA") == "1"
 # Kernels that a bandwidth depends on: 16 bytes an access, and nothing spilled from registers. By
 # what their names hold once demangled; a double is never in a hurry.
 HOT = {
-    "pointwise": r"::flat<fusedloss::\w+, (?!double)[\w:]+, true>",
-    "rows of classes": r"::rows<(?!double)[\w:]+, .*Scope\)\d, true>",
-    "classes apart": r"::columns<(?!double)[\w:]+, true, true>",
+    "pointwise": r"::pointwise_vectorized<fusedloss::\w+, (?!double)[\w:]+, true>",
+    "contiguous rows": r"::rows_contiguous<.*CrossEntropyRow<(?!double)[\w:]+, true>, .*Scope\)\d>",
+    "strided rows": r"::rows_strided<.*CrossEntropyRow<(?!double)[\w:]+, true>, true>",
 }
 
 
@@ -91,7 +91,7 @@ def machine_code(file: str, architecture: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("kind", HOT)
 def test_hot_kernels(kind: str, architecture: str, built: str) -> None:
     # Three dtypes of each; eight losses, and three groups of threads that share a row.
-    count = {"pointwise": 27, "rows of classes": 9, "classes apart": 3}[kind]
+    count = {"pointwise": 27, "contiguous rows": 9, "strided rows": 3}[kind]
     check_kernels(built, architecture, HOT[kind], count)
 
 
@@ -114,7 +114,7 @@ def test_ptx_for_later_devices(built: str) -> None:
     assert re.search(r"arch = sm_90\b", listed)
 
 
-# ---- losses of one's own -------------------------------------------------------------------------
+# ---- custom losses -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_own_loss(loss: PointwiseLoss, nvcc: None, capfd: pytest.CaptureFixture[
     for architecture in ("sm_80", "sm_90"):
         # Three dtypes of value and input's gradient; four of whatever else is wanted.
         for plain, count in (("true", 3), ("false", 4)):
-            kind = rf"::flat<fusedloss::.*Loss, [\w:]+, {plain}>"
+            kind = rf"::pointwise_vectorized<fusedloss::.*Loss, [\w:]+, {plain}>"
             check_kernels(found[0][1], architecture, kind, count)
     own.load(lambda *of: found.append(of))
     assert found[1] == found[0]
