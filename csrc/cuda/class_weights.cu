@@ -1,7 +1,7 @@
 // What a mean over class indices divides by.
 #include <algorithm>
 
-#include "launch.cuh"
+#include "reduce.cuh"
 #include "vectors.cuh"
 
 namespace fusedloss::cuda {

@@ -8,7 +8,7 @@
 #include <algorithm>
 
 #include "fast_math.cuh"
-#include "launch.cuh"
+#include "reduce.cuh"
 #include "upstream.cuh"
 
 namespace fusedloss::cuda {
@@ -45,19 +45,6 @@ __device__ inline int64_t quotient(int64_t a, int64_t b, int64_t bound) {
   return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
 }
 
-// Which gradients a kernel writes. Only custom losses have one for target, and may want it alone.
-template <class Loss>
-struct OutputMask {
-  bool input, target;
-  __device__ OutputMask(const GradientScale& s, const void* gradient, const void* target_gradient)
-      : input(s.write), target(false) {
-    if constexpr (Loss::kCustom) {
-      input = input && gradient;
-      target = s.write && target_gradient;
-    }
-  }
-};
-
 // ---- contiguous operands of one dtype -----------------------------------------------------------
 
 // The type that a loss is computed in.
@@ -69,19 +56,18 @@ using Number = std::conditional_t<sizeof(D) == 2 && !Loss::kCustom, Quick, Compu
 template <class D>
 using PartialSum = std::conditional_t<sizeof(D) == 4, double, Compute<D>>;
 
-// Every operand and output is (numel), contiguous and equally misaligned, or null.
+// Every operand and output is contiguous and equally misaligned, or null. Pointers are to the first
+// vector: elements are numbered from -head, where the head begins, to the end of the tail.
 template <class Loss, class D>
 struct VectorizedCall {
   Loss loss;
-  int64_t numel;
+  int64_t numel, head, vectors;
   const D *input, *target, *weight, *pos_weight, *upstream;
   D *value, *gradient, *target_gradient;
-  int64_t head = 0;     // elements before the first vector
-  int64_t vectors = 0;  // the elements behind them are the tail
   // Losses of class indices, in place of target: (numel / classes). A row has at least as many
   // classes as a vector has elements.
-  const int64_t* indices = nullptr;
-  int64_t classes = 0;
+  const int64_t* indices;
+  int64_t classes;
 };
 
 // One-hot targets of n consecutive elements, which lie in two rows at most: 1 for the row's class,
@@ -119,28 +105,6 @@ struct OneHot {
   }
 };
 
-// The vectors of every operand and output, (vectors) each, or null.
-template <class D>
-struct OperandVectors {
-  using V = Vector16<D>;
-  const V *input, *target, *weight, *pos_weight, *upstream;
-  V *output, *target_gradient;  // a call wants values or gradients, never both: `output`
-
-  template <class Call>
-  __device__ OperandVectors(const Call& c, bool has_value) {
-    const auto skip_head = [&](const D* p) {
-      return p ? reinterpret_cast<const V*>(p + c.head) : nullptr;
-    };
-    input = skip_head(c.input);
-    target = skip_head(c.target);
-    weight = skip_head(c.weight);
-    pos_weight = skip_head(c.pos_weight);
-    upstream = skip_head(c.upstream);
-    output = const_cast<V*>(skip_head(has_value ? c.value : c.gradient));
-    target_gradient = const_cast<V*>(skip_head(c.target_gradient));
-  }
-};
-
 // What a thread of pointwise_vectorized computes. kPlain: without weight, upstream, value and
 // target's gradient, whose vectors would take registers.
 template <class Loss, class D, bool kPlain>
@@ -152,12 +116,14 @@ struct VectorizedThread {
 
   const VectorizedCall<Loss, D>& c;
   const Launch& l;
-  const Loss loss;
-  const OutputMask<Loss> mask;
-  const N scale;
+  const GradientScale& s;
+  const Loss loss = c.loss;
+  const N scale = N(static_cast<T>(s.scale * Loss::kSlopeUnit));
   const bool weighted = !kPlain && c.weight, has_upstream = !kPlain && c.upstream;
-  const bool has_value = !kPlain && c.value;
-  // One element of the head or tail; returns its value.
+  const bool has_value = !kPlain && c.value, write_input = s.write && c.gradient;
+  const bool write_target = kHasTargetGradient && s.write && c.target_gradient;
+
+  // Element i, of the head or tail; returns its value.
   __device__ T element(int64_t i) const {
     T factor(1);
     if (weighted) factor = widen(c.weight[i]);
@@ -165,27 +131,32 @@ struct VectorizedThread {
     const T pos_weight = Loss::kPosWeight ? widen(c.pos_weight[i]) : T(1);
     N y(0);
     if constexpr (Loss::kIndexed) {
-      y = OneHot<N>(c, i, 1, l)[0];
+      y = OneHot<N>(c, c.head + i, 1, l)[0];
     } else {
       y = N(widen(c.target[i]));
     }
-    const auto e = evaluate(loss, N(widen(c.input[i])), y, N(pos_weight), N(factor), l, i);
+    const auto e = evaluate(loss, N(widen(c.input[i])), y, N(pos_weight), N(factor), l, c.head + i);
     if (has_value) c.value[i] = narrow<D>(T(e.value));
-    if (mask.input) c.gradient[i] = narrow<D>(T(e.gradient(scale)));
+    if (write_input) c.gradient[i] = narrow<D>(T(e.gradient(scale)));
     if constexpr (kHasTargetGradient) {
-      if (mask.target) c.target_gradient[i] = narrow<D>(T(e.target_gradient(scale)));
+      if (write_target) c.target_gradient[i] = narrow<D>(T(e.target_gradient(scale)));
     }
     return T(e.value);
   }
 
+  // Vector v of an operand or output.
+  __device__ static const V& vector(const D* p, int64_t v) {
+    return reinterpret_cast<const V*>(p)[v];
+  }
+  __device__ static V& vector(D* p, int64_t v) { return reinterpret_cast<V*>(p)[v]; }
+
   // Vector v, whose input x and target y have been loaded; adds its values to sum.
   template <class Y>
-  __device__ void vector(const OperandVectors<D>& operands, int64_t v, const V& x, const Y& y,
-                         PartialSum<D>& sum) const {
+  __device__ void compute(int64_t v, const V& x, const Y& y, PartialSum<D>& sum) const {
     V w, p, g;
-    if (weighted) w = operands.weight[v];
-    if (Loss::kPosWeight) p = operands.pos_weight[v];
-    if (has_upstream) g = operands.upstream[v];
+    if (weighted) w = vector(c.weight, v);
+    if (Loss::kPosWeight) p = vector(c.pos_weight, v);
+    if (has_upstream) g = vector(c.upstream, v);
     T results[V::kSize];
     [[maybe_unused]] T target_gradients[V::kSize];
 #pragma unroll
@@ -206,26 +177,27 @@ struct VectorizedThread {
       results[i] = T(has_value ? e.value : e.gradient(scale));
       if constexpr (kHasTargetGradient) target_gradients[i] = T(e.target_gradient(scale));
     }
-    if (has_value || mask.input) operands.output[v] = pack<D>(results);
+    // A call wants values or gradients, never both.
+    if (has_value || write_input) vector(has_value ? c.value : c.gradient, v) = pack<D>(results);
     if constexpr (kHasTargetGradient) {
-      if (mask.target) operands.target_gradient[v] = pack<D>(target_gradients);
+      if (write_target) vector(c.target_gradient, v) = pack<D>(target_gradients);
     }
   }
 
   // kUnroll vectors, kThreads apart, loaded before any is computed; returns the sum of their
   // values.
-  __device__ PartialSum<D> batch(const OperandVectors<D>& operands, int64_t first) const {
+  __device__ PartialSum<D> batch(int64_t first) const {
     V x[kUnroll];
     std::conditional_t<Loss::kIndexed, OneHot<N>, V> y[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t v = first + u * kThreads;
       if (v < c.vectors) {
-        x[u] = operands.input[v];
+        x[u] = vector(c.input, v);
         if constexpr (Loss::kIndexed) {
           y[u] = OneHot<N>(c, c.head + v * V::kSize, V::kSize, l);
         } else {
-          y[u] = operands.target[v];
+          y[u] = vector(c.target, v);
         }
       }
     }
@@ -234,7 +206,7 @@ struct VectorizedThread {
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t v = first + u * kThreads;
       if (v >= c.vectors) break;
-      vector(operands, v, x[u], y[u], sum);
+      compute(v, x[u], y[u], sum);
     }
     return sum;
   }
@@ -248,26 +220,20 @@ constexpr int kMinBlocksPerSM = kPlain ? kBlocksPerSM : (Loss::kCustom ? 2 : 1);
 template <class Loss, class D, bool kPlain>
 __global__ void __launch_bounds__(kThreads, kMinBlocksPerSM<Loss, kPlain>)
     pointwise_vectorized(const VectorizedCall<Loss, D> c, const Launch l) {
-  using Thread = VectorizedThread<Loss, D, kPlain>;
   const GradientScale s = GradientScale::of_block(l);
   update_predictor(l, s);
   if (can_skip(l, s)) return;
-  const Thread thread{c,
-                      l,
-                      c.loss,
-                      {s, c.gradient, c.target_gradient},
-                      typename Thread::N(static_cast<Compute<D>>(s.scale * Loss::kSlopeUnit))};
+  const VectorizedThread<Loss, D, kPlain> thread{c, l, s};
   double total = 0;
   if (blockIdx.x == 0) {
-    const int64_t t = threadIdx.x, tail = c.head + c.vectors * Vector16<D>::kSize;
-    if (t < c.head) total += thread.element(t);
-    if (tail + t < c.numel) total += thread.element(tail + t);
+    const int64_t t = threadIdx.x, tail = c.vectors * Vector16<D>::kSize;
+    if (t < c.head) total += thread.element(t - c.head);
+    if (c.head + tail + t < c.numel) total += thread.element(tail + t);
   }
-  const OperandVectors<D> operands(c, thread.has_value);
   const int64_t stride = int64_t{gridDim.x} * kThreads * kUnroll;
   for (int64_t first = int64_t{blockIdx.x} * kThreads * kUnroll + threadIdx.x; first < c.vectors;
        first += stride) {
-    total += thread.batch(operands, first);
+    total += thread.batch(first);
   }
   write_loss(l, total);
 }
@@ -287,16 +253,18 @@ struct StridedOperand {
   }
 };
 
+// (numel), contiguous; or null
+struct StridedOutput {
+  void* data;
+  DType dtype;
+};
+
 struct StridedCall {
   int64_t numel;
   int dims;
   int64_t sizes[kMaxDims];  // (dims)
   StridedOperand input, target, weight, pos_weight, upstream;
-  // (numel), contiguous, or null
-  void* value;
-  DType value_dtype;
-  void *gradient, *target_gradient;
-  DType gradient_dtype, target_gradient_dtype;
+  StridedOutput value, gradient, target_gradient;
 
   explicit StridedCall(const Pointwise& call)
       : numel(call.numel),
@@ -306,12 +274,9 @@ struct StridedCall {
         weight(call.weight, dims),
         pos_weight(call.pos_weight, dims),
         upstream(call.upstream, dims),
-        value(call.value),
-        value_dtype(call.value_dtype),
-        gradient(call.gradient),
-        target_gradient(call.target_gradient),
-        gradient_dtype(call.gradient_dtype),
-        target_gradient_dtype(call.target_gradient_dtype) {
+        value{call.value, call.value_dtype},
+        gradient{call.gradient, call.gradient_dtype},
+        target_gradient{call.target_gradient, call.target_gradient_dtype} {
     std::copy_n(call.space.sizes, dims, sizes);
   }
 };
@@ -359,7 +324,6 @@ __global__ void __launch_bounds__(kThreads)
   const GradientScale s = GradientScale::of_block(l);
   update_predictor(l, s);
   if (can_skip(l, s)) return;
-  const OutputMask<Loss> mask(s, c.gradient, c.target_gradient);
   const T scale = static_cast<T>(s.scale * Loss::kSlopeUnit);
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   double total = 0;
@@ -371,12 +335,13 @@ __global__ void __launch_bounds__(kThreads)
     const T x = operand(c.input), y = operand(c.target);
     const T factor = operand(c.weight) * operand(c.upstream);
     const auto e = evaluate(loss, x, y, operand(c.pos_weight), factor, l, i);
-    if (c.value) write(c.value, c.value_dtype, i, e.value);
-    if (mask.input) write(c.gradient, c.gradient_dtype, i, e.gradient(scale));
+    const auto store = [&](const StridedOutput& out, T x) {
+      if (out.data) write(out.data, out.dtype, i, x);
+    };
+    store(c.value, e.value);
+    if (s.write) store(c.gradient, e.gradient(scale));
     if constexpr (Loss::kCustom) {
-      if (mask.target) {
-        write(c.target_gradient, c.target_gradient_dtype, i, e.target_gradient(scale));
-      }
+      if (s.write) store(c.target_gradient, e.target_gradient(scale));
     }
     total += e.value;
   }
@@ -407,60 +372,50 @@ inline bool has_contiguous_indices(const Pointwise& call, int64_t min_classes) {
   return true;
 }
 
-// Whether all operands are contiguous, of type D and equally misaligned.
+// Fills c and returns true if all operands are contiguous, of type D and equally misaligned.
 template <class Loss, class D>
-bool is_vectorizable(const Pointwise& call) {
+bool vectorize(const Loss& loss, const Pointwise& call, VectorizedCall<Loss, D>& c) {
+  constexpr int kSize = Vector16<D>::kSize;
   constexpr DType dtype = std::is_same_v<D, double>          ? DType::kFloat64
                           : std::is_same_v<D, float>         ? DType::kFloat32
                           : std::is_same_v<D, __nv_bfloat16> ? DType::kBFloat16
                                                              : DType::kFloat16;
-  if (call.compute_in_double != std::is_same_v<D, double>) return false;
-  const auto misaligned = [](const void* data) {
-    return misalignment(static_cast<const D*>(data));
+  const int misaligned = misalignment(static_cast<const D*>(call.input.data));
+  const int64_t head = std::min<int64_t>(call.numel, (kSize - misaligned) % kSize);
+  bool fits = call.compute_in_double == std::is_same_v<D, double> &&
+              (!Loss::kIndexed || has_contiguous_indices(call, kSize));
+  const auto output = [&](void* data, DType of) {
+    D* const p = static_cast<D*>(data);
+    fits = fits && (!p || (of == dtype && misalignment(p) == misaligned));
+    return p ? p + head : nullptr;
   };
-  const auto fits = [&](const void* data, DType of) {
-    return !data || (of == dtype && misaligned(data) == misaligned(call.input.data));
+  const auto operand = [&](const Operand& op) -> const D* {
+    fits = fits && (!op.data || op.contiguous);
+    return output(const_cast<void*>(op.data), op.dtype);
   };
-  if (Loss::kIndexed && !has_contiguous_indices(call, Vector16<D>::kSize)) return false;
-  for (const Operand* op :
-       {&call.input, &call.target, &call.weight, &call.pos_weight, &call.upstream}) {
-    if (op == &call.target && Loss::kIndexed) continue;
-    if (op->data && (!op->contiguous || !fits(op->data, op->dtype))) return false;
-  }
-  return fits(call.value, call.value_dtype) && fits(call.gradient, call.gradient_dtype) &&
-         fits(call.target_gradient, call.target_gradient_dtype);
-}
-
-template <class Loss, class D>
-VectorizedCall<Loss, D> vectorized_call(const Loss& loss, const Pointwise& call) {
-  constexpr int kSize = Vector16<D>::kSize;
-  const auto operand = [](const Operand& op) { return static_cast<const D*>(op.data); };
-  VectorizedCall<Loss, D> c{.loss = loss,
-                            .numel = call.numel,
-                            .input = operand(call.input),
-                            .target = operand(call.target),
-                            .weight = operand(call.weight),
-                            .pos_weight = operand(call.pos_weight),
-                            .upstream = operand(call.upstream),
-                            .value = static_cast<D*>(call.value),
-                            .gradient = static_cast<D*>(call.gradient),
-                            .target_gradient = static_cast<D*>(call.target_gradient)};
-  c.head = std::min<int64_t>(call.numel, (kSize - misalignment(c.input)) % kSize);
-  c.vectors = (call.numel - c.head) / kSize;
-  if (Loss::kIndexed) {
-    c.target = nullptr;
-    c.indices = static_cast<const int64_t*>(call.target.data);
-    c.classes = call.space.sizes[call.space.dims - 1];
-  }
-  return c;
+  c = {loss,
+       call.numel,
+       head,
+       (call.numel - head) / kSize,
+       operand(call.input),
+       Loss::kIndexed ? nullptr : operand(call.target),
+       operand(call.weight),
+       operand(call.pos_weight),
+       operand(call.upstream),
+       output(call.value, call.value_dtype),
+       output(call.gradient, call.gradient_dtype),
+       output(call.target_gradient, call.target_gradient_dtype),
+       Loss::kIndexed ? static_cast<const int64_t*>(call.target.data) : nullptr,
+       Loss::kIndexed ? call.space.sizes[call.space.dims - 1] : 0};
+  return fits;
 }
 
 // Launches pointwise_vectorized if it covers the call.
 template <class Loss, class D>
 bool launch_vectorized(const Loss& loss, const Pointwise& call, const Launch& launch,
                        unsigned blocks) {
-  if (!is_vectorizable<Loss, D>(call)) return false;
-  const auto c = vectorized_call<Loss, D>(loss, call);
+  VectorizedCall<Loss, D> c;
+  if (!vectorize(loss, call, c)) return false;
   // Doubles are never hot, and whoever compiles a custom loss waits for each kernel.
   constexpr bool kHasPlain = !Loss::kCustom || !std::is_same_v<D, double>;
   const bool plain = !c.weight && !c.upstream && !c.value && !c.target_gradient;

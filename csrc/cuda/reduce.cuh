@@ -1,10 +1,12 @@
-// Sums over a block and over a grid, with the same bits on every run.
+// Sums over a block and over a grid, with the same bits on every run; and what they need of the
+// host.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <limits>
 
+#include "kernels.h"
 #include "sizes.h"
 
 namespace fusedloss::cuda {
@@ -66,6 +68,21 @@ __device__ inline bool grid_sum(double& x, double& tag, void* workspace) {
   if (threadIdx.x > 0) return false;
   if (!agreed) tag = std::numeric_limits<double>::quiet_NaN();
   return true;
+}
+
+// ---- before the launch --------------------------------------------------------------------------
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+// Zeroes grid_sum's ticket counter, if the grid needs one.
+inline cudaError_t zero_ticket(const Launch& l, int64_t blocks) {
+  if (blocks == 1) return cudaSuccess;
+  return cudaMemsetAsync(GridSumWorkspace(l.workspace).ticket, 0, sizeof(unsigned), l.stream);
 }
 
 }  // namespace fusedloss::cuda

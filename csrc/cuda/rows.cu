@@ -2,8 +2,6 @@
 #include "rows_contiguous.cuh"
 #include "rows_strided.cuh"
 
-#include "launch.cuh"
-
 namespace fusedloss::cuda {
 namespace {
 

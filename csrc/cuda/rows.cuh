@@ -160,6 +160,7 @@ struct CrossEntropyRow {
   struct Row {
     Target target;
     T target_logit = 0;
+    int64_t probabilities_at = 0;  // where the row begins; a kernel sets it, late to save registers
   };
   struct Result {
     RowSums<T> sums{};
@@ -182,27 +183,26 @@ struct CrossEntropyRow {
   // logits(): where the row's logits begin; called if there is a target class.
   template <class Logits>
   __device__ Row row(int64_t row, int64_t class_index, const Launch& l, Logits&& logits) const {
-    const Target target(call, row, class_index, l);
-    if (target.index < 0) return {target};
-    return {target, T(widen(logits()[target.index * call.input.classes]))};
+    Row r{{call, row, class_index, l}};
+    const int64_t c = r.target.index;
+    if (c >= 0) r.target_logit = widen(logits()[c * call.input.classes]);
+    return r;
   }
 
-  // The share of class c in a row's target, times its weight. probabilities_at: call.offset() of
-  // the row in call.probabilities.
-  __device__ T target_share(int64_t probabilities_at, int64_t c) const {
+  // The share of class c in a row's target, times its weight.
+  __device__ T target_share(const Row& row, int64_t c) const {
     const T w = call.class_weight(c);
     if (call.indices) return w;
     const Rows& r = call.probabilities;
-    const T y = read<T>(r.data, r.dtype, probabilities_at + c * r.classes);
+    const T y = read<T>(r.data, r.dtype, row.probabilities_at + c * r.classes);
     return (y * shares.keep + shares.spread) * w;
   }
 
   // Class c, whose logit is `distance` above max; -inf for the target.
-  __device__ State element(const Row& row, int64_t probabilities_at, int64_t c, bool is_target,
-                           T distance, T max) const {
+  __device__ State element(const Row& row, int64_t c, bool is_target, T distance, T max) const {
     State state{max, exp_for<D>(distance)};
     if constexpr (kSoft) {
-      state.target_mass = target_share(probabilities_at, c);
+      state.target_mass = target_share(row, c);
       state.weighted_logits =
           state.target_mass * (is_target ? row.target_logit - finite_max(max) : distance);
     }
@@ -218,27 +218,21 @@ struct CrossEntropyRow {
     const T weight = target.index >= 0 ? call.class_weight(target.index) : T(1);
     const T gap = row.target_logit - state.max;
     const T target_exp = call.indices ? exp_nonpositive(gap) : T(0);
-    const T excess = static_cast<T>(state.sum + (decltype(state.sum)(target_exp) - 1));
-    result.sums = {state.max,
-                   static_cast<T>(state.sum),
-                   state.weighted_logits,
-                   state.target_mass,
-                   gap,
-                   target_exp,
-                   weight,
-                   excess};
+    const auto sums = [&]<class N>(N excess) -> RowSums<N> {
+      return {state.max,
+              static_cast<N>(state.sum),
+              state.weighted_logits,
+              state.target_mass,
+              gap,
+              target_exp,
+              weight,
+              excess};
+    };
+    result.sums = sums(static_cast<T>(state.sum + (decltype(state.sum)(target_exp) - 1)));
     if (call.upstream) scale = read<Factor>(call.upstream, call.upstream_dtype, row_index);
-    const RowSums<Factor> sums{state.max,
-                               static_cast<Factor>(state.sum),
-                               state.weighted_logits,
-                               state.target_mass,
-                               gap,
-                               target_exp,
-                               weight,
-                               Factor(0)};
-    const RowSlope<Factor> slope = exact_shares.slope(sums, static_cast<Factor>(scale));
+    const RowSlope<Factor> slope = exact_shares.slope(sums(Factor(0)), static_cast<Factor>(scale));
     Factor at_target = slope.own * slope.factor;
-    if (exact_shares.smooth) at_target = at_target - sums.weight * slope.scale;
+    if (exact_shares.smooth) at_target = at_target - Factor(weight) * slope.scale;
     result.target_gradient = static_cast<T>(at_target);
     result.slope = {static_cast<T>(slope.factor), static_cast<T>(slope.scale),
                     static_cast<T>(slope.own)};
@@ -257,11 +251,11 @@ struct CrossEntropyRow {
   }
 
   // At class c, which is not the target, with logit x.
-  __device__ T gradient(const Result& result, int64_t probabilities_at, int64_t c, T x) const {
+  __device__ T gradient(const Row& row, const Result& result, int64_t c, T x) const {
     const T e = exp_for<D>(x - result.sums.max);
     if constexpr (kHard) return e * result.slope.factor;
     // e * factor and q * scale nearly cancel, so the second product keeps its digits.
-    const T q = target_share(probabilities_at, c);
+    const T q = target_share(row, c);
     T rest = -q * result.slope.scale;
     if constexpr (!std::is_same_v<Factor, T>) {
       rest =

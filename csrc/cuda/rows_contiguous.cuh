@@ -84,23 +84,6 @@ struct RowSlots {
   }
 };
 
-// Where the target is, if it is in a vector; far behind the last one if it is not.
-template <class D>
-struct TargetPosition {
-  int class_index;
-  int vector, lane;
-  bool mine;  // the vector is this thread's
-
-  template <class Group>
-  __device__ TargetPosition(int64_t index, const VectorRow<D>& row, const Group& group)
-      : class_index(static_cast<int>(index)) {
-    const auto behind_head = static_cast<unsigned>(class_index - row.head);
-    vector = static_cast<int>(behind_head / Vector16<D>::kSize);
-    lane = static_cast<int>(behind_head % Vector16<D>::kSize);
-    mine = vector < row.vectors && group.owner(vector) == group.rank;
-  }
-};
-
 // The two walks of a group's threads over a row.
 template <class Loss, class Group>
 struct RowWalk {
@@ -114,10 +97,18 @@ struct RowWalk {
   const RowSlots<D>& slots;
   const typename Loss::Row& row;
   const VectorRow<D>& line;
-  const TargetPosition<D> target;
-  const int64_t probabilities_at;
+  // Where the target is, if it is in a vector; far behind the last one if it is not.
+  const int target_class = static_cast<int>(row.target.index);
+  const unsigned behind_head = static_cast<unsigned>(target_class - line.head);
+  const int target_vector = static_cast<int>(behind_head / V::kSize);
+  const int target_lane = static_cast<int>(behind_head % V::kSize);
+  const bool has_target = target_vector < line.vectors && group.owner(target_vector) == group.rank;
 
-  __device__ D excluded() const { return narrow<D>(-kInfinity<T>); }
+  __device__ static D excluded() { return narrow<D>(-kInfinity<T>); }
+  // Leaves the target out of the sums.
+  __device__ void exclude_target() const {
+    if (has_target) slots[target_vector / group.size].element[target_lane] = excluded();
+  }
 
   // kMany vectors of this thread, from its k-th on, whose loads are in flight together.
   template <int kMany>
@@ -127,7 +118,7 @@ struct RowWalk {
     for (int u = 0; u < kMany; ++u) {
       const int v = (k + u) * group.size + group.rank;
       x[u] = slots.tiling.fits_in_smem ? slots[k + u] : *line.vector(v);
-      if (!slots.tiling.fits_in_smem && v == target.vector) set_lane(x[u], target.lane, excluded());
+      if (!slots.tiling.fits_in_smem && v == target_vector) set_lane(x[u], target_lane, excluded());
     }
     State sum;
 #pragma unroll
@@ -140,8 +131,7 @@ struct RowWalk {
       State of[V::kSize];
 #pragma unroll
       for (int i = 0; i < V::kSize; ++i) {
-        of[i] = loss.element(row, probabilities_at, c + i, c + i == target.class_index,
-                             T(widen(x[u], i)) - max, sum.max);
+        of[i] = loss.element(row, c + i, c + i == target_class, T(widen(x[u], i)) - max, sum.max);
       }
 #pragma unroll
       for (int half = V::kSize / 2; half > 0; half /= 2) {
@@ -163,9 +153,8 @@ struct RowWalk {
     for (; k < count; ++k) sum.merge(vectors<1>(k));
     for (int s = group.rank; s < line.scalars; s += group.size) {
       const int c = line.scalar_class(s);
-      const T x = c == target.class_index ? -kInfinity<T> : T(widen(line.logits[c]));
-      sum.merge(
-          loss.element(row, probabilities_at, c, c == target.class_index, x - finite_max(x), x));
+      const T x = c == target_class ? -kInfinity<T> : T(widen(line.logits[c]));
+      sum.merge(loss.element(row, c, c == target_class, x - finite_max(x), x));
     }
     return sum;
   }
@@ -173,7 +162,7 @@ struct RowWalk {
   // Writes this thread's part of the gradient, and prefetches row `next` into the slots it frees.
   __device__ void write_gradient(const typename Loss::Result& result,
                                  const VectorRow<D>& next) const {
-    const auto element = [&](T x, int c) { return loss.gradient(result, probabilities_at, c, x); };
+    const auto element = [&](T x, int c) { return loss.gradient(row, result, c, x); };
     int k = 0;
 #pragma unroll 2
     for (int v = group.rank; v < line.vectors; v += group.size, ++k) {
@@ -192,9 +181,9 @@ struct RowWalk {
       const int c = line.scalar_class(s);
       T g = row.target.template filler<T>();
       if (row.target.live) g = element(T(widen(line.logits[c])), c);
-      line.gradient[c] = narrow<D>(c == target.class_index ? result.target_gradient : g);
+      line.gradient[c] = narrow<D>(c == target_class ? result.target_gradient : g);
     }
-    if (target.mine) line.gradient[target.class_index] = narrow<D>(result.target_gradient);
+    if (has_target) line.gradient[target_class] = narrow<D>(result.target_gradient);
     slots.prefetch_row(next, group, k);
   }
 };
@@ -230,7 +219,7 @@ __global__ void __launch_bounds__(kRowsBlock<kScope>, kMinRowsBlocks<Loss, kScop
   };
 
   RowSlots<D> slots{reinterpret_cast<Vector16<D>*>(smem) + threadIdx.x, tiling};
-  int64_t row = group.first_row() + group.row_in_warp();
+  int64_t row = group.first_row();
   for (; slots.stage < tiling.stages; ++slots.stage) {
     if (tiling.fits_in_smem) slots.prefetch_row(line_of(row + slots.stage * step), group, 0);
     cp_async_commit();
@@ -241,17 +230,10 @@ __global__ void __launch_bounds__(kRowsBlock<kScope>, kMinRowsBlocks<Loss, kScop
   for (; row - group.row_in_warp() < call.rows; row += step) {
     const VectorRow<D> line = line_of(row);
     const int64_t next_index = call.class_index(row + step);
-    const RowWalk<Loss, ThreadGroup<kScope, State>> walk{loss,
-                                                         group,
-                                                         slots,
-                                                         current,
-                                                         line,
-                                                         {current.target.index, line, group},
-                                                         call.offset(call.probabilities, row)};
+    current.probabilities_at = call.offset(call.probabilities, row);
+    const RowWalk<Loss, ThreadGroup<kScope, State>> walk{loss, group, slots, current, line};
     cp_async_wait(tiling.stages - 1);
-    if (tiling.fits_in_smem && walk.target.mine) {
-      slots[walk.target.vector / group.size].element[walk.target.lane] = walk.excluded();
-    }
+    if (tiling.fits_in_smem) walk.exclude_target();
     State state = walk.sum();
     const VectorRow<D> next = line_of(tiling.fits_in_smem ? row + tiling.stages * step : call.rows);
     if (!s.write) slots.prefetch_row(next, group, 0);

@@ -28,7 +28,6 @@ struct StridedRows {
   const Loss& loss;
   const D* const logits;  // of the first row: (classes, kRows), with strides of (input.classes, 1)
   typename Loss::Row rows[kRows];
-  int64_t probabilities_at[kRows];
 
   __device__ StridedRows(const Loss& loss_, int64_t first_row, const Launch& l)
       : loss(loss_), logits(loss.call.template logits<D>(first_row)) {
@@ -36,7 +35,7 @@ struct StridedRows {
     for (int j = 0; j < kRows; ++j) {
       rows[j] = loss.row(first_row + j, loss.call.class_index(first_row + j), l,
                          [&] { return logits + j; });
-      probabilities_at[j] = loss.call.offset(loss.call.probabilities, first_row + j);
+      rows[j].probabilities_at = loss.call.offset(loss.call.probabilities, first_row + j);
     }
   }
   __device__ Line line(int64_t c) const {
@@ -67,8 +66,7 @@ struct StridedRows {
           const bool is_target = first + k == rows[j].target.index;
           if (!Loss::kSoft && is_target) continue;
           const T distance = is_target ? -kInfinity<T> : T(widen(x[k].element[j])) - max;
-          part.add(
-              loss.element(rows[j], probabilities_at[j], first + k, is_target, distance, part.max));
+          part.add(loss.element(rows[j], first + k, is_target, distance, part.max));
         }
         states[j].merge(part);
       }
@@ -82,7 +80,7 @@ struct StridedRows {
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
         const Target& target = rows[j].target;
-        T g = loss.gradient(results[j], probabilities_at[j], c, T(widen(x.element[j])));
+        T g = loss.gradient(rows[j], results[j], c, T(widen(x.element[j])));
         if (c == target.index) g = results[j].target_gradient;
         out.element[j] = narrow<D>(target.live ? g : target.template filler<T>());
       }

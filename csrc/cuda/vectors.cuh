@@ -129,14 +129,11 @@ __device__ Vector16<D> pack(const Compute<D> (&x)[Vector16<D>::kSize]) {
 // The largest element; nan is skipped.
 template <class D>
 __device__ Compute<D> max_element(const Vector16<D>& v) {
-  if constexpr (std::is_same_v<D, __nv_bfloat16>) {
-    const auto* const x = reinterpret_cast<const __nv_bfloat162*>(v.element);
-    const float2 max = __bfloat1622float2(__hmax2(__hmax2(x[0], x[1]), __hmax2(x[2], x[3])));
-    return fmaxf(max.x, max.y);
-  } else if constexpr (std::is_same_v<D, __half>) {
-    const auto* const x = reinterpret_cast<const __half2*>(v.element);
-    const float2 max = __half22float2(__hmax2(__hmax2(x[0], x[1]), __hmax2(x[2], x[3])));
-    return fmaxf(max.x, max.y);
+  if constexpr (sizeof(D) == 2) {
+    using Pair = std::conditional_t<std::is_same_v<D, __half>, __half2, __nv_bfloat162>;
+    const auto* const x = reinterpret_cast<const Pair*>(v.element);
+    const Pair max = __hmax2(__hmax2(x[0], x[1]), __hmax2(x[2], x[3]));
+    return fmaxf(widen(max.x), widen(max.y));
   } else {
     D max = v.element[0];
 #pragma unroll
