@@ -33,13 +33,13 @@ struct RowsPlan {
 // Threads of a block. kSubWarp starts from more, since its rows are short.
 constexpr int kSubWarpBlock = 512, kRowBlock = 256, kStridedBlock = 128;
 
-// Vectors per thread. A long row gets a whole block once its warp would hold more than this, and a
-// larger cluster once its blocks would; only the largest cluster holds more.
+// The vectors per thread at which a row moves from a warp to a block, and on to larger clusters.
+// Only the largest cluster holds more.
 constexpr int kMaxVectorsPerThread = 16;
 
-// Who shares a row of at most `vectors` vectors. Few threads keep at most 4 vectors each, since a
-// thread's first vectors are what its loads in flight come from; 8 threads and more keep 8, which
-// share the work done once a row and thread.
+// Who shares a row of at most `vectors` vectors. Up to 4 threads have 4 each; 8 and 16 threads have
+// 8 each, over which a thread spreads its work per row; then come a warp, a block and clusters,
+// with kMaxVectorsPerThread each.
 struct RowThreads {
   int64_t vectors;
   RowsPlan::Kernel kernel;
