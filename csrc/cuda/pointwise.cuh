@@ -13,11 +13,10 @@
 
 namespace fusedloss::cuda {
 
-constexpr int kThreads = 256;    // a block
-constexpr int kUnroll = 2;       // vectors of each operand in flight per thread
-constexpr int kBlocksPerSM = 3;  // at least; they keep 48 KiB in flight
-constexpr int64_t kMaxOneBlock =
-    1 << 14;  // elements for which a second block costs more than it helps
+constexpr int kThreads = 256;              // a block
+constexpr int kUnroll = 2;                 // vectors of each operand in flight per thread
+constexpr int kBlocksPerSM = 3;            // at least; they keep 48 KiB in flight
+constexpr int64_t kMaxOneBlock = 1 << 14;  // elements; up to here a second block does not pay
 
 // One element's value and slopes, times factor. An element outside of a kUnitInterval loss's domain
 // gives nan and a report.

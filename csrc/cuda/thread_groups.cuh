@@ -22,14 +22,23 @@ __device__ void all_reduce_block(State& state, int set) {
   state.reduce_warp(kWarp);
 }
 
+// Hardware without clusters does not declare them; there a group is a block, and is never launched.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+template <class>
+__device__ void this_cluster() {}
+#else
+constexpr bool kHasClusters = true;
+template <class>
+__device__ auto this_cluster() {
+  return cooperative_groups::this_cluster();
+}
+#endif
+
 template <Scope kScope, class State>
 struct ThreadGroup {
   static constexpr bool kSubWarp = kScope == Scope::kSubWarp;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  static constexpr bool kCluster = false;  // this hardware has none, and none is launched
-#else
-  static constexpr bool kCluster = kScope == Scope::kCluster;
-#endif
+  static constexpr bool kCluster = kHasClusters && kScope == Scope::kCluster;
   const int size, rank;  // the group's threads, a power of two in a warp, and this one among them
   int set = 0;
 
@@ -72,9 +81,7 @@ struct ThreadGroup {
   }
 
  private:
-  __device__ static cooperative_groups::cluster_group cluster() {
-    return cooperative_groups::this_cluster();
-  }
+  __device__ static auto cluster() { return this_cluster<State>(); }
   __device__ static unsigned blocks() {
     if constexpr (kCluster) return cluster().num_blocks();
     return 1;
