@@ -1,5 +1,5 @@
-"""The machine code of the CUDA kernels, if they were built, and of custom losses, if there is an
-nvcc.
+"""The CUDA kernels as machine code, where they were built, and those of custom losses, where there
+is an nvcc: what a GPU would be given to run.
 
 cuobjdump comes with the CUDA toolkit, and with Triton's package.
 """
@@ -29,9 +29,9 @@ REQUIRED = os.environ.get("FUSEDLOSS_REQUIRE_CUDA") == "1"
 # The kernels whose bandwidth counts: 16 bytes per access, and no spilled registers. By parts of
 # their demangled names; kernels for double do not count.
 HOT = {
-    "pointwise": r"::flat<fusedloss::\w+, (?!double)[\w:]+, true>",
-    "rows of classes": r"::rows<(?!double)[\w:]+, .*Scope\)\d, true>",
-    "classes apart": r"::columns<(?!double)[\w:]+, true, true>",
+    "pointwise": r"::pointwise_vectorized<fusedloss::\w+, (?!double)[\w:]+, true>",
+    "contiguous rows": r"::rows_contiguous<.*CrossEntropyRow<(?!double)[\w:]+, true>, .*Scope\)\d>",
+    "strided rows": r"::rows_strided<.*CrossEntropyRow<(?!double)[\w:]+, true>, true>",
 }
 
 
@@ -90,8 +90,8 @@ def machine_code(file: str, architecture: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("kind", HOT)
 def test_hot_kernels(kind: str, architecture: str, built: str) -> None:
-    # Three dtypes of each; eight losses, and three sizes of thread groups for a row.
-    count = {"pointwise": 27, "rows of classes": 9, "classes apart": 3}[kind]
+    # Three dtypes of each; eight losses, and three groups of threads that share a row.
+    count = {"pointwise": 27, "contiguous rows": 9, "strided rows": 3}[kind]
     check_kernels(built, architecture, HOT[kind], count)
 
 
@@ -134,7 +134,7 @@ def test_own_loss(loss: PointwiseLoss, nvcc: None, capfd: pytest.CaptureFixture[
     for architecture in ("sm_80", "sm_90"):
         # Three dtypes with value and input's gradient; four with every other combination.
         for plain, count in (("true", 3), ("false", 4)):
-            kind = rf"::flat<fusedloss::.*Loss, [\w:]+, {plain}>"
+            kind = rf"::pointwise_vectorized<fusedloss::.*Loss, [\w:]+, {plain}>"
             check_kernels(found[0][1], architecture, kind, count)
     own.load(lambda *of: found.append(of))
     assert found[1] == found[0]

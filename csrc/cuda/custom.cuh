@@ -1,5 +1,5 @@
-// Makes the library of a loss of one's own out of its struct: the pointwise engine's kernels of it.
-// Compiled by nvcc where the loss is used, with no torch header.
+// Builds the library of a custom loss: the pointwise engine's kernels over its struct. nvcc
+// compiles it where the loss is used, without torch headers.
 #pragma once
 
 #include "../math/custom.h"
@@ -12,7 +12,7 @@ template <class Loss>
 cudaError_t custom(const Pointwise& call, const double* parameters, const Launch& launch) {
   Loss loss;
   Loss::prepare(parameters, loss.constants);
-  return run(loss, call, launch);
+  return run_pointwise(loss, call, launch);
 }
 
 }  // namespace fusedloss::cuda

@@ -1,5 +1,5 @@
 // What csrc/ops_cuda.cpp asks of the CUDA engines. Nothing here waits for the device: whatever
-// depends on data stays in its memory.
+// depends on data stays in device memory.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,59 +8,59 @@
 
 namespace fusedloss::cuda {
 
-// More dimensions than these a strided operand must not have.
+// The largest number of dimensions of a strided operand.
 constexpr int kMaxDims = 8;
 
-// The first input that a loss cannot take. A kernel writes it into page-locked memory; the host
-// looks there whenever it likes.
+// The first input that a loss cannot take. A kernel writes it into page-locked memory, which the
+// host may read at any time.
 struct Fault {
-  enum State : int { kNone, kBeingWritten, kTold };
+  enum State : int { kNone, kBeingWritten, kReady };
   enum What : int { kTargetClass, kInputOutsideUnit, kTargetOutsideUnit };
   int state;
   int what;
-  int64_t position;  // linear: of a class index among its like, else of an element of input
+  int64_t position;  // of the class index in target, or of the element in input
   double value;      // of an element
   int64_t index;     // of a class
   int64_t classes;
 };
 
 enum class Pass {
-  kValue,     // the loss
-  kForward,   // the loss, and the gradient where the prediction is trusted
-  kBackward,  // the gradient, where forward's was written for another upstream gradient
+  kValue,     // the loss alone
+  kForward,   // the loss, and the gradient if the prediction is trusted
+  kBackward,  // the gradient, if forward wrote it for another upstream gradient
 };
 
 // What a call of any engine needs besides its operands.
 struct Launch {
   Pass pass = Pass::kValue;
 
-  // The loss, one number: the sum of the values over what the mean divides by. Null: reduction
-  // "none", or backward.
+  // One number: the sum of the values over the mean's divisor. Null for reduction "none" and in
+  // backward.
   void* loss = nullptr;
   DType loss_dtype = DType::kFloat32;
 
-  // Two doubles: the upstream gradient that the gradient was written for (nan: it was not), and
-  // what the mean divides by. Forward writes them and backward reads them.
-  double* scales = nullptr;
-  double normalizer = 1;  // what scales[1] shall be; nan: it is there already
+  // (2): the upstream gradient that the gradient was written for (nan: it was not written), and
+  // the mean's divisor. Forward writes them and backward reads them.
+  double* forward_state = nullptr;
+  double normalizer = 1;  // for forward_state[1]; nan: the divisor is there already
 
-  // Two doubles: the predicted upstream gradient, and the confidence in it. Forward reads them,
-  // backward teaches them, and passes on other streams do so at the same time: each access is one,
-  // and of all of a number. Null with reduction "none", of which backward computes the gradient.
+  // (2): the predicted upstream gradient, and the confidence in it. Forward reads them and backward
+  // updates them, while kernels on other streams may do the same: each number is read and written
+  // whole. Null with reduction "none", whose gradient backward computes.
   volatile double* prediction = nullptr;
   const void* grad_output = nullptr;  // backward: one number; null with reduction "none"
   DType grad_output_dtype = DType::kFloat32;
-  bool fresh = false;  // backward: the gradient is a new buffer, whatever scales say
+  bool fresh = false;  // backward: the gradient is a new buffer; forward_state does not describe it
 
-  Fault* fault = nullptr;     // the device's address of it
-  void* workspace = nullptr;  // workspace_bytes() of device memory, if any; holds nothing before
+  Fault* fault = nullptr;     // its address on the device
+  void* workspace = nullptr;  // (workspace_bytes()) of device memory, uninitialised
   cudaStream_t stream = nullptr;
 };
 
 struct CrossEntropyCall : CrossEntropy {
   // Label smoothing: the sum of weight, in device memory. Null: there is no weight.
   const double* weight_sum = nullptr;
-  const void* upstream = nullptr;  // reduction "none": (outer, inner), each row's upstream gradient
+  const void* upstream = nullptr;  // (outer, inner), reduction "none": each row's upstream gradient
   DType upstream_dtype = DType::kFloat32;
 };
 
@@ -69,13 +69,12 @@ size_t workspace_bytes(const CrossEntropy& call);
 cudaError_t pointwise(const Pointwise& call, const Launch& launch);
 cudaError_t cross_entropy(const CrossEntropyCall& call, const Launch& launch);
 
-// What a mean over class indices divides by, into *sum: how many are not ignored, or the sum of
-// their weights (of type float or double); nan in place of 0. An index out of range counts for
-// nothing.
+// Writes the divisor of a mean over class indices to *sum: how many indices are not ignored, or the
+// sum of their weights; nan in place of 0. An index out of range counts as ignored.
 struct ClassWeights {
-  const int64_t* indices = nullptr;
+  const int64_t* indices = nullptr;  // (n)
   int64_t n = 0, classes = 0, ignore_index = -100;
-  const void* weight = nullptr;
+  const void* weight = nullptr;  // (classes), float or double; null: 1
   bool weight_is_double = false;
   double* sum = nullptr;
 };

@@ -9,7 +9,7 @@ size_t workspace_bytes(const Pointwise& call) { return pointwise_workspace_bytes
 
 cudaError_t pointwise(const Pointwise& call, const Launch& launch) {
 #define FUSEDLOSS_RUN(NAME, LOSS) \
-  if (call.loss == NAME) return run(LOSS{{call.parameter}}, call, launch);
+  if (call.loss == NAME) return run_pointwise(LOSS{{call.parameter}}, call, launch);
   FUSEDLOSS_POINTWISE_LOSSES(FUSEDLOSS_RUN)
 #undef FUSEDLOSS_RUN
   return cudaErrorInvalidValue;

@@ -87,10 +87,10 @@ void raise_faults() {
     Fault* const fault = slot.load();
     if (!fault) continue;
     const std::atomic_ref<int> state(fault->state);
-    if (state.load(std::memory_order_acquire) != Fault::kTold) continue;
+    if (state.load(std::memory_order_acquire) != Fault::kReady) continue;
     static std::mutex mutex;  // one thread raises it
     const std::lock_guard<std::mutex> lock(mutex);
-    if (state.load(std::memory_order_acquire) != Fault::kTold) continue;
+    if (state.load(std::memory_order_acquire) != Fault::kReady) continue;
     const Fault told = *fault;
     state.store(Fault::kNone, std::memory_order_release);
     raise(told);
@@ -179,7 +179,7 @@ struct CudaEngine {
 
   void compute(const Tensor& loss, const Gradients& gradients, Tensor state) {
     if (!state.defined()) state = empty_state(a.input);
-    launch_.scales = state.mutable_data_ptr<double>();
+    launch_.forward_state = state.mutable_data_ptr<double>();
     if (a.reduction == at::Reduction::Mean) divide_by_mean(state);
     if (a.each()) {
       pointwise_.value = rows_.value = loss.mutable_data_ptr();
@@ -197,7 +197,7 @@ struct CudaEngine {
   bool is_done(const Tensor& grad_output, const Tensor& state, SavedGradients* saved, bool fresh) {
     if (a.each()) return false;
     if (saved) predicts(saved->prediction);
-    launch_.scales = state.mutable_data_ptr<double>();
+    launch_.forward_state = state.mutable_data_ptr<double>();
     launch_.grad_output = grad_output.const_data_ptr();
     launch_.grad_output_dtype = dtype_of(grad_output);
     launch_.fresh = fresh;
@@ -266,7 +266,7 @@ struct CudaEngine {
       count.weight = weight.const_data_ptr();
       count.weight_is_double = weight.scalar_type() == at::kDouble;
     }
-    count.sum = launch_.scales + 1;
+    count.sum = launch_.forward_state + 1;
     launch(cuda::workspace_bytes(count), [&] { return cuda::sum_class_weights(count, launch_); });
     divide_by_what_is_there();
   }

@@ -1,7 +1,7 @@
 """Asks the CUDA engines, compiled over the emulator, for losses and gradients of CPU tensors.
 
 ``Calls`` lists calls and the memory they work on; runner.cpp runs them. ``Loss`` makes of one loss
-what csrc/ops_cuda.cpp makes of it, and ``OwnLoss`` of a loss of one's own.
+what csrc/ops_cuda.cpp makes of it, and ``OwnLoss`` of a custom loss.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 import build
 from cases import Sample
 
-SOURCES = [Path("csrc/cuda/pointwise.cu"), Path("csrc/cuda/cross_entropy.cu")]
+SOURCES = [Path("csrc/cuda", name) for name in ("pointwise.cu", "rows.cu", "class_weights.cu")]
 RUNNER = Path("tests/cuda_emulator/runner.cpp")
 
 # In the order of DType in csrc/engine.h.
@@ -149,7 +149,7 @@ class Loss:
         self.by_class = target.dtype is torch.int64
         self.weight: Tensor | None = options.get("weight")
         self.fault = calls.put(torch.zeros(FAULT.size, dtype=torch.uint8))
-        self.scales = calls.put(torch.full((2,), math.nan, dtype=torch.float64))
+        self.forward_state = calls.put(torch.full((2,), math.nan, dtype=torch.float64))
         self.prediction = calls.put(torch.tensor(prediction, dtype=torch.float64))
         self.input = calls.put(input, input_shift)
         self._engine = self._make_engine(loss, options)
@@ -165,7 +165,7 @@ class Loss:
         self.gradient = self.calls.empty_like(_dense_like(self.sample.input), self.shift)
 
     def _divide(self, loss: str, options: dict[str, Any]) -> float:
-        """What the mean divides by; nan: it stands in the scales, or will."""
+        """What the mean divides by; nan: it stands in forward_state, or will."""
         input, target, weight = self.sample.input, self.sample.target, self.weight
         if self.reduction != "mean":
             return 1
@@ -183,13 +183,13 @@ class Loss:
                 options.get("ignore_index", -100),
                 NOWHERE if weight is None else self.calls.put(weight.to(dtype)),
                 int(wide),
-                Place(self.scales.buffer, 8),
+                Place(self.forward_state.buffer, 8),
                 *self._launch(Pass.VALUE, math.nan),
             )
             return math.nan
         if self._mean_over_weights(loss) and weight is not None:
             both = torch.stack([torch.tensor(math.nan).double(), weight.double().sum()])
-            self.scales = self.calls.put(both)
+            self.forward_state = self.calls.put(both)
             return math.nan
         return input.numel()
 
@@ -211,7 +211,7 @@ class Loss:
         dtype = _number(self.sample.input.dtype)
         prediction = NOWHERE if self.each else self.prediction
         return [
-            *(int(stage), loss, dtype, self.scales, normalizer, prediction),
+            *(int(stage), loss, dtype, self.forward_state, normalizer, prediction),
             *(grad_output, dtype, int(fresh), self.fault),
         ]
 
@@ -249,13 +249,13 @@ class Loss:
     def prediction_found(self) -> list[float]:
         return self._two_doubles(self.prediction)
 
-    def scales_found(self) -> list[float]:
-        return self._two_doubles(self.scales)
+    def forward_state_found(self) -> list[float]:
+        return self._two_doubles(self.forward_state)
 
     def is_patchwork(self, fresh: Mapping[float, Loss]) -> bool:
-        """Whether the gradient is not all of it the one for the upstream gradient that the scales
-        name; those of ``fresh`` are. Nan names none, as where the gradient was not written."""
-        upstream, _ = self.scales_found()
+        """Whether the gradient is not all of it the one for the upstream gradient that forward_state
+        names; those of ``fresh`` are. Nan names none, as where the gradient was not written."""
+        upstream, _ = self.forward_state_found()
         if math.isnan(upstream):
             return False
         found, expected = self.gradient_found(), fresh[upstream].gradient_found()
@@ -346,7 +346,7 @@ class _Pointwise:
 
 
 class OwnLoss(Loss):
-    """One call of a loss of one's own, by its library.
+    """One call of a custom loss, by its library.
 
     ``wants``: the gradients that are, of input and of target.
     """

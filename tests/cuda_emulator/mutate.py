@@ -1,8 +1,8 @@
 """Removes the kernels' barriers, fences and waits for copies one at a time: does a small run notice each?
 
 A mutant dies where the run under ThreadSanitizer fails, or where a plain run fails, gives other bits
-than the unchanged kernels, or leaves a gradient that is not the one of its scales. The verdicts are
-kept: one is asked for again only where a source has changed since.
+than the unchanged kernels, or leaves a gradient that is not the one of its forward_state. The
+verdicts are kept: one is asked for again only where a source has changed since.
 
     PYTHONPATH=tests python tests/cuda_emulator/mutate.py
 """
@@ -72,7 +72,7 @@ def mutants(path: Path) -> Iterator[Mutant]:
             yield Mutant(path, match.start(), match.end(), line, match.group(), replacement)
 
 
-_COMMON = KERNELS / "common.cuh"
+_VECTORS = KERNELS / "vectors.cuh"
 _OTHER_DTYPE = re.compile(r"\n *case DType::k\w+:\n *return f\(\w+\{\}\);")
 
 
@@ -80,9 +80,9 @@ def tree(mutant: Mutant | None) -> dict[Path, str]:
     """What a run is compiled from and is not as it stands. Kernels of float alone, which are all
     that it asks for, take a quarter of the time to compile."""
     changed = {} if mutant is None else {mutant.path: mutant.source()}
-    common = changed.get(_COMMON) or (build.ROOT / _COMMON).read_text()
-    changed[_COMMON], removed = _OTHER_DTYPE.subn("", common)
-    assert removed == 3, "with_type of common.cuh is not what it was"
+    vectors = changed.get(_VECTORS) or (build.ROOT / _VECTORS).read_text()
+    changed[_VECTORS], removed = _OTHER_DTYPE.subn("", vectors)
+    assert removed == 3, "with_type of vectors.cuh is not what it was"
     return changed
 
 
@@ -149,7 +149,7 @@ class SmallRun:
         return [tensor.numpy().tobytes() for tensor in found]
 
     def patchwork(self) -> bool:
-        """Whether a gradient is not all of the upstream gradient that its scales name."""
+        """Whether a gradient is not all of the upstream gradient that its forward_state names."""
         return any(loss.is_patchwork(self.fresh) for loss in self.taught)
 
 

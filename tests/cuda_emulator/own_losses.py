@@ -1,4 +1,4 @@
-"""Losses of one's own compiled over the emulator, out of the very source that nvcc is given."""
+"""Custom losses compiled over the emulator, out of the very source that nvcc is given."""
 
 from __future__ import annotations
 

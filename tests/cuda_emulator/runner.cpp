@@ -119,7 +119,7 @@ class Calls {
     launch.pass = static_cast<cuda::Pass>(integer());
     launch.loss = pointer<void>();
     launch.loss_dtype = dtype();
-    launch.scales = pointer<double>();
+    launch.forward_state = pointer<double>();
     launch.normalizer = number();
     launch.prediction = pointer<double>();
     launch.grad_output = pointer<void>();
@@ -133,7 +133,7 @@ class Calls {
   static void look(const void* address) {
     const cuda::Fault& fault = *static_cast<const cuda::Fault*>(address);
     if (&fault != fault_) return;
-    if (__atomic_load_n(&fault.state, __ATOMIC_RELAXED) != cuda::Fault::kTold) return;
+    if (__atomic_load_n(&fault.state, __ATOMIC_RELAXED) != cuda::Fault::kReady) return;
     require(fault.what <= cuda::Fault::kTargetOutsideUnit && fault.position >= 0,
             "the host sees no fault that there could be");
   }
@@ -205,7 +205,7 @@ class Calls {
     run(cuda::pointwise, call, cuda::workspace_bytes(call), launch());
   }
 
-  // A loss of one's own, by its library.
+  // A custom loss, by its library.
   void run_custom() {
     void* library = dlopen(word().c_str(), RTLD_NOW | RTLD_LOCAL);
     require(library, "no library");
@@ -213,7 +213,7 @@ class Calls {
 #define TEXT_OF(X) #X
     const auto entry = reinterpret_cast<const cuda::CustomKernel* (*)()>(
         dlsym(library, NAME_OF(FUSEDLOSS_CUSTOM_CUDA_ENTRY)));
-    require(entry, "no loss of one's own in the library");
+    require(entry, "no custom loss in the library");
     const cuda::CustomKernel& kernel = *entry();
     std::vector<double> parameters(integer());
     for (double& parameter : parameters) parameter = number();

@@ -158,7 +158,7 @@ TAUGHT = [
 @pytest.mark.parametrize("family, shape", TAUGHT, ids=str)
 def test_taught_meanwhile(family: str, shape: tuple[int, ...], variant: str) -> None:
     """Backwards on other streams teach the prediction while forward runs. The gradient then is all
-    of it for the upstream gradient that the scales name, or backward computes all of it."""
+    of it for the upstream gradient that forward_state names, or backward computes all of it."""
     upstreams = [torch.tensor(u) for u in (0.5, 3.0, -1.0)]
     case = at_shape(family, shape)
     sample = case.sample(torch.float32)
@@ -182,7 +182,7 @@ def test_taught_meanwhile(family: str, shape: tuple[int, ...], variant: str) -> 
                 followed.append((loss, u.item()))
     calls.run(program(variant))
     assert not any(loss.is_patchwork(truth) for loss in alone)
-    assert 0 < sum(math.isnan(loss.scales_found()[0]) for loss in alone) < len(alone)
+    assert 0 < sum(math.isnan(loss.forward_state_found()[0]) for loss in alone) < len(alone)
     for loss, u in followed:
         assert_same_bits(loss.value_found(), truth[u].value_found(), "value")
         assert_same_bits(loss.gradient_found(), truth[u].gradient_found(), "backward")

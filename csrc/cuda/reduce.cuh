@@ -1,0 +1,88 @@
+// Sums over a block and over a grid, with the same bits on every run; and what they need of the
+// host.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <limits>
+
+#include "kernels.h"
+#include "sizes.h"
+
+namespace fusedloss::cuda {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// The sum of x over the block's threads, in thread 0. Two calls need a barrier between them.
+__device__ inline double block_sum(double x) {
+  __shared__ double warps[kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
+  if (lane == 0) warps[warp] = x;
+  __syncthreads();
+  if (warp > 0) return 0;
+  x = lane < static_cast<int>(blockDim.x) / kWarp ? warps[lane] : 0;
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
+  return x;
+}
+
+__device__ inline bool same_sign_and_value(double a, double b) {
+  return a == b && signbit(a) == signbit(b);
+}
+
+// Device memory of grid_sum: a ticket counter, zeroed before the launch, and a part per block.
+struct GridSumWorkspace {
+  unsigned* ticket;
+  double2* parts;  // (blocks): the block's sum and its tag
+
+  __host__ __device__ explicit GridSumWorkspace(void* p)
+      : ticket(static_cast<unsigned*>(p)), parts(static_cast<double2*>(p) + 1) {}
+  static size_t bytes(int64_t blocks) { return blocks > 1 ? (blocks + 1) * sizeof(double2) : 0; }
+};
+
+// The sum of x over the grid's threads. True in the one thread that has it: every block stores its
+// part, and the last one to finish adds them in order. There `tag` becomes nan unless all blocks
+// passed the same one.
+__device__ inline bool grid_sum(double& x, double& tag, void* workspace) {
+  x = block_sum(x);
+  if (gridDim.x == 1) return threadIdx.x == 0;
+  const GridSumWorkspace w(workspace);
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    w.parts[blockIdx.x] = make_double2(x, tag);
+    __threadfence();  // the part before the ticket
+    last = atomicAdd(w.ticket, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!last) return false;
+  __threadfence();  // the tickets before their parts
+  x = 0;
+  bool agreed = true;
+  for (unsigned b = threadIdx.x; b < gridDim.x; b += blockDim.x) {
+    const double2 part = __ldcg(&w.parts[b]);
+    x += part.x;
+    agreed = agreed && same_sign_and_value(part.y, tag);
+  }
+  x = block_sum(x);
+  agreed = __syncthreads_and(agreed);
+  if (threadIdx.x > 0) return false;
+  if (!agreed) tag = std::numeric_limits<double>::quiet_NaN();
+  return true;
+}
+
+// ---- before the launch --------------------------------------------------------------------------
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+// Zeroes grid_sum's ticket counter, if the grid needs one.
+inline cudaError_t zero_ticket(const Launch& l, int64_t blocks) {
+  if (blocks == 1) return cudaSuccess;
+  return cudaMemsetAsync(GridSumWorkspace(l.workspace).ticket, 0, sizeof(unsigned), l.stream);
+}
+
+}  // namespace fusedloss::cuda

@@ -1,0 +1,172 @@
+// How a call over rows is laid over the device; no CUDA header.
+#pragma once
+
+#include <algorithm>
+
+#include "../engine.h"
+#include "sizes.h"
+
+namespace fusedloss::cuda {
+
+// The threads that share a row in rows_contiguous.
+enum class Scope { kSubWarp, kBlock, kCluster };
+
+// How a row's vectors are laid over its threads and over shared memory.
+struct RowTiling {
+  int threads_per_row = kWarp;  // kSubWarp alone; the others use the whole block or cluster
+  int vectors_per_thread = 0;
+  int stages = 1;            // rows in shared memory: one is computed, the others are prefetched
+  bool fits_in_smem = true;  // if not, no row is in shared memory, and each is read twice
+};
+
+struct RowsPlan {
+  enum class Kernel { kStrided, kStridedVectorized, kSubWarp, kBlock, kCluster } kernel;
+  RowTiling tiling;
+  int threads = 0;     // a block
+  int cluster = 1;     // blocks of a cluster
+  int64_t blocks = 1;  // of the grid
+  int64_t smem = 0;    // bytes of dynamic shared memory a block
+};
+
+// ---- tuning -------------------------------------------------------------------------------------
+
+// Threads of a block. kSubWarp starts from more, since its rows are short.
+constexpr int kSubWarpBlock = 512, kRowBlock = 256, kStridedBlock = 128;
+
+// The vectors per thread at which a row moves from a warp to a block, and on to larger clusters.
+// Only the largest cluster holds more.
+constexpr int kMaxVectorsPerThread = 16;
+
+// Who shares a row of at most `vectors` vectors. Up to 4 threads have 4 each; 8 and 16 threads have
+// 8 each, over which a thread spreads its work per row; then come a warp, a block and clusters,
+// with kMaxVectorsPerThread each.
+struct RowThreads {
+  int64_t vectors;
+  RowsPlan::Kernel kernel;
+  int threads_per_row;
+  int cluster;
+};
+constexpr RowThreads kRowThreads[] = {
+    {4, RowsPlan::Kernel::kSubWarp, 1, 1},
+    {8, RowsPlan::Kernel::kSubWarp, 2, 1},
+    {16, RowsPlan::Kernel::kSubWarp, 4, 1},
+    {64, RowsPlan::Kernel::kSubWarp, 8, 1},
+    {128, RowsPlan::Kernel::kSubWarp, 16, 1},
+    {kWarp * kMaxVectorsPerThread, RowsPlan::Kernel::kSubWarp, kWarp, 1},
+    {kRowBlock * kMaxVectorsPerThread, RowsPlan::Kernel::kBlock, kWarp, 1},
+    {2 * kRowBlock * kMaxVectorsPerThread, RowsPlan::Kernel::kCluster, kWarp, 2},
+    {4 * kRowBlock * kMaxVectorsPerThread, RowsPlan::Kernel::kCluster, kWarp, 4},
+    {INT64_MAX, RowsPlan::Kernel::kCluster, kWarp, 8},
+};
+constexpr int kMaxClusterSize = 8;  // more than 8 blocks are not portable
+
+// Bytes of rows in shared memory per block, the current one included, and the rows they may come
+// from: one short row would not keep memory busy.
+constexpr int64_t kPrefetchBytes = 16 << 10, kMaxStages = 3;
+
+// Resident threads per SM, by their registers.
+constexpr int threads_per_sm(int element_bytes, bool hard) {
+  return element_bytes == 8 ? 256 : (hard ? 1024 : 768);
+}
+
+// Whether rows_strided reads vectors of rows where it can: a vector of two doubles saves nothing,
+// and soft targets take too many registers.
+constexpr bool strided_vectors(int element_bytes, bool hard) { return hard && element_bytes < 8; }
+
+// Classes that a kernel counts in int.
+constexpr int64_t kMaxClasses = 1 << 30;
+
+// Shared memory that kernels declare and the system reserves, and what a kernel gets unasked.
+constexpr int64_t kStaticSmem = 4 << 10, kDefaultSmem = 48 << 10;
+
+// ---- the plan -----------------------------------------------------------------------------------
+
+constexpr int bytes_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// Class indices without label smoothing.
+inline bool has_hard_targets(const CrossEntropy& call) {
+  return call.indices && call.label_smoothing == 0;
+}
+
+// Whether vectors of neighbouring rows are aligned, class after class.
+inline bool has_row_vectors(const Rows& r, int64_t size) {
+  return reinterpret_cast<uintptr_t>(r.data) % kVectorBytes == 0 && r.inner == 1 &&
+         r.outer % size == 0 && r.classes % size == 0;
+}
+
+inline RowsPlan plan_strided(const CrossEntropy& call, int64_t sms) {
+  const int bytes = bytes_of(call.input.dtype), size = kVectorBytes / bytes;
+  const bool vectorized = strided_vectors(bytes, has_hard_targets(call)) &&
+                          call.inner % size == 0 && has_row_vectors(call.input, size) &&
+                          (!call.gradient.data || has_row_vectors(call.gradient, size));
+  RowsPlan plan;
+  plan.kernel = vectorized ? RowsPlan::Kernel::kStridedVectorized : RowsPlan::Kernel::kStrided;
+  plan.threads = kStridedBlock;
+  const int64_t blocks = ceil_div(call.outer * call.inner, kStridedBlock * (vectorized ? size : 1));
+  plan.blocks = std::clamp<int64_t>(blocks, 1, sms * (1024 / kStridedBlock));
+  return plan;
+}
+
+// Device answers for the GPU: sms(), max_smem() of a block without kStaticSmem, smem_per_sm(),
+// has_clusters(), and active_clusters(plan), how many clusters of a plan run at once.
+template <class Device>
+RowsPlan plan_rows(const CrossEntropy& call, const Device& device,
+                   int max_cluster = kMaxClusterSize) {
+  using Kernel = RowsPlan::Kernel;
+  const int64_t sms = device.sms(), rows = call.outer * call.inner;
+  if (call.classes > kMaxClasses || call.input.classes != 1 ||
+      (call.gradient.data && call.gradient.classes != 1)) {
+    return plan_strided(call, sms);
+  }
+  const int bytes = bytes_of(call.input.dtype);
+  const int64_t vectors = std::max<int64_t>(1, call.classes * bytes / kVectorBytes);
+  const RowThreads* shared_by = kRowThreads;
+  while (shared_by->vectors < vectors) ++shared_by;
+  RowsPlan plan;
+  RowTiling& tiling = plan.tiling;
+  plan.kernel = shared_by->kernel;
+  tiling.threads_per_row = shared_by->threads_per_row;
+  int64_t groups = rows;  // of threads that share a row, as many as there is work for
+  if (plan.kernel == Kernel::kSubWarp) {
+    tiling.vectors_per_thread = static_cast<int>(ceil_div(vectors, tiling.threads_per_row));
+    plan.threads = kSubWarpBlock;
+    // Smaller blocks where there are too few of them, or where shared memory is too small.
+    while (plan.threads > kWarp &&
+           (ceil_div(rows, plan.threads / tiling.threads_per_row) < sms ||
+            int64_t{tiling.vectors_per_thread} * plan.threads * kVectorBytes > device.max_smem())) {
+      plan.threads /= 2;
+    }
+    groups = ceil_div(rows, plan.threads / tiling.threads_per_row);
+  } else {
+    if (plan.kernel == Kernel::kCluster) plan.cluster = std::min(shared_by->cluster, max_cluster);
+    if (plan.cluster > 1 && !device.has_clusters()) plan.cluster = 1;
+    if (plan.cluster == 1) plan.kernel = Kernel::kBlock;
+    const int64_t share = ceil_div(vectors, plan.cluster);  // vectors of a block
+    const int64_t threads = ceil_div(ceil_div(share, kMaxVectorsPerThread), kWarp) * kWarp;
+    plan.threads = static_cast<int>(std::min<int64_t>(threads, kRowBlock));
+    tiling.vectors_per_thread = static_cast<int>(ceil_div(share, plan.threads));
+  }
+  const int64_t row_bytes = int64_t{tiling.vectors_per_thread} * plan.threads * kVectorBytes;
+  tiling.fits_in_smem = row_bytes <= device.max_smem();
+  if (tiling.fits_in_smem) {
+    tiling.stages =
+        static_cast<int>(std::clamp<int64_t>(kPrefetchBytes / row_bytes, 1, kMaxStages));
+    plan.smem = tiling.stages * row_bytes;
+  }
+  // As many groups as run at once; each goes from row to row, and prefetches the next.
+  const int64_t threads = threads_per_sm(bytes, has_hard_targets(call));
+  const int64_t per_sm =
+      std::min(threads / plan.threads, device.smem_per_sm() / (plan.smem + kStaticSmem));
+  int64_t resident = sms * std::max<int64_t>(1, per_sm);
+  plan.blocks = plan.cluster;
+  if (plan.kernel == Kernel::kCluster) {
+    resident = device.active_clusters(plan);
+    if (resident == 0) return plan_rows(call, device, plan.cluster / 2);
+  }
+  plan.blocks = plan.cluster * std::clamp<int64_t>(groups, 1, resident);
+  return plan;
+}
+
+}  // namespace fusedloss::cuda

@@ -1,0 +1,13 @@
+// Sizes that kernels and launch plans share; no CUDA header.
+#pragma once
+
+#include <cstdint>
+
+namespace fusedloss::cuda {
+
+constexpr int kWarp = 32;         // threads of a warp
+constexpr int kVectorBytes = 16;  // the widest memory access of one thread
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace fusedloss::cuda

@@ -1,0 +1,95 @@
+// The threads that share a row: a slice of a warp, a block, or a cluster of blocks.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include "rows_plan.h"
+
+namespace fusedloss::cuda {
+
+// All threads of a block merge their states and get the result. Each warp passes its state through
+// shared memory. Two sets of them, used in turn, make one barrier per row enough: a thread that
+// overwrites a set has passed the barrier after its last reading.
+template <class State>
+__device__ void all_reduce_block(State& state, int set) {
+  __shared__ alignas(16) unsigned char bytes[2 * kWarp * sizeof(State)];
+  State* const of_warp = reinterpret_cast<State*>(bytes) + set * kWarp;
+  const unsigned lane = threadIdx.x % kWarp;
+  state.reduce_warp(kWarp);
+  if (lane == 0) of_warp[threadIdx.x / kWarp] = state;
+  __syncthreads();
+  state = lane < blockDim.x / kWarp ? of_warp[lane] : State();
+  state.reduce_warp(kWarp);
+}
+
+// Hardware without clusters does not declare them; there a group is a block, and is never launched.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+template <class>
+__device__ void this_cluster() {}
+#else
+constexpr bool kHasClusters = true;
+template <class>
+__device__ auto this_cluster() {
+  return cooperative_groups::this_cluster();
+}
+#endif
+
+template <Scope kScope, class State>
+struct ThreadGroup {
+  static constexpr bool kSubWarp = kScope == Scope::kSubWarp;
+  static constexpr bool kCluster = kHasClusters && kScope == Scope::kCluster;
+  const int size, rank;  // the group's threads, a power of two in a warp, and this one among them
+  int set = 0;
+
+  __device__ explicit ThreadGroup(int threads)
+      : size(kSubWarp ? threads : blocks() * blockDim.x),
+        rank(kSubWarp ? threadIdx.x % threads : block_rank() * blockDim.x + threadIdx.x) {}
+
+  // The rank of the thread that has vector v of a row. A remainder takes twenty instructions.
+  __device__ int owner(int v) const { return kSubWarp ? v & (size - 1) : v % size; }
+
+  // The rows of a group are first_row, first_row + row_stride, ... Groups of one warp have
+  // neighbouring rows and stay together: row_in_warp is this group's among them.
+  __device__ int64_t first_row() const {
+    if constexpr (!kSubWarp) return blockIdx.x / blocks();
+    const int64_t warp = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarp;
+    return warp * (kWarp / size) + row_in_warp();
+  }
+  __device__ int64_t row_stride() const {
+    return kSubWarp ? int64_t{gridDim.x} * blockDim.x / size : gridDim.x / blocks();
+  }
+  __device__ int64_t row_in_warp() const { return kSubWarp ? threadIdx.x % kWarp / size : 0; }
+
+  // Merges the states of the group's threads; all get the result.
+  __device__ void all_reduce(State& state) {
+    if constexpr (kSubWarp) return state.reduce_warp(size);
+    all_reduce_block(state, set);
+    if constexpr (kCluster) {
+      __shared__ alignas(16) unsigned char bytes[2 * sizeof(State)];
+      State* const of_block = reinterpret_cast<State*>(bytes) + set;
+      if (threadIdx.x == 0) *of_block = state;
+      cluster().sync();
+      state = State();
+      for (unsigned b = 0; b < blocks(); ++b) state.merge(*cluster().map_shared_rank(of_block, b));
+    }
+    set ^= 1;
+  }
+  // A block's shared memory ends with it: none may exit while another reads there.
+  __device__ void sync_before_exit() const {
+    if constexpr (kCluster) cluster().sync();
+  }
+
+ private:
+  __device__ static auto cluster() { return this_cluster<State>(); }
+  __device__ static unsigned blocks() {
+    if constexpr (kCluster) return cluster().num_blocks();
+    return 1;
+  }
+  __device__ static unsigned block_rank() {
+    if constexpr (kCluster) return cluster().block_rank();
+    return 0;
+  }
+};
+
+}  // namespace fusedloss::cuda

@@ -1,0 +1,166 @@
+// Number types, and vectors of 16 bytes of them.
+//
+// The sources are compiled with -fmad=false, so that a gradient has the same bits from every kernel
+// that computes it.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_pipeline.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "../engine.h"
+#include "sizes.h"
+
+namespace fusedloss::cuda {
+
+template <class T>
+inline constexpr T kInfinity = std::numeric_limits<T>::infinity();
+template <class T>
+inline constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
+
+// ---- numbers ------------------------------------------------------------------------------------
+
+// The type that numbers of type D are computed in.
+template <class D>
+using Compute = std::conditional_t<std::is_same_v<D, double>, double, float>;
+
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(__half x) { return __half2float(x); }
+
+template <class D, class T>
+__device__ D narrow(T x) {
+  if constexpr (std::is_same_v<D, __nv_bfloat16>) {
+    return __float2bfloat16_rn(static_cast<float>(x));
+  } else if constexpr (std::is_same_v<D, __half>) {
+    return __float2half_rn(static_cast<float>(x));
+  } else {
+    return static_cast<D>(x);
+  }
+}
+
+// Calls f with a value of the floating-point type that dtype names.
+template <class F>
+__host__ __device__ auto with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kBFloat16:
+      return f(__nv_bfloat16{});
+    case DType::kFloat16:
+      return f(__half{});
+    default:
+      return f(float{});
+  }
+}
+
+// data: (> i) of dtype
+template <class T>
+__device__ T read(const void* data, DType dtype, int64_t i) {
+  return with_type(dtype, [=](auto tag) {
+    return static_cast<T>(widen(static_cast<const decltype(tag)*>(data)[i]));
+  });
+}
+template <class T>
+__device__ void write(void* data, DType dtype, int64_t i, T x) {
+  with_type(dtype, [=](auto tag) {
+    using D = decltype(tag);
+    static_cast<D*>(data)[i] = narrow<D>(x);
+  });
+}
+
+// ---- vectors ------------------------------------------------------------------------------------
+
+template <class D>
+struct alignas(kVectorBytes) Vector16 {
+  static constexpr int kSize = kVectorBytes / sizeof(D);
+  D element[kSize];
+};
+
+// Element i of a vector. bf16 pairs stay packed until used: unpacking at the load would stall on
+// it.
+template <class D>
+__device__ Compute<D> widen(const Vector16<D>& vector, int i) {
+  if constexpr (std::is_same_v<D, __nv_bfloat16>) {
+    const unsigned pair = reinterpret_cast<const unsigned*>(vector.element)[i / 2];
+    return __uint_as_float(i % 2 ? pair & 0xffff0000u : pair << 16);
+  } else {
+    return widen(vector.element[i]);
+  }
+}
+
+// Sets the element at a run-time index. Plain indexing would move the vector to local memory.
+template <class D>
+__device__ void set_lane(Vector16<D>& vector, int lane, D x) {
+#pragma unroll
+  for (int i = 0; i < Vector16<D>::kSize; ++i) {
+    vector.element[i] = i == lane ? x : vector.element[i];
+  }
+}
+
+// Rounds as many numbers as fit a vector; two-byte types two at a time.
+template <class D>
+__device__ Vector16<D> pack(const Compute<D> (&x)[Vector16<D>::kSize]) {
+  Vector16<D> vector;
+#pragma unroll
+  for (int i = 0; i < Vector16<D>::kSize; i += 2) {
+    if constexpr (std::is_same_v<D, __nv_bfloat16>) {
+      const __nv_bfloat162 pair = __float22bfloat162_rn(make_float2(x[i], x[i + 1]));
+      vector.element[i] = pair.x;
+      vector.element[i + 1] = pair.y;
+    } else if constexpr (std::is_same_v<D, __half>) {
+      const __half2 pair = __float22half2_rn(make_float2(x[i], x[i + 1]));
+      vector.element[i] = pair.x;
+      vector.element[i + 1] = pair.y;
+    } else {
+      vector.element[i] = x[i];
+      vector.element[i + 1] = x[i + 1];
+    }
+  }
+  return vector;
+}
+
+// The largest element; nan is skipped.
+template <class D>
+__device__ Compute<D> max_element(const Vector16<D>& v) {
+  if constexpr (sizeof(D) == 2) {
+    using Pair = std::conditional_t<std::is_same_v<D, __half>, __half2, __nv_bfloat162>;
+    const auto* const x = reinterpret_cast<const Pair*>(v.element);
+    const Pair max = __hmax2(__hmax2(x[0], x[1]), __hmax2(x[2], x[3]));
+    return fmaxf(widen(max.x), widen(max.y));
+  } else {
+    D max = v.element[0];
+#pragma unroll
+    for (int i = 1; i < Vector16<D>::kSize; ++i) max = fmax(max, v.element[i]);
+    return max;
+  }
+}
+
+// Elements of type D between the last multiple of 16 bytes and p.
+template <class D>
+__host__ __device__ int misalignment(const D* p) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(p) % kVectorBytes / sizeof(D));
+}
+
+// ---- asynchronous copies to shared memory -------------------------------------------------------
+
+// The copies that a thread starts between two commits are one group.
+template <class D>
+__device__ void cp_async(Vector16<D>& to, const Vector16<D>* from) {
+  __pipeline_memcpy_async(&to, from, sizeof(to));
+}
+__device__ inline void cp_async_commit() { __pipeline_commit(); }
+// Waits until at most `groups` of this thread's cp.async groups are pending. The asm is a compiler
+// barrier: nothing else says that memory changed.
+__device__ inline void cp_async_wait(int groups) {
+  __pipeline_wait_prior(groups);
+  asm volatile("" ::: "memory");
+}
+
+}  // namespace fusedloss::cuda
