@@ -1,0 +1,176 @@
+// What both walks over rows share: a call as a row loss sees it, reading and writing operands, and
+// tasks with their sums. Loss is a struct of row_losses.h, T the type that it is computed in.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "../math/row_losses.h"
+#include "../math/sum.h"
+#include "staging.h"
+#include "stream.h"
+#include "wide.h"
+
+namespace fusedloss::cpu {
+namespace CPU_CAPABILITY {
+
+// ---- what comes from torch: vectors and threads -------------------------------------------------
+
+// A class index a lane, in registers as large as those of T.
+template <class T>
+using Index = at::vec::int_same_size_t<T>;
+
+#if defined(CPU_CAPABILITY_AVX512)
+FUSEDLOSS_HD Mask<float> same(Vec<int32_t> a, Vec<int32_t> b) {
+  return {_mm512_cmpeq_epi32_mask(a, b)};
+}
+FUSEDLOSS_HD Mask<double> same(Vec<int64_t> a, Vec<int64_t> b) {
+  return {_mm512_cmpeq_epi64_mask(a, b)};
+}
+#else
+FUSEDLOSS_HD Mask<float> same(Vec<int32_t> a, Vec<int32_t> b) { return simd::cast<float>(a == b); }
+FUSEDLOSS_HD Mask<double> same(Vec<int64_t> a, Vec<int64_t> b) {
+  return simd::cast<double>(a == b);
+}
+#endif
+
+// The larger of two; either of them where one is nan: a nan logit makes its row's sum nan whatever
+// max is.
+template <class T>
+FUSEDLOSS_HD Vec<T> larger(Vec<T> a, Vec<T> b) {
+  return at::vec::clamp_min(a, b);
+}
+template <class T>
+T largest_lane(Vec<T> v) {
+  return at::vec::vec_reduce_all<T>([](Vec<T>& a, Vec<T>& b) { return larger(a, b); }, v);
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c]
+template <class T>
+void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
+               int64_t columns) {
+  at::vec::transpose_mxn<T>(from, from_stride, to, to_stride, static_cast<int>(rows),
+                            static_cast<int>(columns));
+}
+
+// f(first, last) for ranges that cover [0, tasks), on torch's threads.
+template <class F>
+void for_tasks(int64_t tasks, F&& f) {
+  at::parallel_for(0, tasks, 1, f);
+}
+
+// ---- memory -------------------------------------------------------------------------------------
+
+// An array that begins with a cache line, so that no register lies across two. It has no values at
+// first: to clear it would take as long as a small call.
+constexpr size_t kCacheLine = 64;
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : data_(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(kCacheLine)))),
+        size_(size) {}
+  Buffer(int64_t size, T value) : Buffer(size) { fill(value); }
+  void fill(T value) const { std::fill_n(data(), size_, value); }
+  T* data() const { return data_.get(); }
+  T& operator[](int64_t i) const { return data()[i]; }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t(kCacheLine)); }
+  };
+  std::unique_ptr<T, Free> data_;
+  int64_t size_;
+};
+
+inline const char* address(const Rows& rows, int64_t offset) {
+  return static_cast<const char*>(rows.data) + offset * bytes_of(rows.dtype);
+}
+
+// Where an output that holds T is written.
+template <class T>
+T* output(const Rows& rows, int64_t offset) {
+  return static_cast<T*>(const_cast<void*>(rows.data)) + offset;
+}
+
+template <class T>
+Vec<T> load(const T* p, int64_t count, T rest) {
+  if (count >= Vec<T>::size()) return Vec<T>::loadu(p);
+  return Vec<T>::set(Vec<T>(rest), Vec<T>::loadu(p, count), count);
+}
+
+template <class T>
+FUSEDLOSS_HD void store(Vec<T> v, T* p, int64_t count, bool streams = false) {
+  if (count < Vec<T>::size()) {
+    v.store(p, static_cast<int>(count));
+  } else if (streams) {
+    stream(v, p);
+  } else {
+    v.store(p);
+  }
+}
+
+// ---- a call -------------------------------------------------------------------------------------
+
+template <class T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+template <class Loss>
+struct RowProblem {
+  using T = typename Loss::Number;
+  const CrossEntropy& call;
+  const Loss loss;
+  const typename Loss::Exact exact;
+  const T* const weight;
+  // Whether a loss needs the digits of what the smaller e^(x - max) add up to: a class of large
+  // weight multiplies them, where more classes count than a target that weighs as much.
+  const bool keeps_small;
+
+  explicit RowProblem(const CrossEntropy& c)
+      : call(c),
+        loss(c.indices, c.label_smoothing, static_cast<double>(c.classes), c.weight_sum),
+        exact(c.indices, c.label_smoothing, static_cast<double>(c.classes), c.weight_sum),
+        weight(static_cast<const T*>(c.weight)),
+        keeps_small(weight && loss.sums_targets()) {}
+
+  T class_weight(int64_t c) const { return weight ? weight[c] : T(1); }
+  double row_scale(int64_t row) const {
+    return call.upstream ? call.scale * double(static_cast<const T*>(call.upstream)[row])
+                         : call.scale;
+  }
+};
+
+template <class T>
+FUSEDLOSS_HD RegisterSum<T> operator+(RegisterSum<T> sum, Vec<T> x) {
+  sum.add(x);
+  return sum;
+}
+
+// Sums task(walk, t) over every t, in parallel, a walk a thread; the sums are added in order.
+template <class Walk, class Make, class Task>
+double sum_tasks(int64_t tasks, Make&& make, Task&& task) {
+  std::vector<double> sums(tasks);
+  for_tasks(tasks, [&](int64_t first, int64_t last) {
+    const std::unique_ptr<Walk> walk = make();
+    for (int64_t t = first; t < last; ++t) sums[t] = task(*walk, t);
+    finish_stream();
+  });
+  Sum sum;
+  for (double s : sums) sum.add(s);
+  return sum.value();
+}
+
+// The two walks: each writes what the call asks for and returns the sum of the rows' losses.
+// Row by row, for classes that lie side by side.
+template <class Loss>
+double rows_contiguous(const CrossEntropy& call);
+// Tiles of neighbouring rows, for rows that lie side by side, or of few classes.
+template <class Loss>
+double rows_tiled(const CrossEntropy& call);
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fusedloss::cpu
