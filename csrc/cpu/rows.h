@@ -57,34 +57,54 @@ void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int
                             static_cast<int>(columns));
 }
 
-// f(first, last) for ranges that cover [0, tasks), on torch's threads.
+// Sums task(walk, t) over every t, on torch's threads, a walk a thread; the sums are added in
+// order.
+template <class Walk, class Make, class Task>
+double sum_tasks(int64_t tasks, Make&& make, Task&& task) {
+  std::vector<double> sums(tasks);
+  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    const std::unique_ptr<Walk> walk = make();
+    for (int64_t t = first; t < last; ++t) sums[t] = task(*walk, t);
+    finish_stream();
+  });
+  Sum sum;
+  for (double s : sums) sum.add(s);
+  return sum.value();
+}
+
+// f(c...) with std::true_type or std::false_type for every condition: a loop compiled for each.
 template <class F>
-void for_tasks(int64_t tasks, F&& f) {
-  at::parallel_for(0, tasks, 1, f);
+FUSEDLOSS_HD void with_constants(F&& f) {
+  f();
+}
+template <class F, class... Others>
+FUSEDLOSS_HD void with_constants(F&& f, bool condition, Others... others) {
+  const auto with = [&](auto c) {
+    with_constants([&](auto... constants) { f(c, constants...); }, others...);
+  };
+  if (condition) {
+    with(std::true_type());
+  } else {
+    with(std::false_type());
+  }
 }
 
 // ---- memory -------------------------------------------------------------------------------------
 
 // An array that begins with a cache line, so that no register lies across two. It has no values at
 // first: to clear it would take as long as a small call.
-constexpr size_t kCacheLine = 64;
+struct alignas(64) CacheLine {
+  char bytes[64];
+};
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t size)
-      : data_(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(kCacheLine)))),
-        size_(size) {}
-  Buffer(int64_t size, T value) : Buffer(size) { fill(value); }
-  void fill(T value) const { std::fill_n(data(), size_, value); }
-  T* data() const { return data_.get(); }
+  explicit Buffer(int64_t size) : lines_(new CacheLine[size * sizeof(T) / sizeof(CacheLine) + 1]) {}
+  T* data() const { return reinterpret_cast<T*>(lines_.get()); }
   T& operator[](int64_t i) const { return data()[i]; }
 
  private:
-  struct Free {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t(kCacheLine)); }
-  };
-  std::unique_ptr<T, Free> data_;
-  int64_t size_;
+  std::unique_ptr<CacheLine[]> lines_;
 };
 
 inline const char* address(const Rows& rows, int64_t offset) {
@@ -143,26 +163,6 @@ struct RowProblem {
                          : call.scale;
   }
 };
-
-template <class T>
-FUSEDLOSS_HD RegisterSum<T> operator+(RegisterSum<T> sum, Vec<T> x) {
-  sum.add(x);
-  return sum;
-}
-
-// Sums task(walk, t) over every t, in parallel, a walk a thread; the sums are added in order.
-template <class Walk, class Make, class Task>
-double sum_tasks(int64_t tasks, Make&& make, Task&& task) {
-  std::vector<double> sums(tasks);
-  for_tasks(tasks, [&](int64_t first, int64_t last) {
-    const std::unique_ptr<Walk> walk = make();
-    for (int64_t t = first; t < last; ++t) sums[t] = task(*walk, t);
-    finish_stream();
-  });
-  Sum sum;
-  for (double s : sums) sum.add(s);
-  return sum.value();
-}
 
 // The two walks: each writes what the call asks for and returns the sum of the rows' losses.
 // Row by row, for classes that lie side by side.

@@ -19,18 +19,13 @@ constexpr int64_t kMaxKept = 1 << 20;
 // Asks for what is used next, a register at a time: an engine that loads and computes by turns
 // leaves memory idle half of the time. What lies beyond the end of data does nothing.
 struct Prefetch {
-  const char *to_read, *to_write;
-  int64_t read_size, write_size;
-
-  Prefetch(const Rows& in, int64_t in_offset, const Rows& out, int64_t out_offset)
-      : to_read(address(in, in_offset)),
-        to_write(address(out, out_offset)),
-        read_size(bytes_of(in.dtype)),
-        write_size(bytes_of(out.dtype)) {}
-
+  const char* from;
+  int64_t size;
+  Prefetch(const Rows& rows, int64_t offset)
+      : from(address(rows, offset)), size(bytes_of(rows.dtype)) {}
   // Inlined: the compiler takes a function that only prefetches for one without effect.
-  FUSEDLOSS_HD void read(int64_t i) const { __builtin_prefetch(to_read + i * read_size, 0, 2); }
-  FUSEDLOSS_HD void write(int64_t i) const { __builtin_prefetch(to_write + i * write_size, 1, 2); }
+  FUSEDLOSS_HD void read(int64_t i) const { __builtin_prefetch(from + i * size, 0, 2); }
+  FUSEDLOSS_HD void write(int64_t i) const { __builtin_prefetch(from + i * size, 1, 2); }
 };
 
 // f(i, lanes in use, which of four accumulators to use) for every register of [0, n).
@@ -56,10 +51,10 @@ double sum_of_lanes(Vec<T> v) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 template <class T>
-double sum_of_lanes(const RegisterSum<T>& sum) {
-  Sum all;
-  sum.add_to(all);
-  return all.value();
+double total(RegisterSum<T> sum) {
+  Sum total;
+  sum.add_to(total);
+  return total.value();
 }
 
 template <class T>
@@ -76,15 +71,27 @@ template <class Loss>
 struct RowWalk {
   using T = typename Loss::Number;
   using RowState = typename Loss::template State<double>;
+  using Part = typename Loss::template State<Vec<T>>;
   // Short rows end together, a register of them: logarithms and quotients of a row alone cost as
   // much as a few hundred of its classes.
   static constexpr int64_t kGroup = Vec<double>::size();
   using Group = std::array<double, kGroup>;  // a number of each row
 
-  // Where a row lies, and its class index; -1: its target is class probabilities.
   struct Place {
-    int64_t row, input, probabilities, gradient, target;
-    bool ignored;
+    int64_t row, outer, inner, target;  // target: a class index; -1: class probabilities
+    int64_t operator()(const Rows& r) const { return outer * r.outer + inner * r.inner; }
+  };
+
+  // Four states side by side, so that no addition waits for the one before.
+  struct Parts {
+    Part part[4];
+    FUSEDLOSS_HD explicit Parts(const RowState& row) {
+      const Vec<T> max(static_cast<T>(Loss::finite_max(row.max))), zero(0);
+      unrolled<4>([&](auto u) { part[u] = {max, zero, zero, zero}; });
+    }
+    FUSEDLOSS_HD double total(Vec<T> Part::* of) const {
+      return sum_of_lanes((part[0].*of + part[1].*of) + (part[2].*of + part[3].*of));
+    }
   };
 
   const RowProblem<Loss>& problem;
@@ -95,40 +102,24 @@ struct RowWalk {
   // Each block's e^(x - max) stays between the loss and the gradient, with the max of then.
   const bool keeps = call.gradient.data && call.classes * int64_t{sizeof(T)} <= kMaxKept;
   const Buffer<T> kept, kept_max;
-  alignas(kCacheLine) T logits[kBlock], target_shares[kBlock], gradient[kBlock];
+  alignas(CacheLine) T logits[kBlock], target_shares[kBlock], gradient[kBlock];
   typename Loss::template State<Group> states{};
   typename Loss::template Slope<Group> slopes{};
-  Group target_gaps{}, target_weights{}, target_gradients{}, losses{}, scales{};
+  Group target_gaps{}, target_weights{}, losses{}, scales{};
 
   explicit RowWalk(const RowProblem<Loss>& p)
       : problem(p), kept(keeps ? group * blocks * kBlock : 0), kept_max(group * blocks) {}
 
   Place place(int64_t row) const {
-    const int64_t o = row / call.inner, i = row % call.inner;
-    const auto offset = [=](const Rows& r) { return o * r.outer + i * r.inner; };
-    const int64_t target = call.indices ? call.indices[row] : -1;
-    return {row,
-            offset(call.input),
-            offset(call.probabilities),
-            offset(call.gradient),
-            target,
-            call.indices && target == call.ignore_index};
+    return {row, row / call.inner, row % call.inner, call.indices ? call.indices[row] : -1};
   }
+  bool ignored(const Place& at) const { return call.indices && at.target == call.ignore_index; }
 
-  // f(begin, n, block) for every block of the row that is number k of its group.
-  template <class F>
-  FUSEDLOSS_HD void for_blocks(int64_t k, F&& f) const {
-    for (int64_t b = 0; b < blocks; ++b) {
-      f(b * kBlock, std::min(kBlock, call.classes - b * kBlock), k * blocks + b);
-    }
-  }
-
-  // The classes [begin, begin + n) of the row at offset.
-  const T* read(const Rows& rows, int64_t offset, int64_t begin, int64_t n, T* scratch) const {
-    if (rows.classes == 1 && is_dtype<T>(rows.dtype)) {
-      return static_cast<const T*>(rows.data) + offset + begin;
-    }
-    widen(rows.dtype, rows.data, offset + begin * rows.classes, rows.classes, n, scratch);
+  // The classes [begin, begin + n) of a row.
+  const T* read(const Rows& rows, const Place& at, int64_t begin, int64_t n, T* scratch) const {
+    const int64_t offset = at(rows) + begin * rows.classes;
+    if (rows.classes == 1 && is_dtype<T>(rows.dtype)) return output<T>(rows, offset);
+    widen(rows.dtype, rows.data, offset, rows.classes, n, scratch);
     return scratch;
   }
 
@@ -136,7 +127,7 @@ struct RowWalk {
   const T* read_target_shares(const Place& at, int64_t begin, int64_t n) {
     const T* const w = problem.weight ? problem.weight + begin : nullptr;
     if (call.indices) return w;
-    const T* const y = read(call.probabilities, at.probabilities, begin, n, target_shares);
+    const T* const y = read(call.probabilities, at, begin, n, target_shares);
     if (!w && !loss.smooth) return y;
     for_registers<T>(n, [&](int64_t i, int64_t count, int) {
       const Vec<T> weights = w ? load(w + i, count, T(0)) : Vec<T>(1);
@@ -146,10 +137,10 @@ struct RowWalk {
   }
 
   // Adds the logits x of one block, but not x[target], which may lie outside of [0, n), to state,
-  // whose max counts them all; e^(x - max) goes to keep as well, if not null, to be written next.
-  template <bool kKeep, class S>
-  void add_logits(const T* x, int64_t n, int64_t target, RowState& state, S zero, T* keep,
-                  Prefetch ahead) const {
+  // whose max counts them all: each alone with kExact. With kKeep e^(x - max) goes to keep as well.
+  template <bool kKeep, bool kExact>
+  void add_logits(const T* x, int64_t n, int64_t target, RowState& state, T* keep, Prefetch next,
+                  Prefetch out) const {
     // The target's register, without it.
     constexpr int64_t kLanes = Vec<T>::size();
     T others[kLanes];
@@ -159,71 +150,55 @@ struct RowWalk {
       std::copy_n(x + others_begin, std::min(kLanes, n - others_begin), others);
       others[target - others_begin] = -kInfinity<T>;
     }
-    constexpr int kParts = std::is_same_v<S, Vec<T>> ? 4 : 1;
-    const Vec<T> max(static_cast<T>(Loss::finite_max(state.max))), none(0);
-    typename Loss::template State<Vec<T>, S> parts[kParts];
-    unrolled<kParts>([&](auto u) { parts[u] = {max, zero, none, none}; });
+    Parts parts(state);
+    RegisterSum<T> exact;
     for_registers<T>(n, [&](int64_t i, int64_t count, int u) __attribute__((always_inline)) {
-      ahead.read(i);
-      const Vec<T> e = Loss::add(parts[u % kParts],
-                                 load(i == others_begin ? others : x + i, count, -kInfinity<T>));
+      next.read(i);
+      const T* const from = i == others_begin ? others : x + i;
+      Part alone = parts.part[u];
+      const Vec<T> e = Loss::add(kExact ? alone : parts.part[u], load(from, count, -kInfinity<T>));
+      if constexpr (kExact) exact.add(e);
       if constexpr (kKeep) {
-        ahead.write(i);
+        out.write(i);
         store(e, keep + i, count);
       }
     });
-    S sum = parts[0].sum;
-    if constexpr (kParts == 4) sum = (sum + parts[1].sum) + (parts[2].sum + parts[3].sum);
-    Loss::merge(state, {state.max, sum_of_lanes(sum), 0, 0});
+    Loss::merge(state, {state.max, kExact ? total(exact) : parts.total(&Part::sum), 0, 0});
   }
 
   // Adds the targets of a block whose logits state has. kShares: they are q, else 1.
   template <bool kShares>
   void add_targets(const T* x, const T* q, int64_t n, RowState& state) const {
-    using Part = typename Loss::template State<Vec<T>>;
+    Parts parts(state);
     const T max = static_cast<T>(Loss::finite_max(state.max));
-    const Part start{Vec<T>(max), Vec<T>(0), Vec<T>(0), Vec<T>(0)};
-    Part parts[4] = {start, start, start, start};
     for_registers<T>(n, [&](int64_t i, int64_t count, int u) __attribute__((always_inline)) {
-      const Vec<T> shares = kShares ? load(q + i, count, T(0)) : Vec<T>(1);
-      Loss::add_target(parts[u], load(x + i, count, max), shares);
+      const Vec<T> share = kShares ? load(q + i, count, T(0)) : Vec<T>(1);
+      Loss::add_target(parts.part[u], load(x + i, count, max), share);
     });
-    const auto sum = [&](Vec<T> Part::* of) __attribute__((always_inline)) {
-      return sum_of_lanes((parts[0].*of + parts[1].*of) + (parts[2].*of + parts[3].*of));
-    };
-    const double mass = kShares ? sum(&Part::target_mass) : static_cast<double>(n);
-    Loss::merge(state, {state.max, 0, sum(&Part::weighted_logits), mass});
+    const double mass = kShares ? parts.total(&Part::target_mass) : static_cast<double>(n);
+    Loss::merge(state, {state.max, 0, parts.total(&Part::weighted_logits), mass});
   }
 
   void reduce(int64_t k, const Place& at) {
-    const T target_logit = *read(call.input, at.input, std::max<int64_t>(at.target, 0), 1, logits);
+    const T target_logit = *read(call.input, at, std::max<int64_t>(at.target, 0), 1, logits);
     RowState state{at.target >= 0 ? target_logit : -kInfinity<T>, 0, 0, 0};
-    for_blocks(k, [&](int64_t begin, int64_t n, int64_t block) {
-      const T* const x = read(call.input, at.input, begin, n, logits);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t begin = b * kBlock, n = std::min(kBlock, call.classes - begin);
+      const T* const x = read(call.input, at, begin, n, logits);
       // The next block, or the next row's first; and this one's gradient, which is written soon.
-      const Prefetch ahead(call.input, at.input + begin + n, call.gradient, at.gradient + begin);
+      const Prefetch next(call.input, at(call.input) + begin + n),
+          out(call.gradient, at(call.gradient) + begin);
       Loss::rescale(state, static_cast<double>(largest(x, n)));
-      kept_max[block] = static_cast<T>(state.max);
-      const auto add = [&](auto zero) {
-        if (keeps) {
-          T* const keep = &kept[block * kBlock];
-          add_logits<true>(x, n, at.target - begin, state, zero, keep, ahead);
-        } else {
-          add_logits<false>(x, n, at.target - begin, state, zero, nullptr, ahead);
-        }
+      kept_max[k * blocks + b] = static_cast<T>(state.max);
+      T* const keep = kept.data() + (k * blocks + b) * kBlock;
+      const auto add = [&](auto keeps, auto exact) {
+        add_logits<keeps(), exact()>(x, n, at.target - begin, state, keep, next, out);
       };
-      if (problem.keeps_small) {
-        add(RegisterSum<T>());
-      } else {
-        add(Vec<T>(0));
-      }
-      if (!loss.sums_targets()) return;
-      if (const T* const q = read_target_shares(at, begin, n)) {
-        add_targets<true>(x, q, n, state);
-      } else {
-        add_targets<false>(x, q, n, state);
-      }
-    });
+      with_constants(add, keeps, problem.keeps_small);
+      if (!loss.sums_targets()) continue;
+      const T* const q = read_target_shares(at, begin, n);
+      with_constants([&](auto shares) { add_targets<shares()>(x, q, n, state); }, q);
+    }
     states.max[k] = state.max;
     states.sum[k] = state.sum;
     states.weighted_logits[k] = state.weighted_logits;
@@ -237,64 +212,56 @@ struct RowWalk {
   void finish() {
     using V = Vec<double>;
     const auto lanes = [](const Group& numbers) { return V::loadu(numbers.data()); };
-    const V sum = lanes(states.sum), gap = lanes(target_gaps), weight = lanes(target_weights),
+    const V gap = lanes(target_gaps), weight = lanes(target_weights),
             target_exp = call.indices ? exp_nonpositive(gap) : V(0);
-    const typename Loss::template Row<V> row{
-        {lanes(states.max), sum, lanes(states.weighted_logits), lanes(states.target_mass)},
-        gap,
-        target_exp,
-        weight,
-        Loss::excess(sum, target_exp)};
-    loss.loss(row).store(losses.data());
+    const typename Loss::template State<V> row{lanes(states.max), lanes(states.sum),
+                                               lanes(states.weighted_logits),
+                                               lanes(states.target_mass)};
+    loss.loss(row, Loss::excess(row.sum, target_exp), gap, weight).store(losses.data());
     if (!call.gradient.data) return;
-    const auto slope = loss.slope(row, lanes(scales));
+    const auto slope = loss.slope(row, target_exp, weight, lanes(scales));
     slope.factor.store(slopes.factor.data());
     slope.scale.store(slopes.scale.data());
-    loss.target_gradient(slope, weight).store(target_gradients.data());
+    slope.target_gradient.store(slopes.target_gradient.data());
   }
 
   void write_gradient(int64_t k, const Place& at) {
     const Vec<T> max(states.max[k]);
     const int64_t stride = call.gradient.classes;
     const bool direct = is_dtype<T>(call.gradient.dtype) && stride == 1;
-    for_blocks(k, [&](int64_t begin, int64_t n, int64_t block) {
-      T* const out = direct ? output<T>(call.gradient, at.gradient + begin) : gradient;
-      const T* x = keeps ? &kept[block * kBlock] : read(call.input, at.input, begin, n, logits);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t begin = b * kBlock, n = std::min(kBlock, call.classes - begin),
+                    block = k * blocks + b;
+      T* const out = direct ? output<T>(call.gradient, at(call.gradient) + begin) : gradient;
+      const T* x = keeps ? &kept[block * kBlock] : read(call.input, at, begin, n, logits);
       const double gap = keeps ? double(kept_max[block]) - states.max[k] : 0;
-      const typename Loss::template Slope<Vec<T>> slope{
-          Vec<T>(gap == 0 ? slopes.factor[k] : slopes.factor[k] * std::exp(gap)),
-          Vec<T>(slopes.scale[k]), Vec<T>(0)};
-      const auto write = [&](auto gradient_of) {
-        for_registers<T>(n, [&](int64_t i, int64_t count, int) {
-          const Vec<T> v = load(x + i, count, T(0));
-          const Vec<T> e = keeps ? v : Loss::exponential(v, max);
-          store(gradient_of(e, i, count), out + i, count);
+      const double factor = gap == 0 ? slopes.factor[k] : slopes.factor[k] * std::exp(gap);
+      const typename Loss::template Slope<Vec<T>> slope{Vec<T>(factor), Vec<T>(slopes.scale[k]),
+                                                        Vec<T>(0), Vec<T>(0)};
+      const T* const q = loss.sums_targets() ? read_target_shares(at, begin, n) : nullptr;
+      const auto write = [&](auto keeps, auto soft, auto shares) {
+        for_registers<T>(n, [=](int64_t i, int64_t count, int) {
+          const Vec<T> v = load(x + i, count, T(0)), e = keeps() ? v : Loss::exponential(v, max),
+                       share = shares() ? load(q + i, count, T(0)) : Vec<T>(1);
+          store(soft() ? Loss::gradient(slope, e, share) : Loss::gradient(slope, e), out + i,
+                count);
         });
       };
-      const T* const q = loss.sums_targets() ? read_target_shares(at, begin, n) : nullptr;
-      if (q) {
-        write([&](Vec<T> e, int64_t i, int64_t count) {
-          return Loss::gradient(slope, e, load(q + i, count, T(0)));
-        });
-      } else if (loss.sums_targets()) {
-        write([&](Vec<T> e, int64_t, int64_t) { return Loss::gradient(slope, e, Vec<T>(1)); });
-      } else {
-        write([&](Vec<T> e, int64_t, int64_t) { return Loss::gradient(slope, e); });
-      }
+      with_constants(write, keeps, loss.sums_targets(), q);
       if (begin <= at.target && at.target < begin + n) {
-        out[at.target - begin] = static_cast<T>(target_gradients[k]);
+        out[at.target - begin] = static_cast<T>(slopes.target_gradient[k]);
       }
       if (!direct) {
         narrow(out, n, call.gradient.dtype, const_cast<void*>(call.gradient.data),
-               at.gradient + begin * stride, stride);
+               at(call.gradient) + begin * stride, stride);
       }
-    });
+    }
   }
 
   void clear_gradient(const Place& at) {
     with_type(call.gradient.dtype, [&](auto tag) {
       using D = decltype(tag);
-      D* const out = output<D>(call.gradient, at.gradient);
+      D* const out = output<D>(call.gradient, at(call.gradient));
       for (int64_t c = 0; c < call.classes; ++c) out[c * call.gradient.classes] = D(0);
     });
   }
@@ -303,16 +270,16 @@ struct RowWalk {
   void process_rows(int64_t begin, int64_t n, Sum& sum) {
     for (int64_t k = 0; k < n; ++k) {
       const Place at = place(begin + k);
-      if (!at.ignored) reduce(k, at);
+      if (!ignored(at)) reduce(k, at);
     }
     finish();
     for (int64_t k = 0; k < n; ++k) {
       const Place at = place(begin + k);
-      const T value = at.ignored ? T(0) : static_cast<T>(losses[k]);
+      const T value = ignored(at) ? T(0) : static_cast<T>(losses[k]);
       sum.add(value);
       if (call.value) narrow(&value, 1, call.value_dtype, call.value, at.row, 1);
       if (!call.gradient.data) continue;
-      if (at.ignored) {
+      if (ignored(at)) {
         clear_gradient(at);
       } else {
         write_gradient(k, at);

@@ -22,16 +22,12 @@ struct Shares : CrossEntropyRow<T> {
   T keep = Loss::confidence, spread = Loss::eps_per_class;
 
   template <class N>
-  static FUSEDLOSS_HD typename Loss::template Row<N> row(const RowSums<N>& r) {
-    return {{r.max, r.sum, r.dot, r.mass}, r.gap, r.at, r.weight, r.excess};
-  }
-  template <class N>
   FUSEDLOSS_HD N loss(const RowSums<N>& r) const {
-    return Loss::loss(row(r));
+    return Loss::template loss<N>({r.max, r.sum, r.dot, r.mass}, r.excess, r.gap, r.weight);
   }
   template <class N>
   FUSEDLOSS_HD RowSlope<N> slope(const RowSums<N>& r, N scale) const {
-    const auto s = Loss::slope(row(r), scale);
+    const auto s = Loss::template slope<N>({r.max, r.sum, r.dot, r.mass}, r.at, r.weight, scale);
     return {s.factor, s.scale, s.target_term};
   }
 };

@@ -43,19 +43,10 @@ struct CrossEntropyRow {
     N weighted_logits;  // of q (x - max)
     N target_mass;      // of q
   };
-  // A complete row, with its target class where targets are class indices.
-  template <class N>
-  struct Row {
-    State<N> state;
-    N target_gap;  // from max to the target's logit
-    N target_exp;  // e^target_gap; 0 for class probabilities
-    N target_weight;
-    N excess;
-  };
   // What the gradient of a row is made of; the target class has target_term for its e^(x - max).
   template <class N>
   struct Slope {
-    N factor, scale, target_term;
+    N factor, scale, target_term, target_gradient;
   };
 
   // Whether weighted_logits and target_mass count.
@@ -104,33 +95,36 @@ struct CrossEntropyRow {
     state.target_mass += other.target_mass;
   }
 
-  // What all e^(x - max) but the largest, which is 1, add up to.
+  // What all e^(x - max) but the largest, which is 1, add up to. Of a complete row, target_gap
+  // leads from max to the target's logit, and target_exp is e^target_gap, 0 for class
+  // probabilities.
   template <class N>
   static FUSEDLOSS_HD N excess(N sum, N target_exp) {
     return sum + (target_exp - N(1));
   }
   template <class N>
-  FUSEDLOSS_HD N loss(const Row<N>& row) const {
-    const N log_sum = log1p(row.excess);
-    if (!indices) return row.state.target_mass * log_sum - row.state.weighted_logits;
-    const N hard = N(confidence) * row.target_weight * (log_sum - row.target_gap);
+  FUSEDLOSS_HD N loss(const State<N>& row, N excess, N target_gap, N target_weight) const {
+    const N log_sum = log1p(excess);
+    if (!indices) return row.target_mass * log_sum - row.weighted_logits;
+    const N hard = N(confidence) * target_weight * (log_sum - target_gap);
     if (!smooth) return hard;
-    return hard + N(eps_per_class) * (N(weight_sum) * log_sum - row.state.weighted_logits);
+    return hard + N(eps_per_class) * (N(weight_sum) * log_sum - row.weighted_logits);
   }
 
   // Every element of the gradient is multiplied by `scale`.
   template <class N>
-  FUSEDLOSS_HD Slope<N> slope(const Row<N>& row, N scale) const {
-    const N sum = row.state.sum;
-    if (!indices) return {row.state.target_mass * scale / sum, scale, N(0)};
-    const N hard = N(confidence) * row.target_weight;
-    N mass = hard, target_term = N(0) - sum;
+  FUSEDLOSS_HD Slope<N> slope(const State<N>& row, N target_exp, N target_weight, N scale) const {
+    if (!indices) return {row.target_mass * scale / row.sum, scale, N(0), N(0)};
+    const N hard = N(confidence) * target_weight;
+    N mass = hard, target_term = N(0) - row.sum;
     if (smooth) {
       const N soft = N(eps_per_class) * N(weight_sum);
       mass = hard + soft;
-      target_term = select(mass == N(0), N(0), (soft * row.target_exp - hard * sum) / mass);
+      target_term = select(mass == N(0), N(0), (soft * target_exp - hard * row.sum) / mass);
     }
-    return {mass * scale / (sum + row.target_exp), N(eps_per_class) * scale, target_term};
+    const N factor = mass * scale / (row.sum + target_exp), class_scale = N(eps_per_class) * scale,
+            g = target_term * factor;
+    return {factor, class_scale, target_term, smooth ? g - target_weight * class_scale : g};
   }
   // e is e^(x - max). For class indices q is w, and counts with label smoothing only.
   template <class N>
@@ -140,11 +134,6 @@ struct CrossEntropyRow {
   template <class N>
   static FUSEDLOSS_HD N gradient(const Slope<N>& slope, N e, N q) {
     return gradient(slope, e) - q * slope.scale;
-  }
-  template <class N>
-  FUSEDLOSS_HD N target_gradient(const Slope<N>& slope, N target_weight) const {
-    const N g = slope.target_term * slope.factor;
-    return smooth ? g - target_weight * slope.scale : g;
   }
 };
 
