@@ -15,6 +15,8 @@
 #include "stream.h"
 #include "wide.h"
 
+#define FUSEDLOSS_INLINE __attribute__((always_inline))  // of a lambda
+
 namespace fusedloss::cpu {
 namespace CPU_CAPABILITY {
 
@@ -24,19 +26,15 @@ namespace CPU_CAPABILITY {
 template <class T>
 using Index = at::vec::int_same_size_t<T>;
 
+template <class T>
+FUSEDLOSS_HD Mask<T> same(Vec<Index<T>> a, Vec<Index<T>> b) {
 #if defined(CPU_CAPABILITY_AVX512)
-FUSEDLOSS_HD Mask<float> same(Vec<int32_t> a, Vec<int32_t> b) {
-  return {_mm512_cmpeq_epi32_mask(a, b)};
-}
-FUSEDLOSS_HD Mask<double> same(Vec<int64_t> a, Vec<int64_t> b) {
-  return {_mm512_cmpeq_epi64_mask(a, b)};
-}
+  const auto lanes = sizeof(T) == 4 ? _mm512_cmpeq_epi32_mask(a, b) : _mm512_cmpeq_epi64_mask(a, b);
+  return {static_cast<uint16_t>(lanes)};
 #else
-FUSEDLOSS_HD Mask<float> same(Vec<int32_t> a, Vec<int32_t> b) { return simd::cast<float>(a == b); }
-FUSEDLOSS_HD Mask<double> same(Vec<int64_t> a, Vec<int64_t> b) {
-  return simd::cast<double>(a == b);
-}
+  return simd::cast<T>(a == b);
 #endif
+}
 
 // The larger of two; either of them where one is nan: a nan logit makes its row's sum nan whatever
 // max is.

@@ -16,18 +16,6 @@ constexpr int64_t kBlock = 1024;  // elements of a row at a time
 // Bytes of a row's exponentials that are kept for its gradient: what a core's own cache may hold.
 constexpr int64_t kMaxKept = 1 << 20;
 
-// Asks for what is used next, a register at a time: an engine that loads and computes by turns
-// leaves memory idle half of the time. What lies beyond the end of data does nothing.
-struct Prefetch {
-  const char* from;
-  int64_t size;
-  Prefetch(const Rows& rows, int64_t offset)
-      : from(address(rows, offset)), size(bytes_of(rows.dtype)) {}
-  // Inlined: the compiler takes a function that only prefetches for one without effect.
-  FUSEDLOSS_HD void read(int64_t i) const { __builtin_prefetch(from + i * size, 0, 2); }
-  FUSEDLOSS_HD void write(int64_t i) const { __builtin_prefetch(from + i * size, 1, 2); }
-};
-
 // f(i, lanes in use, which of four accumulators to use) for every register of [0, n).
 template <class T, class F>
 FUSEDLOSS_HD void for_registers(int64_t n, F&& f) {
@@ -139,8 +127,9 @@ struct RowWalk {
   // Adds the logits x of one block, but not x[target], which may lie outside of [0, n), to state,
   // whose max counts them all: each alone with kExact. With kKeep e^(x - max) goes to keep as well.
   template <bool kKeep, bool kExact>
-  void add_logits(const T* x, int64_t n, int64_t target, RowState& state, T* keep, Prefetch next,
-                  Prefetch out) const {
+  void add_logits(const T* x, int64_t n, int64_t target, RowState& state, T* keep, const char* next,
+                  const char* out) const {
+    const int64_t next_size = bytes_of(call.input.dtype), out_size = bytes_of(call.gradient.dtype);
     // The target's register, without it.
     constexpr int64_t kLanes = Vec<T>::size();
     T others[kLanes];
@@ -152,14 +141,14 @@ struct RowWalk {
     }
     Parts parts(state);
     RegisterSum<T> exact;
-    for_registers<T>(n, [&](int64_t i, int64_t count, int u) __attribute__((always_inline)) {
-      next.read(i);
+    for_registers<T>(n, [&](int64_t i, int64_t count, int u) FUSEDLOSS_INLINE {
+      __builtin_prefetch(next + i * next_size, 0, 2);
       const T* const from = i == others_begin ? others : x + i;
       Part alone = parts.part[u];
       const Vec<T> e = Loss::add(kExact ? alone : parts.part[u], load(from, count, -kInfinity<T>));
       if constexpr (kExact) exact.add(e);
       if constexpr (kKeep) {
-        out.write(i);
+        __builtin_prefetch(out + i * out_size, 1, 2);
         store(e, keep + i, count);
       }
     });
@@ -171,7 +160,7 @@ struct RowWalk {
   void add_targets(const T* x, const T* q, int64_t n, RowState& state) const {
     Parts parts(state);
     const T max = static_cast<T>(Loss::finite_max(state.max));
-    for_registers<T>(n, [&](int64_t i, int64_t count, int u) __attribute__((always_inline)) {
+    for_registers<T>(n, [&](int64_t i, int64_t count, int u) FUSEDLOSS_INLINE {
       const Vec<T> share = kShares ? load(q + i, count, T(0)) : Vec<T>(1);
       Loss::add_target(parts.part[u], load(x + i, count, max), share);
     });
@@ -185,9 +174,10 @@ struct RowWalk {
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t begin = b * kBlock, n = std::min(kBlock, call.classes - begin);
       const T* const x = read(call.input, at, begin, n, logits);
-      // The next block, or the next row's first; and this one's gradient, which is written soon.
-      const Prefetch next(call.input, at(call.input) + begin + n),
-          out(call.gradient, at(call.gradient) + begin);
+      // The next block, or the next row's first, and this one's gradient are asked for meanwhile:
+      // an engine that loads and computes by turns leaves memory idle half of the time.
+      const char* const next = address(call.input, at(call.input) + begin + n);
+      const char* const out = address(call.gradient, at(call.gradient) + begin);
       Loss::rescale(state, static_cast<double>(largest(x, n)));
       kept_max[k * blocks + b] = static_cast<T>(state.max);
       T* const keep = kept.data() + (k * blocks + b) * kBlock;

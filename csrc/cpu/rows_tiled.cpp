@@ -4,10 +4,9 @@
 // Fewest bytes for value and gradient: read logits, write gradient, 2 N elements. A tile is read
 // from memory once and stays in the cache, class by class, with a row a lane.
 #include <numeric>
+#include <utility>
 
 #include "rows.h"
-
-#define FUSEDLOSS_INLINE __attribute__((always_inline))  // for lambdas
 
 namespace fusedloss::cpu {
 namespace CPU_CAPABILITY {
@@ -75,42 +74,30 @@ struct TileCopier {
   }
 };
 
-// The class indices of a tile's rows.
+// The arrays of a tile; loops take a copy of these pointers, since a member's would be loaded anew
+// after each store.
 template <class T>
-struct TileTargets {
+struct TileArrays {
   static constexpr Index<T> kNone = -1;
-  const Buffer<Index<T>> target;  // kNone: the row is ignored, or lies beyond the tile's end
-  const Buffer<Index<T>> class_ids;
+  int64_t width;
+  // (classes, width). The logits, in a copy, since lines of the input that lie a power of two apart
+  // throw each other out of the cache; then e^(x - max), 0 for the target, in their place; then the
+  // gradient, where it does not go to memory as T.
+  T *logits, *target_shares;
+  // Of each row: its target and its max, and what its loss and its gradient are made of.
+  T *target_logit, *target_weight, *max, *losses, *factor, *slope_scale, *target_gradient;
+  double *scale, *sum, *weighted_logits, *target_mass;  // the last three are RegisterSums
+  // kNone: the row is ignored, or lies beyond the tile's end. 0 for class probabilities.
+  Index<T>*target, *class_ids;
   bool any_ignored = false;  // rows of the tile are
 
-  TileTargets(int64_t classes, int64_t width) : target(width), class_ids(classes) {
-    std::iota(class_ids.data(), class_ids.data() + classes, Index<T>(0));
-  }
-
-  void read(const int64_t* indices, int64_t ignore_index, int64_t n, int64_t width) {
-    // The next tile's, which the hardware would not foresee in time.
-    for (int64_t i = 0; i < width; i += 8) __builtin_prefetch(indices + width + i, 0, 2);
-    Index<T>* const to = target.data();
-    Index<T> any = 0;  // as wide as an index, so that the loop vectorises
-    for (int64_t i = 0; i < n; ++i) {
-      const bool ignored = indices[i] == ignore_index;
-      to[i] = ignored ? kNone : static_cast<Index<T>>(indices[i]);
-      any |= ignored;
-    }
-    any_ignored = any;
-    std::fill(to + n, to + width, kNone);
-  }
-
   // Which of the rows from i on have class c as their target, and which have none.
-  struct Masks {
-    const Index<T>*target, *class_ids;
-    FUSEDLOSS_HD Mask<T> are(int64_t c, int64_t i) const { return are_index(class_ids[c], i); }
-    FUSEDLOSS_HD Mask<T> are_none(int64_t i) const { return are_index(kNone, i); }
-    FUSEDLOSS_HD Mask<T> are_index(Index<T> index, int64_t i) const {
-      return same(at(target, i), Vec<Index<T>>(index));
-    }
-  };
-  Masks masks() const { return {target.data(), class_ids.data()}; }
+  FUSEDLOSS_HD Mask<T> is_target(int64_t c, int64_t i) const {
+    return same<T>(at(target, i), Vec<Index<T>>(class_ids[c]));
+  }
+  FUSEDLOSS_HD Mask<T> is_none(int64_t i) const {
+    return same<T>(at(target, i), Vec<Index<T>>(kNone));
+  }
 };
 
 // Walks over tiles of at most `width` rows, a multiple of a register's.
@@ -122,38 +109,36 @@ struct TileWalk {
   using Slope = typename Loss::template Slope<Vec<T>>;
   static constexpr int64_t kLanes = Vec<T>::size();
 
-  // Arrays of the tile at hand, as pointers of their own where loops run over them: those to a
-  // member would be loaded anew after each store.
-  struct Lines {
-    int64_t width;
-    // (classes, width). The logits, in a copy, since lines of the input that lie a power of two
-    // apart throw each other out of the cache; then e^(x - max), 0 for the target, in their place;
-    // then the gradient, where it does not go to memory as T.
-    T *logits, *target_shares;
-    // The target and the max of each row, and what its loss and its gradient are made of.
-    T *target_logit, *target_weight, *max, *losses, *factor, *slope_scale, *target_gradient;
-    double *scale, *sum, *weighted_logits, *target_mass;  // the last three are RegisterSums
-  };
-
   const RowProblem<Loss>& problem;
   const CrossEntropy& call = problem.call;
   const Loss& loss = problem.loss;
   const int64_t width, size = call.classes * width;
   const TileCopier<T> copier{call.classes, width};
-  TileTargets<T> targets{call.classes, width};
-  const Buffer<T> numbers{(call.indices ? 1 : 2) * size + 7 * width};
-  const Buffer<double> doubles{width + 3 * at_sum(width)};
-  Lines lines;
+  const Buffer<T> memory{(call.indices ? 1 : 2) * size + 7 * width};
+  const Buffer<double> double_memory{3 * at_sum(width) + width};
+  const Buffer<Index<T>> index_memory{width + call.classes};
+  TileArrays<T> arrays;
 
   TileWalk(const RowProblem<Loss>& p, int64_t w) : problem(p), width(w) {
-    T *const table = numbers.data(), *const row = &numbers[(call.indices ? 1 : 2) * size];
-    double *const d = doubles.data(), *const sums = d + w;
-    const int64_t s = at_sum(w);
-    lines = {w,           table,       table + size, row, row + w, row + 2 * w, row + 3 * w,
-             row + 4 * w, row + 5 * w, row + 6 * w,  d,   sums,    sums + s,    sums + 2 * s};
-    std::fill_n(lines.target_logit, 2 * w, T(1));
-    std::fill_n(lines.scale, w, call.scale);
-    std::fill_n(lines.sum, 3 * at_sum(w), 0.0);
+    auto& a = arrays;
+    a.width = w;
+    T* line = a.logits = memory.data();
+    a.target_shares = a.logits + size;
+    line += (call.indices ? 1 : 2) * size;
+    for (T** member : {&a.target_logit, &a.target_weight, &a.max, &a.losses, &a.factor,
+                       &a.slope_scale, &a.target_gradient}) {
+      *member = std::exchange(line, line + w);
+    }
+    double* sums = double_memory.data();
+    for (double** member : {&a.sum, &a.weighted_logits, &a.target_mass, &a.scale}) {
+      *member = std::exchange(sums, sums + at_sum(w));
+    }
+    a.target = index_memory.data();
+    a.class_ids = a.target + w;
+    std::fill_n(a.target_logit, 2 * w, T(1));
+    std::fill_n(a.sum, 3 * at_sum(w), 0.0);
+    std::fill_n(a.scale, w, call.scale);
+    std::iota(a.class_ids, a.class_ids + call.classes, Index<T>(0));
   }
 
   // Where the RegisterSum of the rows from i on lies.
@@ -181,45 +166,43 @@ struct TileWalk {
   // into `logits`, but -inf in place of the target's.
   template <bool kIndices>
   void find_max(const T* from, int64_t from_stride, int64_t n) const {
-    std::fill_n(lines.max, width, -kInfinity<T>);
-    for_classes(n, [=, to = lines, masks = targets.masks()](auto count, int64_t c,
-                                                            int64_t i) FUSEDLOSS_INLINE {
-      Vec<T> x[count], max = at(to.max, i), target_x = at(to.target_logit, i);
+    std::fill_n(arrays.max, width, -kInfinity<T>);
+    for_classes(n, [=, a = arrays](auto count, int64_t c, int64_t i) FUSEDLOSS_INLINE {
+      Vec<T> x[count], max = at(a.max, i), target_x = at(a.target_logit, i);
       unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
         x[u] = load(from + (c + u) * from_stride + i, n - i, T(0));
       });
       unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
         max = larger(x[u], max);
         if (!kIndices) return;
-        const Mask<T> is_target = masks.are(c + u, i);
+        const Mask<T> is_target = a.is_target(c + u, i);
         target_x = select(is_target, x[u], target_x);
         x[u] = select(is_target, Vec<T>(-kInfinity<T>), x[u]);
       });
-      unrolled<count>([&](auto u) { x[u].store(to.logits + (c + u) * to.width + i); });
-      max.store(to.max + i);
-      if (kIndices) target_x.store(to.target_logit + i);
+      unrolled<count>([&](auto u) { x[u].store(a.logits + (c + u) * a.width + i); });
+      max.store(a.max + i);
+      if (kIndices) target_x.store(a.target_logit + i);
     });
   }
 
   // Adds the targets of every class to the states.
   template <bool kIndices>
   void add_targets(int64_t n) const {
-    std::fill_n(lines.weighted_logits, 2 * at_sum(width), 0.0);
-    for_classes(n, [=, a = lines, masks = targets.masks(), p = problem](
-                       auto count, int64_t c, int64_t i) FUSEDLOSS_INLINE {
-      State<Vec<T>> few{at(a.max, i), Vec<T>(0), Vec<T>(0), Vec<T>(0)};
+    std::fill_n(arrays.weighted_logits, 2 * at_sum(width), 0.0);
+    for_classes(n, [=, a = arrays, p = problem](auto count, int64_t c, int64_t i) FUSEDLOSS_INLINE {
+      State<Vec<T>> part{at(a.max, i), Vec<T>(0), Vec<T>(0), Vec<T>(0)};
       unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
         const int64_t k = (c + u) * a.width + i;
         const Vec<T> x = at(a.logits, k);
         if constexpr (kIndices) {
-          Loss::add_target(few, select(masks.are(c + u, i), at(a.target_logit, i), x),
+          Loss::add_target(part, select(a.is_target(c + u, i), at(a.target_logit, i), x),
                            Vec<T>(p.class_weight(c + u)));
         } else {
-          Loss::add_target(few, x, at(a.target_shares, k));
+          Loss::add_target(part, x, at(a.target_shares, k));
         }
       });
-      add_to(a.weighted_logits + at_sum(i), few.weighted_logits);
-      if (!kIndices) add_to(a.target_mass + at_sum(i), few.target_mass);
+      add_to(a.weighted_logits + at_sum(i), part.weighted_logits);
+      if (!kIndices) add_to(a.target_mass + at_sum(i), part.target_mass);
     });
   }
 
@@ -228,24 +211,24 @@ struct TileWalk {
   // classes, and begin where no hardware foresees it.
   template <bool kExact>
   void add_logits(const Tile& tile) const {
-    std::fill_n(lines.sum, at_sum(width), 0.0);
+    std::fill_n(arrays.sum, at_sum(width), 0.0);
     const int64_t bytes = bytes_of(call.input.dtype);
     for_classes(tile.n,
-                [=, a = lines, ahead = address(call.input, tile.offset(call.input, 0, width)),
+                [=, a = arrays, ahead = address(call.input, tile.offset(call.input, 0, width)),
                  line = call.input.classes * bytes, step = call.input.inner * bytes](
                     auto count, int64_t c, int64_t i) FUSEDLOSS_INLINE {
-                  State<Vec<T>> few{at(a.max, i), Vec<T>(0), Vec<T>(0), Vec<T>(0)};
+                  State<Vec<T>> part{at(a.max, i), Vec<T>(0), Vec<T>(0), Vec<T>(0)};
                   Vec<T> e[count];
                   unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
                     __builtin_prefetch(ahead + (c + u) * line + i * step, 0, 2);
-                    e[u] = Loss::add(few, at(a.logits, (c + u) * a.width + i));
+                    e[u] = Loss::add(part, at(a.logits, (c + u) * a.width + i));
                   });
                   unrolled<count>([&](auto u) { e[u].store(a.logits + (c + u) * a.width + i); });
                   RegisterSum<T> sum = RegisterSum<T>::load(a.sum + at_sum(i));
                   if constexpr (kExact) {
                     unrolled<count>([&](auto u) { sum.add(e[u]); });
                   } else {
-                    sum.add(few.sum);
+                    sum.add(part.sum);
                   }
                   sum.store(a.sum + at_sum(i));
                 });
@@ -253,7 +236,7 @@ struct TileWalk {
 
   // The losses of the rows from i on, and their slopes.
   FUSEDLOSS_HD void finish(int64_t i) const {
-    const Lines& a = lines;
+    const auto a = arrays;
     const auto lanes = [=](const double* sums) FUSEDLOSS_INLINE {
       return RegisterSum<T>::load(sums + at_sum(i)).lanes();
     };
@@ -269,7 +252,7 @@ struct TileWalk {
     });
     const State<Vec<T>> row{max, narrow(sums), narrow(logit_sums), narrow(masses)};
     const Vec<T> losses = loss.loss(row, narrow(excess), gap, weight);
-    select(targets.masks().are_none(i), Vec<T>(0), losses).store(a.losses + i);
+    select(a.is_none(i), Vec<T>(0), losses).store(a.losses + i);
     if (!call.gradient.data) return;
     unrolled<Wide<T>::kParts>([&](auto p) FUSEDLOSS_INLINE {
       const typename Loss::Exact::template State<Vec<double>> exact_row{
@@ -285,30 +268,40 @@ struct TileWalk {
     narrow(target_gradients).store(a.target_gradient + i);
   }
 
-  void read_targets(const Tile& tile, int64_t first_row) {
-    Index<T>* const target = targets.target.data();
-    if (call.indices) {
-      targets.read(call.indices + first_row, call.ignore_index, tile.n, width);
-      for (int64_t i = 0; problem.weight && i < tile.n; ++i) {
-        lines.target_weight[i] = target[i] == targets.kNone ? T(0) : problem.weight[target[i]];
-      }
-      return;
+  void read_indices(const int64_t* indices, int64_t n) {
+    // The next tile's, which the hardware would not foresee in time.
+    for (int64_t i = 0; i < width; i += 8) __builtin_prefetch(indices + width + i, 0, 2);
+    const auto a = arrays;
+    Index<T> any = 0;  // as wide as an index, so that the loop vectorises
+    for (int64_t i = 0; i < n; ++i) {
+      const bool ignored = indices[i] == call.ignore_index;
+      a.target[i] = ignored ? a.kNone : static_cast<Index<T>>(indices[i]);
+      any |= ignored;
     }
-    std::fill(std::fill_n(target, tile.n, 0), target + width, targets.kNone);
-    copier.template copy<false>(call.probabilities, tile, lines.target_shares);
+    arrays.any_ignored = any;
+    std::fill(a.target + n, a.target + width, a.kNone);
+    for (int64_t i = 0; problem.weight && i < n; ++i) {
+      a.target_weight[i] = a.target[i] == a.kNone ? T(0) : problem.weight[a.target[i]];
+    }
+  }
+
+  void read_probabilities(const Tile& tile) const {
+    const auto a = arrays;
+    std::fill(std::fill_n(a.target, tile.n, 0), a.target + width, a.kNone);
+    copier.template copy<false>(call.probabilities, tile, a.target_shares);
     for (int64_t c = 0; (problem.weight || loss.smooth) && c < call.classes; ++c) {
       const Vec<T> w(problem.class_weight(c));
-      T* const q = lines.target_shares + c * width;
+      T* const q = a.target_shares + c * width;
       for (int64_t i = 0; i < tile.n; i += kLanes) loss.target_share(at(q, i), w).store(q + i);
     }
   }
 
   void read_logits(const Tile& tile) const {
     const bool direct = is_dtype<T>(call.input.dtype) && call.input.inner == 1;
-    if (!direct) copier.template copy<false>(call.input, tile, lines.logits);
+    if (!direct) copier.template copy<false>(call.input, tile, arrays.logits);
     const T* const data = static_cast<const T*>(call.input.data);
     const auto find = [&](auto indices) {
-      find_max<indices()>(direct ? data + tile.offset(call.input) : lines.logits,
+      find_max<indices()>(direct ? data + tile.offset(call.input) : arrays.logits,
                           direct ? call.input.classes : width, tile.n);
     };
     with_constants(find, call.indices);
@@ -316,23 +309,27 @@ struct TileWalk {
 
   double process_tile(const Tile& tile) {
     const int64_t first_row = tile.outer * call.inner + tile.begin;
-    read_targets(tile, first_row);
+    if (call.indices) {
+      read_indices(call.indices + first_row, tile.n);
+    } else {
+      read_probabilities(tile);
+    }
     read_logits(tile);
     if (loss.sums_targets()) {
       with_constants([&](auto indices) { add_targets<indices()>(tile.n); }, call.indices);
     }
     with_constants([&](auto exact) { add_logits<exact()>(tile); }, problem.keeps_small);
     for (int64_t i = 0; call.upstream && i < tile.n; ++i) {
-      lines.scale[i] = problem.row_scale(first_row + i);
+      arrays.scale[i] = problem.row_scale(first_row + i);
     }
     RegisterSum<T> sums;
     for (int64_t i = 0; i < tile.n; i += kLanes) {
       finish(i);
-      sums.add(at(lines.losses, i));
+      sums.add(at(arrays.losses, i));
     }
     Sum sum_of_losses;
     sums.add_to(sum_of_losses);
-    if (call.value) narrow(lines.losses, tile.n, call.value_dtype, call.value, first_row, 1);
+    if (call.value) narrow(arrays.losses, tile.n, call.value_dtype, call.value, first_row, 1);
     if (call.gradient.data) write_gradient(tile);
     return sum_of_losses.value();
   }
@@ -340,7 +337,7 @@ struct TileWalk {
   void write_gradient(const Tile& tile) const {
     const Rows& out = call.gradient;
     const bool direct = is_dtype<T>(out.dtype) && out.inner == 1;
-    T* const first = direct ? output<T>(out, tile.offset(out)) : lines.logits;
+    T* const first = direct ? output<T>(out, tile.offset(out)) : arrays.logits;
     const int64_t stride = direct ? out.classes : width;
     // Past the caches, if the whole is too large for them: as many lines at once as there are
     // classes are slow to read in. The first line is aligned, and all are whole registers apart.
@@ -348,9 +345,8 @@ struct TileWalk {
                          call.outer * call.classes * call.inner * sizeof(T) >= kStreamed &&
                          stride % kLanes == 0 && is_streamable(first);
     const auto write = [&](auto streamed, auto indices, auto smooth) FUSEDLOSS_INLINE {
-      for_classes(tile.n, [=, n = tile.n, a = lines, p = problem, masks = targets.masks(),
-                           any_ignored = targets.any_ignored](auto count, int64_t c,
-                                                              int64_t i) FUSEDLOSS_INLINE {
+      for_classes(tile.n, [=, n = tile.n, a = arrays, p = problem](auto count, int64_t c,
+                                                                   int64_t i) FUSEDLOSS_INLINE {
         T* const to = first + c * stride + i;
         const Vec<T> zero(0);
         const Slope slope{at(a.factor, i), at(a.slope_scale, i), zero, zero};
@@ -363,9 +359,9 @@ struct TileWalk {
           } else {
             g[u] = smooth() ? Loss::gradient(slope, at(a.logits, k), Vec<T>(p.class_weight(c + u)))
                             : Loss::gradient(slope, at(a.logits, k));
-            g[u] = select(masks.are(c + u, i), at(a.target_gradient, i), g[u]);
+            g[u] = select(a.is_target(c + u, i), at(a.target_gradient, i), g[u]);
             // 0 in an ignored row, whatever it and the weights hold.
-            if (any_ignored) g[u] = select(masks.are_none(i), zero, g[u]);
+            if (a.any_ignored) g[u] = select(a.is_none(i), zero, g[u]);
           }
         });
         unrolled<count>([&](auto u)
