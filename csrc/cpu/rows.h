@@ -15,14 +15,14 @@
 #include "stream.h"
 #include "wide.h"
 
-#define FUSEDLOSS_INLINE __attribute__((always_inline))  // of a lambda
+#define FUSEDLOSS_INLINE __attribute__((always_inline))  // for lambdas
 
 namespace fusedloss::cpu {
 namespace CPU_CAPABILITY {
 
-// ---- what comes from torch: vectors and threads -------------------------------------------------
+// ---- all that comes from torch: vectors and threads ---------------------------------------------
 
-// A class index a lane, in registers as large as those of T.
+// One class index per lane, in registers as large as those of T.
 template <class T>
 using Index = at::vec::int_same_size_t<T>;
 
@@ -55,7 +55,7 @@ void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int
                             static_cast<int>(columns));
 }
 
-// Sums task(walk, t) over every t, on torch's threads, a walk a thread; the sums are added in
+// Sums task(walk, t) over every t on torch's threads, one walk a thread. The sums are added in
 // order.
 template <class Walk, class Make, class Task>
 double sum_tasks(int64_t tasks, Make&& make, Task&& task) {
@@ -70,7 +70,7 @@ double sum_tasks(int64_t tasks, Make&& make, Task&& task) {
   return sum.value();
 }
 
-// f(c...) with std::true_type or std::false_type for every condition: a loop compiled for each.
+// f(c...) with std::true_type or std::false_type for every condition, to compile a loop for each.
 template <class F>
 FUSEDLOSS_HD void with_constants(F&& f) {
   f();
@@ -92,7 +92,7 @@ FUSEDLOSS_HD void with_constants(F&& f, bool condition, Others... others) {
 // An array that begins with a cache line, so that no register lies across two. It has no values at
 // first: to clear it would take as long as a small call.
 struct alignas(64) CacheLine {
-  char bytes[64];
+  unsigned char bytes[64];
 };
 template <class T>
 class Buffer {
@@ -109,9 +109,9 @@ inline const char* address(const Rows& rows, int64_t offset) {
   return static_cast<const char*>(rows.data) + offset * bytes_of(rows.dtype);
 }
 
-// Where an output that holds T is written.
+// The elements of rows that hold T; outputs are written there.
 template <class T>
-T* output(const Rows& rows, int64_t offset) {
+T* elements(const Rows& rows, int64_t offset) {
   return static_cast<T*>(const_cast<void*>(rows.data)) + offset;
 }
 
@@ -144,16 +144,16 @@ struct RowProblem {
   const Loss loss;
   const typename Loss::Exact exact;
   const T* const weight;
-  // Whether a loss needs the digits of what the smaller e^(x - max) add up to: a class of large
-  // weight multiplies them, where more classes count than a target that weighs as much.
-  const bool keeps_small;
+  // Whether every e^(x - max) is added in double: a class of large weight multiplies what the small
+  // ones add up to, unless only a target counts, which weighs as much.
+  const bool exact_sums;
 
   explicit RowProblem(const CrossEntropy& c)
       : call(c),
         loss(c.indices, c.label_smoothing, static_cast<double>(c.classes), c.weight_sum),
         exact(c.indices, c.label_smoothing, static_cast<double>(c.classes), c.weight_sum),
         weight(static_cast<const T*>(c.weight)),
-        keeps_small(weight && loss.sums_targets()) {}
+        exact_sums(weight && loss.sums_targets()) {}
 
   T class_weight(int64_t c) const { return weight ? weight[c] : T(1); }
   double row_scale(int64_t row) const {
@@ -162,11 +162,11 @@ struct RowProblem {
   }
 };
 
-// The two walks: each writes what the call asks for and returns the sum of the rows' losses.
-// Row by row, for classes that lie side by side.
+// Both walks write what the call asks for and return the sum of the rows' losses. This one goes row
+// by row, for classes that lie side by side.
 template <class Loss>
 double rows_contiguous(const CrossEntropy& call);
-// Tiles of neighbouring rows, for rows that lie side by side, or of few classes.
+// Goes by tiles of neighbouring rows, for rows that lie side by side or have few classes.
 template <class Loss>
 double rows_tiled(const CrossEntropy& call);
 

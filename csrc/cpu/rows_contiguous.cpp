@@ -67,7 +67,7 @@ struct RowWalk {
 
   struct Place {
     int64_t row, outer, inner, target;  // target: a class index; -1: class probabilities
-    int64_t operator()(const Rows& r) const { return outer * r.outer + inner * r.inner; }
+    int64_t offset(const Rows& r) const { return outer * r.outer + inner * r.inner; }
   };
 
   // Four states side by side, so that no addition waits for the one before.
@@ -105,8 +105,8 @@ struct RowWalk {
 
   // The classes [begin, begin + n) of a row.
   const T* read(const Rows& rows, const Place& at, int64_t begin, int64_t n, T* scratch) const {
-    const int64_t offset = at(rows) + begin * rows.classes;
-    if (rows.classes == 1 && is_dtype<T>(rows.dtype)) return output<T>(rows, offset);
+    const int64_t offset = at.offset(rows) + begin * rows.classes;
+    if (rows.classes == 1 && is_dtype<T>(rows.dtype)) return elements<T>(rows, offset);
     widen(rows.dtype, rows.data, offset, rows.classes, n, scratch);
     return scratch;
   }
@@ -124,8 +124,9 @@ struct RowWalk {
     return target_shares;
   }
 
-  // Adds the logits x of one block, but not x[target], which may lie outside of [0, n), to state,
-  // whose max counts them all: each alone with kExact. With kKeep e^(x - max) goes to keep as well.
+  // Adds the logits x of one block to state, whose max counts them already, but not x[target],
+  // which may lie outside of [0, n). kExact: each is added in double. kKeep: e^(x - max) goes to
+  // keep too.
   template <bool kKeep, bool kExact>
   void add_logits(const T* x, int64_t n, int64_t target, RowState& state, T* keep, const char* next,
                   const char* out) const {
@@ -164,8 +165,8 @@ struct RowWalk {
       const Vec<T> share = kShares ? load(q + i, count, T(0)) : Vec<T>(1);
       Loss::add_target(parts.part[u], load(x + i, count, max), share);
     });
-    const double mass = kShares ? parts.total(&Part::target_mass) : static_cast<double>(n);
-    Loss::merge(state, {state.max, 0, parts.total(&Part::weighted_logits), mass});
+    const double target_mass = kShares ? parts.total(&Part::target_mass) : static_cast<double>(n);
+    Loss::merge(state, {state.max, 0, parts.total(&Part::weighted_logits), target_mass});
   }
 
   void reduce(int64_t k, const Place& at) {
@@ -176,15 +177,15 @@ struct RowWalk {
       const T* const x = read(call.input, at, begin, n, logits);
       // The next block, or the next row's first, and this one's gradient are asked for meanwhile:
       // an engine that loads and computes by turns leaves memory idle half of the time.
-      const char* const next = address(call.input, at(call.input) + begin + n);
-      const char* const out = address(call.gradient, at(call.gradient) + begin);
+      const char* const next = address(call.input, at.offset(call.input) + begin + n);
+      const char* const out = address(call.gradient, at.offset(call.gradient) + begin);
       Loss::rescale(state, static_cast<double>(largest(x, n)));
       kept_max[k * blocks + b] = static_cast<T>(state.max);
-      T* const keep = kept.data() + (k * blocks + b) * kBlock;
+      T* const keep = keeps ? &kept[(k * blocks + b) * kBlock] : nullptr;
       const auto add = [&](auto keeps, auto exact) {
         add_logits<keeps(), exact()>(x, n, at.target - begin, state, keep, next, out);
       };
-      with_constants(add, keeps, problem.keeps_small);
+      with_constants(add, keeps, problem.exact_sums);
       if (!loss.sums_targets()) continue;
       const T* const q = read_target_shares(at, begin, n);
       with_constants([&](auto shares) { add_targets<shares()>(x, q, n, state); }, q);
@@ -222,7 +223,8 @@ struct RowWalk {
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t begin = b * kBlock, n = std::min(kBlock, call.classes - begin),
                     block = k * blocks + b;
-      T* const out = direct ? output<T>(call.gradient, at(call.gradient) + begin) : gradient;
+      T* const out =
+          direct ? elements<T>(call.gradient, at.offset(call.gradient) + begin) : gradient;
       const T* x = keeps ? &kept[block * kBlock] : read(call.input, at, begin, n, logits);
       const double gap = keeps ? double(kept_max[block]) - states.max[k] : 0;
       const double factor = gap == 0 ? slopes.factor[k] : slopes.factor[k] * std::exp(gap);
@@ -243,7 +245,7 @@ struct RowWalk {
       }
       if (!direct) {
         narrow(out, n, call.gradient.dtype, const_cast<void*>(call.gradient.data),
-               at(call.gradient) + begin * stride, stride);
+               at.offset(call.gradient) + begin * stride, stride);
       }
     }
   }
@@ -251,7 +253,7 @@ struct RowWalk {
   void clear_gradient(const Place& at) {
     with_type(call.gradient.dtype, [&](auto tag) {
       using D = decltype(tag);
-      D* const out = output<D>(call.gradient, at(call.gradient));
+      D* const out = elements<D>(call.gradient, at.offset(call.gradient));
       for (int64_t c = 0; c < call.classes; ++c) out[c * call.gradient.classes] = D(0);
     });
   }

@@ -57,7 +57,7 @@ struct TileCopier {
     const bool direct = is_dtype<T>(rows.dtype);
     for (int64_t i = 0; transposes(rows) && i < tile.n; i += kLanes) {
       const int64_t count = std::min(kLanes, tile.n - i), stride = direct ? rows.inner : classes;
-      T* const by_row = direct ? output<T>(rows, tile.offset(rows, 0, i)) : row_buffer.data();
+      T* const by_row = direct ? elements<T>(rows, tile.offset(rows, 0, i)) : row_buffer.data();
       const auto convert_rows = [&] {
         for (int64_t k = 0; !direct && k < count; ++k) {
           convert(tile.offset(rows, 0, i + k), 1, classes, by_row + k * classes);
@@ -84,7 +84,7 @@ struct TileArrays {
   // throw each other out of the cache; then e^(x - max), 0 for the target, in their place; then the
   // gradient, where it does not go to memory as T.
   T *logits, *target_shares;
-  // Of each row: its target and its max, and what its loss and its gradient are made of.
+  // A row's target and max, and what its loss and its gradient are made of.
   T *target_logit, *target_weight, *max, *losses, *factor, *slope_scale, *target_gradient;
   double *scale, *sum, *weighted_logits, *target_mass;  // the last three are RegisterSums
   // kNone: the row is ignored, or lies beyond the tile's end. 0 for class probabilities.
@@ -206,9 +206,9 @@ struct TileWalk {
     });
   }
 
-  // Adds the logits of every class to the states, each alone with kExact, and leaves e^(x - max) in
-  // their place. Prefetches the next tile meanwhile: its lines lie in as many pages as there are
-  // classes, and begin where no hardware foresees it.
+  // Adds the logits of every class to the states, each in double with kExact, and leaves e^(x -
+  // max) in their place. Prefetches the next tile meanwhile: its lines lie in as many pages as
+  // there are classes, and begin where no hardware foresees it.
   template <bool kExact>
   void add_logits(const Tile& tile) const {
     std::fill_n(arrays.sum, at_sum(width), 0.0);
@@ -318,7 +318,7 @@ struct TileWalk {
     if (loss.sums_targets()) {
       with_constants([&](auto indices) { add_targets<indices()>(tile.n); }, call.indices);
     }
-    with_constants([&](auto exact) { add_logits<exact()>(tile); }, problem.keeps_small);
+    with_constants([&](auto exact) { add_logits<exact()>(tile); }, problem.exact_sums);
     for (int64_t i = 0; call.upstream && i < tile.n; ++i) {
       arrays.scale[i] = problem.row_scale(first_row + i);
     }
@@ -337,7 +337,7 @@ struct TileWalk {
   void write_gradient(const Tile& tile) const {
     const Rows& out = call.gradient;
     const bool direct = is_dtype<T>(out.dtype) && out.inner == 1;
-    T* const first = direct ? output<T>(out, tile.offset(out)) : arrays.logits;
+    T* const first = direct ? elements<T>(out, tile.offset(out)) : arrays.logits;
     const int64_t stride = direct ? out.classes : width;
     // Past the caches, if the whole is too large for them: as many lines at once as there are
     // classes are slow to read in. The first line is aligned, and all are whole registers apart.

@@ -95,9 +95,8 @@ struct CrossEntropyRow {
     state.target_mass += other.target_mass;
   }
 
-  // What all e^(x - max) but the largest, which is 1, add up to. Of a complete row, target_gap
-  // leads from max to the target's logit, and target_exp is e^target_gap, 0 for class
-  // probabilities.
+  // What all e^(x - max) but the largest, which is 1, add up to. In a complete row, target_gap
+  // leads from max to the target's logit; target_exp is e^target_gap, or 0 for class probabilities.
   template <class N>
   static FUSEDLOSS_HD N excess(N sum, N target_exp) {
     return sum + (target_exp - N(1));
@@ -116,14 +115,15 @@ struct CrossEntropyRow {
   FUSEDLOSS_HD Slope<N> slope(const State<N>& row, N target_exp, N target_weight, N scale) const {
     if (!indices) return {row.target_mass * scale / row.sum, scale, N(0), N(0)};
     const N hard = N(confidence) * target_weight;
-    N mass = hard, target_term = N(0) - row.sum;
+    N target_mass = hard, target_term = N(0) - row.sum;
     if (smooth) {
       const N soft = N(eps_per_class) * N(weight_sum);
-      mass = hard + soft;
-      target_term = select(mass == N(0), N(0), (soft * target_exp - hard * row.sum) / mass);
+      target_mass = hard + soft;
+      target_term =
+          select(target_mass == N(0), N(0), (soft * target_exp - hard * row.sum) / target_mass);
     }
-    const N factor = mass * scale / (row.sum + target_exp), class_scale = N(eps_per_class) * scale,
-            g = target_term * factor;
+    const N factor = target_mass * scale / (row.sum + target_exp),
+            class_scale = N(eps_per_class) * scale, g = target_term * factor;
     return {factor, class_scale, target_term, smooth ? g - target_weight * class_scale : g};
   }
   // e is e^(x - max). For class indices q is w, and counts with label smoothing only.
