@@ -1,0 +1,174 @@
+// What both walks over rows share: a call as a row loss sees it, reading and writing operands, and
+// tasks with their sums. Loss is a struct of row_losses.h, T the type that it is computed in.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "../math/row_losses.h"
+#include "../math/sum.h"
+#include "staging.h"
+#include "stream.h"
+#include "wide.h"
+
+#define FUSEDLOSS_INLINE __attribute__((always_inline))  // for lambdas
+
+namespace fusedloss::cpu {
+namespace CPU_CAPABILITY {
+
+// ---- all that comes from torch: vectors and threads ---------------------------------------------
+
+// One class index per lane, in registers as large as those of T.
+template <class T>
+using Index = at::vec::int_same_size_t<T>;
+
+template <class T>
+FUSEDLOSS_HD Mask<T> same(Vec<Index<T>> a, Vec<Index<T>> b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const auto lanes = sizeof(T) == 4 ? _mm512_cmpeq_epi32_mask(a, b) : _mm512_cmpeq_epi64_mask(a, b);
+  return {static_cast<uint16_t>(lanes)};
+#else
+  return simd::cast<T>(a == b);
+#endif
+}
+
+// The larger of two; either of them where one is nan: a nan logit makes its row's sum nan whatever
+// max is.
+template <class T>
+FUSEDLOSS_HD Vec<T> larger(Vec<T> a, Vec<T> b) {
+  return at::vec::clamp_min(a, b);
+}
+template <class T>
+T largest_lane(Vec<T> v) {
+  return at::vec::vec_reduce_all<T>([](Vec<T>& a, Vec<T>& b) { return larger(a, b); }, v);
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c]
+template <class T>
+void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
+               int64_t columns) {
+  at::vec::transpose_mxn<T>(from, from_stride, to, to_stride, static_cast<int>(rows),
+                            static_cast<int>(columns));
+}
+
+// Sums task(walk, t) over every t on torch's threads, one walk a thread. The sums are added in
+// order.
+template <class Walk, class Make, class Task>
+double sum_tasks(int64_t tasks, Make&& make, Task&& task) {
+  std::vector<double> sums(tasks);
+  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    const std::unique_ptr<Walk> walk = make();
+    for (int64_t t = first; t < last; ++t) sums[t] = task(*walk, t);
+    finish_stream();
+  });
+  Sum sum;
+  for (double s : sums) sum.add(s);
+  return sum.value();
+}
+
+// f(c...) with std::true_type or std::false_type for every condition, to compile a loop for each.
+template <class F>
+FUSEDLOSS_HD void with_constants(F&& f) {
+  f();
+}
+template <class F, class... Others>
+FUSEDLOSS_HD void with_constants(F&& f, bool condition, Others... others) {
+  const auto with = [&](auto c) {
+    with_constants([&](auto... constants) { f(c, constants...); }, others...);
+  };
+  if (condition) {
+    with(std::true_type());
+  } else {
+    with(std::false_type());
+  }
+}
+
+// ---- memory -------------------------------------------------------------------------------------
+
+// An array that begins with a cache line, so that no register lies across two. It has no values at
+// first: to clear it would take as long as a small call.
+struct alignas(64) CacheLine {
+  unsigned char bytes[64];
+};
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : lines_(new CacheLine[size * sizeof(T) / sizeof(CacheLine) + 1]) {}
+  T* data() const { return reinterpret_cast<T*>(lines_.get()); }
+  T& operator[](int64_t i) const { return data()[i]; }
+
+ private:
+  std::unique_ptr<CacheLine[]> lines_;
+};
+
+inline const char* address(const Rows& rows, int64_t offset) {
+  return static_cast<const char*>(rows.data) + offset * bytes_of(rows.dtype);
+}
+
+// The elements of rows that hold T; outputs are written there.
+template <class T>
+T* elements(const Rows& rows, int64_t offset) {
+  return static_cast<T*>(const_cast<void*>(rows.data)) + offset;
+}
+
+template <class T>
+Vec<T> load(const T* p, int64_t count, T rest) {
+  if (count >= Vec<T>::size()) return Vec<T>::loadu(p);
+  return Vec<T>::set(Vec<T>(rest), Vec<T>::loadu(p, count), count);
+}
+
+template <class T>
+FUSEDLOSS_HD void store(Vec<T> v, T* p, int64_t count, bool streams = false) {
+  if (count < Vec<T>::size()) {
+    v.store(p, static_cast<int>(count));
+  } else if (streams) {
+    stream(v, p);
+  } else {
+    v.store(p);
+  }
+}
+
+// ---- a call -------------------------------------------------------------------------------------
+
+template <class T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+template <class Loss>
+struct RowProblem {
+  using T = typename Loss::Number;
+  const CrossEntropy& call;
+  const Loss loss;
+  const typename Loss::Exact exact;
+  const T* const weight;
+  // Whether every e^(x - max) is added in double: a class of large weight multiplies what the small
+  // ones add up to, unless only a target counts, which weighs as much.
+  const bool exact_sums;
+
+  explicit RowProblem(const CrossEntropy& c)
+      : call(c),
+        loss(c.indices, c.label_smoothing, static_cast<double>(c.classes), c.weight_sum),
+        exact(c.indices, c.label_smoothing, static_cast<double>(c.classes), c.weight_sum),
+        weight(static_cast<const T*>(c.weight)),
+        exact_sums(weight && loss.sums_targets()) {}
+
+  T class_weight(int64_t c) const { return weight ? weight[c] : T(1); }
+  double row_scale(int64_t row) const {
+    return call.upstream ? call.scale * double(static_cast<const T*>(call.upstream)[row])
+                         : call.scale;
+  }
+};
+
+// Both walks write what the call asks for and return the sum of the rows' losses. This one goes row
+// by row, for classes that lie side by side.
+template <class Loss>
+double rows_contiguous(const CrossEntropy& call);
+// Goes by tiles of neighbouring rows, for rows that lie side by side or have few classes.
+template <class Loss>
+double rows_tiled(const CrossEntropy& call);
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fusedloss::cpu

@@ -1,0 +1,305 @@
+// Losses over rows whose classes lie side by side, row by row.
+//
+// Fewest bytes for value and gradient: read logits, write gradient, 2 N elements. A row is read
+// from memory once, in blocks that stay in the cache for their second use.
+#include <array>
+#include <cmath>
+
+#include "rows.h"
+
+namespace fusedloss::cpu {
+namespace CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kTask = 32768;  // elements a task, at least: ATen's own grain
+constexpr int64_t kBlock = 1024;  // elements of a row at a time
+// Bytes of a row's exponentials that are kept for its gradient: what a core's own cache may hold.
+constexpr int64_t kMaxKept = 1 << 20;
+
+// f(i, lanes in use, which of four accumulators to use) for every register of [0, n).
+template <class T, class F>
+FUSEDLOSS_HD void for_registers(int64_t n, F&& f) {
+  constexpr int64_t kLanes = Vec<T>::size();
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    f(i, kLanes, 0);
+    f(i + kLanes, kLanes, 1);
+    f(i + 2 * kLanes, kLanes, 2);
+    f(i + 3 * kLanes, kLanes, 3);
+  }
+  for (; i < n; i += kLanes) f(i, std::min(kLanes, n - i), 0);
+}
+
+template <class T>
+double sum_of_lanes(Vec<T> v) {
+  T lanes[Vec<T>::size()];
+  v.store(lanes);
+  double sums[4] = {};  // not one chain of additions
+  unrolled<Vec<T>::size()>([&](auto i) { sums[i % 4] += lanes[i]; });
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+template <class T>
+double total(RegisterSum<T> sum) {
+  Sum total;
+  sum.add_to(total);
+  return total.value();
+}
+
+template <class T>
+T largest(const T* x, int64_t n) {
+  const Vec<T> none(-kInfinity<T>);
+  Vec<T> max[4] = {none, none, none, none};
+  for_registers<T>(n, [&](int64_t i, int64_t count, int u) {
+    max[u] = larger(max[u], load(x + i, count, -kInfinity<T>));
+  });
+  return largest_lane(larger(larger(max[0], max[1]), larger(max[2], max[3])));
+}
+
+template <class Loss>
+struct RowWalk {
+  using T = typename Loss::Number;
+  using RowState = typename Loss::template State<double>;
+  using Part = typename Loss::template State<Vec<T>>;
+  // Short rows end together, a register of them: logarithms and quotients of a row alone cost as
+  // much as a few hundred of its classes.
+  static constexpr int64_t kGroup = Vec<double>::size();
+  using Group = std::array<double, kGroup>;  // a number of each row
+
+  struct Place {
+    int64_t row, outer, inner, target;  // target: a class index; -1: class probabilities
+    int64_t offset(const Rows& r) const { return outer * r.outer + inner * r.inner; }
+  };
+
+  // Four states side by side, so that no addition waits for the one before.
+  struct Parts {
+    Part part[4];
+    FUSEDLOSS_HD explicit Parts(const RowState& row) {
+      const Vec<T> max(static_cast<T>(Loss::finite_max(row.max))), zero(0);
+      unrolled<4>([&](auto u) { part[u] = {max, zero, zero, zero}; });
+    }
+    FUSEDLOSS_HD double total(Vec<T> Part::* of) const {
+      return sum_of_lanes((part[0].*of + part[1].*of) + (part[2].*of + part[3].*of));
+    }
+  };
+
+  const RowProblem<Loss>& problem;
+  const CrossEntropy& call = problem.call;
+  const Loss& loss = problem.loss;
+  const int64_t blocks = (call.classes + kBlock - 1) / kBlock;
+  const int64_t group = blocks == 1 ? kGroup : 1;  // rows
+  // Each block's e^(x - max) stays between the loss and the gradient, with the max of then.
+  const bool keeps = call.gradient.data && call.classes * int64_t{sizeof(T)} <= kMaxKept;
+  const Buffer<T> kept, kept_max;
+  alignas(CacheLine) T logits[kBlock], target_shares[kBlock], gradient[kBlock];
+  typename Loss::template State<Group> states{};
+  typename Loss::template Slope<Group> slopes{};
+  Group target_gaps{}, target_weights{}, losses{}, scales{};
+
+  explicit RowWalk(const RowProblem<Loss>& p)
+      : problem(p), kept(keeps ? group * blocks * kBlock : 0), kept_max(group * blocks) {}
+
+  Place place(int64_t row) const {
+    return {row, row / call.inner, row % call.inner, call.indices ? call.indices[row] : -1};
+  }
+  bool ignored(const Place& at) const { return call.indices && at.target == call.ignore_index; }
+
+  // The classes [begin, begin + n) of a row.
+  const T* read(const Rows& rows, const Place& at, int64_t begin, int64_t n, T* scratch) const {
+    const int64_t offset = at.offset(rows) + begin * rows.classes;
+    if (rows.classes == 1 && is_dtype<T>(rows.dtype)) return elements<T>(rows, offset);
+    widen(rows.dtype, rows.data, offset, rows.classes, n, scratch);
+    return scratch;
+  }
+
+  // q of these classes; null: 1.
+  const T* read_target_shares(const Place& at, int64_t begin, int64_t n) {
+    const T* const w = problem.weight ? problem.weight + begin : nullptr;
+    if (call.indices) return w;
+    const T* const y = read(call.probabilities, at, begin, n, target_shares);
+    if (!w && !loss.smooth) return y;
+    for_registers<T>(n, [&](int64_t i, int64_t count, int) {
+      const Vec<T> weights = w ? load(w + i, count, T(0)) : Vec<T>(1);
+      store(loss.target_share(load(y + i, count, T(0)), weights), target_shares + i, count);
+    });
+    return target_shares;
+  }
+
+  // Adds the logits x of one block to state, whose max counts them already, but not x[target],
+  // which may lie outside of [0, n). kExact: each is added in double. kKeep: e^(x - max) goes to
+  // keep too.
+  template <bool kKeep, bool kExact>
+  void add_logits(const T* x, int64_t n, int64_t target, RowState& state, T* keep, const char* next,
+                  const char* out) const {
+    const int64_t next_size = bytes_of(call.input.dtype), out_size = bytes_of(call.gradient.dtype);
+    // The target's register, without it.
+    constexpr int64_t kLanes = Vec<T>::size();
+    T others[kLanes];
+    int64_t others_begin = -1;
+    if (0 <= target && target < n) {
+      others_begin = target / kLanes * kLanes;
+      std::copy_n(x + others_begin, std::min(kLanes, n - others_begin), others);
+      others[target - others_begin] = -kInfinity<T>;
+    }
+    Parts parts(state);
+    RegisterSum<T> exact;
+    for_registers<T>(n, [&](int64_t i, int64_t count, int u) FUSEDLOSS_INLINE {
+      __builtin_prefetch(next + i * next_size, 0, 2);
+      const T* const from = i == others_begin ? others : x + i;
+      Part alone = parts.part[u];
+      const Vec<T> e = Loss::add(kExact ? alone : parts.part[u], load(from, count, -kInfinity<T>));
+      if constexpr (kExact) exact.add(e);
+      if constexpr (kKeep) {
+        __builtin_prefetch(out + i * out_size, 1, 2);
+        store(e, keep + i, count);
+      }
+    });
+    Loss::merge(state, {state.max, kExact ? total(exact) : parts.total(&Part::sum), 0, 0});
+  }
+
+  // Adds the targets of a block whose logits state has. kShares: they are q, else 1.
+  template <bool kShares>
+  void add_targets(const T* x, const T* q, int64_t n, RowState& state) const {
+    Parts parts(state);
+    const T max = static_cast<T>(Loss::finite_max(state.max));
+    for_registers<T>(n, [&](int64_t i, int64_t count, int u) FUSEDLOSS_INLINE {
+      const Vec<T> share = kShares ? load(q + i, count, T(0)) : Vec<T>(1);
+      Loss::add_target(parts.part[u], load(x + i, count, max), share);
+    });
+    const double target_mass = kShares ? parts.total(&Part::target_mass) : static_cast<double>(n);
+    Loss::merge(state, {state.max, 0, parts.total(&Part::weighted_logits), target_mass});
+  }
+
+  void reduce(int64_t k, const Place& at) {
+    const T target_logit = *read(call.input, at, std::max<int64_t>(at.target, 0), 1, logits);
+    RowState state{at.target >= 0 ? target_logit : -kInfinity<T>, 0, 0, 0};
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t begin = b * kBlock, n = std::min(kBlock, call.classes - begin);
+      const T* const x = read(call.input, at, begin, n, logits);
+      // The next block, or the next row's first, and this one's gradient are asked for meanwhile:
+      // an engine that loads and computes by turns leaves memory idle half of the time.
+      const char* const next = address(call.input, at.offset(call.input) + begin + n);
+      const char* const out = address(call.gradient, at.offset(call.gradient) + begin);
+      Loss::rescale(state, static_cast<double>(largest(x, n)));
+      kept_max[k * blocks + b] = static_cast<T>(state.max);
+      T* const keep = keeps ? &kept[(k * blocks + b) * kBlock] : nullptr;
+      const auto add = [&](auto keeps, auto exact) {
+        add_logits<keeps(), exact()>(x, n, at.target - begin, state, keep, next, out);
+      };
+      with_constants(add, keeps, problem.exact_sums);
+      if (!loss.sums_targets()) continue;
+      const T* const q = read_target_shares(at, begin, n);
+      with_constants([&](auto shares) { add_targets<shares()>(x, q, n, state); }, q);
+    }
+    states.max[k] = state.max;
+    states.sum[k] = state.sum;
+    states.weighted_logits[k] = state.weighted_logits;
+    states.target_mass[k] = state.target_mass;
+    target_gaps[k] = double(target_logit) - state.max;
+    target_weights[k] = problem.class_weight(std::max<int64_t>(at.target, 0));
+    scales[k] = problem.row_scale(at.row);
+  }
+
+  // The losses and slopes of the rows that were reduced.
+  void finish() {
+    using V = Vec<double>;
+    const auto lanes = [](const Group& numbers) { return V::loadu(numbers.data()); };
+    const V gap = lanes(target_gaps), weight = lanes(target_weights),
+            target_exp = call.indices ? exp_nonpositive(gap) : V(0);
+    const typename Loss::template State<V> row{lanes(states.max), lanes(states.sum),
+                                               lanes(states.weighted_logits),
+                                               lanes(states.target_mass)};
+    loss.loss(row, Loss::excess(row.sum, target_exp), gap, weight).store(losses.data());
+    if (!call.gradient.data) return;
+    const auto slope = loss.slope(row, target_exp, weight, lanes(scales));
+    slope.factor.store(slopes.factor.data());
+    slope.scale.store(slopes.scale.data());
+    slope.target_gradient.store(slopes.target_gradient.data());
+  }
+
+  void write_gradient(int64_t k, const Place& at) {
+    const Vec<T> max(states.max[k]);
+    const int64_t stride = call.gradient.classes;
+    const bool direct = is_dtype<T>(call.gradient.dtype) && stride == 1;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t begin = b * kBlock, n = std::min(kBlock, call.classes - begin),
+                    block = k * blocks + b;
+      T* const out =
+          direct ? elements<T>(call.gradient, at.offset(call.gradient) + begin) : gradient;
+      const T* x = keeps ? &kept[block * kBlock] : read(call.input, at, begin, n, logits);
+      const double gap = keeps ? double(kept_max[block]) - states.max[k] : 0;
+      const double factor = gap == 0 ? slopes.factor[k] : slopes.factor[k] * std::exp(gap);
+      const typename Loss::template Slope<Vec<T>> slope{Vec<T>(factor), Vec<T>(slopes.scale[k]),
+                                                        Vec<T>(0), Vec<T>(0)};
+      const T* const q = loss.sums_targets() ? read_target_shares(at, begin, n) : nullptr;
+      const auto write = [&](auto keeps, auto soft, auto shares) {
+        for_registers<T>(n, [=](int64_t i, int64_t count, int) {
+          const Vec<T> v = load(x + i, count, T(0)), e = keeps() ? v : Loss::exponential(v, max),
+                       share = shares() ? load(q + i, count, T(0)) : Vec<T>(1);
+          store(soft() ? Loss::gradient(slope, e, share) : Loss::gradient(slope, e), out + i,
+                count);
+        });
+      };
+      with_constants(write, keeps, loss.sums_targets(), q);
+      if (begin <= at.target && at.target < begin + n) {
+        out[at.target - begin] = static_cast<T>(slopes.target_gradient[k]);
+      }
+      if (!direct) {
+        narrow(out, n, call.gradient.dtype, const_cast<void*>(call.gradient.data),
+               at.offset(call.gradient) + begin * stride, stride);
+      }
+    }
+  }
+
+  void clear_gradient(const Place& at) {
+    with_type(call.gradient.dtype, [&](auto tag) {
+      using D = decltype(tag);
+      D* const out = elements<D>(call.gradient, at.offset(call.gradient));
+      for (int64_t c = 0; c < call.classes; ++c) out[c * call.gradient.classes] = D(0);
+    });
+  }
+
+  // The rows [begin, begin + n), n <= group; their losses go to sum, in order.
+  void process_rows(int64_t begin, int64_t n, Sum& sum) {
+    for (int64_t k = 0; k < n; ++k) {
+      const Place at = place(begin + k);
+      if (!ignored(at)) reduce(k, at);
+    }
+    finish();
+    for (int64_t k = 0; k < n; ++k) {
+      const Place at = place(begin + k);
+      const T value = ignored(at) ? T(0) : static_cast<T>(losses[k]);
+      sum.add(value);
+      if (call.value) narrow(&value, 1, call.value_dtype, call.value, at.row, 1);
+      if (!call.gradient.data) continue;
+      if (ignored(at)) {
+        clear_gradient(at);
+      } else {
+        write_gradient(k, at);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+template <class Loss>
+double rows_contiguous(const CrossEntropy& call) {
+  using Walk = RowWalk<Loss>;
+  const RowProblem<Loss> problem(call);
+  const int64_t rows = call.outer * call.inner;
+  const int64_t step = std::max<int64_t>(1, kTask / std::max<int64_t>(call.classes, 1));
+  return sum_tasks<Walk>((rows + step - 1) / step, [&] { return std::make_unique<Walk>(problem); },
+                         [&](Walk& walk, int64_t task) {
+                           const int64_t end = std::min(rows, (task + 1) * step);
+                           Sum sum;
+                           for (int64_t row = task * step; row < end; row += walk.group)
+                             walk.process_rows(row, std::min(walk.group, end - row), sum);
+                           return sum.value();
+                         });
+}
+
+template double rows_contiguous<CrossEntropyRow<float>>(const CrossEntropy& call);
+template double rows_contiguous<CrossEntropyRow<double>>(const CrossEntropy& call);
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fusedloss::cpu
