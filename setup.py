@@ -311,7 +311,7 @@ def compiled_part() -> dict[str, Any]:
             *sorted(str(p) for p in Path("csrc/torch").glob("*.cpp") if p.stem != "cuda"),
         ],
         depends=sorted(map(str, Path("csrc").rglob("*.*"))),
-        include_dirs=[str(Path("csrc").absolute())],
+        
         language="c++",
     )
     return {

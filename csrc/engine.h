@@ -1,4 +1,4 @@
-// What csrc/ops_cpu.cpp and csrc/ops_cuda.cpp ask of every engine: raw pointers and numbers, no
+// What csrc/torch/cpu.cpp and csrc/torch/cuda.cpp ask of every engine: raw pointers and numbers, no
 // tensors and no torch header.
 #pragma once
 

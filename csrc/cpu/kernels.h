@@ -1,4 +1,4 @@
-// What csrc/ops_cpu.cpp asks of the CPU engines.
+// What csrc/torch/cpu.cpp asks of the CPU engines.
 #pragma once
 
 #include "../engine.h"

@@ -1,4 +1,4 @@
-// What csrc/ops_cuda.cpp asks of the CUDA engines. Nothing here waits for the device: whatever
+// What csrc/torch/cuda.cpp asks of the CUDA engines. Nothing here waits for the device: whatever
 // depends on data stays in device memory.
 #pragma once
 

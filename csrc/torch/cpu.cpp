@@ -18,8 +18,8 @@
 #include <limits>
 #include <optional>
 
-#include "cpu/kernels.h"
-#include "math/sum.h"
+#include "../cpu/kernels.h"
+#include "../math/sum.h"
 #include "one_pass.h"
 
 namespace fusedloss {

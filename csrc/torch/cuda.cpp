@@ -17,8 +17,8 @@
 #include <sstream>
 #include <unordered_map>
 
-#include "cuda/custom_kernel.h"
-#include "cuda/kernels.h"
+#include "../cuda/custom_kernel.h"
+#include "../cuda/kernels.h"
 #include "one_pass.h"
 
 // Which tensors these operators take: CPU ones where the kernels are emulated.

@@ -10,8 +10,8 @@
 #include <string_view>
 #include <vector>
 
-#include "engine.h"
-#include "losses.h"
+#include "../engine.h"
+#include "../losses.h"
 #include "operators.h"
 
 namespace fusedloss {

@@ -1,7 +1,7 @@
 """Asks the CUDA engines, compiled over the emulator, for losses and gradients of CPU tensors.
 
 ``Calls`` lists calls and the memory they work on; runner.cpp runs them. ``Loss`` makes of one loss
-what csrc/ops_cuda.cpp makes of it, and ``OwnLoss`` of a custom loss.
+what csrc/torch/cuda.cpp makes of it, and ``OwnLoss`` of a custom loss.
 """
 
 from __future__ import annotations
