@@ -45,7 +45,7 @@ struct Pointwise {
   DType value_dtype = DType::kFloat32;
   void* gradient = nullptr;  // slope * weight * upstream, times what the engine's call says
   DType gradient_dtype = DType::kFloat32;
-  void* target_gradient = nullptr;  // likewise; losses of one's own alone
+  void* target_gradient = nullptr;  // likewise; custom losses alone
   DType target_gradient_dtype = DType::kFloat32;
 };
 

@@ -78,7 +78,7 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
 
     Args:
         fn: what calls a fused loss: a function of :mod:`fusedloss.functional`, a module of
-            :mod:`fusedloss`, a loss of your own, or a whole model whose forward pass ends in one.
+            :mod:`fusedloss`, a custom loss, or a whole model whose forward pass ends in one.
             It runs as far as its first fused loss, whose path is the answer.
 
     Raises:

@@ -424,7 +424,7 @@ def cuda(
         if found is None or found[1][0] != wanted[0]:
             yield Finding(
                 "note",
-                f"no nvcc of CUDA {wanted[0]}.x: a loss of your own is not compiled for CUDA tensors",
+                f"no nvcc of CUDA {wanted[0]}.x: a custom loss is not compiled for CUDA tensors",
                 f"install the CUDA toolkit {torch_cuda}, or point NVCC or CUDA_HOME at one",
             )
         return

@@ -1,4 +1,4 @@
-"""The words that a loss of one's own is written in; see :func:`fusedloss.pointwise_loss`.
+"""The primitives that custom losses are written in; see :func:`fusedloss.pointwise_loss`.
 
 Each is stable over its whole domain, with a slope to match, and keeps PyTorch's convention at kinks.
 They take the symbols that a loss is traced with, numbers, and tensors, to which they are PyTorch's

@@ -872,7 +872,7 @@ def test_told_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
         return (input - target) ** 2
 
     x, y = torch.randn(2, 3)
-    reason = f"compiled: has no kernels of losses of one's own for {DEVICE} tensors"
+    reason = f"compiled: has no kernels of custom losses for {DEVICE} tensors"
     with pytest.warns(RuntimeWarning, match=f"squared runs on plain PyTorch.*: {reason}"):
         value = squared(x, y)
     torch.testing.assert_close(value, (x - y).square().mean())

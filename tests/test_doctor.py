@@ -384,7 +384,7 @@ def test_no_nvcc_for_own_losses(version: str | None, bare_path: Path) -> None:
         program(bare_path, "nvcc", f"release {version}, V{version}.1")
     found = list(doctor.cuda("13.0", "13.0", None, fused=True))
     assert [finding.kind for finding in found] == ["ok", "note"]
-    assert "a loss of your own is not compiled" in found[1].what
+    assert "a custom loss is not compiled" in found[1].what
 
 
 def test_torch_for_the_cpu_beside_a_gpu() -> None:

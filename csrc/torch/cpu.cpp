@@ -179,7 +179,7 @@ Classes check_classes(const Tensor& target, int64_t classes, const Tensor& weigh
   const int64_t n = target.numel();
   constexpr int64_t kChunk = 32768;
   const int64_t chunks = (n + kChunk - 1) / kChunk;
-  // Of each chunk: the sum of its weights, or nothing, if an index is out of range.
+  // The sum of each chunk's weights; none where an index is out of range.
   c10::SmallVector<std::optional<double>, 4> sums(chunks);
   at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {

@@ -232,8 +232,8 @@ namespace {
 // (N, C, d1, ...) as (N, C, d), without a copy where the inner dimensions step evenly.
 Tensor join_inner(const Tensor& t) { return t.dim() <= 3 ? t : t.flatten(2); }
 
-// Of a tensor of (C), (N, C) or (N, C, d); a dimension that it has not is of size 1, whose stride
-// nothing reads.
+// The strides of a tensor of (C), (N, C) or (N, C, d). A missing dimension has size 1, and nothing
+// reads its stride.
 Rows rows_of(const Tensor& t) {
   Rows rows;
   rows.data = t.const_data_ptr();

@@ -107,7 +107,7 @@ def compiles_for(device: str) -> bool:
 
 def in_order(device: str) -> tuple[str, ...]:
     """The fused backends that take calls on ``device``: what the first has no kernel for, such as a
-    loss of one's own that it cannot compile, the next takes, unless one was chosen by name."""
+    custom loss that it cannot compile, the next takes, unless one was chosen by name."""
     first = _BY_NAME[fused_on[device]]
     later = BACKENDS[BACKENDS.index(first) + 1 :] if _chosen is None else ()
     return (first.name, *(row.name for row in later if row.unasked and device in row.devices))

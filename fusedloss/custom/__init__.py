@@ -1,4 +1,4 @@
-"""A loss of one's own: one line of maths, with the built-in losses' kernels.
+"""Custom losses: one line of maths, with the built-in losses' kernels.
 
     @fusedloss.pointwise_loss
     def charbonnier(input, target, *, eps=1e-3):
@@ -69,7 +69,7 @@ def _shown(value: Any) -> str:
 
 
 class PointwiseLoss:
-    """A loss of one's own, as :func:`pointwise_loss` makes it."""
+    """A custom loss, as :func:`pointwise_loss` makes it."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         from . import printing, tracing
@@ -478,7 +478,7 @@ def pointwise_loss(function: Callable[..., Any]) -> PointwiseLoss:
 
 
 class PointwiseLossModule(_Predicting):
-    """A loss of one's own as a module; see :meth:`PointwiseLoss.module`."""
+    """A custom loss as a module; see :meth:`PointwiseLoss.module`."""
 
     weight: Tensor | None
 
@@ -579,7 +579,7 @@ def _prepare(loss: PointwiseLoss, device: str, order: tuple[str, ...]) -> tuple[
         load = _LOADERS.get((backend, device))
         try:
             if load is None:
-                raise CannotCompile(f"has no kernels of losses of one's own for {device} tensors")
+                raise CannotCompile(f"has no kernels of custom losses for {device} tensors")
             key = load(loss)
         except (CannotCompile, OSError) as error:
             reasons.append(f"{backend}: {error}")

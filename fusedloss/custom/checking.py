@@ -143,7 +143,7 @@ def _gradients(probe: _Probe, x: Tensor, y: Tensor) -> list[str]:
         (TARGET, computed[1], 0.0, _STEP),
     ):
         sides = [probe.value(x + k * dx, y + k * dy) for k in (-2, -1, 1, 2)]
-        # Of fourth order. Where the one of second order is far off it, a kink is near.
+        # `fine` is of fourth order. Where the second-order `coarse` is far off it, a kink is near.
         coarse = (sides[2] - sides[1]) / (2 * _STEP)
         fine = (8 * (sides[2] - sides[1]) - (sides[3] - sides[0])) / (12 * _STEP)
         scale = slope.abs() + probe.value(x, y).abs() + 1

@@ -1,4 +1,4 @@
-"""The words of a loss of one's own, as SymPy functions: what each means, and its derivative.
+"""The primitives of custom losses, as SymPy functions: what each means, and its derivative.
 
 SymPy simplifies as mathematics allows, which rounding does not: ``log(1 + exp(x))`` overflows where
 ``softplus(x)`` does not. These functions are opaque to it. Each says
@@ -231,7 +231,7 @@ Erf: Any = _word(
         sympy.Float(1.1283791670955126) * ExpNonpositive(-(self.args[0] ** 2)),
     ),
 )
-# Of arguments known to be in the domain of the name: what derivatives and lowered forms are made of.
+# Their arguments are known to be in the domain: derivatives and lowered forms are made of these.
 ExpNonpositive: Any = _word("exp_nonpositive", torch.exp)
 Log1pUnit: Any = _word("log1p_unit", torch.log1p)
 # 1 / x as one division, which powers and quotients share.
@@ -418,7 +418,7 @@ class Sigmoid(Word):
     def lowered(self) -> Expr:
         x = self.args[0]
         small, large = _sigmoids(x)
-        # Of x and -x by one condition.
+        # One condition serves x and -x.
         if _is_negated(x):
             return Where(Less(-x, ZERO), large, small)
         return Where(Less(x, ZERO), small, large)

@@ -407,7 +407,7 @@ class _CrossEntropy:
         self.of, self.input, calls = of, input, of.calls
         compute = torch.float64 if input.dtype is torch.float64 else torch.float32
         sizes = self._rows(input).shape
-        # Of a transposed matrix the rows lie side by side.
+        # The rows of a transposed matrix lie side by side.
         self.swapped = sizes[1] != 1 and sizes[2] == 1 and self._rows(input).stride(1) != 1
         outer, classes, inner = reversed(sizes) if self.swapped else sizes
         self.sizes = (int(compute is torch.float64), outer, classes, inner)

@@ -121,7 +121,7 @@ def test_shared_memory_of_several_threads() -> None:
     check_all("plain", rows_of_classes((2, 24_000), (2, 14_000)))
 
 
-# Of every kernel one family: what its threads wait for does not depend on the loss.
+# One family per kernel: what its threads wait for does not depend on the loss.
 FAMILIES_OF_KERNELS = (
     "mse_loss",
     "mse_loss-weight",
@@ -137,7 +137,7 @@ def test_order(family: str) -> None:
     check_all("thread", few_of(family))
 
 
-# Of every kernel calls of many blocks, and of one.
+# Calls of every kernel with many blocks, and with one.
 TAUGHT = [
     ("mse_loss", (20_000,)),
     ("mse_loss", (30,)),

@@ -1,4 +1,4 @@
-"""Losses of one's own in the CUDA engine over the emulator, against the reference in fp64."""
+"""Custom losses in the CUDA engine over the emulator, against the reference in fp64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from helpers import assert_near, draw_upstream, leaf
 from own_losses import library
 from ways import Ways
 
-# Of roots and quotients; of exponentials, logarithms and powers; and with gradients of two kinds.
+# One with roots and quotients, one with exponentials, logarithms and powers, and one with gradients
+# of two kinds.
 LOSSES = {loss.__name__: loss for loss in (charbonnier, focal, gaussian_kl)}
 BY_LOSS = {case.name: case for case in CASES if case.name in LOSSES}
 BOTH, OF_INPUT, OF_TARGET = WANTS = (True, True), (True, False), (False, True)

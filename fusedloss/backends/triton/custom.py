@@ -1,4 +1,4 @@
-"""Losses of one's own: printed functions, made jit functions for the pointwise engine."""
+"""Custom losses: printed functions, made jit functions for the pointwise engine."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def between(x, low, high):
 
 
 # ---- of every number -----------------------------------------------------------------------------
-# What a loss of one's own may call with anything, infinities and nan included.
+# What a custom loss may call with anything, infinities and nan included.
 
 
 @triton.jit
