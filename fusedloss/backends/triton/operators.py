@@ -272,8 +272,8 @@ def _loss_backward(grad_output: Tensor, state: Tensor, *args: Any) -> list[Tenso
 
 def _loss_meta(*args: Any) -> Tensor:
     input, loss, reduction, dtype = args[0], args[4], args[7], args[8]
-    engine = cross_entropy if loss == "cross_entropy" else pointwise
-    return engine.empty_loss(input, reduction, dtype)
+    empty_loss = cross_entropy.empty_loss if loss == "cross_entropy" else pointwise.empty_loss
+    return empty_loss(input, reduction, dtype)
 
 
 def _loss_forward_meta(*args: Any) -> tuple[Tensor, Tensor]:
