@@ -121,9 +121,8 @@ class OnePass(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         input, target, weight, *more = (t for t in args[: -len(OPTIONS)])
         *options, prediction = args[-len(OPTIONS) :]
-        gradients = sum(
-            bit for bit, need in zip((1, 2), ctx.needs_input_grad, strict=False) if need
-        )
+        of_input, of_target = ctx.needs_input_grad[:2]
+        gradients = of_input + 2 * (of_target and _is_custom(options[0]))
         hooked = _saves_through_hooks()
         if hooked:
             prediction = input.new_zeros(2, dtype=torch.float64)  # no confidence in it
