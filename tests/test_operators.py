@@ -167,6 +167,15 @@ def test_state_of_another_forward() -> None:
         operators().loss_backward(ONE, state, large, large, *MSE, 1)
 
 
+def test_a_built_in_loss_gives_no_gradient_for_target() -> None:
+    recorded("mse_loss")  # the first use of a backend defines its operators
+    x, y = leaf(torch.ones(8)), leaf(torch.zeros(8))
+    value = operators().loss(x, y, *MSE, None)
+    of_input, of_target = torch.autograd.grad(value, (x, y), allow_unused=True)
+    assert of_target is None
+    torch.testing.assert_close(of_input, torch.full((8,), 0.25))
+
+
 @pytest.mark.skipif(not EMULATED, reason="asks the emulator to capture")
 def test_predictions_of_a_capture_live_for_ever() -> None:
     """A CUDA graph writes to them at every replay, even if their modules are gone."""
