@@ -59,6 +59,13 @@ const Kernels& kernels() {
 }
 #undef FUSEDLOSS_KERNELS
 
+// The engines' threads are torch's.
+void on_torch_threads(int64_t begin, int64_t end, int64_t grain,
+                      void (*body)(void* context, int64_t first, int64_t last), void* context) {
+  at::parallel_for(begin, end, grain,
+                   [=](int64_t first, int64_t last) { body(context, first, last); });
+}
+
 // ---- memory -------------------------------------------------------------------------------------
 
 // Large tensors are allocated before small ones: the last step's gradient has left a hole of just
@@ -290,6 +297,7 @@ struct PointwiseCall {
                 std::string_view loss, double parameter, int64_t ignore_index,
                 at::ScalarType result)
       : input(input_), target(target_) {
+    call.threads = &on_torch_threads;
     check_shapes(input, target);
     call.loss = loss;
     call.parameter = parameter;
@@ -460,6 +468,7 @@ struct CrossEntropyCall {
       : operands(call, input,
                  target.scalar_type() == at::kLong ? aligned(target.contiguous()) : target, weight,
                  ignore_index, label_smoothing, result) {
+    call.threads = &on_torch_threads;
     call.weight_sum = static_cast<double>(call.classes);
     if (call.weight) {
       call.weight_sum = label_smoothing == 0 ? 0 : sum_of(operands.weight());

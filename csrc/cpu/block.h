@@ -44,7 +44,7 @@ struct Scale {
 template <class T>
 FUSEDLOSS_HD Vec<T> operator*(Vec<T> slope, Scale<T> scale) {
   if constexpr (std::is_same_v<T, float>) {
-    return simd::fmadd(slope, Vec<T>(scale.most), slope * Vec<T>(scale.rest));
+    return multiply_add(slope, Vec<T>(scale.most), slope * Vec<T>(scale.rest));
   } else {
     return slope * Vec<T>(scale.most);
   }
@@ -55,8 +55,8 @@ FUSEDLOSS_HD Vec<T> operator*(Vec<T> slope, Scale<T> scale) {
 // those that custom.h means to be fast.
 template <class Loss, class Want>
 constexpr int kWidth =
-#if defined(CPU_CAPABILITY_DEFAULT) && !defined(FUSEDLOSS_NO_TORCH)
-    1;
+#if defined(CPU_CAPABILITY_DEFAULT)
+    Loss::kCustom && !Want::kFactor ? Loss::kAbreast : 1;
 #else
     Loss::kCustom && Want::kFactor ? 1 : Loss::kAbreast;
 #endif
@@ -76,7 +76,7 @@ FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, Scale<T> scale, int6
     if (full) {
       x.store(p);
     } else {
-      x.store(p, static_cast<int>(count));
+      x.store(p, count);
     }
   };
   Vec<T> x[kCount], y[kCount], pos_weights[kCount], factors[kCount];
@@ -108,8 +108,7 @@ FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, Scale<T> scale, int6
     if constexpr (Loss::kUnitInterval && (Want::kSum || Want::kValue)) {
       // x (1 - x) >= 0 just where 0 <= x <= 1.
       const Vec<T> zero(0), one(1);
-      const auto x_fits = less_equal(zero, x[u] * (one - x[u])),
-                 y_fits = less_equal(zero, y[u] * (one - y[u]));
+      const auto x_fits = zero <= x[u] * (one - x[u]), y_fits = zero <= y[u] * (one - y[u]);
       valid = both(valid, both(x_fits, y_fits));
     }
     if constexpr (Want::kValue) store(value[u], run.value + k);
@@ -144,7 +143,7 @@ double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
              [[maybe_unused]] bool& in_unit) {
   const Scale<T> scale(gradient_scale * Loss::kSlopeUnit);
   constexpr int kStep = kWidth<Loss, Want>;
-  Mask<T> valid = equal(Vec<T>(0), Vec<T>(0));
+  Mask<T> valid = Vec<T>(0) == Vec<T>(0);
   const int64_t whole = n - n % (kStep * Vec<T>::size());
   Sum sum = pass<kStep, Want>(loss, run, scale, 0, whole, valid);
   if (whole < n) sum.add(pass<1, Want>(loss, run, scale, whole, n, valid));
@@ -152,7 +151,7 @@ double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
   if (kStep > 1 && !std::isfinite(sum.value())) {
     sum = pass<1, Want>(loss, run, scale, 0, n, valid);
   }
-  if constexpr (Loss::kUnitInterval) in_unit = in_unit && all(valid);
+  if constexpr (Loss::kUnitInterval) in_unit = in_unit && valid.all();
   return sum.value();
 }
 

@@ -66,7 +66,7 @@ struct EvalOfClass : EvalQuotient<T> {
   T y;
 
   FUSEDLOSS_HD EvalOfClass operator*(T factor) const {
-    const auto other = equal(y, T(0));
+    const auto other = y == T(0);
     return {{select(other, T(0), this->value * factor),
              select(other, this->numerator, this->numerator * factor), this->divisor},
             y};
@@ -74,7 +74,7 @@ struct EvalOfClass : EvalQuotient<T> {
   template <class Scale>
   FUSEDLOSS_HD T gradient(Scale scale) const {
     if (all_zero(y)) return this->numerator;
-    return select(equal(y, T(0)), this->numerator, EvalQuotient<T>::gradient(scale));
+    return select(y == T(0), this->numerator, EvalQuotient<T>::gradient(scale));
   }
 };
 
@@ -114,7 +114,7 @@ struct L1 : PointwiseLoss {
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T d = x - y;
     const T zero(0), one(1);
-    return {abs(d), select(less(zero, d), one, select(less(d, zero), T(-1), zero))};
+    return {abs(d), select(zero < d, one, select(d < zero, T(-1), zero))};
   }
 };
 
@@ -152,7 +152,8 @@ struct BCE : PointwiseLoss {
     const T one(1), floor(-100);
     const T log_x = at_least(log(x), floor);
     const T log_1_x = at_least(log1p(-x), floor);
-    return {multiply_add(y - one, log_1_x, -(y * log_x)), x - y, at_least((one - x) * x, T(1e-12f))};
+    return {multiply_add(y - one, log_1_x, -(y * log_x)), x - y,
+            at_least((one - x) * x, T(1e-12f))};
   }
 };
 
@@ -165,7 +166,7 @@ struct BCEWithLogits : PointwiseLoss {
     const T zero(0), one(1);
     const T e = exp_nonpositive(minus_abs(x));
     const T q = e / (one + e);
-    const auto negative = less(x, zero);
+    const auto negative = x < zero;
     const T s = select(negative, -y, one - y);
     return {log1p_unit(e) + s * x, s + select(negative, q, -q)};
   }
@@ -182,7 +183,7 @@ struct BCEWithLogitsPosWeight : PointwiseLoss {
     const T factor = one + (p - one) * y;
     const T q = factor * (e / (one + e));
     return {(one - y) * x + factor * (log1p_unit(e) + at_least(-x, zero)),
-            select(less(x, zero), q - p * y, (one - y) - q)};
+            select(x < zero, q - p * y, (one - y) - q)};
   }
 };
 
@@ -195,8 +196,8 @@ struct LogLoss : PointwiseLoss {
   FUSEDLOSS_HD EvalSparse<T> eval(T x, T y) const {
     const T eps(parameter), zero(0), one(1);
     const T p = between(x, eps, one);
-    const auto inside = both(less_equal(eps, x), less_equal(x, one));
-    const T nothing = select(equal(x, x), zero, x);  // nan stays
+    const auto inside = both(eps <= x, x <= one);
+    const T nothing = select(x == x, zero, x);  // nan stays
     if (all_zero(y)) return {{p * zero, select(inside, zero, nothing), one}};
     return {{zero - y * log(p), select(inside, zero - y, nothing), p}};
   }
@@ -211,11 +212,11 @@ struct LogLossOfClasses : PointwiseLoss {
   template <class T>
   FUSEDLOSS_HD EvalOfClass<T> eval(T x, T y) const {
     const T eps(parameter), zero(0), one(1);
-    const T nothing = select(equal(x, x), zero, x);
+    const T nothing = select(x == x, zero, x);
     if (all_zero(y)) return {{zero, nothing, one}, y};
     const T p = between(x, eps, one);
-    const auto inside = both(less_equal(eps, x), less_equal(x, one));
-    const T value = select(equal(y, zero), zero, zero - y * log(p));
+    const auto inside = both(eps <= x, x <= one);
+    const T value = select(y == zero, zero, zero - y * log(p));
     return {{value, select(inside, zero - y, nothing), p}, y};
   }
 };
