@@ -3,8 +3,7 @@
 // Fewest bytes for value and gradient: read logits, write gradient, 2 N elements. A row (or a tile
 // of neighbouring rows, where the class dimension is not innermost, or short) is read from memory
 // once and stays in the cache for its second use.
-#include <ATen/Parallel.h>
-
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
@@ -15,6 +14,7 @@
 
 #include "../math/cross_entropy.h"
 #include "../math/sum.h"
+#include "lanes.h"
 #include "staging.h"
 #include "stream.h"
 #include "wide.h"
@@ -25,23 +25,9 @@ namespace {
 
 // A class index a lane, in registers as large as those of T.
 template <class T>
-using Index = at::vec::int_same_size_t<T>;
+using Index = Integer<T>;
 
-#if defined(CPU_CAPABILITY_AVX512)
-FUSEDLOSS_HD Mask<float> same(Vec<int32_t> a, Vec<int32_t> b) {
-  return {_mm512_cmpeq_epi32_mask(a, b)};
-}
-FUSEDLOSS_HD Mask<double> same(Vec<int64_t> a, Vec<int64_t> b) {
-  return {_mm512_cmpeq_epi64_mask(a, b)};
-}
-#else
-FUSEDLOSS_HD Mask<float> same(Vec<int32_t> a, Vec<int32_t> b) { return simd::cast<float>(a == b); }
-FUSEDLOSS_HD Mask<double> same(Vec<int64_t> a, Vec<int64_t> b) {
-  return simd::cast<double>(a == b);
-}
-#endif
-
-constexpr int64_t kTask = 32768;  // elements a task, at least: ATen's own grain
+constexpr int64_t kTask = 32768;  // elements a task, at least
 constexpr int64_t kBlock = 1024;  // elements of a row at a time
 // Bytes of a row's exponentials that are kept for its gradient: what a core's own cache may hold.
 constexpr int64_t kKept = 1 << 20;
@@ -129,7 +115,7 @@ void store(Vec<T> v, T* p, int64_t count) {
   if (count >= Vec<T>::size()) {
     v.store(p);
   } else {
-    v.store(p, static_cast<int>(count));
+    v.store(p, count);
   }
 }
 
@@ -188,7 +174,7 @@ struct ExactAccumulator {
 // The larger of two; of nan, either: a nan logit makes its row's sum nan whatever max is.
 template <class T>
 Vec<T> larger(Vec<T> a, Vec<T> b) {
-  return at::vec::clamp_min(a, b);
+  return max(b, a);
 }
 
 template <class T>
@@ -197,8 +183,7 @@ T largest(const T* x, int64_t n) {
   for_registers<T>(n, [&](int64_t i, int64_t count, int u) {
     top.v[u] = larger(top.v[u], load(x + i, count, -std::numeric_limits<T>::infinity()));
   });
-  return at::vec::vec_reduce_all<T>([](Vec<T>& a, Vec<T>& b) { return larger(a, b); },
-                                    larger(larger(top.v[0], top.v[1]), larger(top.v[2], top.v[3])));
+  return max_lane(larger(larger(top.v[0], top.v[1]), larger(top.v[2], top.v[3])));
 }
 
 // Adds the logits x of one block, but not x[target], to max and sum; e^(x - max) goes to keep as
@@ -453,9 +438,9 @@ struct RowWalk {
 
 // Sums task(walk, t) over every t, in parallel, a walk a thread; the sums are added in order.
 template <class Walk, class Make, class Task>
-double sum_tasks(int64_t tasks, Make&& make, Task&& task) {
+double sum_tasks(ParallelFor threads, int64_t tasks, Make&& make, Task&& task) {
   std::vector<double> sums(tasks);
-  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+  parallel_for(threads, 0, tasks, 1, [&](int64_t first, int64_t last) {
     const std::unique_ptr<Walk> walk = make();
     for (int64_t t = first; t < last; ++t) sums[t] = task(*walk, t);
     finish_stream();
@@ -470,15 +455,15 @@ double by_row(const CrossEntropy& call) {
   const Problem<T> problem(call);
   const int64_t rows = call.outer * call.inner;
   const int64_t step = std::max<int64_t>(1, kTask / std::max<int64_t>(call.classes, 1));
-  return sum_tasks<RowWalk<T>>((rows + step - 1) / step,
-                               [&] { return std::make_unique<RowWalk<T>>(problem); },
-                               [&](RowWalk<T>& walk, int64_t task) {
-                                 const int64_t end = std::min(rows, (task + 1) * step);
-                                 Sum sum;
-                                 for (int64_t row = task * step; row < end; row += walk.group)
-                                   walk.some(row, std::min(walk.group, end - row), sum);
-                                 return sum.value();
-                               });
+  return sum_tasks<RowWalk<T>>(
+      call.threads, (rows + step - 1) / step, [&] { return std::make_unique<RowWalk<T>>(problem); },
+      [&](RowWalk<T>& walk, int64_t task) {
+        const int64_t end = std::min(rows, (task + 1) * step);
+        Sum sum;
+        for (int64_t row = task * step; row < end; row += walk.group)
+          walk.some(row, std::min(walk.group, end - row), sum);
+        return sum.value();
+      });
 }
 
 // ---- class dimension not innermost, or short: tiles of neighbouring rows ------------------------
@@ -554,8 +539,7 @@ struct TileWalk {
         data = few.data();
         step = call.classes;
       }
-      at::vec::transpose_mxn<T>(data, step, lines + first, width, static_cast<int>(count),
-                                static_cast<int>(call.classes));
+      transpose(data, step, lines + first, width, count, call.classes);
     });
   }
 
@@ -571,9 +555,8 @@ struct TileWalk {
     for_lanes(n, [&](int64_t first, int64_t count) {
       const int64_t to = offset(rows, o, 0, begin + first);
       const bool direct = is_dtype<T>(rows.dtype);
-      at::vec::transpose_mxn<T>(&table[first], width, direct ? static_cast<T*>(data) + to : &few[0],
-                                direct ? rows.inner : call.classes, static_cast<int>(call.classes),
-                                static_cast<int>(count));
+      transpose(&table[first], width, direct ? static_cast<T*>(data) + to : &few[0],
+                direct ? rows.inner : call.classes, call.classes, count);
       for (int64_t k = 0; !direct && k < count; ++k) {
         narrow(&few[k * call.classes], call.classes, rows.dtype, data, to + k * rows.inner, 1);
       }
@@ -586,7 +569,7 @@ struct TileWalk {
     FUSEDLOSS_HD Mask<T> are(int64_t c, int64_t i) const { return are_index(numbers[c], i); }
     FUSEDLOSS_HD Mask<T> are_none(int64_t i) const { return are_index(kNone, i); }
     FUSEDLOSS_HD Mask<T> are_index(Index<T> index, int64_t i) const {
-      return same(Vec<Index<T>>::loadu(rows + i), Vec<Index<T>>(index));
+      return cast<T>(Vec<Index<T>>::loadu(rows + i) == Vec<Index<T>>(index));
     }
   };
   Targets targets() const { return {target.data(), number.data()}; }
@@ -866,7 +849,8 @@ double by_tile(const CrossEntropy& call) {
   const int64_t width = std::min(full, (rows + kLanes - 1) / kLanes * kLanes);
   const int64_t tiles = (call.inner + width - 1) / width;
   return sum_tasks<TileWalk<T>>(
-      call.outer * tiles, [&] { return std::make_unique<TileWalk<T>>(problem, width); },
+      call.threads, call.outer * tiles,
+      [&] { return std::make_unique<TileWalk<T>>(problem, width); },
       [&](TileWalk<T>& walk, int64_t task) {
         const int64_t begin = task % tiles * width;
         return walk.one(task / tiles, begin, std::min(width, call.inner - begin));
