@@ -128,12 +128,17 @@ FUSEDLOSS_HD void store(Vec<T> v, T* p, int64_t count, bool streams) {
   }
 }
 
+// Accumulators: at least four, and four times 32 bytes, so that registers of 16 and of 32 bytes add
+// up the same numbers in the same order.
+constexpr int kSplit = kVecBytes < 32 ? 32 / kVecBytes : 1, kWays = 4 * kSplit;
+
 template <class T>
-double total(Vec<T> v) {
-  T lanes[Vec<T>::size()];
-  v.store(lanes);
+double total(const Vec<T> (&v)[kSplit]) {
+  constexpr int kLanes = Vec<T>::size();
+  T lanes[kSplit * kLanes];
+  unrolled<kSplit>([&](auto p) { v[p].store(lanes + p * kLanes); });
   double sums[4] = {};  // not one chain of additions
-  unrolled<Vec<T>::size()>([&](auto i) { sums[i % 4] += lanes[i]; });
+  unrolled<kSplit * kLanes>([&](auto i) { sums[i % 4] += lanes[i]; });
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
@@ -142,21 +147,31 @@ template <class T, class F>
 FUSEDLOSS_HD void for_registers(int64_t n, F&& f) {
   constexpr int64_t kLanes = Vec<T>::size();
   int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    f(i, kLanes, 0);
-    f(i + kLanes, kLanes, 1);
-    f(i + 2 * kLanes, kLanes, 2);
-    f(i + 3 * kLanes, kLanes, 3);
+  for (; i + kWays * kLanes <= n; i += kWays * kLanes) {
+    unrolled<kWays>([&](auto u) __attribute__((always_inline)) { f(i + u * kLanes, kLanes, u); });
   }
-  for (; i < n; i += kLanes) f(i, std::min(kLanes, n - i), 0);
+  for (; i < n; i += kLanes) f(i, std::min(kLanes, n - i), i / kLanes % kSplit);
 }
 
 template <class T>
 struct Accumulators {
-  Vec<T> v[4];
-  explicit Accumulators(T start) : v{Vec<T>(start), Vec<T>(start), Vec<T>(start), Vec<T>(start)} {}
+  Vec<T> v[kWays];
+  explicit Accumulators(T start) {
+    unrolled<kWays>([&](auto u) { v[u] = Vec<T>(start); });
+  }
   FUSEDLOSS_HD void add(Vec<T> x, int u) { v[u] = v[u] + x; }
-  double total() const { return cpu::CPU_CAPABILITY::total((v[0] + v[1]) + (v[2] + v[3])); }
+  // f over pairs of accumulators, then over pairs of pairs.
+  template <class F>
+  FUSEDLOSS_HD void reduce(F f, Vec<T> (&to)[kSplit]) const {
+    unrolled<kSplit>([&](auto p) {
+      to[p] = f(f(v[p], v[kSplit + p]), f(v[2 * kSplit + p], v[3 * kSplit + p]));
+    });
+  }
+  double total() const {
+    Vec<T> sums[kSplit];
+    reduce([](Vec<T> a, Vec<T> b) { return a + b; }, sums);
+    return cpu::CPU_CAPABILITY::total(sums);
+  }
 };
 
 // The same with the digits of a RegisterSum.
@@ -183,7 +198,9 @@ T largest(const T* x, int64_t n) {
   for_registers<T>(n, [&](int64_t i, int64_t count, int u) {
     top.v[u] = larger(top.v[u], load(x + i, count, -std::numeric_limits<T>::infinity()));
   });
-  return max_lane(larger(larger(top.v[0], top.v[1]), larger(top.v[2], top.v[3])));
+  Vec<T> tops[kSplit];
+  top.reduce(larger<T>, tops);
+  return max_lane(larger(tops[0], tops[kSplit - 1]));
 }
 
 // Adds the logits x of one block, but not x[target], to max and sum; e^(x - max) goes to keep as
