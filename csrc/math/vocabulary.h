@@ -97,19 +97,6 @@ FUSEDLOSS_HD Vec<T> abs(Vec<T> x) {
   return Vec<T>::from_bits(x.bits() & ~Vec<T>(T(-0.0)).bits());
 }
 
-FUSEDLOSS_HD Vec<double> exp_nonpositive(Vec<double> x) {
-  return x.map([](double lane) { return std::exp(lane); });
-}
-FUSEDLOSS_HD Vec<double> log(Vec<double> x) {
-  return x.map([](double lane) { return std::log(lane); });
-}
-FUSEDLOSS_HD Vec<double> log1p(Vec<double> x) {
-  return x.map([](double lane) { return std::log1p(lane); });
-}
-FUSEDLOSS_HD Vec<double> log1p_unit(Vec<double> x) {
-  return x.map([](double lane) { return std::log1p(lane); });
-}
-
 // x / y, from reciprocal = 1 / y, which a loop computes once: a product and one correction. Domain
 // |x| <= y, y >= 2^-128, and nan. Error 0.50 with fused multiply-add, 1.22 without; 1.26 where
 // |x| < 2^-100.
@@ -122,13 +109,13 @@ FUSEDLOSS_HD Vec<T> ratio(Vec<T> x, Vec<T> y, Vec<T> reciprocal) {
 namespace detail {
 
 // c[0] + x c[1] + x^2 c[2] + ..., by Horner's rule in x^2 over pairs: half as long a chain.
-template <int N>
-FUSEDLOSS_HD Vec<float> polynomial(Vec<float> x, Vec<float> x2, const float (&c)[N]) {
+template <class T, int N>
+FUSEDLOSS_HD Vec<T> polynomial(Vec<T> x, Vec<T> x2, const T (&c)[N]) {
   const auto pair = [&](int i) {
-    return i + 1 < N ? multiply_add(x, Vec<float>(c[i + 1]), Vec<float>(c[i])) : Vec<float>(c[i]);
+    return i + 1 < N ? multiply_add(x, Vec<T>(c[i + 1]), Vec<T>(c[i])) : Vec<T>(c[i]);
   };
   int i = (N - 1) / 2 * 2;
-  Vec<float> sum = pair(i);
+  Vec<T> sum = pair(i);
   while ((i -= 2) >= 0) sum = multiply_add(sum, x2, pair(i));
   return sum;
 }
@@ -338,4 +325,6 @@ FUSEDLOSS_HD Vec<float> log1p_unit(Vec<float> x) {
 
 }  // namespace CPU_CAPABILITY
 }  // namespace fusedloss
+
+#include "double.h"
 #endif  // CPU_CAPABILITY
