@@ -89,7 +89,7 @@ GCC_FLAGS = [
 
 
 class ShipHeaders(build_py):
-    """Puts into the package what a loss of one's own is compiled with, where the package is used."""
+    """Puts into the package what custom losses are compiled with, where the package is used."""
 
     HEADERS = ("engine.h", "math/*.h", "cpu/*.h", "cuda/*.h", "cuda/*.cuh")
 

@@ -43,8 +43,8 @@ struct Worst {
   static double ulps(T result, Wide truth) {
     if (std::isnan(result) && std::isnan(truth)) return 0;
     // Half an ULP above the largest number.
-    const Wide overflow = std::ldexp(Wide(2) - std::ldexp(Wide(1), -Limits::digits),
-                                     Limits::max_exponent - 1);
+    const Wide overflow =
+        std::ldexp(Wide(2) - std::ldexp(Wide(1), -Limits::digits), Limits::max_exponent - 1);
     if (std::abs(truth) >= overflow) truth = std::copysign(Limits::infinity(), truth);
     if (result == truth) return 0;
     if (!std::isfinite(result) || !std::isfinite(truth)) return Limits::infinity();
@@ -95,8 +95,8 @@ struct Worst {
 };
 
 template <class T, class Function, class Truth>
-void measure(const char* name, std::initializer_list<std::type_identity_t<T>> bounds, int64_t points, Function function,
-             Truth truth) {
+void measure(const char* name, std::initializer_list<std::type_identity_t<T>> bounds,
+             int64_t points, Function function, Truth truth) {
   Worst<T> worst;
   // Between each bound and the next.
   for (auto low = bounds.begin(); low + 1 != bounds.end(); ++low) {

@@ -1,6 +1,5 @@
 // The innermost loop of the pointwise engine: one loss over a run of elements, of the type that it
-// is computed in. No torch header: a loss of one's own is compiled with it too, on the machine it
-// runs on.
+// is computed in. Custom losses are compiled with it too, on the machine they run on.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +17,8 @@ namespace fusedloss::cpu {
 
 namespace CPU_CAPABILITY {
 
-// What a loop is compiled for. kFactor: whether there is a factor, or, of a loss of one's own, may
-// be: it has loops enough to compile.
+// What a loop is compiled for. kFactor: a factor per element is applied. Custom losses always
+// compile it in (the pointer may be null), so that they have fewer loops.
 template <bool sum, bool value, bool gradient, bool target_gradient, bool factor>
 struct Wanted {
   static constexpr bool kSum = sum, kValue = value, kGradient = gradient,
@@ -50,15 +49,15 @@ FUSEDLOSS_HD Vec<T> operator*(Vec<T> slope, Scale<T> scale) {
   }
 }
 
-// How many registers a loop computes side by side. One, where a register is a loop itself, as
-// at::vec's are without SIMD; and of a loss of one's own, which has many loops to compile, but in
-// those that custom.h means to be fast.
+// How many registers a loop computes side by side: one in a custom loss's less frequent loops, for
+// they take long to compile, and in all of a built-in loss without AVX, where more would add up a
+// sum's floats in another order.
 template <class Loss, class Want>
 constexpr int kWidth =
 #if defined(CPU_CAPABILITY_DEFAULT)
-    Loss::kCustom && !Want::kFactor ? Loss::kAbreast : 1;
+    Loss::kCustom && !Want::kFactor ? Loss::kUnroll : 1;
 #else
-    Loss::kCustom && Want::kFactor ? 1 : Loss::kAbreast;
+    Loss::kCustom && Want::kFactor ? 1 : Loss::kUnroll;
 #endif
 
 // kCount SIMD registers of elements from i on, of which only a single one may hold fewer, `count`;
@@ -109,7 +108,7 @@ FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, Scale<T> scale, int6
       // x (1 - x) >= 0 just where 0 <= x <= 1.
       const Vec<T> zero(0), one(1);
       const auto x_fits = zero <= x[u] * (one - x[u]), y_fits = zero <= y[u] * (one - y[u]);
-      valid = both(valid, both(x_fits, y_fits));
+      valid = logical_and(valid, logical_and(x_fits, y_fits));
     }
     if constexpr (Want::kValue) store(value[u], run.value + k);
     if constexpr (Want::kGradient) store(gradient[u], run.gradient + k);

@@ -1,4 +1,4 @@
-// What csrc/ops_cpu.cpp asks of the CPU engines.
+// The interface of the CPU engines.
 #pragma once
 
 #include "../engine.h"
@@ -12,7 +12,7 @@ struct Pointwise : fusedloss::Pointwise {
   ParallelFor threads = &run_serially;
   double scale = 1;  // every gradient element is multiplied by it
   bool want_sum = false;
-  // A loss of one's own, instead of `loss` and `parameter`; its parameters are as many as it has.
+  // A custom loss, instead of `loss` and `parameter`, and its parameters.
   const CustomKernel* custom = nullptr;
   const double* parameters = nullptr;
 };

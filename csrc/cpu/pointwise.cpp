@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kChunk = 32768;  // elements a task
 constexpr int64_t kBlock = 2048;   // elements a run that is staged: a few of these fit the L1 cache
 
-// A loss of one's own: its block is in a library, found for what the call wants.
+// A custom loss: its block is in a library, which has one for each set of outputs.
 struct Custom {
   const CustomKernel* kernel;
   std::vector<double> constants;

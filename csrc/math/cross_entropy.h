@@ -48,7 +48,7 @@ struct Shares {
 
   template <class N>
   FUSEDLOSS_HD N loss(const RowSums<N>& row) const {
-    const N log_sum = log1p(row.excess);
+    const N log_sum = log1p_finite(row.excess);
     if (!indices) return row.mass * log_sum - row.dot;
     const N hard = N(keep) * row.weight * (log_sum - row.gap);
     if (!smooth) return hard;

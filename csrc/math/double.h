@@ -1,5 +1,6 @@
-// exp, expm1, log, log1p and tanh of doubles for SIMD registers, of every number; vocabulary.h
-// includes this.
+// exp, expm1, log, log1p and tanh of doubles, for SIMD registers; vocabulary.h includes this. The
+// domain is every number; nan, infinities, zeros and subnormals are as std has them. Errors are in
+// ULP, measured by tests/elementary.cpp and held by tests/test_vocabulary.py.
 #pragma once
 
 #include "register.h"
@@ -11,7 +12,7 @@ namespace detail {
 using Double = Vec<double>;
 using Long = Vec<int64_t>;
 
-constexpr double kDoubleRounder = 0x1.8p52;  // as kRounder
+constexpr double kDoubleRounder = 0x1.8p52;   // as kRounder
 constexpr double kLn2High = 0x1.62e42feep-1;  // ln 2 in 32 bits: its product with n is exact
 constexpr double kLn2Low = 0x1.a39ef35793c76p-33;
 
@@ -44,11 +45,10 @@ FUSEDLOSS_HD ReducedDouble reduce_exp(Double x) {
   const Double near = multiply_add(n, Double(-kLn2High), x), rest = n * Double(kLn2Low);
   const Double r = near - rest, lost = (near - r) - rest;
   // e^r = 1 + r + r^2 / 2 + r^3 q(r), q minimax on [-ln(2) / 2, ln(2) / 2].
-  static constexpr double q[] = {0.16666666666666669,    0.041666666666666664,
-                                 0.008333333333330062,   0.0013888888888886552,
-                                 0.00019841269863053618, 2.4801587317144498e-05,
-                                 2.7557268459997064e-06, 2.755728296954995e-07,
-                                 2.510038549551032e-08,  2.0911236630261545e-09};
+  static constexpr double q[] = {
+      0.16666666666666669,    0.041666666666666664,   0.008333333333330062,   0.0013888888888886552,
+      0.00019841269863053618, 2.4801587317144498e-05, 2.7557268459997064e-06, 2.755728296954995e-07,
+      2.510038549551032e-08,  2.0911236630261545e-09};
   // What r lost counts e^r times, 1 + r of which shows.
   const Double r2 = r * r, slope = multiply_add(lost, r, lost);
   const Double tail = multiply_add(r2 * r, polynomial(r, r2, q), slope);
@@ -57,7 +57,7 @@ FUSEDLOSS_HD ReducedDouble reduce_exp(Double x) {
 
 // (e^x - 1) / 2, for e^x may be 2^1024, in two doubles.
 FUSEDLOSS_HD ExactSum half_expm1(Double x) {
-  const ReducedDouble e = reduce_exp(between(x, Double(-40), Double(710)));
+  const ReducedDouble e = reduce_exp(clamp(x, Double(-40), Double(710)));
   const Double scale = power_of_two(e.n - Double(1));
   const ExactSum whole = add_exactly(scale, Double(-0.5));
   const ExactSum most = add_exactly(whole.sum, scale * e.r);
@@ -74,8 +74,7 @@ FUSEDLOSS_HD Double log_normal(Double x, Double less, Double addend) {
   const Long exponent = (bits + Long(kOne - kRootHalf)) & Long(0x7ff0000000000000);
   // In the last digits of 2^52 it becomes a number.
   const Long digits = (Long::Type)((Unsigned)(Long::Type)exponent >> 52);
-  const Double n =
-      cast<double>(digits | Long(0x4330000000000000)) - (Double(0x1p52 + 1023) + less);
+  const Double n = cast<double>(digits | Long(0x4330000000000000)) - (Double(0x1p52 + 1023) + less);
   const Double f = cast<double>(bits - (exponent - Long(kOne))) - Double(1);
   // log(1 + f) = f - h + s (h + s^2 q(s^2)), h = f^2 / 2, s = f / (2 + f), q minimax.
   static constexpr double q[] = {0.666666666666667,   0.3999999999989938, 0.28571428626031065,
@@ -96,10 +95,10 @@ FUSEDLOSS_HD Double log_or_special(Double t, Double result) {
 
 }  // namespace detail
 
-// e^x.
+// e^x. Error 0.77.
 FUSEDLOSS_HD Vec<double> exp(Vec<double> x) {
   using namespace detail;
-  const ReducedDouble e = reduce_exp(between(x, Double(-746), Double(710)));
+  const ReducedDouble e = reduce_exp(clamp(x, Double(-746), Double(710)));
   const Double r_expm1 = e.r + e.more;
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_scalef_pd(Double(1) + r_expm1, e.n);
@@ -113,22 +112,21 @@ FUSEDLOSS_HD Vec<double> exp(Vec<double> x) {
 }
 FUSEDLOSS_HD Vec<double> exp_nonpositive(Vec<double> x) { return exp(x); }
 
-// e^x - 1.
+// e^x - 1. Error 0.80.
 FUSEDLOSS_HD Vec<double> expm1(Vec<double> x) {
   const Vec<double> half = detail::half_expm1(x).sum;
   return select(abs(x) < Vec<double>(0x1p-54), x, half + half);
 }
 
-// Natural logarithm.
+// Natural logarithm. Error 0.86.
 FUSEDLOSS_HD Vec<double> log(Vec<double> x) {
   using namespace detail;
   const auto tiny = x < Double(0x1p-1022);
   const Double normal = select(tiny, x * Double(0x1p54), x);
-  return log_or_special(
-      x, log_normal(normal, select(tiny, Double(54), Double(0)), Double(0)));
+  return log_or_special(x, log_normal(normal, select(tiny, Double(54), Double(0)), Double(0)));
 }
 
-// log(1 + x).
+// log(1 + x). Error 0.84.
 FUSEDLOSS_HD Vec<double> log1p(Vec<double> x) {
   using namespace detail;
   const Double one(1), zero(0);
@@ -136,8 +134,11 @@ FUSEDLOSS_HD Vec<double> log1p(Vec<double> x) {
   const Double result = log_or_special(t.sum, log_normal(t.sum, zero, t.lost / t.sum));
   return select(x == zero, x, result);  // -0
 }
+FUSEDLOSS_HD Vec<double> log_finite(Vec<double> x) { return log(x); }
+FUSEDLOSS_HD Vec<double> log1p_finite(Vec<double> x) { return log1p(x); }
 FUSEDLOSS_HD Vec<double> log1p_unit(Vec<double> x) { return log1p(x); }
 
+// Error TANH with fused multiply-add; without, it is libm's.
 FUSEDLOSS_HD Vec<double> tanh(Vec<double> x) {
 #if defined(__FMA__)
   using namespace detail;
@@ -146,8 +147,7 @@ FUSEDLOSS_HD Vec<double> tanh(Vec<double> x) {
   const ExactSum divisor = add_smaller(Double(1), m.sum);
   const Double near = -m.sum / divisor.sum;
   const Double rest = multiply_add(-near, divisor.sum, -m.sum) - m.lost;
-  const Double size =
-      near + multiply_add(-near, divisor.lost + m.lost, rest) / divisor.sum;
+  const Double size = near + multiply_add(-near, divisor.lost + m.lost, rest) / divisor.sum;
   const Double sign = x & Double(-0.0);
   return select(abs(x) < Double(0x1p-28), x, size | sign);
 #else

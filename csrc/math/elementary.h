@@ -1,8 +1,8 @@
-// More words than vocabulary.h has: elementary functions over their whole domain, infinities
-// and nan included, which a loss of one's own may call with anything.
+// More functions than vocabulary.h has: elementary functions over their whole domain, infinities
+// and nan included. A custom loss may call them with any number.
 //
-// Errors are in ULP as there, by tests/elementary.cpp; tests/test_vocabulary.py holds them. In
-// double the SIMD forms are libm's, lane by lane.
+// Errors are in ULP as there, measured by tests/elementary.cpp and held by
+// tests/test_vocabulary.py.
 #pragma once
 
 #include "vocabulary.h"
@@ -11,8 +11,8 @@ namespace fusedloss {
 
 // ---- scalars ------------------------------------------------------------------------------------
 
-FUSEDLOSS_HD bool either(bool a, bool b) { return a || b; }
-FUSEDLOSS_HD bool negation(bool a) { return !a; }
+FUSEDLOSS_HD bool logical_or(bool a, bool b) { return a || b; }
+FUSEDLOSS_HD bool logical_not(bool a) { return !a; }
 // nan where either is, as in torch.
 template <class T>
 FUSEDLOSS_HD T maximum(T a, T b) {
@@ -27,14 +27,14 @@ template <class T>
 FUSEDLOSS_HD T sign(T x) {
   return T(x > T(0)) - T(x < T(0));
 }
-// The logarithms of vocabulary.h know a domain; these know every number. On a GPU these are CUDA's
-// own functions. Their documented errors in ULP are, for float and double: exp 2 and 1, expm1, log
-// and log1p 1, sin, cos and erf 2, tanh 2 and 1, pow 4 and 2; sqrt and quotients are rounded
-// correctly.
-FUSEDLOSS_HD float log_any(float x) { return ::logf(x); }
-FUSEDLOSS_HD double log_any(double x) { return ::log(x); }
-FUSEDLOSS_HD float log1p_any(float x) { return ::log1pf(x); }
-FUSEDLOSS_HD double log1p_any(double x) { return ::log1p(x); }
+// log_finite and log1p_finite have a domain; these logarithms take every number. On a GPU all of
+// these are CUDA's own functions. Their documented errors in ULP are, for float and double: exp 2
+// and 1, expm1, log and log1p 1, sin, cos and erf 2, tanh 2 and 1, pow 4 and 2; sqrt and quotients
+// are rounded correctly.
+FUSEDLOSS_HD float log(float x) { return ::logf(x); }
+FUSEDLOSS_HD double log(double x) { return ::log(x); }
+FUSEDLOSS_HD float log1p(float x) { return ::log1pf(x); }
+FUSEDLOSS_HD double log1p(double x) { return ::log1p(x); }
 FUSEDLOSS_HD float exp(float x) { return ::expf(x); }
 FUSEDLOSS_HD double exp(double x) { return ::exp(x); }
 FUSEDLOSS_HD float expm1(float x) { return ::expm1f(x); }
@@ -59,7 +59,7 @@ FUSEDLOSS_HD T like_elements_of(T, double number) {
 // x log(y), 0 where x is 0 and y a number, as in torch.
 template <class T>
 FUSEDLOSS_HD T xlogy(T x, T y) {
-  return x == T(0) && y == y ? T(0) : x * log_any(y);
+  return x == T(0) && y == y ? T(0) : x * log(y);
 }
 
 }  // namespace fusedloss
@@ -70,20 +70,20 @@ namespace fusedloss {
 inline namespace CPU_CAPABILITY {
 
 template <class T>
-FUSEDLOSS_HD Mask<T> either(Mask<T> a, Mask<T> b) {
+FUSEDLOSS_HD Mask<T> logical_or(Mask<T> a, Mask<T> b) {
   return a | b;
 }
 template <class T>
-FUSEDLOSS_HD Mask<T> negation(Mask<T> a) {
+FUSEDLOSS_HD Mask<T> logical_not(Mask<T> a) {
   return ~a;
 }
 template <class T>
 FUSEDLOSS_HD Vec<T> maximum(Vec<T> a, Vec<T> b) {
-  return select(either(a > b, a != a), a, b);
+  return select(logical_or(a > b, a != a), a, b);
 }
 template <class T>
 FUSEDLOSS_HD Vec<T> minimum(Vec<T> a, Vec<T> b) {
-  return select(either(a < b, a != a), a, b);
+  return select(logical_or(a < b, a != a), a, b);
 }
 template <class T>
 FUSEDLOSS_HD Vec<T> sign(Vec<T> x) {
@@ -95,7 +95,7 @@ FUSEDLOSS_HD T like_elements_of(Vec<T>, double number) {
   return static_cast<T>(number);
 }
 
-// Libm's, lane by lane: all doubles, and floats beyond where a function's own form holds.
+// These are libm's, lane by lane.
 #define FUSEDLOSS_LANES(NAME, FUNCTION)                            \
   FUSEDLOSS_HD Vec<double> NAME(Vec<double> x) {                   \
     return x.map([](double lane) { return std::FUNCTION(lane); }); \
@@ -104,8 +104,6 @@ FUSEDLOSS_LANES(sin, sin)
 FUSEDLOSS_LANES(cos, cos)
 FUSEDLOSS_LANES(erf, erf)
 #undef FUSEDLOSS_LANES
-FUSEDLOSS_HD Vec<double> log_any(Vec<double> x) { return log(x); }
-FUSEDLOSS_HD Vec<double> log1p_any(Vec<double> x) { return log1p(x); }
 FUSEDLOSS_HD Vec<double> pow(Vec<double> x, Vec<double> y) {
   return x.map([](double a, double b) { return std::pow(a, b); }, y);
 }
@@ -117,7 +115,7 @@ constexpr float kInfinity = INFINITY;
 
 // Beyond these bounds e^x is 0, and infinite.
 FUSEDLOSS_HD Reduced reduce_any(Vec<float> x) {
-  return reduce_exp(between(x, Vec<float>(-104.0f), Vec<float>(89.0f)));
+  return reduce_exp(clamp(x, Vec<float>(-104.0f), Vec<float>(89.0f)));
 }
 
 // e^x (1 + more), |more| small. In two steps of scaling, to reach subnormals and infinity.
@@ -135,7 +133,7 @@ FUSEDLOSS_HD Vec<float> exp_times(Vec<float> x, Vec<float> more) {
 FUSEDLOSS_HD Vec<float> exp(Vec<float> x) {
 #if defined(CPU_CAPABILITY_AVX512)
   const detail::Reduced e = detail::reduce_any(x);
-  return _mm512_scalef_ps(Vec<float>(1.0f) + e.r_expm1, e.turns);
+  return _mm512_scalef_ps(Vec<float>(1.0f) + e.r_expm1, e.exponent);
 #else
   return detail::exp_times(x, Vec<float>(0.0f));
 #endif
@@ -146,11 +144,11 @@ FUSEDLOSS_HD Vec<float> expm1(Vec<float> x) {
   using namespace detail;
 #if defined(CPU_CAPABILITY_AVX512)
   const Reduced e = reduce_any(x);  // shared with an exp(x) beside it
-  const Vec<float> half(0.5f), scale = _mm512_scalef_ps(half, e.turns);
+  const Vec<float> half(0.5f), scale = _mm512_scalef_ps(half, e.exponent);
   const Vec<float> sum = multiply_add(e.r_expm1, scale, scale - half);
   const Vec<float> result = sum + sum;
 #else
-  const Reduced e = reduce_exp(between(x, Vec<float>(-25.0f), Vec<float>(89.0f)));
+  const Reduced e = reduce_exp(clamp(x, Vec<float>(-25.0f), Vec<float>(89.0f)));
   // 2^128 is no float: there the last doubling waits.
   const Int n = e.n(), beyond = (n + Int(128)) >> Int(8);
   const Vec<float> scale = power_of_two(n - beyond);
@@ -160,27 +158,27 @@ FUSEDLOSS_HD Vec<float> expm1(Vec<float> x) {
   return select(x == Vec<float>(0.0f), x, result);  // -0
 }
 
-// The logarithms of vocabulary.h, of every number: nan where there is none. Error 0.9.
+// Natural logarithm, and log(1 + x), of every number. Error 0.9.
 #if defined(CPU_CAPABILITY_AVX512)
-FUSEDLOSS_HD Vec<float> log_any(Vec<float> x) { return log(x); }
-FUSEDLOSS_HD Vec<float> log1p_any(Vec<float> x) { return log1p(x); }
+FUSEDLOSS_HD Vec<float> log(Vec<float> x) { return log_finite(x); }
+FUSEDLOSS_HD Vec<float> log1p(Vec<float> x) { return log1p_finite(x); }
 #else
-FUSEDLOSS_HD Vec<float> log_any(Vec<float> x) {
+FUSEDLOSS_HD Vec<float> log(Vec<float> x) {
   const Vec<float> zero(0.0f), infinity(detail::kInfinity);
-  const Vec<float> result = select(x == infinity, infinity, log(x));
+  const Vec<float> result = select(x == infinity, infinity, log_finite(x));
   return select(x < zero, Vec<float>(NAN), result);
 }
 
-FUSEDLOSS_HD Vec<float> log1p_any(Vec<float> x) {
+FUSEDLOSS_HD Vec<float> log1p(Vec<float> x) {
   const Vec<float> infinity(detail::kInfinity);
-  const Vec<float> result = select(x == infinity, infinity, log1p(x));
+  const Vec<float> result = select(x == infinity, infinity, log1p_finite(x));
   return select(x < Vec<float>(-1.0f), Vec<float>(NAN), result);
 }
 #endif
 
 template <class T>
 FUSEDLOSS_HD Vec<T> xlogy(Vec<T> x, Vec<T> y) {
-  return select(both(x == Vec<T>(0), y == y), Vec<T>(0), x * log_any(y));
+  return select(logical_and(x == Vec<T>(0), y == y), Vec<T>(0), x * log(y));
 }
 
 // Error 2.5.
@@ -199,7 +197,7 @@ FUSEDLOSS_HD Vec<float> erf(Vec<float> x) {
   static constexpr float r[] = {-0.00014233188f, 1.1293333f,     0.6337849f,
                                 0.10768884f,     -0.024630973f,  0.0039183586f,
                                 -0.00035455555f, 6.9814655e-06f, 1.0657806e-06f};
-  const Vec<float> one(1.0f), size = between(abs(x), Vec<float>(0.0f), Vec<float>(4.0f));
+  const Vec<float> one(1.0f), size = clamp(abs(x), Vec<float>(0.0f), Vec<float>(4.0f));
   const Vec<float> square = size * size;
   const Vec<float> small = multiply_add(x, polynomial(square, square * square, p), x);
   const Vec<float> big = one - exp_nonpositive(-polynomial(size, square, r));
@@ -246,8 +244,8 @@ FUSEDLOSS_HD Vec<float> cos(Vec<float> x) {
 }
 
 // x^y: exp(y log|x|) with the logarithm in two floats, so that a large exponent keeps its digits.
-// Of a negative x, nan unless y is an integer. y is finite. Error 2 for results of usual size, 8 at
-// x^101; without fused multiply-add the logarithm has one float's digits, and 66 there.
+// A negative x gives nan unless y is an integer. y is finite. Error 2 for results of usual size, 8
+// at x^101; without fused multiply-add the logarithm has one float's digits, and 66 there.
 FUSEDLOSS_HD Vec<float> pow(Vec<float> x, Vec<float> y) {
   using namespace detail;
   const Vec<float> zero(0.0f), one(1.0f), infinity(kInfinity);
@@ -258,7 +256,7 @@ FUSEDLOSS_HD Vec<float> pow(Vec<float> x, Vec<float> y) {
   const Vec<float> most = t.high - half, lost_half = (t.high - most) - half;
   const Vec<float> lost_square = Vec<float>(-0.5f) * multiply_add(t.f, t.f, -f2);
   Vec<float> low = log_tail(t.f, t.low + lost_half);
-  low = multiply_add(t.turns, Vec<float>(kLn2Lo * kTurn), low + lost_square);
+  low = multiply_add(t.exponent, Vec<float>(kLn2Lo * kExponentUnit), low + lost_square);
   const Vec<float> high = most + low;
   low = low - (high - most);
   // What a product of y with both parts loses goes into the exponential as a factor.
@@ -272,11 +270,11 @@ FUSEDLOSS_HD Vec<float> pow(Vec<float> x, Vec<float> y) {
   result = select(size == zero, limit, select(size == infinity, other, result));
   result = select(y == zero, one, result);
   // Every float from 2^24 on is even.
-  const Vec<float> bounded = between(y, Vec<float>(-16777216.0f), Vec<float>(16777216.0f));
+  const Vec<float> bounded = clamp(y, Vec<float>(-16777216.0f), Vec<float>(16777216.0f));
   const Int whole = convert<int32_t>(bounded);
   const auto is_whole = convert<float>(whole) == bounded;
-  const auto is_odd = both(is_whole, cast<float>((whole & Int(1)) == Int(1)));
-  const auto known = either(is_whole, either(size == zero, size == infinity));
+  const auto is_odd = logical_and(is_whole, cast<float>((whole & Int(1)) == Int(1)));
+  const auto known = logical_or(is_whole, logical_or(size == zero, size == infinity));
   const Vec<float> of_negative = select(known, select(is_odd, -result, result), Vec<float>(NAN));
   return select(cast<float>(cast<int32_t>(x) < Int(0)), of_negative, result);
 }

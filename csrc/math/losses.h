@@ -8,13 +8,13 @@
 //   kSlopeUnit      the engine multiplies eval's slope by it
 //   kPosWeight      eval takes pos_weight as a third operand
 //   kIndexed        target is class indices, which eval sees as one-hot rows
-//   kAbreast        how many SIMD registers the CPU engine computes side by side: one is a chain of
+//   kUnroll        how many SIMD registers the CPU engine computes side by side: one is a chain of
 //                   instructions that wait for each other, many do not fit the CPU's own; measured
 //   kMean           what reduction "mean" divides by
-//   kCustom         a loss of one's own, see custom.h
+//   kCustom         a custom loss, see custom.h
 #pragma once
 
-#include "vocabulary.h"
+#include "elementary.h"
 
 namespace fusedloss {
 
@@ -90,7 +90,7 @@ struct PointwiseLoss {
   static constexpr double kSlopeUnit = 1;
   static constexpr bool kPosWeight = false;
   static constexpr bool kIndexed = false;
-  static constexpr int kAbreast = 4;
+  static constexpr int kUnroll = 4;
   static constexpr bool kCustom = false;
   double parameter;
 };
@@ -125,7 +125,7 @@ struct SmoothL1 : PointwiseLoss {
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T beta(parameter), half_beta(0.5 * parameter), one(1);
     const T d = x - y;
-    const T slope = ratio(between(d, -beta, beta), beta, one / beta);
+    const T slope = ratio(clamp(d, -beta, beta), beta, one / beta);
     return {slope * multiply_add(-half_beta, slope, d), slope};
   }
 };
@@ -137,7 +137,7 @@ struct Huber : PointwiseLoss {
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T delta(parameter), minus_half(-0.5);
     const T d = x - y;
-    const T slope = between(d, -delta, delta);
+    const T slope = clamp(d, -delta, delta);
     return {slope * multiply_add(minus_half, slope, d), slope};
   }
 };
@@ -146,25 +146,25 @@ struct Huber : PointwiseLoss {
 // The slope (x - y) / (x (1 - x)) has its denominator bounded below by 1e-12, a float in torch.
 struct BCE : PointwiseLoss {
   static constexpr bool kUnitInterval = true;
-  static constexpr int kAbreast = 2;
+  static constexpr int kUnroll = 2;
   template <class T>
   FUSEDLOSS_HD EvalQuotient<T> eval(T x, T y) const {
     const T one(1), floor(-100);
-    const T log_x = at_least(log(x), floor);
-    const T log_1_x = at_least(log1p(-x), floor);
+    const T log_x = clamp_min(log_finite(x), floor);
+    const T log_1_x = clamp_min(log1p_finite(-x), floor);
     return {multiply_add(y - one, log_1_x, -(y * log_x)), x - y,
-            at_least((one - x) * x, T(1e-12f))};
+            clamp_min((one - x) * x, T(1e-12f))};
   }
 };
 
 // log(1 + e^-|x|) + s x, s = -y where x < 0, else 1 - y. The slope sigmoid(x) - y is formed from
 // the smaller of sigmoid(x) and 1 - sigmoid(x), so that a confident element keeps its digits.
 struct BCEWithLogits : PointwiseLoss {
-  static constexpr int kAbreast = 8;
+  static constexpr int kUnroll = 8;
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T zero(0), one(1);
-    const T e = exp_nonpositive(minus_abs(x));
+    const T e = exp_nonpositive(neg_abs(x));
     const T q = e / (one + e);
     const auto negative = x < zero;
     const T s = select(negative, -y, one - y);
@@ -175,14 +175,14 @@ struct BCEWithLogits : PointwiseLoss {
 // (1 - y) x + (1 + (p - 1) y) (log(1 + e^-|x|) + max(-x, 0)), p = pos_weight.
 struct BCEWithLogitsPosWeight : PointwiseLoss {
   static constexpr bool kPosWeight = true;
-  static constexpr int kAbreast = 8;
+  static constexpr int kUnroll = 8;
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y, T p) const {
     const T zero(0), one(1);
-    const T e = exp_nonpositive(minus_abs(x));
+    const T e = exp_nonpositive(neg_abs(x));
     const T factor = one + (p - one) * y;
     const T q = factor * (e / (one + e));
-    return {(one - y) * x + factor * (log1p_unit(e) + at_least(-x, zero)),
+    return {(one - y) * x + factor * (log1p_unit(e) + clamp_min(-x, zero)),
             select(x < zero, q - p * y, (one - y) - q)};
   }
 };
@@ -191,15 +191,15 @@ struct BCEWithLogitsPosWeight : PointwiseLoss {
 // most may be, neither logarithm nor quotient is computed.
 struct LogLoss : PointwiseLoss {
   static constexpr Mean kMean = Mean::kRows;
-  static constexpr int kAbreast = 1;  // else a row of zeros would have no way of its own
+  static constexpr int kUnroll = 1;  // else a row of zeros would have no way of its own
   template <class T>
   FUSEDLOSS_HD EvalSparse<T> eval(T x, T y) const {
     const T eps(parameter), zero(0), one(1);
-    const T p = between(x, eps, one);
-    const auto inside = both(eps <= x, x <= one);
+    const T p = clamp(x, eps, one);
+    const auto inside = logical_and(eps <= x, x <= one);
     const T nothing = select(x == x, zero, x);  // nan stays
     if (all_zero(y)) return {{p * zero, select(inside, zero, nothing), one}};
-    return {{zero - y * log(p), select(inside, zero - y, nothing), p}};
+    return {{zero - y * log_finite(p), select(inside, zero - y, nothing), p}};
   }
 };
 
@@ -208,15 +208,15 @@ struct LogLoss : PointwiseLoss {
 struct LogLossOfClasses : PointwiseLoss {
   static constexpr Mean kMean = Mean::kRows;
   static constexpr bool kIndexed = true;
-  static constexpr int kAbreast = 1;  // as above
+  static constexpr int kUnroll = 1;  // as above
   template <class T>
   FUSEDLOSS_HD EvalOfClass<T> eval(T x, T y) const {
     const T eps(parameter), zero(0), one(1);
     const T nothing = select(x == x, zero, x);
     if (all_zero(y)) return {{zero, nothing, one}, y};
-    const T p = between(x, eps, one);
-    const auto inside = both(eps <= x, x <= one);
-    const T value = select(y == zero, zero, zero - y * log(p));
+    const T p = clamp(x, eps, one);
+    const auto inside = logical_and(eps <= x, x <= one);
+    const T value = select(y == zero, zero, zero - y * log_finite(p));
     return {{value, select(inside, zero - y, nothing), p}, y};
   }
 };

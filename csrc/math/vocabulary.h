@@ -1,5 +1,5 @@
-// The words a loss is written in. Each stands once for a scalar, on the host and on a GPU, and once
-// for a CPU SIMD register, so that one struct in losses.h serves every engine.
+// The functions that a loss is written in. Each stands once for a scalar, on the host and on a GPU,
+// and once for a CPU SIMD register, so that one struct in losses.h serves every engine.
 //
 // The float versions for SIMD registers are our own: each is as accurate as its domain in a loss
 // needs, and faster than a general one. Errors are in ULP, the largest over every float of the
@@ -25,19 +25,19 @@ FUSEDLOSS_HD T select(bool condition, T yes, T no) {
   return condition ? yes : no;
 }
 template <class T>
-FUSEDLOSS_HD bool both(T a, T b) {
+FUSEDLOSS_HD bool logical_and(T a, T b) {
   return a && b;
 }
-// Of a register: in all lanes.
+// For a register: in all lanes.
 FUSEDLOSS_HD bool all_zero(float x) { return x == 0; }
 FUSEDLOSS_HD bool all_zero(double x) { return x == 0; }
 // x bounded; nan stays nan, as in torch.clamp. The bounds are numbers.
 template <class T>
-FUSEDLOSS_HD T at_least(T x, T low) {
+FUSEDLOSS_HD T clamp_min(T x, T low) {
   return x < low ? low : x;
 }
 template <class T>
-FUSEDLOSS_HD T between(T x, T low, T high) {
+FUSEDLOSS_HD T clamp(T x, T low, T high) {
   return x < low ? low : (x > high ? high : x);
 }
 FUSEDLOSS_HD float abs(float x) { return ::fabsf(x); }
@@ -45,20 +45,20 @@ FUSEDLOSS_HD double abs(double x) { return ::fabs(x); }
 // a b + c, rounded once where the hardware has an instruction for it.
 FUSEDLOSS_HD float multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
 FUSEDLOSS_HD double multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
-FUSEDLOSS_HD float minus_abs(float x) { return -::fabsf(x); }
-FUSEDLOSS_HD double minus_abs(double x) { return -::fabs(x); }
+FUSEDLOSS_HD float neg_abs(float x) { return -::fabsf(x); }
+FUSEDLOSS_HD double neg_abs(double x) { return -::fabs(x); }
 FUSEDLOSS_HD float exp_nonpositive(float x) { return ::expf(x); }
 FUSEDLOSS_HD double exp_nonpositive(double x) { return ::exp(x); }
-FUSEDLOSS_HD float log(float x) { return ::logf(x); }
-FUSEDLOSS_HD double log(double x) { return ::log(x); }
-FUSEDLOSS_HD float log1p(float x) { return ::log1pf(x); }
+FUSEDLOSS_HD float log_finite(float x) { return ::logf(x); }
+FUSEDLOSS_HD double log_finite(double x) { return ::log(x); }
+FUSEDLOSS_HD float log1p_finite(float x) { return ::log1pf(x); }
 FUSEDLOSS_HD float log1p_unit(float x) { return ::log1pf(x); }
 FUSEDLOSS_HD double log1p_unit(double x) { return ::log1p(x); }
 template <class T>
 FUSEDLOSS_HD T ratio(T x, T y, T) {
   return x / y;
 }
-FUSEDLOSS_HD double log1p(double x) { return ::log1p(x); }
+FUSEDLOSS_HD double log1p_finite(double x) { return ::log1p(x); }
 
 }  // namespace fusedloss
 
@@ -72,7 +72,7 @@ namespace fusedloss {
 inline namespace CPU_CAPABILITY {
 
 template <class T>
-FUSEDLOSS_HD Mask<T> both(Mask<T> a, Mask<T> b) {
+FUSEDLOSS_HD Mask<T> logical_and(Mask<T> a, Mask<T> b) {
   return a & b;
 }
 template <class T>
@@ -81,15 +81,15 @@ FUSEDLOSS_HD bool all_zero(Vec<T> x) {
 }
 // x bounded; nan stays nan.
 template <class T>
-FUSEDLOSS_HD Vec<T> at_least(Vec<T> x, Vec<T> low) {
+FUSEDLOSS_HD Vec<T> clamp_min(Vec<T> x, Vec<T> low) {
   return max(low, x);
 }
 template <class T>
-FUSEDLOSS_HD Vec<T> between(Vec<T> x, Vec<T> low, Vec<T> high) {
+FUSEDLOSS_HD Vec<T> clamp(Vec<T> x, Vec<T> low, Vec<T> high) {
   return min(high, max(low, x));
 }
 template <class T>
-FUSEDLOSS_HD Vec<T> minus_abs(Vec<T> x) {
+FUSEDLOSS_HD Vec<T> neg_abs(Vec<T> x) {
   return x | Vec<T>(T(-0.0));
 }
 template <class T>
@@ -135,43 +135,43 @@ FUSEDLOSS_HD Vec<float> power_of_two(Vec<int32_t> n) {
 // t = 2^n (1 + f) > 0 with f in [-1/4, 1/2], so that f is exact; and n ln 2 + f = high + low, but
 // for a part of n ln 2 that log_of() adds.
 struct Split {
-  Vec<float> turns, f, high, low;  // turns: n, in units of kTurn
-  Vec<float> unit;                 // 2^(1 - n), of a normal t
+  Vec<float> exponent, f, high, low;  // exponent: n, in units of kExponentUnit
+  Vec<float> unit;                    // 2^(1 - n), of a normal t
 };
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr float kTurn = 1;
+constexpr float kExponentUnit = 1;
 #else
-constexpr float kTurn = 1.0f / (1 << 23);
+constexpr float kExponentUnit = 1.0f / (1 << 23);
 #endif
-FUSEDLOSS_HD Split join(Vec<float> turns, Vec<float> significand, Vec<float> unit) {
+FUSEDLOSS_HD Split combine(Vec<float> exponent, Vec<float> significand, Vec<float> unit) {
   const Vec<float> f = significand - Vec<float>(1.0f);
-  const Vec<float> high = multiply_add(turns, Vec<float>(kLn2Hi * kTurn), f);
+  const Vec<float> high = multiply_add(exponent, Vec<float>(kLn2Hi * kExponentUnit), f);
   // |n ln 2| > |f| unless n is 0: so this is all that the sum loses.
-  const Vec<float> low = f - multiply_add(turns, Vec<float>(-kLn2Hi * kTurn), high);
-  return {turns, f, high, low, unit};
+  const Vec<float> low = f - multiply_add(exponent, Vec<float>(-kLn2Hi * kExponentUnit), high);
+  return {exponent, f, high, low, unit};
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
 FUSEDLOSS_HD Split split(Vec<float> t) {
   const Vec<float> significand = _mm512_getmant_ps(t, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_nan);
   const Vec<float> n = Vec<float>(_mm512_getexp_ps(t)) - Vec<float>(_mm512_getexp_ps(significand));
-  return join(n, significand, power_of_two(cast<int32_t>(Vec<float>(kRounder + 1) - n)));
+  return combine(n, significand, power_of_two(cast<int32_t>(Vec<float>(kRounder + 1) - n)));
 }
-// Of subnormals too; nan for nan, and for t < 0.
+// The same for subnormals too; nan for nan and for t < 0.
 FUSEDLOSS_HD Split split_any(Vec<float> t) { return split(t); }
 #else
-// less: of turns.
+// `less` is subtracted from the exponent.
 FUSEDLOSS_HD Split split(Vec<float> t, Vec<float> less = Vec<float>(0.0f)) {
   using Int = Vec<int32_t>;
   const Int bits = cast<int32_t>(t) - Int(0x3f400000);
   const Int exponent = bits & Int(static_cast<int32_t>(0xff800000));
-  return join(convert<float>(exponent) - less, cast<float>(cast<int32_t>(t) - exponent),
-              cast<float>(Int(0x40000000) - exponent));
+  return combine(convert<float>(exponent) - less, cast<float>(cast<int32_t>(t) - exponent),
+                 cast<float>(Int(0x40000000) - exponent));
 }
 FUSEDLOSS_HD Split split_any(Vec<float> t) {
   const auto tiny = t < Vec<float>(kMinNormal);
   return split(select(tiny, t * Vec<float>(8388608.0f), t),
-               select(tiny, Vec<float>(23 / kTurn), t - t));
+               select(tiny, Vec<float>(23 / kExponentUnit), t - t));
 }
 #endif
 
@@ -185,7 +185,7 @@ FUSEDLOSS_HD Vec<float> log_tail(Vec<float> f, Vec<float> addend) {
 
 // log(t), low being t's, or more where more than t is meant.
 FUSEDLOSS_HD Vec<float> log_of(const Split& t, Vec<float> low) {
-  low = multiply_add(t.turns, Vec<float>(kLn2Lo * kTurn), log_tail(t.f, low));
+  low = multiply_add(t.exponent, Vec<float>(kLn2Lo * kExponentUnit), log_tail(t.f, low));
   return t.high + multiply_add(t.f, Vec<float>(-0.5f) * t.f, low);
 }
 
@@ -200,9 +200,9 @@ FUSEDLOSS_HD Vec<float> log_of_any(const Split& t, Vec<float> low) {
 
 // x = n ln 2 + r with |r| <= ln(2) / 2. |x| < 2^15, or nan.
 struct Reduced {
-  Vec<float> turns;    // n,
-  Vec<int32_t> bits;   // and of n + kRounder
-  Vec<float> r_expm1;  // e^r - 1
+  Vec<float> exponent;  // n,
+  Vec<int32_t> bits;    // and of n + kRounder
+  Vec<float> r_expm1;   // e^r - 1
   FUSEDLOSS_HD Vec<int32_t> n() const { return bits - Vec<int32_t>(0x4b400000); }
 };
 FUSEDLOSS_HD Reduced reduce_exp(Vec<float> x) {
@@ -251,7 +251,7 @@ FUSEDLOSS_HD Vec<float> exp_nonpositive(Vec<float> x) {
 
 // Natural logarithm. Domain [0, FLT_MAX] with subnormals, and nan; with AVX-512 every number.
 // Error 0.76 with fused multiply-add, 0.85 without.
-FUSEDLOSS_HD Vec<float> log(Vec<float> x) {
+FUSEDLOSS_HD Vec<float> log_finite(Vec<float> x) {
   using namespace detail;
 #if defined(CPU_CAPABILITY_AVX512)
   const Split t = split(x);
@@ -268,15 +268,15 @@ FUSEDLOSS_HD Vec<float> log(Vec<float> x) {
 
 // log(1 + x). Domain [-1, FLT_MAX] and nan; with AVX-512 every number. Error 0.76 with fused
 // multiply-add, 0.86 without.
-FUSEDLOSS_HD Vec<float> log1p(Vec<float> x) {
+FUSEDLOSS_HD Vec<float> log1p_finite(Vec<float> x) {
   const Vec<float> one(1.0f), sum = one + x;
   const detail::Split t = detail::split(sum);
   // What the sum lost, in half units of 1 + f, joins with the slope of log(1 + f): 1 and a minimax
   // quadratic, which may be off twice as far where f < 0 and half as much is lost.
   const Vec<float> lost = (x - (sum - one)) * t.unit;  // nan for nan
-  const Vec<float> bend = multiply_add(t.f, Vec<float>(0.39996278f), Vec<float>(-0.52219665f));
+  const Vec<float> poly = multiply_add(t.f, Vec<float>(0.39996278f), Vec<float>(-0.52219665f));
   Vec<float> low = multiply_add(lost, Vec<float>(0.5f), t.low);
-  low = multiply_add(lost * t.f, bend, low);
+  low = multiply_add(lost * t.f, poly, low);
 #if defined(CPU_CAPABILITY_AVX512)
   return detail::log_of_any(t, low);
 #else
@@ -305,10 +305,10 @@ FUSEDLOSS_HD Vec<float> log1p_unit(Vec<float> x) {
   const Vec<float> factor = _mm512_permutexvar_ps(nearest, Vec<float>::loadu(c));
   const Vec<float> r = multiply_add(x, factor, factor - Vec<float>(1.0f));
   // Not by r^2, which may be subnormal, and so slow.
-  Vec<float> bend = multiply_add(r, Vec<float>(q[2]), Vec<float>(q[1]));
-  bend = r * multiply_add(r, bend, Vec<float>(q[0]));
+  Vec<float> poly = multiply_add(r, Vec<float>(q[2]), Vec<float>(q[1]));
+  poly = r * multiply_add(r, poly, Vec<float>(q[0]));
   return Vec<float>(_mm512_permutexvar_ps(nearest, Vec<float>::loadu(minus_log_c))) +
-         multiply_add(bend, r, r);
+         multiply_add(poly, r, r);
 }
 #else
 // log(1 + x). Domain [0, 1] and nan. Error 1.97.
@@ -317,7 +317,7 @@ FUSEDLOSS_HD Vec<float> log1p_unit(Vec<float> x) {
   static constexpr float q[] = {0.66666675f, 0.3999889f, 0.28616595f, 0.21430741f, 0.24289557f};
   const Vec<float> s = x / (Vec<float>(2.0f) + x);
   // Below 2^-15 only 2 s counts; and subnormal numbers, which are slow, are not met.
-  const Vec<float> bounded = at_least(s, Vec<float>(0x1p-15f));
+  const Vec<float> bounded = clamp_min(s, Vec<float>(0x1p-15f));
   const Vec<float> s2 = bounded * bounded;
   return multiply_add(s2 * s, detail::polynomial(s2, s2 * s2, q), s + s);
 }
