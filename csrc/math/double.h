@@ -82,8 +82,9 @@ FUSEDLOSS_HD Double log_normal(Double x, Double less, Double addend) {
                                  0.146167211662876};
   const Double s = f / (Double(2) + f), h = Double(0.5) * f * f;
   const Double s2 = s * s, tail = s2 * polynomial(s2, s2 * s2, q);
-  const Double low = multiply_add(n, Double(kLn2Low), addend);
-  return multiply_add(n, Double(kLn2High), f - (h - multiply_add(s, h + tail, low)));
+  const ExactSum near = add_smaller(f, -h), most = add_smaller(n * Double(kLn2High), near.sum);
+  const Double low = multiply_add(s, h + tail, multiply_add(n, Double(kLn2Low), addend));
+  return most.sum + (most.lost + (near.lost + low));
 }
 
 // The logarithm of t, which is `result` if t is positive and finite.
@@ -95,7 +96,7 @@ FUSEDLOSS_HD Double log_or_special(Double t, Double result) {
 
 }  // namespace detail
 
-// e^x. Error 0.77.
+// e^x. Error 0.80.
 FUSEDLOSS_HD Vec<double> exp(Vec<double> x) {
   using namespace detail;
   const ReducedDouble e = reduce_exp(clamp(x, Double(-746), Double(710)));
@@ -112,13 +113,13 @@ FUSEDLOSS_HD Vec<double> exp(Vec<double> x) {
 }
 FUSEDLOSS_HD Vec<double> exp_nonpositive(Vec<double> x) { return exp(x); }
 
-// e^x - 1. Error 0.80.
+// e^x - 1. Error 0.85.
 FUSEDLOSS_HD Vec<double> expm1(Vec<double> x) {
   const Vec<double> half = detail::half_expm1(x).sum;
   return select(abs(x) < Vec<double>(0x1p-54), x, half + half);
 }
 
-// Natural logarithm. Error 0.86.
+// Natural logarithm. Error 0.75.
 FUSEDLOSS_HD Vec<double> log(Vec<double> x) {
   using namespace detail;
   const auto tiny = x < Double(0x1p-1022);
@@ -126,7 +127,7 @@ FUSEDLOSS_HD Vec<double> log(Vec<double> x) {
   return log_or_special(x, log_normal(normal, select(tiny, Double(54), Double(0)), Double(0)));
 }
 
-// log(1 + x). Error 0.84.
+// log(1 + x). Error 0.75.
 FUSEDLOSS_HD Vec<double> log1p(Vec<double> x) {
   using namespace detail;
   const Double one(1), zero(0);
@@ -138,7 +139,7 @@ FUSEDLOSS_HD Vec<double> log_finite(Vec<double> x) { return log(x); }
 FUSEDLOSS_HD Vec<double> log1p_finite(Vec<double> x) { return log1p(x); }
 FUSEDLOSS_HD Vec<double> log1p_unit(Vec<double> x) { return log1p(x); }
 
-// Error TANH with fused multiply-add; without, it is libm's.
+// Error 0.75 with fused multiply-add; without, it is libm's.
 FUSEDLOSS_HD Vec<double> tanh(Vec<double> x) {
 #if defined(__FMA__)
   using namespace detail;
