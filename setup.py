@@ -198,11 +198,14 @@ def build_kernels() -> type[build_ext]:
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
     torch_includes = include_paths()
+    # CXXFLAGS last, so that it wins; torch's ninja files leave it out.
+    last_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+    # The kernels know no torch header.
+    kernel_flags = cxx_flags(os.environ["CXX"]) + last_flags
     flags = cxx_flags(os.environ["CXX"]) + openmp_flags(Path(torch_includes[0]))
     # -isystem, so that warnings are about our own code only.
     flags += [word for path in torch_includes for word in ("-isystem", path)]
-    # Last, so that it wins; torch's ninja files leave it out.
-    flags += shlex.split(os.environ.get("CXXFLAGS", ""))
+    flags += last_flags
     toolkit = wanted_toolkit()
 
     class BuildKernels(BuildExtension):
@@ -219,7 +222,7 @@ def build_kernels() -> type[build_ext]:
                     sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
                     output_dir=str(Path(self.build_temp, name)),
                     include_dirs=ext.include_dirs,
-                    extra_postargs=[*flags, *CPU_CAPABILITIES[name], *defines],
+                    extra_postargs=[*kernel_flags, *CPU_CAPABILITIES[name], *defines],
                 )
 
             def compile_cuda(source: Path) -> str:

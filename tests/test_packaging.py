@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import runpy
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch as installed
 
 import fusedloss
 
@@ -73,3 +77,17 @@ def test_requirement_of_torch(
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(sys, "argv", ["setup.py", command])
     assert requirement(compiled) == asks
+
+
+def test_cpu_kernels_stand_alone() -> None:
+    """The objects of csrc/cpu, of every capability, name nothing of torch's or Python's."""
+    tag = f"{sys.implementation.cache_tag}-{platform.machine()}-torch{installed.__version__}"
+    objects = sorted((ROOT / "build" / tag).glob("*/csrc/cpu/*.o"))
+    nm = shutil.which("nm")
+    if not objects or nm is None:
+        pytest.skip("there are no object files, or there is no nm")
+    for path in objects:
+        done = subprocess.run([nm, "-C", path], capture_output=True, text=True, check=True)
+        assert "fusedloss::cpu::" in done.stdout, path
+        foreign = re.findall(r".*\b(?:(?:torch|c10|at)::|_?Py[A-Z_]).*", done.stdout)
+        assert not foreign, f"{path}: {foreign[:5]}"

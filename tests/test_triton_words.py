@@ -129,8 +129,8 @@ def expm1(x: Any) -> Any:
 ERRORS: dict[str, tuple[Callable[[Any], Any], float, float, float, float]] = {
     "exp": (exp, 1.1, 1.0, -INF, INF),
     "expm1": (expm1, 1.6, 2.5, -INF, INF),
-    "log_any": (log, 0.9, 1.0, -INF, INF),
-    "log1p_any": (log1p, 1.3, 1.0, -INF, INF),
+    "log": (log, 0.9, 1.0, -INF, INF),
+    "log1p": (log1p, 1.3, 1.0, -INF, INF),
     "tanh": (
         lambda x: mpmath.tanh(x) if abs(x) < 1000 else mpmath.sign(x),
         *(2.5, 2.8, -INF, INF),
@@ -140,7 +140,7 @@ ERRORS: dict[str, tuple[Callable[[Any], Any], float, float, float, float]] = {
     "sin": (lambda x: mpmath.sin(x) if abs(x) < INF else mpmath.nan, 1.7, 1.0, -INF, INF),
     "cos": (lambda x: mpmath.cos(x) if abs(x) < INF else mpmath.nan, 1.7, 1.0, -INF, INF),
     "exp_nonpositive": (exp, 1.3, 1.0, -87.33, 0.0),
-    "log1p": (log1p, 3.3, 1.0, -1.0, 1e30),
+    "log1p_finite": (log1p, 3.3, 1.0, -1.0, 1e30),
     "log1p_unit": (log1p, 2.0, 1.0, 0.0, 1.0),
 }
 
@@ -241,7 +241,7 @@ EXACT: dict[str, tuple[Any, Callable[..., Tensor]]] = {
     "maximum": (words.maximum, torch.maximum),
     "minimum": (words.minimum, torch.minimum),
     "divide": (words.divide, torch.div),
-    "at_least": (words.at_least, lambda x, low: torch.where(x < low, low, x)),
+    "clamp_min": (words.clamp_min, lambda x, low: torch.where(x < low, low, x)),
 }
 
 

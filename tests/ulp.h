@@ -1,6 +1,7 @@
-// Walks a float function's domain and measures its error in units in the last place (ULP): about
-// POINTS floats, evenly by bit pattern, always with the domain's ends, zeros, subnormals and nan.
-// Prints a line for each function: its name, error, argument, result.
+// Walks a function's domain and measures its error in units in the last place (ULP): about POINTS
+// numbers, evenly by bit pattern, always with the domain's ends, zeros, subnormals and nan. The
+// truth is worked out in a wider type: double for floats, long double for doubles. Prints a line
+// for each function: its name, error, argument, result.
 //
 // Behind the header with the functions, which defines fusedloss::Vec.
 #pragma once
@@ -13,56 +14,73 @@
 #include <cstdlib>
 #include <initializer_list>
 #include <limits>
+#include <type_traits>
 
 namespace {
 
 using Floats = fusedloss::Vec<float>;
-using Limits = std::numeric_limits<float>;
+using Doubles = fusedloss::Vec<double>;
 
-// Neighbouring floats have neighbouring keys; both zeros have key 0.
-int64_t key_of(float x) {
-  const int64_t bits = std::bit_cast<int32_t>(x);
-  return bits >= 0 ? bits : INT32_MIN - bits;
-}
-float float_of(int64_t key) {
-  return std::bit_cast<float>(static_cast<int32_t>(key >= 0 ? key : INT32_MIN - key));
-}
-
-double ulps(float result, double truth) {
-  if (std::isnan(result) && std::isnan(truth)) return 0;
-  if (std::abs(truth) >= 0x1.ffffffp127) truth = std::copysign(Limits::infinity(), truth);
-  if (result == truth) return 0;
-  if (!std::isfinite(result) || !std::isfinite(truth)) return Limits::infinity();
-  // The largest power of two in truth; below the normal floats the spacing stays.
-  const double power = std::bit_cast<double>(std::bit_cast<int64_t>(truth) & 0x7ff0000000000000);
-  return std::abs(result - truth) / (std::max<double>(power, Limits::min()) * 0x1p-23);
-}
-
+template <class T>
 struct Worst {
+  using Limits = std::numeric_limits<T>;
+  using Wide = std::conditional_t<std::is_same_v<T, float>, double, long double>;
+  using Key = std::conditional_t<std::is_same_v<T, float>, int32_t, int64_t>;
+  using Registers = fusedloss::Vec<T>;
+
   double error = -1;
-  float x = 0, result = 0;
+  T x = 0, result = 0;
+
+  // Neighbouring numbers have neighbouring keys; both zeros have key 0.
+  static Key key_of(T x) {
+    const Key bits = std::bit_cast<Key>(x);
+    return bits >= 0 ? bits : std::numeric_limits<Key>::min() - bits;
+  }
+  static T number_of(Key key) {
+    return std::bit_cast<T>(key >= 0 ? key : std::numeric_limits<Key>::min() - key);
+  }
+
+  static double ulps(T result, Wide truth) {
+    if (std::isnan(result) && std::isnan(truth)) return 0;
+    // Half an ULP above the largest number.
+    const Wide overflow =
+        std::ldexp(Wide(2) - std::ldexp(Wide(1), -Limits::digits), Limits::max_exponent - 1);
+    if (std::abs(truth) >= overflow) truth = std::copysign(Limits::infinity(), truth);
+    if (result == truth) return 0;
+    if (!std::isfinite(result) || !std::isfinite(truth)) return Limits::infinity();
+    // By the largest power of two in truth; below the normal numbers the spacing stays.
+    const int exponent = truth == 0 ? Limits::min_exponent : std::ilogb(truth);
+    const Wide unit =
+        std::ldexp(Wide(1), std::max(exponent, Limits::min_exponent - 1) - Limits::digits + 1);
+    return static_cast<double>(std::abs(result - truth) / unit);
+  }
 
   template <class Function, class Truth>
-  void walk(float low, float high, int64_t points, Function function, Truth truth) {
-    float x[Floats::size()], result[Floats::size()];
+  void walk(T low, T high, int64_t points, Function function, Truth truth) {
+    T arguments[Registers::size()], results[Registers::size()];
     int filled = 0;
-    const auto visit = [&](float argument) {
-      x[filled++] = argument;
-      if (filled < Floats::size()) return;
-      function(Floats::loadu(x)).store(result);
+    const auto visit = [&](T argument) {
+      arguments[filled++] = argument;
+      if (filled < Registers::size()) return;
+      function(Registers::loadu(arguments)).store(results);
       for (int i = 0; i < filled; ++i) {
-        const double e = ulps(result[i], truth(static_cast<double>(x[i])));
-        if (e > error) *this = {e, x[i], result[i]};
+        const double e = ulps(results[i], truth(static_cast<Wide>(arguments[i])));
+        if (e > error) error = e, x = arguments[i], result = results[i];
       }
       filled = 0;
     };
 
-    const int64_t first = key_of(low), last = key_of(high);
-    // Odd, so that the mantissas differ from one power of two to the next.
-    const int64_t stride = ((last - first) / points) | 1;
-    for (int64_t key = first; key <= last; key += stride) visit(float_of(key));
-    for (float magnitude : {0.0f, Limits::denorm_min(), 0x1.fffffcp-127f, Limits::min(), 1.0f}) {
-      for (float special : {-magnitude, magnitude}) {
+    // Unsigned: there are more doubles than an int64_t counts. A stride that is odd, so that the
+    // mantissas differ from one power of two to the next.
+    const uint64_t first = static_cast<uint64_t>(static_cast<int64_t>(key_of(low))),
+                   count = static_cast<uint64_t>(static_cast<int64_t>(key_of(high))) - first,
+                   stride = (count / static_cast<uint64_t>(points)) | 1;
+    for (uint64_t step = 0; step <= count && step + stride > step; step += stride) {
+      visit(number_of(static_cast<Key>(first + step)));
+    }
+    for (T magnitude :
+         {T(0), Limits::denorm_min(), Limits::min() - Limits::denorm_min(), Limits::min(), T(1)}) {
+      for (T special : {-magnitude, magnitude}) {
         if (low <= special && special <= high) visit(special);
       }
     }
@@ -72,15 +90,18 @@ struct Worst {
   }
 
   void print(const char* function) const {
-    std::printf("%s %.3f %.9g %.9g\n", function, error, x, result);
+    std::printf("%s %.3f %.17g %.17g\n", function, error, x, result);
   }
 };
 
-template <class Function, class Truth>
-void measure(const char* name, float low, float high, int64_t points, Function function,
-             Truth truth) {
-  Worst worst;
-  worst.walk(low, high, points, function, truth);
+template <class T, class Function, class Truth>
+void measure(const char* name, std::initializer_list<std::type_identity_t<T>> bounds,
+             int64_t points, Function function, Truth truth) {
+  Worst<T> worst;
+  // Between each bound and the next.
+  for (auto low = bounds.begin(); low + 1 != bounds.end(); ++low) {
+    worst.walk(low[0], low[1], points / static_cast<int64_t>(bounds.size() - 1), function, truth);
+  }
   worst.print(name);
 }
 

@@ -1,6 +1,5 @@
 // The innermost loop of the pointwise engine: one loss over a run of elements, of the type that it
-// is computed in. No torch header: a loss of one's own is compiled with it too, on the machine it
-// runs on.
+// is computed in. Custom losses are compiled with it too, on the machine they run on.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +17,8 @@ namespace fusedloss::cpu {
 
 namespace CPU_CAPABILITY {
 
-// What a loop is compiled for. kFactor: whether there is a factor, or, of a loss of one's own, may
-// be: it has loops enough to compile.
+// What a loop is compiled for. kFactor: a factor per element is applied. Custom losses always
+// compile it in (the pointer may be null), so that they have fewer loops.
 template <bool sum, bool value, bool gradient, bool target_gradient, bool factor>
 struct Wanted {
   static constexpr bool kSum = sum, kValue = value, kGradient = gradient,
@@ -44,21 +43,21 @@ struct Scale {
 template <class T>
 FUSEDLOSS_HD Vec<T> operator*(Vec<T> slope, Scale<T> scale) {
   if constexpr (std::is_same_v<T, float>) {
-    return simd::fmadd(slope, Vec<T>(scale.most), slope * Vec<T>(scale.rest));
+    return multiply_add(slope, Vec<T>(scale.most), slope * Vec<T>(scale.rest));
   } else {
     return slope * Vec<T>(scale.most);
   }
 }
 
-// How many registers a loop computes side by side. One, where a register is a loop itself, as
-// at::vec's are without SIMD; and of a loss of one's own, which has many loops to compile, but in
-// those that custom.h means to be fast.
+// How many registers a loop computes side by side: one in a custom loss's less frequent loops, for
+// they take long to compile, and in all of a built-in loss without AVX, where more would add up a
+// sum's floats in another order.
 template <class Loss, class Want>
 constexpr int kWidth =
-#if defined(CPU_CAPABILITY_DEFAULT) && !defined(FUSEDLOSS_NO_TORCH)
-    1;
+#if defined(CPU_CAPABILITY_DEFAULT)
+    Loss::kCustom && !Want::kFactor ? Loss::kUnroll : 1;
 #else
-    Loss::kCustom && Want::kFactor ? 1 : Loss::kAbreast;
+    Loss::kCustom && Want::kFactor ? 1 : Loss::kUnroll;
 #endif
 
 // kCount SIMD registers of elements from i on, of which only a single one may hold fewer, `count`;
@@ -76,7 +75,7 @@ FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, Scale<T> scale, int6
     if (full) {
       x.store(p);
     } else {
-      x.store(p, static_cast<int>(count));
+      x.store(p, count);
     }
   };
   Vec<T> x[kCount], y[kCount], pos_weights[kCount], factors[kCount];
@@ -108,9 +107,8 @@ FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, Scale<T> scale, int6
     if constexpr (Loss::kUnitInterval && (Want::kSum || Want::kValue)) {
       // x (1 - x) >= 0 just where 0 <= x <= 1.
       const Vec<T> zero(0), one(1);
-      const auto x_fits = less_equal(zero, x[u] * (one - x[u])),
-                 y_fits = less_equal(zero, y[u] * (one - y[u]));
-      valid = both(valid, both(x_fits, y_fits));
+      const auto x_fits = zero <= x[u] * (one - x[u]), y_fits = zero <= y[u] * (one - y[u]);
+      valid = logical_and(valid, logical_and(x_fits, y_fits));
     }
     if constexpr (Want::kValue) store(value[u], run.value + k);
     if constexpr (Want::kGradient) store(gradient[u], run.gradient + k);
@@ -144,7 +142,7 @@ double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
              [[maybe_unused]] bool& in_unit) {
   const Scale<T> scale(gradient_scale * Loss::kSlopeUnit);
   constexpr int kStep = kWidth<Loss, Want>;
-  Mask<T> valid = equal(Vec<T>(0), Vec<T>(0));
+  Mask<T> valid = Vec<T>(0) == Vec<T>(0);
   const int64_t whole = n - n % (kStep * Vec<T>::size());
   Sum sum = pass<kStep, Want>(loss, run, scale, 0, whole, valid);
   if (whole < n) sum.add(pass<1, Want>(loss, run, scale, whole, n, valid));
@@ -152,7 +150,7 @@ double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
   if (kStep > 1 && !std::isfinite(sum.value())) {
     sum = pass<1, Want>(loss, run, scale, 0, n, valid);
   }
-  if constexpr (Loss::kUnitInterval) in_unit = in_unit && all(valid);
+  if constexpr (Loss::kUnitInterval) in_unit = in_unit && valid.all();
   return sum.value();
 }
 

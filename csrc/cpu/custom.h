@@ -1,5 +1,5 @@
-// Makes the library of a loss of one's own out of its struct: the CPU engine's innermost loops.
-// Compiled on the machine it runs on, with no torch header.
+// Makes a custom loss's struct into a library of the CPU engine's innermost loops, which is
+// compiled on the machine it runs on.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// What a compiled loss of one's own offers the pointwise engine.
+// The interface between a compiled custom loss and the pointwise engine.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,8 @@
 
 namespace fusedloss::cpu {
 
-// Of this file, run.h, and what the functions mean: a library of another version is not run.
+// The version of this file, of run.h and of what the functions mean. A library of another version
+// is not run.
 constexpr int32_t kCustomVersion = 1;
 
 // One run of n elements. constants: what prepare() made. Gives the sum of the values, where wanted.

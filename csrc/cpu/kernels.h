@@ -1,16 +1,18 @@
-// What csrc/torch/cpu.cpp asks of the CPU engines.
+// The interface of the CPU engines.
 #pragma once
 
 #include "../engine.h"
 #include "../math/sum.h"
 #include "custom_kernel.h"
+#include "parallel.h"
 
 namespace fusedloss::cpu {
 
 struct Pointwise : fusedloss::Pointwise {
+  ParallelFor threads = &run_serially;
   double scale = 1;  // every gradient element is multiplied by it
   bool want_sum = false;
-  // A loss of one's own, instead of `loss` and `parameter`; its parameters are as many as it has.
+  // A custom loss, instead of `loss` and `parameter`, and its parameters.
   const CustomKernel* custom = nullptr;
   const double* parameters = nullptr;
 };
@@ -21,6 +23,7 @@ struct PointwiseResult {
 };
 
 struct CrossEntropy : fusedloss::CrossEntropy {
+  ParallelFor threads = &run_serially;
   // Which walk: row by row, for which classes has stride 1 in input and gradient, or tiles of
   // neighbouring rows, fast where inner has stride 1 or classes are few. Fixed by input, so that
   // every call on it gives the same bits.

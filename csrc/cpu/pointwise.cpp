@@ -3,8 +3,7 @@
 // Fewest bytes for value and gradient: read input, read target, write gradient, 3 N elements. Work
 // goes in fixed chunks, each summed on its own and the sums added in order, so the result has the
 // same bits for any number of threads.
-#include <ATen/Parallel.h>
-
+#include <algorithm>
 #include <memory>
 #include <stdexcept>
 #include <vector>
@@ -18,10 +17,10 @@ namespace fusedloss::cpu {
 namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kChunk = 32768;  // elements a task: ATen's own grain
+constexpr int64_t kChunk = 32768;  // elements a task
 constexpr int64_t kBlock = 2048;   // elements a run that is staged: a few of these fit the L1 cache
 
-// A loss of one's own: its block is in a library, found for what the call wants.
+// A custom loss: its block is in a library, which has one for each set of outputs.
 struct Custom {
   const CustomKernel* kernel;
   std::vector<double> constants;
@@ -111,7 +110,7 @@ PointwiseResult run(const Pointwise& call, const Loss& loss) {
   }
   std::vector<Sum> sums(chunks);
   std::vector<char> in_unit(chunks, 1);
-  at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+  parallel_for(call.threads, 0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       bool ok = true;
       sums[c] =

@@ -2,8 +2,6 @@
 // tasks with their sums. Loss is a struct of row_losses.h, T the type that it is computed in.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <limits>
 #include <memory>
@@ -11,6 +9,8 @@
 
 #include "../math/row_losses.h"
 #include "../math/sum.h"
+#include "lanes.h"
+#include "parallel.h"
 #include "staging.h"
 #include "stream.h"
 #include "wide.h"
@@ -20,47 +20,18 @@
 namespace fusedloss::cpu {
 namespace CPU_CAPABILITY {
 
-// ---- all that comes from torch: vectors and threads ---------------------------------------------
-
-// One class index per lane, in registers as large as those of T.
-template <class T>
-using Index = at::vec::int_same_size_t<T>;
-
-template <class T>
-FUSEDLOSS_HD Mask<T> same(Vec<Index<T>> a, Vec<Index<T>> b) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const auto lanes = sizeof(T) == 4 ? _mm512_cmpeq_epi32_mask(a, b) : _mm512_cmpeq_epi64_mask(a, b);
-  return {static_cast<uint16_t>(lanes)};
-#else
-  return simd::cast<T>(a == b);
-#endif
-}
-
 // The larger of two; either of them where one is nan: a nan logit makes its row's sum nan whatever
 // max is.
 template <class T>
 FUSEDLOSS_HD Vec<T> larger(Vec<T> a, Vec<T> b) {
-  return at::vec::clamp_min(a, b);
-}
-template <class T>
-T largest_lane(Vec<T> v) {
-  return at::vec::vec_reduce_all<T>([](Vec<T>& a, Vec<T>& b) { return larger(a, b); }, v);
+  return max(b, a);
 }
 
-// to[c * to_stride + r] = from[r * from_stride + c]
-template <class T>
-void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
-               int64_t columns) {
-  at::vec::transpose_mxn<T>(from, from_stride, to, to_stride, static_cast<int>(rows),
-                            static_cast<int>(columns));
-}
-
-// Sums task(walk, t) over every t on torch's threads, one walk a thread. The sums are added in
-// order.
+// Sums task(walk, t) over every t in parallel, one walk a thread. The sums are added in order.
 template <class Walk, class Make, class Task>
-double sum_tasks(int64_t tasks, Make&& make, Task&& task) {
+double sum_tasks(ParallelFor threads, int64_t tasks, Make&& make, Task&& task) {
   std::vector<double> sums(tasks);
-  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+  parallel_for(threads, 0, tasks, 1, [&](int64_t first, int64_t last) {
     const std::unique_ptr<Walk> walk = make();
     for (int64_t t = first; t < last; ++t) sums[t] = task(*walk, t);
     finish_stream();
@@ -124,7 +95,7 @@ Vec<T> load(const T* p, int64_t count, T rest) {
 template <class T>
 FUSEDLOSS_HD void store(Vec<T> v, T* p, int64_t count, bool streams = false) {
   if (count < Vec<T>::size()) {
-    v.store(p, static_cast<int>(count));
+    v.store(p, count);
   } else if (streams) {
     stream(v, p);
   } else {

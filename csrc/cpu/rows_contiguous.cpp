@@ -11,7 +11,7 @@ namespace fusedloss::cpu {
 namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kTask = 32768;  // elements a task, at least: ATen's own grain
+constexpr int64_t kTask = 32768;  // elements a task, at least
 constexpr int64_t kBlock = 1024;  // elements of a row at a time
 // Bytes of a row's exponentials that are kept for its gradient: what a core's own cache may hold.
 constexpr int64_t kMaxKept = 1 << 20;
@@ -52,7 +52,7 @@ T largest(const T* x, int64_t n) {
   for_registers<T>(n, [&](int64_t i, int64_t count, int u) {
     max[u] = larger(max[u], load(x + i, count, -kInfinity<T>));
   });
-  return largest_lane(larger(larger(max[0], max[1]), larger(max[2], max[3])));
+  return max_lane(larger(larger(max[0], max[1]), larger(max[2], max[3])));
 }
 
 template <class Loss>
@@ -288,14 +288,15 @@ double rows_contiguous(const CrossEntropy& call) {
   const RowProblem<Loss> problem(call);
   const int64_t rows = call.outer * call.inner;
   const int64_t step = std::max<int64_t>(1, kTask / std::max<int64_t>(call.classes, 1));
-  return sum_tasks<Walk>((rows + step - 1) / step, [&] { return std::make_unique<Walk>(problem); },
-                         [&](Walk& walk, int64_t task) {
-                           const int64_t end = std::min(rows, (task + 1) * step);
-                           Sum sum;
-                           for (int64_t row = task * step; row < end; row += walk.group)
-                             walk.process_rows(row, std::min(walk.group, end - row), sum);
-                           return sum.value();
-                         });
+  return sum_tasks<Walk>(
+      call.threads, (rows + step - 1) / step, [&] { return std::make_unique<Walk>(problem); },
+      [&](Walk& walk, int64_t task) {
+        const int64_t end = std::min(rows, (task + 1) * step);
+        Sum sum;
+        for (int64_t row = task * step; row < end; row += walk.group)
+          walk.process_rows(row, std::min(walk.group, end - row), sum);
+        return sum.value();
+      });
 }
 
 template double rows_contiguous<CrossEntropyRow<float>>(const CrossEntropy& call);

@@ -78,7 +78,7 @@ struct TileCopier {
 // after each store.
 template <class T>
 struct TileArrays {
-  static constexpr Index<T> kNone = -1;
+  static constexpr Integer<T> kNone = -1;
   int64_t width;
   // (classes, width). The logits, in a copy, since lines of the input that lie a power of two apart
   // throw each other out of the cache; then e^(x - max), 0 for the target, in their place; then the
@@ -88,15 +88,15 @@ struct TileArrays {
   T *target_logit, *target_weight, *max, *losses, *factor, *slope_scale, *target_gradient;
   double *scale, *sum, *weighted_logits, *target_mass;  // the last three are RegisterSums
   // kNone: the row is ignored, or lies beyond the tile's end. 0 for class probabilities.
-  Index<T>*target, *class_ids;
+  Integer<T>*target, *class_ids;
   bool any_ignored = false;  // rows of the tile are
 
   // Which of the rows from i on have class c as their target, and which have none.
   FUSEDLOSS_HD Mask<T> is_target(int64_t c, int64_t i) const {
-    return same<T>(at(target, i), Vec<Index<T>>(class_ids[c]));
+    return cast<T>(at(target, i) == Vec<Integer<T>>(class_ids[c]));
   }
   FUSEDLOSS_HD Mask<T> is_none(int64_t i) const {
-    return same<T>(at(target, i), Vec<Index<T>>(kNone));
+    return cast<T>(at(target, i) == Vec<Integer<T>>(kNone));
   }
 };
 
@@ -116,7 +116,7 @@ struct TileWalk {
   const TileCopier<T> copier{call.classes, width};
   const Buffer<T> memory{(call.indices ? 1 : 2) * size + 7 * width};
   const Buffer<double> double_memory{3 * at_sum(width) + width};
-  const Buffer<Index<T>> index_memory{width + call.classes};
+  const Buffer<Integer<T>> index_memory{width + call.classes};
   TileArrays<T> arrays;
 
   TileWalk(const RowProblem<Loss>& p, int64_t w) : problem(p), width(w) {
@@ -138,7 +138,7 @@ struct TileWalk {
     std::fill_n(a.target_logit, 2 * w, T(1));
     std::fill_n(a.sum, 3 * at_sum(w), 0.0);
     std::fill_n(a.scale, w, call.scale);
-    std::iota(a.class_ids, a.class_ids + call.classes, Index<T>(0));
+    std::iota(a.class_ids, a.class_ids + call.classes, Integer<T>(0));
   }
 
   // Where the RegisterSum of the rows from i on lies.
@@ -272,10 +272,10 @@ struct TileWalk {
     // The next tile's, which the hardware would not foresee in time.
     for (int64_t i = 0; i < width; i += 8) __builtin_prefetch(indices + width + i, 0, 2);
     const auto a = arrays;
-    Index<T> any = 0;  // as wide as an index, so that the loop vectorises
+    Integer<T> any = 0;  // as wide as an index, so that the loop vectorises
     for (int64_t i = 0; i < n; ++i) {
       const bool ignored = indices[i] == call.ignore_index;
-      a.target[i] = ignored ? a.kNone : static_cast<Index<T>>(indices[i]);
+      a.target[i] = ignored ? a.kNone : static_cast<Integer<T>>(indices[i]);
       any |= ignored;
     }
     arrays.any_ignored = any;
@@ -393,7 +393,7 @@ double rows_tiled(const CrossEntropy& call) {
   const int64_t width = std::min(full, (rows + kLanes - 1) / kLanes * kLanes);
   const int64_t tiles = (call.inner + width - 1) / width;
   return sum_tasks<Walk>(
-      call.outer * tiles, [&] { return std::make_unique<Walk>(problem, width); },
+      call.threads, call.outer * tiles, [&] { return std::make_unique<Walk>(problem, width); },
       [&](Walk& walk, int64_t task) {
         const int64_t begin = task % tiles * width;
         return walk.process_tile({task / tiles, begin, std::min(width, call.inner - begin)});

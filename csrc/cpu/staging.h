@@ -3,14 +3,11 @@
 // conversion and gathering cost no traffic to memory.
 #pragma once
 
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 
-#include "../math/vocabulary.h"
+#include "half.h"
 #include "kernels.h"
 
 namespace fusedloss::cpu {
@@ -24,9 +21,9 @@ inline void with_type(DType dtype, F&& f) {
     case DType::kFloat32:
       return f(float{});
     case DType::kBFloat16:
-      return f(c10::BFloat16{});
+      return f(BFloat16{});
     case DType::kFloat16:
-      return f(c10::Half{});
+      return f(Half{});
     case DType::kInt64:
       return f(int64_t{});
   }
@@ -44,7 +41,7 @@ inline int64_t bytes_of(DType dtype) {
 }
 
 template <class S>
-constexpr bool is_half = std::is_same_v<S, c10::BFloat16> || std::is_same_v<S, c10::Half>;
+constexpr bool is_half = std::is_same_v<S, BFloat16> || std::is_same_v<S, Half>;
 
 // out[i] = in[i * stride]
 template <class S, class T>
@@ -55,14 +52,7 @@ inline void widen(const S* in, int64_t stride, int64_t n, T* out) {
       std::memcpy(out, in, n * sizeof(T));
       return;
     }
-    if constexpr (is_half<S> && std::is_same_v<T, float>) {
-      constexpr int64_t kStep = Vec<S>::size();
-      for (; i + kStep <= n; i += kStep) {
-        auto [low, high] = at::vec::convert_to_float<S>(Vec<S>::loadu(in + i));
-        low.store(out + i);
-        high.store(out + i + kStep / 2);
-      }
-    }
+    if constexpr (is_half<S> && std::is_same_v<T, float>) i = widen_registers(in, n, out);
     for (; i < n; ++i) out[i] = static_cast<T>(in[i]);
   } else {
     for (; i < n; ++i) out[i] = static_cast<T>(in[i * stride]);
@@ -78,14 +68,7 @@ inline void narrow(const T* in, int64_t n, D* out, int64_t stride) {
       std::memcpy(out, in, n * sizeof(T));
       return;
     }
-    if constexpr (is_half<D> && std::is_same_v<T, float>) {
-      constexpr int64_t kStep = Vec<D>::size();
-      for (; i + kStep <= n; i += kStep) {
-        at::vec::convert_from_float<D>(Vec<float>::loadu(in + i),
-                                       Vec<float>::loadu(in + i + kStep / 2))
-            .store(out + i);
-      }
-    }
+    if constexpr (is_half<D> && std::is_same_v<T, float>) i = narrow_registers(in, n, out);
     for (; i < n; ++i) out[i] = static_cast<D>(in[i]);
   } else {
     for (; i < n; ++i) out[i * stride] = static_cast<D>(in[i]);

@@ -120,7 +120,7 @@ struct RegisterSum {
       return {{part[0], part[1]}};
     } else {
       // An infinite sum has rounded away nothing that means anything.
-      return {{select(equal(part[1], part[1]), part[0] + part[1], part[0])}};
+      return {{select(part[1] == part[1], part[0] + part[1], part[0])}};
     }
   }
   void add_to(Sum& total) const {

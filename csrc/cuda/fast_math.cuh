@@ -52,11 +52,11 @@ struct Quick {
   __device__ friend Quick multiply_add(Quick a, Quick b, Quick c) {
     return Quick(fmaf(a.x, b.x, c.x));
   }
-  __device__ friend Quick minus_abs(Quick a) { return Quick(-fabsf(a.x)); }
+  __device__ friend Quick neg_abs(Quick a) { return Quick(-fabsf(a.x)); }
   __device__ friend Quick exp_nonpositive(Quick a) { return Quick(quick_exp(a.x)); }
-  __device__ friend Quick log(Quick a) { return Quick(quick_log(a.x, 1 - a.x)); }
-  __device__ friend Quick log1p(Quick a) { return Quick(quick_log(1 + a.x, -a.x)); }
-  __device__ friend Quick log1p_unit(Quick a) { return log1p(a); }
+  __device__ friend Quick log_finite(Quick a) { return Quick(quick_log(a.x, 1 - a.x)); }
+  __device__ friend Quick log1p_finite(Quick a) { return Quick(quick_log(1 + a.x, -a.x)); }
+  __device__ friend Quick log1p_unit(Quick a) { return log1p_finite(a); }
 };
 
 }  // namespace fusedloss::cuda

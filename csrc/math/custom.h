@@ -1,5 +1,5 @@
-// What the generated struct of a loss of one's own builds on: like those of losses.h, with the
-// derivative with respect to target as well, and numbers worked out once a call.
+// The base of a custom loss's generated struct. It is like the structs of losses.h, with the
+// derivative with respect to target as well, and constants that are computed once a call.
 //
 // Such a struct is
 //   struct Loss : fusedloss::CustomLoss<kConstants> {
@@ -8,7 +8,7 @@
 //     static void prepare(const double* parameters, double* constants);
 //     template <class T> CustomEval<T> eval(T x, T y) const;
 //   };
-// prepare() works out, in double, whatever depends on the parameters alone.
+// prepare() computes, in double, everything that depends on the parameters alone.
 #pragma once
 
 #include "elementary.h"
@@ -34,10 +34,10 @@ struct CustomEval {
   }
 };
 
-// A slope within [-clip, clip]; without a bound, which is usual, only a number is looked at.
+// The slope, clamped to [-clip, clip]. Without a bound, the usual case, this costs one comparison.
 template <class T>
 FUSEDLOSS_HD T bounded(T slope, double clip) {
-  return clip < INFINITY ? between(slope, T(-clip), T(clip)) : slope;
+  return clip < INFINITY ? clamp(slope, T(-clip), T(clip)) : slope;
 }
 
 // A number that a constant has in most calls.
@@ -52,7 +52,7 @@ struct CustomLoss {
   static constexpr double kSlopeUnit = 1;
   static constexpr bool kIndexed = false;
   static constexpr bool kPosWeight = false;
-  static constexpr int kAbreast = 8;
+  static constexpr int kUnroll = 8;
   static constexpr bool kCustom = true;
   static constexpr int kConstants = count;
   double constants[count];

@@ -1,8 +1,8 @@
-// More words than vocabulary.h has: elementary functions over their whole domain, infinities
-// and nan included, which a loss of one's own may call with anything.
+// More functions than vocabulary.h has: elementary functions over their whole domain, infinities
+// and nan included. A custom loss may call them with any number.
 //
-// Errors are in ULP as there, by tests/elementary.cpp; tests/test_vocabulary.py holds them. In
-// double the SIMD forms are libm's, lane by lane.
+// Errors are in ULP as there, measured by tests/elementary.cpp and held by
+// tests/test_vocabulary.py.
 #pragma once
 
 #include "vocabulary.h"
@@ -11,8 +11,8 @@ namespace fusedloss {
 
 // ---- scalars ------------------------------------------------------------------------------------
 
-FUSEDLOSS_HD bool either(bool a, bool b) { return a || b; }
-FUSEDLOSS_HD bool negation(bool a) { return !a; }
+FUSEDLOSS_HD bool logical_or(bool a, bool b) { return a || b; }
+FUSEDLOSS_HD bool logical_not(bool a) { return !a; }
 // nan where either is, as in torch.
 template <class T>
 FUSEDLOSS_HD T maximum(T a, T b) {
@@ -27,14 +27,14 @@ template <class T>
 FUSEDLOSS_HD T sign(T x) {
   return T(x > T(0)) - T(x < T(0));
 }
-// The logarithms of vocabulary.h know a domain; these know every number. On a GPU these are CUDA's
-// own functions. Their documented errors in ULP are, for float and double: exp 2 and 1, expm1, log
-// and log1p 1, sin, cos and erf 2, tanh 2 and 1, pow 4 and 2; sqrt and quotients are rounded
-// correctly.
-FUSEDLOSS_HD float log_any(float x) { return ::logf(x); }
-FUSEDLOSS_HD double log_any(double x) { return ::log(x); }
-FUSEDLOSS_HD float log1p_any(float x) { return ::log1pf(x); }
-FUSEDLOSS_HD double log1p_any(double x) { return ::log1p(x); }
+// log_finite and log1p_finite have a domain; these logarithms take every number. On a GPU all of
+// these are CUDA's own functions. Their documented errors in ULP are, for float and double: exp 2
+// and 1, expm1, log and log1p 1, sin, cos and erf 2, tanh 2 and 1, pow 4 and 2; sqrt and quotients
+// are rounded correctly.
+FUSEDLOSS_HD float log(float x) { return ::logf(x); }
+FUSEDLOSS_HD double log(double x) { return ::log(x); }
+FUSEDLOSS_HD float log1p(float x) { return ::log1pf(x); }
+FUSEDLOSS_HD double log1p(double x) { return ::log1p(x); }
 FUSEDLOSS_HD float exp(float x) { return ::expf(x); }
 FUSEDLOSS_HD double exp(double x) { return ::exp(x); }
 FUSEDLOSS_HD float expm1(float x) { return ::expm1f(x); }
@@ -59,56 +59,49 @@ FUSEDLOSS_HD T like_elements_of(T, double number) {
 // x log(y), 0 where x is 0 and y a number, as in torch.
 template <class T>
 FUSEDLOSS_HD T xlogy(T x, T y) {
-  return x == T(0) && y == y ? T(0) : x * log_any(y);
+  return x == T(0) && y == y ? T(0) : x * log(y);
 }
 
 }  // namespace fusedloss
 
 // ---- CPU SIMD registers -------------------------------------------------------------------------
-#if defined(FUSEDLOSS_NO_TORCH)
+#if defined(CPU_CAPABILITY)
 namespace fusedloss {
 inline namespace CPU_CAPABILITY {
 
 template <class T>
-FUSEDLOSS_HD Vec<T> either(Vec<T> a, Vec<T> b) {
+FUSEDLOSS_HD Mask<T> logical_or(Mask<T> a, Mask<T> b) {
   return a | b;
 }
 template <class T>
-FUSEDLOSS_HD Vec<T> negation(Vec<T> a) {
+FUSEDLOSS_HD Mask<T> logical_not(Mask<T> a) {
   return ~a;
 }
 template <class T>
 FUSEDLOSS_HD Vec<T> maximum(Vec<T> a, Vec<T> b) {
-  return select(either(a > b, a != a), a, b);
+  return select(logical_or(a > b, a != a), a, b);
 }
 template <class T>
 FUSEDLOSS_HD Vec<T> minimum(Vec<T> a, Vec<T> b) {
-  return select(either(a < b, a != a), a, b);
+  return select(logical_or(a < b, a != a), a, b);
 }
 template <class T>
 FUSEDLOSS_HD Vec<T> sign(Vec<T> x) {
   const Vec<T> zero(0);
   return select(x > zero, Vec<T>(1), select(x < zero, Vec<T>(-1), zero));
 }
-using simd::sqrt;
-
 template <class T>
 FUSEDLOSS_HD T like_elements_of(Vec<T>, double number) {
   return static_cast<T>(number);
 }
 
-// Libm's, lane by lane: all doubles, and floats beyond where a function's own form holds.
+// These are libm's, lane by lane.
 #define FUSEDLOSS_LANES(NAME, FUNCTION)                            \
   FUSEDLOSS_HD Vec<double> NAME(Vec<double> x) {                   \
     return x.map([](double lane) { return std::FUNCTION(lane); }); \
   }
-FUSEDLOSS_LANES(log_any, log)
-FUSEDLOSS_LANES(log1p_any, log1p)
-FUSEDLOSS_LANES(exp, exp)
-FUSEDLOSS_LANES(expm1, expm1)
 FUSEDLOSS_LANES(sin, sin)
 FUSEDLOSS_LANES(cos, cos)
-FUSEDLOSS_LANES(tanh, tanh)
 FUSEDLOSS_LANES(erf, erf)
 #undef FUSEDLOSS_LANES
 FUSEDLOSS_HD Vec<double> pow(Vec<double> x, Vec<double> y) {
@@ -122,7 +115,7 @@ constexpr float kInfinity = INFINITY;
 
 // Beyond these bounds e^x is 0, and infinite.
 FUSEDLOSS_HD Reduced reduce_any(Vec<float> x) {
-  return reduce_exp(simd::clamp(x, Vec<float>(-104.0f), Vec<float>(89.0f)));
+  return reduce_exp(clamp(x, Vec<float>(-104.0f), Vec<float>(89.0f)));
 }
 
 // e^x (1 + more), |more| small. In two steps of scaling, to reach subnormals and infinity.
@@ -131,7 +124,7 @@ FUSEDLOSS_HD Vec<float> exp_times(Vec<float> x, Vec<float> more) {
   const Int n = e.n(), half = n >> Int(1);
   const Vec<float> first = power_of_two(half), second = power_of_two(n - half);
   const Vec<float> one(1.0f), p = e.r_expm1;
-  return simd::fmadd(first, simd::fmadd(more, one + p, p), first) * second;
+  return multiply_add(first, multiply_add(more, one + p, p), first) * second;
 }
 
 }  // namespace detail
@@ -140,7 +133,7 @@ FUSEDLOSS_HD Vec<float> exp_times(Vec<float> x, Vec<float> more) {
 FUSEDLOSS_HD Vec<float> exp(Vec<float> x) {
 #if defined(CPU_CAPABILITY_AVX512)
   const detail::Reduced e = detail::reduce_any(x);
-  return _mm512_scalef_ps(Vec<float>(1.0f) + e.r_expm1, e.turns);
+  return _mm512_scalef_ps(Vec<float>(1.0f) + e.r_expm1, e.exponent);
 #else
   return detail::exp_times(x, Vec<float>(0.0f));
 #endif
@@ -151,41 +144,41 @@ FUSEDLOSS_HD Vec<float> expm1(Vec<float> x) {
   using namespace detail;
 #if defined(CPU_CAPABILITY_AVX512)
   const Reduced e = reduce_any(x);  // shared with an exp(x) beside it
-  const Vec<float> half(0.5f), scale = _mm512_scalef_ps(half, e.turns);
-  const Vec<float> sum = simd::fmadd(e.r_expm1, scale, scale - half);
+  const Vec<float> half(0.5f), scale = _mm512_scalef_ps(half, e.exponent);
+  const Vec<float> sum = multiply_add(e.r_expm1, scale, scale - half);
   const Vec<float> result = sum + sum;
 #else
-  const Reduced e = reduce_exp(simd::clamp(x, Vec<float>(-25.0f), Vec<float>(89.0f)));
+  const Reduced e = reduce_exp(clamp(x, Vec<float>(-25.0f), Vec<float>(89.0f)));
   // 2^128 is no float: there the last doubling waits.
-  const Int n = e.n(), beyond = simd::cast<int32_t>(simd::cast<float>(n == Int(128))) & Int(1);
+  const Int n = e.n(), beyond = (n + Int(128)) >> Int(8);
   const Vec<float> scale = power_of_two(n - beyond);
-  const Vec<float> sum = simd::fmadd(e.r_expm1, scale, scale - Vec<float>(1.0f));
+  const Vec<float> sum = multiply_add(e.r_expm1, scale, scale - Vec<float>(1.0f));
   const Vec<float> result = sum * power_of_two(beyond);
 #endif
   return select(x == Vec<float>(0.0f), x, result);  // -0
 }
 
-// The logarithms of vocabulary.h, of every number: nan where there is none. Error 0.9.
+// Natural logarithm, and log(1 + x), of every number. Error 0.9.
 #if defined(CPU_CAPABILITY_AVX512)
-FUSEDLOSS_HD Vec<float> log_any(Vec<float> x) { return log(x); }
-FUSEDLOSS_HD Vec<float> log1p_any(Vec<float> x) { return log1p(x); }
+FUSEDLOSS_HD Vec<float> log(Vec<float> x) { return log_finite(x); }
+FUSEDLOSS_HD Vec<float> log1p(Vec<float> x) { return log1p_finite(x); }
 #else
-FUSEDLOSS_HD Vec<float> log_any(Vec<float> x) {
+FUSEDLOSS_HD Vec<float> log(Vec<float> x) {
   const Vec<float> zero(0.0f), infinity(detail::kInfinity);
-  const Vec<float> result = select(x == infinity, infinity, log(x));
+  const Vec<float> result = select(x == infinity, infinity, log_finite(x));
   return select(x < zero, Vec<float>(NAN), result);
 }
 
-FUSEDLOSS_HD Vec<float> log1p_any(Vec<float> x) {
+FUSEDLOSS_HD Vec<float> log1p(Vec<float> x) {
   const Vec<float> infinity(detail::kInfinity);
-  const Vec<float> result = select(x == infinity, infinity, log1p(x));
+  const Vec<float> result = select(x == infinity, infinity, log1p_finite(x));
   return select(x < Vec<float>(-1.0f), Vec<float>(NAN), result);
 }
 #endif
 
 template <class T>
 FUSEDLOSS_HD Vec<T> xlogy(Vec<T> x, Vec<T> y) {
-  return select(both(x == Vec<T>(0), y == y), Vec<T>(0), x * log_any(y));
+  return select(logical_and(x == Vec<T>(0), y == y), Vec<T>(0), x * log(y));
 }
 
 // Error 2.5.
@@ -204,9 +197,9 @@ FUSEDLOSS_HD Vec<float> erf(Vec<float> x) {
   static constexpr float r[] = {-0.00014233188f, 1.1293333f,     0.6337849f,
                                 0.10768884f,     -0.024630973f,  0.0039183586f,
                                 -0.00035455555f, 6.9814655e-06f, 1.0657806e-06f};
-  const Vec<float> one(1.0f), size = simd::clamp(abs(x), Vec<float>(0.0f), Vec<float>(4.0f));
+  const Vec<float> one(1.0f), size = clamp(abs(x), Vec<float>(0.0f), Vec<float>(4.0f));
   const Vec<float> square = size * size;
-  const Vec<float> small = simd::fmadd(x, polynomial(square, square * square, p), x);
+  const Vec<float> small = multiply_add(x, polynomial(square, square * square, p), x);
   const Vec<float> big = one - exp_nonpositive(-polynomial(size, square, r));
   return select(size < Vec<float>(0.9f), small, select(x < Vec<float>(0.0f), -big, big));
 }
@@ -217,25 +210,25 @@ namespace detail {
 template <class Exact>
 FUSEDLOSS_HD Vec<float> sine(Vec<float> x, int quarters, Exact exact) {
   constexpr float kTurns = 1000.0f;
-  const Vec<float> shifted = simd::fmadd(x, Vec<float>(0.636619772f), Vec<float>(kRounder));
+  const Vec<float> shifted = multiply_add(x, Vec<float>(0.636619772f), Vec<float>(kRounder));
   const Vec<float> n = shifted - Vec<float>(kRounder);
   // pi / 2 in four parts, the first three of 13 bits at most: exact products with n.
-  Vec<float> r = simd::fmadd(n, Vec<float>(-1.5703125f), x);
-  r = simd::fmadd(n, Vec<float>(-4.83751296997070312e-4f), r);
-  r = simd::fmadd(n, Vec<float>(-7.549533620e-08f), r);
-  r = simd::fmadd(n, Vec<float>(-2.563344152e-12f), r);
-  const Int quadrant = simd::cast<int32_t>(shifted) + Int(quarters);
+  Vec<float> r = multiply_add(n, Vec<float>(-1.5703125f), x);
+  r = multiply_add(n, Vec<float>(-4.83751296997070312e-4f), r);
+  r = multiply_add(n, Vec<float>(-7.549533620e-08f), r);
+  r = multiply_add(n, Vec<float>(-2.563344152e-12f), r);
+  const Int quadrant = cast<int32_t>(shifted) + Int(quarters);
   static constexpr float s[] = {-0.16666667f, 0.008333329f, -0.00019839295f, 2.7179399e-06f};
   static constexpr float c[] = {0.041666668f, -0.0013888883f, 2.479943e-05f, -2.7204646e-07f};
   const Vec<float> z = r * r, z2 = z * z;
-  const Vec<float> of_sine = simd::fmadd(r * z, polynomial(z, z2, s), r);
+  const Vec<float> of_sine = multiply_add(r * z, polynomial(z, z2, s), r);
   const Vec<float> of_cosine =
-      simd::fmadd(z2, polynomial(z, z2, c), simd::fmadd(z, Vec<float>(-0.5f), Vec<float>(1.0f)));
-  const Vec<float> odd = simd::cast<float>((quadrant & Int(1)) == Int(1));
+      multiply_add(z2, polynomial(z, z2, c), multiply_add(z, Vec<float>(-0.5f), Vec<float>(1.0f)));
+  const auto odd = cast<float>((quadrant & Int(1)) == Int(1));
   const Vec<float> size = select(odd, of_cosine, of_sine);
-  const Vec<float> negative = simd::cast<float>((quadrant & Int(2)) == Int(2));
+  const auto negative = cast<float>((quadrant & Int(2)) == Int(2));
   const Vec<float> result = select(negative, -size, size);
-  const Vec<float> far = abs(x) > Vec<float>(kTurns);
+  const auto far = abs(x) > Vec<float>(kTurns);
   if (__builtin_expect(far.any(), 0)) return select(far, x.map(exact), result);
   return result;
 }
@@ -251,8 +244,8 @@ FUSEDLOSS_HD Vec<float> cos(Vec<float> x) {
 }
 
 // x^y: exp(y log|x|) with the logarithm in two floats, so that a large exponent keeps its digits.
-// Of a negative x, nan unless y is an integer. y is finite. Error 2 for results of usual size, 8 at
-// x^101; without fused multiply-add the logarithm has one float's digits, and 66 there.
+// A negative x gives nan unless y is an integer. y is finite. Error 2 for results of usual size, 8
+// at x^101; without fused multiply-add the logarithm has one float's digits, and 66 there.
 FUSEDLOSS_HD Vec<float> pow(Vec<float> x, Vec<float> y) {
   using namespace detail;
   const Vec<float> zero(0.0f), one(1.0f), infinity(kInfinity);
@@ -261,14 +254,14 @@ FUSEDLOSS_HD Vec<float> pow(Vec<float> x, Vec<float> y) {
   // n ln2 + f - f^2 / 2, each sum with what it loses beside it.
   const Vec<float> f2 = t.f * t.f, half = Vec<float>(0.5f) * f2;
   const Vec<float> most = t.high - half, lost_half = (t.high - most) - half;
-  const Vec<float> lost_square = Vec<float>(-0.5f) * simd::fmadd(t.f, t.f, -f2);
+  const Vec<float> lost_square = Vec<float>(-0.5f) * multiply_add(t.f, t.f, -f2);
   Vec<float> low = log_tail(t.f, t.low + lost_half);
-  low = simd::fmadd(t.turns, Vec<float>(kLn2Lo * kTurn), low + lost_square);
+  low = multiply_add(t.exponent, Vec<float>(kLn2Lo * kExponentUnit), low + lost_square);
   const Vec<float> high = most + low;
   low = low - (high - most);
   // What a product of y with both parts loses goes into the exponential as a factor.
   const Vec<float> product = y * high;
-  const Vec<float> more = simd::fmadd(y, low, simd::fmadd(y, high, -product));
+  const Vec<float> more = multiply_add(y, low, multiply_add(y, high, -product));
   Vec<float> result = exp_times(product, select(abs(more) < one, more, zero));
   result = select(x == x, result, x);
   // 0 and infinity, of which there is no logarithm.
@@ -277,18 +270,18 @@ FUSEDLOSS_HD Vec<float> pow(Vec<float> x, Vec<float> y) {
   result = select(size == zero, limit, select(size == infinity, other, result));
   result = select(y == zero, one, result);
   // Every float from 2^24 on is even.
-  const Vec<float> bounded = simd::clamp(y, Vec<float>(-16777216.0f), Vec<float>(16777216.0f));
-  const Int whole = simd::convert<int32_t>(bounded);
-  const Vec<float> is_whole = simd::convert<float>(whole) == bounded;
-  const Vec<float> is_odd = both(is_whole, simd::cast<float>((whole & Int(1)) == Int(1)));
-  const Vec<float> known = either(is_whole, either(size == zero, size == infinity));
+  const Vec<float> bounded = clamp(y, Vec<float>(-16777216.0f), Vec<float>(16777216.0f));
+  const Int whole = convert<int32_t>(bounded);
+  const auto is_whole = convert<float>(whole) == bounded;
+  const auto is_odd = logical_and(is_whole, cast<float>((whole & Int(1)) == Int(1)));
+  const auto known = logical_or(is_whole, logical_or(size == zero, size == infinity));
   const Vec<float> of_negative = select(known, select(is_odd, -result, result), Vec<float>(NAN));
-  return select(simd::cast<float>(simd::cast<int32_t>(x) < Int(0)), of_negative, result);
+  return select(cast<float>(cast<int32_t>(x) < Int(0)), of_negative, result);
 }
 
 }  // namespace CPU_CAPABILITY
 }  // namespace fusedloss
-#endif  // FUSEDLOSS_NO_TORCH
+#endif  // CPU_CAPABILITY
 
 // ---- both ---------------------------------------------------------------------------------------
 namespace fusedloss {

@@ -8,13 +8,13 @@
 //   kSlopeUnit      the engine multiplies eval's slope by it
 //   kPosWeight      eval takes pos_weight as a third operand
 //   kIndexed        target is class indices, which eval sees as one-hot rows
-//   kAbreast        how many SIMD registers the CPU engine computes side by side: one is a chain of
+//   kUnroll        how many SIMD registers the CPU engine computes side by side: one is a chain of
 //                   instructions that wait for each other, many do not fit the CPU's own; measured
 //   kMean           what reduction "mean" divides by
-//   kCustom         a loss of one's own, see custom.h
+//   kCustom         a custom loss, see custom.h
 #pragma once
 
-#include "vocabulary.h"
+#include "elementary.h"
 
 namespace fusedloss {
 
@@ -66,7 +66,7 @@ struct EvalOfClass : EvalQuotient<T> {
   T y;
 
   FUSEDLOSS_HD EvalOfClass operator*(T factor) const {
-    const auto other = equal(y, T(0));
+    const auto other = y == T(0);
     return {{select(other, T(0), this->value * factor),
              select(other, this->numerator, this->numerator * factor), this->divisor},
             y};
@@ -74,7 +74,7 @@ struct EvalOfClass : EvalQuotient<T> {
   template <class Scale>
   FUSEDLOSS_HD T gradient(Scale scale) const {
     if (all_zero(y)) return this->numerator;
-    return select(equal(y, T(0)), this->numerator, EvalQuotient<T>::gradient(scale));
+    return select(y == T(0), this->numerator, EvalQuotient<T>::gradient(scale));
   }
 };
 
@@ -91,7 +91,7 @@ struct PointwiseLoss {
   static constexpr int kParameters = 0;
   static constexpr bool kPosWeight = false;
   static constexpr bool kIndexed = false;
-  static constexpr int kAbreast = 4;
+  static constexpr int kUnroll = 4;
   static constexpr bool kCustom = false;
   double parameter;
 };
@@ -115,7 +115,7 @@ struct L1 : PointwiseLoss {
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T d = x - y;
     const T zero(0), one(1);
-    return {abs(d), select(less(zero, d), one, select(less(d, zero), T(-1), zero))};
+    return {abs(d), select(zero < d, one, select(d < zero, T(-1), zero))};
   }
 };
 
@@ -127,7 +127,7 @@ struct SmoothL1 : PointwiseLoss {
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T beta(parameter), half_beta(0.5 * parameter), one(1);
     const T d = x - y;
-    const T slope = ratio(between(d, -beta, beta), beta, one / beta);
+    const T slope = ratio(clamp(d, -beta, beta), beta, one / beta);
     return {slope * multiply_add(-half_beta, slope, d), slope};
   }
 };
@@ -140,7 +140,7 @@ struct Huber : PointwiseLoss {
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T delta(parameter), minus_half(-0.5);
     const T d = x - y;
-    const T slope = between(d, -delta, delta);
+    const T slope = clamp(d, -delta, delta);
     return {slope * multiply_add(minus_half, slope, d), slope};
   }
 };
@@ -149,26 +149,27 @@ struct Huber : PointwiseLoss {
 // The slope (x - y) / (x (1 - x)) has its denominator bounded below by 1e-12, a float in torch.
 struct BCE : PointwiseLoss {
   static constexpr bool kUnitInterval = true;
-  static constexpr int kAbreast = 2;
+  static constexpr int kUnroll = 2;
   template <class T>
   FUSEDLOSS_HD EvalQuotient<T> eval(T x, T y) const {
     const T one(1), floor(-100);
-    const T log_x = at_least(log(x), floor);
-    const T log_1_x = at_least(log1p(-x), floor);
-    return {multiply_add(y - one, log_1_x, -(y * log_x)), x - y, at_least((one - x) * x, T(1e-12f))};
+    const T log_x = clamp_min(log_finite(x), floor);
+    const T log_1_x = clamp_min(log1p_finite(-x), floor);
+    return {multiply_add(y - one, log_1_x, -(y * log_x)), x - y,
+            clamp_min((one - x) * x, T(1e-12f))};
   }
 };
 
 // log(1 + e^-|x|) + s x, s = -y where x < 0, else 1 - y. The slope sigmoid(x) - y is formed from
 // the smaller of sigmoid(x) and 1 - sigmoid(x), so that a confident element keeps its digits.
 struct BCEWithLogits : PointwiseLoss {
-  static constexpr int kAbreast = 8;
+  static constexpr int kUnroll = 8;
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y) const {
     const T zero(0), one(1);
-    const T e = exp_nonpositive(minus_abs(x));
+    const T e = exp_nonpositive(neg_abs(x));
     const T q = e / (one + e);
-    const auto negative = less(x, zero);
+    const auto negative = x < zero;
     const T s = select(negative, -y, one - y);
     return {log1p_unit(e) + s * x, s + select(negative, q, -q)};
   }
@@ -177,15 +178,15 @@ struct BCEWithLogits : PointwiseLoss {
 // (1 - y) x + (1 + (p - 1) y) (log(1 + e^-|x|) + max(-x, 0)), p = pos_weight.
 struct BCEWithLogitsPosWeight : PointwiseLoss {
   static constexpr bool kPosWeight = true;
-  static constexpr int kAbreast = 8;
+  static constexpr int kUnroll = 8;
   template <class T>
   FUSEDLOSS_HD Eval<T> eval(T x, T y, T p) const {
     const T zero(0), one(1);
-    const T e = exp_nonpositive(minus_abs(x));
+    const T e = exp_nonpositive(neg_abs(x));
     const T factor = one + (p - one) * y;
     const T q = factor * (e / (one + e));
-    return {(one - y) * x + factor * (log1p_unit(e) + at_least(-x, zero)),
-            select(less(x, zero), q - p * y, (one - y) - q)};
+    return {(one - y) * x + factor * (log1p_unit(e) + clamp_min(-x, zero)),
+            select(x < zero, q - p * y, (one - y) - q)};
   }
 };
 
@@ -194,15 +195,15 @@ struct BCEWithLogitsPosWeight : PointwiseLoss {
 struct LogLoss : PointwiseLoss {
   static constexpr Mean kMean = Mean::kRows;
   static constexpr int kParameters = 1;
-  static constexpr int kAbreast = 1;  // else a row of zeros would have no way of its own
+  static constexpr int kUnroll = 1;  // else a row of zeros would have no way of its own
   template <class T>
   FUSEDLOSS_HD EvalSparse<T> eval(T x, T y) const {
     const T eps(parameter), zero(0), one(1);
-    const T p = between(x, eps, one);
-    const auto inside = both(less_equal(eps, x), less_equal(x, one));
-    const T nothing = select(equal(x, x), zero, x);  // nan stays
+    const T p = clamp(x, eps, one);
+    const auto inside = logical_and(eps <= x, x <= one);
+    const T nothing = select(x == x, zero, x);  // nan stays
     if (all_zero(y)) return {{p * zero, select(inside, zero, nothing), one}};
-    return {{zero - y * log(p), select(inside, zero - y, nothing), p}};
+    return {{zero - y * log_finite(p), select(inside, zero - y, nothing), p}};
   }
 };
 
@@ -212,15 +213,15 @@ struct LogLossOfClasses : PointwiseLoss {
   static constexpr Mean kMean = Mean::kRows;
   static constexpr int kParameters = 1;
   static constexpr bool kIndexed = true;
-  static constexpr int kAbreast = 1;  // as above
+  static constexpr int kUnroll = 1;  // as above
   template <class T>
   FUSEDLOSS_HD EvalOfClass<T> eval(T x, T y) const {
     const T eps(parameter), zero(0), one(1);
-    const T nothing = select(equal(x, x), zero, x);
+    const T nothing = select(x == x, zero, x);
     if (all_zero(y)) return {{zero, nothing, one}, y};
-    const T p = between(x, eps, one);
-    const auto inside = both(less_equal(eps, x), less_equal(x, one));
-    const T value = select(equal(y, zero), zero, zero - y * log(p));
+    const T p = clamp(x, eps, one);
+    const auto inside = logical_and(eps <= x, x <= one);
+    const T value = select(y == zero, zero, zero - y * log_finite(p));
     return {{value, select(inside, zero - y, nothing), p}, y};
   }
 };

@@ -103,7 +103,7 @@ struct CrossEntropyRow {
   }
   template <class N>
   FUSEDLOSS_HD N loss(const State<N>& row, N excess, N target_gap, N target_weight) const {
-    const N log_sum = log1p(excess);
+    const N log_sum = log1p_finite(excess);
     if (!indices) return row.target_mass * log_sum - row.weighted_logits;
     const N hard = N(confidence) * target_weight * (log_sum - target_gap);
     if (!smooth) return hard;

@@ -1,5 +1,5 @@
-// The words a loss is written in. Each stands once for a scalar, on the host and on a GPU, and once
-// for a CPU SIMD register, so that one struct in losses.h serves every engine.
+// The functions that a loss is written in. Each stands once for a scalar, on the host and on a GPU,
+// and once for a CPU SIMD register, so that one struct in losses.h serves every engine.
 //
 // The float versions for SIMD registers are our own: each is as accurate as its domain in a loss
 // needs, and faster than a general one. Errors are in ULP, the largest over every float of the
@@ -24,33 +24,20 @@ template <class T>
 FUSEDLOSS_HD T select(bool condition, T yes, T no) {
   return condition ? yes : no;
 }
-// Comparisons, where a SIMD register has something faster for them than operators.
 template <class T>
-FUSEDLOSS_HD bool less(T a, T b) {
-  return a < b;
-}
-template <class T>
-FUSEDLOSS_HD bool less_equal(T a, T b) {
-  return a <= b;
-}
-template <class T>
-FUSEDLOSS_HD bool equal(T a, T b) {
-  return a == b;
-}
-template <class T>
-FUSEDLOSS_HD bool both(T a, T b) {
+FUSEDLOSS_HD bool logical_and(T a, T b) {
   return a && b;
 }
-// Of a register: in all lanes.
+// For a register: in all lanes.
 FUSEDLOSS_HD bool all_zero(float x) { return x == 0; }
 FUSEDLOSS_HD bool all_zero(double x) { return x == 0; }
 // x bounded; nan stays nan, as in torch.clamp. The bounds are numbers.
 template <class T>
-FUSEDLOSS_HD T at_least(T x, T low) {
+FUSEDLOSS_HD T clamp_min(T x, T low) {
   return x < low ? low : x;
 }
 template <class T>
-FUSEDLOSS_HD T between(T x, T low, T high) {
+FUSEDLOSS_HD T clamp(T x, T low, T high) {
   return x < low ? low : (x > high ? high : x);
 }
 FUSEDLOSS_HD float abs(float x) { return ::fabsf(x); }
@@ -58,20 +45,20 @@ FUSEDLOSS_HD double abs(double x) { return ::fabs(x); }
 // a b + c, rounded once where the hardware has an instruction for it.
 FUSEDLOSS_HD float multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
 FUSEDLOSS_HD double multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
-FUSEDLOSS_HD float minus_abs(float x) { return -::fabsf(x); }
-FUSEDLOSS_HD double minus_abs(double x) { return -::fabs(x); }
+FUSEDLOSS_HD float neg_abs(float x) { return -::fabsf(x); }
+FUSEDLOSS_HD double neg_abs(double x) { return -::fabs(x); }
 FUSEDLOSS_HD float exp_nonpositive(float x) { return ::expf(x); }
 FUSEDLOSS_HD double exp_nonpositive(double x) { return ::exp(x); }
-FUSEDLOSS_HD float log(float x) { return ::logf(x); }
-FUSEDLOSS_HD double log(double x) { return ::log(x); }
-FUSEDLOSS_HD float log1p(float x) { return ::log1pf(x); }
+FUSEDLOSS_HD float log_finite(float x) { return ::logf(x); }
+FUSEDLOSS_HD double log_finite(double x) { return ::log(x); }
+FUSEDLOSS_HD float log1p_finite(float x) { return ::log1pf(x); }
 FUSEDLOSS_HD float log1p_unit(float x) { return ::log1pf(x); }
 FUSEDLOSS_HD double log1p_unit(double x) { return ::log1p(x); }
 template <class T>
 FUSEDLOSS_HD T ratio(T x, T y, T) {
   return x / y;
 }
-FUSEDLOSS_HD double log1p(double x) { return ::log1p(x); }
+FUSEDLOSS_HD double log1p_finite(double x) { return ::log1p(x); }
 
 }  // namespace fusedloss
 
@@ -79,122 +66,36 @@ FUSEDLOSS_HD double log1p(double x) { return ::log1p(x); }
 // Compiled once for each CPU capability: the inline namespace keeps the versions apart at link
 // time.
 #if defined(CPU_CAPABILITY)
-#if defined(FUSEDLOSS_NO_TORCH)
 #include "register.h"
-#else
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-
-namespace fusedloss {
-namespace simd = at::vec;
-}
-#endif
 
 namespace fusedloss {
 inline namespace CPU_CAPABILITY {
 
 template <class T>
-using Vec = simd::Vectorized<T>;
-
-// f(u) for every u below kCount, u known to the compiler: an array that f alone uses is registers.
-template <int kCount, class F>
-FUSEDLOSS_HD void unrolled(F&& f) {
-  [&]<int... u>(std::integer_sequence<int, u...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, u>()), ...);
-  }(std::make_integer_sequence<int, kCount>());
-}
-
-template <class T>
-FUSEDLOSS_HD Vec<T> select(Vec<T> condition, Vec<T> yes, Vec<T> no) {
-  return Vec<T>::blendv(no, yes, condition);
-}
-template <class T>
-FUSEDLOSS_HD Vec<T> both(Vec<T> a, Vec<T> b) {
+FUSEDLOSS_HD Mask<T> logical_and(Mask<T> a, Mask<T> b) {
   return a & b;
 }
-#if defined(CPU_CAPABILITY_AVX512) && !defined(FUSEDLOSS_NO_TORCH)
-// What at::vec's operators give is made into a register, and by blendv into a mask again.
-template <class T>
-struct Mask {
-  uint16_t lanes;
-};
-#define FUSEDLOSS_COMPARE(NAME, PREDICATE)                       \
-  FUSEDLOSS_HD Mask<float> NAME(Vec<float> a, Vec<float> b) {    \
-    return {_mm512_cmp_ps_mask(a, b, PREDICATE)};                \
-  }                                                              \
-  FUSEDLOSS_HD Mask<double> NAME(Vec<double> a, Vec<double> b) { \
-    return {_mm512_cmp_pd_mask(a, b, PREDICATE)};                \
-  }
-FUSEDLOSS_COMPARE(less, _CMP_LT_OQ)
-FUSEDLOSS_COMPARE(less_equal, _CMP_LE_OQ)
-FUSEDLOSS_COMPARE(equal, _CMP_EQ_OQ)
-#undef FUSEDLOSS_COMPARE
-FUSEDLOSS_HD Vec<float> select(Mask<float> condition, Vec<float> yes, Vec<float> no) {
-  return _mm512_mask_blend_ps(condition.lanes, no, yes);
-}
-FUSEDLOSS_HD Vec<double> select(Mask<double> condition, Vec<double> yes, Vec<double> no) {
-  return _mm512_mask_blend_pd(static_cast<__mmask8>(condition.lanes), no, yes);
-}
-template <class T>
-FUSEDLOSS_HD Mask<T> both(Mask<T> a, Mask<T> b) {
-  return {static_cast<uint16_t>(a.lanes & b.lanes)};
-}
-template <class T>
-FUSEDLOSS_HD bool all(Mask<T> a) {
-  return a.lanes == (1u << Vec<T>::size()) - 1;
-}
-#else
-template <class T>
-using Mask = Vec<T>;
-template <class T>
-FUSEDLOSS_HD Vec<T> less(Vec<T> a, Vec<T> b) {
-  return a < b;
-}
-template <class T>
-FUSEDLOSS_HD Vec<T> less_equal(Vec<T> a, Vec<T> b) {
-  return a <= b;
-}
-template <class T>
-FUSEDLOSS_HD Vec<T> equal(Vec<T> a, Vec<T> b) {
-  return a == b;
-}
-template <class T>
-FUSEDLOSS_HD bool all(Vec<T> mask) {
-#if defined(CPU_CAPABILITY_AVX2)
-  if constexpr (std::is_same_v<T, float>) return _mm256_movemask_ps(mask) == 0xff;
-#endif
-  return mask.zero_mask() == 0;
-}
-#endif
 template <class T>
 FUSEDLOSS_HD bool all_zero(Vec<T> x) {
-  return x.zero_mask() == (1 << Vec<T>::size()) - 1;
+  return (x == Vec<T>(0)).all();
+}
+// x bounded; nan stays nan.
+template <class T>
+FUSEDLOSS_HD Vec<T> clamp_min(Vec<T> x, Vec<T> low) {
+  return max(low, x);
 }
 template <class T>
-FUSEDLOSS_HD Vec<T> at_least(Vec<T> x, Vec<T> low) {
-  return simd::clamp_min(x, low);
+FUSEDLOSS_HD Vec<T> clamp(Vec<T> x, Vec<T> low, Vec<T> high) {
+  return min(high, max(low, x));
 }
 template <class T>
-FUSEDLOSS_HD Vec<T> between(Vec<T> x, Vec<T> low, Vec<T> high) {
-  return simd::clamp(x, low, high);
+FUSEDLOSS_HD Vec<T> neg_abs(Vec<T> x) {
+  return x | Vec<T>(T(-0.0));
 }
 template <class T>
 FUSEDLOSS_HD Vec<T> abs(Vec<T> x) {
-  return x.abs();
+  return Vec<T>::from_bits(x.bits() & ~Vec<T>(T(-0.0)).bits());
 }
-template <class T>
-FUSEDLOSS_HD Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) {
-  return simd::fmadd(a, b, c);
-}
-template <class T>
-FUSEDLOSS_HD Vec<T> minus_abs(Vec<T> x) {
-  return x | Vec<T>(T(-0.0));
-}
-
-FUSEDLOSS_HD Vec<double> exp_nonpositive(Vec<double> x) { return x.exp(); }
-FUSEDLOSS_HD Vec<double> log(Vec<double> x) { return x.log(); }
-FUSEDLOSS_HD Vec<double> log1p(Vec<double> x) { return x.log1p(); }
-FUSEDLOSS_HD Vec<double> log1p_unit(Vec<double> x) { return x.log1p(); }
 
 // x / y, from reciprocal = 1 / y, which a loop computes once: a product and one correction. Domain
 // |x| <= y, y >= 2^-128, and nan. Error 0.50 with fused multiply-add, 1.22 without; 1.26 where
@@ -202,20 +103,20 @@ FUSEDLOSS_HD Vec<double> log1p_unit(Vec<double> x) { return x.log1p(); }
 template <class T>
 FUSEDLOSS_HD Vec<T> ratio(Vec<T> x, Vec<T> y, Vec<T> reciprocal) {
   const Vec<T> near = x * reciprocal;
-  return simd::fmadd(simd::fmadd(near, -y, x), reciprocal, near);
+  return multiply_add(multiply_add(near, -y, x), reciprocal, near);
 }
 
 namespace detail {
 
 // c[0] + x c[1] + x^2 c[2] + ..., by Horner's rule in x^2 over pairs: half as long a chain.
-template <int N>
-FUSEDLOSS_HD Vec<float> polynomial(Vec<float> x, Vec<float> x2, const float (&c)[N]) {
+template <class T, int N>
+FUSEDLOSS_HD Vec<T> polynomial(Vec<T> x, Vec<T> x2, const T (&c)[N]) {
   const auto pair = [&](int i) {
-    return i + 1 < N ? simd::fmadd(x, Vec<float>(c[i + 1]), Vec<float>(c[i])) : Vec<float>(c[i]);
+    return i + 1 < N ? multiply_add(x, Vec<T>(c[i + 1]), Vec<T>(c[i])) : Vec<T>(c[i]);
   };
   int i = (N - 1) / 2 * 2;
-  Vec<float> sum = pair(i);
-  while ((i -= 2) >= 0) sum = simd::fmadd(sum, x2, pair(i));
+  Vec<T> sum = pair(i);
+  while ((i -= 2) >= 0) sum = multiply_add(sum, x2, pair(i));
   return sum;
 }
 
@@ -228,50 +129,49 @@ constexpr float kMinNormal = 1.17549435e-38f;
 
 // 2^n for n in [-126, 127], or for the integer that adding kRounder to such an n leaves.
 FUSEDLOSS_HD Vec<float> power_of_two(Vec<int32_t> n) {
-  return simd::cast<float>((n + Vec<int32_t>(127)) << Vec<int32_t>(23));
+  return cast<float>((n + Vec<int32_t>(127)) << Vec<int32_t>(23));
 }
 
 // t = 2^n (1 + f) > 0 with f in [-1/4, 1/2], so that f is exact; and n ln 2 + f = high + low, but
 // for a part of n ln 2 that log_of() adds.
 struct Split {
-  Vec<float> turns, f, high, low;  // turns: n, in units of kTurn
-  Vec<float> unit;                 // 2^(1 - n), of a normal t
+  Vec<float> exponent, f, high, low;  // exponent: n, in units of kExponentUnit
+  Vec<float> unit;                    // 2^(1 - n), of a normal t
 };
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr float kTurn = 1;
+constexpr float kExponentUnit = 1;
 #else
-constexpr float kTurn = 1.0f / (1 << 23);
+constexpr float kExponentUnit = 1.0f / (1 << 23);
 #endif
-FUSEDLOSS_HD Split join(Vec<float> turns, Vec<float> significand, Vec<float> unit) {
+FUSEDLOSS_HD Split combine(Vec<float> exponent, Vec<float> significand, Vec<float> unit) {
   const Vec<float> f = significand - Vec<float>(1.0f);
-  const Vec<float> high = simd::fmadd(turns, Vec<float>(kLn2Hi * kTurn), f);
+  const Vec<float> high = multiply_add(exponent, Vec<float>(kLn2Hi * kExponentUnit), f);
   // |n ln 2| > |f| unless n is 0: so this is all that the sum loses.
-  const Vec<float> low = f - simd::fmadd(turns, Vec<float>(-kLn2Hi * kTurn), high);
-  return {turns, f, high, low, unit};
+  const Vec<float> low = f - multiply_add(exponent, Vec<float>(-kLn2Hi * kExponentUnit), high);
+  return {exponent, f, high, low, unit};
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
 FUSEDLOSS_HD Split split(Vec<float> t) {
   const Vec<float> significand = _mm512_getmant_ps(t, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_nan);
   const Vec<float> n = Vec<float>(_mm512_getexp_ps(t)) - Vec<float>(_mm512_getexp_ps(significand));
-  return join(n, significand, power_of_two(simd::cast<int32_t>(Vec<float>(kRounder + 1) - n)));
+  return combine(n, significand, power_of_two(cast<int32_t>(Vec<float>(kRounder + 1) - n)));
 }
-// Of subnormals too; nan for nan, and for t < 0.
+// The same for subnormals too; nan for nan and for t < 0.
 FUSEDLOSS_HD Split split_any(Vec<float> t) { return split(t); }
 #else
-// less: of turns.
+// `less` is subtracted from the exponent.
 FUSEDLOSS_HD Split split(Vec<float> t, Vec<float> less = Vec<float>(0.0f)) {
   using Int = Vec<int32_t>;
-  const Int bits = simd::cast<int32_t>(t) - Int(0x3f400000);
+  const Int bits = cast<int32_t>(t) - Int(0x3f400000);
   const Int exponent = bits & Int(static_cast<int32_t>(0xff800000));
-  return join(simd::convert<float>(exponent) - less,
-              simd::cast<float>(simd::cast<int32_t>(t) - exponent),
-              simd::cast<float>(Int(0x40000000) - exponent));
+  return combine(convert<float>(exponent) - less, cast<float>(cast<int32_t>(t) - exponent),
+                 cast<float>(Int(0x40000000) - exponent));
 }
 FUSEDLOSS_HD Split split_any(Vec<float> t) {
-  const Vec<float> tiny = t < Vec<float>(kMinNormal);
+  const auto tiny = t < Vec<float>(kMinNormal);
   return split(select(tiny, t * Vec<float>(8388608.0f), t),
-               select(tiny, Vec<float>(23 / kTurn), t - t));
+               select(tiny, Vec<float>(23 / kExponentUnit), t - t));
 }
 #endif
 
@@ -280,13 +180,13 @@ FUSEDLOSS_HD Vec<float> log_tail(Vec<float> f, Vec<float> addend) {
   static constexpr float q[] = {0.3333334f,   -0.25000146f, 0.1999954f,   -0.16656008f, 0.1427916f,
                                 -0.12724303f, 0.116690524f, -0.09064542f, 0.037402455f};
   const Vec<float> f2 = f * f;
-  return simd::fmadd(f2 * f, polynomial(f, f2, q), addend);
+  return multiply_add(f2 * f, polynomial(f, f2, q), addend);
 }
 
 // log(t), low being t's, or more where more than t is meant.
 FUSEDLOSS_HD Vec<float> log_of(const Split& t, Vec<float> low) {
-  low = simd::fmadd(t.turns, Vec<float>(kLn2Lo * kTurn), log_tail(t.f, low));
-  return t.high + simd::fmadd(t.f, Vec<float>(-0.5f) * t.f, low);
+  low = multiply_add(t.exponent, Vec<float>(kLn2Lo * kExponentUnit), log_tail(t.f, low));
+  return t.high + multiply_add(t.f, Vec<float>(-0.5f) * t.f, low);
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
@@ -300,21 +200,21 @@ FUSEDLOSS_HD Vec<float> log_of_any(const Split& t, Vec<float> low) {
 
 // x = n ln 2 + r with |r| <= ln(2) / 2. |x| < 2^15, or nan.
 struct Reduced {
-  Vec<float> turns;    // n,
-  Vec<int32_t> bits;   // and of n + kRounder
-  Vec<float> r_expm1;  // e^r - 1
+  Vec<float> exponent;  // n,
+  Vec<int32_t> bits;    // and of n + kRounder
+  Vec<float> r_expm1;   // e^r - 1
   FUSEDLOSS_HD Vec<int32_t> n() const { return bits - Vec<int32_t>(0x4b400000); }
 };
 FUSEDLOSS_HD Reduced reduce_exp(Vec<float> x) {
-  const Vec<float> shifted = simd::fmadd(x, Vec<float>(kLog2E), Vec<float>(kRounder));
+  const Vec<float> shifted = multiply_add(x, Vec<float>(kLog2E), Vec<float>(kRounder));
   const Vec<float> n = shifted - Vec<float>(kRounder);
-  Vec<float> r = simd::fmadd(n, Vec<float>(-kLn2Hi), x);
-  r = simd::fmadd(n, Vec<float>(-kLn2Lo), r);
+  Vec<float> r = multiply_add(n, Vec<float>(-kLn2Hi), x);
+  r = multiply_add(n, Vec<float>(-kLn2Lo), r);
   // e^r = 1 + r + r^2 q(r), q minimax on [-ln(2) / 2, ln(2) / 2].
   static constexpr float q[] = {0.49999994f, 0.16666521f, 0.041668255f, 0.008368663f,
                                 0.0013821468f};
   const Vec<float> r2 = r * r;
-  return {n, simd::cast<int32_t>(shifted), simd::fmadd(r2, polynomial(r, r2, q), r)};
+  return {n, cast<int32_t>(shifted), multiply_add(r2, polynomial(r, r2, q), r)};
 }
 
 }  // namespace detail
@@ -331,33 +231,33 @@ FUSEDLOSS_HD Vec<float> exp_nonpositive(Vec<float> x) {
                                      1.41421354f, 1.4768262f, 1.5422108f, 1.6104903f,
                                      1.6817929f,  1.7562522f, 1.8340081f, 1.9152066f};
   const Vec<float> rounder(kRounder / 16);
-  const Vec<float> shifted = simd::fmadd(x, Vec<float>(kLog2E), rounder);
+  const Vec<float> shifted = multiply_add(x, Vec<float>(kLog2E), rounder);
   const Vec<float> n = shifted - rounder;
-  Vec<float> r = simd::fmadd(n, Vec<float>(-kLn2Hi), x);
-  r = simd::fmadd(n, Vec<float>(-kLn2Lo), r);
-  const Vec<float> q = simd::fmadd(r, Vec<float>(0.1666704f), Vec<float>(0.5000162f));
-  const Vec<float> r_expm1 = simd::fmadd(r * r, q, r);
+  Vec<float> r = multiply_add(n, Vec<float>(-kLn2Hi), x);
+  r = multiply_add(n, Vec<float>(-kLn2Lo), r);
+  const Vec<float> q = multiply_add(r, Vec<float>(0.1666704f), Vec<float>(0.5000162f));
+  const Vec<float> r_expm1 = multiply_add(r * r, q, r);
   const Vec<float> power =
       _mm512_permutexvar_ps(_mm512_castps_si512(shifted), Vec<float>::loadu(powers));
   // nan, as e^r - 1 is, where x is nan.
   const __mmask16 counts = _mm512_cmp_ps_mask(x, low, _CMP_NLT_UQ);
-  return _mm512_maskz_scalef_ps(counts, simd::fmadd(power, r_expm1, power), n);
+  return _mm512_maskz_scalef_ps(counts, multiply_add(power, r_expm1, power), n);
 #else
   const Reduced e = reduce_exp(x);
   const Vec<float> scale = power_of_two(e.bits);
-  return select(x < low, Vec<float>(0.0f), simd::fmadd(e.r_expm1, scale, scale));
+  return select(x < low, Vec<float>(0.0f), multiply_add(e.r_expm1, scale, scale));
 #endif
 }
 
 // Natural logarithm. Domain [0, FLT_MAX] with subnormals, and nan; with AVX-512 every number.
 // Error 0.76 with fused multiply-add, 0.85 without.
-FUSEDLOSS_HD Vec<float> log(Vec<float> x) {
+FUSEDLOSS_HD Vec<float> log_finite(Vec<float> x) {
   using namespace detail;
 #if defined(CPU_CAPABILITY_AVX512)
   const Split t = split(x);
   return log_of_any(t, t.low);
 #else
-  if (__builtin_expect(all(x >= Vec<float>(kMinNormal)), 1)) {
+  if (__builtin_expect((x >= Vec<float>(kMinNormal)).all(), 1)) {
     const Split t = split(x);
     return log_of(t, t.low);
   }
@@ -368,15 +268,15 @@ FUSEDLOSS_HD Vec<float> log(Vec<float> x) {
 
 // log(1 + x). Domain [-1, FLT_MAX] and nan; with AVX-512 every number. Error 0.76 with fused
 // multiply-add, 0.86 without.
-FUSEDLOSS_HD Vec<float> log1p(Vec<float> x) {
+FUSEDLOSS_HD Vec<float> log1p_finite(Vec<float> x) {
   const Vec<float> one(1.0f), sum = one + x;
   const detail::Split t = detail::split(sum);
   // What the sum lost, in half units of 1 + f, joins with the slope of log(1 + f): 1 and a minimax
   // quadratic, which may be off twice as far where f < 0 and half as much is lost.
   const Vec<float> lost = (x - (sum - one)) * t.unit;  // nan for nan
-  const Vec<float> bend = simd::fmadd(t.f, Vec<float>(0.39996278f), Vec<float>(-0.52219665f));
-  Vec<float> low = simd::fmadd(lost, Vec<float>(0.5f), t.low);
-  low = simd::fmadd(lost * t.f, bend, low);
+  const Vec<float> poly = multiply_add(t.f, Vec<float>(0.39996278f), Vec<float>(-0.52219665f));
+  Vec<float> low = multiply_add(lost, Vec<float>(0.5f), t.low);
+  low = multiply_add(lost * t.f, poly, low);
 #if defined(CPU_CAPABILITY_AVX512)
   return detail::log_of_any(t, low);
 #else
@@ -401,14 +301,14 @@ FUSEDLOSS_HD Vec<float> log1p_unit(Vec<float> x) {
   // log(1 + r) = r + r^2 q(r) for r in [-0.032, 0.034], q minimax over all x.
   static constexpr float q[] = {-0.50000143f, 0.33351177f, -0.24832563f};
   const __m512i nearest =
-      _mm512_castps_si512(simd::fmadd(x, Vec<float>(15.0f), Vec<float>(detail::kRounder)));
+      _mm512_castps_si512(multiply_add(x, Vec<float>(15.0f), Vec<float>(detail::kRounder)));
   const Vec<float> factor = _mm512_permutexvar_ps(nearest, Vec<float>::loadu(c));
-  const Vec<float> r = simd::fmadd(x, factor, factor - Vec<float>(1.0f));
+  const Vec<float> r = multiply_add(x, factor, factor - Vec<float>(1.0f));
   // Not by r^2, which may be subnormal, and so slow.
-  Vec<float> bend = simd::fmadd(r, Vec<float>(q[2]), Vec<float>(q[1]));
-  bend = r * simd::fmadd(r, bend, Vec<float>(q[0]));
+  Vec<float> poly = multiply_add(r, Vec<float>(q[2]), Vec<float>(q[1]));
+  poly = r * multiply_add(r, poly, Vec<float>(q[0]));
   return Vec<float>(_mm512_permutexvar_ps(nearest, Vec<float>::loadu(minus_log_c))) +
-         simd::fmadd(bend, r, r);
+         multiply_add(poly, r, r);
 }
 #else
 // log(1 + x). Domain [0, 1] and nan. Error 1.97.
@@ -417,12 +317,14 @@ FUSEDLOSS_HD Vec<float> log1p_unit(Vec<float> x) {
   static constexpr float q[] = {0.66666675f, 0.3999889f, 0.28616595f, 0.21430741f, 0.24289557f};
   const Vec<float> s = x / (Vec<float>(2.0f) + x);
   // Below 2^-15 only 2 s counts; and subnormal numbers, which are slow, are not met.
-  const Vec<float> bounded = simd::clamp_min(s, Vec<float>(0x1p-15f));
+  const Vec<float> bounded = clamp_min(s, Vec<float>(0x1p-15f));
   const Vec<float> s2 = bounded * bounded;
-  return simd::fmadd(s2 * s, detail::polynomial(s2, s2 * s2, q), s + s);
+  return multiply_add(s2 * s, detail::polynomial(s2, s2 * s2, q), s + s);
 }
 #endif
 
 }  // namespace CPU_CAPABILITY
 }  // namespace fusedloss
+
+#include "double.h"
 #endif  // CPU_CAPABILITY

@@ -57,6 +57,13 @@ const Kernels& kernels() {
 }
 #undef FUSEDLOSS_KERNELS
 
+// The engines' threads are torch's.
+void on_torch_threads(int64_t begin, int64_t end, int64_t grain,
+                      void (*body)(void* context, int64_t first, int64_t last), void* context) {
+  at::parallel_for(begin, end, grain,
+                   [=](int64_t first, int64_t last) { body(context, first, last); });
+}
+
 // ---- memory -------------------------------------------------------------------------------------
 
 // Page faults are half of the time it takes to fill a large fresh tensor; huge pages make 512 times
@@ -234,7 +241,9 @@ struct CpuEngine {
   const Arguments& a;
   const LossInfo& info;
 
-  CpuEngine(const Arguments& arguments, Pass) : a(arguments), info(checked(a)) {}
+  CpuEngine(const Arguments& arguments, Pass) : a(arguments), info(checked(a)) {
+    pointwise_.threads = rows_.threads = &on_torch_threads;
+  }
 
   bool predicts(const Tensor& prediction) {
     predicted_ = predict(prediction);

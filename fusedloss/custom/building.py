@@ -40,7 +40,6 @@ _CXX_FLAGS = [
     "-fno-tree-slp-vectorize",
     # As the package's own kernels: see setup.py.
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
-    "-DFUSEDLOSS_NO_TORCH",
 ]
 _PACKAGE = Path(__file__).resolve().parents[1]
 

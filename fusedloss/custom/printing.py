@@ -101,7 +101,7 @@ class Printer:
         return f"({self(e.lhs)} {e.operator} {self(e.rhs)})"
 
     def _Condition(self, e: Expr) -> str:
-        return self.call(e.func.__name__.lower(), e.args)
+        return self.call(e.operation, e.args)
 
     def _Word(self, e: Expr) -> str:
         return self.call(e.func.__name__, e.args)
@@ -118,13 +118,11 @@ class _Kernel(Printer):
     """In the words of csrc/math, which the Triton backend mirrors."""
 
     renamed: ClassVar[dict[str, str]] = {
-        "log": "log_any",
-        "log1p": "log1p_any",
         "Abs": "abs",
         "Sign": "sign",
         "Maximum": "maximum",
         "Minimum": "minimum",
-        "Clamp": "between",
+        "Clamp": "clamp",
         "XLogY": "xlogy",
         "Where": "select",
     }
@@ -134,7 +132,7 @@ class _Kernel(Printer):
         return self.call(self.renamed.get(name, name), e.args)
 
     def _Relu(self, e: Expr) -> str:
-        return self.applied("at_least", self(e.args[0]), self.number(0.0))
+        return self.applied("clamp_min", self(e.args[0]), self.number(0.0))
 
     def _reciprocal(self, e: Expr) -> str:
         return self.quotient(self.number(1.0), self(e.args[0]))
@@ -167,7 +165,7 @@ class _Cpp(_Kernel):
 
     def _Mul(self, e: Expr) -> str:
         if isinstance(-e, words.Abs):
-            return self.call("minus_abs", (-e).args)
+            return self.call("neg_abs", (-e).args)
         return super()._Mul(e)
 
     def number(self, x: float) -> str:
@@ -274,7 +272,7 @@ def triton(traced: Traced) -> str:
     of_element = _Triton({INPUT: "x", TARGET: "y"})
     constants = [str(symbol) for symbol, _ in program.constants]
     value, *slopes = map(of_element, program.results)
-    bounded = [of_element.applied("between", slope, "-clip", "clip") for slope in slopes]
+    bounded = [of_element.applied("clamp", slope, "-clip", "clip") for slope in slopes]
     lines = [
         f"# {traced.identifier}: {_comment(traced.value)}",
         "import triton",
@@ -368,15 +366,15 @@ def _number(text: str) -> Tensor:
     return _host(float(text))
 
 
-def _both(a: Any, b: Any) -> Any:
+def _logical_and(a: Any, b: Any) -> Any:
     return a & b
 
 
-def _either(a: Any, b: Any) -> Any:
+def _logical_or(a: Any, b: Any) -> Any:
     return a | b
 
 
-def _negation(a: Any) -> Any:
+def _logical_not(a: Any) -> Any:
     return ~a if isinstance(a, Tensor) else not a
 
 
@@ -385,9 +383,9 @@ _NAMESPACE: dict[str, Any] = {
     "where": _where,
     "number": _number,
     "select": torch.where,
-    "both": _both,
-    "either": _either,
-    "negation": _negation,
+    "logical_and": _logical_and,
+    "logical_or": _logical_or,
+    "logical_not": _logical_not,
     **{
         word.__name__: word
         for word in vars(words).values()

@@ -48,16 +48,18 @@ def overflows(number: Expr) -> bool:
 class Condition(Boolean):  # type: ignore[misc]
     """What holds or does not, as IEEE 754 has it: nothing holds of nan but that it differs."""
 
+    operation: ClassVar[str]  # in kernels
+
     def __and__(self, other: Any) -> Condition:
-        return Both(self, condition(other))
+        return LogicalAnd(self, condition(other))
 
     def __or__(self, other: Any) -> Condition:
-        return Either(self, condition(other))
+        return LogicalOr(self, condition(other))
 
     __rand__, __ror__ = __and__, __or__
 
     def __invert__(self) -> Condition:
-        return Negation(self)
+        return LogicalNot(self)
 
     def __bool__(self) -> bool:
         raise TypeError(NO_TRUTH_VALUE)
@@ -87,16 +89,16 @@ Equal: Any = _comparison("Equal", "==")
 NotEqual: Any = _comparison("NotEqual", "!=")
 
 
-class Both(Condition):
-    pass
+class LogicalAnd(Condition):
+    operation = "logical_and"
 
 
-class Either(Condition):
-    pass
+class LogicalOr(Condition):
+    operation = "logical_or"
 
 
-class Negation(Condition):
-    pass
+class LogicalNot(Condition):
+    operation = "logical_not"
 
 
 def condition(given: Any) -> Any:
@@ -113,7 +115,7 @@ def condition(given: Any) -> Any:
     if issubclass(kind, Comparison):
         return kind(*map(canonical, given.args))
     args = map(condition, given.args)
-    return Negation(*args) if kind is Negation else functools.reduce(kind, args)
+    return LogicalNot(*args) if kind is LogicalNot else functools.reduce(kind, args)
 
 
 _CONDITION_OF_SYMPY: dict[Any, Any] = {
@@ -123,9 +125,9 @@ _CONDITION_OF_SYMPY: dict[Any, Any] = {
     sympy.Le: LessEqual,
     sympy.Eq: Equal,
     sympy.Ne: NotEqual,
-    sympy.And: Both,
-    sympy.Or: Either,
-    sympy.Not: Negation,
+    sympy.And: LogicalAnd,
+    sympy.Or: LogicalOr,
+    sympy.Not: LogicalNot,
 }
 
 
@@ -366,7 +368,7 @@ class Power(Word):
         at_zero = Equal(base, ZERO)
         limit = Where(Equal(exponent, ZERO), ZERO, exponent * Power(ZERO, exponent - 1))
         by_base = Where(at_zero, limit, exponent * self / base)
-        vanishes = Both(at_zero, GreaterEqual(exponent, ZERO))
+        vanishes = LogicalAnd(at_zero, GreaterEqual(exponent, ZERO))
         return by_base, Where(vanishes, ZERO, self * Log(base))
 
 
@@ -389,7 +391,7 @@ class XLogY(Word):
     def derivatives(self) -> tuple[Expr, ...]:
         x, y = self.args
         at_zero = Equal(x, ZERO)
-        log = Where(Both(at_zero, LessEqual(y, ZERO)), ZERO, Log(y))
+        log = Where(LogicalAnd(at_zero, LessEqual(y, ZERO)), ZERO, Log(y))
         return log, Where(at_zero, ZERO, x / y)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .words import at_least, between, divide, exp_nonpositive, log1p
+from .words import clamp, clamp_min, divide, exp_nonpositive, log1p_finite
 
 # ---- pointwise -----------------------------------------------------------------------------------
 # A loss is a jit function of one element,
@@ -42,23 +42,23 @@ def _l1(x, y):
 @triton.jit
 def _smooth_l1(x, y, beta):
     d = x - y
-    slope = divide(between(d, -beta, beta), beta)
+    slope = divide(clamp(d, -beta, beta), beta)
     return slope * (d - 0.5 * beta * slope), slope
 
 
 @triton.jit
 def _huber(x, y, delta):
     d = x - y
-    slope = between(d, -delta, delta)
+    slope = clamp(d, -delta, delta)
     return slope * (d - 0.5 * slope), slope
 
 
 @triton.jit
 def _bce(x, y):
-    log_x = at_least(tl.log(x), -100.0)
-    log_1_x = at_least(log1p(-x), -100.0)
+    log_x = clamp_min(tl.log(x), -100.0)
+    log_1_x = clamp_min(log1p_finite(-x), -100.0)
     # 1e-12 as a float32, as in torch.
-    divisor = at_least((1.0 - x) * x, 9.999999960041972e-13)
+    divisor = clamp_min((1.0 - x) * x, 9.999999960041972e-13)
     return (y - 1.0) * log_1_x - y * log_x, x - y, 0.0, divisor
 
 
@@ -67,7 +67,7 @@ def _bce_with_logits(x, y):
     e = exp_nonpositive(-tl.abs(x))
     q = divide(e, 1.0 + e)
     s = tl.where(x < 0.0, -y, 1.0 - y)
-    return log1p(e) + s * x, s + tl.where(x < 0.0, q, -q)
+    return log1p_finite(e) + s * x, s + tl.where(x < 0.0, q, -q)
 
 
 @triton.jit
@@ -75,13 +75,13 @@ def _bce_with_logits_pos_weight(x, y, p):
     e = exp_nonpositive(-tl.abs(x))
     factor = 1.0 + (p - 1.0) * y
     q = factor * divide(e, 1.0 + e)
-    value = (1.0 - y) * x + factor * (log1p(e) + at_least(-x, 0.0))
+    value = (1.0 - y) * x + factor * (log1p_finite(e) + clamp_min(-x, 0.0))
     return value, tl.where(x < 0.0, q - p * y, (1.0 - y) - q)
 
 
 @triton.jit
 def _log_loss(x, y, eps):
-    p = between(x, eps, 1.0)
+    p = clamp(x, eps, 1.0)
     inside = (x >= eps) & (x <= 1.0)
     return 0.0 - y * tl.log(p), tl.where(inside, 0.0 - y, tl.where(x == x, 0.0, x)), 0.0, p
 
@@ -139,7 +139,7 @@ def merge(max, sum, dot, mass, other_max, other_sum, other_dot, other_mass):
 @triton.jit
 def soft_row(sum, dot, mass, scale):
     """Of class probabilities: the loss; and the gradient, as e^(x - max) factor - q scale."""
-    log_sum = log1p((sum - 1.0).to(dot.dtype))
+    log_sum = log1p_finite((sum - 1.0).to(dot.dtype))
     return mass * log_sum - dot, divide(mass * scale, sum.to(dot.dtype))
 
 
@@ -150,7 +150,7 @@ def hard_row(max, sum, dot, logit, weight, scale, keep, spread, weights, SMOOTH:
     gap = logit - max
     at = exp_nonpositive(gap)
     # What all but the largest e^(x - max), which is 1, add up to: keeps the digits of a small loss.
-    log_sum = log1p((sum + (at.to(sum.dtype) - 1.0)).to(at.dtype))
+    log_sum = log1p_finite((sum + (at.to(sum.dtype) - 1.0)).to(at.dtype))
     sum = sum.to(at.dtype)
     mass = keep * weight
     loss = mass * (log_sum - gap)

@@ -47,7 +47,7 @@ def exp_nonpositive(x):
 
 
 @triton.jit
-def log1p(x):
+def log1p_finite(x):
     """log(1 + x) for x in [-1, inf): what 1 + x rounds away is added in first order. Error 3.3 in
     float32, 1 in float64."""
     u = 1.0 + x
@@ -60,7 +60,7 @@ def log1p(x):
 def log1p_unit(x):
     """log(1 + x) for x in [0, 1] or nan. Error 2 in float32, 1 in float64."""
     if x.dtype == tl.float64:
-        return log1p(x)
+        return log1p_finite(x)
     else:
         # = 2 atanh(s) = 2 s + s^3 q(s^2).
         s = tl.div_rn(x, 2.0 + x)
@@ -73,12 +73,12 @@ def log1p_unit(x):
 
 
 @triton.jit
-def at_least(x, low):
+def clamp_min(x, low):
     return tl.where(x < low, low, x)
 
 
 @triton.jit
-def between(x, low, high):
+def clamp(x, low, high):
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
@@ -95,17 +95,17 @@ def select(condition, yes, no):
 
 
 @triton.jit
-def both(a, b):
+def logical_and(a, b):
     return (a.to(tl.int32) & b.to(tl.int32)) != 0
 
 
 @triton.jit
-def either(a, b):
+def logical_or(a, b):
     return (a.to(tl.int32) | b.to(tl.int32)) != 0
 
 
 @triton.jit
-def negation(a):
+def logical_not(a):
     return a == 0
 
 
@@ -117,12 +117,12 @@ def abs(x):
 @triton.jit
 def maximum(a, b):
     """nan where either is, as in torch."""
-    return tl.where(either(a > b, a != a), a, b)
+    return tl.where(logical_or(a > b, a != a), a, b)
 
 
 @triton.jit
 def minimum(a, b):
-    return tl.where(either(a < b, a != a), a, b)
+    return tl.where(logical_or(a < b, a != a), a, b)
 
 
 @triton.jit
@@ -186,7 +186,7 @@ def _exp_times(x, more):
         e = tl.exp(x)
         return tl.where(e < float("inf"), e + e * more, e)
     else:
-        n, p = _reduce_exp(between(x, -104.0, 89.0))
+        n, p = _reduce_exp(clamp(x, -104.0, 89.0))
         # In two steps of scaling, to reach subnormals and infinity.
         half = n >> 1
         first = _power_of_two(half)
@@ -207,7 +207,7 @@ def expm1(x):
     """e^x - 1. Error 1.6 in float32, 2.5 in float64."""
     if x.dtype == tl.float64:
         # Taylor's series where the difference would cancel.
-        small = between(x, -0.35, 0.35)
+        small = clamp(x, -0.35, 0.35)
         p = small * 1.1470745597729725e-11 + 1.6059043836821613e-10
         p = small * p + 2.08767569878681e-09
         p = small * p + 2.505210838544172e-08
@@ -222,7 +222,7 @@ def expm1(x):
         p = small * p + 0.5
         return tl.where(small == x, small * small * p + small, tl.exp(x) - 1.0)
     else:
-        n, p = _reduce_exp(between(x, -25.0, 89.0))
+        n, p = _reduce_exp(clamp(x, -25.0, 89.0))
         # 2^128 is no float: there the last doubling waits.
         beyond = tl.where(n == 128, 1, 0)
         scale = _power_of_two(n - beyond)
@@ -260,7 +260,7 @@ def _log_normal(t, addend):
 
 
 @triton.jit
-def log_any(x):
+def log(x):
     """Natural logarithm: nan below 0. Error 0.9 in float32; in float64 Triton's own."""
     if x.dtype == tl.float64:
         return tl.log(x)
@@ -274,15 +274,15 @@ def log_any(x):
 
 
 @triton.jit
-def log1p_any(x):
+def log1p(x):
     """log(1 + x): nan below -1. Error 1.3 in float32, 1 in float64."""
     if x.dtype == tl.float64:
-        return tl.where(x == float("inf"), x, log1p(x))
+        return tl.where(x == float("inf"), x, log1p_finite(x))
     else:
         t = 1.0 + x
         usable = (t > 0.0) & (x < float("inf"))
         # What the sum lost joins with the slope of the logarithm there, near enough a line.
-        lost = (x - (t - 1.0)) * at_least(tl.fma(x, -0.5, 1.0), 0.0)
+        lost = (x - (t - 1.0)) * clamp_min(tl.fma(x, -0.5, 1.0), 0.0)
         result = _log_normal(tl.where(usable, t, 1.0), lost)
         edge = tl.where(t == 0.0, float("-inf"), tl.where(x > 0.0, x, float("nan")))
         return tl.where(usable, result, edge)
@@ -291,7 +291,7 @@ def log1p_any(x):
 @triton.jit
 def xlogy(x, y):
     """x log(y), 0 where x is 0 and y a number, as in torch."""
-    return tl.where(both(x == 0.0, y == y), 0.0, x * log_any(y))
+    return tl.where(logical_and(x == 0.0, y == y), 0.0, x * log(y))
 
 
 @triton.jit
@@ -308,7 +308,7 @@ def erf(x):
     if x.dtype == tl.float64:
         return tl.erf(x)
     else:
-        size = between(tl.abs(x), 0.0, 4.0)
+        size = clamp(tl.abs(x), 0.0, 4.0)
         # x + x p(x^2), and 1 - exp(-r(|x|)).
         z = size * size
         p = tl.fma(z, 8.535948e-05, -0.00081812846)
@@ -405,7 +405,7 @@ def pow(x, y):
     usable = (size > 0.0) & (size < float("inf"))
     high, low = _log_in_two(tl.where(usable, size, 1.0))
     # So far off 0 any larger exponent gives the same, and what is split does not overflow.
-    far = between(y, -1.0e24, 1.0e24)
+    far = clamp(y, -1.0e24, 1.0e24)
     exponent, lost = _product(far, high)
     more = lost + far * low
     result = _exp_times(exponent, tl.where(tl.abs(more) < 1.0, more, 0.0))
