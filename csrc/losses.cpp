@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <shared_mutex>
@@ -15,35 +17,55 @@
 namespace fusedloss {
 namespace {
 
-struct Table {
-  std::shared_mutex mutex;
-  std::map<std::string, LossInfo, std::less<>> losses;  // whose elements stay where they are
+// Those that are built in, which nothing changes.
+struct BuiltIn {
+  std::deque<LossInfo> losses;
 
-  static Table& instance() {
-    static auto& table = *new Table;  // outlives whatever runs at exit
-    return table;
-  }
-
- private:
-  Table() {
+  BuiltIn() {
 #define FUSEDLOSS_ADD(NAME, LOSS) add<LOSS>(NAME);
     FUSEDLOSS_POINTWISE_LOSSES(FUSEDLOSS_ADD)
 #undef FUSEDLOSS_ADD
-    losses["log_loss"].of_classes = "log_loss_of_classes";
-    LossInfo& rows = losses["cross_entropy"];
-    rows.name = rows.of_classes = "cross_entropy";
+    LossInfo& rows = add("cross_entropy");
     rows.family = Family::kRows;
     rows.mean = Mean::kRows;
     rows.parameters = 1;  // label_smoothing
+    rows.of_classes = &rows;
+    find("log_loss")->of_classes = find("log_loss_of_classes");
   }
 
+  LossInfo* find(std::string_view name) {
+    const auto found = std::find_if(losses.begin(), losses.end(),
+                                    [&](const LossInfo& info) { return info.name == name; });
+    return found == losses.end() ? nullptr : &*found;
+  }
+  static BuiltIn& instance() {
+    static auto& built_in = *new BuiltIn;  // outlives whatever runs at exit
+    return built_in;
+  }
+
+ private:
+  LossInfo& add(const char* name) {
+    LossInfo& info = losses.emplace_back();
+    info.name = name;
+    return info;
+  }
   template <class Loss>
   void add(const char* name) {
-    LossInfo& info = losses[name];
-    info.name = name;
+    LossInfo& info = add(name);
     info.mean = Loss::kMean;
     info.parameters = Loss::kParameters;
     info.extra_inputs = Loss::kPosWeight;
+  }
+};
+
+// Those that were loaded.
+struct Loaded {
+  std::shared_mutex mutex;
+  std::map<std::string, LossInfo, std::less<>> losses;  // whose elements stay where they are
+
+  static Loaded& instance() {
+    static auto& loaded = *new Loaded;
+    return loaded;
   }
 };
 
@@ -68,20 +90,17 @@ const Kernel* kernel_of(const std::string& library, void* handle, const char* en
 }  // namespace
 
 const LossInfo* find_loss(std::string_view name) {
-  Table& table = Table::instance();
-  const std::shared_lock lock(table.mutex);
-  const auto found = table.losses.find(name);
-  return found == table.losses.end() ? nullptr : &found->second;
+  if (const LossInfo* built_in = BuiltIn::instance().find(name)) return built_in;
+  Loaded& loaded = Loaded::instance();
+  const std::shared_lock lock(loaded.mutex);
+  const auto found = loaded.losses.find(name);
+  return found == loaded.losses.end() ? nullptr : &found->second;
 }
 
 std::vector<const LossInfo*> built_in_losses() {
-  Table& table = Table::instance();
-  const std::shared_lock lock(table.mutex);
-  std::vector<const LossInfo*> built_in;
-  for (const auto& [name, info] : table.losses) {
-    if (!info.custom()) built_in.push_back(&info);
-  }
-  return built_in;
+  std::vector<const LossInfo*> all;
+  for (const LossInfo& info : BuiltIn::instance().losses) all.push_back(&info);
+  return all;
 }
 
 void load_custom(const std::string& name, const std::string& library) {
@@ -89,9 +108,9 @@ void load_custom(const std::string& name, const std::string& library) {
   if (!handle) throw std::runtime_error("fusedloss: " + library + " does not load: " + dlerror());
   const auto add = [&](const auto* kernel, auto member) {
     if (!kernel) return false;
-    Table& table = Table::instance();
-    const std::unique_lock lock(table.mutex);
-    const auto [found, is_new] = table.losses.try_emplace(name);
+    Loaded& loaded = Loaded::instance();
+    const std::unique_lock lock(loaded.mutex);
+    const auto [found, is_new] = loaded.losses.try_emplace(name);
     LossInfo& info = found->second;
     if (is_new) {
       info.name = name;

@@ -30,7 +30,8 @@ struct LossInfo {
   int parameters = 0;
   int extra_inputs = 0;          // besides input and target: pos_weight
   bool target_gradient = false;  // whether there is a gradient for target
-  std::string_view of_classes;   // the loss whose target is class indices; empty: takes none
+  // The loss whose target is class indices; null: it takes none.
+  const LossInfo* of_classes = nullptr;
 
   // The kernels of a custom loss; null for a built-in one, and where none is loaded.
   std::atomic<const cpu::CustomKernel*> cpu = nullptr;

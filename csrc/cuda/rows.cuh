@@ -14,7 +14,7 @@
 // The target's logit is left out of the sums: it is -inf there, and finish() adds it.
 #pragma once
 
-#include "../math/cross_entropy.h"
+#include "../math/row_losses.h"
 #include "fast_math.cuh"
 #include "upstream.cuh"
 
@@ -162,18 +162,23 @@ struct CrossEntropyRow {
     T target_logit = 0;
     int64_t probabilities_at = 0;  // where the row begins; a kernel sets it, late to save registers
   };
+  template <class N>
+  using Formula = fusedloss::CrossEntropyRow<N>;
+  template <class N>
+  using Sums = typename Formula<N>::template State<N>;
   struct Result {
-    RowSums<T> sums{};
-    T target_gradient = 0;
-    RowSlope<T> slope{}, residual{};  // their sum is the exact one; 0 where T is as wide as Factor
+    Sums<T> sums{};
+    T excess = 0, target_gap = 0, target_weight = 0, target_gradient = 0;
+    T factor = 0, scale = 0;                    // of the slope, rounded
+    T factor_residual = 0, scale_residual = 0;  // the rest of them; 0 where T is as wide as Factor
   };
 
   const RowsCall<T>& call;
-  const Shares<T> shares = shares_of<T>(call);
-  const Shares<Factor> exact_shares = shares_of<Factor>(call);
+  const Formula<T> formula = formula_of<T>(call);
+  const Formula<Factor> exact_formula = formula_of<Factor>(call);
 
   template <class N>
-  __device__ static Shares<N> shares_of(const RowsCall<T>& call) {
+  __device__ static Formula<N> formula_of(const RowsCall<T>& call) {
     if constexpr (kHard) return {true, 0, 1, 1};
     const double classes = static_cast<double>(call.classes);
     return {call.indices != nullptr, call.label_smoothing, classes,
@@ -195,7 +200,7 @@ struct CrossEntropyRow {
     if (call.indices) return w;
     const Rows& r = call.probabilities;
     const T y = read<T>(r.data, r.dtype, row.probabilities_at + c * r.classes);
-    return (y * shares.keep + shares.spread) * w;
+    return formula.target_share(y, w);
   }
 
   // Class c, whose logit is `distance` above max; -inf for the target.
@@ -215,30 +220,26 @@ struct CrossEntropyRow {
     const Target& target = row.target;
     if (!target.live) return result;
     if (target.index >= 0) state.rescale(fmax(state.max, row.target_logit));
-    const T weight = target.index >= 0 ? call.class_weight(target.index) : T(1);
-    const T gap = row.target_logit - state.max;
-    const T target_exp = call.indices ? exp_nonpositive(gap) : T(0);
-    const auto sums = [&]<class N>(N excess) -> RowSums<N> {
-      return {state.max,
-              static_cast<N>(state.sum),
-              state.weighted_logits,
-              state.target_mass,
-              gap,
-              target_exp,
-              weight,
-              excess};
+    const auto sums = [&](auto n) -> Sums<decltype(n)> {
+      return {state.max, static_cast<decltype(n)>(state.sum), state.weighted_logits,
+              state.target_mass};
     };
-    result.sums = sums(static_cast<T>(state.sum + (decltype(state.sum)(target_exp) - 1)));
+    result.sums = sums(T());
+    result.target_weight = target.index >= 0 ? call.class_weight(target.index) : T(1);
+    result.target_gap = row.target_logit - state.max;
+    const T target_exp = call.indices ? exp_nonpositive(result.target_gap) : T(0);
+    using Sum = decltype(state.sum);
+    result.excess = static_cast<T>(formula.excess(state.sum, Sum(target_exp)));
     if (call.upstream) scale = read<Factor>(call.upstream, call.upstream_dtype, row_index);
-    const RowSlope<Factor> slope = exact_shares.slope(sums(Factor(0)), static_cast<Factor>(scale));
-    Factor at_target = slope.own * slope.factor;
-    if (exact_shares.smooth) at_target = at_target - Factor(weight) * slope.scale;
-    result.target_gradient = static_cast<T>(at_target);
-    result.slope = {static_cast<T>(slope.factor), static_cast<T>(slope.scale),
-                    static_cast<T>(slope.own)};
+    const auto slope =
+        exact_formula.slope(sums(Factor()), Factor(target_exp), Factor(result.target_weight),
+                            static_cast<Factor>(scale));
+    result.target_gradient = static_cast<T>(slope.target_gradient);
+    result.factor = static_cast<T>(slope.factor);
+    result.scale = static_cast<T>(slope.scale);
     if constexpr (!std::is_same_v<Factor, T>) {
-      result.residual = {residual_of(slope.factor, result.slope.factor),
-                         residual_of(slope.scale, result.slope.scale), 0};
+      result.factor_residual = residual_of(slope.factor, result.factor);
+      result.scale_residual = residual_of(slope.scale, result.scale);
     }
     return result;
   }
@@ -247,21 +248,22 @@ struct CrossEntropyRow {
   }
 
   __device__ T value(const Row& row, const Result& result) const {
-    return row.target.live ? shares.loss(result.sums) : row.target.template filler<T>();
+    return row.target.live
+               ? formula.loss(result.sums, result.excess, result.target_gap, result.target_weight)
+               : row.target.template filler<T>();
   }
 
   // At class c, which is not the target, with logit x.
   __device__ T gradient(const Row& row, const Result& result, int64_t c, T x) const {
     const T e = exp_for<D>(x - result.sums.max);
-    if constexpr (kHard) return e * result.slope.factor;
+    if constexpr (kHard) return e * result.factor;
     // e * factor and q * scale nearly cancel, so the second product keeps its digits.
     const T q = target_share(row, c);
-    T rest = -q * result.slope.scale;
+    T rest = -q * result.scale;
     if constexpr (!std::is_same_v<Factor, T>) {
-      rest =
-          std::fma(-q, result.slope.scale, e * result.residual.factor - q * result.residual.scale);
+      rest = std::fma(-q, result.scale, e * result.factor_residual - q * result.scale_residual);
     }
-    return std::fma(e, result.slope.factor, rest);
+    return std::fma(e, result.factor, rest);
   }
 };
 

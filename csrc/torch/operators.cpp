@@ -40,14 +40,34 @@ Tensor no_prediction(const Tensor& input) {
 }
 
 // Bit i: the gradient for input i is wanted, and the loss gives it.
-int64_t wanted_gradients(const Tensor& input, const Tensor& target, std::string_view loss) {
-  int64_t mask = input.requires_grad();
-  if (target.requires_grad()) {
-    const LossInfo* info = find_loss(loss);
-    if (info && info->target_gradient) mask |= 2;
-  }
-  return mask;
+int64_t wanted_gradients(const Tensor& input, const Tensor& target, const LossInfo& info) {
+  return input.requires_grad() | (target.requires_grad() && info.target_gradient) << 1;
 }
+
+// What backward needs besides tensors, as one value that compiled autograd can read. A loss is a
+// pointer into the table of losses.
+struct Options {
+  const LossInfo* loss;
+  int64_t ignore_index, reduction;
+  at::ScalarType dtype;
+  int64_t mask;
+  c10::SmallVector<double, 4> parameters;
+
+  at::IValue packed() const {
+    std::vector<at::IValue> values{reinterpret_cast<int64_t>(loss), ignore_index, reduction,
+                                   static_cast<int64_t>(dtype), mask};
+    values.insert(values.end(), parameters.begin(), parameters.end());
+    return c10::ivalue::Tuple::create(std::move(values));
+  }
+  static Options unpacked(const at::IValue& value) {
+    const auto& values = value.toTupleRef().elements();
+    Options options{
+        reinterpret_cast<const LossInfo*>(values[0].toInt()), values[1].toInt(), values[2].toInt(),
+        static_cast<at::ScalarType>(values[3].toInt()),       values[4].toInt(), {}};
+    for (size_t i = 5; i < values.size(); ++i) options.parameters.push_back(values[i].toDouble());
+    return options;
+  }
+};
 
 struct LossFunction : torch::autograd::Function<LossFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target,
@@ -59,7 +79,8 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
         at::ArrayRef<double>, int64_t, int64_t, at::ScalarType, int64_t, const OptionalTensor&)>(
         "fusedloss::loss_forward");
     const bool hooked = saves_through_hooks();
-    const int64_t mask = wanted_gradients(input, target, loss);
+    const LossInfo& info = known_loss(loss);
+    const int64_t mask = wanted_gradients(input, target, info);
     at::AutoDispatchBelowADInplaceOrView below;
     auto [value, state] =
         op.call(input, target, weight, more, loss, parameters, ignore_index, reduction, dtype, mask,
@@ -68,11 +89,10 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     variable_list inputs{input, target, weight.value_or(Tensor())};
     inputs.insert(inputs.end(), more.begin(), more.end());
     ctx->save_for_backward(std::move(inputs));
-    // As values that compiled autograd can read.
     ctx->saved_data["state"] = std::move(state);
     ctx->saved_data["options"] =
-        c10::ivalue::Tuple::create(std::string(loss), parameters.vec(), ignore_index, reduction,
-                                   static_cast<int64_t>(dtype), mask);
+        Options{&info, ignore_index, reduction, dtype, mask, {parameters.begin(), parameters.end()}}
+            .packed();
     return value;
   }
 
@@ -82,12 +102,8 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     const OptionalTensor weight = inputs[2].defined() ? OptionalTensor(inputs[2]) : std::nullopt;
     const at::TensorList more = at::TensorList(inputs).slice(3);
     const Tensor state = ctx->saved_data["state"].toTensor();
-    const auto& options = ctx->saved_data["options"].toTupleRef().elements();
-    const std::string_view loss = options[0].toStringView();
-    const std::vector<double> parameters = options[1].toDoubleVector();
-    const int64_t ignore_index = options[2].toInt(), reduction = options[3].toInt();
-    const auto dtype = static_cast<at::ScalarType>(options[4].toInt());
-    const int64_t mask = options[5].toInt();
+    const auto [info, ignore_index, reduction, dtype, mask, parameters] =
+        Options::unpacked(ctx->saved_data["options"]);
     drop_gradients_of_other_memory(state, input, target);
     std::vector<Tensor> found;
     if (needs_reference(grad_output)) {
@@ -95,14 +111,16 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
           const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, at::TensorList,
           std::string_view, at::ArrayRef<double>, int64_t, int64_t, at::ScalarType, int64_t)>(
           "fusedloss::loss_reference_gradient");
-      found = op.call(grad_output, input, target, weight, more, loss, parameters, ignore_index,
-                      reduction, dtype, mask);
+      found = op.call(grad_output, input, target, weight, more, info->name, parameters,
+                      ignore_index, reduction, dtype, mask);
     } else {
       static const auto op = find_operator<std::vector<Tensor>(
           const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
           at::TensorList, std::string_view, at::ArrayRef<double>, int64_t, int64_t, at::ScalarType,
           int64_t)>("fusedloss::loss_backward");
-      found = op.call(grad_output, state, input, target, weight, more, loss, parameters,
+      // Else autograd's fallback for operators without a derivative boxes every argument.
+      at::AutoDispatchBelowADInplaceOrView below;
+      found = op.call(grad_output, state, input, target, weight, more, info->name, parameters,
                       ignore_index, reduction, dtype, mask);
     }
     // One for every argument of forward, and every tensor in `more`.
@@ -119,7 +137,7 @@ Tensor differentiable_loss(const Tensor& input, const Tensor& target, const Opti
                            at::TensorList more, std::string_view loss,
                            at::ArrayRef<double> parameters, int64_t ignore_index, int64_t reduction,
                            at::ScalarType dtype, const OptionalTensor& prediction) {
-  if (at::GradMode::is_enabled() && wanted_gradients(input, target, loss)) {
+  if (at::GradMode::is_enabled() && wanted_gradients(input, target, known_loss(loss))) {
     return LossFunction::apply(input, target, weight, more, loss, parameters, ignore_index,
                                reduction, dtype, prediction);
   }

@@ -368,7 +368,7 @@ py::dict losses() {
                                                   : "elements";
     loss["parameters"] = info->parameters;
     loss["extra_inputs"] = info->extra_inputs;
-    loss["of_classes"] = info->of_classes;
+    loss["of_classes"] = info->of_classes ? info->of_classes->name : "";
     all[info->name.c_str()] = loss;
   }
   return all;

@@ -86,14 +86,14 @@ const LossInfo& checked(const Arguments& a) {
   check_device("target", a.target, a.input);
   at::DimVector expected(a.input.sizes());
   if (a.indices()) {
-    TORCH_CHECK_VALUE(!info.of_classes.empty(), "fusedloss: ", a.loss, " takes no class indices");
+    TORCH_CHECK_VALUE(info.of_classes, "fusedloss: ", a.loss, " takes no class indices");
     TORCH_CHECK_VALUE(a.input.dim() > 0, "fusedloss: input of shape () has no class dimension");
     expected = row_sizes(a.input);
   }
   TORCH_CHECK_VALUE(a.target.sizes() == at::IntArrayRef(expected), "fusedloss: target of shape ",
                     a.target.sizes(), " does not fit input of shape ", a.input.sizes());
   if (a.indices() || info.family == Family::kRows) check_class_weight(a);
-  return a.indices() ? known_loss(info.of_classes) : info;
+  return a.indices() ? *info.of_classes : info;
 }
 
 void check_pair(const char* name, const Tensor& pair, const Tensor& input) {

@@ -112,7 +112,7 @@ POINTWISE = {
 # ---- cross-entropy -------------------------------------------------------------------------------
 # What some of a row's classes add up to: max of the logits; sum of e^(x - max), for class indices
 # over all classes but the target; dot of q (x - max); mass of q. A class counts with
-# q = w (keep y + spread), for class indices with w: see csrc/math/cross_entropy.h.
+# q = w (keep y + spread), for class indices with w: see csrc/math/row_losses.h.
 
 
 @triton.jit
