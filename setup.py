@@ -314,7 +314,6 @@ def compiled_part() -> dict[str, Any]:
             *sorted(str(p) for p in Path("csrc/torch").glob("*.cpp") if p.stem != "cuda"),
         ],
         depends=sorted(map(str, Path("csrc").rglob("*.*"))),
-        
         language="c++",
     )
     return {
