@@ -18,7 +18,7 @@ from helpers import FUSED, assert_same_bits, draw_upstream
 triton = pytest.importorskip("triton")
 import triton.language as tl
 
-from fusedloss.backends.triton import common, pointwise
+from fusedloss.backends.triton import pointwise, runtime
 from fusedloss.backends.triton.losses import PointwiseLoss
 
 
@@ -49,18 +49,18 @@ def test_function_of_ones_own(reduction: int, layout: str, fused: str) -> None:
     upstream = upstream if reduction == 0 else torch.tensor(0.7, dtype=torch.float64)
     wanted = torch.autograd.grad(value, expected, upstream)
 
-    def run(do: common.Pass) -> torch.Tensor | None:
+    def run(do: runtime.Pass) -> torch.Tensor | None:
         return pointwise.run(do, loss, x, y, None, (p,), parameters, 0, reduction, torch.float64)
 
-    scales = torch.tensor([0.7, 3.0], dtype=torch.float64)  # as predicted
-    forward = common.Pass(common.FORWARD if reduction else common.VALUE, scales)
-    predicted = [common.empty_like(x, x.dtype) for _ in range(2)]
+    state = torch.tensor([0.7, 3.0], dtype=torch.float64)  # as predicted
+    forward = runtime.Pass(runtime.FORWARD if reduction else runtime.VALUE, state)
+    predicted = [runtime.empty_like(x, x.dtype) for _ in range(2)]
     if reduction:
         forward.gradient, forward.target_gradient = predicted
     torch.testing.assert_close(run(forward), value.detach())
-    gradients = [common.empty_like(x, x.dtype) for _ in range(2)]
+    gradients = [runtime.empty_like(x, x.dtype) for _ in range(2)]
     prediction = torch.ones(2, dtype=torch.float64)
-    run(common.Pass(common.FRESH, scales, *gradients, prediction, upstream))
+    run(runtime.Pass(runtime.FRESH, state, *gradients, prediction, upstream))
     for got, right in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(got, right)
     for ahead, got in zip(predicted if reduction else [], gradients, strict=False):

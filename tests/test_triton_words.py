@@ -18,7 +18,7 @@ mpmath = pytest.importorskip("mpmath")
 import triton
 import triton.language as tl
 
-from fusedloss.backends.triton import common, words
+from fusedloss.backends.triton import runtime, words
 
 pytestmark = [
     pytest.mark.skipif(FUSED != "triton", reason="FUSEDLOSS_TEST_BACKEND is not triton"),
@@ -52,8 +52,8 @@ def apply(word: Any, *operands: Tensor) -> Tensor:
     size = 1 << (n - 1).bit_length()
     padded = [torch.nn.functional.pad(t, (0, size - n)).to(DEVICE) for t in operands]
     out = torch.empty_like(padded[0])
-    with common.on_device(out):
-        _apply[(1,)](tuple(padded), out, WORD=word, N=size, **common.NO_FUSION)
+    with runtime.on_device(out):
+        _apply[(1,)](tuple(padded), out, WORD=word, N=size, **runtime.NO_FUSION)
     return out[:n].cpu()
 
 
@@ -222,8 +222,8 @@ def test_power(exponent: float, dtype: torch.dtype) -> None:
     e = torch.tensor([exponent], dtype=dtype)
     padded = torch.nn.functional.pad(x, (0, 16 - x.numel())).to(DEVICE)
     value, slope = torch.empty_like(padded), torch.empty_like(padded)
-    with common.on_device(value):
-        _apply_power[(1,)](padded, e.to(DEVICE), value, slope, N=16, **common.NO_FUSION)
+    with runtime.on_device(value):
+        _apply_power[(1,)](padded, e.to(DEVICE), value, slope, N=16, **runtime.NO_FUSION)
     x.requires_grad_()
     right = x.double() ** e.double()
     (right_slope,) = torch.autograd.grad(right.sum(), x)

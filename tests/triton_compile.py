@@ -27,7 +27,7 @@ import custom_losses
 import fusedloss.functional as FL
 from cases import DTYPES, FAMILIES, REDUCTIONS, at_shape
 from fusedloss import backends
-from fusedloss.backends.triton import common, cross_entropy, pointwise
+from fusedloss.backends.triton import pointwise, rows, runtime
 from helpers import leaf
 
 TARGETS = {
@@ -35,8 +35,8 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = [(pointwise, "pointwise"), (cross_entropy, "cross_entropy")]
-KERNELS += [(common, "finish"), (common, "count_classes")]
+KERNELS = [(pointwise, "pointwise"), (rows, "cross_entropy")]
+KERNELS += [(runtime, "finish"), (runtime, "count_classes")]
 
 
 class Driver:

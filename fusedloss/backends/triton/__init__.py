@@ -4,8 +4,8 @@ Needs no compiled extension. Where the environment says TRITON_INTERPRET=1, its 
 tensors, in Triton's interpreter.
 """
 
-from .common import raise_faults
 from .custom import load
 from .operators import operators
+from .runtime import raise_faults
 
 __all__ = ["load", "operators", "raise_faults"]

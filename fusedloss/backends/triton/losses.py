@@ -116,23 +116,23 @@ POINTWISE = {
 
 
 @triton.jit
-def origin(max):
+def finite_max(max):
     """To measure distances from: a row of nothing but -inf has none."""
     return tl.where(max == float("-inf"), 0.0, max)
 
 
 @triton.jit
-def move_to(top, max, sum, dot, mass):
-    """The sums, as measured from another origin."""
-    sum = sum * exp_nonpositive(max - origin(top))  # 0 where max is -inf
-    return sum, dot + mass * (origin(max) - origin(top))
+def rescale(top, max, sum, dot, mass):
+    """The sums, as measured from another finite_max."""
+    sum = sum * exp_nonpositive(max - finite_max(top))  # 0 where max is -inf
+    return sum, dot + mass * (finite_max(max) - finite_max(top))
 
 
 @triton.jit
 def merge(max, sum, dot, mass, other_max, other_sum, other_dot, other_mass):
     top = tl.maximum(max, other_max)
-    sum, dot = move_to(top, max, sum, dot, mass)
-    other_sum, other_dot = move_to(top, other_max, other_sum, other_dot, other_mass)
+    sum, dot = rescale(top, max, sum, dot, mass)
+    other_sum, other_dot = rescale(top, other_max, other_sum, other_dot, other_mass)
     return top, sum + other_sum, dot + other_dot, mass + other_mass
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ... import second_order
 from ...prediction import is_captured, new_prediction
-from . import common, cross_entropy, custom, pointwise
-from .common import Pass
+from . import custom, pointwise, rows, runtime
 from .losses import POINTWISE
+from .runtime import Pass
 
 DEVICES = ("CPU", "CUDA", "XPU")  # CPU: in Triton's interpreter
 
@@ -70,7 +70,7 @@ def _keep_if_captured(prediction: Tensor) -> Tensor:
     return prediction
 
 
-_MOST_SHARED = 512  # on a device
+_MAX_SHARED = 512  # on a device
 _shared: dict[tuple[Any, ...], Tensor] = {}
 _sharing = threading.Lock()
 
@@ -78,7 +78,7 @@ _sharing = threading.Lock()
 def _prediction_of(own: Tensor | None, loss: str, input: Tensor, reduction: int) -> Tensor:
     """A call's own prediction, or, for one that has none, that of all calls like it."""
     if own is not None:
-        common.check_pair("prediction", own, input)
+        runtime.check_pair("prediction", own, input)
         return _keep_if_captured(own)
     key = (loss, input.device, input.dtype, input.numel(), reduction)
     known = _shared.get(key)
@@ -87,7 +87,7 @@ def _prediction_of(own: Tensor | None, loss: str, input: Tensor, reduction: int)
         # sites the oldest leaves its own to the latest.
         with _sharing:
             here = [site for site in _shared if site[1] == input.device]
-            new = len(here) < _MOST_SHARED
+            new = len(here) < _MAX_SHARED
             spare = new_prediction(input) if new else _shared.pop(here[0])
             known = _shared.setdefault(key, spare)
     return known
@@ -180,9 +180,9 @@ def _empty_gradients(
     def gradient(bit: int, dtype: torch.dtype, there: Tensor | None) -> Tensor | None:
         if not mask & bit:
             return None
-        if there is not None and common.lies_like_gradient(there, input, dtype):
+        if there is not None and runtime.lies_like_gradient(there, input, dtype):
             return there
-        return common.empty_like(input, dtype)
+        return runtime.empty_like(input, dtype)
 
     return gradient(1, input.dtype, written[0]), gradient(2, target.dtype, written[1])
 
@@ -206,9 +206,7 @@ def _run(
     """The engine of the loss: a forward's loss, or None."""
     if loss == "cross_entropy":
         (label_smoothing,) = parameters
-        return cross_entropy.run(
-            do, input, target, weight, ignore_index, label_smoothing, reduction, dtype
-        )
+        return rows.run(do, input, target, weight, ignore_index, label_smoothing, reduction, dtype)
     known = POINTWISE.get(loss)
     numbers = tuple(parameters)
     if known is None:
@@ -224,21 +222,21 @@ def _run(
 
 def _loss(*args: Any) -> Tensor | None:
     *call, _ = args
-    common.raise_faults()
-    return _run(Pass(common.VALUE, common.empty_scales(call[0])), *call)
+    runtime.raise_faults()
+    return _run(Pass(runtime.VALUE, runtime.empty_forward_state(call[0])), *call)
 
 
 def _loss_forward(*args: Any) -> tuple[Tensor | None, Tensor]:
     *call, mask, own = args
     input, target, loss, reduction = call[0], call[1], call[4], call[7]
-    common.raise_faults()
+    runtime.raise_faults()
     if reduction == 0:
-        state = common.empty_scales(input)
-        return _run(Pass(common.VALUE, state), *call), state
+        state = runtime.empty_forward_state(input)
+        return _run(Pass(runtime.VALUE, state), *call), state
     prediction = _prediction_of(own, loss, input, reduction)
-    # What other streams teach the prediction meanwhile is not this call's.
+    # What other streams update_predictor the prediction meanwhile is not this call's.
     state, gradients = prediction.clone(), _empty_gradients(input, target, mask)
-    value = _run(Pass(common.FORWARD, state, *gradients), *call)
+    value = _run(Pass(runtime.FORWARD, state, *gradients), *call)
     addresses = input.data_ptr(), target.data_ptr()
     attach(state, SavedGradients(gradients, prediction, input.shape, input.dtype, addresses))
     return value, state
@@ -249,9 +247,9 @@ def _loss_backward(grad_output: Tensor, state: Tensor, *args: Any) -> list[Tenso
     input, target, reduction = call[0], call[1], call[7]
     saved = saved_in(state)
     written: Gradients = None, None
-    common.check_pair("state", state, input)
+    runtime.check_pair("state", state, input)
     if reduction != 0:
-        common.check_number(grad_output, input)
+        runtime.check_number(grad_output, input)
     prediction = torch.empty_like(state)
     if saved is not None:
         if (saved.input_shape, saved.input_dtype) != (input.shape, input.dtype):
@@ -264,19 +262,19 @@ def _loss_backward(grad_output: Tensor, state: Tensor, *args: Any) -> list[Tenso
         prediction = _keep_if_captured(saved.prediction)
     gradients = _empty_gradients(input, target, mask, written)
     reused = all(new is old for new, old in zip(gradients, written, strict=True))
-    step = common.BACKWARD if reused else common.FRESH
+    step = runtime.BACKWARD if reused else runtime.FRESH
     _run(Pass(step, state, *gradients, prediction, grad_output), *call)
     return _listed(gradients)
 
 
 def _loss_meta(*args: Any) -> Tensor:
     input, loss, reduction, dtype = args[0], args[4], args[7], args[8]
-    empty_loss = cross_entropy.empty_loss if loss == "cross_entropy" else pointwise.empty_loss
+    empty_loss = rows.empty_loss if loss == "cross_entropy" else pointwise.empty_loss
     return empty_loss(input, reduction, dtype)
 
 
 def _loss_forward_meta(*args: Any) -> tuple[Tensor, Tensor]:
-    return _loss_meta(*args), common.empty_scales(args[0])
+    return _loss_meta(*args), runtime.empty_forward_state(args[0])
 
 
 def _loss_backward_meta(grad_output: Tensor, state: Tensor, *args: Any) -> list[Tensor]:

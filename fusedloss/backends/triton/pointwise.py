@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import common
-from .common import Divisor, Pass
+from . import runtime
 from .losses import PointwiseLoss
+from .runtime import Divisor, Pass
 from .words import divide
 
 # Fixed: a program of 4 warps, 8 elements a thread at a time (16 bytes of half precision), whose
@@ -47,7 +47,7 @@ def fetch(source, at, mask, sizes, T: tl.constexpr):
 
 @triton.jit
 def store(pointer, x, mask):
-    tl.store(pointer, common.narrow(x, pointer.dtype.element_ty), mask=mask)
+    tl.store(pointer, runtime.narrow(x, pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def first_fault(
         bad = bad | is_outside_unit(fetch(target, at, mask, sizes, T))
     else:
         bad = is_class_fault(fetch(target, at, mask, sizes, tl.int64), sizes[CLASS_DIM])
-    return tl.min(tl.where(bad & mask, at.to(tl.int64), common.NO_FAULT))
+    return tl.min(tl.where(bad & mask, at.to(tl.int64), runtime.NO_FAULT))
 
 
 @triton.jit
@@ -143,20 +143,20 @@ def tell_fault(bad, input, target, sizes, fault, CLASS_DIM: tl.constexpr):
         pointer, strides = target
         offset = place(bad, sizes, strides)
         index = tl.load(pointer + offset)
-        common.tell(fault, common.TARGET_CLASS, offset, index, sizes[CLASS_DIM])
+        runtime.report_error(fault, runtime.TARGET_CLASS, offset, index, sizes[CLASS_DIM])
     else:
         x = fetch(input, bad, None, sizes, tl.float64)
         y = fetch(target, bad, None, sizes, tl.float64)
         in_input = is_outside_unit(x)
-        what = tl.where(in_input, common.INPUT_OUTSIDE_UNIT, common.TARGET_OUTSIDE_UNIT)
+        what = tl.where(in_input, runtime.INPUT_OUTSIDE_UNIT, runtime.TARGET_OUTSIDE_UNIT)
         number = tl.where(in_input, x, y).to(tl.int64, bitcast=True)
-        common.tell(fault, what, bad, number, 0)
+        runtime.report_error(fault, what, bad, number, 0)
 
 
 @triton.jit(do_not_specialize=["numel", "parts", "divisor", "step"])
 def pointwise(
     input, target, weight, operands, upstream, value, gradient, target_gradient, sizes, numel,
-    parameters, partials, scales, prediction, grad_output, counts, parts, divisor, fault, step,
+    parameters, partials, forward_state, prediction, grad_output, counts, parts, divisor, fault, step,
     LOSS: tl.constexpr, SLOPE_UNIT: tl.constexpr, UNIT_INTERVAL: tl.constexpr,
     CLASS_DIM: tl.constexpr, T: tl.constexpr, INDEX: tl.constexpr, TILE: tl.constexpr,
     TILES: tl.constexpr,
@@ -164,17 +164,19 @@ def pointwise(
     """Operands are pairs of a pointer and strides, () where they lie in the order of `sizes`, as
     what is written does. upstream (backward), value (forward): of reduction "none" alone."""
     EACH: tl.constexpr = upstream is not None or value is not None
-    write, factor, seen = common.scaling(step, scales, grad_output, counts, parts, divisor, EACH)
-    if step >= common.IS_BACKWARD:
+    write, factor, seen = runtime.scaling(
+        step, forward_state, grad_output, counts, parts, divisor, EACH
+    )
+    if step >= runtime.IS_BACKWARD:
         if not EACH:
             if tl.program_id(0) == 0:
-                common.teach(prediction, seen)
+                runtime.update_predictor(prediction, seen)
         if not write:
             return
     scale = (factor * SLOPE_UNIT).to(T)
     numbers = ()
     for k in tl.static_range(len(parameters)):
-        numbers = numbers + (common.from_halves(parameters[k]).to(T),)  # type: ignore[assignment]
+        numbers = numbers + (runtime.from_halves(parameters[k]).to(T),)  # type: ignore[assignment]
     first = tl.program_id(0).to(INDEX) * (TILE * TILES)
     at = first + tl.arange(0, TILE)
     total = tl.zeros([TILE // PACKET], tl.float64)
@@ -193,18 +195,18 @@ def pointwise(
                 value, gradient, target_gradient, sizes, numbers, scale, write, step, LOSS,
                 UNIT_INTERVAL, CLASS_DIM, T,
             )  # fmt: skip
-    if step < common.IS_BACKWARD:
+    if step < runtime.IS_BACKWARD:
         sum = tl.sum(total)
         tl.store(partials + tl.program_id(0), sum)
         if UNIT_INTERVAL or CLASS_DIM >= 0:
             # What a loss cannot take has made the sum nan.
             if sum != sum:
-                bad = tl.full((), common.NO_FAULT, tl.int64)
+                bad = tl.full((), runtime.NO_FAULT, tl.int64)
                 for t in range(TILES):
                     here = at + t * TILE
                     found = first_fault(here, here < numel, input, target, sizes, CLASS_DIM, T)
                     bad = tl.minimum(bad, found)
-                if bad < common.NO_FAULT:
+                if bad < runtime.NO_FAULT:
                     tell_fault(bad, input, target, sizes, fault, CLASS_DIM)
 
 
@@ -231,7 +233,7 @@ def walk(operands: Sequence[Tensor | None], class_dim: int) -> Space:
     if class_dim < 0 and all(t.is_contiguous() for t in there):
         return Space((), -1, [None if t is None else (t, ()) for t in operands])
     order = list(range(input.dim()))
-    if common.is_dense(input):
+    if runtime.is_dense(input):
         steps = input.stride()
         order.sort(key=lambda d: -steps[d])
     sizes: list[int] = []
@@ -275,7 +277,7 @@ def walk(operands: Sequence[Tensor | None], class_dim: int) -> Space:
 def empty_loss(input: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
     if reduction != 0:
         return input.new_empty((), dtype=dtype)
-    return common.empty_like(input, dtype)
+    return runtime.empty_like(input, dtype)
 
 
 def run(
@@ -292,16 +294,16 @@ def run(
 ) -> Tensor | None:
     """Forward: the loss. Backward: what of the gradients is not right yet is written.
 
-    Gradients lie in memory as ``common.empty_like(input)`` does.
+    Gradients lie in memory as ``runtime.empty_like(input)`` does.
     """
-    common.check_shapes(input, target)
+    runtime.check_shapes(input, target)
     if target.dtype is torch.int64:
-        common.check_rows(input, target, weight)
+        runtime.check_rows(input, target, weight)
     each = reduction == 0
-    indices = common.aligned(target.contiguous()) if target.dtype is torch.int64 else None
+    indices = runtime.aligned(target.contiguous()) if target.dtype is torch.int64 else None
     class_dim = -1
     if indices is not None:
-        class_dim = common.class_dim(input)
+        class_dim = runtime.class_dim(input)
         # What is wrong must not read as ignored.
         target = indices.clamp_min(_IGNORED + 1).masked_fill_(indices.eq(ignore_index), _IGNORED)
         target = target.unsqueeze(class_dim).expand(input.shape)
@@ -309,7 +311,7 @@ def run(
     upstream = None if do.forward or not each else do.grad_output
     space = walk(
         [
-            None if t is None else common.aligned(t).expand(input.shape)
+            None if t is None else runtime.aligned(t).expand(input.shape)
             for t in (input, target, weight, upstream, *operands)
         ],
         class_dim,
@@ -319,10 +321,14 @@ def run(
         divisor = _divisor(loss, input, indices, weight, ignore_index)
     numel = input.numel()
     programs = triton.cdiv(numel, TILE * TILES)
-    partials = do.scales.new_empty(programs) if do.forward else do.scales
+    partials = do.forward_state.new_empty(programs) if do.forward else do.forward_state
     # What a pass does not use is another tensor of its type: one compiled kernel serves them all.
-    arguments = {"scales": do.scales, "step": do.step, **divisor.arguments(do.scales)}
-    with common.on_device(input):
+    arguments = {
+        "forward_state": do.forward_state,
+        "step": do.step,
+        **divisor.arguments(do.forward_state),
+    }
+    with runtime.on_device(input):
         pointwise[(programs,)](
             *space.sources[:3],
             operands=tuple(space.sources[4:]),
@@ -332,11 +338,11 @@ def run(
             target_gradient=do.target_gradient,
             sizes=space.sizes,
             numel=numel,
-            parameters=tuple(map(common.halves, parameters)),
+            parameters=tuple(map(runtime.halves, parameters)),
             partials=partials,
-            prediction=do.scales if do.prediction is None else do.prediction,
+            prediction=do.forward_state if do.prediction is None else do.prediction,
             grad_output=do.grad_output if result is None else result,
-            fault=common.fault_of(input.device),
+            fault=runtime.fault_of(input.device),
             LOSS=loss.function,
             SLOPE_UNIT=loss.slope_unit,
             UNIT_INTERVAL=loss.unit_interval,
@@ -346,13 +352,13 @@ def run(
             TILE=TILE,
             TILES=TILES,
             num_warps=WARPS,
-            **common.NO_FUSION,
+            **runtime.NO_FUSION,
             **arguments,
         )
         if result is not None and not each:
-            common.finish[(1,)](
+            runtime.finish[(1,)](
                 partials, programs, result, **arguments,
-                NAN_OF_NOTHING=False, BLOCK=common.FINISH_BLOCK, **common.NO_FUSION,
+                NAN_OF_NOTHING=False, BLOCK=runtime.FINISH_BLOCK, **runtime.NO_FUSION,
             )  # fmt: skip
     return result
 
@@ -369,7 +375,7 @@ def _divisor(
         return Divisor(counts=weight.sum(dtype=torch.float64).view(1))
     if loss.mean != "rows":
         return Divisor(input.numel())
-    classes = input.shape[common.class_dim(input)]
+    classes = input.shape[runtime.class_dim(input)]
     if indices is None:
         return Divisor(input.numel() // classes)
     flat = None if weight is None else weight.flatten().contiguous()

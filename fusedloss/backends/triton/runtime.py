@@ -40,7 +40,7 @@ class Pass:
     step: int
     # Two float64. FORWARD: finds the prediction there. VALUE, FORWARD: leave there the upstream
     # gradient that the gradient was written for (nan: none was) and what the loss was divided by.
-    scales: Tensor
+    forward_state: Tensor
     gradient: Tensor | None = None
     target_gradient: Tensor | None = None
     prediction: Tensor | None = None  # to be told of the upstream gradient
@@ -90,7 +90,7 @@ def from_halves(halves):
 # ---- the upstream gradient -----------------------------------------------------------------------
 
 CONFIDENT = tl.constexpr(2.0)
-MOST_CONFIDENT = tl.constexpr(3.0)
+MAX_CONFIDENCE = tl.constexpr(3.0)
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def same(a, b):
     return (a == b) & (a.to(tl.int64, bitcast=True) == b.to(tl.int64, bitcast=True))
 
 
-MOST_COUNTS = tl.constexpr(256)
+MAX_COUNTS = tl.constexpr(256)
 
 
 @triton.jit
@@ -107,13 +107,13 @@ def normalizer_of(counts, parts, divisor):
     """What the loss is divided by: the sum of `counts`, or where there are none `divisor`."""
     normalizer = divisor.to(tl.float64)
     if parts > 0:
-        at = tl.arange(0, MOST_COUNTS)
+        at = tl.arange(0, MAX_COUNTS)
         normalizer = tl.sum(tl.load(counts + at, mask=at < parts, other=0.0))
     return normalizer
 
 
 @triton.jit
-def scaling(step, scales, grad_output, counts, parts, divisor, EACH: tl.constexpr):
+def scaling(step, forward_state, grad_output, counts, parts, divisor, EACH: tl.constexpr):
     """Whether the gradient is to be written, every element times what; and the upstream gradient.
 
     EACH: reduction "none", whose elements have upstream gradients of their own.
@@ -122,7 +122,7 @@ def scaling(step, scales, grad_output, counts, parts, divisor, EACH: tl.constexp
         return step == IS_FRESH, step.to(tl.float64) * 0.0 + 1.0, step.to(tl.float64)
     else:
         ahead = step < IS_BACKWARD
-        first, second = tl.load(scales), tl.load(scales + 1)
+        first, second = tl.load(forward_state), tl.load(forward_state + 1)
         upstream = tl.where(ahead, first, tl.load(grad_output).to(tl.float64))
         normalizer = tl.where(ahead, normalizer_of(counts, parts, divisor), second)
         trusted = (step == IS_FORWARD) & (second >= CONFIDENT)
@@ -131,11 +131,11 @@ def scaling(step, scales, grad_output, counts, parts, divisor, EACH: tl.constexp
 
 
 @triton.jit
-def teach(prediction, upstream):
+def update_predictor(prediction, upstream):
     """Tells a prediction what it was about."""
     predicted, confidence = tl.load(prediction), tl.load(prediction + 1)
     right = same(predicted, upstream)
-    more = tl.minimum(confidence + 1.0, MOST_CONFIDENT)
+    more = tl.minimum(confidence + 1.0, MAX_CONFIDENCE)
     tl.store(prediction, upstream)
     tl.store(prediction + 1, tl.where(right, more, tl.maximum(confidence - 1.0, 0.0)))
 
@@ -145,7 +145,7 @@ def teach(prediction, upstream):
 
 @triton.jit(do_not_specialize=["n", "parts", "divisor", "step"])
 def finish(
-    partials, n, loss, scales, counts, parts, divisor, step,
+    partials, n, loss, forward_state, counts, parts, divisor, step,
     NAN_OF_NOTHING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss from the programs' sums, always in the same order; and what backward needs."""
@@ -160,9 +160,9 @@ def finish(
     if loss.dtype.element_ty != tl.float64:
         value = value.to(tl.float32)
     tl.store(loss, narrow(value, loss.dtype.element_ty))
-    trusted = (step == IS_FORWARD) & (tl.load(scales + 1) >= CONFIDENT)
-    tl.store(scales, tl.where(trusted, tl.load(scales), float("nan")))
-    tl.store(scales + 1, normalizer)
+    trusted = (step == IS_FORWARD) & (tl.load(forward_state + 1) >= CONFIDENT)
+    tl.store(forward_state, tl.where(trusted, tl.load(forward_state), float("nan")))
+    tl.store(forward_state + 1, normalizer)
 
 
 @triton.jit(do_not_specialize=["n", "each", "classes", "ignore_index"])
@@ -201,7 +201,7 @@ class Divisor:
     ) -> Divisor:
         """How many of the class indices count, or the sum of their weights."""
         n = indices.numel()
-        parts = min(MOST_COUNTS.value, triton.cdiv(n, COUNTS_EACH))
+        parts = min(MAX_COUNTS.value, triton.cdiv(n, COUNTS_EACH))
         counts = indices.new_empty(parts, dtype=torch.float64)
         count_classes[(parts,)](
             indices, weight, counts, n, triton.cdiv(n, parts), classes, ignore_index,
@@ -209,9 +209,9 @@ class Divisor:
         )  # fmt: skip
         return cls(counts=counts)
 
-    def arguments(self, scales: Tensor) -> dict[str, Any]:
+    def arguments(self, forward_state: Tensor) -> dict[str, Any]:
         return {
-            "counts": scales if self.counts is None else self.counts,
+            "counts": forward_state if self.counts is None else self.counts,
             "parts": 0 if self.counts is None else self.counts.numel(),
             "divisor": self.number,
         }
@@ -221,7 +221,7 @@ class Divisor:
 # The first input of a device that a loss cannot take, written by a kernel into page-locked memory,
 # where the host looks whenever it likes: state, what, position, value, classes.
 
-_NONE, _BEING_WRITTEN, _TOLD = 0, 1, 2
+_NONE, _BEING_WRITTEN, _READY = 0, 1, 2
 TARGET_CLASS = tl.constexpr(0)
 INPUT_OUTSIDE_UNIT = tl.constexpr(1)
 TARGET_OUTSIDE_UNIT = tl.constexpr(2)
@@ -230,7 +230,7 @@ _faults: dict[torch.device, Tensor] = {}
 
 
 @triton.jit
-def tell(fault, what, position, value, classes):
+def report_error(fault, what, position, value, classes):
     """Tells the host; the first to come is told. value: an int64, or the bits of a float64."""
     zero = position * 0
     if tl.atomic_cas(fault, zero, zero + 1, scope="sys") == 0:
@@ -255,7 +255,7 @@ def raise_faults() -> None:
     when = " (In an earlier call of fusedloss, whose loss and gradient are nan there.)"
     for fault in tuple(_faults.values()):
         state, what, position, value, classes = fault.tolist()
-        if state != _TOLD:
+        if state != _READY:
             continue
         fault[0] = _NONE
         if what == TARGET_CLASS.value:
@@ -310,7 +310,7 @@ def lies_like_gradient(gradient: Tensor, input: Tensor, dtype: torch.dtype) -> b
     return gradient.stride() == input.stride() if is_dense(input) else gradient.is_contiguous()
 
 
-def empty_scales(input: Tensor) -> Tensor:
+def empty_forward_state(input: Tensor) -> Tensor:
     return input.new_empty(2, dtype=torch.float64)
 
 
@@ -345,7 +345,7 @@ def check_rows(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
 
 
 def check_pair(name: str, pair: Tensor, input: Tensor) -> None:
-    """Of a prediction and of scales: two float64 where input is."""
+    """Of a prediction and of forward_state: two float64 where input is."""
     if pair.device != input.device or pair.dtype is not torch.float64 or pair.shape != (2,):
         raise ValueError(
             f"fusedloss: {name} of {list(pair.shape)} {pair.dtype} on {pair.device}, not of two "

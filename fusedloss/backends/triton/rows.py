@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import common, losses, words
-from .common import Divisor, Pass
+from . import losses, runtime, words
+from .runtime import Divisor, Pass
 
 TILE = 4096  # elements of a tile of several rows
 MOST_WHOLE = 32768  # bytes of a row that one tile holds
@@ -60,7 +60,7 @@ def add_up(
     if not SOFT:
         others = tl.where(cols[None, :] == target[:, None], float("-inf"), x)
     max = tl.max(others, 1)
-    top = losses.origin(max)[:, None]
+    top = losses.finite_max(max)[:, None]
     e = words.exp_nonpositive(others - top)
     if SOFT or SMOOTH:
         # More than the target counts: the loss of a row that is sure of another class needs the
@@ -93,7 +93,7 @@ def write_gradient(
     inside = exists[:, None] & (cols < classes)[None, :]
     tl.store(
         rows[:, None] + (cols * stride)[None, :],
-        common.narrow(g, rows.dtype.element_ty),
+        runtime.narrow(g, rows.dtype.element_ty),
         mask=inside,
     )
 
@@ -102,7 +102,7 @@ def write_gradient(
 def cross_entropy(
     input, target, weight, weight_sum, upstream, value, gradient,
     rows, class_units, inner, input_strides, target_strides, gradient_strides,
-    ignore_index, label_smoothing, partials, scales, prediction, grad_output, counts,
+    ignore_index, label_smoothing, partials, forward_state, prediction, grad_output, counts,
     parts, divisor, fault, step,
     T: tl.constexpr, SOFT: tl.constexpr, SMOOTH: tl.constexpr, WHOLE: tl.constexpr,
     UNIT: tl.constexpr, CLASS_INDEX: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
@@ -111,11 +111,13 @@ def cross_entropy(
     upstream (backward), value (forward): of reduction "none" alone. UNIT: divides what strides count
     and how many classes there are, so that Triton knows it."""
     EACH: tl.constexpr = upstream is not None or value is not None
-    write, factor, seen = common.scaling(step, scales, grad_output, counts, parts, divisor, EACH)
-    if step >= common.IS_BACKWARD:
+    write, factor, seen = runtime.scaling(
+        step, forward_state, grad_output, counts, parts, divisor, EACH
+    )
+    if step >= runtime.IS_BACKWARD:
         if not EACH:
             if tl.program_id(0) == 0:
-                common.teach(prediction, seen)
+                runtime.update_predictor(prediction, seen)
         if not write:
             return
     classes = class_units * UNIT
@@ -144,7 +146,7 @@ def cross_entropy(
     at = index.to(CLASS_INDEX)
     rest = tl.where(faulty, float("nan"), 0.0).to(T)
 
-    smoothing = common.from_halves(label_smoothing)
+    smoothing = runtime.from_halves(label_smoothing)
     weights = smoothing * 0.0 + classes
     if weight_sum is not None:
         weights = tl.load(weight_sum)
@@ -183,7 +185,7 @@ def cross_entropy(
     else:
         logit = tl.load(x_rows + index * x_stride, mask=live, other=0.0).to(T)
         top = tl.maximum(max, logit)
-        sum, dot = losses.move_to(top, max, sum, dot, mass)
+        sum, dot = losses.rescale(top, max, sum, dot, mass)
         max = top
         own = tl.full([ROWS], 1.0, T)
         if weight is not None:
@@ -194,13 +196,13 @@ def cross_entropy(
         loss = tl.where(live, loss, rest)
         scale = spread * scale
         # In a backward pass too: what a target has become leads to memory.
-        bad = tl.min(tl.where(faulty, row, common.NO_FAULT))
-        if bad < common.NO_FAULT:
-            common.tell(fault, common.TARGET_CLASS, bad, tl.load(target + bad), classes)
+        bad = tl.min(tl.where(faulty, row, runtime.NO_FAULT))
+        if bad < runtime.NO_FAULT:
+            runtime.report_error(fault, runtime.TARGET_CLASS, bad, tl.load(target + bad), classes)
 
-    if step < common.IS_BACKWARD:
+    if step < runtime.IS_BACKWARD:
         if value is not None:
-            tl.store(value + row, common.narrow(loss, value.dtype.element_ty), mask=exists)
+            tl.store(value + row, runtime.narrow(loss, value.dtype.element_ty), mask=exists)
         tl.store(partials + tl.program_id(0), tl.sum(tl.where(exists, loss, 0.0).to(tl.float64)))
     if write:
         g_rows = gradient + (outer * gradient_strides[0] + behind * gradient_strides[2]) * UNIT
@@ -261,7 +263,7 @@ def steps_of(tensor: Tensor) -> tuple[int, int, int]:
 def empty_loss(input: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
     shape = list(input.shape) if reduction == 0 else []
     if shape:
-        del shape[common.class_dim(input)]
+        del shape[runtime.class_dim(input)]
     return input.new_empty(shape, dtype=dtype)
 
 
@@ -276,14 +278,14 @@ def run(
     dtype: torch.dtype,
 ) -> Tensor | None:
     """As pointwise.run()."""
-    common.check_rows(input, target, weight)
+    runtime.check_rows(input, target, weight)
     each = reduction == 0
-    classes = input.shape[common.class_dim(input)]
+    classes = input.shape[runtime.class_dim(input)]
     if weight is not None:
-        weight = common.aligned(weight.contiguous())
+        weight = runtime.aligned(weight.contiguous())
     soft, smooth = target.dtype is not torch.int64, label_smoothing != 0
-    x = as_rows(common.aligned(input))
-    y = as_rows(common.aligned(target)) if soft else common.aligned(target.contiguous())
+    x = as_rows(runtime.aligned(input))
+    y = as_rows(runtime.aligned(target)) if soft else runtime.aligned(target.contiguous())
     g = x if do.gradient is None else as_rows(do.gradient)
     if do.gradient is not None and g.data_ptr() != do.gradient.data_ptr():
         raise RuntimeError("fusedloss: the dimensions of input behind the classes must be joinable")
@@ -291,7 +293,7 @@ def run(
     result = empty_loss(input, reduction, dtype) if do.forward else None
     upstream = None
     if each and do.grad_output is not None:
-        upstream = common.aligned(do.grad_output.contiguous())
+        upstream = runtime.aligned(do.grad_output.contiguous())
     divisor = Divisor()
     if do.forward and reduction == 1:
         divisor = Divisor(rows)
@@ -306,14 +308,18 @@ def run(
         unit = math.gcd(16, classes, x_steps[0], x_steps[2], g_steps[0], g_steps[2])
     plan = plan_for(classes, rows, input.element_size(), side_by_side)
     programs = triton.cdiv(rows, plan.rows)
-    partials = do.scales.new_empty(programs) if do.forward else do.scales
+    partials = do.forward_state.new_empty(programs) if do.forward else do.forward_state
     far = (classes + plan.classes) * max(1, x_steps[1], y_steps[1], g_steps[1])
-    arguments = {"scales": do.scales, "step": do.step, **divisor.arguments(do.scales)}
+    arguments = {
+        "forward_state": do.forward_state,
+        "step": do.step,
+        **divisor.arguments(do.forward_state),
+    }
 
     def in_units(outer: int, classes: int, inner: int) -> tuple[int, int, int]:
         return outer // unit, classes, inner // unit
 
-    with common.on_device(input):
+    with runtime.on_device(input):
         cross_entropy[(programs,)](
             x,
             y,
@@ -329,11 +335,11 @@ def run(
             target_strides=y_steps,
             gradient_strides=in_units(*g_steps),
             ignore_index=ignore_index,
-            label_smoothing=common.halves(label_smoothing),
+            label_smoothing=runtime.halves(label_smoothing),
             partials=partials,
-            prediction=do.scales if do.prediction is None else do.prediction,
+            prediction=do.forward_state if do.prediction is None else do.prediction,
             grad_output=do.grad_output if result is None else result,
-            fault=common.fault_of(input.device),
+            fault=runtime.fault_of(input.device),
             T=tl.float64 if dtype is torch.float64 else tl.float32,
             SOFT=soft,
             SMOOTH=smooth,
@@ -343,12 +349,12 @@ def run(
             ROWS=plan.rows,
             CLASSES=plan.classes,
             num_warps=plan.warps,
-            **common.NO_FUSION,
+            **runtime.NO_FUSION,
             **arguments,
         )
         if result is not None and not each:
-            common.finish[(1,)](
+            runtime.finish[(1,)](
                 partials, programs, result, **arguments,
-                NAN_OF_NOTHING=True, BLOCK=common.FINISH_BLOCK, **common.NO_FUSION,
+                NAN_OF_NOTHING=True, BLOCK=runtime.FINISH_BLOCK, **runtime.NO_FUSION,
             )  # fmt: skip
     return result
