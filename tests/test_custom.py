@@ -1060,7 +1060,7 @@ def test_loss_object() -> None:
         "sqrt(eps**2 + (input - target)**2)>"
     )
     assert charbonnier.slopes[0] == "(input - target)/sqrt(eps**2 + (input - target)**2)"
-    assert gaussian_kl.__doc__ is not None and gaussian_kl.__doc__.startswith("VAE's")
+    assert gaussian_kl.__doc__ is not None and gaussian_kl.__doc__.startswith("The Kullback")
 
 
 def test_check(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
