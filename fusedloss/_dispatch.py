@@ -475,7 +475,7 @@ def _unfit(loss: Loss, call: Operands) -> str | None:
     value = call.parameter
     if _is_number(value) and (loss.low <= value <= loss.high or (loss.at_zero and value == 0)):
         return None
-    return f"{loss.parameter} {value!r}"
+    return f"{loss.parameter} {value!r} is outside of the kernels' domain"
 
 
 def _unfit_elements(loss: Loss, call: Operands) -> str | None:

@@ -99,7 +99,8 @@ def _texts(node: ast.expr) -> Message:
 # Functions that return a message, or a tuple with one.
 _GIVE_REASONS = {
     *("_load", "no_extension", "torch_does_not_import", "find_toolkit", "_why_left"),
-    *("obstacle", "_obstacle", "_result_dtype", "_rows_obstacle", "_prepared"),
+    *("obstacle", "_obstacle", "_result_dtype", "_unfit", "_unfit_elements", "_unfit_rows"),
+    "_prepared",
     *("instead_of", "_shown"),
 }
 _GIVE_ERRORS = {"_explained"}  # functions that return an exception
@@ -162,8 +163,11 @@ def _arguments(code: str, start: int) -> list[str]:
 
 
 def cpp_messages(path: Path) -> Iterator[Message]:
-    """The messages of a file's TORCH_CHECKs and TORCH_WARNs."""
+    """The messages of a file's TORCH_CHECKs, TORCH_WARNs and standard exceptions."""
     code = path.read_text()
+    for thrown in re.finditer(r"\bthrow std::\w+\(", code):
+        (said,) = _arguments(code, thrown.end() - 1)
+        yield tuple(re.findall(r'"((?:[^"\\]|\\.)*)"', said))
     for macro in re.finditer(r"\bTORCH_(CHECK\w*|WARN\w*)\(", code):
         arguments = _arguments(code, macro.end() - 1)
         said = arguments if macro[1].startswith("WARN") else arguments[1:]
