@@ -408,7 +408,7 @@ def test_a_patch_says_why_a_call_is_plain(compiled: str) -> None:
         (line_of("two calls"), "mse_loss", 1, True),
         (inner, "huber_loss", 1, True),
         (line_of("by name"), "binary_cross_entropy", 1, True),
-        (line_of("torch has none"), "log_loss", 1, True),
+        (line_of("torch has no such function"), "log_loss", 1, True),
     ]
     head, *lines = str(patch).splitlines()
     assert head.split() == ["call", "site", "loss", "calls", "path"]

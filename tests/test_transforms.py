@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedloss
 import fusedloss.functional as FL
 from cases import FAMILIES, LOSSES, Sample, at_shape
+from fusedloss import _dispatch
 from helpers import (
     MODULES,
     assert_same_error,
@@ -691,6 +692,6 @@ def test_the_short_way_is_open_under_a_default_device(
     loss: str, compiled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sample = at_shape(loss, SHAPE).sample(torch.float32)
-    monkeypatch.setattr(FL, "_obstacle", lambda *_, **__: pytest.fail("the long way"))
+    monkeypatch.setattr(_dispatch, "_obstacle", lambda *_, **__: pytest.fail("the long way"))
     with torch.device("cpu"):
         getattr(FL, loss)(sample.input, sample.target)
