@@ -149,7 +149,7 @@ struct Huber : PointwiseLoss {
 // The slope (x - y) / (x (1 - x)) has its denominator bounded below by 1e-12, a float in torch.
 struct BCE : PointwiseLoss {
   static constexpr bool kUnitInterval = true;
-  static constexpr int kUnroll = 1;
+  static constexpr int kUnroll = 2;
   template <class T>
   FUSEDLOSS_HD EvalQuotient<T> eval(T x, T y) const {
     const T one(1), floor(-100);
