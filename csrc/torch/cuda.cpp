@@ -273,16 +273,10 @@ struct CudaEngine {
   void divide_by_what_is_there() { launch_.normalizer = std::numeric_limits<double>::quiet_NaN(); }
 
   void write(const Gradients& gradients) {
-    const auto& [of_input, of_target] = gradients;
-    if (of_input.defined() && info.family == Family::kRows) {
-      row_operands_->write_to(rows_, of_input);
-    } else if (of_input.defined()) {
-      pointwise_.gradient = of_input.mutable_data_ptr();
-      pointwise_.gradient_dtype = dtype_of(of_input);
-    }
-    if (of_target.defined()) {
-      pointwise_.target_gradient = of_target.mutable_data_ptr();
-      pointwise_.target_gradient_dtype = dtype_of(of_target);
+    if (info.family == Family::kPointwise) {
+      write_to(pointwise_, gradients);
+    } else if (gradients[0].defined()) {
+      row_operands_->write_to(rows_, gradients[0]);
     }
   }
 

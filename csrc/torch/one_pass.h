@@ -44,6 +44,8 @@ inline const at::Tensor& operand(const Arguments& a, size_t i) {
 // Throws where the loss gives no gradient for one of them.
 void check_mask(int64_t mask, const LossInfo& info);
 Gradients empty_gradients(const Arguments& a, int64_t mask);
+// Has a call write those that are defined.
+void write_to(Pointwise& call, const Gradients& gradients);
 // Those that are wanted, in order.
 std::vector<at::Tensor> listed(Gradients&& gradients);
 
