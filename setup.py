@@ -91,7 +91,7 @@ GCC_FLAGS = [
 class ShipHeaders(build_py):
     """Puts the headers into the package with which custom losses are compiled where it is used."""
 
-    HEADERS = ("engine.h", "math/*.h", "cpu/*.h", "cuda/*.h", "cuda/*.cuh")
+    HEADERS = ("call.h", "math/*.h", "cpu/*.h", "cuda/*.h", "cuda/*.cuh")
 
     def run(self) -> None:
         super().run()

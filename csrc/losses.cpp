@@ -9,9 +9,9 @@
 #include <shared_mutex>
 #include <stdexcept>
 
-#include "cpu/custom_kernel.h"
+#include "cpu/pointwise.h"
 #if defined(FUSEDLOSS_CUDA)
-#include "cuda/custom_kernel.h"
+#include "cuda/kernels.h"
 #endif
 
 namespace fusedloss {
@@ -47,6 +47,7 @@ struct BuiltIn {
   LossInfo& add(const char* name) {
     LossInfo& info = losses.emplace_back();
     info.name = name;
+    info.number = losses.size() - 1;
     return info;
   }
   template <class Loss>
@@ -128,8 +129,8 @@ void load_custom(const std::string& name, const std::string& library) {
     return;
   }
 #endif
-  if (!add(kernel_of<cpu::CustomKernel>(library, handle, FUSEDLOSS_NAME(FUSEDLOSS_CUSTOM_ENTRY),
-                                        cpu::kCustomVersion),
+  if (!add(kernel_of<cpu::PointwiseKernel>(library, handle, FUSEDLOSS_NAME(FUSEDLOSS_CUSTOM_ENTRY),
+                                           cpu::kPointwiseVersion),
            &LossInfo::cpu)) {
     throw std::runtime_error("fusedloss: " + library + " is no compiled loss: " + dlerror());
   }

@@ -12,7 +12,7 @@
 namespace fusedloss {
 
 namespace cpu {
-struct CustomKernel;
+struct PointwiseKernel;
 }
 namespace cuda {
 struct CustomKernel;
@@ -25,6 +25,7 @@ enum class Family {
 
 struct LossInfo {
   std::string name;
+  size_t number = 0;  // of a built-in loss: its place in the tables of kernels
   Family family = Family::kPointwise;
   Mean mean = Mean::kElements;
   int parameters = 0;
@@ -34,7 +35,7 @@ struct LossInfo {
   const LossInfo* of_classes = nullptr;
 
   // The kernels of a custom loss; null for a built-in one, and where none is loaded.
-  std::atomic<const cpu::CustomKernel*> cpu = nullptr;
+  std::atomic<const cpu::PointwiseKernel*> cpu = nullptr;
   std::atomic<const cuda::CustomKernel*> cuda = nullptr;
 
   bool custom() const { return target_gradient; }

@@ -23,7 +23,7 @@ def bench(arguments: Sequence[str]) -> int:
     """Hands over to the benchmark beside the package or, of an installed package, in this folder."""
     for root in (Path(__file__).parent.parent, Path.cwd()):
         # Another program's bench is not to be run in its place.
-        if (root / "bench" / "measure.py").is_file() and (root / "csrc" / "engine.h").is_file():
+        if (root / "bench" / "measure.py").is_file() and (root / "csrc" / "call.h").is_file():
             break
     else:
         print(NO_BENCH, file=sys.stderr)

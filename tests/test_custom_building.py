@@ -545,7 +545,7 @@ def test_architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_headers_are_there() -> None:
     """With the package itself, or beside it in a source tree."""
-    for header in ("cpu/custom.h", "cuda/custom.cuh", "cuda/kernels.h", "engine.h"):
+    for header in ("cpu/pointwise_kernel.h", "cuda/custom.cuh", "cuda/kernels.h", "call.h"):
         assert (building.headers() / header).is_file()
     package = Path(fusedloss.__file__).parent
     assert building.headers() in (package / "include", package.parent / "csrc")
@@ -558,10 +558,10 @@ def test_another_version(tmp_path: Path) -> None:
 
     source = tmp_path / "other.cpp"
     source.write_text(
-        '#include "cpu/custom_kernel.h"\n'
+        '#include "cpu/pointwise.h"\n'
         'extern "C" __attribute__((visibility("default")))\n'
-        "const fusedloss::cpu::CustomKernel* FUSEDLOSS_CUSTOM_ENTRY() {\n"
-        "  static const fusedloss::cpu::CustomKernel kernel{fusedloss::cpu::kCustomVersion + 1};\n"
+        "const fusedloss::cpu::PointwiseKernel* FUSEDLOSS_CUSTOM_ENTRY() {\n"
+        "  static const fusedloss::cpu::PointwiseKernel kernel{fusedloss::cpu::kPointwiseVersion + 1};\n"
         "  return &kernel;\n}\n"
     )
     library = tmp_path / "other.so"

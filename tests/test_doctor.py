@@ -511,7 +511,7 @@ def test_bench_without_the_source_tree(
 def test_bench_is_handed_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bench").mkdir()
     (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "engine.h").touch()
+    (tmp_path / "csrc" / "call.h").touch()
     (tmp_path / "bench" / "__init__.py").touch()
     (tmp_path / "bench" / "measure.py").touch()
     (tmp_path / "bench" / "__main__.py").write_text(

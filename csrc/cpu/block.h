@@ -10,7 +10,7 @@
 
 #include "../math/sum.h"
 #include "../math/vocabulary.h"
-#include "run.h"
+#include "pointwise.h"
 #include "wide.h"
 
 namespace fusedloss::cpu {

@@ -1,4 +1,4 @@
-// Cross-entropy on the CPU: which walk a call takes, and the check of its class indices.
+// Cross-entropy on the CPU: which walk a call takes, and how many of its class indices are no class.
 #include "rows.h"
 
 namespace fusedloss::cpu {
@@ -14,13 +14,37 @@ ClassCount count_classes(const int64_t* index, int64_t n, int64_t classes, int64
   return count;
 }
 
-double cross_entropy(const CrossEntropy& call) {
-  using Float = CrossEntropyRow<float>;
-  using Double = CrossEntropyRow<double>;
-  if (call.compute_in_double) {
-    return call.by_row ? rows_contiguous<Double>(call) : rows_tiled<Double>(call);
+namespace {
+
+// Whether to go row by row, for which classes must lie side by side in input and gradient, or by
+// tiles of neighbouring rows, which may first make rows neighbours. Fixed by input, so that every
+// call on it gives the same bits.
+bool goes_by_row(RowsCall& call) {
+  // Rows are no neighbours where they are fewer than a register holds, or further apart than their
+  // classes. With few classes, what a row costs beside its elements is worth more than to have
+  // these side by side.
+  constexpr int64_t kFew = 128, kRows = 16;
+  const bool contiguous = call.classes == 1 || (call.input.classes == 1 && call.gradient.classes == 1);
+  if (call.classes > kFew) {
+    return contiguous || call.inner < kRows || call.input.classes < call.input.inner;
   }
-  return call.by_row ? rows_contiguous<Float>(call) : rows_tiled<Float>(call);
+  if (!contiguous || call.classes == 1 || call.outer * call.inner < kRows) return contiguous;
+  if (call.inner == 1) call.lay_rows_inside();
+  return false;
+}
+
+template <class Row>
+double run_rows(RowsCall call) {
+  return goes_by_row(call) ? rows_contiguous<Row>(call) : rows_tiled<Row>(call);
+}
+
+}  // namespace
+
+Result cross_entropy(const Call& call) {
+  Result result;
+  result.sum.add(call.compute_in_double ? run_rows<CrossEntropyRow<double>>(RowsCall(call))
+                                        : run_rows<CrossEntropyRow<float>>(RowsCall(call)));
+  return result;
 }
 
 }  // namespace CPU_CAPABILITY

@@ -105,13 +105,21 @@ FUSEDLOSS_HD void store(Vec<T> v, T* p, int64_t count, bool streams = false) {
 
 // ---- a call -------------------------------------------------------------------------------------
 
+struct RowsCall : fusedloss::RowsCall {
+  const ParallelFor threads;
+  const double scale;  // every gradient element is multiplied by it
+
+  explicit RowsCall(const Call& call)
+      : fusedloss::RowsCall(call), threads(call.threads), scale(call.scale) {}
+};
+
 template <class T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 template <class Loss>
 struct RowProblem {
   using T = typename Loss::Number;
-  const CrossEntropy& call;
+  const RowsCall& call;
   const Loss loss;
   const typename Loss::Exact exact;
   const T* const weight;
@@ -119,27 +127,32 @@ struct RowProblem {
   // ones add up to, unless only a target counts, which weighs as much.
   const bool exact_sums;
 
-  explicit RowProblem(const CrossEntropy& c)
+  explicit RowProblem(const RowsCall& c)
       : call(c),
-        loss(c.indices, c.label_smoothing, static_cast<double>(c.classes), c.weight_sum),
-        exact(c.indices, c.label_smoothing, static_cast<double>(c.classes), c.weight_sum),
+        loss(c.indices, c.label_smoothing, double(c.classes), weight_sum(c)),
+        exact(c.indices, c.label_smoothing, double(c.classes), weight_sum(c)),
         weight(static_cast<const T*>(c.weight)),
         exact_sums(weight && loss.sums_targets()) {}
 
+  static double weight_sum(const RowsCall& c) {
+    return c.weight_sum ? *c.weight_sum : double(c.classes);
+  }
   T class_weight(int64_t c) const { return weight ? weight[c] : T(1); }
   double row_scale(int64_t row) const {
-    return call.upstream ? call.scale * double(static_cast<const T*>(call.upstream)[row])
-                         : call.scale;
+    if (!call.upstream) return call.scale;
+    T upstream;
+    widen(call.upstream_dtype, call.upstream, row, 1, 1, &upstream);
+    return call.scale * double(upstream);
   }
 };
 
 // Both walks write what the call asks for and return the sum of the rows' losses. This one goes row
 // by row, for classes that lie side by side.
 template <class Loss>
-double rows_contiguous(const CrossEntropy& call);
+double rows_contiguous(const RowsCall& call);
 // Goes by tiles of neighbouring rows, for rows that lie side by side or have few classes.
 template <class Loss>
-double rows_tiled(const CrossEntropy& call);
+double rows_tiled(const RowsCall& call);
 
 }  // namespace CPU_CAPABILITY
 }  // namespace fusedloss::cpu

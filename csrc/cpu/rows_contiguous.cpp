@@ -83,7 +83,7 @@ struct RowWalk {
   };
 
   const RowProblem<Loss>& problem;
-  const CrossEntropy& call = problem.call;
+  const RowsCall& call = problem.call;
   const Loss& loss = problem.loss;
   const int64_t blocks = (call.classes + kBlock - 1) / kBlock;
   const int64_t group = blocks == 1 ? kGroup : 1;  // rows
@@ -283,7 +283,7 @@ struct RowWalk {
 }  // namespace
 
 template <class Loss>
-double rows_contiguous(const CrossEntropy& call) {
+double rows_contiguous(const RowsCall& call) {
   using Walk = RowWalk<Loss>;
   const RowProblem<Loss> problem(call);
   const int64_t rows = call.outer * call.inner;
@@ -299,8 +299,8 @@ double rows_contiguous(const CrossEntropy& call) {
       });
 }
 
-template double rows_contiguous<CrossEntropyRow<float>>(const CrossEntropy& call);
-template double rows_contiguous<CrossEntropyRow<double>>(const CrossEntropy& call);
+template double rows_contiguous<CrossEntropyRow<float>>(const RowsCall& call);
+template double rows_contiguous<CrossEntropyRow<double>>(const RowsCall& call);
 
 }  // namespace CPU_CAPABILITY
 }  // namespace fusedloss::cpu

@@ -110,7 +110,7 @@ struct TileWalk {
   static constexpr int64_t kLanes = Vec<T>::size();
 
   const RowProblem<Loss>& problem;
-  const CrossEntropy& call = problem.call;
+  const RowsCall& call = problem.call;
   const Loss& loss = problem.loss;
   const int64_t width, size = call.classes * width;
   const TileCopier<T> copier{call.classes, width};
@@ -376,7 +376,7 @@ struct TileWalk {
 }  // namespace
 
 template <class Loss>
-double rows_tiled(const CrossEntropy& call) {
+double rows_tiled(const RowsCall& call) {
   using T = typename Loss::Number;
   using Walk = TileWalk<Loss>;
   const RowProblem<Loss> problem(call);
@@ -400,8 +400,8 @@ double rows_tiled(const CrossEntropy& call) {
       });
 }
 
-template double rows_tiled<CrossEntropyRow<float>>(const CrossEntropy& call);
-template double rows_tiled<CrossEntropyRow<double>>(const CrossEntropy& call);
+template double rows_tiled<CrossEntropyRow<float>>(const RowsCall& call);
+template double rows_tiled<CrossEntropyRow<double>>(const RowsCall& call);
 
 }  // namespace CPU_CAPABILITY
 }  // namespace fusedloss::cpu

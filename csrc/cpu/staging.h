@@ -90,16 +90,17 @@ template <class T>
             [&](auto tag) { narrow(in, n, static_cast<decltype(tag)*>(data) + offset, stride); });
 }
 
-// Elements [begin, begin + n) of op in the space's order: where they lie, if they lie there as T,
-// else in scratch.
+// Elements [begin, begin + n) of a call's operand in its space's order: where they lie, if they lie
+// there as T, else in scratch.
 template <class T>
-[[gnu::noinline]] const T* stage(const Operand& op, const Space& space, int64_t begin, int64_t n,
+[[gnu::noinline]] const T* stage(const Operand& op, const Call& call, int64_t begin, int64_t n,
                                  T* scratch) {
   if (op.contiguous) {
     if (is_dtype<T>(op.dtype)) return static_cast<const T*>(op.data) + begin;
     widen(op.dtype, op.data, begin, 1, n, scratch);
     return scratch;
   }
+  const Space& space = call.space;
   const int last = space.dims - 1;
   int64_t index[kMaxDims];
   int64_t rest = begin, offset = 0;
@@ -117,10 +118,11 @@ template <class T>
       if (op.class_dim == last) {  // one index for all of the run
         std::fill_n(scratch + done, run, T(0));
         const bool here = *classes >= index[last] && *classes < index[last] + run;
-        if (here) scratch[done + *classes - index[last]] = T(1);
+        if (here && *classes != call.ignore_index) scratch[done + *classes - index[last]] = T(1);
       } else {
         for (int64_t i = 0; i < run; ++i) {
-          scratch[done + i] = T(classes[i * op.strides[last]] == index[op.class_dim]);
+          const int64_t at = classes[i * op.strides[last]];
+          scratch[done + i] = T(at == index[op.class_dim] && at != call.ignore_index);
         }
       }
     }

@@ -3,15 +3,14 @@
 #pragma once
 
 #include "../math/custom.h"
-#include "custom_kernel.h"
 #include "pointwise.cuh"
 
 namespace fusedloss::cuda {
 
 template <class Loss>
-cudaError_t custom(const Pointwise& call, const double* parameters, const Launch& launch) {
+cudaError_t custom(const Call& call, const Launch& launch) {
   Loss loss;
-  Loss::prepare(parameters, loss.constants);
+  Loss::prepare(call.parameters, loss.constants);
   return run_pointwise(loss, call, launch);
 }
 
@@ -21,7 +20,8 @@ cudaError_t custom(const Pointwise& call, const double* parameters, const Launch
   extern "C" __attribute__((visibility("default"))) const fusedloss::cuda::CustomKernel* \
   FUSEDLOSS_CUSTOM_CUDA_ENTRY() {                                                        \
     static constexpr fusedloss::cuda::CustomKernel kernel{                               \
-        fusedloss::cuda::kCustomVersion, LOSS::kParameters,                              \
-        &fusedloss::cuda::pointwise_workspace_bytes, &fusedloss::cuda::custom<LOSS>};    \
+        fusedloss::cuda::kCustomVersion,                                                 \
+        LOSS::kParameters,                                                               \
+        {&fusedloss::cuda::pointwise_workspace_bytes, &fusedloss::cuda::custom<LOSS>}};  \
     return &kernel;                                                                      \
   }

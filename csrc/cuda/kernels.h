@@ -4,12 +4,9 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../engine.h"
+#include "../call.h"
 
 namespace fusedloss::cuda {
-
-// The largest number of dimensions of a strided operand.
-constexpr int kMaxDims = 8;
 
 // The first input that a loss cannot take. A kernel writes it into page-locked memory, which the
 // host may read at any time.
@@ -24,13 +21,7 @@ struct Fault {
   int64_t classes;
 };
 
-enum class Pass {
-  kValue,     // the loss alone
-  kForward,   // the loss, and the gradient if the prediction is trusted
-  kBackward,  // the gradient, if forward wrote it for another upstream gradient
-};
-
-// What a call of any engine needs besides its operands.
+// What a kernel needs besides the call.
 struct Launch {
   Pass pass = Pass::kValue;
 
@@ -57,17 +48,28 @@ struct Launch {
   cudaStream_t stream = nullptr;
 };
 
-struct CrossEntropyCall : CrossEntropy {
-  // Label smoothing: the sum of weight, in device memory. Null: there is no weight.
-  const double* weight_sum = nullptr;
-  const void* upstream = nullptr;  // (outer, inner), reduction "none": each row's upstream gradient
-  DType upstream_dtype = DType::kFloat32;
+struct Kernel {
+  size_t (*workspace_bytes)(const Call& call);
+  cudaError_t (*run)(const Call& call, const Launch& launch);
+};
+// Those of the built-in losses, in the order of the table of losses.
+extern const Kernel* const kernels;
+
+size_t rows_workspace_bytes(const Call& call);
+cudaError_t cross_entropy(const Call& call, const Launch& launch);
+
+// The version of this file and call.h. A library of another version is not run.
+constexpr int32_t kCustomVersion = 2;
+
+// What the library of a custom loss offers.
+struct CustomKernel {
+  int32_t version;
+  int32_t parameters;  // how many
+  Kernel kernel;
 };
 
-size_t workspace_bytes(const Pointwise& call);
-size_t workspace_bytes(const CrossEntropy& call);
-cudaError_t pointwise(const Pointwise& call, const Launch& launch);
-cudaError_t cross_entropy(const CrossEntropyCall& call, const Launch& launch);
+// The library's one symbol, of type const CustomKernel* ().
+#define FUSEDLOSS_CUSTOM_CUDA_ENTRY fusedloss_custom_cuda_kernel
 
 // Writes the divisor of a mean over class indices to *sum: how many indices are not ignored, or the
 // sum of their weights; nan in place of 0. An index out of range counts as ignored.

@@ -1,18 +1,23 @@
-// The losses of losses.h on CUDA.
+// The table of kernels: the losses of losses.h, and the row losses.
 #include "pointwise.cuh"
 
 #include "../math/losses.h"
 
 namespace fusedloss::cuda {
+namespace {
 
-size_t workspace_bytes(const Pointwise& call) { return pointwise_workspace_bytes(call); }
-
-cudaError_t pointwise(const Pointwise& call, const Launch& launch) {
-#define FUSEDLOSS_RUN(NAME, LOSS) \
-  if (call.loss == NAME) return run_pointwise(LOSS{{call.parameter}}, call, launch);
-  FUSEDLOSS_POINTWISE_LOSSES(FUSEDLOSS_RUN)
-#undef FUSEDLOSS_RUN
-  return cudaErrorInvalidValue;
+template <class Loss>
+cudaError_t run_built_in(const Call& call, const Launch& launch) {
+  return run_pointwise(Loss{{Loss::kParameters ? call.parameters[0] : 0}}, call, launch);
 }
+
+#define FUSEDLOSS_KERNEL(NAME, LOSS) {&pointwise_workspace_bytes, &run_built_in<LOSS>},
+constexpr Kernel kLosses[] = {FUSEDLOSS_POINTWISE_LOSSES(FUSEDLOSS_KERNEL){
+    &rows_workspace_bytes, &cross_entropy}};
+#undef FUSEDLOSS_KERNEL
+
+}  // namespace
+
+const Kernel* const kernels = kLosses;
 
 }  // namespace fusedloss::cuda

@@ -66,7 +66,7 @@ struct VectorizedCall {
   // Losses of class indices, in place of target: (numel / classes). A row has at least as many
   // classes as a vector has elements.
   const int64_t* indices;
-  int64_t classes;
+  int64_t classes, ignore_index;
 };
 
 // One-hot targets of n consecutive elements, which lie in two rows at most: 1 for the row's class,
@@ -88,9 +88,10 @@ struct OneHot {
       const int64_t start = r * c.classes - before;  // of the row, from the first element on
       if (start >= n) break;
       const int64_t index = c.indices[row + r], at = start + index;
+      if (index == c.ignore_index) continue;
       if (index >= 0 && index < c.classes) {
         if (at >= 0 && at < n) target_at[r] = static_cast<int>(at);
-      } else if (index != kIgnored) {
+      } else {
         elsewhere[r] = N(kNan<float>);
         if (start >= 0) report_error(l, Fault::kTargetClass, row + r, index, c.classes);
       }
@@ -239,57 +240,16 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSM<Loss, kPlain>)
 
 // ---- operands of any dtype and strides ----------------------------------------------------------
 
-struct StridedOperand {
-  const void* data;
-  DType dtype;
-  bool contiguous;
-  int class_dim;
-  int64_t strides[kMaxDims];  // (dims), unless contiguous
-
-  StridedOperand(const Operand& op, int dims)
-      : data(op.data), dtype(op.dtype), contiguous(op.contiguous), class_dim(op.class_dim) {
-    if (!contiguous) std::copy_n(op.strides, dims, strides);
-  }
-};
-
-// (numel), contiguous; or null
-struct StridedOutput {
-  void* data;
-  DType dtype;
-};
-
-struct StridedCall {
-  int64_t numel;
-  int dims;
-  int64_t sizes[kMaxDims];  // (dims)
-  StridedOperand input, target, weight, pos_weight, upstream;
-  StridedOutput value, gradient, target_gradient;
-
-  explicit StridedCall(const Pointwise& call)
-      : numel(call.numel),
-        dims(call.space.dims),
-        input(call.input, dims),
-        target(call.target, dims),
-        weight(call.weight, dims),
-        pos_weight(call.pos_weight, dims),
-        upstream(call.upstream, dims),
-        value{call.value, call.value_dtype},
-        gradient{call.gradient, call.gradient_dtype},
-        target_gradient{call.target_gradient, call.target_gradient_dtype} {
-    std::copy_n(call.space.sizes, dims, sizes);
-  }
-};
-
 // The coordinates of an element in each dimension.
 struct Coordinates {
   int64_t at[kMaxDims];
 
-  __device__ Coordinates(const StridedCall& c, int64_t linear) {
+  __device__ Coordinates(const Call& c, int64_t linear) {
 #pragma unroll
     for (int d = kMaxDims - 1; d >= 0; --d) {
       at[d] = 0;
-      if (d >= c.dims) continue;
-      const int64_t size = c.sizes[d];
+      if (d >= c.space.dims) continue;
+      const int64_t size = c.space.sizes[d];
       const int64_t outer = quotient(linear, size, c.numel);
       at[d] = linear - outer * size;
       linear = outer;
@@ -298,28 +258,29 @@ struct Coordinates {
 };
 
 template <class T>
-__device__ T load(const StridedOperand& op, const StridedCall& c, int64_t linear,
+__device__ T load(const Operand& op, const Call& c, int64_t linear,
                   const Coordinates& coordinates, const Launch& l) {
   if (op.contiguous) return read<T>(op.data, op.dtype, linear);
   int64_t offset = 0, class_at = 0;
 #pragma unroll
   for (int d = 0; d < kMaxDims; ++d) {
-    if (d >= c.dims) break;
+    if (d >= c.space.dims) break;
     offset += coordinates.at[d] * op.strides[d];
     if (d == op.class_dim) class_at = coordinates.at[d];
   }
   if (op.class_dim < 0) return read<T>(op.data, op.dtype, offset);
   const int64_t target = static_cast<const int64_t*>(op.data)[offset];
+  if (target == c.ignore_index) return T(0);
   if (target == class_at) return T(1);
-  const int64_t classes = c.sizes[op.class_dim];
-  if (target == kIgnored || (target >= 0 && target < classes)) return T(0);
+  const int64_t classes = c.space.sizes[op.class_dim];
+  if (target >= 0 && target < classes) return T(0);
   if (class_at == 0) report_error(l, Fault::kTargetClass, offset, target, classes);
   return kNan<T>;
 }
 
 template <class Loss, class T>
 __global__ void __launch_bounds__(kThreads)
-    pointwise_strided(const Loss loss, const StridedCall c, const Launch l) {
+    pointwise_strided(const Loss loss, const Call c, const Launch l) {
   const GradientScale s = GradientScale::of_block(l);
   update_predictor(l, s);
   if (can_skip(l, s)) return;
@@ -328,13 +289,13 @@ __global__ void __launch_bounds__(kThreads)
   double total = 0;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < c.numel; i += stride) {
     const Coordinates coordinates(c, i);
-    const auto operand = [&](const StridedOperand& op) {
+    const auto operand = [&](const Operand& op) {
       return op.data ? load<T>(op, c, i, coordinates, l) : T(1);
     };
     const T x = operand(c.input), y = operand(c.target);
     const T factor = operand(c.weight) * operand(c.upstream);
     const auto e = evaluate(loss, x, y, operand(c.pos_weight), factor, l, i);
-    const auto store = [&](const StridedOutput& out, T x) {
+    const auto store = [&](const Output& out, T x) {
       if (out.data) write(out.data, out.dtype, i, x);
     };
     store(c.value, e.value);
@@ -357,7 +318,7 @@ inline int64_t pointwise_blocks(int64_t numel) {
 }
 
 // Whether target is class indices whose class dimension is innermost, one contiguous index a row.
-inline bool has_contiguous_indices(const Pointwise& call, int64_t min_classes) {
+inline bool has_contiguous_indices(const Call& call, int64_t min_classes) {
   const int innermost = call.space.dims - 1;
   if (call.target.class_dim < 0 || call.target.class_dim != innermost ||
       call.space.sizes[innermost] < min_classes) {
@@ -373,7 +334,7 @@ inline bool has_contiguous_indices(const Pointwise& call, int64_t min_classes) {
 
 // Fills c and returns true if all operands are contiguous, of type D and equally misaligned.
 template <class Loss, class D>
-bool vectorize(const Loss& loss, const Pointwise& call, VectorizedCall<Loss, D>& c) {
+bool vectorize(const Loss& loss, const Call& call, VectorizedCall<Loss, D>& c) {
   constexpr int kSize = Vector16<D>::kSize;
   constexpr DType dtype = std::is_same_v<D, double>          ? DType::kFloat64
                           : std::is_same_v<D, float>         ? DType::kFloat32
@@ -383,14 +344,16 @@ bool vectorize(const Loss& loss, const Pointwise& call, VectorizedCall<Loss, D>&
   const int64_t head = std::min<int64_t>(call.numel, (kSize - misaligned) % kSize);
   bool fits = call.compute_in_double == std::is_same_v<D, double> &&
               (!Loss::kIndexed || has_contiguous_indices(call, kSize));
-  const auto output = [&](void* data, DType of) {
-    D* const p = static_cast<D*>(data);
-    fits = fits && (!p || (of == dtype && misalignment(p) == misaligned));
-    return p ? p + head : nullptr;
+  const auto first_vector = [&](auto* data, DType of) {
+    fits = fits && (!data || (of == dtype && misalignment(data) == misaligned));
+    return data ? data + head : nullptr;
   };
-  const auto operand = [&](const Operand& op) -> const D* {
+  const auto operand = [&](const Operand& op) {
     fits = fits && (!op.data || op.contiguous);
-    return output(const_cast<void*>(op.data), op.dtype);
+    return first_vector(static_cast<const D*>(op.data), op.dtype);
+  };
+  const auto output = [&](const Output& out) {
+    return first_vector(static_cast<D*>(out.data), out.dtype);
   };
   c = {loss,
        call.numel,
@@ -401,17 +364,18 @@ bool vectorize(const Loss& loss, const Pointwise& call, VectorizedCall<Loss, D>&
        operand(call.weight),
        operand(call.pos_weight),
        operand(call.upstream),
-       output(call.value, call.value_dtype),
-       output(call.gradient, call.gradient_dtype),
-       output(call.target_gradient, call.target_gradient_dtype),
+       output(call.value),
+       output(call.gradient),
+       output(call.target_gradient),
        Loss::kIndexed ? static_cast<const int64_t*>(call.target.data) : nullptr,
-       Loss::kIndexed ? call.space.sizes[call.space.dims - 1] : 0};
+       Loss::kIndexed ? call.space.sizes[call.space.dims - 1] : 0,
+       call.ignore_index};
   return fits;
 }
 
 // Launches pointwise_vectorized if it covers the call.
 template <class Loss, class D>
-bool launch_vectorized(const Loss& loss, const Pointwise& call, const Launch& launch,
+bool launch_vectorized(const Loss& loss, const Call& call, const Launch& launch,
                        unsigned blocks) {
   VectorizedCall<Loss, D> c;
   if (!vectorize(loss, call, c)) return false;
@@ -429,13 +393,12 @@ bool launch_vectorized(const Loss& loss, const Pointwise& call, const Launch& la
   return false;
 }
 
-inline size_t pointwise_workspace_bytes(const Pointwise& call) {
+inline size_t pointwise_workspace_bytes(const Call& call) {
   return GridSumWorkspace::bytes(pointwise_blocks(call.numel));
 }
 
 template <class Loss>
-cudaError_t run_pointwise(const Loss& loss, const Pointwise& call, const Launch& launch) {
-  if (call.space.dims > kMaxDims) return cudaErrorInvalidValue;
+cudaError_t run_pointwise(const Loss& loss, const Call& call, const Launch& launch) {
   const auto blocks = static_cast<unsigned>(pointwise_blocks(call.numel));
   if (launch.loss) {
     if (const cudaError_t error = zero_ticket(launch, blocks); error != cudaSuccess) return error;
@@ -444,10 +407,10 @@ cudaError_t run_pointwise(const Loss& loss, const Pointwise& call, const Launch&
     return launch_vectorized<Loss, decltype(tag)>(loss, call, launch, blocks);
   });
   if (!launched) {
-    const StridedCall c(call);
+    const Call c(call);
     const auto kernel =
         call.compute_in_double ? pointwise_strided<Loss, double> : pointwise_strided<Loss, float>;
-    kernel<<<blocks, kThreads, 0, launch.stream>>>(loss, c, launch);
+    kernel<<<blocks, kThreads, 0, launch.stream>>>(loss, call, launch);
   }
   return cudaGetLastError();
 }

@@ -71,14 +71,14 @@ struct RowsDevice {
 
 // Calls f with a value of the logits' type and the call's plan.
 template <class F>
-auto with_plan(const CrossEntropy& call, F&& f) {
+auto with_plan(const fusedloss::RowsCall& call, F&& f) {
   return with_type(call.input.dtype, [&](auto tag) {
     return f(tag, plan_rows(call, RowsDevice<decltype(tag)>{has_hard_targets(call)}));
   });
 }
 
 template <class Loss, Scope kScope>
-cudaError_t run_contiguous(const CrossEntropyCall& call, const Launch& launch,
+cudaError_t run_contiguous(const fusedloss::RowsCall& call, const Launch& launch,
                            const RowsPlan& plan) {
   constexpr auto kernel = rows_contiguous<Loss, kScope>;
   if (const cudaError_t error = allow_smem(kernel, plan); error != cudaSuccess) return error;
@@ -88,7 +88,7 @@ cudaError_t run_contiguous(const CrossEntropyCall& call, const Launch& launch,
 }
 
 template <class Loss, bool kVectorized>
-cudaError_t run_strided(const CrossEntropyCall& call, const Launch& launch, const RowsPlan& plan) {
+cudaError_t run_strided(const fusedloss::RowsCall& call, const Launch& launch, const RowsPlan& plan) {
   const RowsCall<typename Loss::Number> rows(call);
   const auto blocks = static_cast<unsigned>(plan.blocks);
   rows_strided<Loss, kVectorized><<<blocks, plan.threads, 0, launch.stream>>>(rows, launch);
@@ -96,7 +96,7 @@ cudaError_t run_strided(const CrossEntropyCall& call, const Launch& launch, cons
 }
 
 template <class Loss>
-cudaError_t run_rows(const CrossEntropyCall& call, const Launch& launch, const RowsPlan& plan) {
+cudaError_t run_rows(const fusedloss::RowsCall& call, const Launch& launch, const RowsPlan& plan) {
   switch (plan.kernel) {
     case RowsPlan::Kernel::kSubWarp:
       return run_contiguous<Loss, Scope::kSubWarp>(call, launch, plan);
@@ -115,20 +115,21 @@ cudaError_t run_rows(const CrossEntropyCall& call, const Launch& launch, const R
 
 }  // namespace
 
-size_t workspace_bytes(const CrossEntropy& call) {
-  return with_plan(call,
+size_t rows_workspace_bytes(const Call& call) {
+  return with_plan(fusedloss::RowsCall(call),
                    [](auto, const RowsPlan& plan) { return GridSumWorkspace::bytes(plan.blocks); });
 }
 
-cudaError_t cross_entropy(const CrossEntropyCall& call, const Launch& launch) {
-  return with_plan(call, [&](auto tag, const RowsPlan& plan) {
+cudaError_t cross_entropy(const Call& call, const Launch& launch) {
+  const fusedloss::RowsCall rows(call);
+  return with_plan(rows, [&](auto tag, const RowsPlan& plan) {
     using D = decltype(tag);
     if (launch.loss) {
       const cudaError_t error = zero_ticket(launch, plan.blocks);
       if (error != cudaSuccess) return error;
     }
-    return has_hard_targets(call) ? run_rows<CrossEntropyRow<D, true>>(call, launch, plan)
-                                  : run_rows<CrossEntropyRow<D, false>>(call, launch, plan);
+    return has_hard_targets(rows) ? run_rows<CrossEntropyRow<D, true>>(rows, launch, plan)
+                                  : run_rows<CrossEntropyRow<D, false>>(rows, launch, plan);
   });
 }
 

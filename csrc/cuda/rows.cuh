@@ -87,11 +87,11 @@ struct SoftmaxState {
 // ---- calls and targets --------------------------------------------------------------------------
 
 template <class T>
-struct RowsCall : CrossEntropyCall {
+struct RowsCall : fusedloss::RowsCall {
   int64_t rows;  // outer * inner
 
-  explicit RowsCall(const CrossEntropyCall& call)
-      : CrossEntropyCall(call), rows(call.outer * call.inner) {}
+  explicit RowsCall(const fusedloss::RowsCall& call)
+      : fusedloss::RowsCall(call), rows(call.outer * call.inner) {}
 
   // Where a row of an (outer, classes, inner) tensor begins.
   __device__ int64_t offset(const Rows& r, int64_t row) const {

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "../engine.h"
+#include "../call.h"
 #include "sizes.h"
 
 namespace fusedloss::cuda {
@@ -86,7 +86,7 @@ constexpr int bytes_of(DType dtype) {
 }
 
 // Class indices without label smoothing.
-inline bool has_hard_targets(const CrossEntropy& call) {
+inline bool has_hard_targets(const fusedloss::RowsCall& call) {
   return call.indices && call.label_smoothing == 0;
 }
 
@@ -96,7 +96,7 @@ inline bool has_row_vectors(const Rows& r, int64_t size) {
          r.outer % size == 0 && r.classes % size == 0;
 }
 
-inline RowsPlan plan_strided(const CrossEntropy& call, int64_t sms) {
+inline RowsPlan plan_strided(const fusedloss::RowsCall& call, int64_t sms) {
   const int bytes = bytes_of(call.input.dtype), size = kVectorBytes / bytes;
   const bool vectorized = strided_vectors(bytes, has_hard_targets(call)) &&
                           call.inner % size == 0 && has_row_vectors(call.input, size) &&
@@ -112,7 +112,7 @@ inline RowsPlan plan_strided(const CrossEntropy& call, int64_t sms) {
 // Device answers for the GPU: sms(), max_smem() of a block without kStaticSmem, smem_per_sm(),
 // has_clusters(), and active_clusters(plan), how many clusters of a plan run at once.
 template <class Device>
-RowsPlan plan_rows(const CrossEntropy& call, const Device& device,
+RowsPlan plan_rows(const fusedloss::RowsCall& call, const Device& device,
                    int max_cluster = kMaxClusterSize) {
   using Kernel = RowsPlan::Kernel;
   const int64_t sms = device.sms(), rows = call.outer * call.inner;

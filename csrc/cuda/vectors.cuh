@@ -13,7 +13,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "../engine.h"
+#include "../call.h"
 #include "sizes.h"
 
 namespace fusedloss::cuda {

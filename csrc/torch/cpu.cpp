@@ -29,33 +29,28 @@ using at::Tensor;
 
 // ---- CPU capability -----------------------------------------------------------------------------
 
-struct Kernels {
-  const char* capability;
-  decltype(&cpu::DEFAULT::pointwise) pointwise;
-  decltype(&cpu::DEFAULT::cross_entropy) cross_entropy;
-  decltype(&cpu::DEFAULT::count_classes) count_classes;
-};
-#define FUSEDLOSS_KERNELS(CAPABILITY)                                          \
-  Kernels {                                                                    \
-    #CAPABILITY, &cpu::CAPABILITY::pointwise, &cpu::CAPABILITY::cross_entropy, \
-        &cpu::CAPABILITY::count_classes                                        \
-  }
+// Those for what torch's own kernels run with: the CPU's best, or less by ATEN_CPU_CAPABILITY.
+struct Capability {
+  const char* name;
+  const cpu::Kernels& kernels;
 
-// For what torch's own kernels run with: the CPU's best, or less by ATEN_CPU_CAPABILITY.
-const Kernels& kernels() {
-  static const Kernels chosen = [] {
-    [[maybe_unused]] const std::string torch_runs = at::get_cpu_capability();
+  static const Capability& instance() {
+    static const Capability chosen = [] {
+      [[maybe_unused]] const std::string torch_runs = at::get_cpu_capability();
 #if defined(FUSEDLOSS_BUILT_AVX512)
-    if (torch_runs == "AVX512") return FUSEDLOSS_KERNELS(AVX512);
+      if (torch_runs == "AVX512") return Capability{"AVX512", cpu::AVX512::kernels};
 #endif
 #if defined(FUSEDLOSS_BUILT_AVX2)
-    if (torch_runs == "AVX512" || torch_runs == "AVX2") return FUSEDLOSS_KERNELS(AVX2);
+      if (torch_runs == "AVX512" || torch_runs == "AVX2") {
+        return Capability{"AVX2", cpu::AVX2::kernels};
+      }
 #endif
-    return FUSEDLOSS_KERNELS(DEFAULT);
-  }();
-  return chosen;
-}
-#undef FUSEDLOSS_KERNELS
+      return Capability{"DEFAULT", cpu::DEFAULT::kernels};
+    }();
+    return chosen;
+  }
+};
+const cpu::Kernels& kernels() { return Capability::instance().kernels; }
 
 // The engines' threads are torch's.
 void on_torch_threads(int64_t begin, int64_t end, int64_t grain,
@@ -140,13 +135,6 @@ void update_prediction(const Tensor& prediction, double upstream) {
 
 // ---- class indices ------------------------------------------------------------------------------
 
-// Class indices as the engines want them: contiguous, and within range but for those to ignore; and
-// the sum of the weights of those not ignored.
-struct Classes {
-  Tensor indices;
-  double weight_sum = 0;
-};
-
 [[noreturn]] void throw_out_of_range(const Tensor& target, const Tensor& indices, int64_t classes,
                                      int64_t ignore_index) {
   const int64_t* index = indices.const_data_ptr<int64_t>();
@@ -178,12 +166,10 @@ double sum_of(const Tensor& t) {
   return sum.value();
 }
 
-Classes check_classes(const Tensor& target, int64_t classes, const Tensor& weight,
-                      int64_t ignore_index) {
-  Classes result{aligned(target.contiguous())};
-  const int64_t* index = result.indices.const_data_ptr<int64_t>();
-  const Tensor w = weight.defined() ? aligned(weight.contiguous()) : weight;
-  const int64_t n = target.numel();
+// The weights of the targets that are not ignored; throws where a target is no class.
+double sum_class_weights(const Arguments& a, const Tensor& indices, const Tensor& weight) {
+  const int64_t* index = indices.const_data_ptr<int64_t>();
+  const int64_t n = indices.numel(), classes = a.classes();
   constexpr int64_t kChunk = 32768;
   const int64_t chunks = (n + kChunk - 1) / kChunk;
   // The sum of each chunk's weights; none where an index is out of range.
@@ -192,15 +178,15 @@ Classes check_classes(const Tensor& target, int64_t classes, const Tensor& weigh
     for (int64_t c = first; c < last; ++c) {
       const int64_t *begin = index + c * kChunk, *end = index + std::min(n, (c + 1) * kChunk);
       const auto [ignored, outside] =
-          kernels().count_classes(begin, end - begin, classes, ignore_index);
+          kernels().count_classes(begin, end - begin, classes, a.ignore_index);
       if (outside) continue;
-      if (!w.defined()) {
+      if (!weight.defined()) {
         sums[c] = static_cast<double>(end - begin - ignored);
       } else {
         Sum sum;
-        with_numbers(w, [&](const auto* number) {
+        with_numbers(weight, [&](const auto* number) {
           for (const int64_t* t = begin; t != end; ++t) {
-            sum.add(*t == ignore_index ? 0 : static_cast<double>(number[*t]));
+            sum.add(*t == a.ignore_index ? 0 : static_cast<double>(number[*t]));
           }
         });
         sums[c] = sum.value();
@@ -209,11 +195,10 @@ Classes check_classes(const Tensor& target, int64_t classes, const Tensor& weigh
   });
   Sum total;
   for (const std::optional<double> sum : sums) {
-    if (!sum) throw_out_of_range(target, result.indices, classes, ignore_index);
+    if (!sum) throw_out_of_range(a.target, indices, classes, a.ignore_index);
     total.add(*sum);
   }
-  result.weight_sum = total.value();
-  return result;
+  return total.value();
 }
 
 // ---- pointwise ----------------------------------------------------------------------------------
@@ -242,7 +227,7 @@ struct CpuEngine {
   const LossInfo& info;
 
   CpuEngine(const Arguments& arguments, Pass) : a(arguments), info(checked(a)) {
-    pointwise_.threads = rows_.threads = &on_torch_threads;
+    call_.threads = &on_torch_threads;
   }
 
   bool predicts(const Tensor& prediction) {
@@ -251,30 +236,31 @@ struct CpuEngine {
   }
 
   void read(const OptionalTensor& upstream) {
-    target_ = a.target;
+    operands_.read(call_, a, info, upstream);
+    const Tensor& weight = operands_.class_weight();
     if (a.indices()) {
-      Classes classes =
-          check_classes(a.target, a.classes(),
-                        present(a.weight) ? a.weight->reshape({-1}) : Tensor(), a.ignore_index);
-      class_weights_ = classes.weight_sum;
-      target_ = std::move(classes.indices);
+      class_weights_ = sum_class_weights(a, operands_.indices(), weight);
     }
     if (info.family == Family::kRows) {
-      read_rows(upstream);
+      if (weight.defined() && a.parameter() != 0) {
+        smoothing_weight_ = sum_of(weight);
+        call_.weight_sum = &smoothing_weight_;
+      }
     } else {
-      read_elements(upstream);
+      call_.kernel = info.custom() ? info.cpu.load() : &kernels().losses[info.number];
+      TORCH_CHECK(call_.kernel, "fusedloss: no CPU kernel of the loss '", a.loss,
+                  "' is loaded: call it once on the CPU");
     }
   }
 
   void compute(const Tensor& loss, const Gradients& gradients, const Tensor& state) {
     const double divisor = a.reduction == at::Reduction::Mean ? mean_divisor() : 1;
-    write(gradients, predicted_ / divisor);
+    call_.want_sum = !a.each();
     if (a.each()) {
       advise_huge_pages(loss);
-      pointwise_.value = rows_.value = loss.mutable_data_ptr();
-      pointwise_.value_dtype = rows_.value_dtype = dtype_of(loss);
+      write_to(call_.value, loss);
     }
-    const Sum sum = run(!a.each());
+    const Sum sum = run(gradients, predicted_ / divisor);
     // A mean over no rows is nan, whatever label smoothing adds up beside it.
     const bool empty = divisor == 0 && info.family == Family::kRows;
     if (!a.each()) set_scalar(loss, empty ? kNaN : sum.divided_by(divisor));
@@ -292,56 +278,10 @@ struct CpuEngine {
   }
 
   void recompute(const Gradients& gradients, const Tensor& state) {
-    write(gradients, upstream_ / state.const_data_ptr<double>()[1]);
-    run(false);
+    run(gradients, upstream_ / state.const_data_ptr<double>()[1]);
   }
 
  private:
-  void read_elements(const OptionalTensor& upstream) {
-    if (a.indices()) target_ = target_.masked_fill(target_.eq(a.ignore_index), kIgnored);
-    pointwise_.loss = info.name;
-    if (info.custom()) {
-      pointwise_.custom = info.cpu;
-      pointwise_.parameters = a.parameters.data();
-      TORCH_CHECK(pointwise_.custom, "fusedloss: no CPU kernel of the loss '", a.loss,
-                  "' is loaded: call it once on the CPU");
-    }
-    elements_.emplace(pointwise_, a, target_, upstream, kMaxDims);
-  }
-
-  void read_rows(const OptionalTensor& upstream) {
-    row_operands_.emplace(rows_, a, target_);
-    rows_.weight_sum = static_cast<double>(rows_.classes);
-    if (rows_.weight) {
-      rows_.weight_sum = rows_.label_smoothing == 0 ? 0 : sum_of(row_operands_->weight());
-    }
-    if (present(upstream)) {
-      row_upstream_ = upstream->to(a.in_double() ? at::kDouble : at::kFloat).contiguous();
-      rows_.upstream = row_upstream_.const_data_ptr();
-    }
-    choose_walk();
-  }
-
-  // Row by row, or tiles of neighbouring rows.
-  void choose_walk() {
-    // A gradient has its input's strides, or is row-major where input is not dense.
-    rows_.by_row =
-        rows_.classes == 1 ||
-        (rows_.input.classes == 1 && (rows_.inner == 1 || a.input.is_non_overlapping_and_dense()));
-    // Rows are no neighbours where they are fewer than a register holds, or further apart than
-    // their classes. With few classes, what a row costs beside its elements is worth more than to
-    // have these side by side.
-    constexpr int64_t kFew = 128, kRows = 16;
-    if (rows_.classes > kFew && (rows_.inner < kRows || rows_.input.classes < rows_.input.inner)) {
-      rows_.by_row = true;
-    }
-    if (rows_.by_row && rows_.classes > 1 && rows_.classes <= kFew &&
-        rows_.outer * rows_.inner >= kRows) {
-      if (rows_.inner == 1) row_operands_->lay_rows_inside(rows_);
-      rows_.by_row = false;
-    }
-  }
-
   double mean_divisor() const {
     if (info.mean == Mean::kWeights && present(a.weight)) return sum_of(*a.weight);
     const auto elements = static_cast<double>(a.input.numel());
@@ -349,45 +289,33 @@ struct CpuEngine {
     return a.indices() ? class_weights_ : elements / static_cast<double>(a.classes());
   }
 
-  void write(const Gradients& gradients, double scale) {
+  // Returns the sum of the losses, where it is wanted.
+  Sum run(const Gradients& gradients, double scale) {
     for (const Tensor& gradient : gradients) {
       if (gradient.defined()) advise_huge_pages(gradient);
     }
-    pointwise_.scale = rows_.scale = scale;
-    if (info.family == Family::kPointwise) {
-      write_to(pointwise_, gradients);
-    } else if (gradients[0].defined()) {
-      row_operands_->write_to(rows_, gradients[0]);
-    }
+    write_to(call_.gradient, gradients[0]);
+    write_to(call_.target_gradient, gradients[1]);
+    call_.scale = scale;
+    const bool rows = info.family == Family::kRows;
+    const auto [sum, in_unit] =
+        rows ? kernels().cross_entropy(call_) : kernels().pointwise(call_);
+    if (!in_unit) find_outside_unit(a.input, a.target);
+    return sum;
   }
 
-  // The sum of the losses, where it is wanted.
-  Sum run(bool want_sum) {
-    if (info.family == Family::kRows) {
-      Sum sum;
-      sum.add(kernels().cross_entropy(rows_));
-      return sum;
-    }
-    pointwise_.want_sum = want_sum;
-    const cpu::PointwiseResult result = kernels().pointwise(pointwise_);
-    if (!result.in_unit) find_outside_unit(a.input, a.target);
-    return result.sum;
-  }
-
-  double predicted_ = kNaN;   // the upstream gradient that forward writes gradients for
-  double upstream_ = 1;       // the true one
-  double class_weights_ = 0;  // of the targets that are not ignored
-  Tensor target_, row_upstream_;
-  cpu::Pointwise pointwise_;
-  cpu::CrossEntropy rows_;
-  std::optional<PointwiseOperands> elements_;
-  std::optional<CrossEntropyOperands> row_operands_;
+  double predicted_ = kNaN;      // the upstream gradient that forward writes gradients for
+  double upstream_ = 1;          // the true one
+  double class_weights_ = 0;     // of the targets that are not ignored
+  double smoothing_weight_ = 0;  // of all classes
+  Operands operands_;
+  cpu::Call call_;
 };
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fusedloss, CPU, m) { Operators<CpuEngine>::add_to(m); }
 
-const char* cpu_capability() { return kernels().capability; }
+const char* cpu_capability() { return Capability::instance().name; }
 
 }  // namespace fusedloss

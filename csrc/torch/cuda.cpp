@@ -17,7 +17,6 @@
 #include <sstream>
 #include <unordered_map>
 
-#include "../cuda/custom_kernel.h"
 #include "../cuda/kernels.h"
 #include "one_pass.h"
 
@@ -154,7 +153,7 @@ struct CudaEngine {
         guard_(a.input.device()),
         stream_(c10::cuda::getCurrentCUDAStream(guard_.current_device().index())) {
     if (pass != Pass::kBackward) raise_faults();
-    launch_.pass = static_cast<cuda::Pass>(pass);
+    launch_.pass = pass;
     launch_.stream = stream_;
     launch_.fault = fault_of(static_cast<size_t>(guard_.current_device().index()));
   }
@@ -169,11 +168,11 @@ struct CudaEngine {
   }
 
   void read(const OptionalTensor& upstream) {
-    target_ = a.indices() ? aligned(a.target.contiguous()) : a.target;
-    if (info.family == Family::kRows) {
-      read_rows(upstream);
-    } else {
-      read_elements(upstream);
+    operands_.read(call_, a, info, upstream);
+    const Tensor& weight = operands_.class_weight();
+    if (info.family == Family::kRows && weight.defined() && a.parameter() != 0) {
+      smoothing_weight_ = weight.sum(at::kDouble);
+      call_.weight_sum = smoothing_weight_.const_data_ptr<double>();
     }
   }
 
@@ -182,14 +181,12 @@ struct CudaEngine {
     launch_.forward_state = state.mutable_data_ptr<double>();
     if (a.reduction == at::Reduction::Mean) divide_by_mean(state);
     if (a.each()) {
-      pointwise_.value = rows_.value = loss.mutable_data_ptr();
-      pointwise_.value_dtype = rows_.value_dtype = dtype_of(loss);
+      write_to(call_.value, loss);
     } else {
       launch_.loss = loss.mutable_data_ptr();
       launch_.loss_dtype = dtype_of(loss);
     }
-    write(gradients);
-    run();
+    run(gradients);
   }
 
   // Where there is one upstream gradient (mean and sum), the kernel finds out whether forward's
@@ -204,40 +201,9 @@ struct CudaEngine {
     return false;
   }
 
-  void recompute(const Gradients& gradients, const Tensor&) {
-    write(gradients);
-    run();
-  }
+  void recompute(const Gradients& gradients, const Tensor&) { run(gradients); }
 
  private:
-  void read_elements(const OptionalTensor& upstream) {
-    Tensor target = target_;
-    if (a.indices()) {
-      // What is wrong must not read as ignored.
-      target = target_.clamp_min(kIgnored + 1).masked_fill_(target_.eq(a.ignore_index), kIgnored);
-    }
-    pointwise_.loss = info.name;
-    if (info.custom()) {
-      custom_ = info.cuda;
-      TORCH_CHECK(custom_, "fusedloss: no CUDA kernel of the loss '", a.loss,
-                  "' is loaded: call it once on the GPU");
-    }
-    elements_.emplace(pointwise_, a, target, upstream, cuda::kMaxDims);
-  }
-
-  void read_rows(const OptionalTensor& upstream) {
-    row_operands_.emplace(rows_, a, target_);
-    if (rows_.weight && rows_.label_smoothing != 0) {
-      held_.push_back(row_operands_->weight().sum(at::kDouble));
-      rows_.weight_sum = held_.back().const_data_ptr<double>();
-    }
-    if (present(upstream)) {
-      held_.push_back(aligned(upstream->contiguous()));
-      rows_.upstream = held_.back().const_data_ptr();
-      rows_.upstream_dtype = dtype_of(*upstream);
-    }
-  }
-
   void divide_by_mean(const Tensor& state) {
     launch_.normalizer = static_cast<double>(a.input.numel());
     if (info.mean == Mean::kWeights && present(a.weight)) {
@@ -252,19 +218,13 @@ struct CudaEngine {
   // A kernel counts them, into the second number of the state.
   void divide_by_class_weights() {
     cuda::ClassWeights count;
-    count.indices = target_.const_data_ptr<int64_t>();
-    count.n = target_.numel();
+    count.indices = operands_.indices().const_data_ptr<int64_t>();
+    count.n = operands_.indices().numel();
     count.classes = a.classes();
     count.ignore_index = a.ignore_index;
-    Tensor weight;
-    if (info.family == Family::kRows) {
-      weight = row_operands_->weight();
-    } else if (present(a.weight)) {
-      weight = a.weight->to(at::kDouble).flatten();
-    }
-    if (weight.defined()) {
+    if (const Tensor& weight = operands_.class_weight(); weight.defined()) {
       count.weight = weight.const_data_ptr();
-      count.weight_is_double = weight.scalar_type() == at::kDouble;
+      count.weight_is_double = a.in_double();
     }
     count.sum = launch_.forward_state + 1;
     launch(cuda::workspace_bytes(count), [&] { return cuda::sum_class_weights(count, launch_); });
@@ -272,26 +232,20 @@ struct CudaEngine {
   }
   void divide_by_what_is_there() { launch_.normalizer = std::numeric_limits<double>::quiet_NaN(); }
 
-  void write(const Gradients& gradients) {
-    if (info.family == Family::kPointwise) {
-      write_to(pointwise_, gradients);
-    } else if (gradients[0].defined()) {
-      row_operands_->write_to(rows_, gradients[0]);
-    }
+  const cuda::Kernel& kernel() const {
+    if (!info.custom()) return cuda::kernels[info.number];
+    const cuda::CustomKernel* custom = info.cuda;
+    TORCH_CHECK(custom, "fusedloss: no CUDA kernel of the loss '", a.loss,
+                "' is loaded: call it once on the GPU");
+    return custom->kernel;
   }
 
-  void run() {
-    const bool sums = launch_.loss;
-    if (info.family == Family::kRows) {
-      launch(sums ? cuda::workspace_bytes(rows_) : 0,
-             [&] { return cuda::cross_entropy(rows_, launch_); });
-    } else if (custom_) {
-      launch(sums ? custom_->workspace_bytes(pointwise_) : 0,
-             [&] { return custom_->run(pointwise_, a.parameters.data(), launch_); });
-    } else {
-      launch(sums ? cuda::workspace_bytes(pointwise_) : 0,
-             [&] { return cuda::pointwise(pointwise_, launch_); });
-    }
+  void run(const Gradients& gradients) {
+    write_to(call_.gradient, gradients[0]);
+    write_to(call_.target_gradient, gradients[1]);
+    const cuda::Kernel& kernel = this->kernel();
+    launch(launch_.loss ? kernel.workspace_bytes(call_) : 0,
+           [&] { return kernel.run(call_, launch_); });
   }
 
   template <class Kernels>
@@ -307,13 +261,9 @@ struct CudaEngine {
   c10::cuda::CUDAGuard guard_;
   c10::cuda::CUDAStream stream_;
   Launch launch_;
-  Tensor target_;
-  std::vector<Tensor> held_;  // until the kernels are queued
-  Pointwise pointwise_;
-  cuda::CrossEntropyCall rows_;
-  const cuda::CustomKernel* custom_ = nullptr;
-  std::optional<PointwiseOperands> elements_;
-  std::optional<CrossEntropyOperands> row_operands_;
+  Tensor smoothing_weight_;  // of all classes
+  Operands operands_;
+  Call call_;
 };
 
 }  // namespace

@@ -107,18 +107,6 @@ Gradients empty_gradients(const Arguments& a, int64_t mask) {
   return gradients;
 }
 
-void write_to(Pointwise& call, const Gradients& gradients) {
-  const auto& [of_input, of_target] = gradients;
-  if (of_input.defined()) {
-    call.gradient = of_input.mutable_data_ptr();
-    call.gradient_dtype = dtype_of(of_input);
-  }
-  if (of_target.defined()) {
-    call.target_gradient = of_target.mutable_data_ptr();
-    call.target_gradient_dtype = dtype_of(of_target);
-  }
-}
-
 std::vector<Tensor> listed(Gradients&& gradients) {
   std::vector<Tensor> list;
   for (Tensor& gradient : gradients) {

@@ -44,8 +44,6 @@ inline const at::Tensor& operand(const Arguments& a, size_t i) {
 // Throws where the loss gives no gradient for one of them.
 void check_mask(int64_t mask, const LossInfo& info);
 Gradients empty_gradients(const Arguments& a, int64_t mask);
-// Has a call write those that are defined.
-void write_to(Pointwise& call, const Gradients& gradients);
 // Those that are wanted, in order.
 std::vector<at::Tensor> listed(Gradients&& gradients);
 
@@ -83,12 +81,6 @@ struct BackwardGradients {
 };
 
 // ---- operators ----------------------------------------------------------------------------------
-
-enum class Pass {
-  kValue,     // the loss
-  kForward,   // the loss, and the gradient where the prediction is trusted
-  kBackward,  // the gradient, where forward's was written for another upstream gradient
-};
 
 // The operators of a device. Its Engine, made of the arguments and the pass, has
 //   info                            the loss, checked

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/util/strides.h>
 
 #include <algorithm>
 #include <numeric>
@@ -146,11 +147,39 @@ Tensor empty_loss(const Arguments& a, Family family) {
   return at::empty_symint(sizes, a.input.options().dtype(a.dtype));
 }
 
-// ---- pointwise ----------------------------------------------------------------------------------
+// ---- operands -----------------------------------------------------------------------------------
 
-PointwiseOperands::PointwiseOperands(Pointwise& call, const Arguments& a, const Tensor& target,
-                                     const OptionalTensor& upstream, int max_dims)
-    : operands_{&call.input, &call.target, &call.weight, &call.pos_weight, &call.upstream} {
+void write_to(Output& output, const Tensor& t) {
+  if (!t.defined()) return;
+  output.data = t.mutable_data_ptr();
+  output.dtype = dtype_of(t);
+}
+
+void Operands::read(Call& call, const Arguments& a, const LossInfo& info,
+                    const OptionalTensor& upstream) {
+  operands_ = {&call.input, &call.target, &call.weight, &call.pos_weight, &call.upstream};
+  call.parameters = a.parameters.data();
+  call.compute_in_double = a.in_double();
+  call.ignore_index = a.ignore_index;
+  call.numel = a.input.numel();
+  if (a.indices()) indices_ = aligned(a.target.contiguous());
+  const bool rows = info.family == Family::kRows;
+  if (present(a.weight) && (rows || a.indices())) {
+    class_weight_ = aligned(a.weight->to(a.in_double() ? at::kDouble : at::kFloat).contiguous());
+  }
+  if (rows) {
+    read_rows(call, a, upstream);
+  } else {
+    read_elements(call, a, upstream);
+  }
+  for (size_t k = 0; k < kOperands; ++k) {
+    if (!tensors_[k].defined()) continue;
+    operands_[k]->data = tensors_[k].const_data_ptr();
+    operands_[k]->dtype = dtype_of(tensors_[k]);
+  }
+}
+
+void Operands::read_elements(Call& call, const Arguments& a, const OptionalTensor& upstream) {
   const Tensor& input = a.input;
   const bool classes = a.indices();
   const auto expand = [&](const char* name, const OptionalTensor& t) {
@@ -158,29 +187,20 @@ PointwiseOperands::PointwiseOperands(Pointwise& call, const Arguments& a, const 
     check_device(name, *t, input);
     return aligned(*t).expand(input.sizes());
   };
-  tensors_ = {aligned(input),
-              classes ? target.unsqueeze(class_dim(input)).expand(input.sizes()) : aligned(target),
-              expand("weight", a.weight),
-              a.more.empty() ? Tensor() : expand("pos_weight", a.more[0]),
-              expand("grad_output", upstream)};
-  call.compute_in_double = a.in_double();
-  call.parameter = a.parameter();
-  call.numel = input.numel();
-  bool flat = !classes;
-  for (size_t k = 0; k < kOperands; ++k) {
-    if (!tensors_[k].defined()) continue;
-    operands_[k]->dtype = dtype_of(tensors_[k]);
-    flat = flat && tensors_[k].is_contiguous();
-  }
-  if (!flat) coalesce_dimensions(call.space, classes ? class_dim(input) : -1, max_dims);
-  for (size_t k = 0; k < kOperands; ++k) {
-    if (tensors_[k].defined()) operands_[k]->data = tensors_[k].const_data_ptr();
-  }
+  tensors_ = {
+      aligned(input),
+      classes ? indices_.unsqueeze(class_dim(input)).expand(input.sizes()) : aligned(a.target),
+      expand("weight", a.weight), a.more.empty() ? Tensor() : expand("pos_weight", a.more[0]),
+      expand("grad_output", upstream)};
+  const bool flat = !classes && std::all_of(tensors_.begin(), tensors_.end(), [](const Tensor& t) {
+    return !t.defined() || t.is_contiguous();
+  });
+  if (!flat) coalesce_dimensions(call.space, classes ? class_dim(input) : -1);
 }
 
 // Finds the order of dimensions in which input, or else a row-major gradient, lies in memory, and
 // how each operand strides along it.
-void PointwiseOperands::coalesce_dimensions(Space& space, int64_t classes, int max_dims) {
+void Operands::coalesce_dimensions(Space& space, int64_t classes) {
   const Tensor& input = tensors_[0];
   std::vector<int64_t> order(input.dim());
   std::iota(order.begin(), order.end(), 0);
@@ -197,6 +217,13 @@ void PointwiseOperands::coalesce_dimensions(Space& space, int64_t classes, int m
       joins = !tensors_[k].defined() ||
               operands_[k]->strides[last] == tensors_[k].stride(d) * input.size(d);
     }
+    if (!joins && space.dims == kMaxDims) {  // copies need none
+      TORCH_CHECK(classes < 0, "fusedloss: class indices of ", input.dim(), " dimensions");
+      for (Tensor& t : tensors_) {
+        if (t.defined()) t = t.permute(order).contiguous();
+      }
+      return;
+    }
     if (!joins) space.sizes[space.dims++] = 1;
     space.sizes[space.dims - 1] *= input.size(d);
     if (d == classes) operands_[1]->class_dim = space.dims - 1;
@@ -205,14 +232,6 @@ void PointwiseOperands::coalesce_dimensions(Space& space, int64_t classes, int m
     }
   }
   if (space.dims == 0) space.sizes[space.dims++] = 1;  // one element: strides are not used
-  if (space.dims > max_dims) {
-    TORCH_CHECK(classes < 0, "fusedloss: class indices of ", space.dims, " dimensions");
-    for (Tensor& t : tensors_) {
-      if (t.defined()) t = t.permute(order).contiguous();
-    }
-    space.dims = 1;
-    return;
-  }
   for (size_t k = 0; k < kOperands; ++k) {
     if (!tensors_[k].defined()) continue;
     int64_t step = 1;
@@ -225,61 +244,28 @@ void PointwiseOperands::coalesce_dimensions(Space& space, int64_t classes, int m
   }
 }
 
-// ---- cross-entropy ------------------------------------------------------------------------------
-
-namespace {
-
 // (N, C, d1, ...) as (N, C, d), without a copy where the inner dimensions step evenly.
-Tensor join_inner(const Tensor& t) { return t.dim() <= 3 ? t : t.flatten(2); }
+static Tensor join_inner(const Tensor& t) { return t.dim() <= 3 ? t : t.flatten(2); }
 
-// The strides of a tensor of (C), (N, C) or (N, C, d). A missing dimension has size 1, and nothing
-// reads its stride.
-Rows rows_of(const Tensor& t) {
-  Rows rows;
-  rows.data = t.const_data_ptr();
-  rows.dtype = dtype_of(t);
-  rows.outer = t.dim() > 1 ? t.stride(0) : 1;
-  rows.classes = t.stride(class_dim(t));
-  rows.inner = t.dim() > 2 ? t.stride(2) : 1;
-  return rows;
-}
-
-}  // namespace
-
-CrossEntropyOperands::CrossEntropyOperands(CrossEntropy& call, const Arguments& a,
-                                           const Tensor& target)
-    : input_(join_inner(aligned(a.input))), target_(target) {
-  call.compute_in_double = a.in_double();
-  call.ignore_index = a.ignore_index;
-  call.label_smoothing = a.parameter();
-  call.outer = input_.dim() > 1 ? input_.size(0) : 1;
-  call.classes = input_.size(class_dim(input_));
-  call.inner = input_.dim() > 2 ? input_.size(2) : 1;
-  call.input = rows_of(input_);
-  if (a.indices()) {
-    call.indices = target_.const_data_ptr<int64_t>();
-  } else {
-    target_ = join_inner(aligned(target));
-    call.probabilities = rows_of(target_);
-  }
-  if (present(a.weight)) {
-    weight_ = aligned(a.weight->to(a.in_double() ? at::kDouble : at::kFloat).contiguous());
-    call.weight = weight_.const_data_ptr();
-  }
-  if (call.classes != 1 && call.inner == 1 && call.input.classes != 1) lay_rows_inside(call);
-}
-
-void CrossEntropyOperands::lay_rows_inside(CrossEntropy& call) {
-  swapped_ = true;
-  std::swap(call.outer, call.inner);
-  for (Rows* r : {&call.input, &call.probabilities}) std::swap(r->outer, r->inner);
-}
-
-void CrossEntropyOperands::write_to(CrossEntropy& call, const Tensor& gradient) const {
-  call.gradient = rows_of(join_inner(gradient));
-  TORCH_CHECK(call.gradient.data == gradient.const_data_ptr(),
+void Operands::read_rows(Call& call, const Arguments& a, const OptionalTensor& upstream) {
+  const Tensor all = aligned(a.input), input = join_inner(all);
+  tensors_ = {input, a.indices() ? indices_ : join_inner(aligned(a.target)), class_weight_, Tensor(),
+              present(upstream) ? aligned(upstream->contiguous()) : Tensor()};
+  // The sizes or strides of (C), (N, C) or (N, C, d). Nothing reads a missing dimension's stride.
+  const auto set = [&](int64_t* numbers, at::IntArrayRef of) {
+    numbers[0] = input.dim() > 1 ? of[0] : 1;
+    numbers[1] = of[class_dim(input)];
+    numbers[2] = input.dim() > 2 ? of[2] : 1;
+  };
+  call.space.dims = 3;
+  set(call.space.sizes, input.sizes());
+  set(call.input.strides, input.strides());
+  if (!a.indices()) set(call.target.strides, tensors_[1].strides());
+  const bool dense = all.is_non_overlapping_and_dense();
+  TORCH_CHECK(!dense || input.const_data_ptr() == all.const_data_ptr(),
               "fusedloss: the dimensions of input behind the classes must be joinable");
-  if (swapped_) std::swap(call.gradient.outer, call.gradient.inner);
+  set(call.gradient.strides,
+      dense ? input.strides() : at::IntArrayRef(c10::contiguous_strides(input.sizes())));
 }
 
 }  // namespace fusedloss

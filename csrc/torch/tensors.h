@@ -10,7 +10,7 @@
 #include <string_view>
 #include <vector>
 
-#include "../engine.h"
+#include "../call.h"
 #include "../losses.h"
 #include "operators.h"
 
@@ -71,37 +71,29 @@ at::Tensor empty_state(const at::Tensor& input);
 // A number, or for each() the loss of every element or every row.
 at::Tensor empty_loss(const Arguments& a, Family family);
 
-// The operands of a pointwise call, and the tensors that hold them.
-class PointwiseOperands {
+// A call's operands, and the tensors that hold them.
+class Operands {
  public:
-  // target: of input's shape, or contiguous class indices, ignored ones kIgnored.
-  // max_dims: of operands that are not all contiguous; others are copied.
-  PointwiseOperands(Pointwise& call, const Arguments& a, const at::Tensor& target,
-                    const OptionalTensor& upstream, int max_dims);
+  // Fills in the call, but for its outputs. upstream: with reduction "none" alone.
+  void read(Call& call, const Arguments& a, const LossInfo& info, const OptionalTensor& upstream);
+
+  // Contiguous; undefined where the target is not class indices.
+  const at::Tensor& indices() const { return indices_; }
+  // Of classes, contiguous and of the type that the call computes in; undefined: none.
+  const at::Tensor& class_weight() const { return class_weight_; }
 
  private:
+  void read_elements(Call& call, const Arguments& a, const OptionalTensor& upstream);
+  void read_rows(Call& call, const Arguments& a, const OptionalTensor& upstream);
+  void coalesce_dimensions(Space& space, int64_t classes);
+
   static constexpr size_t kOperands = 5;
+  std::array<Operand*, kOperands> operands_;   // of the call
   std::array<at::Tensor, kOperands> tensors_;  // undefined: absent
-  std::array<Operand*, kOperands> operands_;
-
-  void coalesce_dimensions(Space& space, int64_t classes, int max_dims);
+  at::Tensor indices_, class_weight_;
 };
 
-// The operands of a cross-entropy call, and the tensors that hold them.
-class CrossEntropyOperands {
- public:
-  // target: contiguous class indices, or probabilities.
-  CrossEntropyOperands(CrossEntropy& call, const Arguments& a, const at::Tensor& target);
-
-  void write_to(CrossEntropy& call, const at::Tensor& gradient) const;
-  // Makes the rows of a matrix neighbours: (1, N) instead of (N, 1) rows outside and inside.
-  void lay_rows_inside(CrossEntropy& call);
-  // Per class, of the type that the call computes in; undefined: none.
-  const at::Tensor& weight() const { return weight_; }
-
- private:
-  at::Tensor input_, target_, weight_;
-  bool swapped_ = false;  // a matrix whose rows are inside
-};
+// Has a call write a tensor: empty, and laid out as empty_like_input() does.
+void write_to(Output& output, const at::Tensor& t);
 
 }  // namespace fusedloss

@@ -66,7 +66,7 @@ class Engine:
         )
 
 
-CPU = Engine("CPU", "cpu", "custom.h", "FUSEDLOSS_CUSTOM", ".cpp")
+CPU = Engine("CPU", "cpu", "pointwise_kernel.h", "FUSEDLOSS_CUSTOM", ".cpp")
 CUDA = Engine("GPU", "cuda", "custom.cuh", "FUSEDLOSS_CUSTOM_CUDA", ".cu")
 
 
@@ -110,7 +110,7 @@ def find_compiler() -> str:
 @functools.cache
 def _headers_digest(folder: str) -> str:
     digest = hashlib.sha256()
-    for pattern in ("engine.h", "math/*.h", f"{folder}/*.h", f"{folder}/*.cuh"):
+    for pattern in ("call.h", "math/*.h", f"{folder}/*.h", f"{folder}/*.cuh"):
         for path in sorted(headers().glob(pattern)):
             digest.update(path.read_bytes())
     return digest.hexdigest()

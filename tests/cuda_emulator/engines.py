@@ -24,7 +24,7 @@ from cases import Sample
 SOURCES = [Path("csrc/cuda", name) for name in ("pointwise.cu", "rows.cu", "class_weights.cu")]
 RUNNER = Path("tests/cuda_emulator/runner.cpp")
 
-# In the order of DType in csrc/engine.h.
+# In the order of DType in csrc/call.h.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
 IGNORED = -(1 << 63)
 FAULT = struct.Struct("iiqdqq")

@@ -1,0 +1,42 @@
+// The interface between a pointwise loss, built in or from the library of a custom one, and the
+// engine: its innermost loops, compiled.
+#pragma once
+
+#include <cstdint>
+
+namespace fusedloss::cpu {
+
+// The version of this file and of what the functions mean. A library of another version is not run.
+constexpr int32_t kPointwiseVersion = 2;
+
+// A run of elements, of the type that it is computed in. factor multiplies the value and the
+// slopes; null: 1.
+template <class T>
+struct Run {
+  const T *input, *target, *pos_weight, *factor;
+  T *value, *gradient, *target_gradient;
+};
+
+// Computes n elements; returns the sum of the values, where wanted. constants: what prepare() made.
+// Sets *in_unit to false where a loss of kUnitInterval meets an element outside [0, 1].
+template <class T>
+using Block = double (*)(const double* constants, const Run<T>* run, double scale, int64_t n,
+                         bool* in_unit);
+
+// Which block: the outputs, and whether there is a factor. Values and a gradient, or values and
+// their sum, are never written together.
+enum Outputs { kGradient = 1, kTargetGradient = 2, kSum = 4, kValue = 8, kFactor = 16 };
+constexpr int kBlocks = 32;
+
+struct PointwiseKernel {
+  int32_t version;
+  int32_t parameters, constants;  // how many
+  void (*prepare)(const double* parameters, double* constants);
+  Block<float> float_blocks[kBlocks];
+  Block<double> double_blocks[kBlocks];
+};
+
+// The one symbol of a custom loss's library, of type const PointwiseKernel* ().
+#define FUSEDLOSS_CUSTOM_ENTRY fusedloss_custom_kernel
+
+}  // namespace fusedloss::cpu

@@ -1,0 +1,113 @@
+// Makes a loss's struct into the blocks that the pointwise engine runs. A custom loss is compiled
+// with this file on the machine it runs on.
+#pragma once
+
+#include <algorithm>
+#include <iterator>
+
+#include "../math/custom.h"
+#include "block.h"
+#include "pointwise.h"
+
+namespace fusedloss::cpu {
+namespace CPU_CAPABILITY {
+
+// A custom loss of which the compiler is told the numbers of kUsual.
+template <class Loss>
+struct UsualLoss : Loss {
+  explicit UsualLoss(const Loss& loss) : Loss(loss) {}
+
+  template <class T>
+  FUSEDLOSS_HD CustomEval<T> eval(T x, T y) const {
+    Loss loss = *this;
+    unrolled<std::size(Loss::kUsual)>([&](auto i) __attribute__((always_inline)) {
+      constexpr Usual usual = Loss::kUsual[i];
+      loss.constants[usual.constant] = usual.number;
+    });
+    return loss.eval(x, y);
+  }
+};
+
+template <class Loss>
+bool is_usual(const Loss& loss) {
+  return std::all_of(std::begin(Loss::kUsual), std::end(Loss::kUsual),
+                     [&](const Usual& u) { return loss.constants[u.constant] == u.number; });
+}
+
+template <class Loss, class Want, class T>
+double run_block(const double* constants, const Run<T>* run, double scale, int64_t n,
+                 bool* in_unit) {
+  if constexpr (!Loss::kCustom) {
+    return block<Want>(Loss{{constants[0]}}, *run, scale, n, *in_unit);
+  } else {
+    Loss loss;
+    std::copy_n(constants, Loss::kConstants, loss.constants);
+    // A sum without factors, of floats, is what trains and validates: with usual numbers it is
+    // fast.
+    if constexpr (Want::kSum && std::is_same_v<T, float>) {
+      if (!run->factor && is_usual(loss)) {
+        using Plain = Wanted<true, false, Want::kGradient, Want::kTargetGradient, false>;
+        return block<Plain>(UsualLoss<Loss>(loss), *run, scale, n, *in_unit);
+      }
+    }
+    return block<Want>(loss, *run, scale, n, *in_unit);
+  }
+}
+
+// The outputs of a block, as the bits of its number. A custom loss's block takes a factor or none,
+// so that there are fewer of them to compile.
+template <class Loss, int outputs, class T>
+constexpr void add(Block<T> (&blocks)[kBlocks]) {
+  using Want = Wanted<(outputs & kSum) != 0, (outputs & kValue) != 0, (outputs & kGradient) != 0,
+                      (outputs & kTargetGradient) != 0, Loss::kCustom || (outputs & kFactor) != 0>;
+  blocks[outputs] = &run_block<Loss, Want, T>;
+}
+template <class Loss, int outputs, class T>
+constexpr void add_with_factor(Block<T> (&blocks)[kBlocks]) {
+  add<Loss, outputs>(blocks);
+  add<Loss, outputs | kFactor>(blocks);
+}
+template <class Loss, class T>
+constexpr void fill(Block<T> (&blocks)[kBlocks]) {
+  add_with_factor<Loss, kSum>(blocks);
+  add_with_factor<Loss, kSum | kGradient>(blocks);
+  add_with_factor<Loss, kValue>(blocks);
+  add_with_factor<Loss, kGradient>(blocks);
+  if constexpr (Loss::kCustom) {
+    add_with_factor<Loss, kSum | kTargetGradient>(blocks);
+    add_with_factor<Loss, kSum | kGradient | kTargetGradient>(blocks);
+    add_with_factor<Loss, kTargetGradient>(blocks);
+    add_with_factor<Loss, kGradient | kTargetGradient>(blocks);
+  }
+}
+
+// A built-in loss has one constant at most, its parameter.
+inline void copy_parameter(const double* parameters, double* constants) {
+  constants[0] = parameters[0];
+}
+inline void no_parameter(const double*, double* constants) { constants[0] = 0; }
+
+template <class Loss>
+constexpr PointwiseKernel pointwise_kernel() {
+  PointwiseKernel kernel{kPointwiseVersion, Loss::kParameters, 1, nullptr, {}, {}};
+  if constexpr (Loss::kCustom) {
+    kernel.constants = Loss::kConstants;
+    kernel.prepare = &Loss::prepare;
+  } else {
+    kernel.prepare = Loss::kParameters ? &copy_parameter : &no_parameter;
+  }
+  fill<Loss>(kernel.float_blocks);
+  fill<Loss>(kernel.double_blocks);
+  return kernel;
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fusedloss::cpu
+
+#define FUSEDLOSS_CUSTOM(LOSS)                                                             \
+  extern "C" __attribute__((visibility("default"))) const fusedloss::cpu::PointwiseKernel* \
+  FUSEDLOSS_CUSTOM_ENTRY() {                                                               \
+    static constexpr auto kernel =                                                         \
+        fusedloss::cpu::CPU_CAPABILITY::pointwise_kernel<LOSS>();                          \
+    return &kernel;                                                                        \
+  }
