@@ -26,8 +26,8 @@ RUNNER = Path("tests/cuda_emulator/runner.cpp")
 
 # In the order of DType in csrc/call.h.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
-IGNORED = -(1 << 63)
 FAULT = struct.Struct("iiqdqq")
+# Name and default.
 PARAMETERS = {"smooth_l1_loss": ("beta", 1.0), "huber_loss": ("delta", 1.0)}
 
 
@@ -266,30 +266,67 @@ class Loss:
         return found
 
 
-class _Pointwise:
+class _Engine:
+    """What both families' calls share: a call in the words of runner.cpp."""
+
+    of: Loss
+    input: Tensor
+    head: Sequence[object]  # the loss and its parameters
+    space: Sequence[int]
+    operands: Sequence[Sequence[object]]  # input, target, weight, pos_weight
+    weight_sum = NOWHERE
+    value_dtype: torch.dtype
+    gradient_strides: Sequence[int] = (0, 0, 0)
+
+    def upstream_operand(self, upstream: Tensor | None) -> Sequence[object]:
+        raise NotImplementedError
+
+    def add(
+        self,
+        value: Place,
+        gradients: tuple[Place, Place],
+        upstream: Tensor | None,
+        launch: list[object],
+    ) -> None:
+        input, target_dtype = self.input, self.of.sample.target.dtype
+        self.of.calls.add(
+            *self.head,
+            int(input.dtype is torch.float64),
+            self.of.sample.options.get("ignore_index", -100),
+            *(input.numel(), len(self.space), *self.space),
+            *(word for operand in self.operands for word in operand),
+            *self.upstream_operand(upstream),
+            self.weight_sum,
+            *(value, _number(self.value_dtype), gradients[0], _number(input.dtype)),
+            *(gradients[1], _number(target_dtype), *self.gradient_strides),
+            *launch,
+        )
+
+
+class _Pointwise(_Engine):
     def __init__(
         self, of: Loss, loss: str, input: Tensor, target: Tensor, options: dict[str, Any]
     ) -> None:
         self.of, self.input = of, input
-        name, default = PARAMETERS.get(loss, ("", 0.0))
-        self.parameter: float = options.get(name, default)
-        self.name = loss
+        parameters = [options.get(*PARAMETERS[loss])] if loss in PARAMETERS else []
         self.is_log_loss = loss == "log_loss"
-        if loss == "smooth_l1_loss" and self.parameter == 0:
-            self.name = "l1_loss"
+        name = loss
+        if loss == "smooth_l1_loss" and parameters == [0]:
+            name, parameters = "l1_loss", []
         if "pos_weight" in options:
-            self.name += "_pos_weight"
+            name += "_pos_weight"
         weight = of.weight
         if self.is_log_loss:
-            self.parameter = torch.finfo(input.dtype).eps
+            parameters = [torch.finfo(input.dtype).eps]
             if of.by_class:
-                self.name = "log_loss_of_classes"
-                ignored = target == options.get("ignore_index", -100)
-                target = torch.where(ignored, IGNORED, target).unsqueeze(_class_dim(input))
+                name = "log_loss_of_classes"
+                target = target.unsqueeze(_class_dim(input))
             if weight is not None:
                 weight = weight.view(-1, *[1] * (input.dim() - 1 - _class_dim(input)))
+        self.head = self.loss_words(name, parameters)
         strides = _dense_like(input).stride()
         self.order = sorted(range(input.dim()), key=lambda d: -strides[d])
+        self.space = [input.shape[d] for d in self.order]
         self.operands = [
             self._operand(input, of.input),
             *map(self._operand, (target, weight, options.get("pos_weight"))),
@@ -314,29 +351,13 @@ class _Pointwise:
             *seen.stride(),
         ]
 
-    def add(
-        self,
-        value: Place,
-        gradients: tuple[Place, Place],
-        upstream: Tensor | None,
-        launch: list[object],
-    ) -> None:
-        input, (of_input, of_target) = self.input, gradients
+    def upstream_operand(self, upstream: Tensor | None) -> list[object]:
         if upstream is not None and self.is_log_loss:
-            upstream = upstream.unsqueeze(_class_dim(input))
-        self.of.calls.add(
-            *self.loss_words(),
-            *(int(input.dtype is torch.float64), input.numel()),
-            *(input.dim(), *(input.shape[d] for d in self.order)),
-            *(word for operand in self.operands for word in operand),
-            *self._operand(upstream),
-            *(value, _number(self.value_dtype), of_input, _number(input.dtype)),
-            *(of_target, _number(self.of.sample.target.dtype)),
-            *launch,
-        )
+            upstream = upstream.unsqueeze(_class_dim(self.input))
+        return self._operand(upstream)
 
-    def loss_words(self) -> list[object]:
-        return ["pointwise", self.name, self.parameter]
+    def loss_words(self, name: str, parameters: Sequence[float]) -> list[object]:
+        return ["built_in", name, len(parameters), *parameters]
 
     def values_found(self) -> Tensor:
         values = self.of.calls.get(self.value, _dense_like(self.input, self.value_dtype))
@@ -395,41 +416,33 @@ class OwnLoss(Loss):
 
 
 class _OwnPointwise(_Pointwise):
-    def loss_words(self) -> list[object]:
+    def loss_words(self, name: str, parameters: Sequence[float]) -> list[object]:
         words: list[object] = self.of.words
         return words
 
 
-class _CrossEntropy:
+class _CrossEntropy(_Engine):
     def __init__(
         self, of: Loss, loss: str, input: Tensor, target: Tensor, options: dict[str, Any]
     ) -> None:
         self.of, self.input, calls = of, input, of.calls
         compute = torch.float64 if input.dtype is torch.float64 else torch.float32
-        sizes = self._rows(input).shape
-        # The rows of a transposed matrix lie side by side.
-        self.swapped = sizes[1] != 1 and sizes[2] == 1 and self._rows(input).stride(1) != 1
-        outer, classes, inner = reversed(sizes) if self.swapped else sizes
-        self.sizes = (int(compute is torch.float64), outer, classes, inner)
-        self.input_rows = self._words(of.input, input)
-        weight = of.weight
-        smoothing = options.get("label_smoothing", 0.0)
-        summed = NOWHERE
-        if weight is not None and smoothing:
-            summed = calls.put(weight.to(compute).double().sum())
-        self.target = [
-            calls.put(target) if of.by_class else NOWHERE,
-            self._words(NOWHERE, input)
-            if of.by_class
-            else self._words(calls.put(target, of.shift), target),
-            NOWHERE if weight is None else calls.put(weight.to(compute)),
-            options.get("ignore_index", -100),
-            smoothing,
+        weight, smoothing = of.weight, options.get("label_smoothing", 0.0)
+        self.head = ["built_in", loss, 1, smoothing]
+        self.space = self._rows(input).shape
+        self.operands = [
+            self._operand(input, of.input),
+            self._operand(target, calls.put(target, 0 if of.by_class else of.shift)),
+            self._operand(weight, NOWHERE if weight is None else calls.put(weight.to(compute))),
+            self._operand(None, NOWHERE),
         ]
+        if weight is not None and smoothing:
+            self.weight_sum = calls.put(weight.to(compute).double().sum())
+        self.gradient_strides = self._rows(_dense_like(input)).stride()
         shape = input.shape[: _class_dim(input)] + input.shape[_class_dim(input) + 1 :]
+        self.value_dtype = input.dtype
         self.values = torch.full(shape, math.nan, dtype=input.dtype)
         self.value = calls.empty_like(self.values)
-        self.weight_sum = summed
 
     def _rows(self, tensor: Tensor) -> Tensor:
         """(outer, classes, inner)"""
@@ -437,32 +450,16 @@ class _CrossEntropy:
             return tensor.view(1, -1, 1)
         return tensor.unsqueeze(2) if tensor.dim() == 2 else tensor.flatten(2)
 
-    def _words(self, place: Place, tensor: Tensor) -> str:
-        outer, classes, inner = self._rows(tensor).stride()
-        if self.swapped:
-            outer, inner = inner, outer
-        return f"{place} {_number(tensor.dtype)} {outer} {classes} {inner}"
+    def _operand(self, tensor: Tensor | None, place: Place) -> list[object]:
+        """Strides are those of an input or of class probabilities."""
+        strides: Sequence[int] = (0, 0, 0)
+        dtype = self.input.dtype if tensor is None else tensor.dtype
+        if tensor is not None and tensor.shape == self.input.shape:
+            strides = self._rows(tensor).stride()
+        return [place, _number(dtype), 1, -1, *strides]
 
-    def add(
-        self,
-        value: Place,
-        gradients: tuple[Place, Place],
-        upstream: Tensor | None,
-        launch: list[object],
-    ) -> None:
-        self.of.calls.add(
-            "cross_entropy",
-            *self.sizes,
-            self.input_rows,
-            self._words(gradients[0], _dense_like(self.input)),
-            *self.target,
-            value,
-            _number(self.input.dtype),
-            self.weight_sum,
-            NOWHERE if upstream is None else self.of.calls.put(upstream),
-            _number(self.input.dtype),
-            *launch,
-        )
+    def upstream_operand(self, upstream: Tensor | None) -> list[object]:
+        return self._operand(None, NOWHERE if upstream is None else self.of.calls.put(upstream))
 
     def values_found(self) -> Tensor:
         return self.of.calls.get(self.value, self.values)

@@ -2,6 +2,7 @@
 // gets back; engines.py writes both.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -10,7 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "csrc/cuda/custom_kernel.h"
+#include "csrc/cuda/kernels.h"
+#include "csrc/math/losses.h"
 #include "emulator.h"
 
 namespace {
@@ -52,12 +54,10 @@ class Calls {
 
   void run() {
     for (std::string engine; in_ >> engine;) {
-      if (engine == "pointwise") {
-        run_pointwise();
+      if (engine == "built_in") {
+        run_built_in();
       } else if (engine == "custom") {
         run_custom();
-      } else if (engine == "cross_entropy") {
-        run_cross_entropy();
       } else if (engine == "class_weights") {
         run_class_weights();
       } else if (engine == "teach") {
@@ -105,18 +105,15 @@ class Calls {
     for (int d = 0; d < dims; ++d) operand.strides[d] = integer();
     return operand;
   }
-  Rows rows() {
-    Rows rows;
-    rows.data = pointer<void>();
-    rows.dtype = dtype();
-    rows.outer = integer();
-    rows.classes = integer();
-    rows.inner = integer();
-    return rows;
+  Output output() {
+    Output output;
+    output.data = pointer<void>();
+    output.dtype = dtype();
+    return output;
   }
   cuda::Launch launch() {
     cuda::Launch launch;
-    launch.pass = static_cast<cuda::Pass>(integer());
+    launch.pass = static_cast<Pass>(integer());
     launch.loss = pointer<void>();
     launch.loss_dtype = dtype();
     launch.forward_state = pointer<double>();
@@ -176,10 +173,11 @@ class Calls {
     free(launch.workspace);
   }
 
-  // All but the loss.
-  Pointwise pointwise_call() {
-    Pointwise call;
+  void run(const cuda::Kernel& kernel, const std::vector<double>& parameters) {
+    Call call;
+    call.parameters = parameters.data();
     call.compute_in_double = integer();
+    call.ignore_index = integer();
     call.numel = integer();
     call.space.dims = static_cast<int>(integer());
     for (int d = 0; d < call.space.dims; ++d) call.space.sizes[d] = integer();
@@ -187,22 +185,28 @@ class Calls {
          {&call.input, &call.target, &call.weight, &call.pos_weight, &call.upstream}) {
       *operand = this->operand(call.space.dims);
     }
-    call.value = pointer<void>();
-    call.value_dtype = dtype();
-    call.gradient = pointer<void>();
-    call.gradient_dtype = dtype();
-    call.target_gradient = pointer<void>();
-    call.target_gradient_dtype = dtype();
-    return call;
+    call.weight_sum = pointer<double>();
+    for (Output* output : {&call.value, &call.gradient, &call.target_gradient}) {
+      *output = this->output();
+    }
+    for (int64_t& stride : call.gradient.strides) stride = integer();
+    run(kernel.run, call, kernel.workspace_bytes(call), launch());
+  }
+  std::vector<double> parameters() {
+    std::vector<double> parameters(integer());
+    for (double& parameter : parameters) parameter = number();
+    return parameters;
   }
 
-  void run_pointwise() {
-    const std::string loss = word();
-    const double parameter = number();
-    Pointwise call = pointwise_call();
-    call.loss = loss;
-    call.parameter = parameter;
-    run(cuda::pointwise, call, cuda::workspace_bytes(call), launch());
+  void run_built_in() {
+    const std::vector<std::string> names = {
+#define NAME(TEXT, LOSS) TEXT,
+        FUSEDLOSS_POINTWISE_LOSSES(NAME)
+#undef NAME
+            "cross_entropy"};
+    const auto found = std::find(names.begin(), names.end(), word());
+    require(found != names.end(), "no such loss");
+    run(cuda::kernels[found - names.begin()], parameters());
   }
 
   // A custom loss, by its library.
@@ -215,37 +219,11 @@ class Calls {
         dlsym(library, NAME_OF(FUSEDLOSS_CUSTOM_CUDA_ENTRY)));
     require(entry, "no custom loss in the library");
     const cuda::CustomKernel& kernel = *entry();
-    std::vector<double> parameters(integer());
-    for (double& parameter : parameters) parameter = number();
+    const std::vector<double> numbers = parameters();
     require(kernel.version == cuda::kCustomVersion &&
-                kernel.parameters == static_cast<int64_t>(parameters.size()),
+                kernel.parameters == static_cast<int64_t>(numbers.size()),
             "another version, or another number of parameters");
-    const Pointwise call = pointwise_call();
-    const auto engine = [&](const Pointwise& c, const cuda::Launch& l) {
-      return kernel.run(c, parameters.data(), l);
-    };
-    run(engine, call, kernel.workspace_bytes(call), launch());
-  }
-
-  void run_cross_entropy() {
-    cuda::CrossEntropyCall call;
-    call.compute_in_double = integer();
-    call.outer = integer();
-    call.classes = integer();
-    call.inner = integer();
-    call.input = rows();
-    call.gradient = rows();
-    call.indices = pointer<int64_t>();
-    call.probabilities = rows();
-    call.weight = pointer<void>();
-    call.ignore_index = integer();
-    call.label_smoothing = number();
-    call.value = pointer<void>();
-    call.value_dtype = dtype();
-    call.weight_sum = pointer<double>();
-    call.upstream = pointer<void>();
-    call.upstream_dtype = dtype();
-    run(cuda::cross_entropy, call, cuda::workspace_bytes(call), launch());
+    run(kernel.kernel, numbers);
   }
 
   void run_class_weights() {
