@@ -138,11 +138,12 @@ struct RowProblem {
     return c.weight_sum ? *c.weight_sum : double(c.classes);
   }
   T class_weight(int64_t c) const { return weight ? weight[c] : T(1); }
-  double row_scale(int64_t row) const {
-    if (!call.upstream) return call.scale;
-    T upstream;
-    widen(call.upstream_dtype, call.upstream, row, 1, 1, &upstream);
-    return call.scale * double(upstream);
+  // What the gradients of the rows [first, first + n) are multiplied by.
+  void read_scales(int64_t first, int64_t n, double* scales) const {
+    with_type(call.upstream_dtype, [&](auto tag) {
+      const auto* const upstream = static_cast<const decltype(tag)*>(call.upstream) + first;
+      for (int64_t i = 0; i < n; ++i) scales[i] = call.scale * double(static_cast<T>(upstream[i]));
+    });
   }
 };
 

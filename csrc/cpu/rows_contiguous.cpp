@@ -196,7 +196,8 @@ struct RowWalk {
     states.target_mass[k] = state.target_mass;
     target_gaps[k] = double(target_logit) - state.max;
     target_weights[k] = problem.class_weight(std::max<int64_t>(at.target, 0));
-    scales[k] = problem.row_scale(at.row);
+    scales[k] = call.scale;
+    if (call.upstream) problem.read_scales(at.row, 1, &scales[k]);
   }
 
   // The losses and slopes of the rows that were reduced.

@@ -319,9 +319,7 @@ struct TileWalk {
       with_constants([&](auto indices) { add_targets<indices()>(tile.n); }, call.indices);
     }
     with_constants([&](auto exact) { add_logits<exact()>(tile); }, problem.exact_sums);
-    for (int64_t i = 0; call.upstream && i < tile.n; ++i) {
-      arrays.scale[i] = problem.row_scale(first_row + i);
-    }
+    if (call.upstream) problem.read_scales(first_row, tile.n, arrays.scale);
     RegisterSum<T> sums;
     for (int64_t i = 0; i < tile.n; i += kLanes) {
       finish(i);

@@ -242,7 +242,7 @@ struct CpuEngine {
       class_weights_ = sum_class_weights(a, operands_.indices(), weight);
     }
     if (info.family == Family::kRows) {
-      if (weight.defined() && a.parameter() != 0) {
+      if (weight.defined() && a.parameters[0] != 0) {
         smoothing_weight_ = sum_of(weight);
         call_.weight_sum = &smoothing_weight_;
       }

@@ -170,7 +170,7 @@ struct CudaEngine {
   void read(const OptionalTensor& upstream) {
     operands_.read(call_, a, info, upstream);
     const Tensor& weight = operands_.class_weight();
-    if (info.family == Family::kRows && weight.defined() && a.parameter() != 0) {
+    if (info.family == Family::kRows && weight.defined() && a.parameters[0] != 0) {
       smoothing_weight_ = weight.sum(at::kDouble);
       call_.weight_sum = smoothing_weight_.const_data_ptr<double>();
     }

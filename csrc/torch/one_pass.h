@@ -91,12 +91,8 @@ struct BackwardGradients {
 //   recompute(gradients, state)     backward
 template <class Engine>
 struct Operators {
-  static at::Tensor loss(const at::Tensor& input, const at::Tensor& target,
-                         const OptionalTensor& weight, at::TensorList more, std::string_view loss,
-                         at::ArrayRef<double> parameters, int64_t ignore_index, int64_t reduction,
-                         at::ScalarType dtype, const OptionalTensor&) {
-    const Arguments a{input,      target,       weight,    more, loss,
-                      parameters, ignore_index, reduction, dtype};
+  static at::Tensor loss(FUSEDLOSS_PARAMETERS, const OptionalTensor&) {
+    const Arguments a{FUSEDLOSS_ARGUMENTS};
     Engine engine(a, Pass::kValue);
     engine.read({});
     at::Tensor value = empty_loss(a, engine.info.family);
@@ -104,13 +100,9 @@ struct Operators {
     return value;
   }
 
-  static std::tuple<at::Tensor, at::Tensor> forward(
-      const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-      at::TensorList more, std::string_view loss, at::ArrayRef<double> parameters,
-      int64_t ignore_index, int64_t reduction, at::ScalarType dtype, int64_t mask,
-      const OptionalTensor& own) {
-    const Arguments a{input,      target,       weight,    more, loss,
-                      parameters, ignore_index, reduction, dtype};
+  static std::tuple<at::Tensor, at::Tensor> forward(FUSEDLOSS_PARAMETERS, int64_t mask,
+                                                    const OptionalTensor& own) {
+    const Arguments a{FUSEDLOSS_ARGUMENTS};
     Engine engine(a, Pass::kForward);
     check_mask(mask, engine.info);
     at::Tensor prediction;
@@ -129,13 +121,8 @@ struct Operators {
   }
 
   static std::vector<at::Tensor> backward(const at::Tensor& grad_output, const at::Tensor& state,
-                                          const at::Tensor& input, const at::Tensor& target,
-                                          const OptionalTensor& weight, at::TensorList more,
-                                          std::string_view loss, at::ArrayRef<double> parameters,
-                                          int64_t ignore_index, int64_t reduction,
-                                          at::ScalarType dtype, int64_t mask) {
-    const Arguments a{input,      target,       weight,    more, loss,
-                      parameters, ignore_index, reduction, dtype};
+                                          FUSEDLOSS_PARAMETERS, int64_t mask) {
+    const Arguments a{FUSEDLOSS_ARGUMENTS};
     Engine engine(a, Pass::kBackward);
     check_mask(mask, engine.info);
     check_pair("state", state, input);

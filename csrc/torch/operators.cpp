@@ -39,92 +39,72 @@ Tensor no_prediction(const Tensor& input) {
   return at::zeros({2}, input.options().dtype(at::kDouble));
 }
 
-// Bit i: the gradient for input i is wanted, and the loss gives it.
-int64_t wanted_gradients(const Tensor& input, const Tensor& target, const LossInfo& info) {
-  return input.requires_grad() | (target.requires_grad() && info.target_gradient) << 1;
-}
-
 // What backward needs besides tensors, as one value that compiled autograd can read. A loss is a
 // pointer into the table of losses.
-struct Options {
-  const LossInfo* loss;
-  int64_t ignore_index, reduction;
-  at::ScalarType dtype;
-  int64_t mask;
-  c10::SmallVector<double, 4> parameters;
+at::IValue packed(const Arguments& a, const LossInfo& info, int64_t mask) {
+  std::vector<at::IValue> values{reinterpret_cast<int64_t>(&info), a.ignore_index, a.reduction,
+                                 static_cast<int64_t>(a.dtype), mask};
+  values.insert(values.end(), a.parameters.begin(), a.parameters.end());
+  return c10::ivalue::Tuple::create(std::move(values));
+}
 
-  at::IValue packed() const {
-    std::vector<at::IValue> values{reinterpret_cast<int64_t>(loss), ignore_index, reduction,
-                                   static_cast<int64_t>(dtype), mask};
-    values.insert(values.end(), parameters.begin(), parameters.end());
-    return c10::ivalue::Tuple::create(std::move(values));
-  }
-  static Options unpacked(const at::IValue& value) {
-    const auto& values = value.toTupleRef().elements();
-    Options options{
-        reinterpret_cast<const LossInfo*>(values[0].toInt()), values[1].toInt(), values[2].toInt(),
-        static_cast<at::ScalarType>(values[3].toInt()),       values[4].toInt(), {}};
-    for (size_t i = 5; i < values.size(); ++i) options.parameters.push_back(values[i].toDouble());
-    return options;
-  }
-};
+using ForwardSignature = std::tuple<Tensor, Tensor>(FUSEDLOSS_PARAMETERS, int64_t,
+                                                    const OptionalTensor&);
+using BackwardSignature = std::vector<Tensor>(const Tensor&, const Tensor&, FUSEDLOSS_PARAMETERS,
+                                              int64_t);
+using ReferenceSignature = std::vector<Tensor>(const Tensor&, FUSEDLOSS_PARAMETERS, int64_t);
 
+// Its variables are the tensors that have a gradient; to torch each one more costs time.
 struct LossFunction : torch::autograd::Function<LossFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target,
-                        const OptionalTensor& weight, at::TensorList more, std::string_view loss,
-                        at::ArrayRef<double> parameters, int64_t ignore_index, int64_t reduction,
-                        at::ScalarType dtype, const OptionalTensor& prediction) {
-    static const auto op = find_operator<std::tuple<Tensor, Tensor>(
-        const Tensor&, const Tensor&, const OptionalTensor&, at::TensorList, std::string_view,
-        at::ArrayRef<double>, int64_t, int64_t, at::ScalarType, int64_t, const OptionalTensor&)>(
-        "fusedloss::loss_forward");
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& target,
+                        const Arguments& a, const LossInfo& info,
+                        const OptionalTensor& prediction) {
+    static const auto op = find_operator<ForwardSignature>("fusedloss::loss_forward");
     const bool hooked = saves_through_hooks();
-    const LossInfo& info = known_loss(loss);
-    const int64_t mask = wanted_gradients(input, target, info);
+    const int64_t mask = input.requires_grad() | target.has_value() << 1;
     at::AutoDispatchBelowADInplaceOrView below;
     auto [value, state] =
-        op.call(input, target, weight, more, loss, parameters, ignore_index, reduction, dtype, mask,
-                hooked ? no_prediction(input) : prediction);
+        a.call(op, std::tuple<>(), mask, hooked ? no_prediction(input) : prediction);
     if (hooked) drop_gradients(state);
-    variable_list inputs{input, target, weight.value_or(Tensor())};
-    inputs.insert(inputs.end(), more.begin(), more.end());
+    variable_list inputs{input, a.target, a.weight.value_or(Tensor())};
+    inputs.insert(inputs.end(), a.more.begin(), a.more.end());
     ctx->save_for_backward(std::move(inputs));
     ctx->saved_data["state"] = std::move(state);
-    ctx->saved_data["options"] =
-        Options{&info, ignore_index, reduction, dtype, mask, {parameters.begin(), parameters.end()}}
-            .packed();
+    ctx->saved_data["options"] = packed(a, info, mask);
     return value;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list inputs = ctx->get_saved_variables();
-    const Tensor &input = inputs[0], &target = inputs[1], &grad_output = grad_outputs[0];
+    const Tensor& grad_output = grad_outputs[0];
     const OptionalTensor weight = inputs[2].defined() ? OptionalTensor(inputs[2]) : std::nullopt;
-    const at::TensorList more = at::TensorList(inputs).slice(3);
     const Tensor state = ctx->saved_data["state"].toTensor();
-    const auto [info, ignore_index, reduction, dtype, mask, parameters] =
-        Options::unpacked(ctx->saved_data["options"]);
-    drop_gradients_of_other_memory(state, input, target);
+    const auto& options = ctx->saved_data["options"].toTupleRef().elements();
+    c10::SmallVector<double, 4> parameters;
+    for (size_t i = 5; i < options.size(); ++i) parameters.push_back(options[i].toDouble());
+    const Arguments a{inputs[0],
+                      inputs[1],
+                      weight,
+                      at::TensorList(inputs).slice(3),
+                      reinterpret_cast<const LossInfo*>(options[0].toInt())->name,
+                      parameters,
+                      options[1].toInt(),
+                      options[2].toInt(),
+                      static_cast<at::ScalarType>(options[3].toInt())};
+    const int64_t mask = options[4].toInt();
+    drop_gradients_of_other_memory(state, a.input, a.target);
     std::vector<Tensor> found;
     if (needs_reference(grad_output)) {
-      static const auto op = find_operator<std::vector<Tensor>(
-          const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, at::TensorList,
-          std::string_view, at::ArrayRef<double>, int64_t, int64_t, at::ScalarType, int64_t)>(
-          "fusedloss::loss_reference_gradient");
-      found = op.call(grad_output, input, target, weight, more, info->name, parameters,
-                      ignore_index, reduction, dtype, mask);
+      static const auto op =
+          find_operator<ReferenceSignature>("fusedloss::loss_reference_gradient");
+      found = a.call(op, std::tie(grad_output), mask);
     } else {
-      static const auto op = find_operator<std::vector<Tensor>(
-          const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-          at::TensorList, std::string_view, at::ArrayRef<double>, int64_t, int64_t, at::ScalarType,
-          int64_t)>("fusedloss::loss_backward");
+      static const auto op = find_operator<BackwardSignature>("fusedloss::loss_backward");
       // Else autograd's fallback for operators without a derivative boxes every argument.
       at::AutoDispatchBelowADInplaceOrView below;
-      found = op.call(grad_output, state, input, target, weight, more, info->name, parameters,
-                      ignore_index, reduction, dtype, mask);
+      found = a.call(op, std::tie(grad_output, state), mask);
     }
-    // One for every argument of forward, and every tensor in `more`.
-    variable_list gradients(9 + more.size());
+    variable_list gradients(5);  // one for every argument of forward
     auto next = found.begin();
     for (size_t i = 0; i < 2; ++i) {
       if (wants(mask, i)) gradients[i] = std::move(*next++);
@@ -133,18 +113,21 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
   }
 };
 
-Tensor differentiable_loss(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                           at::TensorList more, std::string_view loss,
-                           at::ArrayRef<double> parameters, int64_t ignore_index, int64_t reduction,
-                           at::ScalarType dtype, const OptionalTensor& prediction) {
-  if (at::GradMode::is_enabled() && wanted_gradients(input, target, known_loss(loss))) {
-    return LossFunction::apply(input, target, weight, more, loss, parameters, ignore_index,
-                               reduction, dtype, prediction);
+Tensor differentiable_loss(FUSEDLOSS_PARAMETERS, const OptionalTensor& prediction) {
+  const Arguments a{FUSEDLOSS_ARGUMENTS};
+  const LossInfo& info = known_loss(loss);
+  for (const Tensor* t : {&input, &target}) {
+    TORCH_CHECK(!t->_fw_grad(0).defined(),
+                "fusedloss: the operator has no forward-mode derivative");
+  }
+  const bool of_target = target.requires_grad() && info.target_gradient;
+  if (at::GradMode::is_enabled() && (input.requires_grad() || of_target)) {
+    return LossFunction::apply(input, of_target ? OptionalTensor(target) : std::nullopt, a, info,
+                               prediction);
   }
   static const auto op = find_operator<LossSignature>("fusedloss::loss");
   at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(input, target, weight, more, loss, parameters, ignore_index, reduction, dtype,
-                 prediction);
+  return a.call(op, std::tuple<>(), prediction);
 }
 
 // ---- shapes -------------------------------------------------------------------------------------
@@ -162,32 +145,19 @@ const LossInfo& checked_meta(const Arguments& a) {
   return known_loss(a.loss);
 }
 
-Tensor loss_meta(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                 at::TensorList more, std::string_view loss, at::ArrayRef<double> parameters,
-                 int64_t ignore_index, int64_t reduction, at::ScalarType dtype,
-                 const OptionalTensor&) {
-  const Arguments a{input, target, weight, more, loss, parameters, ignore_index, reduction, dtype};
+Tensor loss_meta(FUSEDLOSS_PARAMETERS, const OptionalTensor&) {
+  const Arguments a{FUSEDLOSS_ARGUMENTS};
   return empty_loss(a, checked_meta(a).family);
 }
 
-std::tuple<Tensor, Tensor> loss_forward_meta(const Tensor& input, const Tensor& target,
-                                             const OptionalTensor& weight, at::TensorList more,
-                                             std::string_view loss, at::ArrayRef<double> parameters,
-                                             int64_t ignore_index, int64_t reduction,
-                                             at::ScalarType dtype, int64_t,
+std::tuple<Tensor, Tensor> loss_forward_meta(FUSEDLOSS_PARAMETERS, int64_t,
                                              const OptionalTensor& prediction) {
-  return {loss_meta(input, target, weight, more, loss, parameters, ignore_index, reduction, dtype,
-                    prediction),
-          empty_state(input)};
+  return {loss_meta(FUSEDLOSS_ARGUMENTS, prediction), empty_state(input)};
 }
 
 std::vector<Tensor> loss_backward_meta(const Tensor& grad_output, const Tensor& state,
-                                       const Tensor& input, const Tensor& target,
-                                       const OptionalTensor& weight, at::TensorList more,
-                                       std::string_view loss, at::ArrayRef<double> parameters,
-                                       int64_t ignore_index, int64_t reduction,
-                                       at::ScalarType dtype, int64_t mask) {
-  const Arguments a{input, target, weight, more, loss, parameters, ignore_index, reduction, dtype};
+                                       FUSEDLOSS_PARAMETERS, int64_t mask) {
+  const Arguments a{FUSEDLOSS_ARGUMENTS};
   check_mask(mask, checked_meta(a));
   check_meta(grad_output);
   check_meta(state);
@@ -196,7 +166,7 @@ std::vector<Tensor> loss_backward_meta(const Tensor& grad_output, const Tensor& 
 
 }  // namespace
 
-#define FUSEDLOSS_CALL                                                     \
+#define FUSEDLOSS_SCHEMA                                                     \
   "Tensor input, Tensor target, Tensor? weight, Tensor[] more, str loss, " \
   "float[] parameters, int ignore_index, int reduction, ScalarType dtype"
 
@@ -205,16 +175,16 @@ TORCH_LIBRARY(fusedloss, m) {
   // leaves for its backward.
   const std::vector<at::Tag> compiles{at::Tag::pt2_compliant_tag, at::Tag::cudagraph_unsafe};
   // Differentiable; the kernels behind Autograd compute the value only.
-  m.def("loss(" FUSEDLOSS_CALL ", Tensor? prediction) -> Tensor", compiles);
+  m.def("loss(" FUSEDLOSS_SCHEMA ", Tensor? prediction) -> Tensor", compiles);
   // gradients: bit i says that the gradient for input i is wanted. Backward returns those.
-  m.def("loss_forward(" FUSEDLOSS_CALL
+  m.def("loss_forward(" FUSEDLOSS_SCHEMA
         ", int gradients, Tensor? prediction) -> (Tensor loss, Tensor state)",
         compiles);
-  m.def("loss_backward(Tensor grad_output, Tensor state, " FUSEDLOSS_CALL
+  m.def("loss_backward(Tensor grad_output, Tensor state, " FUSEDLOSS_SCHEMA
         ", int gradients) -> Tensor[]",
         compiles);
   // Gradients that have a graph themselves: written in Python, by fusedloss/second_order.py.
-  m.def("loss_reference_gradient(Tensor grad_output, " FUSEDLOSS_CALL
+  m.def("loss_reference_gradient(Tensor grad_output, " FUSEDLOSS_SCHEMA
         ", int gradients) -> Tensor[]");
 }
 

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/util/accumulate.h>
 #include <c10/util/strides.h>
 
 #include <algorithm>
@@ -217,13 +218,7 @@ void Operands::coalesce_dimensions(Space& space, int64_t classes) {
       joins = !tensors_[k].defined() ||
               operands_[k]->strides[last] == tensors_[k].stride(d) * input.size(d);
     }
-    if (!joins && space.dims == kMaxDims) {  // copies need none
-      TORCH_CHECK(classes < 0, "fusedloss: class indices of ", input.dim(), " dimensions");
-      for (Tensor& t : tensors_) {
-        if (t.defined()) t = t.permute(order).contiguous();
-      }
-      return;
-    }
+    if (!joins && space.dims == kMaxDims) return copy_in(order, space, classes);
     if (!joins) space.sizes[space.dims++] = 1;
     space.sizes[space.dims - 1] *= input.size(d);
     if (d == classes) operands_[1]->class_dim = space.dims - 1;
@@ -242,6 +237,24 @@ void Operands::coalesce_dimensions(Space& space, int64_t classes) {
     }
     operands_[k]->contiguous = contiguous;
   }
+}
+
+// Copies the operands into that order, where all but class indices are contiguous.
+void Operands::copy_in(at::IntArrayRef order, Space& space, int64_t classes) {
+  for (Tensor& t : tensors_) {
+    if (t.defined()) t = t.permute(order).contiguous();
+  }
+  if (classes < 0) return;
+  const auto dim = std::find(order.begin(), order.end(), classes) - order.begin();
+  const at::IntArrayRef sizes = tensors_[0].sizes();
+  tensors_[1] = tensors_[1].select(dim, 0).contiguous();
+  const int64_t outer = c10::multiply_integers(sizes.slice(0, dim));
+  const int64_t inner = c10::multiply_integers(sizes.slice(dim + 1));
+  space = {3, {outer, sizes[dim], inner}};
+  Operand& target = *operands_[1];
+  target.contiguous = false;
+  target.class_dim = 1;
+  std::copy_n(std::array{inner, int64_t{0}, int64_t{1}}.begin(), 3, target.strides);
 }
 
 // (N, C, d1, ...) as (N, C, d), without a copy where the inner dimensions step evenly.

@@ -1,11 +1,9 @@
 // The arguments of a call, checked, and tensors as the engines want them: pointers and strides.
 #pragma once
 
-#include <ATen/core/Reduction.h>
 #include <ATen/core/Tensor.h>
 
 #include <array>
-#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -23,32 +21,8 @@ at::Tensor aligned(const at::Tensor& t);
 
 inline bool present(const OptionalTensor& t) { return t.has_value() && t->defined(); }
 
-inline int64_t class_dim(const at::Tensor& input) { return input.dim() > 1 ? 1 : 0; }
-
 // "target[3, 4]": where the element at a linear position stands.
 std::string element_name(const char* tensor, at::IntArrayRef sizes, int64_t linear);
-
-// The arguments that all operators of the family take, and the loss that they name.
-struct Arguments {
-  const at::Tensor &input, &target;
-  const OptionalTensor& weight;
-  at::TensorList more;
-  std::string_view loss;
-  at::ArrayRef<double> parameters;
-  int64_t ignore_index, reduction;
-  at::ScalarType dtype;  // of the loss; the kernels compute in it, or in float32
-
-  bool each() const { return reduction == at::Reduction::None; }
-  bool indices() const { return target.scalar_type() == at::kLong; }
-  bool in_double() const { return dtype == at::kDouble; }
-  int64_t classes() const { return input.dim() > 0 ? input.size(class_dim(input)) : 0; }
-  // A number of a loss that has one at most.
-  double parameter() const { return parameters.empty() ? 0 : parameters[0]; }
-  // With each() there is one for every element or row; else it is in the state.
-  OptionalTensor upstream(const at::Tensor& grad_output) const {
-    return each() ? OptionalTensor(grad_output) : std::nullopt;
-  }
-};
 
 // Throws where there is no loss of this name.
 const LossInfo& known_loss(std::string_view name);
@@ -86,6 +60,7 @@ class Operands {
   void read_elements(Call& call, const Arguments& a, const OptionalTensor& upstream);
   void read_rows(Call& call, const Arguments& a, const OptionalTensor& upstream);
   void coalesce_dimensions(Space& space, int64_t classes);
+  void copy_in(at::IntArrayRef order, Space& space, int64_t classes);
 
   static constexpr size_t kOperands = 5;
   std::array<Operand*, kOperands> operands_;   // of the call
