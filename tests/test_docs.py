@@ -10,15 +10,12 @@ import io
 import json
 import re
 import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-
-from fusedloss.custom import building
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -60,25 +57,6 @@ def test_snippets_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             exec(compile(before + snippet["code"], str(page), "exec"), namespace)  # noqa: S102
         if snippet["output"] is not None:
             assert printed.getvalue() == snippet["output"], f"{page.name}: {snippet['code']}"
-
-
-def test_cpp_compiles(tmp_path: Path) -> None:
-    """A struct on a page compiles beside those of csrc/math/losses.h."""
-    text = "\n".join(page.read_text() for page in PAGES)
-    structs = re.findall(r"^```cpp\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    names = re.findall(r"^struct (\w+) : PointwiseLoss", "".join(structs), re.MULTILINE)
-    assert len(names) == len(structs) > 0
-    used = [f"template Eval<float> {name}::eval<float>(float, float) const;\n" for name in names]
-    code = "".join((*structs, *used))
-    source = tmp_path / "page.cpp"
-    source.write_text(f'#include "math/losses.h"\nnamespace fusedloss {{\n{code}}}\n')
-    try:
-        compiler = building.find_compiler()
-    except building.CannotCompile as error:
-        pytest.skip(str(error))
-    command = [compiler, "-std=c++20", "-fsyntax-only", "-I", str(ROOT / "csrc"), str(source)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 # ---- messages ------------------------------------------------------------------------------------
