@@ -59,6 +59,29 @@ def test_snippets_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert printed.getvalue() == snippet["output"], f"{page.name}: {snippet['code']}"
 
 
+# ---- language ------------------------------------------------------------------------------------
+
+ROOMS = ("docs", "tests", "bench", "examples", "csrc", "fusedloss", ".ci")
+SOURCES = {".md", ".py", ".h", ".cpp", ".cu", ".cuh", ".yml", ".toml", ""}  # "": Makefile, scripts
+# A comment that begins with "Of ...", "one's own", and "to be" where a verb belongs.
+TELEGRAM = re.compile(r"(?://|#) Of [a-z]|\bone.s own\b|\bto be[.;:]|\b(?:is|are) to be$")
+
+
+def test_sentences_are_whole() -> None:
+    files = [path for path in ROOT.iterdir() if path.suffix in SOURCES and path.is_file()]
+    for room in ROOMS:
+        files += [path for path in (ROOT / room).rglob("*") if path.suffix in SOURCES]
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sorted(files)
+        # The results of earlier runs stay as they were printed; the pattern itself is in this file.
+        if path.is_file() and "results" not in path.parts and path != Path(__file__)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if TELEGRAM.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
 # ---- messages ------------------------------------------------------------------------------------
 # A message as in its source: the constant texts between the parts that vary.
 
