@@ -348,7 +348,7 @@ def difference(input: Any, target: Any) -> Any:
     return abs(input - target)
 
 
-def test_warnings_of_a_loss_of_ones_own_point_at_the_call(
+def test_warnings_of_a_custom_loss_point_at_the_call(
     compiled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")

@@ -1117,15 +1117,13 @@ def definitions() -> dict[str, tuple[Any, type[Exception], str]]:
     def huge_default(input, target, *, eps=10**400):  # type: ignore[no-untyped-def]
         return input
 
-    def deep(input, target):  # type: ignore[no-untyped-def]
-        for _ in range(400):
-            input = fm.sigmoid(input)
-        return input
+    def nested(depth: int) -> Any:
+        def loss(input, target):  # type: ignore[no-untyped-def]
+            for _ in range(depth):
+                input = fm.sigmoid(input)
+            return input
 
-    def long(input, target):  # type: ignore[no-untyped-def]
-        for _ in range(12):
-            input = fm.sigmoid(input)
-        return input
+        return loss
 
     return {
         "one argument": (lambda input: input, TypeError, "takes input and target, not 1 of them"),
@@ -1154,8 +1152,8 @@ def definitions() -> dict[str, tuple[Any, type[Exception], str]]:
             "huge_default: eps is beyond the largest float64",
         ),
         "huge number": (lambda input, target: input * 10**400, ValueError, "1.00E.400 is beyond"),
-        "deep": (deep, ValueError, "deep nests too many words and operators .*64 are the most"),
-        "long": (long, ValueError, "long nests too many words"),
+        "deep": (nested(400), ValueError, "nests too many words and operators .*64 are the most"),
+        "long": (nested(12), ValueError, "nests too many words"),
         "unknown word": (
             lambda input, target: fm.lgamma(input),
             TypeError,

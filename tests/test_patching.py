@@ -429,7 +429,7 @@ class Pair(nn.Module):
         return result
 
 
-def test_a_patch_counts_losses_of_ones_own(backend: str) -> None:
+def test_a_patch_counts_custom_losses(backend: str) -> None:
     own, x = fusedloss.pointwise_loss(absolute), torch.rand(3)
     with fusedloss.patch() as patch:
         for _ in range(3):

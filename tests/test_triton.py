@@ -34,7 +34,7 @@ def _saturating(x, y, p, scale, slope):
 @pytest.mark.skipif(FUSED != "triton", reason="FUSEDLOSS_TEST_BACKEND is not triton")
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("reduction", [0, 1, 2])
-def test_function_of_ones_own(reduction: int, layout: str, fused: str) -> None:
+def test_custom_function(reduction: int, layout: str, fused: str) -> None:
     """An operand, two parameters, and a gradient for target: the engine takes a jit function."""
     loss = PointwiseLoss(_saturating, parameters=2)
     shape = (70, 33)

@@ -116,7 +116,7 @@ def test_without_reduction(dtype: str, tmp_path: Path) -> None:
         ("sm_90", "bf16", "focal"),
     ],
 )
-def test_losses_of_ones_own(target: str, dtype: str, loss: str, tmp_path: Path) -> None:
+def test_custom_losses(target: str, dtype: str, loss: str, tmp_path: Path) -> None:
     calls = compiled("--target", target, "--dtype", dtype, "--own", loss, cache=tmp_path)
     # Both gradients, input's only, and target's only.
     assert [len(rows) for rows in calls.values()] == [4, 2, 2]
