@@ -60,9 +60,10 @@ def _tensors(*args: Operand) -> list[Tensor] | None:
 
 def _call(primitive: Any, *args: Operand) -> Any:
     tensors = _tensors(*args)
-    if tensors is None:
-        return tracing.Formula(primitive(*map(tracing.expression, args)))
-    return primitive.torch(*tensors)
+    if tensors is not None:
+        return primitive.torch(*tensors)
+    traced = primitive(*map(tracing.expression, args))
+    return traced if isinstance(traced, Boolean) else tracing.Formula(traced)
 
 
 def __getattr__(name: str) -> Any:
@@ -208,18 +209,12 @@ def where(condition: Any, yes: Operand, no: Operand) -> Any:
 
 def equal(a: Operand, b: Operand) -> Any:
     """The condition a = b, as ``a == b``; nan equals nothing."""
-    tensors = _tensors(a, b)
-    if tensors is not None:
-        return torch.eq(*tensors)
-    return primitives.Equal(tracing.expression(a), tracing.expression(b))
+    return _call(primitives.Equal, a, b)
 
 
 def not_equal(a: Operand, b: Operand) -> Any:
     """The condition a ≠ b, as ``a != b``; nan differs from everything, itself included."""
-    tensors = _tensors(a, b)
-    if tensors is not None:
-        return torch.ne(*tensors)
-    return primitives.NotEqual(tracing.expression(a), tracing.expression(b))
+    return _call(primitives.NotEqual, a, b)
 
 
 def is_nan(x: Operand) -> Any:

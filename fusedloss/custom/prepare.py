@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from .. import _caller, backends, second_order
-from .building import CannotCompile, Library, cpu_library, cuda_library
+from .building import CPU, CUDA, CannotCompile, Engine
 
 if TYPE_CHECKING:
     from .loss import PointwiseLoss
@@ -62,8 +62,8 @@ def _prepare(loss: PointwiseLoss, device: str, candidates: tuple[str, ...]) -> t
     return "", "", "; ".join(reasons)
 
 
-def _load_compiled(make: Callable[[str, str], Library], loss: PointwiseLoss) -> str:
-    library = make(loss._traced.identifier, loss._struct)
+def _load_compiled(engine: Engine, loss: PointwiseLoss) -> str:
+    library = engine.library(loss._traced.identifier, loss._struct)
     if library.key not in second_order.custom_references:
         library.load(_C.load_custom)
     return library.key
@@ -83,7 +83,7 @@ def _load_triton(loss: PointwiseLoss) -> str:
 # By backend and type of device: a function that loads the kernels of a loss, and returns the name of
 # the loss in the operators. It raises CannotCompile if there are no kernels.
 _LOADERS: dict[tuple[str, str], Callable[[PointwiseLoss], str]] = {
-    ("compiled", "cpu"): partial(_load_compiled, cpu_library),
-    ("compiled", "cuda"): partial(_load_compiled, cuda_library),
+    ("compiled", "cpu"): partial(_load_compiled, CPU),
+    ("compiled", "cuda"): partial(_load_compiled, CUDA),
     **{("triton", device): _load_triton for device in ("cpu", "cuda", "xpu")},
 }

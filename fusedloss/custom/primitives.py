@@ -77,16 +77,16 @@ class Comparison(Condition):
         return f"{printer._print(self.lhs)} {self.operator} {printer._print(self.rhs)}"
 
 
-def _comparison(name: str, operator: str) -> Any:
-    return type(name, (Comparison,), {"operator": operator})
+def _comparison(name: str, operator: str, function: Callable[..., Tensor]) -> Any:
+    return type(name, (Comparison,), {"operator": operator, "torch": staticmethod(function)})
 
 
-Greater: Any = _comparison("Greater", ">")
-GreaterEqual: Any = _comparison("GreaterEqual", ">=")
-Less: Any = _comparison("Less", "<")
-LessEqual: Any = _comparison("LessEqual", "<=")
-Equal: Any = _comparison("Equal", "==")
-NotEqual: Any = _comparison("NotEqual", "!=")
+Greater: Any = _comparison("Greater", ">", torch.gt)
+GreaterEqual: Any = _comparison("GreaterEqual", ">=", torch.ge)
+Less: Any = _comparison("Less", "<", torch.lt)
+LessEqual: Any = _comparison("LessEqual", "<=", torch.le)
+Equal: Any = _comparison("Equal", "==", torch.eq)
+NotEqual: Any = _comparison("NotEqual", "!=", torch.ne)
 
 
 class LogicalAnd(Condition):

@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import sympy
 import torch
@@ -103,9 +103,6 @@ class Printer:
     def _Condition(self, e: Expr) -> str:
         return self.call(e.operation, e.args)
 
-    def _Primitive(self, e: Expr) -> str:
-        return self.call(e.func.__name__, e.args)
-
 
 def _is_negative(e: Expr) -> bool:
     return bool(e.as_coeff_Mul()[0].is_negative)
@@ -117,19 +114,11 @@ def _is_negative(e: Expr) -> bool:
 class _Kernel(Printer):
     """In the functions of csrc/math, which the Triton backend mirrors."""
 
-    renamed: ClassVar[dict[str, str]] = {
-        "Abs": "abs",
-        "Sign": "sign",
-        "Maximum": "maximum",
-        "Minimum": "minimum",
-        "Clamp": "clamp",
-        "XLogY": "xlogy",
-        "Where": "select",
-    }
-
     def _Primitive(self, e: Expr) -> str:
-        name = e.func.__name__
-        return self.call(self.renamed.get(name, name), e.args)
+        return self.call(e.func.__name__.lower(), e.args)
+
+    def _Where(self, e: Expr) -> str:
+        return self.call("select", e.args)
 
     def _Relu(self, e: Expr) -> str:
         return self.applied("clamp_min", self(e.args[0]), self.number(0.0))
