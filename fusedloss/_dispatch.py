@@ -183,7 +183,7 @@ def _overrides(value: Any) -> bool:
 def _why_not_fused(
     input: Any, target: Any, *others: Any, target_gradient: bool = False
 ) -> str | None:
-    """Why no fused kernel takes these tensors, whatever their shapes and dtypes; None: one does.
+    """Why no fused kernel takes these tensors, apart from shapes and dtypes; None: one does.
 
     target_gradient: the kernels also give the gradient for target.
     """
@@ -321,7 +321,7 @@ def _offer(
 
 
 def _autocast_refuses(device: str) -> bool:
-    """Whether autocast is on where torch then refuses binary_cross_entropy, with an error."""
+    """Whether torch raises an error for binary_cross_entropy, which it does under GPU autocast."""
     return device != "cpu" and torch.is_autocast_enabled(device)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 NVCC_FLAGS = [
     *("-std=c++20", "-O3", "--expt-relaxed-constexpr"),
-    # A gradient has the same bits from every kernel that forms it, whatever else that computes.
+    # A gradient has the same bits from every kernel that computes it.
     "-fmad=false",
 ]
 

@@ -72,7 +72,7 @@ def log_loss(
         raise ValueError(f"{reduction} is not a valid value for reduction")
     eps = torch.finfo(input.dtype).eps
     if torch.is_autocast_enabled(input.device.type) and input.dtype is not torch.float64:
-        # In float32, like the kernels and cross_entropy, whatever autocast says about each step.
+        # In float32, like the kernels and cross_entropy, although autocast would choose per step.
         input = input.float()
         target = target.float() if target.is_floating_point() else target
         weight = None if weight is None else weight.float()

@@ -78,21 +78,14 @@ def loss_reference_gradient(
     with torch.enable_grad():
         # Views, since the outer backward runs the hooks of the tensors themselves.
         x, y = (t.view_as(t) for t in (input, target))
-        value = reference_value(
-            loss,
-            cast(x),
-            cast(y),
-            None if weight is None else cast(weight),
-            [cast(t) for t in more],
-            parameters,
-            ignore_index,
-            _REDUCTION_NAMES[reduction],
-        )
-    operands = [t for i, t in enumerate((x, y)) if gradients >> i & 1]
+        operands = cast(x), cast(y), None if weight is None else cast(weight), [*map(cast, more)]
+        options = parameters, ignore_index, _REDUCTION_NAMES[reduction]
+        value = reference_value(loss, *operands, *options)
+    needed = [t for i, t in enumerate((x, y)) if gradients >> i & 1]
     create_graph = torch.is_grad_enabled()
     return list(
         torch.autograd.grad(
-            value, operands, grad_output, create_graph=create_graph, materialize_grads=True
+            value, needed, grad_output, create_graph=create_graph, materialize_grads=True
         )
     )
 

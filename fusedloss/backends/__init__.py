@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -107,8 +107,8 @@ def automatic() -> bool:
 
 
 def candidates(device: str) -> tuple[str, ...]:
-    """The fused backends that take calls on ``device``, in order. What the first one has no kernel for,
-    such as a custom loss that it cannot compile, goes to the next, unless one was chosen by name."""
+    """The fused backends that take calls on ``device``, in order. A custom loss that the first one
+    cannot compile goes to the next, unless a backend was chosen by name."""
     first = _BY_NAME[fused_on[device]]
     later = BACKENDS[BACKENDS.index(first) + 1 :] if automatic() else ()
     return (first.name, *(row.name for row in later if row.automatic and device in row.devices))
@@ -166,12 +166,7 @@ class backend:
         self._entered = True
         _choose(self._row)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         _choose(self._previous.pop())
 
 

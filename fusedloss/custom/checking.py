@@ -92,7 +92,7 @@ def _at(x: Any, y: Any) -> str:
 
 
 def _first(where: Tensor) -> int | None:
-    """The first place where it holds."""
+    """The first index where it holds."""
     found = where.nonzero()
     return int(found[0]) if len(found) else None
 

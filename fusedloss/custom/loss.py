@@ -62,7 +62,7 @@ class PointwiseLoss:
         self._struct = printing.cpp(self._traced)
         self._value = printing.torch_function(self._traced, self._traced.reference)
         self._slopes = printing.torch_function(self._traced, self._traced.reference_slopes)
-        # Its name in the compiled operators, by type of device: what the short way needs.
+        # Its name in the compiled operators, by type of device, for the short way.
         self._keys: dict[str, str] = {}
         self._prepared: dict[tuple[str, tuple[str, ...]], tuple[str, str, str]] = {}
         self._number = define(self)
@@ -82,7 +82,7 @@ class PointwiseLoss:
             arguments.append(inspect.Parameter(name, kind, default=default))
         self.__signature__ = inspect.Signature(arguments)
 
-    # ---- what it is ------------------------------------------------------------------------------
+    # ---- the definition --------------------------------------------------------------------------
 
     def __repr__(self) -> str:
         given = "".join(

@@ -247,7 +247,6 @@ def _is_negated(x: Expr) -> bool:
 class Abs(Primitive):
     """|x|, slope 0 at the kink."""
 
-    nargs = 1
     torch = staticmethod(torch.abs)
 
     @classmethod
@@ -261,7 +260,6 @@ class Abs(Primitive):
 class Sign(Primitive):
     """-1, 0 or 1."""
 
-    nargs = 1
     torch = staticmethod(torch.sign)
 
     def derivatives(self) -> tuple[Expr, ...]:
@@ -270,8 +268,6 @@ class Sign(Primitive):
 
 class Where(Primitive):
     """The second argument where the condition, the first argument, holds, else the third."""
-
-    nargs = 3
 
     @classmethod
     def eval(cls, condition: Expr, yes: Expr, no: Expr) -> Expr | None:
@@ -284,15 +280,12 @@ class Where(Primitive):
 
 
 class _Extremum(Primitive):
-    nargs = 2
-
     @classmethod
     def eval(cls, a: Expr, b: Expr) -> Expr | None:
         return a if a == b else None
 
     def _between(self, low: Expr, high: Expr) -> Where:
-        """The first argument where high is above low, the second where it is below; where they are
-        equal, or one is nan, half of either."""
+        """The first argument where high > low, the second where high < low, else half of each."""
         first, second = self.args
         half = HALF * first + HALF * second
         return Where(Greater(high, low), first, Where(Less(high, low), second, half))
@@ -315,8 +308,6 @@ class Minimum(_Extremum):
 class Clamp(Primitive):
     """x bounded below, then above; the slope at a bound itself is x's. nan if a bound is."""
 
-    nargs = 3
-
     @staticmethod
     def torch(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         # Not torch.clamp, whose gradient at the bounds depends on the release.
@@ -335,7 +326,6 @@ class Clamp(Primitive):
 
 
 class Relu(Primitive):
-    nargs = 1
     torch = staticmethod(torch.relu)
 
     def pieces(self) -> Where:
@@ -346,7 +336,6 @@ class Relu(Primitive):
 class Power(Primitive):
     """b^e for an exponent that is not a small whole number."""
 
-    nargs = 2
     torch = staticmethod(torch.pow)
 
     def lowered(self) -> Expr:
@@ -375,8 +364,6 @@ class Power(Primitive):
 class PowerSlope(Primitive):
     """The derivative of b^e by b, from b, e and b^e. e is the same for all elements."""
 
-    nargs = 3
-
     @staticmethod
     def torch(base: Tensor, exponent: Tensor, value: Tensor) -> Tensor:
         return torch.where(exponent == 0, 0.0, exponent * base ** (exponent - 1))
@@ -385,7 +372,6 @@ class PowerSlope(Primitive):
 class XLogY(Primitive):
     """x log(y), 0 where x is 0 (unless y is nan)."""
 
-    nargs = 2
     torch = staticmethod(torch.xlogy)
 
     def derivatives(self) -> tuple[Expr, ...]:
@@ -411,7 +397,6 @@ def _sigmoids(x: Expr) -> tuple[Expr, Expr]:
 
 
 class Sigmoid(Primitive):
-    nargs = 1
     torch = staticmethod(torch.sigmoid)
 
     def derivatives(self) -> tuple[Expr, ...]:
@@ -427,15 +412,12 @@ class Sigmoid(Primitive):
 
 
 class SigmoidSlope(Primitive):
-    nargs = 1
-
     def lowered(self) -> Expr:
         small, large = _sigmoids(self.args[0])
         return small * large
 
 
 class LogSigmoid(Primitive):
-    nargs = 1
     torch = staticmethod(F.logsigmoid)
 
     def derivatives(self) -> tuple[Expr, ...]:
@@ -446,8 +428,6 @@ class LogSigmoid(Primitive):
 
 
 class Softplus(Primitive):
-    nargs = 1
-
     @staticmethod
     def torch(x: Tensor) -> Tensor:
         # Not F.softplus, which returns x from 20 on, with an error of 1e-10.
@@ -462,8 +442,6 @@ class Softplus(Primitive):
 
 class SechSquared(Primitive):
     """The slope of tanh: 1 - tanh^2 without cancellation."""
-
-    nargs = 1
 
     def lowered(self) -> Expr:
         e = ExpNonpositive(-2 * Abs(self.args[0]))

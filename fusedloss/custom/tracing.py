@@ -215,7 +215,7 @@ def _name(function: Callable[..., Any]) -> str:
     return name if isinstance(name, str) else type(function).__name__
 
 
-# ---- what a function is called with ----------------------------------------------------------------
+# ---- the arguments while tracing -----------------------------------------------------------------
 
 # Names that PyTorch has for tensors, and that make no sense for one element.
 _OF_TENSORS = frozenset(
