@@ -7,6 +7,7 @@ SymPy simplifies by the rules of mathematics and ignores rounding: ``log(1 + exp
     pieces()       itself as a Where, if it chooses among its arguments (instead of derivatives)
     lowered()      itself in primitives that the kernels have; by default it is one of them
     torch()        itself in PyTorch, on tensors and on float64 tensors of Python numbers
+    nargs          for those that are classes: SymPy sorts terms by it, and so sums keep their order
 
 Conditions are opaque as well: to SymPy ``t == t`` is true and ``not x > a`` is ``x <= a``, which does
 not hold for nan.
@@ -247,6 +248,7 @@ def _is_negated(x: Expr) -> bool:
 class Abs(Primitive):
     """|x|, slope 0 at the kink."""
 
+    nargs = 1
     torch = staticmethod(torch.abs)
 
     @classmethod
@@ -260,6 +262,7 @@ class Abs(Primitive):
 class Sign(Primitive):
     """-1, 0 or 1."""
 
+    nargs = 1
     torch = staticmethod(torch.sign)
 
     def derivatives(self) -> tuple[Expr, ...]:
@@ -268,6 +271,8 @@ class Sign(Primitive):
 
 class Where(Primitive):
     """The second argument where the condition, the first argument, holds, else the third."""
+
+    nargs = 3
 
     @classmethod
     def eval(cls, condition: Expr, yes: Expr, no: Expr) -> Expr | None:
@@ -280,6 +285,8 @@ class Where(Primitive):
 
 
 class _Extremum(Primitive):
+    nargs = 2
+
     @classmethod
     def eval(cls, a: Expr, b: Expr) -> Expr | None:
         return a if a == b else None
@@ -308,6 +315,8 @@ class Minimum(_Extremum):
 class Clamp(Primitive):
     """x bounded below, then above; the slope at a bound itself is x's. nan if a bound is."""
 
+    nargs = 3
+
     @staticmethod
     def torch(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         # Not torch.clamp, whose gradient at the bounds depends on the release.
@@ -326,6 +335,7 @@ class Clamp(Primitive):
 
 
 class Relu(Primitive):
+    nargs = 1
     torch = staticmethod(torch.relu)
 
     def pieces(self) -> Where:
@@ -336,6 +346,7 @@ class Relu(Primitive):
 class Power(Primitive):
     """b^e for an exponent that is not a small whole number."""
 
+    nargs = 2
     torch = staticmethod(torch.pow)
 
     def lowered(self) -> Expr:
@@ -364,6 +375,8 @@ class Power(Primitive):
 class PowerSlope(Primitive):
     """The derivative of b^e by b, from b, e and b^e. e is the same for all elements."""
 
+    nargs = 3
+
     @staticmethod
     def torch(base: Tensor, exponent: Tensor, value: Tensor) -> Tensor:
         return torch.where(exponent == 0, 0.0, exponent * base ** (exponent - 1))
@@ -372,6 +385,7 @@ class PowerSlope(Primitive):
 class XLogY(Primitive):
     """x log(y), 0 where x is 0 (unless y is nan)."""
 
+    nargs = 2
     torch = staticmethod(torch.xlogy)
 
     def derivatives(self) -> tuple[Expr, ...]:
@@ -397,6 +411,7 @@ def _sigmoids(x: Expr) -> tuple[Expr, Expr]:
 
 
 class Sigmoid(Primitive):
+    nargs = 1
     torch = staticmethod(torch.sigmoid)
 
     def derivatives(self) -> tuple[Expr, ...]:
@@ -412,12 +427,15 @@ class Sigmoid(Primitive):
 
 
 class SigmoidSlope(Primitive):
+    nargs = 1
+
     def lowered(self) -> Expr:
         small, large = _sigmoids(self.args[0])
         return small * large
 
 
 class LogSigmoid(Primitive):
+    nargs = 1
     torch = staticmethod(F.logsigmoid)
 
     def derivatives(self) -> tuple[Expr, ...]:
@@ -428,6 +446,8 @@ class LogSigmoid(Primitive):
 
 
 class Softplus(Primitive):
+    nargs = 1
+
     @staticmethod
     def torch(x: Tensor) -> Tensor:
         # Not F.softplus, which returns x from 20 on, with an error of 1e-10.
@@ -442,6 +462,8 @@ class Softplus(Primitive):
 
 class SechSquared(Primitive):
     """The slope of tanh: 1 - tanh^2 without cancellation."""
+
+    nargs = 1
 
     def lowered(self) -> Expr:
         e = ExpNonpositive(-2 * Abs(self.args[0]))
