@@ -1179,7 +1179,7 @@ def definitions() -> dict[str, tuple[Any, type[Exception], str]]:
         "subscript": (
             lambda input, target: input[..., 0] - target,
             TypeError,
-            "takes an element of what is one element already",
+            "takes an element of a single element",
         ),
         "tensor first": (lambda input, target: torch.ones(2) * input, TypeError, "parameters"),
         "numpy": (lambda input, target: numpy.exp(input), TypeError, "math or numpy"),
@@ -1200,8 +1200,8 @@ def test_bad_call(backend: str) -> None:
         charbonnier(x, x, epsilon=1.0)
     for eps, says in (
         (torch.tensor(1.0), r"a tensor of one number: pass tensor.item\(\)"),
-        (torch.ones(3), r"a tensor of shape \(3,\): it is one number for the whole call"),
-        (torch.nn.Parameter(torch.ones(1)), "a tensor that wants a gradient.*input or target"),
+        (torch.ones(3), r"a tensor of shape \(3,\): a parameter is one number for the whole call"),
+        (torch.nn.Parameter(torch.ones(1)), "a tensor that requires a gradient.*input or target"),
     ):
         with pytest.raises(TypeError, match=rf"eps must be a number, not {says}") as raised:
             charbonnier(x, x, eps=eps)

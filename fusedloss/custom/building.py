@@ -208,7 +208,7 @@ class Library:
         if chosen not in _warned_of:
             _warned_of.add(chosen)
             _caller.warn(
-                "fusedloss keeps no compiled losses, and each process compiles them anew: "
+                "fusedloss keeps no compiled losses, and each process compiles them again: "
                 f"{not_kept}. Set FUSEDLOSS_CACHE_DIR to a folder to which only you can write",
                 RuntimeWarning,
             )

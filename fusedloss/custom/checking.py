@@ -278,12 +278,12 @@ def _far_slopes(probe: _Probe) -> Iterator[str]:
         if size[2] > 1.5 * size[1] > 2.25 * size[0]:
             yield (
                 f"slope: grows without bound as input goes to {name} (at {x[2].item():g} it is "
-                f"{slope[2].item():.4g}): single outliers rule the gradient; clip_grad= bounds it"
+                f"{slope[2].item():.4g}): single outliers dominate the gradient; clip_grad= bounds it"
             )
         elif size[2] < 1e-3 and size[2] <= size[0]:
             yield (
                 f"slope: vanishes as input goes to {name} (at {x[2].item():g} it is "
-                f"{slope[2].item():.4g}): an element that far off is not learnt from"
+                f"{slope[2].item():.4g}): training learns nothing from elements that far off"
             )
     near = torch.tensor([1e-3, 1e-6, 1e-9], dtype=torch.float64)
     for edge in (0.0, 1.0):

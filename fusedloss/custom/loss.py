@@ -44,12 +44,12 @@ def _shown(value: Any) -> str:
         return reprlib.repr(value)
     if value.requires_grad:
         return (
-            "a tensor that wants a gradient, which parameters do not get: what should be learnt is "
-            "input or target, so expand it to input's shape and make it one of them"
+            "a tensor that requires a gradient, which parameters do not get: to learn it, expand it to "
+            "input's shape and pass it as input or target"
         )
     if value.numel() == 1:
         return "a tensor of one number: pass tensor.item()"
-    return f"a tensor of shape {tuple(value.shape)}: it is one number for the whole call"
+    return f"a tensor of shape {tuple(value.shape)}: a parameter is one number for the whole call"
 
 
 class PointwiseLoss:
@@ -320,7 +320,7 @@ class PointwiseLoss:
         if input.shape != target.shape:
             _caller.warn(
                 f"{self.__name__}: target of shape {tuple(target.shape)} differs from input's "
-                f"{tuple(input.shape)}, and is broadcast; make sure that is what is meant"
+                f"{tuple(input.shape)}, and is broadcast; make sure that this is intended"
             )
         return self._reference(input, target, weight, (*values, self._bound(clip_grad)), reduction)
 

@@ -338,7 +338,7 @@ class Formula:
 
     def __getitem__(self, index: Any) -> Any:
         raise TypeError(
-            f"{self}[{index}] takes an element of what is one element already: a loss sees no rows or "
+            f"{self}[{index}] takes an element of a single element: a loss sees no rows or "
             "channels, so pass the slices as input and target"
         )
 
@@ -473,7 +473,7 @@ def _checked(name: str, result: Any, known: set[Expr]) -> Expr:
             f"{name}: unknown symbol {', '.join(sorted(map(str, strange)))}; make it a parameter"
         )
     if not {str(s) for s in value.free_symbols} & {INPUT, TARGET}:
-        raise ValueError(f"{name} is {value}, whatever input and target: it has nothing to learn")
+        raise ValueError(f"{name} is {value}, for any input and target: it has nothing to learn")
     for node in sympy.preorder_traversal(value):
         if node.has(sympy.I, sympy.zoo, sympy.nan):
             raise ValueError(f"{name} is no real number: {value}")
