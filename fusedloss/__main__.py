@@ -20,9 +20,9 @@ NO_BENCH = (
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Hands over to the benchmark beside the package or, of an installed package, in this folder."""
+    """Runs the benchmark beside the package or, for an installed package, in the current folder."""
     for root in (Path(__file__).parent.parent, Path.cwd()):
-        # Another program's bench is not to be run in its place.
+        # The folder may have another program's bench.
         if (root / "bench" / "measure.py").is_file() and (root / "csrc" / "call.h").is_file():
             break
     else:
@@ -49,14 +49,14 @@ def run(arguments: Sequence[str]) -> int:
     """Runs a program as ``python SCRIPT`` or ``python -m MODULE`` does, under a patch, and then
     prints what the patch reached, however the program ended."""
     as_module = list(arguments[:1]) == ["-m"]
-    program, *_ = wanted = list(arguments[as_module:]) or ["-h"]
+    program, *_ = command = list(arguments[as_module:]) or ["-h"]
     if program in ("-h", "--help"):
         print(RUN_USAGE, file=sys.stderr)
         return 0 if program in arguments else 2
     if not as_module and not os.path.exists(program):
         print(f"fusedloss: no script {program!r} in {os.getcwd()}", file=sys.stderr)
         return 2
-    sys.argv[:] = wanted
+    sys.argv[:] = command
     patched = patch()
     try:
         with patched:
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     examination = commands.add_parser(
         "doctor",
         help="the usual troubles of an installation, and the cure of each",
-        epilog="The exit status is 1 where there is a trouble; a note is none.",
+        epilog="The exit status is 1 if there is a trouble, but not for a note.",
     )
     examination.add_argument(
         "--import",
@@ -88,15 +88,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="MODULE",
-        help="import this as well, as the program in question does; may be repeated",
+        help="import this as well, like the program in question; may be repeated",
     )
-    # What follows is the program's own.
+    # The program parses the arguments that follow.
     commands.add_parser(
         "run",
         help="run a script, or -m MODULE, with fused losses, and say which calls they reached",
         add_help=False,
     )
-    # What follows is the benchmark's own, --help too.
+    # The benchmark parses the arguments that follow, also --help.
     commands.add_parser("bench", help="the benchmark, with its own options", add_help=False)
     if argv[:1] == ["bench"]:
         return bench(argv[1:])

@@ -1,4 +1,4 @@
-"""The line outside of fusedloss and torch that a call comes from: where warnings are to point."""
+"""The line outside of fusedloss and torch that a call comes from: warnings point there."""
 
 from __future__ import annotations
 
@@ -13,18 +13,25 @@ from typing import Any, TypeVar
 import torch
 
 Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _INSIDE = (
     *(os.path.dirname(file) + os.sep for file in (__file__, torch.__file__)),
     "<frozen ",  # the import system
 )
-# By file name: a frame is asked about at every call that is counted.
+# By file name, since patch() looks at frames in every call that it counts.
 _inside: dict[str, bool] = {}
 _CALL = compile("call()", "", "eval")
 
 
+def constant_when_traced(function: Function) -> Function:
+    """:func:`torch.compiler.assume_constant_result`, which imports the whole compiler to set a mark."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def frame(start: FrameType | None = None) -> FrameType:
-    """The innermost frame of neither fusedloss nor torch, or else the outermost one."""
+    """The innermost frame outside of fusedloss and torch, or else the outermost frame."""
     found = start or sys._getframe(1)
     known = _inside.get
     while True:
@@ -41,9 +48,9 @@ def frame(start: FrameType | None = None) -> FrameType:
 
 
 def at_callers_line(function: Callable[..., Result], /, *args: Any, **options: Any) -> Result:
-    """``function(*args, **options)``, called as if from that line: what torch warns of there with
-    ``stacklevel=2`` is shown, filtered and counted as the caller's own."""
-    if torch.compiler.is_dynamo_compiling():  # which traces: there are no frames
+    """``function(*args, **options)``, called as if from that line, so that Python shows, filters and
+    counts torch's warnings with ``stacklevel=2`` as the caller's."""
+    if torch.compiler.is_dynamo_compiling():  # it traces, and there are no frames
         return function(*args, **options)
     found = frame()
     code = _CALL.replace(
@@ -55,10 +62,7 @@ def at_callers_line(function: Callable[..., Result], /, *args: Any, **options: A
     return result
 
 
+@constant_when_traced
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warns at that line."""
     at_callers_line(warnings.warn, message, category)
-
-
-# A tracing compiler calls it while it traces: see autograd.constant_when_traced.
-warn._dynamo_marked_constant = True  # type: ignore[attr-defined]

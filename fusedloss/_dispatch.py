@@ -1,6 +1,6 @@
-"""Which path a call takes, and why; and the way there.
+"""Which path a call takes, and why.
 
-A plain call takes the short way, in C++ (csrc/torch/python.cpp), which answers None to any other.
+A plain call takes the short way, in C++ (csrc/torch/python.cpp), which returns None for all others.
 The long way below finds the reason why a call cannot be fused, or calls the operator.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from types import CodeType
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.nn import Parameter
 from torch.nn._reduction import legacy_get_string
 from torch.overrides import (
     TorchFunctionMode,
+    _get_current_function_mode_stack,
     _pop_mode,
     _push_mode,
     handle_torch_function,
@@ -29,7 +31,7 @@ from torch.overrides import (
 )
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import _caller, autograd, backends
+from . import _caller, backends
 from ._losses import Loss
 from .reference import REDUCTIONS, class_weight
 
@@ -41,8 +43,8 @@ NO_TORCHSCRIPT = (
 _DISABLED = torch._C._disabled_torch_function_impl
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
-# The public functions by name; torch's own of these names, and back: what handlers of torch
-# functions know. fusedloss.functional fills them in.
+# The public functions by name, and the pairs of torch's function, which handlers of torch functions
+# know, and ours. fusedloss.functional fills them in.
 PUBLIC: dict[str, Callable[..., Any]] = {}
 TORCHS: dict[Any, Any] = {}
 OURS: dict[Any, Any] = {}
@@ -70,14 +72,14 @@ class _Explained(BaseException):
 
 
 _explaining: int | None = None  # the thread that is explaining a call
-_explaining_lock = threading.RLock()  # what is explained may explain in turn
+_explaining_lock = threading.RLock()  # explain() may be called by the function that it explains
 
 
 def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
     """Which path ``fn(*args, **kwargs)`` takes, and why, without computing it.
 
     Args:
-        fn: what calls a fused loss: a function of :mod:`fusedloss.functional`, a module of
+        fn: anything that calls a fused loss: a function of :mod:`fusedloss.functional`, a module of
             :mod:`fusedloss`, a custom loss, or a whole model whose forward pass ends in one.
             It runs as far as its first fused loss, whose path is the answer.
 
@@ -99,8 +101,8 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
 
 @dataclass(slots=True)
 class Call:
-    """A line that calls a loss, the path that its calls take, and how many there were: 0 where a
-    compiler has traced it, since the graph that it made counts nothing."""
+    """A line that calls a loss, the path that its calls take, and how many there were: 0 if a compiler
+    has traced it, since the compiled graph counts nothing."""
 
     file: str
     line: int
@@ -112,57 +114,53 @@ class Call:
 
 
 _FUSED = "value and gradient in one pass over the inputs"
-# What patch() counts: a table for each patch that is on, by place in the code, loss and path (None:
-# the short way, which is fused).
+# A table of calls for each patch() that is on, by place in the code, loss and path (None: the short
+# way, which is fused).
 _counted: tuple[dict[Any, Call], ...] = ()
 
 
 def _count(loss: str, path: Explanation | None = None, calls: int = 1) -> None:
-    frame = _caller.frame(sys._getframe(2))  # the first two are here
+    frame = _caller.frame(sys._getframe(2))  # the first two are of this file
     while not calls and frame.f_code.co_filename == "<string>" and frame.f_back:
-        frame = _caller.frame(frame.f_back)  # that one is of torch.fx
+        frame = _caller.frame(frame.f_back)  # the one before is code that torch.fx has made
     code = frame.f_code
     key = (id(code), frame.f_lasti, loss, path)
     for table in _counted:
         call = table.get(key)
         if call is None:
-            told = path or Explanation("compiled", True, (_FUSED,))
+            shown = path or Explanation("compiled", True, (_FUSED,))
             call = table[key] = Call(
-                code.co_filename, frame.f_lineno or 0, code.co_name, loss, told, 0, code
+                code.co_filename, frame.f_lineno or 0, code.co_name, loss, shown, 0, code
             )
         call.calls += calls
 
 
 def _listening() -> bool:
-    """Whether anyone wants to know which path a call takes."""
+    """Whether calls report their paths, to explain() or patch()."""
     return _explaining is not None or bool(_counted)
 
 
-def _backend(reason: str | None, input: Any) -> str | None:
-    """The first backend for input's device, if the call is fused."""
-    return backends.fused_on[input.device.type] if reason is None else None
+@_caller.constant_when_traced
+def _report(loss: str, reason: str | None, backend: str = "", *more: str) -> None:
+    """Reports the path of a call that did not take the short way to explain() or patch().
 
-
-@autograd.constant_when_traced
-def _report(loss: str, reason: str | None, backend: str | None, *more: str) -> None:
-    """The path of a call that did not take the short way, to whoever asked for it.
-
-    reason: why it is not fused; backend: which takes it if it is; more: on the why."""
-    path = Explanation("reference", False, (reason,)) if reason is not None else None
-    if path is None:
-        path = Explanation(backend or "", True, (_FUSED, *more))
+    reason: why it is not fused. backend: the one that computes a fused call; more: why that one."""
+    if reason is not None:
+        path = Explanation("reference", False, (reason,))
+    else:
+        path = Explanation(backend, True, (_FUSED, *more))
     if _explaining == threading.get_ident():
         raise _Explained(path)
     _count(loss, path, calls=0 if torch.compiler.is_compiling() else 1)
 
 
-@autograd.constant_when_traced
+@_caller.constant_when_traced
 def _transformed() -> bool:
-    """Whether a torch.func transform is active; a tracing compiler is inside of it as well."""
+    """Whether a torch.func transform is active. (A compiler that traces its inside sees it as well.)"""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-@autograd.constant_when_traced
+@_caller.constant_when_traced
 def _draft_exported() -> bool:
     """Whether torch.export.draft_export is tracing."""
     config = sys.modules.get("torch._functorch.config")
@@ -170,7 +168,7 @@ def _draft_exported() -> bool:
 
 
 def _sees_functions(value: Any) -> bool:
-    """Whether it is a tensor of a class of its own that sees torch functions."""
+    """Whether the value is a tensor of a subclass that overrides torch functions."""
     kind = type(value)
     if kind is Tensor or kind is Parameter:
         return False
@@ -178,17 +176,19 @@ def _sees_functions(value: Any) -> bool:
 
 
 def _overrides(value: Any) -> bool:
-    """Whether a tensor's own class is to see torch functions, or holds other tensors."""
+    """Whether a tensor's subclass overrides torch functions or wraps other tensors."""
     return _sees_functions(value) or is_traceable_wrapper_subclass(value)
 
 
-def _obstacle(input: Any, target: Any, *others: Any, target_gradient: bool = False) -> str | None:
-    """Why no fused kernel takes these tensors, before their shapes and dtypes; None: one does.
+def _why_not_fused(
+    input: Any, target: Any, *others: Any, target_gradient: bool = False
+) -> str | None:
+    """Why no fused kernel takes these tensors, apart from shapes and dtypes; None: one does.
 
-    target_gradient: a kernel gives the gradient for target too.
+    target_gradient: the kernels also give the gradient for target.
     """
     if torch._C._get_tracing_state() is not None:
-        if _counted:  # patch() is on: the call may be in code that knows nothing of fusedloss
+        if _counted:  # under patch() the calling code may not know fusedloss
             return "torch.jit is tracing"
         raise RuntimeError(NO_TORCHSCRIPT)
     if any(map(_overrides, (input, target, *others))):
@@ -198,13 +198,13 @@ def _obstacle(input: Any, target: Any, *others: Any, target_gradient: bool = Fal
     if input.device != target.device:
         return f"input is on {input.device} and target on {target.device}"
     if input.device.type not in backends.fused_on:
-        return backends.obstacle(input.device.type)
+        return backends.why_not_fused(input.device.type)
     if input.layout is not torch.strided or target.layout is not torch.strided:
         return f"layouts {input.layout} and {target.layout} are not both strided"
     if input.is_nested or target.is_nested:
         return "a nested tensor is involved"
-    # It runs each operator to see whether that writes to its arguments, and takes an optional tensor
-    # that is None for one that was written to.
+    # draft_export runs each operator to see whether it writes to its arguments, and mistakes an
+    # optional tensor that is None for one that was written to.
     if torch.compiler.is_exporting() and _draft_exported():
         return "torch.export.draft_export is tracing"
     if _transformed():
@@ -214,9 +214,9 @@ def _obstacle(input: Any, target: Any, *others: Any, target_gradient: bool = Fal
     grad = torch.is_grad_enabled()
     if grad and target.requires_grad and not target_gradient:
         return "a gradient for target is wanted"
-    # Ours needs them in backward, and torch may do without. (A compiler does not trace the question.)
-    wanted = input.requires_grad or target.requires_grad
-    saved = grad and wanted and not torch.compiler.is_compiling()
+    # Our backward needs both, and torch's may not. (A compiler cannot trace is_inference.)
+    needs_gradient = input.requires_grad or target.requires_grad
+    saved = grad and needs_gradient and not torch.compiler.is_compiling()
     if saved and target.is_inference():
         return "target is an inference tensor, which cannot be saved for backward"
     if saved and input.is_inference():
@@ -240,12 +240,8 @@ def _obstacle(input: Any, target: Any, *others: Any, target_gradient: bool = Fal
 
 
 def _overridden(*tensors: Any) -> bool:
-    """Whether a tensor's class or a mode sees torch functions. (A compiler sees to that itself.)"""
+    """Whether a tensor's class or a mode overrides torch functions. (A compiler handles that itself.)"""
     return not torch.compiler.is_compiling() and has_torch_function(tensors)
-
-
-def _active_modes() -> list[TorchFunctionMode]:
-    return [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
 
 
 def _set_modes(modes: Sequence[TorchFunctionMode]) -> None:
@@ -257,8 +253,8 @@ def _set_modes(modes: Sequence[TorchFunctionMode]) -> None:
 
 @contextmanager
 def _only_modes(modes: Sequence[TorchFunctionMode]) -> Iterator[None]:
-    """These alone are on; the last one is asked first."""
-    found = _active_modes()
+    """Only these are on; torch calls the last one first."""
+    found = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     _set_modes(modes)
     try:
         yield
@@ -267,7 +263,7 @@ def _only_modes(modes: Sequence[TorchFunctionMode]) -> Iterator[None]:
 
 
 class _BelowModes(TorchFunctionMode):
-    """Below the caller's modes: a call that they let pass comes back from torch's function to ours."""
+    """Lies below the caller's modes, and replaces torch's function by ours in a call that they pass on."""
 
     def __init__(self, function: Any, options: dict[str, Any]) -> None:
         super().__init__()
@@ -278,7 +274,7 @@ class _BelowModes(TorchFunctionMode):
         self.reached = True
         ours = OURS.get(func, func)
         function, options = self._offered
-        # torch's l1_loss leaves its weight out where it hands a call on.
+        # torch's l1_loss leaves its weight out when it passes a call on.
         left_out = options if ours is function else {}
         return ours(*args, **{**left_out, **(kwargs or {})})
 
@@ -290,17 +286,17 @@ def _offer(
     options: dict[str, Any],
     again: Callable[[], Any],
 ) -> Any:
-    """Offers ``function(*args, **options)`` to what overrides it, as a call of torch's own function.
+    """Offers ``function(*args, **options)`` to the modes and subclasses that override it.
 
-    torch's own offers the function that its name stands for, and under patch() that is ours: no
-    handler would know it. again: makes the same call, where nobody overrides it; a partial, since
-    a closure would make every call allocate its cells.
+    It offers torch's function itself. (torch would offer the function that has its name in torch.nn.
+    functional, which is ours under patch(), and which no handler knows.) again: makes the same call
+    if nobody overrides it. It is a partial, since a closure would allocate its cells in every call.
     """
-    from torch.utils._device import DeviceContext  # there as soon as one is on
+    from torch.utils._device import DeviceContext  # imported already if one is on
 
     theirs = TORCHS.get(function, function)
-    active = _active_modes()
-    # A loss makes no tensor, so a default device has no part in it.
+    active = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    # A default device changes nothing, since a loss makes no tensor.
     devices = [mode for mode in active if type(mode) is DeviceContext]
     if len(devices) < len(active):
         ours = _BelowModes(function, options)
@@ -310,11 +306,11 @@ def _offer(
         with _only_modes(active):
             value = handle_torch_function(theirs, tensors, *args, **options)
         if _listening() and not ours.reached:
-            _report(function.__name__, "a TorchFunctionMode has computed it", None)
+            _report(function.__name__, "a TorchFunctionMode has computed it")
         return value
     if any(map(_sees_functions, tensors)):
         if _listening():
-            _report(function.__name__, "a tensor subclass is involved", None)
+            _report(function.__name__, "a tensor subclass is involved")
         with _only_modes(()):
             return handle_torch_function(theirs, tensors, *args, **options)
     with torch._C.DisableTorchFunction():
@@ -325,7 +321,7 @@ def _offer(
 
 
 def _autocast_refuses(device: str) -> bool:
-    """Whether autocast is on where torch then refuses binary_cross_entropy, with an error."""
+    """Whether torch raises an error for binary_cross_entropy, which it does under GPU autocast."""
     return device != "cpu" and torch.is_autocast_enabled(device)
 
 
@@ -334,7 +330,7 @@ def _result_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype | str:
     dtype = input.dtype
     if dtype not in _DTYPES:
         return f"dtype {dtype} has no fused kernel"
-    # Under autocast torch computes every loss in float32; ours reads the tensors as they are.
+    # Under autocast torch casts the inputs of every loss to float32; our kernels read them as they are.
     if torch.is_autocast_enabled(input.device.type) and dtype is not torch.float64:
         for other in others:
             if other is not None and (other.dtype not in _DTYPES or other.dtype is torch.float64):
@@ -354,58 +350,33 @@ def _broadcasts_to(small: Tensor, big: Tensor) -> bool:
     return offset >= 0 and all(n in (1, shape[offset + d]) for d, n in enumerate(small.shape))
 
 
-@autograd.constant_when_traced
+@_caller.constant_when_traced
 def _legacy(size_average: bool | None, reduce: bool | None) -> str:
-    """The reduction that these deprecated options mean, with torch's warning."""
+    """The reduction that the deprecated options stand for, with torch's warning."""
     return _caller.at_callers_line(legacy_get_string, size_average, reduce)
 
 
 def _plain_calls() -> bool:
-    """Whether the short way into the operators is open: it explains and traces nothing."""
+    """Whether the short way into the operators is open: it can neither explain nor trace."""
     return not torch.compiler.is_compiling() and backends.compiled_runs and _explaining is None
 
 
-def left_to_inductor(input: Any, least: int) -> bool:
-    """Whether torch.compile gets a loss in plain PyTorch: one of few elements, as in torch's own.
+def _left_to_inductor(input: Any, least: int) -> bool:
+    """Whether torch.compile gets the loss in plain PyTorch, which it does for few elements.
 
-    least: the elements from which on one pass saves more than an operator costs a compiled step. That
-    is some 30 us, for its call and its guards, and since Inductor fuses nothing into it.
+    least: from that many elements on, one pass saves more time than an operator costs in a compiled
+    step: about 30 us, for its call, its guards, and because Inductor cannot fuse anything into it.
     """
     return (
         torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
-        and backends.unchosen
+        and backends.automatic()
         and isinstance(input, Tensor)
         and input.numel() < least
     )
 
 
 # ---- one call ------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Operands:
-    """What the kernels take of a call's arguments."""
-
-    input: Any
-    target: Any
-    weight: Any
-    pos_weight: Any
-    reduction: Any
-    parameter: Any
-    ignore_index: Any
-
-    @staticmethod
-    def of(loss: Loss, args: tuple[Any, ...]) -> Operands:
-        return Operands(
-            args[0],
-            args[1],
-            loss.value(args, "weight"),
-            loss.value(args, "pos_weight"),
-            loss.value(args, "reduction"),
-            loss.value(args, loss.parameter),
-            loss.value(args, "ignore_index"),
-        )
 
 
 def run(loss: Loss, args: tuple[Any, ...], prediction: Tensor | None = None) -> Tensor:
@@ -420,88 +391,80 @@ def run(loss: Loss, args: tuple[Any, ...], prediction: Tensor | None = None) -> 
 
 
 def _run_any(loss: Loss, args: tuple[Any, ...], prediction: Tensor | None) -> Tensor:
-    if loss.value(args, "size_average") is not None or loss.value(args, "reduce") is not None:
-        args = _without_legacy(loss, args)
-    call = Operands.of(loss, args)
-    tensors = call.input, call.target, call.weight, call.pos_weight
-    if left_to_inductor(call.input, loss.few):
+    call = dict(zip(loss.arguments, args, strict=True))
+    if call.get("size_average") is not None or call.get("reduce") is not None:
+        call["reduction"] = _legacy(call["size_average"], call["reduce"])
+        call["size_average"] = call["reduce"] = None
+        args = tuple(call.values())
+    input, target = args[:2]
+    weights = call.get("weight"), call.get("pos_weight")
+    if _left_to_inductor(input, loss.few):
         if _listening():
-            _report(loss.name, "few elements, which are left to the compiler", None)
+            _report(loss.name, "few elements, which are left to the compiler")
         return loss.reference(*args)
-    if _overridden(*tensors):
+    if _overridden(input, target, *weights):
         options = dict(zip(loss.arguments[2:], args[2:], strict=True))
         again = partial(run, loss, args, prediction)
+        tensors = input, target, *weights
         return _offer(PUBLIC[loss.name], tensors, args[:2], options, again)  # type: ignore[no-any-return]
-    dtype: torch.dtype | str | None = None
-    reason = _unfit(loss, call) or _obstacle(*tensors)
+    backend, dtype = "", None
+    reason = _unfit(loss, call) or _why_not_fused(input, target, *weights)
     if reason is None:
-        indices = loss.over_classes and call.target.dtype is torch.int64
-        dtype = _result_dtype(call.input, None if indices else call.target, *tensors[2:])
+        indices = loss.over_classes and target.dtype is torch.int64
+        dtype = _result_dtype(input, None if indices else target, *weights)
         if isinstance(dtype, str):
             reason = dtype
         else:
             reason = (_unfit_rows if loss.over_classes else _unfit_elements)(loss, call)
+    if reason is None:
+        backend = backends.fused_on[input.device.type]
     if _listening():
-        _report(loss.name, reason, _backend(reason, call.input))
+        _report(loss.name, reason, backend)
     if reason is not None:
-        traced = torch._C._get_tracing_state() is not None  # and warns of each comparison
-        if traced or getattr(args[0], "shape", None) == getattr(args[1], "shape", None):
+        traced = torch._C._get_tracing_state() is not None  # and warns about every comparison
+        if traced or getattr(input, "shape", None) == getattr(target, "shape", None):
             return loss.reference(*args)
-        return _caller.at_callers_line(loss.reference, *args)  # which warns, or raises an error
+        return _caller.at_callers_line(loss.reference, *args)  # it warns, or raises an error
     assert isinstance(dtype, torch.dtype)
-    return _call_operator(loss, call, dtype, prediction)
+    return _run_fused(loss, call, backend, dtype, prediction)
 
 
-def _without_legacy(loss: Loss, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with the deprecated options' meaning in ``reduction``."""
-    changed = dict(zip(loss.arguments, args, strict=True))
-    changed["reduction"] = _legacy(changed["size_average"], changed["reduce"])
-    changed["size_average"] = changed["reduce"] = None
-    return tuple(changed.values())
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float | int) and not isinstance(value, bool)
-
-
-def _int64(value: Any) -> bool:
-    return type(value) is int and -(1 << 63) <= value < 1 << 63
-
-
-def _unfit(loss: Loss, call: Operands) -> str | None:
+def _unfit(loss: Loss, call: dict[str, Any]) -> str | None:
     """Why the kernels do not take the loss's parameter."""
     if not loss.parameter:
         return None
-    value = call.parameter
-    if _is_number(value) and (loss.low <= value <= loss.high or (loss.at_zero and value == 0)):
+    value = call[loss.parameter]
+    is_number = isinstance(value, float | int) and not isinstance(value, bool)
+    if is_number and (loss.low <= value <= loss.high or (loss.at_zero and value == 0)):
         return None
     return f"{loss.parameter} {value!r} is outside of the kernels' domain"
 
 
-def _unfit_elements(loss: Loss, call: Operands) -> str | None:
-    """Why a loss of elements is not fused for these shapes and options."""
-    input, target = call.input, call.target
-    if type(call.reduction) is not str or call.reduction not in REDUCTIONS:
-        return f"reduction {call.reduction!r}"
+def _unfit_elements(loss: Loss, call: dict[str, Any]) -> str | None:
+    """Why a loss over elements is not fused for these shapes and options."""
+    input, target, weight = call["input"], call["target"], call.get("weight")
+    if type(call["reduction"]) is not str or call["reduction"] not in REDUCTIONS:
+        return f"reduction {call['reduction']!r}"
     if input.shape != target.shape:
         return f"shapes differ: {tuple(input.shape)} and {tuple(target.shape)}"
     if loss.name == "binary_cross_entropy" and _autocast_refuses(input.device.type):
         return "torch refuses it under autocast, as unsafe"
     broadcasts = loss.weight == "broadcasts"
-    if call.weight is not None and not broadcasts and torch.is_autocast_enabled(input.device.type):
+    if weight is not None and not broadcasts and torch.is_autocast_enabled(input.device.type):
         return "autocast leaves a weighted regression loss in its inputs' dtype"
-    for w in (call.weight, call.pos_weight):
+    for w in (weight, call.get("pos_weight")):
         if w is None or w.shape == input.shape or (broadcasts and _broadcasts_to(w, input)):
             continue
         return f"a weight of shape {tuple(w.shape)}"
     return None
 
 
-def _unfit_rows(loss: Loss, call: Operands) -> str | None:
+def _unfit_rows(loss: Loss, call: dict[str, Any]) -> str | None:
     """Why a loss over a class dimension is not fused for these shapes and options."""
-    input, target = call.input, call.target
-    if type(call.reduction) is not str or call.reduction not in REDUCTIONS:
-        return f"reduction {call.reduction!r}"
+    input, target, weight = call["input"], call["target"], call["weight"]
+    ignore_index = call["ignore_index"]
+    if type(call["reduction"]) is not str or call["reduction"] not in REDUCTIONS:
+        return f"reduction {call['reduction']!r}"
     if input.dim() == 0:
         return "input has no class dimension"
     shape = input.shape
@@ -512,29 +475,45 @@ def _unfit_rows(loss: Loss, call: Operands) -> str | None:
             return f"shapes {tuple(shape)} and {tuple(target.shape)}"
     elif target.shape != shape:
         return f"shapes differ: {tuple(shape)} and {tuple(target.shape)}"
-    if call.weight is not None and call.weight.shape != (classes,):
-        return f"a weight of shape {tuple(call.weight.shape)}"
-    if not _int64(call.ignore_index):
-        return f"ignore_index {call.ignore_index!r}"
-    if call.ignore_index >= 0 and not indices:
+    if weight is not None and weight.shape != (classes,):
+        return f"a weight of shape {tuple(weight.shape)}"
+    if type(ignore_index) is not int or not -(1 << 63) <= ignore_index < 1 << 63:
+        return f"ignore_index {ignore_index!r}"
+    if ignore_index >= 0 and not indices:
         return "ignore_index is given with class probabilities"
     if classes > 1 << 24:
-        # Far beyond what the kernels have been tested with.
+        # Far beyond the sizes that the kernels have been tested with.
         return f"{classes} classes"
     if loss.name == "log_loss" and indices and input.dim() > 8 and not input.is_cpu:
         return f"class indices over {input.dim()} dimensions"
     return None
 
 
-def _call_operator(
-    loss: Loss, call: Operands, dtype: torch.dtype, prediction: Tensor | None
+@_caller.constant_when_traced
+def _load_triton() -> bool:
+    """Defines Triton's operators, at their first use and outside of a compiler's trace."""
+    import_module("fusedloss.backends.triton")
+    return True
+
+
+def operator(backend: str) -> Any:
+    """The operator of a backend that computes a fused call, and is differentiable."""
+    if backend == "compiled":
+        return torch.ops.fusedloss.loss.default
+    _load_triton()
+    return torch.ops.fusedloss_triton.loss.default
+
+
+def _run_fused(
+    loss: Loss, call: dict[str, Any], backend: str, dtype: torch.dtype, prediction: Tensor | None
 ) -> Tensor:
-    """The fused call of what _run_any has found to fit."""
-    input, weight = call.input, call.weight
-    name, parameters = loss.name, [float(call.parameter)] if loss.parameter else []
-    if loss.at_zero and call.parameter == 0:
+    input, target, weight = call["input"], call["target"], call.get("weight")
+    reduction, pos_weight = call["reduction"], call.get("pos_weight")
+    parameter = call[loss.parameter] if loss.parameter else None
+    name, parameters = loss.name, [] if parameter is None else [float(parameter)]
+    if loss.at_zero and parameter == 0:
         name, parameters = loss.at_zero, []
-    more = [] if call.pos_weight is None else [call.pos_weight]
+    more = [] if pos_weight is None else [pos_weight]
     if more:
         name += "_pos_weight"
     wide = dtype
@@ -542,16 +521,16 @@ def _call_operator(
     if rows_of_elements:
         parameters = [torch.finfo(input.dtype).eps]
         weight = None if weight is None else class_weight(weight, input)
-        # Elements that are added up to rows are rounded after that, once.
-        if call.reduction == "none":
+        # The elements are added up to rows below, and rounded only once, after that.
+        if reduction == "none":
             wide = torch.promote_types(dtype, torch.float32)
     elif loss.over_classes and input.dim() > 3 and not _joins_inner_dimensions(input):
         input = input.contiguous()
-    value = autograd.loss(
-        backends.fused_on[input.device.type], input, call.target, weight, more, name, parameters,
-        call.ignore_index or 0, REDUCTIONS[call.reduction], wide, prediction,
+    value: Tensor = operator(backend)(
+        input, target, weight, more, name, parameters, call.get("ignore_index") or 0,
+        REDUCTIONS[reduction], wide, prediction,
     )  # fmt: skip
-    if rows_of_elements and call.reduction == "none":
+    if rows_of_elements and reduction == "none":
         return value.sum(1 if input.dim() > 1 else 0).to(dtype)
     return value
 

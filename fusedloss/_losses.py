@@ -1,12 +1,12 @@
-"""The table of losses: the arguments of each, and what its kernels take of them.
+"""The table of losses: the arguments of each, and which of them its kernels take.
 
-The C++ table (csrc/losses.cpp), Triton's, the reference and the tests are held to this one by
-tests/test_losses.py.
+tests/test_losses.py compares the tables of C++ (csrc/losses.cpp) and Triton, the reference and the
+tests with this one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,16 +24,16 @@ class Loss:
     """One loss.
 
     Attributes:
-        name: of the public function, and of the operators' loss.
-        reference: the same in plain PyTorch.
-        arguments: of both, in order; input and target come first.
-        weight: what ``weight`` is for: each "element", each element of a shape that it "broadcasts"
-            to, or each "class"; a loss over classes is one over rows.
+        name: the name of the public function, and the operators' name of the loss.
+        reference: the loss in plain PyTorch.
+        arguments: the names of both functions' arguments, in order; input and target come first.
+        weight: there is one ``weight`` for each "element", or for each "class", or it "broadcasts"
+            to the elements. A loss over classes is one over rows.
         parameter: the argument that is a number for the kernel.
         low, high: the kernel's domain of that number.
-        at_zero: the operators' loss where that number is 0, without a parameter.
-        few: the elements below which torch.compile gets the loss in plain PyTorch; see
-            ``_dispatch.left_to_inductor``.
+        at_zero: the operators' loss for the number 0, which takes no parameter.
+        few: below that many elements torch.compile gets the loss in plain PyTorch; see
+            ``_dispatch._left_to_inductor``.
     """
 
     name: str
@@ -48,16 +48,12 @@ class Loss:
 
     @cached_property
     def number(self) -> int:
-        """What the short way in C++ knows it by."""
+        """The loss's number in the short way in C++."""
         number: int = _C.define(
             self.name, self.arguments, self.weight, self.parameter, self.low, self.high,
             self.at_zero,
         )  # fmt: skip
         return number
-
-    def value(self, args: Sequence[Any], argument: str) -> Any:
-        """An argument of a call; None where the loss has none of that name."""
-        return args[self.arguments.index(argument)] if argument in self.arguments else None
 
     @property
     def over_classes(self) -> bool:
@@ -75,7 +71,7 @@ LOSSES: dict[str, Loss] = {
             reference.smooth_l1_loss,
             ("input", "target", *_LEGACY, "beta"),
             parameter="beta",
-            # The kernel divides by its reciprocal, a number like any other.
+            # The kernel multiplies by 1 / beta, which must be a normal float as well.
             low=1e-30,
             high=1e30,
             at_zero="l1_loss",

@@ -17,19 +17,19 @@ from pathlib import Path
 
 NVCC_FLAGS = [
     *("-std=c++20", "-O3", "--expt-relaxed-constexpr"),
-    # A gradient has the same bits from every kernel that forms it, whatever else that computes.
+    # A gradient has the same bits from every kernel that computes it.
     "-fmad=false",
 ]
 
-# For formulas that stand side by side: each alone is a chain that waits for itself. GCC's own flags:
-# clang refuses them.
+# A formula alone is one chain of dependent instructions: these flags interleave several formulas. GCC
+# only: clang refuses them.
 GCC_SCHEDULING = ["-fschedule-insns", "-fsched-pressure"]
 
 
 def run(
     *command: str, seconds: float = 60.0, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a compiler. Where it takes longer than that it is ended, with what it has started.
+    """Runs a compiler. After that many seconds, kills it and the processes that it has started.
 
     Raises:
         OSError: it cannot be started; TimeoutError: it took longer.
@@ -46,7 +46,7 @@ def run(
     ) as process:
         try:
             out, err = process.communicate(timeout=seconds)
-        except BaseException as error:  # an interrupt from the keyboard too, which it does not get
+        except BaseException as error:  # also Ctrl-C, which does not reach the new session
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
@@ -55,6 +55,29 @@ def run(
                 ) from error
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler: CXX, else the first of the usual names on the PATH."""
+    chosen = os.environ.get("CXX")
+    names = (chosen,) if chosen else ("c++", "g++", "clang++")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = (os.environ.get("NVCC"), home and str(Path(home, "bin", "nvcc")), "nvcc")
+    return next(filter(None, (shutil.which(name) for name in candidates if name)), None)
+
+
+def nvcc_release(nvcc: str) -> str | None:
+    """The CUDA release that nvcc reports, such as "13.0".
+
+    Raises:
+        OSError: it does not run.
+    """
+    release = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))
+    return release and release[1]
 
 
 @functools.cache
@@ -68,7 +91,7 @@ def is_clang(compiler: str) -> bool:
 
 @dataclass(frozen=True)
 class Toolkit:
-    """A CUDA toolkit, by what its own nvcc says of it."""
+    """A CUDA toolkit, as its nvcc describes it."""
 
     nvcc: str
     version: str
@@ -82,25 +105,22 @@ def output_of(*command: str) -> str:
 
 
 def find_toolkit() -> Toolkit | str:
-    """The CUDA toolkit for torch's own CUDA version; or, as text, why there is none."""
+    """The CUDA toolkit of torch's CUDA version; or, as text, why there is none."""
     import torch
 
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = (os.environ.get("NVCC"), home and str(Path(home, "bin", "nvcc")), "nvcc")
-    nvcc = next((found for name in candidates if name and (found := shutil.which(name))), None)
+    nvcc = find_nvcc()
     if nvcc is None:
         return "no nvcc: neither NVCC, nor CUDA_HOME/bin/nvcc, nor nvcc on the PATH"
-    # Not guessed from where nvcc lies, which may be a script that calls another.
+    # nvcc may be a script that calls another one, so its folder says nothing about the toolkit.
     try:
         says = output_of(nvcc, "--dryrun", "-o", os.devnull, "empty.cu")
-        release = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))
+        version = nvcc_release(nvcc)
     except OSError as error:
         return f"{nvcc} does not run: {error}"
-    if release is None:
+    if version is None:
         return f"{nvcc} --version names no release"
-    version = release[1]
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
         return f"{nvcc} is of CUDA {version}, and torch of CUDA {torch.version.cuda}"
 
@@ -112,7 +132,7 @@ def find_toolkit() -> Toolkit | str:
 
 
 def chosen_architectures() -> list[str]:
-    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST; none where that is not set."""
+    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST; none if that is not set."""
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return []
     from torch.utils.cpp_extension import _get_cuda_arch_flags

@@ -1,6 +1,6 @@
 """``python -m fusedloss doctor``: the usual troubles of an installation, and the cure of each.
 
-Nothing here needs a torch that imports: where it does not, :func:`torch_does_not_import` says why
+Nothing here needs a working torch: if torch does not import, :func:`torch_does_not_import` says why
 when fusedloss is imported.
 """
 
@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from importlib import import_module, metadata, util
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import unquote, urlparse
+
+from . import _toolkit
 
 PACKAGE = Path(__file__).parent
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
@@ -30,9 +32,9 @@ Version = tuple[int, int]
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, and what to do about it.
+    """What was found, and what to do about it.
 
-    ``"trouble"``: something does not run, or runs slower, that could; ``"note"``: nothing is wrong
+    ``"trouble"``: something does not run, or runs slower than it could; ``"note"``: nothing is wrong
     now, but a build, or another program in the same process, would suffer.
     """
 
@@ -66,18 +68,18 @@ def _distribution() -> metadata.Distribution | None:
 def _editable_source() -> Path | None:
     """The folder that `pip install -e` was given, if it was."""
     found = _distribution()
-    told = json.loads(found and found.read_text("direct_url.json") or "{}")
-    if not told.get("dir_info", {}).get("editable"):
+    source = json.loads(found and found.read_text("direct_url.json") or "{}")
+    if not source.get("dir_info", {}).get("editable"):
         return None
-    return Path(unquote(urlparse(told["url"]).path))
+    return Path(unquote(urlparse(source["url"]).path))
 
 
 def _reinstall() -> str:
-    """The command that builds the extension anew, against the torch that is installed."""
+    """The command that builds the extension again, against the installed torch."""
     pip = f"{sys.executable} -m pip install"
     if (PACKAGE.parent / "setup.py").is_file():
         return f"{pip} --no-deps -e {PACKAGE.parent}"
-    # Neither a wheel that was built elsewhere, nor one that pip has kept.
+    # No wheel that was built elsewhere, and none from pip's cache.
     return f"{pip} --force-reinstall --no-deps --no-cache-dir SOURCE  (a checkout or the sdist)"
 
 
@@ -116,9 +118,9 @@ def torch_does_not_import(error: BaseException) -> str:
 
 
 def torch_release(found: str, requirements: Sequence[str] | None) -> Iterator[Finding]:
-    """Whether torch is of a release that this installation asks for."""
-    wanted = [r for r in requirements or () if re.match(r"torch\b", r) and ";" not in r]
-    for sign, version in re.findall(r"(==|>=|<)\s*([\w.]+)", " ".join(wanted)):
+    """Whether the torch release is one that this installation requires."""
+    required = [r for r in requirements or () if re.match(r"torch\b", r) and ";" not in r]
+    for sign, version in re.findall(r"(==|>=|<)\s*([\w.]+)", " ".join(required)):
         if sign == "==":
             fits = found.split("+")[0] == version
         else:
@@ -126,7 +128,7 @@ def torch_release(found: str, requirements: Sequence[str] | None) -> Iterator[Fi
         if not fits:
             yield Finding(
                 "trouble",
-                f"torch {found}, and fusedloss was installed for {wanted[0]}",
+                f"torch {found}, and fusedloss was installed for {required[0]}",
                 f"{_reinstall()}; or install the torch that it was built for",
             )
             return
@@ -172,11 +174,9 @@ def no_extension(package: Path = PACKAGE, path: Sequence[str] | None = None) -> 
 
 def handing_over() -> bool:
     """Whether ``python -m fusedloss`` is starting in a folder whose copy hides the installed one."""
-    # What sys.argv has there while a module is being looked for.
-    return sys.argv[:1] == ["-m"] and _hidden(PACKAGE, sys.path) is not None and _is_command()
-
-
-def _is_command() -> bool:
+    # "-m" is what sys.argv has while Python looks for the module.
+    if sys.argv[:1] != ["-m"] or _hidden(PACKAGE, sys.path) is None:
+        return False
     return any(word.endswith(("fusedloss", "fusedloss.__main__")) for word in sys.orig_argv)
 
 
@@ -188,7 +188,7 @@ runpy.run_module("fusedloss", run_name="__main__", alter_sys=True)
 
 
 def hand_over() -> None:
-    """Where this copy, of a source folder, hides the installed one, that one runs the command."""
+    """Lets the installed copy run the command, if this copy, of a source folder, hides it."""
     hidden = _hidden(PACKAGE, sys.path)
     if hidden is None:
         return
@@ -201,7 +201,7 @@ def hand_over() -> None:
 
 
 def stray(package: Path, path: Sequence[str], here: Path) -> Iterator[Finding]:
-    """Whether programs that start in this folder would import a copy there, and not this one."""
+    """Whether programs that start in this folder would import another copy there."""
     copy = here.resolve() / "fusedloss"
     if (copy / "__init__.py").is_file() and copy not in (
         package.resolve(),
@@ -216,7 +216,7 @@ def stray(package: Path, path: Sequence[str], here: Path) -> Iterator[Finding]:
 
 
 def copies(package: Path, path: Sequence[str]) -> Iterator[Finding]:
-    """Whether a stray copy, mostly a source checkout, hides the installation."""
+    """Whether a stray copy, usually a source checkout, hides the installation."""
     others = _others(package, path)
     if not others:
         yield Finding("ok", f"fusedloss from {package}, the only copy")
@@ -232,13 +232,9 @@ def copies(package: Path, path: Sequence[str]) -> Iterator[Finding]:
 
 
 def _extensions(package: Path) -> list[str]:
-    """The files of a compiled extension, for whatever Python."""
-    return sorted(
-        file.name
-        for pattern in ("_C.*so", "_C*.pyd", "_C.so")
-        for file in package.glob(pattern)
-        if file.is_file()
-    )
+    """The files of a compiled extension, for any Python."""
+    files = (*package.glob("_C.*so"), *package.glob("_C*.pyd"))
+    return sorted(file.name for file in files if file.is_file())
 
 
 def extension(
@@ -247,7 +243,7 @@ def extension(
     """Why the compiled extension does not run, or is not this package's; ``loaded``: its file."""
     if why_not is None:
         if loaded is not None and Path(loaded).resolve().parent != package.resolve():
-            # What setuptools does for the parts that an editable installation has and we have not.
+            # An editable installation of setuptools adds modules that this copy lacks.
             yield Finding(
                 "trouble",
                 f"the compiled extension is of another copy of the package: {loaded}",
@@ -261,7 +257,7 @@ def extension(
     if not files:
         what = f"no compiled extension in {package}"
         cure = _reinstall()
-        if _compiler() is None:
+        if _toolkit.find_compiler() is None:
             cure = f"install a C++ compiler (Debian: apt install g++), then {cure}"
     elif not any(name == "_C" + suffix for name in files for suffix in EXTENSION_SUFFIXES):
         what = (
@@ -298,10 +294,10 @@ except IndexError:
 
 
 def errors(built_by: str, program: str = _RAISES) -> Iterator[Finding]:
-    """Whether an error of the extension arrives: one that a C++ compiler with parts of another
-    installation has built may end the process at its first."""
+    """Whether errors of the extension arrive: the first one may end the process, if the C++ compiler
+    that built the extension was mixed with parts of another installation."""
     command = [sys.executable, "-c", program]
-    # In the folder where it finds this copy of the package.
+    # In the folder where Python finds this copy of the package.
     folder = PACKAGE.parent
     status = subprocess.run(command, check=False, capture_output=True, cwd=folder).returncode
     if status == 0:
@@ -315,19 +311,13 @@ def errors(built_by: str, program: str = _RAISES) -> Iterator[Finding]:
     )
 
 
-def _compiler() -> str | None:
-    """As setup.py looks for it."""
-    chosen = os.environ.get("CXX")
-    return next(filter(shutil.which, (chosen,) if chosen else ("c++", "g++", "clang++")), None)
-
-
 def tools(include: Path | None = None) -> Iterator[Finding]:
-    """What building the extension needs: a C++ compiler, Python's headers, ninja."""
+    """The tools that build the extension: a C++ compiler, Python's headers, ninja."""
     include = Path(sysconfig.get_path("include")) if include is None else include
-    compiler = _compiler()
+    compiler = _toolkit.find_compiler()
     chosen = os.environ.get("CXX")
     if compiler is not None:
-        yield Finding("ok", f"C++ compiler: {shutil.which(compiler)}")
+        yield Finding("ok", f"C++ compiler: {compiler}")
     elif chosen:
         yield Finding("note", f"CXX={chosen} is no program", "unset CXX, or correct it")
     else:
@@ -355,18 +345,6 @@ def tools(include: Path | None = None) -> Iterator[Finding]:
         )
 
 
-def _nvcc() -> tuple[str, Version] | None:
-    """nvcc, as setup.py looks for it, and its release; (0, 0) where it tells none."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = (os.environ.get("NVCC"), home and str(Path(home, "bin", "nvcc")), "nvcc")
-    nvcc = next((found for name in candidates if name and (found := shutil.which(name))), None)
-    if nvcc is None:
-        return None
-    says = subprocess.run([nvcc, "--version"], check=False, capture_output=True, text=True).stdout
-    release = re.search(r"release (\d+\.\d+)", says)
-    return nvcc, _version(release[1]) if release else (0, 0)
-
-
 def driver_version() -> Version | None:
     """The newest CUDA that the NVIDIA driver runs; None: there is no driver."""
     try:
@@ -382,7 +360,7 @@ def driver_version() -> Version | None:
 def cuda(
     torch_cuda: str | None, built_cuda: str | None, driver: Version | None, fused: bool
 ) -> Iterator[Finding]:
-    """Whether torch, the extension, nvcc and the driver are of one CUDA.
+    """Whether torch, the extension, nvcc and the driver have the same CUDA version.
 
     ``fused``: whether a backend other than the extension computes CUDA tensors.
     """
@@ -400,43 +378,46 @@ def cuda(
                 f"{driver[0]}, then {_reinstall()}",
             )
         return
-    wanted = _version(torch_cuda)
-    if driver is not None and driver < wanted:
-        # Within a major version an older driver runs what was compiled for the GPU at hand.
+    ours = _version(torch_cuda)
+    major = ours[0]
+    if driver is not None and driver < ours:
+        # Within a major version an older driver runs kernels that were compiled for its GPU.
         yield Finding(
-            "trouble" if driver[0] < wanted[0] else "note",
+            "trouble" if driver[0] < major else "note",
             f"the NVIDIA driver runs CUDA up to {_dotted(driver)}, and torch is built for "
             f"{torch_cuda}",
             f"update the driver, or install a torch built for CUDA {driver[0]}",
         )
     elif driver is not None:
         yield Finding("ok", f"NVIDIA driver: CUDA {_dotted(driver)}, torch's is {torch_cuda}")
-    found = _nvcc()
+    nvcc = _toolkit.find_nvcc()
+    release = nvcc and _toolkit.nvcc_release(nvcc)
+    fits = release is not None and _version(release)[0] == major
     if built_cuda is not None:
-        if _version(built_cuda)[0] == wanted[0]:
+        if _version(built_cuda)[0] == major:
             yield Finding("ok", f"CUDA kernels, by nvcc {built_cuda}; torch's CUDA is {torch_cuda}")
         else:
             yield Finding(
                 "trouble",
                 f"the CUDA kernels are of CUDA {built_cuda}, and torch of CUDA {torch_cuda}",
-                f"with nvcc {wanted[0]}.x on the PATH: {_reinstall()}",
+                f"with nvcc {major}.x on the PATH: {_reinstall()}",
             )
-        if found is None or found[1][0] != wanted[0]:
+        if not fits:
             yield Finding(
                 "note",
-                f"no nvcc of CUDA {wanted[0]}.x: a custom loss is not compiled for CUDA tensors",
+                f"no nvcc of CUDA {major}.x: a custom loss is not compiled for CUDA tensors",
                 f"install the CUDA toolkit {torch_cuda}, or point NVCC or CUDA_HOME at one",
             )
         return
-    if found is None:
+    if nvcc is None:
         why = "no nvcc was found (NVCC, CUDA_HOME/bin/nvcc, the PATH)"
-        first = f"install the CUDA toolkit {torch_cuda}, or another of {wanted[0]}.x, then "
-    elif found[1][0] != wanted[0]:
-        told = f"of CUDA {_dotted(found[1])}" if found[1] != (0, 0) else "of no known release"
-        why = f"{found[0]} is {told}, and torch of CUDA {torch_cuda}"
-        first = f"point NVCC or CUDA_HOME at a toolkit {wanted[0]}.x, then "
+        first = f"install the CUDA toolkit {torch_cuda}, or another of {major}.x, then "
+    elif not fits:
+        known = f"of CUDA {release}" if release else "of no known release"
+        why = f"{nvcc} is {known}, and torch of CUDA {torch_cuda}"
+        first = f"point NVCC or CUDA_HOME at a toolkit {major}.x, then "
     else:
-        why, first = f"{found[0]} could build them", ""
+        why, first = f"{nvcc} could build them", ""
     lacking = driver is not None and not fused
     runs = "PyTorch" if not fused else "another backend"
     yield Finding(
@@ -447,7 +428,7 @@ def cuda(
 
 
 def openmp(maps: str) -> Iterator[Finding]:
-    """Whether more than one OpenMP runtime is loaded, by what /proc/self/maps says."""
+    """Whether more than one OpenMP runtime is loaded, according to /proc/self/maps."""
     loaded = re.findall(
         r"(/\S*/lib(?:gomp|iomp5|omp)(?:-[\da-f]+)?\.so[\w.]*)$", maps, re.MULTILINE
     )
@@ -472,7 +453,7 @@ def examine(also_import: Sequence[str] = ()) -> list[Finding]:
     """All findings about this process and its environment.
 
     Args:
-        also_import: modules that the program in question imports; what they load counts.
+        also_import: modules that the program in question imports; the libraries they load count.
 
     Raises:
         ImportError: one of them does not import.
@@ -483,9 +464,8 @@ def examine(also_import: Sequence[str] = ()) -> list[Finding]:
 
     for name in also_import:
         import_module(name)
-    told = backends.info()
+    info = backends.info()
     found = _distribution()
-    build: dict[str, Any] = told.build
     maps = Path("/proc/self/maps")
     return [
         *python(),
@@ -494,17 +474,17 @@ def examine(also_import: Sequence[str] = ()) -> list[Finding]:
         *copies(PACKAGE, sys.path),
         *extension(
             PACKAGE,
-            told.backends["compiled"],
+            info.backends["compiled"],
             getattr(backends.extension, "__file__", None),
             torch.__version__,
         ),
-        *(errors(build.get("compiler", "?")) if told.backends["compiled"] is None else ()),
+        *(errors(info.build.get("compiler", "?")) if info.backends["compiled"] is None else ()),
         *tools(),
         *cuda(
             torch.version.cuda,
-            build.get("cuda"),
+            info.build.get("cuda"),
             driver_version(),
-            told.backends["triton"] is None,
+            info.backends["triton"] is None,
         ),
         *(openmp(maps.read_text()) if maps.exists() else ()),
     ]

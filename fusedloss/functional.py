@@ -1,8 +1,8 @@
 """The losses, under the names and with the signatures of :mod:`torch.nn.functional`.
 
-Each takes what the torch function takes and gives what it gives: dtype, shape, gradients, warnings
-and errors. A call that the fused kernels cover computes value and gradient in one pass; any other
-goes to :mod:`fusedloss.reference`. :func:`explain` says which, and why.
+Each takes the torch function's arguments and returns the same dtype, shape, gradients, warnings and
+errors. A call that the fused kernels cover computes value and gradient in one pass; any other goes to
+:mod:`fusedloss.reference`. :func:`explain` says which, and why.
 
 All tensors are unitless. ``reduction`` is ``"mean"``, ``"sum"`` or ``"none"``. ``size_average`` and
 ``reduce`` are torch's deprecated forms of it. Low-precision inputs are computed in float32.
@@ -138,8 +138,7 @@ def huber_loss(
         input: predictions :math:`x`, any shape.
         target: :math:`y`, of input's shape and dtype; another shape is broadcast, with a warning.
         delta: where the parabola ends, in input's unit; positive.
-        weight: :math:`w`, of input's shape. ``"mean"`` divides by the number of elements all the
-            same.
+        weight: :math:`w`, of input's shape. ``"mean"`` still divides by the number of elements.
 
     Returns:
         A 0-d tensor, or one of input's shape for ``"none"``.
@@ -237,12 +236,12 @@ def cross_entropy(
             of input's shape and dtype.
         weight: :math:`w` of shape (C). With class indices ``"mean"`` divides by the weights of the
             targets; with probabilities, by the number of rows.
-        ignore_index: rows of this class index count for nothing, and their gradient is 0.
+        ignore_index: rows of this class index are left out, and their gradient is 0.
         label_smoothing: :math:`\varepsilon` in [0, 1].
 
     Returns:
-        A 0-d tensor, or one of input's shape without C for ``"none"``; nan where ``"mean"`` finds
-        every row ignored.
+        A 0-d tensor, or one of input's shape without C for ``"none"``; nan if ``"mean"`` has no row
+        left.
 
     Raises:
         IndexError: a class index outside [0, C) that is not ignore_index; names it and its place.
@@ -275,7 +274,7 @@ def log_loss(
             of input's shape and dtype.
         weight: :math:`w` of shape (C). With class indices ``"mean"`` divides by the weights of the
             targets; with probabilities, by the number of rows.
-        ignore_index: rows of this class index count for nothing, and their gradient is 0.
+        ignore_index: rows of this class index are left out, and their gradient is 0.
 
     Returns:
         A 0-d tensor, or one of input's shape without C for ``"none"``.
@@ -293,7 +292,8 @@ def log_loss(
 
 def _scriptable(function: Any) -> Callable[[], Any]:
     def prepare() -> Any:
-        if _dispatch._counted and function in _dispatch.TORCHS:  # patch(): it may mean torch's
+        # Under patch() the caller may mean torch's function.
+        if _dispatch._counted and function in _dispatch.TORCHS:
             return _dispatch.TORCHS[function]
         raise RuntimeError(_dispatch.NO_TORCHSCRIPT)
 
@@ -302,7 +302,7 @@ def _scriptable(function: Any) -> Callable[[], Any]:
 
 for _name in __all__:
     _function = globals()[_name]
-    # What torch.jit.script asks of a function before it compiles it.
+    # torch.jit.script calls this before it compiles a function.
     _function.__prepare_scriptable__ = _scriptable(_function)
     _dispatch.PUBLIC[_name] = _function
     if hasattr(torch.nn.functional, _name):

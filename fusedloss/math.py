@@ -1,11 +1,10 @@
 """The primitives that custom losses are written in; see :func:`fusedloss.pointwise_loss`.
 
-Each is stable over its whole domain, with a slope to match, and keeps PyTorch's convention at kinks.
-They take the symbols that a loss is traced with, numbers, and tensors, to which they are PyTorch's
-functions of the same meaning. Arguments are real numbers, elementwise and unitless. Arithmetic,
-powers and comparisons are Python's own operators; conditions are joined by ``&``, ``|``, ``~``, and
-are IEEE 754's for nan: no comparison but ``!=`` holds of it, and the negation of one that does not hold
-does.
+Value and slope are stable over the whole domain, and follow PyTorch's convention at kinks. The
+functions take the symbols that a loss is traced with, numbers, and tensors; for tensors they are the
+PyTorch functions of that meaning. Arguments are real numbers, elementwise and unitless. Use Python's
+operators for arithmetic, powers and comparisons, and ``&``, ``|``, ``~`` to join conditions. Conditions
+follow IEEE 754: for nan only ``!=`` holds, and ``~`` negates what holds and what does not.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
-from .custom import tracing, words
+from .custom import primitives, tracing
 
 __all__ = [
     "abs",
@@ -49,7 +48,7 @@ Operand = Any  # a traced expression, a number or a tensor
 
 
 def _tensors(*args: Operand) -> list[Tensor] | None:
-    """All of them as tensors, if one is."""
+    """All of them as tensors, if one of them is a tensor."""
     like = next((arg for arg in args if isinstance(arg, Tensor)), None)
     if like is None or any(isinstance(arg, tracing.Formula) for arg in args):
         return None
@@ -59,11 +58,12 @@ def _tensors(*args: Operand) -> list[Tensor] | None:
     ]
 
 
-def _call(word: Any, *args: Operand) -> Any:
+def _call(primitive: Any, *args: Operand) -> Any:
     tensors = _tensors(*args)
-    if tensors is None:
-        return tracing.Formula(word(*map(tracing.expression, args)))
-    return word.torch(*tensors)
+    if tensors is not None:
+        return primitive.torch(*tensors)
+    traced = primitive(*map(tracing.expression, args))
+    return traced if isinstance(traced, Boolean) else tracing.Formula(traced)
 
 
 def __getattr__(name: str) -> Any:
@@ -72,72 +72,72 @@ def __getattr__(name: str) -> Any:
 
 def exp(x: Operand) -> Any:
     """:math:`e^x`."""
-    return _call(words.Exp, x)
+    return _call(primitives.Exp, x)
 
 
 def expm1(x: Operand) -> Any:
     """:math:`e^x - 1`, exact to rounding near 0."""
-    return _call(words.Expm1, x)
+    return _call(primitives.Expm1, x)
 
 
 def log(x: Operand) -> Any:
     """Natural logarithm: -inf at 0, nan below. See :func:`xlogy` for ``x * log(y)``."""
-    return _call(words.Log, x)
+    return _call(primitives.Log, x)
 
 
 def log1p(x: Operand) -> Any:
     """:math:`\\log(1 + x)`, exact to rounding near 0."""
-    return _call(words.Log1p, x)
+    return _call(primitives.Log1p, x)
 
 
 def sqrt(x: Operand) -> Any:
     """Square root: nan below 0; the slope at 0 is infinite."""
-    return _call(words.Sqrt, x)
+    return _call(primitives.Sqrt, x)
 
 
 def abs(x: Operand) -> Any:
     """:math:`|x|`. Slope at the kink: 0."""
-    return _call(words.Abs, x)
+    return _call(primitives.Abs, x)
 
 
 def sign(x: Operand) -> Any:
     """-1, 0 or 1; 0 for nan. Slope: 0."""
-    return _call(words.Sign, x)
+    return _call(primitives.Sign, x)
 
 
 def sin(x: Operand) -> Any:
     """Sine of radians."""
-    return _call(words.Sin, x)
+    return _call(primitives.Sin, x)
 
 
 def cos(x: Operand) -> Any:
     """Cosine of radians."""
-    return _call(words.Cos, x)
+    return _call(primitives.Cos, x)
 
 
 def tanh(x: Operand) -> Any:
     """Hyperbolic tangent; its slope does not cancel where it saturates."""
-    return _call(words.Tanh, x)
+    return _call(primitives.Tanh, x)
 
 
 def sigmoid(x: Operand) -> Any:
     """:math:`1 / (1 + e^{-x})`."""
-    return _call(words.Sigmoid, x)
+    return _call(primitives.Sigmoid, x)
 
 
 def log_sigmoid(x: Operand) -> Any:
     """:math:`\\log(1 / (1 + e^{-x}))`, never infinite for a finite x."""
-    return _call(words.LogSigmoid, x)
+    return _call(primitives.LogSigmoid, x)
 
 
 def softplus(x: Operand) -> Any:
     """:math:`\\log(1 + e^x)`, never infinite for a finite x. Exact: without torch's threshold."""
-    return _call(words.Softplus, x)
+    return _call(primitives.Softplus, x)
 
 
 def erf(x: Operand) -> Any:
     """Gauss's error function."""
-    return _call(words.Erf, x)
+    return _call(primitives.Erf, x)
 
 
 def pow(x: Operand, exponent: Operand) -> Any:
@@ -146,24 +146,24 @@ def pow(x: Operand, exponent: Operand) -> Any:
     tensors = _tensors(x, exponent)
     if tensors is None:
         return tracing.Formula(tracing.expression(x) ** tracing.expression(exponent))
-    return words.Power.torch(*tensors)
+    return primitives.Power.torch(*tensors)
 
 
 def maximum(a: Operand, b: Operand) -> Any:
-    """The larger; nan where either is. Where they are equal, half the slope goes to each; elsewhere all
-    goes to the larger, and the other never counts, as by :func:`where`."""
-    return _call(words.Maximum, a, b)
+    """The larger; nan where either is. If they are equal, each gets half the slope; otherwise the larger
+    gets all of it, and the other has no influence, as in :func:`where`."""
+    return _call(primitives.Maximum, a, b)
 
 
 def minimum(a: Operand, b: Operand) -> Any:
-    """The smaller; nan where either is. Where they are equal, half the slope goes to each; elsewhere
-    all goes to the smaller, and the other never counts, as by :func:`where`."""
-    return _call(words.Minimum, a, b)
+    """The smaller; nan where either is. If they are equal, each gets half the slope; otherwise the
+    smaller gets all of it, and the other has no influence, as in :func:`where`."""
+    return _call(primitives.Minimum, a, b)
 
 
 def clamp(x: Operand, min: Operand | None = None, max: Operand | None = None) -> Any:
-    """x, at least min and at most max; nan where one of the three is. Slope 1 inside, at the bounds
-    too, and 0 outside, where x never counts, as by :func:`where`.
+    """x, at least min and at most max; nan where one of the three is. The slope is 1 inside and at the
+    bounds. Outside it is 0, and x has no influence, as in :func:`where`.
 
     Raises:
         TypeError: neither bound is given.
@@ -172,27 +172,27 @@ def clamp(x: Operand, min: Operand | None = None, max: Operand | None = None) ->
         raise TypeError("clamp needs min, max or both")
     low = float("-inf") if min is None else min
     high = float("inf") if max is None else max
-    return _call(words.Clamp, x, low, high)
+    return _call(primitives.Clamp, x, low, high)
 
 
 def relu(x: Operand) -> Any:
-    """:math:`\\max(x, 0)`; nan for nan. Slope at the kink: 0. Below it x never counts, as by
+    """:math:`\\max(x, 0)`; nan for nan. Slope at the kink: 0. Below it x has no influence, as in
     :func:`where`."""
-    return _call(words.Relu, x)
+    return _call(primitives.Relu, x)
 
 
 def xlogy(x: Operand, y: Operand) -> Any:
     """:math:`x \\log y`, and 0 where x is 0."""
-    return _call(words.XLogY, x, y)
+    return _call(primitives.XLogY, x, y)
 
 
 def where(condition: Any, yes: Operand, no: Operand) -> Any:
-    """``yes`` where the condition holds, else ``no``. What is not taken never counts, for the slope
-    neither: value and slope may be infinite or nan there, and so may the slope of what stands around,
-    as in ``sqrt(where(x > 0, x, 0))``, whose slope is 0 where x is not positive.
+    """``yes`` where the condition holds, else ``no``. The other one has no influence on value or slope:
+    it may be infinite or nan there, and so may the slope of an outer function, as in
+    ``sqrt(where(x > 0, x, 0))``, whose slope is 0 where x is not positive.
 
     Raises:
-        TypeError: the condition is none, such as a Python bool.
+        TypeError: the condition is not one of symbols, but for example a Python bool.
     """
     if isinstance(condition, Tensor):
         like = yes if isinstance(yes, Tensor) else no
@@ -204,23 +204,17 @@ def where(condition: Any, yes: Operand, no: Operand) -> Any:
             f"where needs a condition of symbols, such as input > target, not {condition!r}"
         )
     sides = map(tracing.expression, (yes, no))
-    return tracing.Formula(words.Where(words.condition(condition), *sides))
+    return tracing.Formula(primitives.Where(primitives.condition(condition), *sides))
 
 
 def equal(a: Operand, b: Operand) -> Any:
     """The condition a = b, as ``a == b``; nan equals nothing."""
-    tensors = _tensors(a, b)
-    if tensors is not None:
-        return torch.eq(*tensors)
-    return words.Equal(tracing.expression(a), tracing.expression(b))
+    return _call(primitives.Equal, a, b)
 
 
 def not_equal(a: Operand, b: Operand) -> Any:
     """The condition a ≠ b, as ``a != b``; nan differs from everything, itself included."""
-    tensors = _tensors(a, b)
-    if tensors is not None:
-        return torch.ne(*tensors)
-    return words.NotEqual(tracing.expression(a), tracing.expression(b))
+    return _call(primitives.NotEqual, a, b)
 
 
 def is_nan(x: Operand) -> Any:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
-from . import autograd, backends
+from . import backends
 from ._dispatch import NO_TORCHSCRIPT, run
 from ._losses import LOSSES
-from .prediction import new_prediction
 
 __all__ = [
     "BCELoss",
@@ -27,29 +26,31 @@ __all__ = [
 
 
 class _Predicting(nn.Module):
-    """Keeps the module's own prediction of its upstream gradient, apart from its state."""
+    """Keeps a prediction of the module's upstream gradient, which is no part of its state."""
 
     def _prediction(self, input: Any) -> Tensor | None:
-        if not isinstance(input, Tensor) or autograd.traced():
+        # While a compiler traces, or under a dispatch mode, no real tensor may be touched.
+        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        if traced or not isinstance(input, Tensor):
             return None
-        if has_torch_function_unary(input):  # which would be asked about every attribute
+        if has_torch_function_unary(input):  # its class would see every access to an attribute
             with torch._C.DisableTorchFunction():
                 return self._prediction(input)
         if input.device.type not in backends.fused_on:
             return None
-        prediction: Tensor | None = self.__dict__.get("_own_prediction")
+        prediction: Tensor | None = self.__dict__.get("_module_prediction")
         if prediction is None or prediction.device != input.device:
-            prediction = new_prediction(input)
-            self.__dict__["_own_prediction"] = prediction
+            prediction = backends.new_prediction(input)
+            self.__dict__["_module_prediction"] = prediction
         return prediction
 
     def __prepare_scriptable__(self) -> nn.Module:
-        # What torch.jit.script asks of a module before it compiles it.
+        # torch.jit.script calls this before it compiles a module.
         raise RuntimeError(NO_TORCHSCRIPT)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is another call site: it learns its own.
-        return {k: v for k, v in self.__dict__.items() if k != "_own_prediction"}
+        # A copy is another call site, with a prediction of its own.
+        return {k: v for k, v in self.__dict__.items() if k != "_module_prediction"}
 
 
 class MSELoss(_Predicting, nn.MSELoss):

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ContextDecorator
 from functools import partial
 from types import FunctionType, ModuleType
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as torch_functional
 from torch.nn.modules.loss import _Loss
 
-from . import _caller, _dispatch, functional, modules
+from . import _caller, _dispatch, modules
 from ._dispatch import Call, Explanation
 
 __all__ = ["patch", "replace", "restore"]
@@ -26,11 +26,7 @@ _MODULES: dict[type[nn.Module], type[nn.Module]] = {
     getattr(nn, name): getattr(modules, name) for name in modules.__all__ if hasattr(nn, name)
 }
 _TORCHS = {fused: theirs for theirs, fused in _MODULES.items()}
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    name: getattr(functional, name)
-    for name in functional.__all__
-    if hasattr(torch_functional, name)
-}
+_FUNCTIONS = {fused.__name__: fused for fused in _dispatch.TORCHS}
 
 
 # ---- modules -------------------------------------------------------------------------------------
@@ -39,7 +35,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 class Changed(dict[str, nn.Module]):
     """The losses that :func:`replace` or :func:`restore` changed, by name; prints as a table.
 
-    ``left`` has those that it found and left alone, by name, and why.
+    ``left`` has the losses that it found and did not change, by name, and why.
     """
 
     def __init__(self, changed: Mapping[str, nn.Module], left: Mapping[str, str]) -> None:
@@ -60,24 +56,23 @@ def _columns(rows: list[tuple[str, ...]]) -> str:
     )
 
 
-# What holds no loss, or nothing that could be swapped in place.
+# Types of objects that hold no loss, or in which none can be changed in place.
 _PLAIN = (Tensor, type, ModuleType, FunctionType, str, bytes, int, float, complex, type(None))
 _MOST_OBJECTS = 100_000
-_UNSEARCHED = object()  # stands for what was not searched
+_UNSEARCHED = object()  # stands for the objects that were not searched
 
 
 def _parts(thing: Any) -> Iterator[tuple[Any, Any]]:
-    """What an object holds, by attribute, key or place. (A module's children are found before.)"""
+    """The parts of an object, by attribute, key or index, but not the children of a module."""
     if isinstance(thing, dict):
         yield from list(thing.items())
     elif isinstance(thing, list | tuple | set | frozenset | deque):
         yield from enumerate(list(thing))
     elif isinstance(thing, partial):
         yield from (("func", thing.func), ("args", thing.args), ("keywords", thing.keywords))
-    own = dict(getattr(thing, "__dict__", {}))
-    if isinstance(thing, nn.Module):
-        own = {name: value for name, value in own.items() if name != "_modules"}
-    yield from own.items()
+    for name, value in list(getattr(thing, "__dict__", {}).items()):
+        if name != "_modules" or not isinstance(thing, nn.Module):
+            yield name, value
     for kind in type(thing).__mro__:
         slots = kind.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
@@ -86,7 +81,7 @@ def _parts(thing: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _held(thing: Any, who: str) -> Iterator[tuple[str, Any]]:
-    """All that ``thing`` holds, itself first, each once."""
+    """All objects that ``thing`` holds, itself first, each once."""
     if isinstance(thing, type | FunctionType):
         kind = "class" if isinstance(thing, type) else "function"
         raise TypeError(
@@ -121,7 +116,7 @@ def _held(thing: Any, who: str) -> Iterator[tuple[str, Any]]:
 
 
 def _why_left(held: Any) -> str | None:
-    """Why a loss is no fused one after :func:`replace`; None: it is one, or it is no loss."""
+    """Why a loss is not fused after :func:`replace`; None: it is fused, or the object is no loss."""
     if held is _UNSEARCHED:
         return f"the search ended after {_MOST_OBJECTS} objects: pass what holds the loss itself"
     if isinstance(held, FunctionType) and held in _dispatch.OURS:
@@ -139,19 +134,19 @@ def _why_left(held: Any) -> str | None:
 
 
 def replace(holder: Any) -> Changed:
-    """Makes every loss of :mod:`torch.nn` that ``holder`` holds the fused one, ``holder`` included.
+    """Replaces every loss of :mod:`torch.nn` in ``holder``, or ``holder`` itself, by the fused one.
 
-    In place: each keeps its identity, options, buffers and hooks, and only its class changes;
+    In place: each loss keeps its identity, options, buffers and hooks, and only its class changes;
     :func:`restore` undoes it. A subclass of a torch loss is left alone, since it may compute
     something else.
 
     Args:
-        holder: a model, or any other object, such as a trainer: its modules, attributes and what is
-            in its lists and dictionaries is searched.
+        holder: a model, or any other object, such as a trainer. The search covers its modules and
+            attributes, and the items of its lists and dictionaries.
 
     Returns:
-        The losses that it changed, by their names in ``holder`` (``""``: ``holder`` itself), and as
-        ``left`` those that it left, and why. Prints as a table.
+        The losses that it changed, by their names in ``holder`` (``""``: ``holder`` itself), and in
+        ``left`` those that it left alone, and why. Prints as a table.
 
     Raises:
         TypeError: ``holder`` is a class or a function.
@@ -183,9 +178,9 @@ def replace(holder: Any) -> Changed:
 
 
 def restore(holder: Any) -> Changed:
-    """Undoes :func:`replace`: what it changed in ``holder`` gets torch's class back, in place.
+    """Undoes :func:`replace`: the losses that it changed in ``holder`` get torch's class back, in place.
 
-    Args, returns and errors: see :func:`replace`. Losses that were fused before stay so.
+    Args, returns and errors: see :func:`replace`. Losses that were fused before stay fused.
 
     Warns:
         UserWarning: there is nothing to undo.
@@ -193,7 +188,7 @@ def restore(holder: Any) -> Changed:
     changed = {}
     for name, held in _held(holder, "restore"):
         if isinstance(held, modules._Predicting) and held.__dict__.pop("_replaced", False):
-            held.__dict__.pop("_own_prediction", None)
+            held.__dict__.pop("_module_prediction", None)
             held.__class__ = _TORCHS[type(held)]  # type: ignore[assignment]
             changed[name] = held
     if not changed:
@@ -207,7 +202,7 @@ def restore(holder: Any) -> Changed:
 
 
 class patch(ContextDecorator):
-    """Makes the losses of :mod:`torch.nn.functional` the fused ones, for code one cannot edit.
+    """Makes the losses of :mod:`torch.nn.functional` the fused ones, for code that you cannot edit.
 
     A context manager, a decorator, or ``start()`` and ``stop()``::
 
@@ -215,21 +210,20 @@ class patch(ContextDecorator):
             trainer.fit(model)
         print(patched)
 
-    torch's own modules call these functions, and so are fused as well. Not reached is a function
-    that was taken out of the module before (``from torch.nn.functional import mse_loss``). The
-    patch holds for all threads, and patches nest: the last one that ends puts back what the first
-    one found.
+    torch's modules call these functions, and so are fused as well. The patch does not reach a
+    function that was imported before (``from torch.nn.functional import mse_loss``). It holds for all
+    threads, and patches nest: the last one that ends puts back the functions that the first one found.
 
-    What it reached prints as a table: each line outside of torch and fusedloss that called a loss
-    (by whatever name), how many calls, and which path they took and why. A graph of torch.compile
-    is counted when it is traced, not when it runs. ``calls`` has the table's rows.
+    The patch prints as a table of the calls that it reached: each line outside of torch and fusedloss
+    that called a loss (by whatever name), how many calls, and which path they took and why. A graph of
+    torch.compile is counted when it is traced, not when it runs. ``calls`` has the table's rows.
 
-    While it is on, ``torch.jit.script`` and ``torch.jit.trace`` get torch's own functions.
+    While it is on, ``torch.jit.script`` and ``torch.jit.trace`` get torch's functions.
     """
 
     _lock = threading.Lock()
     _active = 0
-    _found: dict[str, Any] = {}  # noqa: RUF012 - of all instances
+    _found: dict[str, Any] = {}  # noqa: RUF012 - shared by all instances
 
     def __init__(self) -> None:
         self._table: dict[Any, Call] = {}
@@ -258,8 +252,9 @@ class patch(ContextDecorator):
             shown[place] += 1
             if shown[place] > _MOST_PATHS:
                 continue
-            site = f"{_short(call.file)}:{call.line} {call.function}"
-            rows.append((site, call.loss, str(call.calls or "traced"), _told(call.path)))
+            file = call.file.removeprefix(os.getcwd() + os.sep)
+            site = f"{file}:{call.line} {call.function}"
+            rows.append((site, call.loss, str(call.calls or "traced"), _path(call.path)))
         hidden = sum(count - _MOST_PATHS for count in shown.values() if count > _MOST_PATHS)
         more = f"\n{hidden} more rows, of the same lines with other reasons, are in calls"
         return _columns(rows) + (more if hidden else "")
@@ -274,7 +269,7 @@ class patch(ContextDecorator):
             patch._active += 1
             if not any(table is self._table for table in _dispatch._counted):
                 _dispatch._counted = (*_dispatch._counted, self._table)
-                self._depth = 0  # whatever it was when another one's stop() ended this one
+                self._depth = 0  # it may be more if the stop() of another patch ended this one
             self._depth += 1
 
     def stop(self) -> None:
@@ -292,7 +287,7 @@ class patch(ContextDecorator):
                 others = (table for table in _dispatch._counted if table is not self._table)
                 _dispatch._counted = tuple(others)
             if patch._active == 0:
-                # Whichever patch this stop() belongs to, it has ended them all.
+                # This stop() ends all patches, whichever patch it belongs to.
                 _dispatch._counted = ()
                 for name, original in patch._found.items():
                     setattr(torch_functional, name, original)
@@ -308,13 +303,7 @@ class patch(ContextDecorator):
 _MOST_PATHS = 3  # of a line, before the table leaves the rest out
 
 
-def _told(path: Explanation) -> str:
+def _path(path: Explanation) -> str:
     reasons = "; ".join(reason for reason in path.reasons if reason != _dispatch._FUSED)
     head = f"fused, {path.backend}" if path.fused else "plain PyTorch"
     return f"{head}: {reasons}" if reasons else head
-
-
-def _short(file: str) -> str:
-    """As seen from the current folder, if it is in there."""
-    folder = os.getcwd() + os.sep
-    return file.removeprefix(folder)

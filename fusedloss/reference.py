@@ -1,14 +1,13 @@
-"""The losses in plain PyTorch: what the kernels are checked against, and the last fall-back.
+"""The losses in plain PyTorch: tests compare the kernels with them, and calls that no fused kernel
+covers come here.
 
-Where PyTorch has the loss, its own function *is* the reference, taken when this module is imported:
-only that has exactly its promotions, warnings, errors and higher derivatives. Whatever a fused
-kernel does not cover comes here, with PyTorch's result.
+If PyTorch has the loss, its function *is* the reference, taken when this module is imported: nothing
+else has exactly its promotions, warnings, errors and higher derivatives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch.nn._reduction import legacy_get_string
 
 from ._caller import at_callers_line
 
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # by the numbers that operators take
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # the numbers that operators take
 
 mse_loss = F.mse_loss
 _l1_loss: Callable[..., Tensor] = F.l1_loss  # its stub lacks weight
@@ -37,20 +36,18 @@ def l1_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    """F.l1_loss, which loses weight where a TorchFunctionMode is on: ``with torch.device(...)``."""
+    """F.l1_loss, but F.l1_loss loses the weight under a TorchFunctionMode such as
+    ``with torch.device(...)``."""
     if size_average is not None or reduce is not None:
         reduction = legacy_get_string(size_average, reduce)
     if weight is None or weight.size() != input.size() or reduction not in REDUCTIONS:
         return at_callers_line(_l1_loss, input, target, reduction=reduction, weight=weight)
     if target.size() == input.size():
-        # As torch does: autocast would give l1_loss itself a dtype.
+        # Like torch, not by l1_loss itself, whose dtype autocast would change.
         each = torch.abs(input - target)
     else:
         each = at_callers_line(_l1_loss, input, target, reduction="none")  # which warns
-    each = each * weight
-    if reduction == "none":
-        return each
-    return each.sum() if reduction == "sum" else each.sum() / weight.sum()
+    return reduced(each, weight, reduction)
 
 
 mae_loss = l1_loss
@@ -75,7 +72,7 @@ def log_loss(
         raise ValueError(f"{reduction} is not a valid value for reduction")
     eps = torch.finfo(input.dtype).eps
     if torch.is_autocast_enabled(input.device.type) and input.dtype is not torch.float64:
-        # As the kernels do, and cross_entropy: in float32, whatever autocast has for each step.
+        # In float32, like the kernels and cross_entropy, although autocast would choose per step.
         input = input.float()
         target = target.float() if target.is_floating_point() else target
         weight = None if weight is None else weight.float()
@@ -110,7 +107,7 @@ def log_loss(
 
 
 def _bounded_log(p: Tensor, eps: float) -> Tensor:
-    # Not clamp(): what its gradient is at the bounds themselves depends on the release of torch.
+    # Not clamp(), whose gradient at the bounds depends on the release of torch.
     outside = (p < eps) | (p > 1)
     return torch.where(outside, p.detach().clamp(eps, 1), p).log()
 
@@ -118,7 +115,7 @@ def _bounded_log(p: Tensor, eps: float) -> Tensor:
 def log_loss_elements(
     input: Tensor, target: Tensor, weight: Tensor | None, eps: float, ignore_index: int
 ) -> Tensor:
-    """The terms of :func:`log_loss` before any sum, of input's shape; weight broadcasts to it."""
+    """The terms of :func:`log_loss` before any sum. weight broadcasts to input's shape."""
     if not target.is_floating_point():
         dim = 1 if input.dim() > 1 else 0
         classes = torch.arange(input.shape[dim], device=input.device)
@@ -129,7 +126,7 @@ def log_loss_elements(
 
 
 def reduced(value: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """Elements' losses, weighted and reduced; a mean is over the weights."""
+    """The losses of elements, weighted and reduced; a mean divides by the sum of the weights."""
     if weight is not None:
         value = value * weight
     if reduction == "none":
@@ -142,51 +139,3 @@ def reduced(value: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
 def class_weight(weight: Tensor, input: Tensor) -> Tensor:
     """A weight of shape (C), shaped to broadcast against ``input``."""
     return weight.view(-1, *[1] * (input.dim() - 2)) if input.dim() > 2 else weight
-
-
-def call(
-    loss: str,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    more: list[Tensor],
-    parameters: list[float],
-    ignore_index: int,
-    reduction: str,
-) -> Tensor:
-    """The loss that the operators call so, with their arguments.
-
-    Raises:
-        ValueError: there is no such loss.
-    """
-    options: dict[str, Any] = {"reduction": reduction}
-    if weight is not None:
-        options["weight"] = weight
-    match loss:
-        case "mse_loss":
-            return mse_loss(input, target, **options)
-        case "l1_loss":
-            return l1_loss(input, target, **options)
-        case "smooth_l1_loss":
-            return smooth_l1_loss(input, target, beta=parameters[0], **options)
-        case "huber_loss":
-            return huber_loss(input, target, delta=parameters[0], **options)
-        case "binary_cross_entropy":
-            return binary_cross_entropy(input, target, **options)
-        case "binary_cross_entropy_with_logits":
-            return binary_cross_entropy_with_logits(input, target, **options)
-        case "binary_cross_entropy_with_logits_pos_weight":
-            return binary_cross_entropy_with_logits(input, target, pos_weight=more[0], **options)
-        case "cross_entropy":
-            (label_smoothing,) = parameters
-            return cross_entropy(
-                input, target, ignore_index=ignore_index, label_smoothing=label_smoothing, **options
-            )
-        case "log_loss":
-            (eps,) = parameters
-            if reduction == "none":
-                return log_loss_elements(input, target, weight, eps, ignore_index)
-            weight = None if weight is None else weight.reshape(-1)
-            return log_loss(input, target, weight, reduction, ignore_index)
-        case _:
-            raise ValueError(f"fusedloss: no loss is named {loss!r}")

@@ -1,6 +1,6 @@
 """Gradients of gradients, and of batches of upstream gradients: by the losses in plain PyTorch.
 
-What backward turns to under create_graph=True, on every backend.
+Backward takes this path under create_graph=True, on every backend.
 """
 
 from __future__ import annotations
@@ -12,11 +12,49 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
+from ._losses import LOSSES
 
 _REDUCTION_NAMES = {number: name for name, number in reference.REDUCTIONS.items()}
 
-# The reference of each custom loss, under the name that the operators know it by.
+# Custom losses in plain PyTorch, by the operators' name of each.
 custom_references: dict[str, Callable[..., Tensor]] = {}
+
+
+def reference_value(
+    name: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    more: list[Tensor],
+    parameters: list[float],
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """A loss in plain PyTorch, by the operators' name and arguments.
+
+    Raises:
+        ValueError: there is no such loss.
+    """
+    if name in custom_references:
+        return custom_references[name](input, target, weight, parameters, reduction)
+    loss = LOSSES.get(name.removesuffix("_pos_weight"))
+    if loss is None:
+        raise ValueError(f"fusedloss: no loss is named {name!r}")
+    if name == "log_loss":
+        if reduction == "none":
+            (eps,) = parameters
+            return reference.log_loss_elements(input, target, weight, eps, ignore_index)
+        weight = None if weight is None else weight.reshape(-1)
+    options: dict[str, Any] = {"reduction": reduction}
+    if weight is not None:
+        options["weight"] = weight
+    if more:
+        (options["pos_weight"],) = more
+    if loss.parameter:
+        (options[loss.parameter],) = parameters
+    if loss.over_classes:
+        options["ignore_index"] = ignore_index
+    return loss.reference(input, target, **options)
 
 
 def loss_reference_gradient(
@@ -32,28 +70,22 @@ def loss_reference_gradient(
     dtype: torch.dtype,
     gradients: int,
 ) -> list[Tensor]:
-    """The gradients whose bits are set in ``gradients``, with a graph where one is wanted."""
+    """The gradients whose bits are set in ``gradients``, with a graph if autograd needs one."""
 
     def cast(t: Tensor) -> Tensor:
         return t.to(dtype) if t.is_floating_point() else t
 
     with torch.enable_grad():
-        # Not the tensors themselves, whose hooks the outer backward runs.
+        # Views, since the outer backward runs the hooks of the tensors themselves.
         x, y = (t.view_as(t) for t in (input, target))
-        operands = (
-            cast(x),
-            cast(y),
-            None if weight is None else cast(weight),
-            [cast(t) for t in more],
-        )
+        operands = cast(x), cast(y), None if weight is None else cast(weight), [*map(cast, more)]
         options = parameters, ignore_index, _REDUCTION_NAMES[reduction]
-        custom = custom_references.get(loss)
-        value = custom(*operands, *options) if custom else reference.call(loss, *operands, *options)
-    wanted = [t for i, t in enumerate((x, y)) if gradients >> i & 1]
+        value = reference_value(loss, *operands, *options)
+    needed = [t for i, t in enumerate((x, y)) if gradients >> i & 1]
     create_graph = torch.is_grad_enabled()
     return list(
         torch.autograd.grad(
-            value, wanted, grad_output, create_graph=create_graph, materialize_grads=True
+            value, needed, grad_output, create_graph=create_graph, materialize_grads=True
         )
     )
 
@@ -61,6 +93,6 @@ def loss_reference_gradient(
 if backends.extension is not None:
     _torch_library: Any = torch.library  # untyped in some of the releases
     _library = _torch_library.Library("fusedloss", "IMPL")
-    # Batched: what is_grads_batched=True makes of an upstream gradient. Each step below is batched.
+    # Batched: is_grads_batched=True makes such an upstream gradient, and each step above is batched.
     for _key in ("CompositeImplicitAutograd", "Batched", "FuncTorchBatchedDecomposition"):
         _library.impl("loss_reference_gradient", loss_reference_gradient, _key)

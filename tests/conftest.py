@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 
 import fusedloss
 from cases import DEVICE
-from fusedloss import custom
+from fusedloss.custom import prepare
 from helpers import EMULATED, FUSED, INTERPRETED
 
 # CI sets this, so that a broken build cannot pass by skipping.
@@ -164,5 +164,5 @@ def emulated_losses() -> Iterator[None]:
         if EMULATED:
             from own_losses import load  # the module beside that extension's script
 
-            patch.setitem(custom._LOADERS, ("compiled", "cpu"), load)
+            patch.setitem(prepare._LOADERS, ("compiled", "cpu"), load)
         yield

@@ -22,7 +22,7 @@ import fusedloss
 from custom_losses import charbonnier, focal, gaussian_kl
 from fusedloss._toolkit import find_toolkit
 from fusedloss.custom import PointwiseLoss
-from fusedloss.custom.building import cuda_library
+from fusedloss.custom.building import CUDA
 
 REQUIRED = os.environ.get("FUSEDLOSS_REQUIRE_CUDA") == "1"
 
@@ -128,7 +128,7 @@ def nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("loss", [charbonnier, gaussian_kl, focal], ids=lambda x: x.__name__)
 def test_own_loss(loss: PointwiseLoss, nvcc: None, capfd: pytest.CaptureFixture[str]) -> None:
     found: list[tuple[str, str]] = []
-    own = cuda_library(loss.__name__, loss._struct)
+    own = CUDA.library(loss.__name__, loss._struct)
     own.load(lambda *of: found.append(of))
     assert f"compiled {loss.__name__} for the GPU in " in capfd.readouterr().err
     for architecture in ("sm_80", "sm_90"):

@@ -37,9 +37,9 @@ from custom_losses import (
     quantile,
     tukey,
 )
-from fusedloss import custom
 from fusedloss import math as fm
-from fusedloss.custom import tracing, words
+from fusedloss.custom import prepare, primitives, tracing
+from fusedloss.custom.building import CannotCompile
 from helpers import (
     INTERPRETED,
     assert_near,
@@ -143,7 +143,7 @@ def test_layouts(fused: str) -> None:
     assert strided.grad is not None and strided.grad.stride() == strided.stride()
 
 
-# ---- the words -----------------------------------------------------------------------------------
+# ---- the primitives ------------------------------------------------------------------------------
 
 INF, NAN = math.inf, math.nan
 EXTREMES = (0.0, 1e-30, 1e-8, 0.3, 1.0, 2.5, 88.0, 100.0, 1e4, 1e30, INF)
@@ -174,7 +174,7 @@ def or_inf(f: Any) -> Any:
 
 
 # Each function of fusedloss.math, its value and its slope, for one number, in plain Python.
-WORDS: dict[str, tuple[Any, Any, Any]] = {
+PRIMITIVES: dict[str, tuple[Any, Any, Any]] = {
     "exp": (fm.exp, math.exp, math.exp),
     "expm1": (fm.expm1, math.expm1, math.exp),
     "log": (fm.log, lambda x: -INF if x == 0 else math.log(x), lambda x: 1 / x),
@@ -205,19 +205,19 @@ WORDS: dict[str, tuple[Any, Any, Any]] = {
 def any_word(input, target, *, which=0.0):  # type: ignore[no-untyped-def]
     """The chosen function of a number. All are computed, and the others must not show."""
     result = 0 * target
-    for number, (word, _, _) in enumerate(WORDS.values()):
-        result = fm.where(fm.equal(which, float(number)), word(input), result)
+    for number, (primitive, _, _) in enumerate(PRIMITIVES.values()):
+        result = fm.where(fm.equal(which, float(number)), primitive(input), result)
     return result
 
 
 @pytest.mark.interpret_all
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
-@pytest.mark.parametrize("word", WORDS)
-def test_words_at_extremes(fused: str, word: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("primitive", PRIMITIVES)
+def test_primitives_at_extremes(fused: str, primitive: str, dtype: torch.dtype) -> None:
     points = [*EXTREMES, *(-x for x in EXTREMES), NAN]
     x = torch.tensor(points, dtype=dtype)
-    _, value, slope = WORDS[word]
-    which = float(list(WORDS).index(word))
+    _, value, slope = PRIMITIVES[primitive]
+    which = float(list(PRIMITIVES).index(primitive))
     ours, of_input, of_target = gradients(
         any_word, x, torch.ones_like(x), torch.ones_like(x), which=which, reduction="none"
     )
@@ -227,29 +227,29 @@ def test_words_at_extremes(fused: str, word: str, dtype: torch.dtype) -> None:
         if function is None:
             continue
         for at, mine in zip(x.tolist(), results.tolist(), strict=True):
-            if at == 0 and results is of_input and word in ("sqrt", "inverse", "log"):
-                right = {"sqrt": INF, "inverse": -INF, "log": INF}[word] * math.copysign(
-                    1.0, at if word != "sqrt" else 1.0
+            if at == 0 and results is of_input and primitive in ("sqrt", "inverse", "log"):
+                right = {"sqrt": INF, "inverse": -INF, "log": INF}[primitive] * math.copysign(
+                    1.0, at if primitive != "sqrt" else 1.0
                 )
             elif math.isnan(at):
-                right = {"sign": 0.0, "abs": NAN, "relu": NAN}.get(word, NAN)
+                right = {"sign": 0.0, "abs": NAN, "relu": NAN}.get(primitive, NAN)
                 if results is of_input:
-                    right = {"sign": 0.0, "abs": 0.0, "relu": 0.0}.get(word, NAN)
-            elif at == -INF and word == "pow":
+                    right = {"sign": 0.0, "abs": 0.0, "relu": 0.0}.get(primitive, NAN)
+            elif at == -INF and primitive == "pow":
                 right = INF  # as in C
             else:
                 right = or_inf(function)(at)
             right = torch.tensor(right, dtype=torch.float64).to(dtype).item()
             same = mine == right or (math.isnan(mine) and math.isnan(right))
             near = abs(mine - right) <= 16 * info.eps * abs(right) + info.smallest_normal
-            assert same or near, f"{word}({at}): {mine}, not {right}"
+            assert same or near, f"{primitive}({at}): {mine}, not {right}"
 
 
 def test_words_on_tensors() -> None:
     x = torch.linspace(-3, 3, 13, dtype=torch.float64)
-    for word, (function, value, _) in WORDS.items():
+    for primitive, (function, value, _) in PRIMITIVES.items():
         expected = torch.tensor([or_inf(value)(at) for at in x.tolist()], dtype=torch.float64)
-        torch.testing.assert_close(function(x), expected, equal_nan=True, msg=word)
+        torch.testing.assert_close(function(x), expected, equal_nan=True, msg=primitive)
     assert fm.where(x > 0, x, 0.0).min() == 0 and fm.equal(x, 3.0).sum() == 1
     assert fm.xlogy(torch.zeros(1), 0.0) == 0
 
@@ -571,10 +571,10 @@ def test_common_factors() -> None:
             (a * x * y + 2 * x * y, a * x * y + 2 * x * y),
             (a * x * y + b * x * y - 2 * x * y, x * y * (a + b) - 2 * x * y),
             (2 * a + 2 * b, 2 * a + 2 * b),
-            (words.Exp(a * x * y + b * x * y), words.Exp(a * x * y + b * x * y)),
+            (primitives.Exp(a * x * y + b * x * y), primitives.Exp(a * x * y + b * x * y)),
             (
-                words.Where(a > 0, a * x * y + b * x * y, z),
-                words.Where(a > 0, a * x * y + b * x * y, z),
+                primitives.Where(a > 0, a * x * y + b * x * y, z),
+                primitives.Where(a > 0, a * x * y + b * x * y, z),
             ),
         ):
             assert tracing._factored(terms) == factored
@@ -595,7 +595,7 @@ def test_target_slope_leaves_the_others_alone(case: CustomCase) -> None:
     """Calls that do not need it pay nothing for it."""
     traced = case.loss._traced
     with distribute(False):
-        value, *slopes = words.lowered(traced.value), *traced._lowered_slopes()
+        value, *slopes = primitives.lowered(traced.value), *traced._lowered_slopes()
         alone, results = tracing._repeated([value, slopes[0]], sympy.numbered_symbols("t"))
         shared, all_results = tracing._shared(value, *slopes)
 
@@ -624,16 +624,20 @@ def scaled(input, target, *, s=3.0):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize(
-    ("loss", "word", "count"),
-    ((generalized, words.Power, 1), (mixture, words.Exp, 3), (scaled, words.ExpNonpositive, 1)),
+    ("loss", "primitive", "count"),
+    (
+        (generalized, primitives.Power, 1),
+        (mixture, primitives.Exp, 3),
+        (scaled, primitives.ExpNonpositive, 1),
+    ),
     ids=lambda x: getattr(x, "__name__", None),
 )
-def test_each_word_once(loss: Any, word: Any, count: int) -> None:
+def test_each_primitive_once(loss: Any, primitive: Any, count: int) -> None:
     """Value and both slopes share slow subexpressions."""
     kernel = loss._traced.kernel
     formulas = used(list(kernel.shared), list(kernel.results))
     functions = [node.func for f in formulas for node in sympy.preorder_traversal(f)]
-    assert functions.count(word) == count
+    assert functions.count(primitive) == count
 
 
 @fusedloss.pointwise_loss
@@ -864,8 +868,8 @@ def test_explained(fused: str) -> None:
 def test_told_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain PyTorch runs, with one warning."""
     monkeypatch.setattr(fusedloss.backends, "fused_on", {DEVICE: "compiled"})
-    monkeypatch.setattr(fusedloss.backends, "in_order", lambda device: ("compiled",))
-    monkeypatch.setattr(custom, "_LOADERS", {})
+    monkeypatch.setattr(fusedloss.backends, "candidates", lambda device: ("compiled",))
+    monkeypatch.setattr(prepare, "_LOADERS", {})
 
     @fusedloss.pointwise_loss
     def squared(input: Any, target: Any) -> Any:
@@ -882,24 +886,24 @@ def test_told_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
     assert reason in str(fusedloss.explain(squared, x, y))
 
 
-def test_next_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_next_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the first backend cannot compile a loss the next one takes it, and explain() says so; but
     not if the first was chosen by name."""
 
     def refuses(loss: Any) -> str:
-        raise custom.CannotCompile("no nvcc")
+        raise CannotCompile("no nvcc")
 
     monkeypatch.setattr(fusedloss.backends, "fused_on", {"cuda": "compiled"})
     loaders = {("compiled", "cuda"): refuses, ("triton", "cuda"): lambda loss: "its key"}
-    monkeypatch.setattr(custom, "_LOADERS", loaders)
+    monkeypatch.setattr(prepare, "_LOADERS", loaders)
     loss = fusedloss.pointwise_loss(lambda input, target: input - target)
     order = ("compiled", "triton")
-    monkeypatch.setattr(fusedloss.backends, "in_order", lambda device: order)
-    assert custom._prepared(loss._number, "cuda") == ("triton", "its key", "compiled: no nvcc")
+    monkeypatch.setattr(fusedloss.backends, "candidates", lambda device: order)
+    assert prepare.prepared(loss._number, "cuda") == ("triton", "its key", "compiled: no nvcc")
     loss.compile("cuda")
     order = ("compiled",)
     with pytest.warns(RuntimeWarning, match="without fused kernels: compiled: no nvcc"):
-        assert custom._prepared(loss._number, "cuda") == ("", "", "compiled: no nvcc")
+        assert prepare.prepared(loss._number, "cuda") == ("", "", "compiled: no nvcc")
     with pytest.raises(RuntimeError, match="cannot be compiled: compiled: no nvcc"):
         loss.compile("cuda")
 
@@ -949,7 +953,7 @@ def test_operator(fused: str) -> None:
     """Schema, shape-only kernels and autograd registration hold."""
     x, y = (leaf(t) for t in CASES[3].sample(torch.float32, (5, 3)))
     focal(x, y)
-    _, loss, _ = custom._prepared(focal._number, DEVICE)
+    _, loss, _ = prepare.prepared(focal._number, DEVICE)
     weight, parameters = torch.rand(5, 3), [2.0, 0.25, math.inf]
     for reduction in (0, 1):
         torch.library.opcheck(
@@ -1005,7 +1009,7 @@ def test_any_name(name: Any, fused: str) -> None:
     loss = fusedloss.pointwise_loss(Definition())
     x, y = torch.tensor([3.0]), torch.tensor([1.0])
     assert loss(x, y) == 16 and fusedloss.explain(loss, x, y).fused
-    key = custom._prepared(loss._number, DEVICE)[1]
+    key = prepare.prepared(loss._number, DEVICE)[1]
     assert re.fullmatch(r"\w{1,40}-[\w.-]+", key, re.ASCII), key
     assert loss._struct.splitlines()[1].startswith("struct Loss")
     assert loss.__name__ == (name if isinstance(name, str) else "Definition")
@@ -1023,7 +1027,7 @@ def test_definitions_that_are_no_functions(fused: str) -> None:
         loss = fusedloss.pointwise_loss(definition)
         torch.testing.assert_close(loss(x, y, scale=3), (3 * (x - y)).abs().mean())
         assert fusedloss.explain(loss, x, y).fused
-        return custom._prepared(loss._number, DEVICE)[1]
+        return prepare.prepared(loss._number, DEVICE)[1]
 
     partial = functools.partial(scaled, scale=2)
     assert key(scaled) == key(partial) == key(functools.partial(partial, shift=0.0))
@@ -1152,28 +1156,28 @@ def definitions() -> dict[str, tuple[Any, type[Exception], str]]:
             "huge_default: eps is beyond the largest float64",
         ),
         "huge number": (lambda input, target: input * 10**400, ValueError, "1.00E.400 is beyond"),
-        "deep": (nested(400), ValueError, "nests too many words and operators .*64 are the most"),
-        "long": (nested(12), ValueError, "nests too many words"),
-        "unknown word": (
+        "deep": (nested(400), ValueError, "loss nests too many functions and operators: at most 64"),
+        "long": (nested(12), ValueError, "loss nests too many functions"),
+        "unknown primitive": (
             lambda input, target: fm.lgamma(input),
             TypeError,
             "fusedloss.math has no lgamma; it has abs, clamp",
         ),
-        "unknown torch word": (
+        "unknown torch primitive": (
             lambda input, target: torch.lgamma(input),
             TypeError,
             r"torch's lgamma\(\) does not take symbols: fusedloss.math has no lgamma; it has abs",
         ),
-        "row": (lambda input, target: fm.sum(input), TypeError, "sum is of a row or a tensor"),
+        "row": (lambda input, target: fm.sum(input), TypeError, "sum takes a row or a tensor"),
         "torch's row": (
             lambda input, target: -target * torch.nn.functional.log_softmax(input, -1),
             TypeError,
-            r"torch's log_softmax\(\) does not take symbols: log_softmax is of a row or a tensor",
+            r"torch's log_softmax\(\) does not take symbols: log_softmax takes a row or a tensor",
         ),
         "subscript": (
             lambda input, target: input[..., 0] - target,
             TypeError,
-            "takes an element of what is one element already",
+            "takes an element of a single element",
         ),
         "tensor first": (lambda input, target: torch.ones(2) * input, TypeError, "parameters"),
         "numpy": (lambda input, target: numpy.exp(input), TypeError, "math or numpy"),
@@ -1194,8 +1198,8 @@ def test_bad_call(backend: str) -> None:
         charbonnier(x, x, epsilon=1.0)
     for eps, says in (
         (torch.tensor(1.0), r"a tensor of one number: pass tensor.item\(\)"),
-        (torch.ones(3), r"a tensor of shape \(3,\): it is one number for the whole call"),
-        (torch.nn.Parameter(torch.ones(1)), "a tensor that wants a gradient.*input or target"),
+        (torch.ones(3), r"a tensor of shape \(3,\): a parameter is one number for the whole call"),
+        (torch.nn.Parameter(torch.ones(1)), "a tensor that requires a gradient.*input or target"),
     ):
         with pytest.raises(TypeError, match=rf"eps must be a number, not {says}") as raised:
             charbonnier(x, x, eps=eps)

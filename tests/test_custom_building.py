@@ -517,7 +517,7 @@ def no_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
     no_toolkit(monkeypatch)
     with pytest.raises(CannotCompile, match="no nvcc: neither NVCC, nor CUDA_HOME"):
-        building.cuda_library("none", "")
+        building.CUDA.library("none", "")
 
 
 def test_architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

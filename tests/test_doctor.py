@@ -405,13 +405,10 @@ def test_old_driver(number: int, kind: str, tmp_path: Path) -> None:
     )
     library = tmp_path / "libcuda.so.1"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
-    code = f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("doctor", {doctor.__file__!r})
-doctor = sys.modules["doctor"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(doctor)
-print(*doctor.cuda("13.1", "13.1", doctor.driver_version(), True), sep="\\n")
-"""
+    code = (
+        "from fusedloss import doctor\n"
+        'print(*doctor.cuda("13.1", "13.1", doctor.driver_version(), True), sep="\\n")'
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},

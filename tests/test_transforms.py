@@ -692,6 +692,6 @@ def test_the_short_way_is_open_under_a_default_device(
     loss: str, compiled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sample = at_shape(loss, SHAPE).sample(torch.float32)
-    monkeypatch.setattr(_dispatch, "_obstacle", lambda *_, **__: pytest.fail("the long way"))
+    monkeypatch.setattr(_dispatch, "_why_not_fused", lambda *_, **__: pytest.fail("the long way"))
     with torch.device("cpu"):
         getattr(FL, loss)(sample.input, sample.target)

@@ -115,9 +115,9 @@ def test_who_is_asked_in_which_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss that the CUDA kernels cannot take goes to Triton, unless they were chosen by name."""
     monkeypatch.setattr(backends, "fused_on", {"cuda": "compiled"})
     later = () if backends.INTERPRETED else ("triton",)
-    assert backends.in_order("cuda") == ("compiled", *later)
+    assert backends.candidates("cuda") == ("compiled", *later)
     monkeypatch.setattr(backends, "_chosen", backends.BACKENDS[0])
-    assert backends.in_order("cuda") == ("compiled",)
+    assert backends.candidates("cuda") == ("compiled",)
 
 
 _WITHOUT_EXTENSION = """

@@ -1,7 +1,7 @@
-"""What can run a fused call: one ordered table, each row knowing why it cannot.
+"""The backends: one ordered table, whose rows know why they cannot run.
 
-A call goes to the first backend of the table that is available and covers it; ``backend(name)``
-makes that one name's. Whatever no fused backend covers runs on the reference.
+A call goes to the first available backend of the table that covers it, or to the one that
+``backend(name)`` chose. A call that no fused backend covers runs on the reference.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import _caller, doctor
 from .._version import __version__
@@ -47,15 +49,15 @@ class Backend:
 
     name: str
     why_not: Callable[[], str | None]  # why it cannot run here; None: it can
-    devices: frozenset[str]  # the types of device it covers; of the reference: any
+    devices: frozenset[str]  # the types of device that its kernels cover
     fused: bool = True
-    unasked: bool = True  # it runs without being chosen by name
+    automatic: bool = True  # it runs without being chosen by name
 
 
 _built: dict[str, Any] = {} if extension is None else extension.build_info()
 _compiled_devices = frozenset(("cpu", "cuda") if _built.get("cuda") else ("cpu",))
 
-# Triton's decorators read it when they run, which is once.
+# Triton's decorators read it once, when they run.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _has_triton = find_spec("triton") is not None
 
@@ -63,7 +65,7 @@ _has_triton = find_spec("triton") is not None
 def _no_triton() -> str | None:
     if not _has_triton:
         return "Triton is not installed"
-    # Asked when somebody wants to know: it starts the drivers.
+    # Not at import, since the question starts the drivers.
     if not INTERPRETED and not torch.cuda.is_available() and not torch.xpu.is_available():
         return "there is no GPU, and TRITON_INTERPRET=1 was not set when fusedloss was imported"
     return None
@@ -75,8 +77,8 @@ BACKENDS = (
         "triton",
         _no_triton,
         frozenset(("cpu",) if INTERPRETED else ("cuda", "xpu")),
-        # The interpreter is there to find mistakes: it is far slower than plain PyTorch.
-        unasked=_has_triton and not INTERPRETED,
+        # The interpreter serves to find mistakes: it is far slower than plain PyTorch.
+        automatic=_has_triton and not INTERPRETED,
     ),
     Backend("reference", lambda: None, frozenset(), fused=False),
 )
@@ -93,27 +95,26 @@ if _no_extension is not None:
         )
 
 _chosen: Backend | None = None
-# Read at every call, so kept ready: the fused backend of each type of device, whether the compiled
-# kernels are one, and that none was chosen by name.
+# Computed once, since every call reads them: the fused backend of each type of device, and whether the
+# compiled kernels are one of them.
 fused_on: dict[str, str] = {}
 compiled_runs = False
-unchosen = True
 
 
-def compiles_for(device: str) -> bool:
-    """Whether the compiled extension has kernels for a type of device."""
-    return extension is not None and device in _compiled_devices
+def automatic() -> bool:
+    """Whether no backend was chosen by name."""
+    return _chosen is None
 
 
-def in_order(device: str) -> tuple[str, ...]:
-    """The fused backends that take calls on ``device``: what the first has no kernel for, such as a
-    custom loss that it cannot compile, the next takes, unless one was chosen by name."""
+def candidates(device: str) -> tuple[str, ...]:
+    """The fused backends that take calls on ``device``, in order. A custom loss that the first one
+    cannot compile goes to the next, unless a backend was chosen by name."""
     first = _BY_NAME[fused_on[device]]
-    later = BACKENDS[BACKENDS.index(first) + 1 :] if _chosen is None else ()
-    return (first.name, *(row.name for row in later if row.unasked and device in row.devices))
+    later = BACKENDS[BACKENDS.index(first) + 1 :] if automatic() else ()
+    return (first.name, *(row.name for row in later if row.automatic and device in row.devices))
 
 
-def obstacle(device: str) -> str:
+def why_not_fused(device: str) -> str:
     """Why no fused backend takes calls on ``device``, which ``fused_on`` lacks."""
     if _chosen is not None and not _chosen.fused:
         return f"backend {_chosen.name!r} was chosen"
@@ -123,7 +124,7 @@ def obstacle(device: str) -> str:
         why_not = row.why_not()
         if why_not is not None:
             reasons.append(f"{row.name}: {why_not}")
-        elif not row.unasked and _chosen is None:
+        elif not row.automatic and _chosen is None:
             reasons.append(f"{row.name}: its interpreter was not chosen")
         elif device not in row.devices:
             covered = " and ".join(sorted(row.devices))
@@ -160,28 +161,22 @@ class backend:
         _choose(row)
 
     def __enter__(self) -> None:
-        if self._entered:  # again: kept in a variable
+        if self._entered:  # a second `with` on the same object
             self._previous.append(_chosen)
         self._entered = True
         _choose(self._row)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         _choose(self._previous.pop())
 
 
 def _choose(row: Backend | None) -> None:
-    global _chosen, fused_on, compiled_runs, unchosen
+    global _chosen, fused_on, compiled_runs
     _chosen = row
-    unchosen = row is None
-    rows = [row] if row is not None else [row for row in BACKENDS if row.unasked]
+    rows = [row] if row is not None else [row for row in BACKENDS if row.automatic]
     if _no_extension is not None:
         rows = [row for row in rows if row.name != "compiled"]
-    # Whether there is a GPU need not be asked: only then are there tensors of its type.
+    # No need to look for a GPU: without one there are no tensors of its type.
     fused_on = {device: row.name for row in reversed(rows) for device in row.devices}
     compiled_runs = "compiled" in fused_on.values()
 
@@ -189,10 +184,43 @@ def _choose(row: Backend | None) -> None:
 _choose(None)
 
 
-def check() -> None:
-    """Waits for the GPUs, and raises what a fused kernel has found wrong with its input there.
+# ---- predictions ---------------------------------------------------------------------------------
+# A prediction is a call site's guess of its upstream gradient, for which forward writes the gradient.
+# It is two numbers on the device: the upstream gradient that the last backward saw, and the confidence
+# in it, 0 to 3. Forward uses it from 2 on; every backward updates both. See docs/one-pass.md.
 
-    On a GPU, and on the Triton backend anywhere, nothing waits for a kernel: of a target out of
+
+_cuda: Any = torch.cuda  # untyped in some of the releases
+
+
+def is_captured(input: Tensor) -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return input.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def new_prediction(input: Tensor) -> Tensor:
+    """A new call site's prediction, on input's device: 1, with full confidence."""
+    if extension is not None and input.device.type in _compiled_devices:
+        made: Tensor = extension.new_prediction(input)
+        return made
+    with ExitStack() as stack:
+        if is_captured(input):
+            # Written on another stream: every replay of the graph would write it again.
+            side = _cuda.Stream(input.device)
+            stack.callback(side.synchronize)
+            stack.enter_context(torch.cuda.stream(side))
+        prediction = torch.ones(2, dtype=torch.float64, device=input.device)
+        prediction[1].fill_(3.0)
+    return prediction
+
+
+# ---- for users -----------------------------------------------------------------------------------
+
+
+def check() -> None:
+    """Waits for the GPUs, and raises the error that a fused kernel has found in its input there.
+
+    On a GPU, and on the Triton backend anywhere, nothing waits for a kernel: for a target out of
     range the loss and the gradient are nan, and the next fused call, or this function, raises.
 
     Raises:

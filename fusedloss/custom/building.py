@@ -1,6 +1,7 @@
-"""Compiles a printed loss on the machine it runs on, once: a cache on disk keeps it by its content.
+"""Compiles a printed loss on the machine it runs on, once, and keeps it in a cache on disk by its
+content.
 
-One file, one compiler call: there is nothing that a build system could order or skip.
+A loss is one file and one compiler call, so a build system would have nothing to do.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import functools
 import hashlib
 import os
 import shlex
-import shutil
 import stat
 import sys
 import tempfile
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from .. import _caller, backends
+from .. import _caller, _toolkit, backends
 from .._toolkit import (
     GCC_SCHEDULING,
     NVCC_FLAGS,
@@ -32,31 +32,39 @@ from .._toolkit import (
     version_of,
 )
 
-SECONDS = 300.0  # that a compiler may take, and another process's compiler is waited for
+SECONDS = 300.0  # limit for a compiler, and for the wait for another process's compiler
 
 _CXX_FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-w"),
-    # Formulas are of registers already; and GCC 12 fails on some of them while it looks for more.
+    # The formulas use registers already, and GCC 12 crashes on some of them in this pass.
     "-fno-tree-slp-vectorize",
-    # As the package's own kernels: see setup.py.
+    # The flags of the package's kernels: see setup.py.
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 ]
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class CannotCompile(Exception):
-    """Why there is no compiled kernel; the reference runs instead."""
+    """Why there is no compiled kernel. The reference runs instead."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What a struct, as printing.cpp() prints it, becomes a source for."""
+    """Makes libraries of the structs that printing.cpp() prints."""
 
-    device: str  # in words
+    device: str  # in messages
     folder: str  # of its headers
     header: str
     macro: str
     suffix: str
+    command: Callable[[], list[str]]  # the compiler call, up to the file names
+
+    def library(self, name: str, struct: str) -> Library:
+        """
+        Raises:
+            CannotCompile, OSError: there is no compiler.
+        """
+        return Library(name, self, self.source(struct), self.command())
 
     def source(self, struct: str) -> str:
         return (
@@ -66,21 +74,15 @@ class Engine:
         )
 
 
-CPU = Engine("CPU", "cpu", "pointwise_kernel.h", "FUSEDLOSS_CUSTOM", ".cpp")
-CUDA = Engine("GPU", "cuda", "custom.cuh", "FUSEDLOSS_CUSTOM_CUDA", ".cu")
-
-
 @functools.cache
 def headers() -> Path:
-    """The folder with the headers that a printed loss includes: in the package, or, in a source
-    tree, beside it."""
+    """The folder with the headers for printed losses: in the package, or beside it in a source tree."""
     shipped = _PACKAGE / "include"
     return shipped if shipped.is_dir() else _PACKAGE.parent / "csrc"
 
 
 def cache_directory() -> Path:
-    """Where compiled losses are kept: FUSEDLOSS_CACHE_DIR, else a folder of XDG_CACHE_HOME, else of
-    ~/.cache.
+    """The folder of compiled losses: FUSEDLOSS_CACHE_DIR, or fusedloss in XDG_CACHE_HOME or ~/.cache.
 
     Raises:
         RuntimeError: there is no home directory.
@@ -97,11 +99,10 @@ def find_compiler() -> str:
     Raises:
         CannotCompile: there is none.
     """
+    found = _toolkit.find_compiler()
+    if found is not None:
+        return found
     chosen = os.environ.get("CXX")
-    for name in (chosen,) if chosen else ("c++", "g++", "clang++"):
-        found = shutil.which(name)
-        if found is not None:
-            return found
     raise CannotCompile(
         f"CXX={chosen!r} is no program" if chosen else "no C++ compiler (CXX, c++, g++, clang++)"
     )
@@ -124,19 +125,10 @@ def cpu_command() -> list[str]:
     compiler = find_compiler()
     scheduling = [] if is_clang(compiler) else GCC_SCHEDULING
     if scheduling and capability == "AVX512":
-        # Puts more side by side, which 32 registers hold and 16 would not.
+        # Interleaves more, which 32 registers can hold, but 16 cannot.
         scheduling = [*scheduling, "--param=sched-pressure-algorithm=2"]
     flags = [*_CXX_FLAGS, *scheduling, *build["cpu_flags"].split(), *flags]
     return [compiler, *flags, f"-I{headers()}"]
-
-
-def cpu_library(name: str, struct: str) -> Library:
-    """A struct, as printing.cpp() prints it, for the CPU engine.
-
-    Raises:
-        CannotCompile, OSError: there is no compiler.
-    """
-    return Library(name, CPU, CPU.source(struct), cpu_command())
 
 
 def cuda_command() -> list[str]:
@@ -149,13 +141,13 @@ def cuda_command() -> list[str]:
     if isinstance(toolkit, str):
         raise CannotCompile(toolkit)
     flags = [*NVCC_FLAGS, *_architectures(), "-Xcompiler=-fPIC,-fvisibility=hidden,-w"]
-    # Shared: it is the runtime that torch has loaded, with torch's current device and errors.
+    # The shared runtime is the one that torch has loaded, with torch's current device and errors.
     flags += ["-shared", "-cudart=shared"]
     return [toolkit.nvcc, *flags, "-ccbin", find_compiler(), f"-I{headers()}"]
 
 
 def _architectures() -> list[str]:
-    """nvcc's -gencode flags: TORCH_CUDA_ARCH_LIST's, else those of the GPUs that are here."""
+    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST, else for the GPUs of this machine."""
     try:
         if chosen := chosen_architectures():
             return chosen
@@ -169,14 +161,13 @@ def _architectures() -> list[str]:
     return [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
 
 
-def cuda_library(name: str, struct: str) -> Library:
-    """A struct for the CUDA engine; see cpu_library()."""
-    return Library(name, CUDA, CUDA.source(struct), cuda_command())
+CPU = Engine("CPU", "cpu", "pointwise_kernel.h", "FUSEDLOSS_CUSTOM", ".cpp", cpu_command)
+CUDA = Engine("GPU", "cuda", "custom.cuh", "FUSEDLOSS_CUSTOM_CUDA", ".cu", cuda_command)
 
 
 @dataclass(frozen=True)
 class Library:
-    """A printed loss and the compiler call, up to the file names, that makes a library of it."""
+    """A printed loss, and the compiler call, up to the file names, that compiles it."""
 
     name: str  # in file names
     engine: Engine
@@ -185,7 +176,7 @@ class Library:
 
     @functools.cached_property
     def key(self) -> str:
-        """A name that tells this library from any other."""
+        """A name that no other library has."""
         digest = hashlib.sha256()
         headers = _headers_digest(self.engine.folder)
         for part in (self.source, headers, version_of(self.command[0]), shlex.join(self.command)):
@@ -193,9 +184,8 @@ class Library:
         return f"{self.name}-{digest.hexdigest()[:24]}"
 
     def load(self, loader: Callable[[str, str], object]) -> None:
-        """Calls loader(key, path) for the library in the cache, which is compiled if it is not there
-        yet. Where the cache cannot be used, or its library not be loaded, the library is compiled for
-        this call alone.
+        """Calls loader(key, path) for the library in the cache, compiled if it is not there yet. If the
+        cache cannot be used, or its library cannot be loaded, compiles one for this call alone.
 
         Raises:
             CannotCompile: the library cannot be compiled, or does not load; the message says why.
@@ -203,7 +193,7 @@ class Library:
         try:
             loader(self.key, str(self._in_cache()))
             return
-        except (OSError, RuntimeError) as error:  # a loader's is a RuntimeError, as is a lost home
+        except (OSError, RuntimeError) as error:  # the loader, and Path.home(), raise RuntimeError
             not_kept = str(error).rstrip(".")
         try:
             with tempfile.TemporaryDirectory(
@@ -218,7 +208,7 @@ class Library:
         if chosen not in _warned_of:
             _warned_of.add(chosen)
             _caller.warn(
-                "fusedloss keeps no compiled losses, and each process compiles them anew: "
+                "fusedloss keeps no compiled losses, and each process compiles them again: "
                 f"{not_kept}. Set FUSEDLOSS_CACHE_DIR to a folder to which only you can write",
                 RuntimeWarning,
             )
@@ -238,13 +228,13 @@ class Library:
             _write(source, self.source.encode())
             content = self._compiled(source)
             finished = Path(folder, "finished")
-            # A dynamic loader does not look at what follows the last segment.
+            # A dynamic loader ignores anything after the last segment.
             _write(finished, content + hashlib.sha256(content).digest())
-            # The source is for whoever wants to read it.
+            # The source is there to be read.
             os.replace(source, library.with_suffix(source.suffix))
-            # Whole or not at all, for processes that look at the same time.
+            # Atomic, for processes that look at the same time.
             os.replace(finished, library)
-        with suppress(OSError):  # not every system opens folders
+        with suppress(OSError):  # not every system can open folders
             _sync(library.parent)
         seconds = time.perf_counter() - started
         print(
@@ -253,10 +243,10 @@ class Library:
         )
 
     def _compiled(self, source: Path) -> bytes:
-        """The library, as the compiler leaves it."""
-        built, said = source.with_suffix(".so"), shlex.join(self.command)
+        """The content of the library that the compiler makes."""
+        built, command = source.with_suffix(".so"), shlex.join(self.command)
         try:
-            # What a compiler leaves behind when it is ended goes with the folder.
+            # In the temporary folder, which also removes the files of a compiler that was killed.
             done = run(
                 *(*self.command, str(source), "-o", str(built)),
                 seconds=SECONDS,
@@ -265,18 +255,18 @@ class Library:
         except OSError as error:
             raise CannotCompile(str(error)) from error
         if done.returncode != 0:
-            raise CannotCompile(f"{said} fails: {done.stderr.strip()[-2000:]}")
+            raise CannotCompile(f"{command} fails: {done.stderr.strip()[-2000:]}")
         content = built.read_bytes() if built.is_file() else b""
         if not _is_whole(content):
-            raise CannotCompile(f"{said} leaves no whole library, and no error")
+            raise CannotCompile(f"{command} leaves no whole library, and no error")
         return content
 
 
-_warned_of: set[str | None] = set()  # FUSEDLOSS_CACHE_DIR
+_warned_of: set[str | None] = set()  # values of FUSEDLOSS_CACHE_DIR
 
 
 def _cache() -> Path:
-    """The folder of compiled losses. What lies there is executed: nobody else may write to it.
+    """The folder of compiled losses. Nobody else may write to it, since its files are executed.
 
     Raises:
         OSError, RuntimeError: there is no such folder, or others may write to it.
@@ -297,19 +287,19 @@ def _require_ours(path: Path, found: os.stat_result) -> None:
         raise PermissionError(
             f"{path} belongs to user {found.st_uid}, and this process to user {os.geteuid()}"
         )
-    # A link's own bits mean nothing.
+    # The bits of a link mean nothing.
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not stat.S_ISLNK(found.st_mode):
         raise PermissionError(f"others can write to {path}; chmod go-w {path} ends that")
 
 
 def _opened(path: str, flags: int) -> int:
-    """Follows no link, waits for no pipe, and lets nobody else write."""
+    """An opener that follows no link, waits for no pipe, and lets nobody else write."""
     more = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     return os.open(path, flags | more, 0o644)
 
 
 def _is_sound(library: Path) -> bool:
-    """Whether a library is ours and what was written: to load another ends the process, or worse."""
+    """Whether a library is ours and undamaged: loading another one ends the process, or worse."""
     try:
         with open(library, "rb", opener=_opened) as file:
             found = os.fstat(file.fileno())
@@ -321,8 +311,8 @@ def _is_sound(library: Path) -> bool:
 
 
 def _is_whole(content: bytes) -> bool:
-    """Whether a library has all the segments that its head promises: a dynamic loader reads beyond
-    the end of one that has not, and the process ends."""
+    """Whether a library has all segments of its header: otherwise a dynamic loader reads beyond the end
+    of the file, which ends the process."""
     if sys.platform != "linux":
         return bool(content)
 
@@ -331,7 +321,7 @@ def _is_whole(content: bytes) -> bool:
 
     if content[:4] != b"\x7fELF":
         return False
-    if content[4:6] != b"\2\1":  # not of 64 bits, or not little endian: has another head
+    if content[4:6] != b"\2\1":  # not 64 bits, or not little endian: another header
         return True
     first, count, entry = number(32), number(56, 2), 56
     heads = range(first, first + entry * count, entry)
@@ -357,7 +347,7 @@ def _sync(folder: Path) -> None:
 
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """One process compiles, others wait for it. Without locks all compile, which does no harm."""
+    """One process compiles, and the others wait. Without locks all compile, which does no harm."""
     with ExitStack() as held:
         with suppress(ImportError, OSError):
             import fcntl

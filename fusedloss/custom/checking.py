@@ -1,11 +1,10 @@
-"""Looks at a loss: what a training run would stumble over, told in words; and its picture.
+"""Checks a loss for properties that make training hard, and plots it.
 
-Everything is computed in float64, by the formulas that the kernels are printed from.
+Everything is computed in float64, by the formulas of which the kernels are made.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +14,11 @@ import sympy
 import torch
 from torch import Tensor
 
-from . import words
-from .words import INPUT, TARGET
+from . import primitives
+from .primitives import INPUT, TARGET
 
 if TYPE_CHECKING:
-    from . import PointwiseLoss
+    from .loss import PointwiseLoss
 
 _POINTS = 2000
 _NEAR, _FAR = 3.0, 1e4
@@ -28,15 +27,15 @@ _STEP = 1e-6
 
 @dataclass(frozen=True)
 class Report:
-    """What was found; prints as text."""
+    """The results of a check; prints as text."""
 
     loss: str
-    errors: tuple[str, ...]  # what is wrong: value or gradient
-    remarks: tuple[str, ...]  # what to know: kinks, slopes without bound, slopes that vanish
+    errors: tuple[str, ...]  # wrong values or gradients
+    remarks: tuple[str, ...]  # kinks, slopes without bound, slopes that vanish
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong; remarks are no errors."""
+        """Whether there are no errors; remarks do not count."""
         return not self.errors
 
     def __str__(self) -> str:
@@ -58,8 +57,8 @@ class _Probe:
         return self.loss._elements(x, y, self.values)
 
     def slopes(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        of_x, of_y = self.loss._bounded_slopes(x, y, math.inf, self.values)
-        return torch.broadcast_to(of_x, x.shape), torch.broadcast_to(of_y, x.shape)
+        of_x, of_y = self.loss._slopes(x, y, self.values)
+        return of_x, of_y
 
 
 def check(loss: PointwiseLoss, values: tuple[float, ...]) -> Report:
@@ -82,7 +81,7 @@ def check(loss: PointwiseLoss, values: tuple[float, ...]) -> Report:
         into.extend(found)
     if not errors:
         remarks.insert(0, f"gradient: agrees with finite differences at {_POINTS} random points")
-    remarks.extend(_kinks_in_words(probe, kinks))
+    remarks.extend(_kink_remarks(probe, kinks))
     remarks.extend(_far_slopes(probe))
     name = f"{loss.__name__}({probe.numbers})" if probe.numbers else loss.__name__
     return Report(name, tuple(errors), tuple(remarks))
@@ -92,18 +91,24 @@ def _at(x: Any, y: Any) -> str:
     return f"input {float(x):.4g}, target {float(y):.4g}"
 
 
-def _within(low: float, high: float, *draws: Tensor) -> Iterator[Tensor]:
-    yield from (low + (high - low) * (t / (2 * _NEAR) + 0.5) for t in draws)
+def _first(where: Tensor) -> int | None:
+    """The first index where it holds."""
+    found = where.nonzero()
+    return int(found[0]) if len(found) else None
+
+
+def _within(low: float, high: float, *draws: Tensor) -> list[Tensor]:
+    return [low + (high - low) * (t / (2 * _NEAR) + 0.5) for t in draws]
 
 
 def _undefined(probe: _Probe, x: Tensor, y: Tensor) -> list[str]:
-    """Where the value is not finite: a domain to keep to, such as that of a logarithm."""
+    """Where the value is not finite: outside of a domain, such as a logarithm's."""
     found = []
     for low, high in ((-_NEAR, _NEAR), (0.0, 1.0)):
         a, b = _within(low, high, x, y)
         bad = ~probe.value(a, b).isfinite()
-        if bad.any():
-            share, first = bad.double().mean().item(), int(bad.nonzero()[0])
+        if (first := _first(bad)) is not None:
+            share = bad.double().mean().item()
             found.append(
                 f"domain: the value is not finite at {share:.0%} of the points in "
                 f"[{low:g}, {high:g}], first at {_at(a[first], b[first])}"
@@ -114,15 +119,13 @@ def _undefined(probe: _Probe, x: Tensor, y: Tensor) -> list[str]:
 def _without_slope(
     probe: _Probe, kinks: list[tuple[sympy.Expr, Tensor, Tensor]], x: Tensor, y: Tensor
 ) -> list[str]:
-    """Where the value is finite and a slope nan, kinks included: one such element ruins a step."""
+    """Where the value is finite and a slope is nan, also at kinks: one such element ruins a step."""
     at_kinks = [(_exact(a), b) for _, a, b in kinks]
-    points = [(x, y), tuple(_within(0.0, 1.0, x, y)), *at_kinks]
+    points = [(x, y), _within(0.0, 1.0, x, y), *at_kinks]
     x, y = (torch.cat(side) for side in zip(*points, strict=True))
     value, found = probe.value(x, y), []
     for name, slope in zip((INPUT, TARGET), probe.slopes(x, y), strict=True):
-        bad = value.isfinite() & slope.isnan()
-        if bad.any():
-            at = int(bad.nonzero()[0])
+        if (at := _first(value.isfinite() & slope.isnan())) is not None:
             found.append(
                 f"the slope by {name} at {_at(x[at], y[at])} is nan, and the value "
                 f"{value[at].item():.4g}"
@@ -131,7 +134,7 @@ def _without_slope(
 
 
 def _exact(x: Tensor) -> Tensor:
-    """A kink as it was meant, for what bisection found."""
+    """The kink's exact place, from the one that bisection found."""
     return x.round(decimals=9)
 
 
@@ -143,14 +146,13 @@ def _gradients(probe: _Probe, x: Tensor, y: Tensor) -> list[str]:
         (TARGET, computed[1], 0.0, _STEP),
     ):
         sides = [probe.value(x + k * dx, y + k * dy) for k in (-2, -1, 1, 2)]
-        # `fine` is of fourth order. Where the second-order `coarse` is far off it, a kink is near.
+        # If the second-order `coarse` differs much from the fourth-order `fine`, a kink is near.
         coarse = (sides[2] - sides[1]) / (2 * _STEP)
         fine = (8 * (sides[2] - sides[1]) - (sides[3] - sides[0])) / (12 * _STEP)
         scale = slope.abs() + probe.value(x, y).abs() + 1
         smooth = fine.isfinite() & ((fine - coarse).abs() < 1e-5 * scale)
         off = smooth & ~((slope - fine).abs() < 1e-5 * scale)
-        if off.any():
-            at = int(off.nonzero()[0])
+        if (at := _first(off)) is not None:
             found.append(
                 f"the slope by {name} at {_at(x[at], y[at])} is {slope[at].item():.6g}, and finite "
                 f"differences say {fine[at].item():.6g}"
@@ -159,7 +161,7 @@ def _gradients(probe: _Probe, x: Tensor, y: Tensor) -> list[str]:
 
 
 def _kernels(probe: _Probe, x: Tensor, y: Tensor) -> list[str]:
-    """The kernels, where there are any, against the formulas."""
+    """Where the kernels, if there are any, differ from the formulas."""
     from .. import explain
 
     loss = probe.loss
@@ -178,8 +180,7 @@ def _kernels(probe: _Probe, x: Tensor, y: Tensor) -> list[str]:
     )
     for name, ours, theirs in pairs:
         off = ~torch.isclose(ours, theirs, rtol=1e-9, atol=1e-12, equal_nan=True)
-        if off.any():
-            at = int(off.nonzero()[0])
+        if (at := _first(off)) is not None:
             found.append(
                 f"the kernel's {name} at {_at(x[at], y[at])} is {ours[at].item():.9g}, not "
                 f"{theirs[at].item():.9g}"
@@ -191,24 +192,24 @@ def _kernels(probe: _Probe, x: Tensor, y: Tensor) -> list[str]:
 
 
 def _switches(value: sympy.Expr) -> list[sympy.Expr]:
-    """What is 0 where the formula changes from one piece to another."""
+    """Formulas that are 0 where the loss's formula changes from one piece to another."""
     found: dict[sympy.Expr, None] = {}
     for node in sympy.preorder_traversal(value):
-        if isinstance(node, words.Abs | words.Sign | words.Relu):
+        if isinstance(node, primitives.Abs | primitives.Sign | primitives.Relu):
             found[node.args[0]] = None
-        elif isinstance(node, words.Maximum | words.Minimum):
+        elif isinstance(node, primitives.Maximum | primitives.Minimum):
             found[node.args[0] - node.args[1]] = None
-        elif isinstance(node, words.Clamp):
+        elif isinstance(node, primitives.Clamp):
             for bound in node.args[1:]:
                 if bound.is_finite is not False:
                     found[node.args[0] - bound] = None
-        elif isinstance(node, words.Comparison):
+        elif isinstance(node, primitives.Comparison):
             found[node.lhs - node.rhs] = None
     return [e for e in found if {str(s) for s in e.free_symbols} & {INPUT, TARGET}]
 
 
 def _kinks(probe: _Probe) -> Iterator[tuple[sympy.Expr, Tensor, Tensor]]:
-    """Of each switch: points where it is 0, as input and target, found by bisection along input."""
+    """Each switch, and input and target of points where it is 0, found by bisection along input."""
     from . import printing
 
     traced = probe.loss._traced
@@ -219,55 +220,50 @@ def _kinks(probe: _Probe) -> Iterator[tuple[sympy.Expr, Tensor, Tensor]]:
         at = replace(traced, value=switch)
         run = printing.torch_function(at, at.reference)
 
-        def where(a: Tensor, b: Tensor, run: Any = run) -> Tensor:
-            return torch.broadcast_to(torch.as_tensor(run(a, b, probe.values)[0]), a.shape)
+        def is_positive(a: Tensor, b: Tensor, run: Any = run) -> Tensor:
+            positive: Tensor = run(a, b, probe.values)[0] > 0
+            return positive
 
-        side = where(x, y).view(len(grid), -1) > 0
+        side = is_positive(x, y).view(len(grid), -1)
         rows, columns = (side[1:] != side[:-1]).nonzero(as_tuple=True)
         low, high, target = grid[rows], grid[rows + 1], targets[columns]
         below = side[rows, columns]
         for _ in range(60):
             middle = (low + high) / 2
-            same = (where(middle, target) > 0) == below
+            same = is_positive(middle, target) == below
             low, high = torch.where(same, middle, low), torch.where(same, high, middle)
         if len(target):
             yield switch, (low + high) / 2, target
 
 
-def _kinks_in_words(probe: _Probe, kinks: list[tuple[sympy.Expr, Tensor, Tensor]]) -> Iterator[str]:
+def _kink_remarks(probe: _Probe, kinks: list[tuple[sympy.Expr, Tensor, Tensor]]) -> Iterator[str]:
     for switch, x, y in kinks:
         width = 1e-7 * (1 + x.abs())
-        (before, after) = (probe.slopes(x + s * width, y)[0] for s in (-1, 1))
-        jump = (after - before).abs()
+        slopes = [probe.slopes(x + s * width, y)[0] for s in (-1, 1)]
         values = [probe.value(x + s * width, y) for s in (-1, 1)]
-        step = (values[1] - values[0]).abs()
-        where = f"{_text(switch)} = 0"
-        broken = step > 1e-4 * (1 + values[0].abs())
-        kinked = jump > 1e-4 * (1 + before.abs())
-        if broken.any():
-            at = int(broken.nonzero()[0])
+        where = f"{probe.loss._traced.text(switch)} = 0"
+        if (at := _first_step(*values)) is not None:
             yield (
                 f"jump: at {where} the value steps from {values[0][at].item():.4g} to "
-                f"{values[1][at].item():.4g} ({_at(x[at], y[at])}), of which no gradient tells"
+                f"{values[1][at].item():.4g} ({_at(x[at], y[at])}), which no gradient shows"
             )
-        elif kinked.any():
-            at = int(kinked.nonzero()[0])
+        elif (at := _first_step(*slopes)) is not None:
             exact = probe.slopes(_exact(x[at : at + 1]), y[at : at + 1])[0].item()
             yield (
-                f"kink: at {where} the slope steps from {before[at].item():.4g} to "
-                f"{after[at].item():.4g} ({_at(x[at], y[at])}), and is {exact:.4g} there"
+                f"kink: at {where} the slope steps from {slopes[0][at].item():.4g} to "
+                f"{slopes[1][at].item():.4g} ({_at(x[at], y[at])}), and is {exact:.4g} there"
             )
 
 
-def _text(e: sympy.Expr) -> str:
-    return " ".join(str(e).split())
+def _first_step(before: Tensor, after: Tensor) -> int | None:
+    return _first((after - before).abs() > 1e-4 * (1 + before.abs()))
 
 
 # ---- slopes far away -----------------------------------------------------------------------------
 
 
 def _far_slopes(probe: _Probe) -> Iterator[str]:
-    """How the slope by input grows or fades as input leaves for either side."""
+    """How the slope by input grows or vanishes as input goes to infinity, or to 0 or 1."""
     y = torch.full((3,), 0.5, dtype=torch.float64)
     scales = torch.tensor([_FAR / 100, _FAR / 10, _FAR], dtype=torch.float64)
     for name, sign in (("+inf", 1.0), ("-inf", -1.0)):
@@ -275,19 +271,19 @@ def _far_slopes(probe: _Probe) -> Iterator[str]:
         slope = probe.slopes(x, y)[0]
         if not slope.isfinite().all():
             if probe.value(x, y).isfinite().any():
-                at = int((~slope.isfinite()).nonzero()[0])
+                at = _first(~slope.isfinite())
                 yield f"slope: not finite at {_at(x[at], y[at])}, on the way to {name}"
             continue
         size = slope.abs()
         if size[2] > 1.5 * size[1] > 2.25 * size[0]:
             yield (
                 f"slope: grows without bound as input goes to {name} (at {x[2].item():g} it is "
-                f"{slope[2].item():.4g}): single outliers rule the gradient; clip_grad= bounds it"
+                f"{slope[2].item():.4g}): single outliers dominate the gradient; clip_grad= bounds it"
             )
         elif size[2] < 1e-3 and size[2] <= size[0]:
             yield (
                 f"slope: vanishes as input goes to {name} (at {x[2].item():g} it is "
-                f"{slope[2].item():.4g}): an element that far off is not learnt from"
+                f"{slope[2].item():.4g}): training learns nothing from elements that far off"
             )
     near = torch.tensor([1e-3, 1e-6, 1e-9], dtype=torch.float64)
     for edge in (0.0, 1.0):
@@ -334,7 +330,7 @@ def plot(loss: PointwiseLoss, values: tuple[float, ...], path: str | Path) -> No
 
 
 def _of_two_values(probe: _Probe) -> bool:
-    """Whether another target is another curve, not the same one moved aside."""
+    """Whether another target gives another curve, and not the same one shifted."""
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)
     here, there = probe.value(x, torch.zeros_like(x)), probe.value(x + 1, torch.ones_like(x))
     return not torch.allclose(here, there, equal_nan=True)

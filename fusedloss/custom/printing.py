@@ -1,30 +1,31 @@
-"""Prints formulas: as a C++ struct in the vocabulary of the kernels, as PyTorch, as Triton."""
+"""Prints formulas as code: a C++ struct or a Triton function for the kernels, and PyTorch."""
 
 from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
 
-from . import words
+from . import primitives
+from .primitives import INPUT, TARGET, Expr
 from .tracing import Program, Traced
-from .words import INPUT, TARGET, Expr
 
 
 class Printer:
-    """Formulas as text of one operator precedence: everything but names and calls in brackets.
+    """Prints formulas with everything but names and calls in brackets.
 
-    A sum of both elements starts with them, so that ``input - target`` is formed before a smaller
-    term joins: the difference of neighbours is exact.
+    A sum that has both elements as terms starts with them, so that ``input - target`` is computed
+    before a smaller term is added: the difference of two close numbers is exact.
     """
 
     def __init__(self, names: Mapping[str, str]) -> None:
-        self.names = names  # of symbols, where they are not their own
+        self.names = names  # of symbols that are printed under another name
         self.printed: dict[Expr, str] = {}
 
     def __call__(self, e: Expr) -> str:
@@ -37,7 +38,7 @@ class Printer:
             method = getattr(self, f"_{kind.__name__}", None)
             if method is not None:
                 return str(method(e))
-        raise TypeError(f"no way to print {e!r}")  # tracing lets none through
+        raise TypeError(f"no way to print {e!r}")  # tracing has refused such a formula
 
     def number(self, x: float) -> str:
         raise NotImplementedError
@@ -54,8 +55,7 @@ class Printer:
     def _Number(self, e: Expr) -> str:
         return self.number(float(e))
 
-    def _NumberSymbol(self, e: Expr) -> str:
-        return self.number(float(e))
+    _NumberSymbol = _Number
 
     def _Add(self, e: Expr) -> str:
         def is_plain(term: Expr) -> bool:
@@ -103,9 +103,6 @@ class Printer:
     def _Condition(self, e: Expr) -> str:
         return self.call(e.operation, e.args)
 
-    def _Word(self, e: Expr) -> str:
-        return self.call(e.func.__name__, e.args)
-
 
 def _is_negative(e: Expr) -> bool:
     return bool(e.as_coeff_Mul()[0].is_negative)
@@ -115,21 +112,13 @@ def _is_negative(e: Expr) -> bool:
 
 
 class _Kernel(Printer):
-    """In the words of csrc/math, which the Triton backend mirrors."""
+    """In the functions of csrc/math, which the Triton backend mirrors."""
 
-    renamed: ClassVar[dict[str, str]] = {
-        "Abs": "abs",
-        "Sign": "sign",
-        "Maximum": "maximum",
-        "Minimum": "minimum",
-        "Clamp": "clamp",
-        "XLogY": "xlogy",
-        "Where": "select",
-    }
+    def _Primitive(self, e: Expr) -> str:
+        return self.call(e.func.__name__.lower(), e.args)
 
-    def _Word(self, e: Expr) -> str:
-        name = e.func.__name__
-        return self.call(self.renamed.get(name, name), e.args)
+    def _Where(self, e: Expr) -> str:
+        return self.call("select", e.args)
 
     def _Relu(self, e: Expr) -> str:
         return self.applied("clamp_min", self(e.args[0]), self.number(0.0))
@@ -149,7 +138,7 @@ class _Kernel(Printer):
         return self.applied("power_slope", self(base), self(value), str(self.of_call(exponent)))
 
     def of_call(self, e: Expr) -> str | None:
-        """An exponent that is the same for all elements; None: it is none."""
+        """Prints an exponent that is the same for all elements; None: it is not."""
         raise NotImplementedError
 
 
@@ -161,10 +150,10 @@ def _is_constant(e: Expr) -> bool:
 
 
 class _Cpp(_Kernel):
-    """Of elements: T is a number or a SIMD register."""
+    """Formulas of elements. T is a number or a SIMD register."""
 
     def _Mul(self, e: Expr) -> str:
-        if isinstance(-e, words.Abs):
+        if isinstance(-e, primitives.Abs):
             return self.call("neg_abs", (-e).args)
         return super()._Mul(e)
 
@@ -178,7 +167,7 @@ class _Cpp(_Kernel):
 
 
 class _CppConstant(_Cpp):
-    """Of a call's numbers, in double."""
+    """Formulas of a call's parameters, in double."""
 
     def number(self, x: float) -> str:
         return f"double({_cpp_number(x)})"
@@ -202,7 +191,7 @@ def cpp(traced: Traced) -> str:
     of_call = _CppConstant({name: f"parameters[{i}]" for i, name in enumerate(given)})
     of_element = _Cpp({INPUT: "x", TARGET: "y"})
     lines = [
-        f"// {traced.identifier}: {_comment(traced.value)}",
+        f"// {traced.identifier}: {traced.text(traced.value)}",
         f"struct Loss : CustomLoss<{count}> {{",
         f"  static constexpr int kParameters = {len(given) + 1};",
         f"  static constexpr Usual kUsual[] = {{{', '.join(usual)}}};",
@@ -225,28 +214,24 @@ def cpp(traced: Traced) -> str:
 
 
 def _usual_exponents(traced: Traced) -> Iterator[str]:
-    """Those that the compiler had better know, as the loss's defaults make them."""
+    """The exponents for the loss's defaults, for which the compiler makes a faster kernel."""
     if traced.defaults.keys() != traced.parameters.keys():
         return
     program = traced.kernel
     numbers = host_constants(traced)(tuple(traced.defaults.values()))
     formulas = [*(e for _, e in program.shared), *program.results]
-    powers = sympy.Tuple(*formulas).atoms(words.Power)
+    powers = sympy.Tuple(*formulas).atoms(primitives.Power)
     for i, (symbol, _) in enumerate(program.constants):
         known = not math.isnan(numbers[i])  # nan equals nothing
         if known and any(power.args[1] == symbol for power in powers):
             yield f"{{{i}, {_cpp_number(numbers[i])}}}"
 
 
-def _comment(value: Expr) -> str:
-    return " ".join(str(value).split())
-
-
 # ---- Triton --------------------------------------------------------------------------------------
 
 
 class _Triton(_Kernel):
-    """Of blocks of elements, and of constants that are blocks of none: all of the type T."""
+    """Formulas of blocks of elements and of 0-d constants, all of the type T."""
 
     def number(self, x: float) -> str:
         return f"tl.full((), {_python_number(x)}, T)"
@@ -266,15 +251,15 @@ def _python_number(x: float) -> str:
 
 
 def triton(traced: Traced) -> str:
-    """A module with a function `loss` for the engine of fusedloss/backends/triton/pointwise.py. Its
-    parameters are the kernel's constants, and the bound of the slopes."""
+    """A module with a function `loss` for the engine of fusedloss/backends/triton/pointwise.py. The
+    function takes the kernel's constants, and the bound of the slopes."""
     program = traced.kernel
     of_element = _Triton({INPUT: "x", TARGET: "y"})
     constants = [str(symbol) for symbol, _ in program.constants]
     value, *slopes = map(of_element, program.results)
     bounded = [of_element.applied("clamp", slope, "-clip", "clip") for slope in slopes]
     lines = [
-        f"# {traced.identifier}: {_comment(traced.value)}",
+        f"# {traced.identifier}: {traced.text(traced.value)}",
         "import triton",
         "import triton.language as tl",
         "",
@@ -294,12 +279,12 @@ def triton(traced: Traced) -> str:
 
 
 class _Torch(Printer):
-    """Of tensors x and y; Python numbers stand for constants."""
+    """Formulas of tensors x and y, with Python numbers as constants."""
 
     def number(self, x: float) -> str:
         return _python_number(x)
 
-    def _Word(self, e: Expr) -> str:
+    def _Primitive(self, e: Expr) -> str:
         return f"call({', '.join([e.func.__name__, *map(self, e.args)])})"
 
     def _Where(self, e: Expr) -> str:
@@ -308,7 +293,7 @@ class _Torch(Printer):
 
 
 class _TorchConstant(_Torch):
-    """Of float64 tensors of one number: arithmetic of Python's own would raise on 1 / 0."""
+    """Formulas of float64 tensors of one number, since Python's arithmetic raises on 1 / 0."""
 
     def number(self, x: float) -> str:
         return f"number({str(x)!r})"
@@ -317,37 +302,34 @@ class _TorchConstant(_Torch):
         return self.call("select", e.args)
 
 
-def _call(word: Any, *args: Any) -> Any:
+def _call(primitive: Any, *args: Any) -> Any:
     like = next((arg for arg in args if isinstance(arg, Tensor)), None)
     if like is None:
         args = tuple(torch.tensor(arg, dtype=torch.float64) for arg in args)
-        return word.torch(*args).item()
-    return word.torch(
-        *(
-            arg
-            if isinstance(arg, Tensor)
-            else torch.full((), arg, dtype=like.dtype, device=like.device)
-            for arg in args
-        )
-    )
+        return primitive.torch(*args).item()
+    kind: Any = {"dtype": like.dtype, "device": like.device}
+    tensors = (arg if isinstance(arg, Tensor) else torch.full((), arg, **kind) for arg in args)
+    return primitive.torch(*tensors)
 
 
 Branch = Callable[[Any, Any], Any]
 
 
 def _where(condition: Any, yes: Branch, no: Branch, x: Any, y: Any) -> Any:
-    """Either branch sees, where it is not taken, numbers without a graph: its gradient there may be
-    infinite or nan, and is cut off before it meets anything, in any order of differentiation."""
+    """Where a branch is not taken, it gets numbers without a graph: its gradient there may be infinite
+    or nan, and must not reach anything else, in any order of differentiation."""
     if not isinstance(condition, Tensor):
         return yes(x, y) if condition else no(x, y)
     taken = _cut(condition, x, y, yes)
     other = _cut(~condition, x, y, no)
     like = x if isinstance(x, Tensor) else condition.double()
-    pair = (
-        side if isinstance(side, Tensor) else torch.full_like(like, side, requires_grad=False)
-        for side in (taken, other)
-    )
-    return torch.where(condition, *pair)
+    return torch.where(condition, _tensor(taken, like), _tensor(other, like))
+
+
+def _tensor(value: Any, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.full_like(like, value, requires_grad=False)
 
 
 def _cut(taken: Tensor, x: Any, y: Any, branch: Branch) -> Any:
@@ -358,20 +340,8 @@ def _cut(taken: Tensor, x: Any, y: Any, branch: Branch) -> Any:
 
 
 def _host(x: float) -> Tensor:
-    """Whatever the default device: a GPU would have to be waited for."""
+    """On the CPU, whatever the default device, since reading a number from a GPU waits for it."""
     return torch.tensor(x, dtype=torch.float64, device="cpu")
-
-
-def _number(text: str) -> Tensor:
-    return _host(float(text))
-
-
-def _logical_and(a: Any, b: Any) -> Any:
-    return a & b
-
-
-def _logical_or(a: Any, b: Any) -> Any:
-    return a | b
 
 
 def _logical_not(a: Any) -> Any:
@@ -381,28 +351,28 @@ def _logical_not(a: Any) -> Any:
 _NAMESPACE: dict[str, Any] = {
     "call": _call,
     "where": _where,
-    "number": _number,
+    "number": lambda text: _host(float(text)),
     "select": torch.where,
-    "logical_and": _logical_and,
-    "logical_or": _logical_or,
+    "logical_and": operator.and_,
+    "logical_or": operator.or_,
     "logical_not": _logical_not,
     **{
-        word.__name__: word
-        for word in vars(words).values()
-        if isinstance(word, type) and issubclass(word, words.Word)
+        primitive.__name__: primitive
+        for primitive in vars(primitives).values()
+        if isinstance(primitive, type) and issubclass(primitive, primitives.Primitive)
     },
 }
 
 
 def _constants_source(traced: Traced, program: Program) -> str:
-    # By number: a parameter may be called as anything that a formula is printed with.
+    # Numbered, since a parameter may have the name of a function in the printed formula.
     names = {name: f"p{i}" for i, name in enumerate(traced.parameters)}
     formulas = map(_TorchConstant(names), (e for _, e in program.constants))
     return f"def constants({', '.join(names.values())}):\n    return [{', '.join(formulas)}]\n"
 
 
-def torch_source(traced: Traced, program: Program) -> str:
-    """Two functions: ``constants(parameters...)``, and ``results(x, y, constants...)``."""
+def _torch_source(traced: Traced, program: Program) -> str:
+    """Two functions: ``constants(parameters...)`` and ``results(x, y, constants...)``."""
     arguments = ", ".join(["x", "y", *(str(symbol) for symbol, _ in program.constants)])
     results = map(_Torch({INPUT: "x", TARGET: "y"}), program.results)
     return (
@@ -413,12 +383,12 @@ def torch_source(traced: Traced, program: Program) -> str:
 
 def _executed(traced: Traced, source: str) -> dict[str, Any]:
     namespace = dict(_NAMESPACE)
-    exec(compile(source, f"<{traced.identifier}>", "exec"), namespace)  # noqa: S102 - of our own print
+    exec(compile(source, f"<{traced.identifier}>", "exec"), namespace)  # noqa: S102 - printed above
     return namespace
 
 
 Numbers = tuple[float, ...]
-Compiled = Callable[[Tensor, Tensor, Numbers], tuple[Any, ...]]
+Compiled = Callable[[Tensor, Tensor, Numbers], Sequence[Tensor]]
 
 
 def _cached(constants: Callable[..., list[Any]]) -> Callable[[Numbers], Numbers]:
@@ -431,17 +401,18 @@ def _cached(constants: Callable[..., list[Any]]) -> Callable[[Numbers], Numbers]
 
 
 def host_constants(traced: Traced) -> Callable[[Numbers], Numbers]:
-    """The constants of the kernel as a function of the parameters' numbers, worked out in float64."""
+    """The constants of the kernel as a function of the parameters' numbers, computed in float64."""
     return _cached(_executed(traced, _constants_source(traced, traced.kernel))["constants"])
 
 
 def torch_function(traced: Traced, program: Program) -> Compiled:
-    """The formulas as a function of input, target and the parameters' numbers."""
-    namespace = _executed(traced, torch_source(traced, program))
+    """The formulas as a function of input, target and the parameters' numbers. Its results have input's
+    shape."""
+    namespace = _executed(traced, _torch_source(traced, program))
     constants, results = _cached(namespace["constants"]), namespace["results"]
 
-    def run(input: Tensor, target: Tensor, parameters: Numbers) -> tuple[Any, ...]:
-        computed: tuple[Any, ...] = results(input, target, *constants(parameters))
-        return computed
+    def run(input: Tensor, target: Tensor, parameters: Numbers) -> Sequence[Tensor]:
+        values = results(input, target, *constants(parameters))
+        return [torch.broadcast_to(_tensor(value, input), input.shape) for value in values]
 
     return run

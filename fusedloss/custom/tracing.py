@@ -1,6 +1,7 @@
-"""From a Python function to formulas: traced with symbols, differentiated, shared.
+"""From a Python function to formulas: traced with symbols, differentiated, with shared subexpressions.
 
-SymPy must not multiply out: ``3 * (x - y)`` keeps its digits where ``3 * x - 3 * y`` cancels.
+SymPy must not expand products: ``3 * x - 3 * y`` loses digits by cancellation, and ``3 * (x - y)``
+does not.
 """
 
 from __future__ import annotations
@@ -20,19 +21,20 @@ import sympy
 from sympy.core.parameters import distribute
 from torch import Tensor
 
-from . import as_float, words
-from .words import INPUT, TARGET, Expr
+from . import primitives
+from .loss import as_float
+from .primitives import INPUT, TARGET, Expr
 
-# A tenth of either is much for a loss.
-_DEEPEST = 64  # words and operators inside each other
-_LONGEST = 100_000  # words and operators of a slope, written out
+# Losses need less than a tenth of either.
+_DEEPEST = 64  # levels of nested primitives and operators
+_LONGEST = 100_000  # primitives and operators of a slope, written out
 RESERVED = ("reduction", "weight", "clip_grad")  # keywords that every loss has
 
 
 @dataclass(frozen=True)
 class Program:
-    """Formulas as a kernel computes them, in order. Symbols named c are numbers of a call, t of an
-    element."""
+    """Formulas in the order in which a kernel computes them. Symbols named c are numbers of a call,
+    those named t of an element."""
 
     constants: tuple[tuple[Expr, Expr], ...]  # symbol, formula of the parameters
     shared: tuple[tuple[Expr, Expr], ...]  # symbol, formula that several others use
@@ -44,7 +46,7 @@ class Traced:
     """A loss as formulas."""
 
     name: str
-    arguments: tuple[str, str]  # what the function calls input and target
+    arguments: tuple[str, str]  # the function's names for input and target
     input: Expr
     target: Expr
     parameters: dict[str, Expr]  # by name, in order
@@ -53,26 +55,30 @@ class Traced:
 
     @property
     def identifier(self) -> str:
-        """The name in sources and file names, where any other text could do harm."""
+        """The name for sources and file names, without characters that could do harm there."""
         return re.sub(r"\W+", "_", self.name, flags=re.ASCII).strip("_")[:40] or "loss"
+
+    @staticmethod
+    def text(e: Expr) -> str:
+        return " ".join(str(e).split())
 
     @functools.cached_property
     def slopes(self) -> tuple[Expr, Expr]:
         """The derivatives with respect to input and target."""
         with distribute(False):
             of_input, of_target = (
-                words.canonical(words.derivative(self.value, symbol))
+                primitives.canonical(primitives.derivative(self.value, symbol))
                 for symbol in (self.input, self.target)
             )
         return of_input, of_target
 
     @functools.cached_property
     def kernel(self) -> Program:
-        """Value and both slopes, in the words that kernels have."""
+        """Value and both slopes, in primitives that kernels have."""
         with distribute(False):
-            # Before _hoist(): a parameter that joined another would hide what is the same without.
-            shared, results = _shared(words.lowered(self.value), *self._lowered_slopes())
-            # What is of parameters alone goes back into the formulas, for _hoist() to find.
+            # Before _hoist(), which merges parameters, and so could hide common subexpressions.
+            shared, results = _shared(primitives.lowered(self.value), *self._lowered_slopes())
+            # Shared formulas of parameters alone are put back, so that _hoist() finds them.
             of_call: dict[Expr, Expr] = {}
             of_element: dict[Expr, Expr] = {}
             for symbol, e in shared:
@@ -94,19 +100,19 @@ class Traced:
 
     @functools.cached_property
     def reference_slopes(self) -> Program:
-        """Both slopes, as kernels have them."""
+        """Both slopes, in the form that kernels compute."""
         with distribute(False):
             constants, results = self._hoist(self._lowered_slopes())
         return Program(constants, (), tuple(results))
 
     def _lowered_slopes(self) -> list[Expr]:
-        slopes = [words.lowered(slope) for slope in self.slopes]
+        slopes = [primitives.lowered(slope) for slope in self.slopes]
         if max(map(_length, slopes)) > _LONGEST:
             _refuse_depth(self.name)
         return list(map(_factored, slopes))
 
     def _hoist(self, results: list[Expr]) -> tuple[tuple[tuple[Expr, Expr], ...], list[Expr]]:
-        """Takes what depends on parameters alone out of the formulas."""
+        """Replaces subexpressions of parameters alone by constants."""
         parameters = set(self.parameters.values())
         constants: dict[Expr, Expr] = {}  # formula: symbol
 
@@ -126,7 +132,7 @@ class Traced:
                 return e
             args = list(e.args)
             if isinstance(e, sympy.Mul | sympy.Add):
-                # Numbers join the parameters that stand beside them; a sign stays outside.
+                # Numbers are merged with the parameters beside them; a sign stays outside.
                 ours = [a for a in args if is_constant(a)]
                 if ours:
                     numbers = [a for a in args if a.is_number and a != -1]
@@ -139,8 +145,8 @@ class Traced:
 
 
 def _factored(e: Expr) -> Expr:
-    """a b x + a b y as a b (x + y). Not inside of words and conditions, where the value has the same;
-    nor for one common factor, or beside a number: a saved product is not worth a lost digit."""
+    """a b x + a b y as a b (x + y). Not inside of primitives and conditions, which the value may share.
+    Not for a single common factor or a number: one product less is not worth a lost digit."""
     if e.is_Mul:
         return e.func(*map(_factored, e.args))
     if not e.is_Add:
@@ -159,13 +165,13 @@ def _factored(e: Expr) -> Expr:
 
 
 def _factors(term: Expr) -> dict[Expr, Expr]:
-    """The powers of which a term is the product, but for numbers: base, exponent."""
+    """The factors of a term without numbers, as base and exponent."""
     powers = term.as_powers_dict().items()
     return {base: exponent for base, exponent in powers if not base.is_number}
 
 
 def _in_both(a: dict[Expr, Expr], b: dict[Expr, Expr]) -> dict[Expr, Expr]:
-    """The factors of two terms that are the same; none, if they are all that one of them has."""
+    """The common factors of two terms; none, if one of the terms has no others."""
     same = {base: exponent for base, exponent in a.items() if b.get(base) == exponent}
     return same if len(same) < min(len(a), len(b)) else {}
 
@@ -173,8 +179,8 @@ def _in_both(a: dict[Expr, Expr], b: dict[Expr, Expr]) -> dict[Expr, Expr]:
 def _shared(
     value: Expr, slope: Expr, target_slope: Expr
 ) -> tuple[list[tuple[Expr, Expr]], list[Expr]]:
-    """What several formulas use, in order, and the formulas with symbols for it. Few calls want the
-    target's slope: it shares factors with the others, but no product is formed for its sake."""
+    """Common subexpressions, in order, and the formulas with symbols for them. Few calls need the
+    target's slope: it shares factors with the others, but adds no product to them."""
     symbols = sympy.numbered_symbols("t")
     terms = sympy.Add.make_args(target_slope)
     factors = [factor for term in terms for factor in sympy.Mul.make_args(term)]
@@ -188,9 +194,9 @@ def _shared(
 def _repeated(
     formulas: list[Expr], symbols: Iterator[Expr]
 ) -> tuple[list[tuple[Expr, Expr]], list[Expr]]:
-    """What stands in formulas more than once, in order, and the formulas with symbols for it."""
+    """Repeated subexpressions, in order, and the formulas with symbols for them."""
     shared: list[tuple[Expr, Expr]] = []
-    while True:  # one pass leaves products that it has made equal
+    while True:  # one pass may make products equal without sharing them
         found, formulas = sympy.cse(formulas, symbols)
         if not found:
             return shared, formulas
@@ -198,8 +204,7 @@ def _repeated(
 
 
 def definition(function: Callable[..., Any]) -> Any:
-    """What has the name, the text and the module of a definition: the function of which it is a
-    partial one, or itself."""
+    """The function that has the definition's name, text and module: a partial's function, or itself."""
     while isinstance(function, functools.partial):
         function = function.func
     return function
@@ -210,72 +215,51 @@ def _name(function: Callable[..., Any]) -> str:
     return name if isinstance(name, str) else type(function).__name__
 
 
-# ---- what a function is called with ----------------------------------------------------------------
+# ---- the arguments while tracing -----------------------------------------------------------------
 
-# What PyTorch has, and a loss of one element has not.
+# Names that PyTorch has for tensors, and that make no sense for one element.
 _OF_TENSORS = frozenset(
-    [
-        "all",
-        "amax",
-        "amin",
-        "any",
-        "argmax",
-        "argmin",
-        "cumsum",
-        "dim",
-        "dtype",
-        "item",
-        "logsumexp",
-        "log_softmax",
-        "max",
-        "mean",
-        "median",
-        "min",
-        "nansum",
-        "norm",
-        "normalize",
-        "numel",
-        "prod",
-        "reshape",
-        "shape",
-        "size",
-        "softmax",
-        "softmin",
-        "sort",
-        "std",
-        "sum",
-        "T",
-        "topk",
-        "view",
-        "var",
-    ]
+    (
+        *("all", "amax", "amin", "any", "argmax", "argmin", "cumsum", "dim", "dtype", "item"),
+        *(
+            "logsumexp",
+            "log_softmax",
+            "max",
+            "mean",
+            "median",
+            "min",
+            "nansum",
+            "norm",
+            "normalize",
+        ),
+        *("numel", "prod", "reshape", "shape", "size", "softmax", "softmin", "sort", "std", "sum"),
+        *("T", "topk", "view", "var"),
+    )
 )
-
-
 _NO_TENSOR = (
     "no tensor is part of a formula: pass it as input, target or weight, numbers as parameters"
 )
 _NOT_OF_SYMBOLS = (
-    "a function of math or numpy does not take symbols: write it in the words of fusedloss.math"
+    "a function of math or numpy does not take symbols: use the functions of fusedloss.math"
 )
 
 
-def instead_of(word: str) -> str:
+def instead_of(name: str) -> str:
     """What to write instead of a function of that name."""
     from fusedloss import math
 
-    if word in math.__all__:
-        return f"write fusedloss.math.{word}"
-    if word in _OF_TENSORS:
+    if name in math.__all__:
+        return f"write fusedloss.math.{name}"
+    if name in _OF_TENSORS:
         return (
-            f"{word} is of a row or a tensor, and a loss of one element: return the element's value; "
-            "reduction= is its caller's keyword"
+            f"{name} takes a row or a tensor, and a loss sees one element: return the element's value; "
+            "the caller passes reduction="
         )
-    return f"fusedloss.math has no {word}; it has {', '.join(math.__all__)}"
+    return f"fusedloss.math has no {name}; it has {', '.join(math.__all__)}"
 
 
 def expression(x: Any) -> Expr:
-    """SymPy's formula of a number or of what is being traced."""
+    """SymPy's formula for a number or a traced formula."""
     if isinstance(x, Formula):
         return x.expression
     if isinstance(x, Tensor):
@@ -290,7 +274,7 @@ def expression(x: Any) -> Expr:
 
 
 def _operators(of: Callable[[Any, Any], Any]) -> Any:
-    """An operator, and the one with its sides exchanged."""
+    """The methods of an operator: with self as the left side, and as the right one."""
 
     def forward(self: Formula, other: Any) -> Formula:
         return Formula(of(self.expression, expression(other)))
@@ -302,19 +286,19 @@ def _operators(of: Callable[[Any, Any], Any]) -> Any:
 
 
 def _compares(kind: Any) -> Any:
-    def compare(self: Formula, other: Any) -> words.Condition:
-        condition: words.Condition = kind(self.expression, expression(other))
+    def compare(self: Formula, other: Any) -> primitives.Condition:
+        condition: primitives.Condition = kind(self.expression, expression(other))
         return condition
 
     return compare
 
 
 class Formula:
-    """A symbol that a loss is traced with, and what becomes of it: SymPy's formula with operators
-    that leave conditions as they are, and say what to write instead of what no formula takes."""
+    """A symbol, or a formula made of symbols, while a loss is traced: a SymPy expression whose operators
+    do not simplify conditions, and whose errors say what to write instead."""
 
     __slots__ = ("expression",)
-    __array_ufunc__ = None  # so NumPy's numbers leave their operators to a formula's
+    __array_ufunc__ = None  # so that NumPy's numbers use a formula's operators
 
     def __init__(self, expression: Expr) -> None:
         self.expression = expression
@@ -333,9 +317,9 @@ class Formula:
     __mul__, __rmul__ = _operators(operator.mul)
     __truediv__, __rtruediv__ = _operators(operator.truediv)
     __pow__, __rpow__ = _operators(operator.pow)
-    __lt__, __le__ = _compares(words.Less), _compares(words.LessEqual)
-    __gt__, __ge__ = _compares(words.Greater), _compares(words.GreaterEqual)
-    __eq__, __ne__ = _compares(words.Equal), _compares(words.NotEqual)
+    __lt__, __le__ = _compares(primitives.Less), _compares(primitives.LessEqual)
+    __gt__, __ge__ = _compares(primitives.Greater), _compares(primitives.GreaterEqual)
+    __eq__, __ne__ = _compares(primitives.Equal), _compares(primitives.NotEqual)
 
     def __neg__(self) -> Formula:
         return Formula(-self.expression)
@@ -344,22 +328,22 @@ class Formula:
         return self
 
     def __abs__(self) -> Formula:
-        return Formula(words.Abs(self.expression))
+        return Formula(primitives.Abs(self.expression))
 
     def __bool__(self) -> bool:
-        raise TypeError(words.NO_TRUTH_VALUE)
+        raise TypeError(primitives.NO_TRUTH_VALUE)
 
     def __float__(self) -> float:
         raise TypeError(_NOT_OF_SYMBOLS)
 
     def __getitem__(self, index: Any) -> Any:
         raise TypeError(
-            f"{self}[{index}] takes an element of what is one element already: a loss sees no rows or "
+            f"{self}[{index}] takes an element of a single element: a loss sees no rows or "
             "channels, so pass the slices as input and target"
         )
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what protocols ask for
+        if name.startswith("__"):  # protocols look for these
             raise AttributeError(name)
         raise AttributeError(f"a symbol has no .{name}: {instead_of(name)}")
 
@@ -380,13 +364,13 @@ def trace(function: Callable[..., Any]) -> Traced:
     """The formulas of a loss.
 
     Raises:
-        TypeError, ValueError: the function is no definition of a loss; the message says why, and
-            what to write instead.
+        TypeError, ValueError: the function does not define a loss; the message says why, and what to
+            write instead.
     """
     name = _name(function)
     arguments, defaults = _signature(function, name)
     with distribute(False):
-        # Apart from each other by name alone: an expression is found again where it is rewritten.
+        # The name alone identifies a symbol, so that rewritten expressions compare equal.
         input, target = sympy.Symbol(INPUT, real=True), sympy.Symbol(TARGET, real=True)
         parameters = {key: sympy.Symbol(key, real=True) for key in defaults}
         given = {key: Formula(symbol) for key, symbol in parameters.items()}
@@ -404,8 +388,7 @@ def trace(function: Callable[..., Any]) -> Traced:
 def _signature(
     function: Callable[..., Any], name: str
 ) -> tuple[tuple[str, str], dict[str, float | None]]:
-    """The names of input and target, and the parameters by name, with their defaults; None: there is
-    none."""
+    """The names of input and target, and the parameters' defaults by name; None: no default."""
     if not callable(function):
         raise TypeError(f"pointwise_loss takes a function, not {function!r}")
     form = f"def {name}(input, target, *, scale=1.0)"
@@ -450,7 +433,7 @@ def _signature(
 
 
 def _explained(name: str, error: Exception) -> Exception:
-    """What went wrong in tracing, in the words of whoever wrote the loss."""
+    """The error to raise for one that occurred while tracing: it says what to change in the loss."""
     said = str(error)
     if "truth value of" in said:
         return TypeError(
@@ -466,7 +449,9 @@ def _explained(name: str, error: Exception) -> Exception:
 
 
 def _checked(name: str, result: Any, known: set[Expr]) -> Expr:
-    """The value, in our words."""
+    """The value, in primitives."""
+    from fusedloss import math
+
     if result is None:
         raise TypeError(f"{name} returns None: write return in front of the value")
     if isinstance(result, tuple | list):
@@ -481,36 +466,36 @@ def _checked(name: str, result: Any, known: set[Expr]) -> Expr:
         raise TypeError(f"{name} returns {result!r}: return a formula of input and target")
     if _depth(result) > _DEEPEST:
         _refuse_depth(name)
-    value = words.canonical(sympy.sympify(result))
+    value = primitives.canonical(sympy.sympify(result))
     strange = value.free_symbols - known
     if strange:
         raise ValueError(
             f"{name}: unknown symbol {', '.join(sorted(map(str, strange)))}; make it a parameter"
         )
     if not {str(s) for s in value.free_symbols} & {INPUT, TARGET}:
-        raise ValueError(f"{name} is {value}, whatever input and target: it has nothing to learn")
+        raise ValueError(f"{name} is {value}, for any input and target: it has nothing to learn")
     for node in sympy.preorder_traversal(value):
         if node.has(sympy.I, sympy.zoo, sympy.nan):
             raise ValueError(f"{name} is no real number: {value}")
-        if node.is_Number and node.is_finite and words.overflows(node):
+        if node.is_Number and node.is_finite and primitives.overflows(node):
             raise ValueError(f"{name}: {sympy.N(node, 3)} is beyond the largest float64, 1.8e308")
-        if isinstance(node, sympy.Function) and not isinstance(node, words.Word):
+        if isinstance(node, sympy.Function) and not isinstance(node, primitives.Primitive):
             raise TypeError(
-                f"{name}: {node.func} is none of the functions of fusedloss.math, which are "
-                f"{', '.join(_words())}"
+                f"{name}: {node.func} is not a function of fusedloss.math, which has "
+                f"{', '.join(math.__all__)}"
             )
     return value
 
 
 def _refuse_depth(name: str) -> NoReturn:
     raise ValueError(
-        f"{name} nests too many words and operators inside each other: {_DEEPEST} are the most, and "
-        f"{_LONGEST} in all of a slope that is written out"
+        f"{name} nests too many functions and operators: at most {_DEEPEST} levels, and {_LONGEST} in "
+        "all in a slope that is written out"
     ) from None
 
 
 def _depth(e: Any) -> int:
-    """How many words and operators stand inside each other, as far as _DEEPEST."""
+    """How many levels of primitives and operators a formula has, counted up to _DEEPEST."""
     depth, level = 0, {e}
     while level and depth <= _DEEPEST:
         depth, level = depth + 1, {arg for node in level for arg in getattr(node, "args", ())}
@@ -518,14 +503,8 @@ def _depth(e: Any) -> int:
 
 
 def _length(e: Expr, known: dict[Expr, int] | None = None) -> int:
-    """How many words, operators and symbols a formula has where nothing is shared."""
+    """How many primitives, operators and symbols a formula has if nothing is shared."""
     known = {} if known is None else known
     if e not in known:
         known[e] = 1 + sum(_length(arg, known) for arg in e.args)
     return known[e]
-
-
-def _words() -> list[str]:
-    from fusedloss import math
-
-    return math.__all__

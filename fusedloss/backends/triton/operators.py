@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import second_order
-from ...prediction import is_captured, new_prediction
+from ...backends import is_captured, new_prediction
 from . import custom, pointwise, rows, runtime
 from .losses import POINTWISE
 from .runtime import Pass

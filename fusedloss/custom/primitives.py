@@ -1,15 +1,16 @@
 """The primitives of custom losses, as SymPy functions: what each means, and its derivative.
 
-SymPy simplifies as mathematics allows, which rounding does not: ``log(1 + exp(x))`` overflows where
-``softplus(x)`` does not. These functions are opaque to it. Each says
+SymPy simplifies by the rules of mathematics and ignores rounding: ``log(1 + exp(x))`` overflows where
+``softplus(x)`` does not. So these functions are opaque to it. Each defines
 
-    derivatives()  by each argument, finite wherever the function's slope is
-    pieces()       or, where it chooses among its arguments, itself as a Where of them
-    lowered()      itself in the words that kernels have; by default it is one of them
-    torch()        itself on tensors, in PyTorch, and on Python numbers' float64 tensors
+    derivatives()  its derivatives by each argument, finite wherever the function's slope is
+    pieces()       itself as a Where, if it chooses among its arguments (instead of derivatives)
+    lowered()      itself in primitives that the kernels have; by default it is one of them
+    torch()        itself in PyTorch, on tensors and on float64 tensors of Python numbers
+    nargs          for those that are classes: SymPy sorts terms by it, and so sums keep their order
 
-Conditions are opaque as well: to SymPy ``t == t`` is true and ``not x > a`` is ``x <= a``, which nan
-is an exception to.
+Conditions are opaque as well: to SymPy ``t == t`` is true and ``not x > a`` is ``x <= a``, which does
+not hold for nan.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ def overflows(number: Expr) -> bool:
 
 
 class Condition(Boolean):  # type: ignore[misc]
-    """What holds or does not, as IEEE 754 has it: nothing holds of nan but that it differs."""
+    """A condition with the meaning of IEEE 754: for nan, only "differs" holds."""
 
-    operation: ClassVar[str]  # in kernels
+    operation: ClassVar[str]  # its name in kernels
 
     def __and__(self, other: Any) -> Condition:
         return LogicalAnd(self, condition(other))
@@ -77,16 +78,16 @@ class Comparison(Condition):
         return f"{printer._print(self.lhs)} {self.operator} {printer._print(self.rhs)}"
 
 
-def _comparison(name: str, operator: str) -> Any:
-    return type(name, (Comparison,), {"operator": operator})
+def _comparison(name: str, operator: str, function: Callable[..., Tensor]) -> Any:
+    return type(name, (Comparison,), {"operator": operator, "torch": staticmethod(function)})
 
 
-Greater: Any = _comparison("Greater", ">")
-GreaterEqual: Any = _comparison("GreaterEqual", ">=")
-Less: Any = _comparison("Less", "<")
-LessEqual: Any = _comparison("LessEqual", "<=")
-Equal: Any = _comparison("Equal", "==")
-NotEqual: Any = _comparison("NotEqual", "!=")
+Greater: Any = _comparison("Greater", ">", torch.gt)
+GreaterEqual: Any = _comparison("GreaterEqual", ">=", torch.ge)
+Less: Any = _comparison("Less", "<", torch.lt)
+LessEqual: Any = _comparison("LessEqual", "<=", torch.le)
+Equal: Any = _comparison("Equal", "==", torch.eq)
+NotEqual: Any = _comparison("NotEqual", "!=", torch.ne)
 
 
 class LogicalAnd(Condition):
@@ -102,10 +103,10 @@ class LogicalNot(Condition):
 
 
 def condition(given: Any) -> Any:
-    """SymPy's own conditions as ours.
+    """SymPy's conditions as ours.
 
     Raises:
-        TypeError: it is no condition.
+        TypeError: it is not a condition.
     """
     if isinstance(given, Condition):
         return given
@@ -131,17 +132,17 @@ _CONDITION_OF_SYMPY: dict[Any, Any] = {
 }
 
 
-# ---- words and their derivatives -----------------------------------------------------------------
+# ---- primitives and their derivatives ------------------------------------------------------------
 
 
-class Word(sympy.Function):  # type: ignore[misc]
+class Primitive(sympy.Function):  # type: ignore[misc]
     """A function of real numbers."""
 
     torch: ClassVar[Any]
-    is_commutative = True  # SymPy does not see it of one with a condition: W**2 / W would stay so
+    is_commutative = True  # SymPy cannot tell if an argument is a condition, and keeps P**2 / P
 
     def derivatives(self) -> tuple[Expr, ...]:
-        raise NotImplementedError(f"{self.func.__name__} is a word of kernels alone")
+        raise NotImplementedError(f"{self.func.__name__} is a primitive of kernels only")
 
     def pieces(self) -> Where | None:
         return None
@@ -151,10 +152,11 @@ class Word(sympy.Function):  # type: ignore[misc]
 
 
 def derivative(e: Expr, symbol: Expr, outer: Expr = ONE) -> Expr:
-    """outer times the derivative of a formula in our words.
+    """outer times the derivative of a formula of primitives.
 
-    What is not taken never counts: outer may be infinite where a Where inside of e cuts the symbol off,
-    and so goes into the branches, as PyTorch's gradient does, instead of meeting their 0.
+    A branch that is not taken has no influence. outer may be infinite where a Where inside of e cuts
+    the symbol off, and infinity times that branch's 0 would be nan. So outer is multiplied inside of the
+    branches, as in PyTorch's backward.
     """
     if symbol not in e.free_symbols:
         return ZERO
@@ -163,16 +165,16 @@ def derivative(e: Expr, symbol: Expr, outer: Expr = ONE) -> Expr:
     if outer != 1:
         if not _cuts_off(e, symbol):
             return outer * derivative(e, symbol)
-        if e.is_Add:  # the terms that are not cut keep their sum
+        if e.is_Add:  # the terms that are not cut off stay one sum
             whole = [term for term in e.args if not _cuts_off(term, symbol)]
             cut = [derivative(t, symbol, outer) for t in e.args if t not in whole]
             return sympy.Add(derivative(sympy.Add(*whole), symbol, outer), *cut)
-        # What is the same for all elements is finite where the value is.
+        # A factor that is the same for all elements is finite where the value is.
         elements = [s for s in outer.free_symbols if s.name in (INPUT, TARGET)]
         factor, rest = outer.as_independent(*elements, as_Add=False)
         if factor != 1:
             return factor * derivative(e, symbol, rest)
-    chosen = e.pieces() if isinstance(e, Word) else None
+    chosen = e.pieces() if isinstance(e, Primitive) else None
     if chosen is not None:
         holds, yes, no = chosen.args
         return Where(holds, derivative(yes, symbol, outer), derivative(no, symbol, outer))
@@ -183,8 +185,7 @@ def derivative(e: Expr, symbol: Expr, outer: Expr = ONE) -> Expr:
 
 
 def _slopes(e: Expr, symbol: Expr) -> Iterator[tuple[Expr, Expr]]:
-    """The arguments that a formula depends on by other than a choice, each after the derivative by
-    it."""
+    """The arguments of a formula that is not a choice, each after the derivative by it."""
     if e.is_Add:
         yield from ((ONE, term) for term in e.args)
     elif e.is_Mul:
@@ -193,7 +194,7 @@ def _slopes(e: Expr, symbol: Expr) -> Iterator[tuple[Expr, Expr]]:
     elif e.is_Pow:
         yield e.exp * e.base ** (e.exp - 1), e.base
     elif isinstance(e, Power) and isinstance(e.args[0], Sigmoid) and not e.args[1].has(symbol):
-        # The power itself again, and nothing that could be 0 / 0.
+        # In terms of the power itself, where nothing can be 0 / 0.
         x = e.args[0].args[0]
         yield e.args[1] * e * Sigmoid(-x), x
     else:
@@ -204,47 +205,47 @@ def _cuts_off(e: Expr, symbol: Expr) -> bool:
     """Whether a branch of a Where in the formula does not depend on the symbol, but another does."""
     if e == symbol or symbol not in e.free_symbols:
         return False
-    chosen = e.pieces() if isinstance(e, Word) else None
+    chosen = e.pieces() if isinstance(e, Primitive) else None
     if chosen is None:
         return any(_cuts_off(arg, symbol) for arg in e.args)
     depend = [symbol in branch.free_symbols for branch in chosen.args[1:]]
     return depend[0] != depend[1] or any(_cuts_off(branch, symbol) for branch in chosen.args[1:])
 
 
-def _word(name: str, function: Callable[..., Tensor], **methods: Any) -> Any:
+def _primitive(name: str, function: Callable[..., Tensor], **methods: Any) -> Any:
     methods["torch"] = staticmethod(function)
-    return type(name, (Word,), methods)
+    return type(name, (Primitive,), methods)
 
 
-# ---- words that kernels have ---------------------------------------------------------------------
+# ---- primitives that kernels have ----------------------------------------------------------------
 
-Exp: Any = _word("exp", torch.exp, derivatives=lambda self: (self,))
-Expm1: Any = _word("expm1", torch.expm1, derivatives=lambda self: (Exp(self.args[0]),))
-Log: Any = _word("log", torch.log, derivatives=lambda self: (1 / self.args[0],))
-Log1p: Any = _word("log1p", torch.log1p, derivatives=lambda self: (1 / (1 + self.args[0]),))
-Sqrt: Any = _word("sqrt", torch.sqrt, derivatives=lambda self: (HALF / self,))
-Sin: Any = _word("sin", torch.sin, derivatives=lambda self: (Cos(self.args[0]),))
-Cos: Any = _word("cos", torch.cos, derivatives=lambda self: (-Sin(self.args[0]),))
-Tanh: Any = _word("tanh", torch.tanh, derivatives=lambda self: (SechSquared(self.args[0]),))
-Erf: Any = _word(
+Exp: Any = _primitive("exp", torch.exp, derivatives=lambda self: (self,))
+Expm1: Any = _primitive("expm1", torch.expm1, derivatives=lambda self: (Exp(self.args[0]),))
+Log: Any = _primitive("log", torch.log, derivatives=lambda self: (1 / self.args[0],))
+Log1p: Any = _primitive("log1p", torch.log1p, derivatives=lambda self: (1 / (1 + self.args[0]),))
+Sqrt: Any = _primitive("sqrt", torch.sqrt, derivatives=lambda self: (HALF / self,))
+Sin: Any = _primitive("sin", torch.sin, derivatives=lambda self: (Cos(self.args[0]),))
+Cos: Any = _primitive("cos", torch.cos, derivatives=lambda self: (-Sin(self.args[0]),))
+Tanh: Any = _primitive("tanh", torch.tanh, derivatives=lambda self: (SechSquared(self.args[0]),))
+Erf: Any = _primitive(
     "erf",
     torch.erf,
     derivatives=lambda self: (
         sympy.Float(1.1283791670955126) * ExpNonpositive(-(self.args[0] ** 2)),
     ),
 )
-# Their arguments are known to be in the domain: derivatives and lowered forms are made of these.
-ExpNonpositive: Any = _word("exp_nonpositive", torch.exp)
-Log1pUnit: Any = _word("log1p_unit", torch.log1p)
-# 1 / x as one division, which powers and quotients share.
-Reciprocal: Any = _word("reciprocal", torch.reciprocal)
+# For derivatives and lowered forms, whose arguments are known to be in the domain.
+ExpNonpositive: Any = _primitive("exp_nonpositive", torch.exp)
+Log1pUnit: Any = _primitive("log1p_unit", torch.log1p)
+# 1 / x as one division that powers and quotients share.
+Reciprocal: Any = _primitive("reciprocal", torch.reciprocal)
 
 
 def _is_negated(x: Expr) -> bool:
     return bool(x.as_coeff_Mul()[0].is_negative)
 
 
-class Abs(Word):
+class Abs(Primitive):
     """|x|, slope 0 at the kink."""
 
     nargs = 1
@@ -258,7 +259,7 @@ class Abs(Word):
         return (Sign(self.args[0]),)
 
 
-class Sign(Word):
+class Sign(Primitive):
     """-1, 0 or 1."""
 
     nargs = 1
@@ -268,8 +269,8 @@ class Sign(Word):
         return (ZERO,)
 
 
-class Where(Word):
-    """The second argument where the first, a condition, holds, else the third."""
+class Where(Primitive):
+    """The second argument where the condition, the first argument, holds, else the third."""
 
     nargs = 3
 
@@ -283,7 +284,7 @@ class Where(Word):
         return self
 
 
-class _Extremum(Word):
+class _Extremum(Primitive):
     nargs = 2
 
     @classmethod
@@ -291,8 +292,7 @@ class _Extremum(Word):
         return a if a == b else None
 
     def _between(self, low: Expr, high: Expr) -> Where:
-        """The first argument where high is above low, the second where it is below; where they are
-        equal, or one is nan, half of either."""
+        """The first argument where high > low, the second where high < low, else half of each."""
         first, second = self.args
         half = HALF * first + HALF * second
         return Where(Greater(high, low), first, Where(Less(high, low), second, half))
@@ -312,7 +312,7 @@ class Minimum(_Extremum):
         return self._between(*self.args)
 
 
-class Clamp(Word):
+class Clamp(Primitive):
     """x bounded below, then above; the slope at a bound itself is x's. nan if a bound is."""
 
     nargs = 3
@@ -334,7 +334,7 @@ class Clamp(Word):
         return Where(Less(x, low), low, Where(Greater(x, high), high, x))
 
 
-class Relu(Word):
+class Relu(Primitive):
     nargs = 1
     torch = staticmethod(torch.relu)
 
@@ -343,7 +343,7 @@ class Relu(Word):
         return Where(Greater(x, ZERO), x, ZERO)
 
 
-class Power(Word):
+class Power(Primitive):
     """b^e for an exponent that is not a small whole number."""
 
     nargs = 2
@@ -364,7 +364,7 @@ class Power(Word):
         of_element = {str(s) for s in exponent.free_symbols} & {INPUT, TARGET}
         if not of_element:
             return PowerSlope(base, exponent, self), ZERO
-        # e b^e / b, b^e being there already; at 0 its limit.
+        # e b^e / b, which reuses b^e; at 0 its limit.
         at_zero = Equal(base, ZERO)
         limit = Where(Equal(exponent, ZERO), ZERO, exponent * Power(ZERO, exponent - 1))
         by_base = Where(at_zero, limit, exponent * self / base)
@@ -372,8 +372,8 @@ class Power(Word):
         return by_base, Where(vanishes, ZERO, self * Log(base))
 
 
-class PowerSlope(Word):
-    """The derivative of b^e by b, from b, an e that is the same for all elements, and b^e."""
+class PowerSlope(Primitive):
+    """The derivative of b^e by b, from b, e and b^e. e is the same for all elements."""
 
     nargs = 3
 
@@ -382,7 +382,7 @@ class PowerSlope(Word):
         return torch.where(exponent == 0, 0.0, exponent * base ** (exponent - 1))
 
 
-class XLogY(Word):
+class XLogY(Primitive):
     """x log(y), 0 where x is 0 (unless y is nan)."""
 
     nargs = 2
@@ -395,8 +395,8 @@ class XLogY(Word):
         return log, Where(at_zero, ZERO, x / y)
 
 
-# ---- words made of others ------------------------------------------------------------------------
-# All of e = exp(-|x|) in [0, 1], so that the words of one x share it, and nothing overflows.
+# ---- primitives made of others -------------------------------------------------------------------
+# All use e = exp(-|x|) in [0, 1], so that those of one x share it, and nothing overflows.
 
 
 def _decay(x: Expr) -> Expr:
@@ -410,7 +410,7 @@ def _sigmoids(x: Expr) -> tuple[Expr, Expr]:
     return e * large, large
 
 
-class Sigmoid(Word):
+class Sigmoid(Primitive):
     nargs = 1
     torch = staticmethod(torch.sigmoid)
 
@@ -426,7 +426,7 @@ class Sigmoid(Word):
         return Where(Less(x, ZERO), small, large)
 
 
-class SigmoidSlope(Word):
+class SigmoidSlope(Primitive):
     nargs = 1
 
     def lowered(self) -> Expr:
@@ -434,7 +434,7 @@ class SigmoidSlope(Word):
         return small * large
 
 
-class LogSigmoid(Word):
+class LogSigmoid(Primitive):
     nargs = 1
     torch = staticmethod(F.logsigmoid)
 
@@ -442,15 +442,15 @@ class LogSigmoid(Word):
         return (Sigmoid(-self.args[0]),)
 
     def lowered(self) -> Expr:
-        return -Softplus(-self.args[0]).lowered()  # its sign joins those of the factors beside it
+        return -Softplus(-self.args[0]).lowered()  # the sign merges with other factors' signs
 
 
-class Softplus(Word):
+class Softplus(Primitive):
     nargs = 1
 
     @staticmethod
     def torch(x: Tensor) -> Tensor:
-        # Not F.softplus, which is x from 20 on: off by 1e-10 there.
+        # Not F.softplus, which returns x from 20 on, with an error of 1e-10.
         return -F.logsigmoid(-x)
 
     def derivatives(self) -> tuple[Expr, ...]:
@@ -460,8 +460,8 @@ class Softplus(Word):
         return Relu(self.args[0]) + Log1pUnit(_decay(self.args[0]))
 
 
-class SechSquared(Word):
-    """The slope of tanh, 1 - tanh^2 without its cancellation."""
+class SechSquared(Primitive):
+    """The slope of tanh: 1 - tanh^2 without cancellation."""
 
     nargs = 1
 
@@ -471,9 +471,8 @@ class SechSquared(Word):
 
 
 def canonical(expression: Expr) -> Expr:
-    """SymPy's own functions and powers in our words; other functions stay, for whoever looks.
-
-    Whole powers up to 16 stay powers, to be printed as products, and halves are square roots.
+    """SymPy's functions and powers as primitives. Functions without one stay, and the caller refuses
+    them. Whole powers up to 16 stay powers, which print as products; halves become square roots.
     """
 
     def rewrite(node: Expr) -> Expr:
@@ -484,8 +483,6 @@ def canonical(expression: Expr) -> Expr:
         args = [rewrite(arg) for arg in node.args]
         if isinstance(node, sympy.Pow):
             return _power(*args)
-        if isinstance(node, sympy.exp):
-            return Exp(*args)
         if isinstance(node, sympy.Max | sympy.Min):
             extremum: Any = Maximum if isinstance(node, sympy.Max) else Minimum
             return functools.reduce(extremum, args)
@@ -495,16 +492,14 @@ def canonical(expression: Expr) -> Expr:
             for pair in args[-2::-1]:
                 result = Where(pair.args[1], pair.args[0], result)
             return result
-        word = _OF_SYMPY.get(node.func)
-        if word is not None:
-            return word(*args)
-        return node.func(*args)
+        return _OF_SYMPY.get(node.func, node.func)(*args)
 
     return rewrite(expression)
 
 
 _OF_SYMPY: dict[Any, Any] = {
     sympy.Abs: Abs,
+    sympy.exp: Exp,
     sympy.sign: Sign,
     sympy.log: Log,
     sympy.sin: Sin,
@@ -528,18 +523,18 @@ def _power(base: Expr, exponent: Expr) -> Expr:
 
 
 def _twice(exponent: Expr) -> int | None:
-    """Twice a small whole or half exponent; None: it is none."""
-    twice = 2 * float(exponent) if exponent.is_number else math.inf  # SymPy tells 3.0 from 3
+    """Twice a small whole or half exponent; None: it is not one."""
+    twice = 2 * float(exponent) if exponent.is_number else math.inf  # to SymPy 3.0 is not 3
     return int(twice) if abs(twice) <= 32 and twice.is_integer() else None
 
 
 def lowered(expression: Expr, known: dict[Expr, Expr] | None = None) -> Expr:
-    """The expression in words that kernels have. known: what was lowered before."""
+    """The expression in primitives that kernels have. known: results of earlier calls."""
     known = {} if known is None else known
     if not expression.args:
         return expression
     if expression not in known:
         node = expression.func(*(lowered(arg, known) for arg in expression.args))
-        deeper = node.lowered() if isinstance(node, Word) else node
+        deeper = node.lowered() if isinstance(node, Primitive) else node
         known[expression] = deeper if deeper == node else lowered(deeper, known)
     return known[expression]

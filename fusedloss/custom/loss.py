@@ -1,0 +1,459 @@
+"""The object that :func:`pointwise_loss` makes: what the loss is, and how it is called."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+import reprlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function_unary
+
+from .. import _caller, _dispatch, backends
+from ..reference import REDUCTIONS, reduced
+from .module import PointwiseLossModule
+from .prepare import define, prepared
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .checking import Report
+
+_C: Any = backends.extension
+_MISSING: Any = ...  # no tensor
+
+
+def as_float(loss: str, name: str, value: Any) -> float:
+    """A number of a loss, as kernels take it."""
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{loss}: {name} is beyond the largest float64, 1.8e308") from None
+
+
+def _shown(value: Any) -> str:
+    """A value in a message."""
+    if not isinstance(value, Tensor):
+        return reprlib.repr(value)
+    if value.requires_grad:
+        return (
+            "a tensor that requires a gradient, which parameters do not get: to learn it, expand it to "
+            "input's shape and pass it as input or target"
+        )
+    if value.numel() == 1:
+        return "a tensor of one number: pass tensor.item()"
+    return f"a tensor of shape {tuple(value.shape)}: a parameter is one number for the whole call"
+
+
+class PointwiseLoss:
+    """A custom loss, as :func:`pointwise_loss` makes it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        from . import printing, tracing
+
+        self._traced = tracing.trace(function)
+        self._struct = printing.cpp(self._traced)
+        self._value = printing.torch_function(self._traced, self._traced.reference)
+        self._slopes = printing.torch_function(self._traced, self._traced.reference_slopes)
+        # Its name in the compiled operators, by type of device, for the short way.
+        self._keys: dict[str, str] = {}
+        self._prepared: dict[tuple[str, tuple[str, ...]], tuple[str, str, str]] = {}
+        self._number = define(self)
+        self._names = tuple(self._traced.parameters)
+        self._defaults = tuple(self._traced.defaults.get(name) for name in self._names)
+        self._default_values = self._values({}) if None not in self._defaults else None
+        self.function = function
+        self.__wrapped__ = function
+        definition = tracing.definition(function)
+        self.__name__: str = self._traced.name
+        self.__qualname__: str = getattr(definition, "__qualname__", self.__name__)
+        self.__module__: str = getattr(definition, "__module__", "")
+        self.__doc__ = definition.__doc__
+        arguments = [*inspect.signature(function).parameters.values()]
+        for name, default in {"reduction": "mean", "weight": None, "clip_grad": None}.items():
+            kind = inspect.Parameter.KEYWORD_ONLY
+            arguments.append(inspect.Parameter(name, kind, default=default))
+        self.__signature__ = inspect.Signature(arguments)
+
+    # ---- the definition --------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        given = "".join(
+            f", {name}" if default is None else f", {name}={default:g}"
+            for name, default in zip(self._names, self._defaults, strict=True)
+        )
+        head = f"{self.__name__}(input, target{', *' if given else ''}{given})"
+        return f"<fusedloss.pointwise_loss {head} = {self.formula}>"
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Pickled by name, like a function, if that name leads to it; else by its function."""
+        try:
+            found = operator.attrgetter(self.__qualname__)(sys.modules.get(self.__module__))
+        except AttributeError:
+            found = None
+        return self.__qualname__ if found is self else (pointwise_loss, (self.function,))
+
+    def __deepcopy__(self, memo: Any = None) -> PointwiseLoss:
+        return self  # like a function
+
+    __copy__ = __deepcopy__
+
+    @property
+    def formula(self) -> str:
+        """The loss of one element, as text."""
+        return self._traced.text(self._traced.value)
+
+    @property
+    def slopes(self) -> tuple[str, str]:
+        """Its derivatives with respect to input and target, as text."""
+        of_input, of_target = map(self._traced.text, self._traced.slopes)
+        return of_input, of_target
+
+    # ---- calls -----------------------------------------------------------------------------------
+
+    # `self, /`: a parameter may have any name.
+    def __call__(
+        self,
+        /,
+        input: Tensor = _MISSING,
+        target: Tensor = _MISSING,
+        *,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        clip_grad: float | None = None,
+        **parameters: float,
+    ) -> Tensor:
+        """The loss.
+
+        Args:
+            input: predictions, any shape, of float32, float64, bfloat16 or float16. The latter two
+                are computed in float32.
+            target: of input's shape and dtype; another shape is broadcast, with a warning. Both may
+                require a gradient. As keywords both may also have their names in the definition.
+            reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+            weight: multiplies each element's loss; broadcast to input's shape. With it ``"mean"``
+                divides by its sum, as :func:`torch.nn.functional.mse_loss`'s does: a weighted mean.
+            clip_grad: bounds the slope of each element, before weight and upstream gradient, to
+                [-clip_grad, clip_grad]; the value stays.
+            parameters: the loss's parameters, numbers. A new number does not compile anything again.
+                Parameters get no gradient.
+
+        Returns:
+            A 0-d tensor, or one of input's shape for ``"none"``, of input's dtype (float32 under
+            autocast).
+
+        Raises:
+            TypeError: a parameter is unknown, missing or not a number; input, target or weight is not
+                a tensor.
+            ValueError: reduction is none of the three, clip_grad is not positive, weight does not
+                broadcast to input's shape, or a parameter is beyond float64.
+            RuntimeError: the shapes do not broadcast.
+        """
+        if input is _MISSING or target is _MISSING:
+            input, target = self._by_name(input, target, parameters)
+        return self._call(input, target, reduction, weight, clip_grad, parameters, None)
+
+    def _values(self, parameters: Mapping[str, Any]) -> tuple[float, ...]:
+        """The numbers of the parameters, in order."""
+        values = []
+        for name, default in zip(self._names, self._defaults, strict=True):
+            value = parameters.get(name, default)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                if value is None and name not in parameters:
+                    raise TypeError(f"{self.__name__}() needs its parameter {name!r}, a number")
+                raise TypeError(f"{self.__name__}(): {name} must be a number, not {_shown(value)}")
+            values.append(as_float(self._traced.name, name, value))
+        for name in parameters:
+            if name not in self._names:
+                known = ", ".join((*self._names, "reduction", "weight", "clip_grad"))
+                raise TypeError(f"{self.__name__}() has no parameter {name!r}; it has {known}")
+        return tuple(values)
+
+    def _by_name(self, input: Any, target: Any, keywords: dict[str, Any]) -> list[Any]:
+        """Input and target, from keywords with their names in the definition."""
+        operands = []
+        for given, name in zip((input, target), self._traced.arguments, strict=True):
+            operand = keywords.pop(name, _MISSING) if given is _MISSING else given
+            if operand is _MISSING:
+                raise TypeError(f"{self.__name__}() needs two tensors; {name!r} is missing")
+            operands.append(operand)
+        return operands
+
+    def _refuse(self, *operands: Any) -> None:
+        """Raises the error for an input or target that is not a tensor."""
+        for operand, name in zip(operands, self._traced.arguments, strict=True):
+            if not isinstance(operand, Tensor):
+                raise TypeError(
+                    f"{self.__name__}(): {name} must be a tensor, not {_shown(operand)}: "
+                    "torch.full_like makes one of a number"
+                )
+
+    def _bound(self, clip_grad: float | None) -> float:
+        if clip_grad is None:
+            return math.inf
+        if isinstance(clip_grad, bool) or not isinstance(clip_grad, Real) or not clip_grad > 0:
+            raise ValueError(f"{self.__name__}(): clip_grad must be positive, not {clip_grad!r}")
+        return as_float(self._traced.name, "clip_grad", clip_grad)
+
+    def _call(
+        self,
+        input: Tensor,
+        target: Tensor,
+        reduction: str,
+        weight: Tensor | None,
+        clip_grad: float | None,
+        parameters: Mapping[str, Any],
+        prediction: Tensor | None,
+    ) -> Tensor:
+        values = self._default_values
+        if parameters or values is None:
+            values = self._values(parameters)
+        number = REDUCTIONS.get(reduction) if type(reduction) is str else None
+        if number is None:
+            raise ValueError(f"{reduction} is not a valid value for reduction")
+        bound = self._bound(clip_grad)
+        if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+            self._refuse(input, target)
+        if _dispatch._plain_calls() and not has_torch_function_unary(input):
+            known = self._keys.get(input.device.type)
+            if known is not None:
+                numbers = (*values, bound)
+                loss = _C.custom(input, target, weight, known, numbers, number, prediction)
+                if loss is not None:
+                    if _dispatch._counted:
+                        _dispatch._count(self.__name__)
+                    return loss  # type: ignore[no-any-return]
+        if _dispatch._overridden(input, target, weight):
+            options = {"reduction": reduction, "weight": weight, "clip_grad": clip_grad}
+            return _dispatch._offer(  # type: ignore[no-any-return]
+                self, (input, target, weight), (input, target), {**options, **parameters},
+                partial(
+                    self._call, input, target, reduction, weight, clip_grad, parameters, prediction
+                ),
+            )  # fmt: skip
+        if weight is not None:
+            weight = self._weight(input, weight)
+        reason = _dispatch._why_not_fused(input, target, weight, target_gradient=True)
+        backend = key = why_not = ""
+        dtype: torch.dtype | str | None = None
+        if reason is None:
+            dtype = _dispatch._result_dtype(input, target, weight)
+            if isinstance(dtype, str):
+                reason = dtype
+            elif input.shape != target.shape:
+                reason = f"shapes differ: {tuple(input.shape)} and {tuple(target.shape)}"
+            else:
+                backend, key, why_not = prepared(self._number, input.device.type)
+                reason = None if backend else why_not
+        if _dispatch._listening():
+            _dispatch._report(self.__name__, reason, backend, *filter(None, (why_not,)))
+        if reason is not None:
+            return self.reference(
+                input, target, reduction=reduction, weight=weight, clip_grad=clip_grad, **parameters
+            )
+        value: Tensor = _dispatch.operator(backend)(
+            input, target, weight, [], key, [*values, bound], 0, number, dtype, prediction
+        )
+        return value
+
+    def _weight(self, input: Any, weight: Any) -> Any:
+        """The weight in input's shape, since a mean divides by its sum."""
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{self.__name__}(): weight must be a tensor, not {_shown(weight)}")
+        if weight.shape != input.shape:
+            if not _dispatch._broadcasts_to(weight, input):
+                raise ValueError(
+                    f"{self.__name__}(): weight of shape {tuple(weight.shape)} does not broadcast "
+                    f"to input's {tuple(input.shape)}"
+                )
+            weight = weight.expand_as(input)
+        return weight
+
+    # ---- kernels ---------------------------------------------------------------------------------
+
+    def compile(self, device: str = "cpu") -> None:
+        """Compiles the kernels now instead of at the first call. Triton still compiles its kernels at
+        their first use, once per dtype and layout.
+
+        Args:
+            device: the type of the tensors' device: ``"cpu"``, or ``"cuda"``, whose kernels ``nvcc``
+                makes for the GPUs of this machine, or for those of ``TORCH_CUDA_ARCH_LIST``.
+
+        Raises:
+            RuntimeError: they cannot be compiled here; the message says why.
+        """
+        if device not in backends.fused_on:
+            backend, why_not = "", backends.why_not_fused(device)
+        else:
+            backend, _, why_not = prepared(self._number, device)
+        if not backend:
+            raise RuntimeError(f"{self.__name__} cannot be compiled: {why_not}")
+
+    # ---- plain PyTorch ---------------------------------------------------------------------------
+
+    def reference(
+        self,
+        /,
+        input: Tensor = _MISSING,
+        target: Tensor = _MISSING,
+        *,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        clip_grad: float | None = None,
+        **parameters: float,
+    ) -> Tensor:
+        """The same loss in plain PyTorch, differentiable to any order. Tests compare the kernels with
+        it, and calls that they do not cover use it. Arguments and errors: see :meth:`__call__`."""
+        if input is _MISSING or target is _MISSING:
+            input, target = self._by_name(input, target, parameters)
+        self._refuse(input, target)
+        values = self._values(parameters)
+        if weight is not None:
+            weight = self._weight(input, weight)
+        if input.shape != target.shape:
+            _caller.warn(
+                f"{self.__name__}: target of shape {tuple(target.shape)} differs from input's "
+                f"{tuple(input.shape)}, and is broadcast; make sure that this is intended"
+            )
+        return self._reference(input, target, weight, (*values, self._bound(clip_grad)), reduction)
+
+    def _reference(
+        self,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        numbers: Sequence[float],
+        reduction: str,
+    ) -> Tensor:
+        """numbers: of the parameters, and the bound of the slopes, as the operators take them."""
+        *values, bound = numbers
+        result = torch.promote_types(input.dtype, target.dtype)
+        if not result.is_floating_point:
+            raise TypeError(f"{self.__name__}() needs floating-point tensors, not {result}")
+        if torch.is_autocast_enabled(input.device.type) and result is not torch.float64:
+            result = torch.float32
+        # Reduced precision is computed in float32, like in the kernels.
+        compute = result if result is torch.float64 else torch.float32
+        shape = torch.broadcast_shapes(input.shape, target.shape)  # type: ignore[no-untyped-call]
+        x, y = (t.to(compute).expand(shape) for t in (input, target))
+        if bound == math.inf:
+            value = self._elements(x, y, tuple(values))
+        else:
+            value = _Clipped.apply(x, y, self, bound, tuple(values))
+        wide = None if weight is None else weight.to(compute)
+        return reduced(value, wide, reduction).to(result)
+
+    def _elements(self, x: Tensor, y: Tensor, values: tuple[float, ...]) -> Tensor:
+        (value,) = self._value(x, y, values)
+        # A piece that is constant has a gradient as well, 0, like in the kernels.
+        nothing = x[None][:0].sum() + y[None][:0].sum()
+        return value + nothing
+
+    def _bounded_slopes(
+        self, x: Tensor, y: Tensor, bound: float, values: tuple[float, ...]
+    ) -> list[Tensor]:
+        return [slope.clamp(-bound, bound) for slope in self._slopes(x, y, values)]
+
+    # ---- modules, checks, plots ------------------------------------------------------------------
+
+    def module(
+        self,
+        /,
+        *,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        clip_grad: float | None = None,
+        **parameters: float,
+    ) -> PointwiseLossModule:
+        """The loss as an :class:`torch.nn.Module` with these options; see :meth:`__call__`.
+
+        Raises:
+            TypeError, ValueError: as a call with these options does.
+        """
+        return PointwiseLossModule(self, reduction, weight, clip_grad, parameters)
+
+    def check(self, /, **parameters: float) -> Report:
+        """Looks for what makes a loss hard to train with, at random points and along lines.
+
+        Args:
+            parameters: numbers for the loss's parameters.
+
+        Returns:
+            A report that prints, and whose ``ok`` says whether value and gradient are right.
+        """
+        from .checking import check
+
+        with torch.device("cpu"):
+            return check(self, self._values(parameters))
+
+    def plot(self, path: str | Path, /, **parameters: float) -> None:
+        """Draws value, slope and curvature against input, for a few targets.
+
+        Args:
+            path: the picture's file; its suffix, such as ``.png`` or ``.svg``, is the format.
+            parameters: numbers for the loss's parameters.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        from .checking import plot
+
+        with torch.device("cpu"):
+            plot(self, self._values(parameters), path)
+
+
+def pointwise_loss(function: Callable[..., Any]) -> PointwiseLoss:
+    """Makes a loss of one line of maths: value and gradients come from one fused kernel.
+
+    Args:
+        function: takes ``input`` and ``target``, one element of each, and keyword parameters behind
+            a ``*``; returns the element's loss, by the functions of :mod:`fusedloss.math` and
+            Python's operators. It is called once, with symbols.
+
+    Returns:
+        The loss, to be called like those of :mod:`fusedloss.functional`; see
+        :meth:`PointwiseLoss.__call__`.
+
+    Raises:
+        TypeError, ValueError: the function defines no such loss; the message says what to write
+            instead.
+    """
+    return PointwiseLoss(function)
+
+
+class _Clipped(torch.autograd.Function):
+    """The values of elements, with bounded slopes instead of the derivatives."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, y: Tensor, loss: PointwiseLoss, bound: float, values: tuple[float, ...]
+    ) -> Tensor:
+        return loss._elements(x, y, values).clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, y, *ctx.rest = inputs
+        ctx.save_for_backward(x, y)
+        ctx.save_for_forward(x, y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        loss, bound, values = ctx.rest
+        of_x, of_y = loss._bounded_slopes(*ctx.saved_tensors, bound, values)
+        return grad * of_x, grad * of_y, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor | None, y: Tensor | None, *_: Any) -> Tensor:
+        loss, bound, values = ctx.rest
+        slopes = loss._bounded_slopes(*ctx.saved_tensors, bound, values)
+        pairs = [(s, t) for s, t in zip(slopes, (x, y), strict=True) if t is not None]
+        return sum((s * t for s, t in pairs), torch.zeros_like(slopes[0]))

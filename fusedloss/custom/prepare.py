@@ -1,0 +1,89 @@
+"""Makes a custom loss ready for a device: which backend computes it, compiled if it is not yet."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+from .. import _caller, backends, second_order
+from .building import CPU, CUDA, CannotCompile, Engine
+
+if TYPE_CHECKING:
+    from .loss import PointwiseLoss
+
+_C: Any = backends.extension
+_count = itertools.count()
+_defined: WeakValueDictionary[int, PointwiseLoss] = WeakValueDictionary()
+
+
+def define(loss: PointwiseLoss) -> int:
+    """The number of a new loss. (A tracing compiler takes a number for a constant, but no loss.)"""
+    number = next(_count)
+    _defined[number] = loss
+    return number
+
+
+@_caller.constant_when_traced
+def prepared(number: int, device: str) -> tuple[str, str, str]:
+    """Which backend computes a loss on that device, the name of the loss in its operators, and why the
+    backends before that one cannot. Without any such backend the first two are "", and a warning says
+    so, once."""
+    loss = _defined[number]
+    candidates = backends.candidates(device)
+    found = loss._prepared.get((device, candidates))
+    if found is None:
+        found = loss._prepared[device, candidates] = _prepare(loss, device, candidates)
+        if not found[0]:
+            _caller.warn(
+                f"{loss.__name__} runs on plain PyTorch, without fused kernels: {found[2]}",
+                RuntimeWarning,
+            )
+    return found
+
+
+def _prepare(loss: PointwiseLoss, device: str, candidates: tuple[str, ...]) -> tuple[str, str, str]:
+    reasons = []
+    for backend in candidates:
+        load = _LOADERS.get((backend, device))
+        try:
+            if load is None:
+                raise CannotCompile(f"has no kernels of custom losses for {device} tensors")
+            key = load(loss)
+        except (CannotCompile, OSError) as error:
+            reasons.append(f"{backend}: {error}")
+            continue
+        second_order.custom_references.setdefault(key, loss._reference)
+        if backend == "compiled":
+            loss._keys[device] = key
+        return backend, key, "; ".join(reasons)
+    return "", "", "; ".join(reasons)
+
+
+def _load_compiled(engine: Engine, loss: PointwiseLoss) -> str:
+    library = engine.library(loss._traced.identifier, loss._struct)
+    if library.key not in second_order.custom_references:
+        library.load(_C.load_custom)
+    return library.key
+
+
+def _load_triton(loss: PointwiseLoss) -> str:
+    from ..backends import triton
+    from . import printing
+
+    constants = printing.host_constants(loss._traced)
+    source = printing.triton(loss._traced)
+    name = loss._traced.identifier
+    key: str = triton.load(name, source, len(loss._names) + 1, constants)
+    return key
+
+
+# By backend and type of device: a function that loads the kernels of a loss, and returns the name of
+# the loss in the operators. It raises CannotCompile if there are no kernels.
+_LOADERS: dict[tuple[str, str], Callable[[PointwiseLoss], str]] = {
+    ("compiled", "cpu"): partial(_load_compiled, CPU),
+    ("compiled", "cuda"): partial(_load_compiled, CUDA),
+    **{("triton", device): _load_triton for device in ("cpu", "cuda", "xpu")},
+}
