@@ -1156,7 +1156,11 @@ def definitions() -> dict[str, tuple[Any, type[Exception], str]]:
             "huge_default: eps is beyond the largest float64",
         ),
         "huge number": (lambda input, target: input * 10**400, ValueError, "1.00E.400 is beyond"),
-        "deep": (nested(400), ValueError, "loss nests too many functions and operators: at most 64"),
+        "deep": (
+            nested(400),
+            ValueError,
+            "loss nests too many functions and operators: at most 64",
+        ),
         "long": (nested(12), ValueError, "loss nests too many functions"),
         "unknown primitive": (
             lambda input, target: fm.lgamma(input),
