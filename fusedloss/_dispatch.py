@@ -484,8 +484,6 @@ def _unfit_rows(loss: Loss, call: dict[str, Any]) -> str | None:
     if classes > 1 << 24:
         # Far beyond the sizes that the kernels have been tested with.
         return f"{classes} classes"
-    if loss.name == "log_loss" and indices and input.dim() > 8 and not input.is_cpu:
-        return f"class indices over {input.dim()} dimensions"
     return None
 
 

@@ -79,6 +79,10 @@ def test_more_dimensions_than_can_be_joined() -> None:
     input = torch.randn([2] * 18).permute(*reversed(range(18)))
     target = torch.randn([2] * 18)
     torch.testing.assert_close(FL.mse_loss(input, target), F.mse_loss(input, target))
+    probabilities = torch.rand([2] * 10).add(0.1).permute(*reversed(range(10)))
+    labels = torch.randint(2, [2] * 9)
+    expected = F.nll_loss(probabilities.log(), labels)
+    torch.testing.assert_close(FL.log_loss(probabilities, labels), expected)
 
 
 def bytes_in_use() -> int:

@@ -119,8 +119,6 @@ struct PlainCall {
   }
 };
 
-constexpr int64_t kMaxClassDims = 8;  // of an input with class indices, on any device
-
 // Whether the row engines can walk the dimensions behind the classes as one.
 bool joins_inner_dimensions(const Tensor& input) {
   return input.dim() <= 3 || input.is_contiguous() ||
@@ -297,7 +295,6 @@ py::object rows_loss(const Signature& s, PlainCall& call, const py::tuple& args,
                        options.reduction, dtype, prediction);
     });
   }
-  if (call.input->dim() > kMaxClassDims) return py::none();
   return without_gil([&] {
     const int64_t dim = class_dim(*call.input);
     if (weight) {
