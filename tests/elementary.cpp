@@ -2,7 +2,7 @@
 // the true result, which is libm's in a wider type: see ulp.h.
 //
 //   elementary POINTS
-#include "math/elementary.h"
+#include "math/vocabulary.h"
 
 #include "ulp.h"
 

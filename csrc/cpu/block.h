@@ -60,76 +60,64 @@ constexpr int kWidth =
     Loss::kCustom && Want::kFactor ? 1 : Loss::kUnroll;
 #endif
 
-// kCount SIMD registers of elements from i on, of which only a single one may hold fewer, `count`;
-// adds the values to sum. All are loaded before one is stored: else none could be computed beside
-// another, and each is one long chain of instructions that wait for each other.
-template <int kCount, class Loss, class Want, class T>
-FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, Scale<T> scale, int64_t i,
-                       int64_t count, RegisterSum<T>& sum, Mask<T>& valid) {
-  constexpr int64_t kLanes = Vec<T>::size();
-  const bool full = kCount > 1 || count == kLanes;
-  const auto load = [&](const T* p) __attribute__((always_inline)) {
-    return full ? Vec<T>::loadu(p) : Vec<T>::loadu(p, count);
-  };
-  const auto store = [&](const Vec<T>& x, T* p) __attribute__((always_inline)) {
-    if (full) {
-      x.store(p);
-    } else {
-      x.store(p, count);
-    }
-  };
-  Vec<T> x[kCount], y[kCount], pos_weights[kCount], factors[kCount];
-  const bool has_factor = Want::kFactor && (!Loss::kCustom || run.factor);
-  unrolled<kCount>([&](auto u) __attribute__((always_inline)) {
-    const int64_t k = i + u * kLanes;
-    x[u] = load(run.input + k);
-    y[u] = load(run.target + k);
-    if constexpr (Loss::kPosWeight) pos_weights[u] = load(run.pos_weight + k);
-    if (has_factor) factors[u] = load(run.factor + k);
-  });
-  const auto eval = [&](auto u) __attribute__((always_inline)) {
-    if constexpr (Loss::kPosWeight) {
-      return loss.eval(x[u], y[u], pos_weights[u]);
-    } else {
-      return loss.eval(x[u], y[u]);
-    }
-  };
-  Vec<T> value[kCount], gradient[kCount], target_gradient[kCount];
-  unrolled<kCount>([&](auto u) __attribute__((always_inline)) {
-    auto at = eval(u);
-    if (has_factor) at = at * factors[u];
-    value[u] = at.value;
-    if constexpr (Want::kGradient) gradient[u] = at.gradient(scale);
-    if constexpr (Want::kTargetGradient) target_gradient[u] = at.target_gradient(scale);
-  });
-  unrolled<kCount>([&](auto u) __attribute__((always_inline)) {
-    const int64_t k = i + u * kLanes;
-    if constexpr (Loss::kUnitInterval && (Want::kSum || Want::kValue)) {
-      // x (1 - x) >= 0 just where 0 <= x <= 1.
-      const Vec<T> zero(0), one(1);
-      const auto x_fits = zero <= x[u] * (one - x[u]), y_fits = zero <= y[u] * (one - y[u]);
-      valid = logical_and(valid, logical_and(x_fits, y_fits));
-    }
-    if constexpr (Want::kValue) store(value[u], run.value + k);
-    if constexpr (Want::kGradient) store(gradient[u], run.gradient + k);
-    if constexpr (Want::kTargetGradient) store(target_gradient[u], run.target_gradient + k);
-  });
-  if constexpr (Want::kSum) {
-    if (!full) value[0] = Vec<T>::set(Vec<T>(0), value[0], count);
-    sum.add(value);
-  }
-}
-
 // The elements from `begin` to `end`, kStep registers at a time, of which the last may hold fewer
-// only where kStep is 1. By value: what a store might have changed would be loaded, and worked out,
-// again for each register.
+// elements only where kStep is 1. All are loaded before one is stored: otherwise none could be
+// computed beside another, and each is one long chain of instructions that wait for each other.
+// loss and run are copies: through a reference, members would be loaded again after each store.
 template <int kStep, class Want, class Loss, class T>
 Sum pass(Loss loss, Run<T> run, Scale<T> scale, int64_t begin, int64_t end, Mask<T>& all_valid) {
   constexpr int64_t kLanes = Vec<T>::size();
+  const bool has_factor = Want::kFactor && (!Loss::kCustom || run.factor);
   RegisterSum<T> sum;
   Mask<T> valid = all_valid;
   for (int64_t i = begin; i < end; i += kStep * kLanes) {
-    step<kStep, Loss, Want>(loss, run, scale, i, std::min(kLanes, end - i), sum, valid);
+    const int64_t count = std::min(kLanes, end - i);
+    const bool full = kStep > 1 || count == kLanes;
+    const auto load = [&](const T* p) __attribute__((always_inline)) {
+      return full ? Vec<T>::loadu(p) : Vec<T>::loadu(p, count);
+    };
+    const auto store = [&](const Vec<T>& x, T* p) __attribute__((always_inline)) {
+      full ? x.store(p) : x.store(p, count);
+    };
+    Vec<T> x[kStep], y[kStep], pos_weights[kStep], factors[kStep];
+    unrolled<kStep>([&](auto u) __attribute__((always_inline)) {
+      const int64_t k = i + u * kLanes;
+      x[u] = load(run.input + k);
+      y[u] = load(run.target + k);
+      if constexpr (Loss::kPosWeight) pos_weights[u] = load(run.pos_weight + k);
+      if (has_factor) factors[u] = load(run.factor + k);
+    });
+    const auto eval = [&](auto u) __attribute__((always_inline)) {
+      if constexpr (Loss::kPosWeight) {
+        return loss.eval(x[u], y[u], pos_weights[u]);
+      } else {
+        return loss.eval(x[u], y[u]);
+      }
+    };
+    Vec<T> value[kStep], gradient[kStep], target_gradient[kStep];
+    unrolled<kStep>([&](auto u) __attribute__((always_inline)) {
+      auto at = eval(u);
+      if (has_factor) at = at * factors[u];
+      value[u] = at.value;
+      if constexpr (Want::kGradient) gradient[u] = at.gradient(scale);
+      if constexpr (Want::kTargetGradient) target_gradient[u] = at.target_gradient(scale);
+    });
+    unrolled<kStep>([&](auto u) __attribute__((always_inline)) {
+      const int64_t k = i + u * kLanes;
+      if constexpr (Loss::kUnitInterval && (Want::kSum || Want::kValue)) {
+        // x (1 - x) >= 0 just where 0 <= x <= 1.
+        const Vec<T> zero(0), one(1);
+        const auto x_fits = zero <= x[u] * (one - x[u]), y_fits = zero <= y[u] * (one - y[u]);
+        valid = logical_and(valid, logical_and(x_fits, y_fits));
+      }
+      if constexpr (Want::kValue) store(value[u], run.value + k);
+      if constexpr (Want::kGradient) store(gradient[u], run.gradient + k);
+      if constexpr (Want::kTargetGradient) store(target_gradient[u], run.target_gradient + k);
+    });
+    if constexpr (Want::kSum) {
+      if (!full) value[0] = Vec<T>::set(Vec<T>(0), value[0], count);
+      sum.add(value);
+    }
   }
   all_valid = valid;
   Sum total;

@@ -12,7 +12,6 @@
 #include "lanes.h"
 #include "parallel.h"
 #include "staging.h"
-#include "stream.h"
 #include "wide.h"
 
 #define FUSEDLOSS_INLINE __attribute__((always_inline))  // for lambdas
@@ -25,20 +24,6 @@ namespace CPU_CAPABILITY {
 template <class T>
 FUSEDLOSS_HD Vec<T> larger(Vec<T> a, Vec<T> b) {
   return max(b, a);
-}
-
-// Sums task(walk, t) over every t in parallel, one walk a thread. The sums are added in order.
-template <class Walk, class Make, class Task>
-double sum_tasks(ParallelFor threads, int64_t tasks, Make&& make, Task&& task) {
-  std::vector<double> sums(tasks);
-  parallel_for(threads, 0, tasks, 1, [&](int64_t first, int64_t last) {
-    const std::unique_ptr<Walk> walk = make();
-    for (int64_t t = first; t < last; ++t) sums[t] = task(*walk, t);
-    finish_stream();
-  });
-  Sum sum;
-  for (double s : sums) sum.add(s);
-  return sum.value();
 }
 
 // f(c...) with std::true_type or std::false_type for every condition, to compile a loop for each.
@@ -92,6 +77,26 @@ Vec<T> load(const T* p, int64_t count, T rest) {
   return Vec<T>::set(Vec<T>(rest), Vec<T>::loadu(p, count), count);
 }
 
+// Where a store can go past the caches: lines that are written whole are not read into them first,
+// and throw nothing out of them. finish_stream() comes before other threads read.
+template <class T>
+bool is_streamable(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % sizeof(Vec<T>) == 0;
+}
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+template <class T>
+FUSEDLOSS_HD void stream(Vec<T> v, T* p) {
+  FUSEDLOSS_INTRINSIC(stream_ps)(reinterpret_cast<float*>(p), cast<float>(v));
+}
+inline void finish_stream() { _mm_sfence(); }
+#else
+template <class T>
+FUSEDLOSS_HD void stream(Vec<T> v, T* p) {
+  v.store(p);
+}
+inline void finish_stream() {}
+#endif
+
 template <class T>
 FUSEDLOSS_HD void store(Vec<T> v, T* p, int64_t count, bool streams = false) {
   if (count < Vec<T>::size()) {
@@ -101,6 +106,20 @@ FUSEDLOSS_HD void store(Vec<T> v, T* p, int64_t count, bool streams = false) {
   } else {
     v.store(p);
   }
+}
+
+// Sums task(walk, t) over every t in parallel, one walk a thread. The sums are added in order.
+template <class Walk, class Make, class Task>
+double sum_tasks(ParallelFor threads, int64_t tasks, Make&& make, Task&& task) {
+  std::vector<double> sums(tasks);
+  parallel_for(threads, 0, tasks, 1, [&](int64_t first, int64_t last) {
+    const std::unique_ptr<Walk> walk = make();
+    for (int64_t t = first; t < last; ++t) sums[t] = task(*walk, t);
+    finish_stream();
+  });
+  Sum sum;
+  for (double s : sums) sum.add(s);
+  return sum.value();
 }
 
 // ---- a call -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@
 // prepare() computes, in double, everything that depends on the parameters alone.
 #pragma once
 
-#include "elementary.h"
+#include "vocabulary.h"
 
 namespace fusedloss {
 

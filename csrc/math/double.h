@@ -156,5 +156,18 @@ FUSEDLOSS_HD Vec<double> tanh(Vec<double> x) {
 #endif
 }
 
+// These are libm's, lane by lane.
+#define FUSEDLOSS_LANES(NAME)                            \
+  FUSEDLOSS_HD Vec<double> NAME(Vec<double> x) {         \
+    return x.map([](double a) { return std::NAME(a); }); \
+  }
+FUSEDLOSS_LANES(sin)
+FUSEDLOSS_LANES(cos)
+FUSEDLOSS_LANES(erf)
+#undef FUSEDLOSS_LANES
+FUSEDLOSS_HD Vec<double> pow(Vec<double> x, Vec<double> y) {
+  return x.map([](double a, double b) { return std::pow(a, b); }, y);
+}
+
 }  // namespace CPU_CAPABILITY
 }  // namespace fusedloss

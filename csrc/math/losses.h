@@ -14,7 +14,7 @@
 //   kCustom         a custom loss, see custom.h
 #pragma once
 
-#include "elementary.h"
+#include "vocabulary.h"
 
 namespace fusedloss {
 

@@ -18,12 +18,16 @@
 namespace fusedloss {
 inline namespace CPU_CAPABILITY {
 
+// FUSEDLOSS_INTRINSIC(NAME): x86's intrinsic of that name for a whole register.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kVecBytes = 64;
+#define FUSEDLOSS_INTRINSIC(NAME) _mm512_##NAME
 #elif defined(CPU_CAPABILITY_AVX2)
 constexpr int kVecBytes = 32;
+#define FUSEDLOSS_INTRINSIC(NAME) _mm256_##NAME
 #else
 constexpr int kVecBytes = 16;
+#define FUSEDLOSS_INTRINSIC(NAME) _mm_##NAME
 #endif
 
 template <class T>
@@ -252,13 +256,6 @@ FUSEDLOSS_HD Vec<T> select(Mask<T> condition, Vec<T> yes, Vec<T> no) {
 // max(a, b), min(a, b): b where either is nan. multiply_add(a, b, c): a b + c, rounded once where
 // the CPU has an instruction for it.
 #if defined(__x86_64__)
-#if defined(CPU_CAPABILITY_AVX512)
-#define FUSEDLOSS_INTRINSIC(NAME) _mm512_##NAME
-#elif defined(CPU_CAPABILITY_AVX2)
-#define FUSEDLOSS_INTRINSIC(NAME) _mm256_##NAME
-#else
-#define FUSEDLOSS_INTRINSIC(NAME) _mm_##NAME
-#endif
 #if defined(__FMA__)
 #define FUSEDLOSS_FMADD(a, b, c, SUFFIX) FUSEDLOSS_INTRINSIC(fmadd_##SUFFIX)(a, b, c)
 #else
@@ -275,7 +272,6 @@ FUSEDLOSS_FUNCTIONS(float, ps)
 FUSEDLOSS_FUNCTIONS(double, pd)
 #undef FUSEDLOSS_FUNCTIONS
 #undef FUSEDLOSS_FMADD
-#undef FUSEDLOSS_INTRINSIC
 #else
 template <class T>
 FUSEDLOSS_HD Vec<T> max(Vec<T> a, Vec<T> b) {
