@@ -25,33 +25,33 @@ struct Wanted {
                         kTargetGradient = target_gradient, kFactor = factor;
 };
 
-// What every gradient element is multiplied by: most, and what a float loses of it, so that the
-// product alone is rounded. That rest has most's sign and is not 0: infinity times it stays
+// What every gradient element is multiplied by: a rounded number and its residual, so that only the
+// product is rounded. The residual has the same sign and is not 0: infinity times it stays
 // infinity.
 template <class T>
 struct Scale {
-  T most, rest = 0;
+  T rounded, residual = 0;
 
-  explicit Scale(double scale) : most(static_cast<T>(scale)) {
+  explicit Scale(double scale) : rounded(static_cast<T>(scale)) {
     if constexpr (std::is_same_v<T, float>) {
-      if (std::abs(double(most)) > std::abs(scale)) most = std::nextafter(most, 0.0f);
-      rest = std::isfinite(scale) ? static_cast<T>(scale - most) : most;
-      if (rest == 0) rest = most * 0x1p-40f;
+      if (std::abs(double(rounded)) > std::abs(scale)) rounded = std::nextafter(rounded, 0.0f);
+      residual = std::isfinite(scale) ? static_cast<T>(scale - rounded) : rounded;
+      if (residual == 0) residual = rounded * 0x1p-40f;
     }
   }
 };
 template <class T>
 FUSEDLOSS_HD Vec<T> operator*(Vec<T> slope, Scale<T> scale) {
   if constexpr (std::is_same_v<T, float>) {
-    return multiply_add(slope, Vec<T>(scale.most), slope * Vec<T>(scale.rest));
+    return multiply_add(slope, Vec<T>(scale.rounded), slope * Vec<T>(scale.residual));
   } else {
-    return slope * Vec<T>(scale.most);
+    return slope * Vec<T>(scale.rounded);
   }
 }
 
-// How many registers a loop computes side by side: one in a custom loss's less frequent loops, for
-// they take long to compile, and in all of a built-in loss without AVX, where more would add up a
-// sum's floats in another order.
+// How many registers a loop computes side by side: only one in a custom loss's rare loops, which
+// take long to compile, and in every loop of a built-in loss without AVX, where more would change
+// the order in which a sum adds floats.
 template <class Loss, class Want>
 constexpr int kWidth =
 #if defined(CPU_CAPABILITY_DEFAULT)
@@ -105,7 +105,7 @@ Sum pass(Loss loss, Run<T> run, Scale<T> scale, int64_t begin, int64_t end, Mask
     unrolled<kStep>([&](auto u) __attribute__((always_inline)) {
       const int64_t k = i + u * kLanes;
       if constexpr (Loss::kUnitInterval && (Want::kSum || Want::kValue)) {
-        // x (1 - x) >= 0 just where 0 <= x <= 1.
+        // x (1 - x) >= 0 exactly where 0 <= x <= 1.
         const Vec<T> zero(0), one(1);
         const auto x_fits = zero <= x[u] * (one - x[u]), y_fits = zero <= y[u] * (one - y[u]);
         valid = logical_and(valid, logical_and(x_fits, y_fits));
@@ -134,7 +134,7 @@ double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
   const int64_t whole = n - n % (kStep * Vec<T>::size());
   Sum sum = pass<kStep, Want>(loss, run, scale, 0, whole, valid);
   if (whole < n) sum.add(pass<1, Want>(loss, run, scale, whole, n, valid));
-  // A few floats can add up to infinity, or to nan, where a mean of them is a number.
+  // A few floats, added up as floats, can give infinity or nan where their mean is a number.
   if (kStep > 1 && !std::isfinite(sum.value())) {
     sum = pass<1, Want>(loss, run, scale, 0, n, valid);
   }

@@ -19,13 +19,6 @@
 namespace fusedloss::cpu {
 namespace CPU_CAPABILITY {
 
-// The larger of two; either of them where one is nan: a nan logit makes its row's sum nan whatever
-// max is.
-template <class T>
-FUSEDLOSS_HD Vec<T> larger(Vec<T> a, Vec<T> b) {
-  return max(b, a);
-}
-
 // f(c...) with std::true_type or std::false_type for every condition, to compile a loop for each.
 template <class F>
 FUSEDLOSS_HD void with_constants(F&& f) {
@@ -45,8 +38,8 @@ FUSEDLOSS_HD void with_constants(F&& f, bool condition, Others... others) {
 
 // ---- memory -------------------------------------------------------------------------------------
 
-// An array that begins with a cache line, so that no register lies across two. It has no values at
-// first: to clear it would take as long as a small call.
+// An array that begins at a cache line, so that no register crosses two. It is not initialised:
+// clearing it would take as long as a small call.
 struct alignas(64) CacheLine {
   unsigned char bytes[64];
 };
@@ -65,7 +58,7 @@ inline const char* address(const Rows& rows, int64_t offset) {
   return static_cast<const char*>(rows.data) + offset * bytes_of(rows.dtype);
 }
 
-// The elements of rows that hold T; outputs are written there.
+// The elements of rows, whose dtype is T's. Outputs are written there.
 template <class T>
 T* elements(const Rows& rows, int64_t offset) {
   return static_cast<T*>(const_cast<void*>(rows.data)) + offset;
@@ -134,8 +127,8 @@ struct RowProblem {
   const Loss loss;
   const typename Loss::Exact exact;
   const T* const weight;
-  // Whether every e^(x - max) is added in double: a class of large weight multiplies what the small
-  // ones add up to, unless only a target counts, which weighs as much.
+  // Whether every e^(x - max) is added in double: a class of large weight multiplies the sum of the
+  // small ones, unless only the target counts, with the same weight.
   const bool exact_sums;
 
   explicit RowProblem(const CrossEntropy& c)

@@ -13,7 +13,8 @@ namespace {
 
 constexpr int64_t kTask = 32768;  // elements a task, at least
 constexpr int64_t kBlock = 1024;  // elements of a row at a time
-// Bytes of a row's exponentials that are kept for its gradient: what a core's own cache may hold.
+// A row's exponentials are kept for its gradient if they take no more bytes than this, which a
+// core's own cache may hold.
 constexpr int64_t kMaxKept = 1 << 20;
 
 // f(i, lanes in use, which of four accumulators to use) for every register of [0, n).
@@ -34,7 +35,7 @@ template <class T>
 double sum_of_lanes(Vec<T> v) {
   T lanes[Vec<T>::size()];
   v.store(lanes);
-  double sums[4] = {};  // not one chain of additions
+  double sums[4] = {};  // so that additions need not wait
   unrolled<Vec<T>::size()>([&](auto i) { sums[i % 4] += lanes[i]; });
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
@@ -45,14 +46,15 @@ double total(RegisterSum<T> sum) {
   return total.value();
 }
 
+// If a logit is nan, this may be any number: the row's sum is nan whatever its max is.
 template <class T>
-T largest(const T* x, int64_t n) {
+T max_element(const T* x, int64_t n) {
   const Vec<T> none(-kInfinity<T>);
-  Vec<T> max[4] = {none, none, none, none};
+  Vec<T> part[4] = {none, none, none, none};
   for_registers<T>(n, [&](int64_t i, int64_t count, int u) {
-    max[u] = larger(max[u], load(x + i, count, -kInfinity<T>));
+    part[u] = max(load(x + i, count, -kInfinity<T>), part[u]);
   });
-  return max_lane(larger(larger(max[0], max[1]), larger(max[2], max[3])));
+  return max_lane(max(max(part[3], part[2]), max(part[1], part[0])));
 }
 
 template <class Loss>
@@ -74,7 +76,7 @@ struct RowWalk {
   struct Parts {
     Part part[4];
     FUSEDLOSS_HD explicit Parts(const RowState& row) {
-      const Vec<T> max(static_cast<T>(Loss::finite_max(row.max))), zero(0);
+      const Vec<T> max(static_cast<T>(finite_max(row.max))), zero(0);
       unrolled<4>([&](auto u) { part[u] = {max, zero, zero, zero}; });
     }
     FUSEDLOSS_HD double total(Vec<T> Part::* of) const {
@@ -87,7 +89,8 @@ struct RowWalk {
   const Loss& loss = problem.loss;
   const int64_t blocks = (call.classes + kBlock - 1) / kBlock;
   const int64_t group = blocks == 1 ? kGroup : 1;  // rows
-  // Each block's e^(x - max) stays between the loss and the gradient, with the max of then.
+  // Each block's e^(x - max) is kept from the loss to the gradient, with the max that it was
+  // computed with.
   const bool keeps = call.gradient.data && call.classes * int64_t{sizeof(T)} <= kMaxKept;
   const Buffer<T> kept, kept_max;
   alignas(CacheLine) T logits[kBlock], target_shares[kBlock], gradient[kBlock];
@@ -125,13 +128,13 @@ struct RowWalk {
   }
 
   // Adds the logits x of one block to state, whose max counts them already, but not x[target],
-  // which may lie outside of [0, n). kExact: each is added in double. kKeep: e^(x - max) goes to
-  // keep too.
+  // which may lie outside of [0, n). kExact: each is added in double. kKeep: e^(x - max) is stored
+  // in keep as well.
   template <bool kKeep, bool kExact>
   void add_logits(const T* x, int64_t n, int64_t target, RowState& state, T* keep, const char* next,
                   const char* out) const {
     const int64_t next_size = bytes_of(call.input.dtype), out_size = bytes_of(call.gradient.dtype);
-    // The target's register, without it.
+    // A copy of the target's register, with -inf in place of the target.
     constexpr int64_t kLanes = Vec<T>::size();
     T others[kLanes];
     int64_t others_begin = -1;
@@ -156,11 +159,12 @@ struct RowWalk {
     Loss::merge(state, {state.max, kExact ? total(exact) : parts.total(&Part::sum), 0, 0});
   }
 
-  // Adds the targets of a block whose logits state has. kShares: they are q, else 1.
+  // Adds the targets of a block whose logits are in state already. kShares: the targets are q;
+  // otherwise all are 1.
   template <bool kShares>
   void add_targets(const T* x, const T* q, int64_t n, RowState& state) const {
     Parts parts(state);
-    const T max = static_cast<T>(Loss::finite_max(state.max));
+    const T max = static_cast<T>(finite_max(state.max));
     for_registers<T>(n, [&](int64_t i, int64_t count, int u) FUSEDLOSS_INLINE {
       const Vec<T> share = kShares ? load(q + i, count, T(0)) : Vec<T>(1);
       Loss::add_target(parts.part[u], load(x + i, count, max), share);
@@ -175,11 +179,11 @@ struct RowWalk {
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t begin = b * kBlock, n = std::min(kBlock, call.classes - begin);
       const T* const x = read(call.input, at, begin, n, logits);
-      // The next block, or the next row's first, and this one's gradient are asked for meanwhile:
-      // an engine that loads and computes by turns leaves memory idle half of the time.
+      // Prefetches the next block, or the next row's first, and this block's gradient: an engine
+      // that loads and computes in turns leaves memory idle half of the time.
       const char* const next = address(call.input, at.offset(call.input) + begin + n);
       const char* const out = address(call.gradient, at.offset(call.gradient) + begin);
-      Loss::rescale(state, static_cast<double>(largest(x, n)));
+      Loss::rescale(state, static_cast<double>(max_element(x, n)));
       kept_max[k * blocks + b] = static_cast<T>(state.max);
       T* const keep = keeps ? &kept[(k * blocks + b) * kBlock] : nullptr;
       const auto add = [&](auto keeps, auto exact) {
@@ -199,7 +203,7 @@ struct RowWalk {
     scales[k] = problem.row_scale(at.row);
   }
 
-  // The losses and slopes of the rows that were reduced.
+  // The losses and slopes of the rows that reduce() has gone over.
   void finish() {
     using V = Vec<double>;
     const auto lanes = [](const Group& numbers) { return V::loadu(numbers.data()); };

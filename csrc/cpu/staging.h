@@ -1,5 +1,5 @@
-// Brings any operand, of any dtype and layout, before an engine as a short contiguous run of the
-// type it computes in; and takes results back. Runs are short enough to stay in the L1 cache, so
+// Copies an operand of any dtype and layout into a short contiguous run of the type that an engine
+// computes in, and results back to memory. Runs are short enough to stay in the L1 cache, so
 // conversion and gathering cost no traffic to memory.
 #pragma once
 
@@ -82,8 +82,8 @@ template <class T>
   });
 }
 
-// Elements [begin, begin + n) of op in the space's order: where they lie, if they lie there as T,
-// else in scratch.
+// Elements [begin, begin + n) of op in the space's order: in place if they are contiguous and of
+// type T, otherwise in scratch.
 template <class T>
 [[gnu::noinline]] const T* stage(const Operand& op, const Space& space, int64_t begin, int64_t n,
                                  T* scratch) {

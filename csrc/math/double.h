@@ -1,6 +1,6 @@
-// exp, expm1, log, log1p and tanh of doubles, for SIMD registers; vocabulary.h includes this. The
-// domain is every number; nan, infinities, zeros and subnormals are as std has them. Errors are in
-// ULP, measured by tests/elementary.cpp and held by tests/test_vocabulary.py.
+// The functions of doubles, for SIMD registers; vocabulary.h includes this. They take every number,
+// and treat nan, infinities, zeros and subnormals as std does. Errors are in ULP, measured by
+// tests/elementary.cpp and held by tests/test_vocabulary.py.
 #pragma once
 
 #include "register.h"
@@ -12,7 +12,7 @@ namespace detail {
 using Double = Vec<double>;
 using Long = Vec<int64_t>;
 
-constexpr double kDoubleRounder = 0x1.8p52;   // as kRounder
+constexpr double kDoubleRounder = 0x1.8p52;   // as kRounder in float.h
 constexpr double kLn2High = 0x1.62e42feep-1;  // ln 2 in 32 bits: its product with n is exact
 constexpr double kLn2Low = 0x1.a39ef35793c76p-33;
 
@@ -22,7 +22,7 @@ FUSEDLOSS_HD Double power_of_two(Double n) {
   return cast<double>((bits + Long(1023)) << Long(52));
 }
 
-// a + b, and what the sum loses; add_smaller: where |a| >= |b|.
+// a + b, and the sum's rounding error. add_smaller requires |a| >= |b|.
 struct ExactSum {
   Double sum, lost;
 };
@@ -49,13 +49,13 @@ FUSEDLOSS_HD ReducedDouble reduce_exp(Double x) {
       0.16666666666666669,    0.041666666666666664,   0.008333333333330062,   0.0013888888888886552,
       0.00019841269863053618, 2.4801587317144498e-05, 2.7557268459997064e-06, 2.755728296954995e-07,
       2.510038549551032e-08,  2.0911236630261545e-09};
-  // What r lost counts e^r times, 1 + r of which shows.
+  // The rounding error of r counts e^r times; only 1 + r of that is large enough to matter.
   const Double r2 = r * r, slope = multiply_add(lost, r, lost);
   const Double tail = multiply_add(r2 * r, polynomial(r, r2, q), slope);
   return {n, r, multiply_add(r2, Double(0.5), tail)};
 }
 
-// (e^x - 1) / 2, for e^x may be 2^1024, in two doubles.
+// (e^x - 1) / 2 in two doubles; half, because e^x may be 2^1024.
 FUSEDLOSS_HD ExactSum half_expm1(Double x) {
   const ReducedDouble e = reduce_exp(clamp(x, Double(-40), Double(710)));
   const Double scale = power_of_two(e.n - Double(1));
@@ -64,15 +64,15 @@ FUSEDLOSS_HD ExactSum half_expm1(Double x) {
   return add_smaller(most.sum, most.lost + multiply_add(scale, e.more, whole.lost));
 }
 
-// log(x) + addend, for a normal x > 0; addend is small beside x - 1, or this is 0. less: of the
-// exponent of x.
+// log(x) + addend, for a normal x > 0; addend is small beside x - 1, unless x is 1. `less` is
+// subtracted from the exponent of x.
 FUSEDLOSS_HD Double log_normal(Double x, Double less, Double addend) {
   // x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)].
   constexpr int64_t kRootHalf = 0x3fe6a09e667f3bcd, kOne = 0x3ff0000000000000;
   typedef uint64_t Unsigned __attribute__((vector_size(kVecBytes)));
   const Long bits = cast<int64_t>(x);
   const Long exponent = (bits + Long(kOne - kRootHalf)) & Long(0x7ff0000000000000);
-  // In the last digits of 2^52 it becomes a number.
+  // In the last bits of 2^52 the integer becomes a number.
   const Long digits = (Long::Type)((Unsigned)(Long::Type)exponent >> 52);
   const Double n = cast<double>(digits | Long(0x4330000000000000)) - (Double(0x1p52 + 1023) + less);
   const Double f = cast<double>(bits - (exponent - Long(kOne))) - Double(1);
@@ -87,11 +87,11 @@ FUSEDLOSS_HD Double log_normal(Double x, Double less, Double addend) {
   return most.sum + (most.lost + (near.lost + low));
 }
 
-// The logarithm of t, which is `result` if t is positive and finite.
+// The logarithm of any t: `result` where t is positive and finite.
 FUSEDLOSS_HD Double log_or_special(Double t, Double result) {
   const Double zero(0), infinity(INFINITY);
-  const Double of_zero = select(t == zero, -infinity, select(t < zero, Double(NAN), t));
-  return select((t > zero) & (t < infinity), result, of_zero);
+  const Double special = select(t == zero, -infinity, select(t < zero, Double(NAN), t));
+  return select((t > zero) & (t < infinity), result, special);
 }
 
 }  // namespace detail
@@ -143,7 +143,7 @@ FUSEDLOSS_HD Vec<double> log1p_unit(Vec<double> x) { return log1p(x); }
 FUSEDLOSS_HD Vec<double> tanh(Vec<double> x) {
 #if defined(__FMA__)
   using namespace detail;
-  // -m / (1 + m), m = (e^(-2 |x|) - 1) / 2, and what this quotient of doubles is off by.
+  // -m / (1 + m), m = (e^(-2 |x|) - 1) / 2, and the rounding error of this quotient.
   const ExactSum m = half_expm1(Double(-2) * abs(x));
   const ExactSum divisor = add_smaller(Double(1), m.sum);
   const Double near = -m.sum / divisor.sum;
@@ -156,7 +156,7 @@ FUSEDLOSS_HD Vec<double> tanh(Vec<double> x) {
 #endif
 }
 
-// These are libm's, lane by lane.
+// libm computes these, lane by lane.
 #define FUSEDLOSS_LANES(NAME)                            \
   FUSEDLOSS_HD Vec<double> NAME(Vec<double> x) {         \
     return x.map([](double a) { return std::NAME(a); }); \

@@ -1,6 +1,6 @@
-// The functions of floats, for SIMD registers; vocabulary.h includes this. First those with the
-// domain that a loss needs, which are faster, then those of every number: nan, infinities, zeros
-// and subnormals are as std has them.
+// The functions of floats, for SIMD registers; vocabulary.h includes this. The functions for a
+// loss's usual domain come first; they are faster. Those that follow take every number, and treat
+// nan, infinities, zeros and subnormals as std does.
 #pragma once
 
 #include "register.h"
@@ -21,8 +21,8 @@ constexpr float kMinNormal = 1.17549435e-38f;
 // 2^n for n in [-126, 127], or for the integer that adding kRounder to such an n leaves.
 FUSEDLOSS_HD Vec<float> power_of_two(Int n) { return cast<float>((n + Int(127)) << Int(23)); }
 
-// t = 2^n (1 + f) > 0 with f in [-1/4, 1/2], so that f is exact; and n ln 2 + f = high + low, but
-// for a part of n ln 2 that log_of() adds.
+// t = 2^n (1 + f) > 0 with f in [-1/4, 1/2], so that f is exact; n ln 2 + f = high + low, except
+// for the part of n ln 2 that log_of() adds.
 struct Split {
   Vec<float> exponent, f, high, low;  // exponent: n, in units of kExponentUnit
   Vec<float> unit;                    // 2^(1 - n), of a normal t
@@ -71,14 +71,15 @@ FUSEDLOSS_HD Vec<float> log_tail(Vec<float> f, Vec<float> addend) {
   return multiply_add(f2 * f, polynomial(f, f2, q), addend);
 }
 
-// log(t), low being t's, or more where more than t is meant.
+// log(t), where low is t.low. If the argument is a little more than t, low includes what that adds
+// to the logarithm.
 FUSEDLOSS_HD Vec<float> log_of(const Split& t, Vec<float> low) {
   low = multiply_add(t.exponent, Vec<float>(kLn2Lo * kExponentUnit), log_tail(t.f, low));
   return t.high + multiply_add(t.f, Vec<float>(-0.5f) * t.f, low);
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
-// The same where t may be 0 or infinity: high is what is meant there.
+// The same for a t that may be 0 or infinity: there the result is t.high.
 FUSEDLOSS_HD Vec<float> log_of_any(const Split& t, Vec<float> low) {
   constexpr int kInfinities = 0x08 | 0x10;
   const __mmask16 ends = _mm512_fpclass_ps_mask(t.high, kInfinities);
@@ -127,7 +128,7 @@ FUSEDLOSS_HD Vec<float> exp_nonpositive(Vec<float> x) {
   const Vec<float> r_expm1 = multiply_add(r * r, q, r);
   const Vec<float> power =
       _mm512_permutexvar_ps(_mm512_castps_si512(shifted), Vec<float>::loadu(powers));
-  // nan, as e^r - 1 is, where x is nan.
+  // False where x < low; true where x is nan, for which e^r - 1 is nan.
   const __mmask16 counts = _mm512_cmp_ps_mask(x, low, _CMP_NLT_UQ);
   return _mm512_maskz_scalef_ps(counts, multiply_add(power, r_expm1, power), n);
 #else
@@ -159,8 +160,8 @@ FUSEDLOSS_HD Vec<float> log_finite(Vec<float> x) {
 FUSEDLOSS_HD Vec<float> log1p_finite(Vec<float> x) {
   const Vec<float> one(1.0f), sum = one + x;
   const detail::Split t = detail::split(sum);
-  // What the sum lost, in half units of 1 + f, joins with the slope of log(1 + f): 1 and a minimax
-  // quadratic, which may be off twice as far where f < 0 and half as much is lost.
+  // The sum's rounding error, in half units of 1 + f, counts times the slope of log(1 + f): 1 and a
+  // minimax quadratic, which may be twice as far off where f < 0, since half as much is lost there.
   const Vec<float> lost = (x - (sum - one)) * t.unit;  // nan for nan
   const Vec<float> poly = multiply_add(t.f, Vec<float>(0.39996278f), Vec<float>(-0.52219665f));
   Vec<float> low = multiply_add(lost, Vec<float>(0.5f), t.low);
@@ -192,7 +193,7 @@ FUSEDLOSS_HD Vec<float> log1p_unit(Vec<float> x) {
       _mm512_castps_si512(multiply_add(x, Vec<float>(15.0f), Vec<float>(detail::kRounder)));
   const Vec<float> factor = _mm512_permutexvar_ps(nearest, Vec<float>::loadu(c));
   const Vec<float> r = multiply_add(x, factor, factor - Vec<float>(1.0f));
-  // Not by r^2, which may be subnormal, and so slow.
+  // Not multiplied by r^2: that may be subnormal, which is slow.
   Vec<float> poly = multiply_add(r, Vec<float>(q[2]), Vec<float>(q[1]));
   poly = r * multiply_add(r, poly, Vec<float>(q[0]));
   return Vec<float>(_mm512_permutexvar_ps(nearest, Vec<float>::loadu(minus_log_c))) +
@@ -204,7 +205,7 @@ FUSEDLOSS_HD Vec<float> log1p_unit(Vec<float> x) {
   // = 2 atanh(s) = 2 s + s^3 q(s^2), s = x / (2 + x) in [0, 1/3], q minimax there.
   static constexpr float q[] = {0.66666675f, 0.3999889f, 0.28616595f, 0.21430741f, 0.24289557f};
   const Vec<float> s = x / (Vec<float>(2.0f) + x);
-  // Below 2^-15 only 2 s counts; and subnormal numbers, which are slow, are not met.
+  // Below 2^-15 only 2 s counts. The bound keeps s2 from being subnormal, which would be slow.
   const Vec<float> bounded = clamp_min(s, Vec<float>(0x1p-15f));
   const Vec<float> s2 = bounded * bounded;
   return multiply_add(s2 * s, detail::polynomial(s2, s2 * s2, q), s + s);
@@ -215,12 +216,12 @@ FUSEDLOSS_HD Vec<float> log1p_unit(Vec<float> x) {
 
 namespace detail {
 
-// Beyond these bounds e^x is 0, and infinite.
+// Below these bounds e^x is 0, and above them it is infinite.
 FUSEDLOSS_HD Reduced reduce_any(Vec<float> x) {
   return reduce_exp(clamp(x, Vec<float>(-104.0f), Vec<float>(89.0f)));
 }
 
-// e^x (1 + more), |more| small. In two steps of scaling, to reach subnormals and infinity.
+// e^x (1 + more) for a small |more|. It is scaled in two steps, to reach subnormals and infinity.
 FUSEDLOSS_HD Vec<float> exp_times(Vec<float> x, Vec<float> more) {
   const Reduced e = reduce_any(x);
   const Int n = e.n(), half = n >> Int(1);
@@ -262,7 +263,7 @@ FUSEDLOSS_HD Vec<float> expm1(Vec<float> x) {
   const Vec<float> result = sum + sum;
 #else
   const Reduced e = reduce_exp(clamp(x, Vec<float>(-25.0f), Vec<float>(89.0f)));
-  // 2^128 is no float: there the last doubling waits.
+  // 2^128 is not a float: there the last doubling comes at the end.
   const Int n = e.n(), beyond = (n + Int(128)) >> Int(8);
   const Vec<float> scale = power_of_two(n - beyond);
   const Vec<float> sum = multiply_add(e.r_expm1, scale, scale - Vec<float>(1.0f));
@@ -302,13 +303,15 @@ FUSEDLOSS_HD Vec<float> erf(Vec<float> x) {
 
 namespace detail {
 
-// sin(x + quarters pi / 2). Beyond kTurns what the reduction loses would show: libm's there.
+// sin(x + quarters pi / 2). Beyond kMaxReduced the reduction is not exact enough, and libm's
+// function is called.
 template <class Exact>
 FUSEDLOSS_HD Vec<float> sine(Vec<float> x, int quarters, Exact exact) {
-  constexpr float kTurns = 1000.0f;
+  constexpr float kMaxReduced = 1000.0f;
   const Vec<float> shifted = multiply_add(x, Vec<float>(0.636619772f), Vec<float>(kRounder));
   const Vec<float> n = shifted - Vec<float>(kRounder);
-  // pi / 2 in four parts, the first three of 13 bits at most: exact products with n.
+  // pi / 2 in four parts. The first three have at most 13 bits, so that their products with n are
+  // exact.
   Vec<float> r = multiply_add(n, Vec<float>(-1.5703125f), x);
   r = multiply_add(n, Vec<float>(-4.83751296997070312e-4f), r);
   r = multiply_add(n, Vec<float>(-7.549533620e-08f), r);
@@ -317,14 +320,14 @@ FUSEDLOSS_HD Vec<float> sine(Vec<float> x, int quarters, Exact exact) {
   static constexpr float s[] = {-0.16666667f, 0.008333329f, -0.00019839295f, 2.7179399e-06f};
   static constexpr float c[] = {0.041666668f, -0.0013888883f, 2.479943e-05f, -2.7204646e-07f};
   const Vec<float> z = r * r, z2 = z * z;
-  const Vec<float> of_sine = multiply_add(r * z, polynomial(z, z2, s), r);
-  const Vec<float> of_cosine =
+  const Vec<float> sine_of_r = multiply_add(r * z, polynomial(z, z2, s), r);
+  const Vec<float> cosine_of_r =
       multiply_add(z2, polynomial(z, z2, c), multiply_add(z, Vec<float>(-0.5f), Vec<float>(1.0f)));
   const auto odd = cast<float>((quadrant & Int(1)) == Int(1));
-  const Vec<float> size = select(odd, of_cosine, of_sine);
+  const Vec<float> size = select(odd, cosine_of_r, sine_of_r);
   const auto negative = cast<float>((quadrant & Int(2)) == Int(2));
   const Vec<float> result = select(negative, -size, size);
-  const auto far = abs(x) > Vec<float>(kTurns);
+  const auto far = abs(x) > Vec<float>(kMaxReduced);
   if (__builtin_expect(far.any(), 0)) return select(far, x.map(exact), result);
   return result;
 }
@@ -347,7 +350,7 @@ FUSEDLOSS_HD Vec<float> pow(Vec<float> x, Vec<float> y) {
   const Vec<float> zero(0.0f), one(1.0f), infinity(INFINITY);
   const Vec<float> size = abs(x);
   const Split t = split_any(size);
-  // n ln2 + f - f^2 / 2, each sum with what it loses beside it.
+  // n ln 2 + f - f^2 / 2, with the rounding error of each sum beside it.
   const Vec<float> f2 = t.f * t.f, half = Vec<float>(0.5f) * f2;
   const Vec<float> most = t.high - half, lost_half = (t.high - most) - half;
   const Vec<float> lost_square = Vec<float>(-0.5f) * multiply_add(t.f, t.f, -f2);
@@ -355,12 +358,12 @@ FUSEDLOSS_HD Vec<float> pow(Vec<float> x, Vec<float> y) {
   low = multiply_add(t.exponent, Vec<float>(kLn2Lo * kExponentUnit), low + lost_square);
   const Vec<float> high = most + low;
   low = low - (high - most);
-  // What a product of y with both parts loses goes into the exponential as a factor.
+  // The rounding error of y times both parts goes into the exponential as a factor.
   const Vec<float> product = y * high;
   const Vec<float> more = multiply_add(y, low, multiply_add(y, high, -product));
   Vec<float> result = exp_times(product, select(abs(more) < one, more, zero));
   result = select(x == x, result, x);
-  // 0 and infinity, of which there is no logarithm.
+  // 0 and infinity have no finite logarithm.
   const Vec<float> limit = select(y < zero, infinity, zero),
                    other = select(y < zero, zero, infinity);
   result = select(size == zero, limit, select(size == infinity, other, result));
@@ -371,8 +374,8 @@ FUSEDLOSS_HD Vec<float> pow(Vec<float> x, Vec<float> y) {
   const auto is_whole = convert<float>(whole) == bounded;
   const auto is_odd = logical_and(is_whole, cast<float>((whole & Int(1)) == Int(1)));
   const auto known = logical_or(is_whole, logical_or(size == zero, size == infinity));
-  const Vec<float> of_negative = select(known, select(is_odd, -result, result), Vec<float>(NAN));
-  return select(cast<float>(cast<int32_t>(x) < Int(0)), of_negative, result);
+  const Vec<float> for_negative = select(known, select(is_odd, -result, result), Vec<float>(NAN));
+  return select(cast<float>(cast<int32_t>(x) < Int(0)), for_negative, result);
 }
 
 }  // namespace CPU_CAPABILITY

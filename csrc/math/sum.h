@@ -1,11 +1,11 @@
-// A sum of doubles that loses nothing worth naming, however many there are.
+// A sum of doubles that stays exact enough, however many there are.
 #pragma once
 
 #include <cmath>
 
 namespace fusedloss {
 
-// Compensated (Neumaier): what each addition rounds away is added up beside.
+// Compensated summation (Neumaier): the rounding errors are added up separately.
 class Sum {
  public:
   void add(double x) {
@@ -26,7 +26,7 @@ class Sum {
   }
 
  private:
-  // nan and infinite sums have none that means anything.
+  // The rounding errors of a nan or infinite sum mean nothing.
   double rest() const { return std::isfinite(lost_) ? lost_ : 0; }
 
   double sum_ = 0, lost_ = 0;
