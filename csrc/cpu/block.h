@@ -2,7 +2,6 @@
 // is computed in. Custom losses are compiled with it too, on the machine they run on.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
@@ -71,8 +70,8 @@ Sum pass(Loss loss, Run<T> run, Scale<T> scale, int64_t begin, int64_t end, Mask
   RegisterSum<T> sum;
   Mask<T> valid = all_valid;
   for (int64_t i = begin; i < end; i += kStep * kLanes) {
-    const int64_t count = std::min(kLanes, end - i);
-    const bool full = kStep > 1 || count == kLanes;
+    const int64_t count = end - i;
+    const bool full = kStep > 1 || count >= kLanes;
     const auto load = [&](const T* p) __attribute__((always_inline)) {
       return full ? Vec<T>::loadu(p) : Vec<T>::loadu(p, count);
     };
