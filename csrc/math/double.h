@@ -22,15 +22,15 @@ FUSEDLOSS_HD Double power_of_two(Double n) {
   return cast<double>((bits + Long(1023)) << Long(52));
 }
 
-// a + b, and the sum's rounding error. add_smaller requires |a| >= |b|.
-struct ExactSum {
-  Double sum, lost;
+// a + b, and the sum's rounding error. fast_two_sum requires |a| >= |b|.
+struct TwoSum {
+  Double sum, error;
 };
-FUSEDLOSS_HD ExactSum add_smaller(Double a, Double b) {
+FUSEDLOSS_HD TwoSum fast_two_sum(Double a, Double b) {
   const Double sum = a + b;
   return {sum, b - (sum - a)};
 }
-FUSEDLOSS_HD ExactSum add_exactly(Double a, Double b) {
+FUSEDLOSS_HD TwoSum two_sum(Double a, Double b) {
   const Double sum = a + b, from_b = sum - a;
   return {sum, (a - (sum - from_b)) + (b - from_b)};
 }
@@ -56,12 +56,12 @@ FUSEDLOSS_HD ReducedDouble reduce_exp(Double x) {
 }
 
 // (e^x - 1) / 2 in two doubles; half, because e^x may be 2^1024.
-FUSEDLOSS_HD ExactSum half_expm1(Double x) {
+FUSEDLOSS_HD TwoSum half_expm1(Double x) {
   const ReducedDouble e = reduce_exp(clamp(x, Double(-40), Double(710)));
   const Double scale = power_of_two(e.n - Double(1));
-  const ExactSum whole = add_exactly(scale, Double(-0.5));
-  const ExactSum most = add_exactly(whole.sum, scale * e.r);
-  return add_smaller(most.sum, most.lost + multiply_add(scale, e.more, whole.lost));
+  const TwoSum whole = two_sum(scale, Double(-0.5));
+  const TwoSum most = two_sum(whole.sum, scale * e.r);
+  return fast_two_sum(most.sum, most.error + multiply_add(scale, e.more, whole.error));
 }
 
 // log(x) + addend, for a normal x > 0; addend is small beside x - 1, unless x is 1. `less` is
@@ -82,9 +82,9 @@ FUSEDLOSS_HD Double log_normal(Double x, Double less, Double addend) {
                                  0.146167211662876};
   const Double s = f / (Double(2) + f), h = Double(0.5) * f * f;
   const Double s2 = s * s, tail = s2 * polynomial(s2, s2 * s2, q);
-  const ExactSum near = add_smaller(f, -h), most = add_smaller(n * Double(kLn2High), near.sum);
+  const TwoSum near = fast_two_sum(f, -h), most = fast_two_sum(n * Double(kLn2High), near.sum);
   const Double low = multiply_add(s, h + tail, multiply_add(n, Double(kLn2Low), addend));
-  return most.sum + (most.lost + (near.lost + low));
+  return most.sum + (most.error + (near.error + low));
 }
 
 // The logarithm of any t: `result` where t is positive and finite.
@@ -131,8 +131,8 @@ FUSEDLOSS_HD Vec<double> log(Vec<double> x) {
 FUSEDLOSS_HD Vec<double> log1p(Vec<double> x) {
   using namespace detail;
   const Double one(1), zero(0);
-  const ExactSum t = add_smaller(max(one, x), min(one, x));
-  const Double result = log_or_special(t.sum, log_normal(t.sum, zero, t.lost / t.sum));
+  const TwoSum t = fast_two_sum(max(one, x), min(one, x));
+  const Double result = log_or_special(t.sum, log_normal(t.sum, zero, t.error / t.sum));
   return select(x == zero, x, result);  // -0
 }
 FUSEDLOSS_HD Vec<double> log_finite(Vec<double> x) { return log(x); }
@@ -144,11 +144,11 @@ FUSEDLOSS_HD Vec<double> tanh(Vec<double> x) {
 #if defined(__FMA__)
   using namespace detail;
   // -m / (1 + m), m = (e^(-2 |x|) - 1) / 2, and the rounding error of this quotient.
-  const ExactSum m = half_expm1(Double(-2) * abs(x));
-  const ExactSum divisor = add_smaller(Double(1), m.sum);
+  const TwoSum m = half_expm1(Double(-2) * abs(x));
+  const TwoSum divisor = fast_two_sum(Double(1), m.sum);
   const Double near = -m.sum / divisor.sum;
-  const Double rest = multiply_add(-near, divisor.sum, -m.sum) - m.lost;
-  const Double size = near + multiply_add(-near, divisor.lost + m.lost, rest) / divisor.sum;
+  const Double rest = multiply_add(-near, divisor.sum, -m.sum) - m.error;
+  const Double size = near + multiply_add(-near, divisor.error + m.error, rest) / divisor.sum;
   const Double sign = x & Double(-0.0);
   return select(abs(x) < Double(0x1p-28), x, size | sign);
 #else
