@@ -1,5 +1,5 @@
-// The largest error of each function that csrc/math/elementary.h has for SIMD registers, in ULP of
-// the true result, which is libm's in a wider type: see ulp.h.
+// The largest error of each SIMD function in csrc/math that takes every number, in ULP of the true
+// result, which is libm's in a wider type: see ulp.h.
 //
 //   elementary POINTS
 #include "math/vocabulary.h"

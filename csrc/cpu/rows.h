@@ -19,7 +19,8 @@
 namespace fusedloss::cpu {
 namespace CPU_CAPABILITY {
 
-// f(c...) with std::true_type or std::false_type for every condition, to compile a loop for each.
+// Calls f with std::true_type or std::false_type for each condition, so that every combination has
+// a loop of its own.
 template <class F>
 FUSEDLOSS_HD void with_constants(F&& f) {
   f();

@@ -11,13 +11,13 @@ namespace fusedloss::cpu {
 namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kTask = 32768;  // elements a task, at least
+constexpr int64_t kTask = 32768;  // elements per task, at least
 constexpr int64_t kBlock = 1024;  // elements of a row at a time
 // A row's exponentials are kept for its gradient if they take no more bytes than this, which a
 // core's own cache may hold.
 constexpr int64_t kMaxSavedBytes = 1 << 20;
 
-// f(i, lanes in use, which of four accumulators to use) for every register of [0, n).
+// Calls f(i, lanes in use, which of four accumulators to use) for every register of [0, n).
 template <class T, class F>
 FUSEDLOSS_HD void for_registers(int64_t n, F&& f) {
   constexpr int64_t kLanes = Vec<T>::size();

@@ -14,7 +14,7 @@ namespace {
 
 // An output of this many bytes does not stay in the caches until it is read.
 constexpr size_t kStreamed = 16 << 20;
-constexpr int kUnroll = 4;  // classes; summed in T before they go to double
+constexpr int kUnroll = 4;  // classes whose sum goes to double together
 
 template <class T>
 FUSEDLOSS_HD Vec<T> at(const T* line, int64_t i) {
@@ -147,8 +147,8 @@ struct TileWalk {
     total.store(sum);
   }
 
-  // f(count, c, i) for the classes [c, c + count), count known to the compiler, in the rows from i
-  // on, for every class and every register of n rows.
+  // Calls f(count, c, i) for the classes [c, c + count) in the register of rows from i on, until it
+  // has been called for every class and for n rows. count is a compile-time constant.
   template <class F>
   FUSEDLOSS_HD void for_classes(int64_t n, F&& f) const {
     int64_t c = 0;

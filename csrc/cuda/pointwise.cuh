@@ -13,7 +13,7 @@
 
 namespace fusedloss::cuda {
 
-constexpr int kThreads = 256;              // a block
+constexpr int kThreads = 256;              // per block
 constexpr int kUnroll = 2;                 // vectors of each operand in flight per thread
 constexpr int kBlocksPerSM = 3;            // at least; they keep 48 KiB in flight
 constexpr int64_t kMaxOneBlock = 1 << 14;  // elements; up to here a second block does not pay
