@@ -1,8 +1,8 @@
-// The largest error of each function that csrc/math/elementary.h has for SIMD registers, in ULP of
-// the true result, which is libm's in a wider type: see ulp.h.
+// The largest error of each SIMD function in csrc/math that takes every number, in ULP of the true
+// result, which is libm's in a wider type: see ulp.h.
 //
 //   elementary POINTS
-#include "math/elementary.h"
+#include "math/vocabulary.h"
 
 #include "ulp.h"
 

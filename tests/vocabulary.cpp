@@ -1,5 +1,5 @@
-// The largest error of each float function that csrc/math/vocabulary.h has for SIMD registers, in
-// ULP of the true result, which is double-precision libm's: see ulp.h.
+// The largest error of each SIMD function of floats in csrc/math that has a domain, in ULP of the
+// true result, which is double-precision libm's: see ulp.h.
 //
 //   vocabulary POINTS
 #include "math/vocabulary.h"

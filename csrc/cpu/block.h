@@ -2,7 +2,6 @@
 // is computed in. Custom losses are compiled with it too, on the machine they run on.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
@@ -25,33 +24,33 @@ struct Wanted {
                         kTargetGradient = target_gradient, kFactor = factor;
 };
 
-// What every gradient element is multiplied by: most, and what a float loses of it, so that the
-// product alone is rounded. That rest has most's sign and is not 0: infinity times it stays
+// What every gradient element is multiplied by: a rounded number and its residual, so that only the
+// product is rounded. The residual has the same sign and is not 0: infinity times it stays
 // infinity.
 template <class T>
 struct Scale {
-  T most, rest = 0;
+  T rounded, residual = 0;
 
-  explicit Scale(double scale) : most(static_cast<T>(scale)) {
+  explicit Scale(double scale) : rounded(static_cast<T>(scale)) {
     if constexpr (std::is_same_v<T, float>) {
-      if (std::abs(double(most)) > std::abs(scale)) most = std::nextafter(most, 0.0f);
-      rest = std::isfinite(scale) ? static_cast<T>(scale - most) : most;
-      if (rest == 0) rest = most * 0x1p-40f;
+      if (std::abs(double(rounded)) > std::abs(scale)) rounded = std::nextafter(rounded, 0.0f);
+      residual = std::isfinite(scale) ? static_cast<T>(scale - rounded) : rounded;
+      if (residual == 0) residual = rounded * 0x1p-40f;
     }
   }
 };
 template <class T>
 FUSEDLOSS_HD Vec<T> operator*(Vec<T> slope, Scale<T> scale) {
   if constexpr (std::is_same_v<T, float>) {
-    return multiply_add(slope, Vec<T>(scale.most), slope * Vec<T>(scale.rest));
+    return multiply_add(slope, Vec<T>(scale.rounded), slope * Vec<T>(scale.residual));
   } else {
-    return slope * Vec<T>(scale.most);
+    return slope * Vec<T>(scale.rounded);
   }
 }
 
-// How many registers a loop computes side by side: one in a custom loss's less frequent loops, for
-// they take long to compile, and in all of a built-in loss without AVX, where more would add up a
-// sum's floats in another order.
+// How many registers a loop computes side by side: only one in a custom loss's rare loops, which
+// take long to compile, and in every loop of a built-in loss without AVX, where more would change
+// the order in which a sum adds floats.
 template <class Loss, class Want>
 constexpr int kWidth =
 #if defined(CPU_CAPABILITY_DEFAULT)
@@ -60,76 +59,64 @@ constexpr int kWidth =
     Loss::kCustom && Want::kFactor ? 1 : Loss::kUnroll;
 #endif
 
-// kCount SIMD registers of elements from i on, of which only a single one may hold fewer, `count`;
-// adds the values to sum. All are loaded before one is stored: else none could be computed beside
-// another, and each is one long chain of instructions that wait for each other.
-template <int kCount, class Loss, class Want, class T>
-FUSEDLOSS_HD void step(const Loss& loss, const Run<T>& run, Scale<T> scale, int64_t i,
-                       int64_t count, RegisterSum<T>& sum, Mask<T>& valid) {
-  constexpr int64_t kLanes = Vec<T>::size();
-  const bool full = kCount > 1 || count == kLanes;
-  const auto load = [&](const T* p) __attribute__((always_inline)) {
-    return full ? Vec<T>::loadu(p) : Vec<T>::loadu(p, count);
-  };
-  const auto store = [&](const Vec<T>& x, T* p) __attribute__((always_inline)) {
-    if (full) {
-      x.store(p);
-    } else {
-      x.store(p, count);
-    }
-  };
-  Vec<T> x[kCount], y[kCount], pos_weights[kCount], factors[kCount];
-  const bool has_factor = Want::kFactor && (!Loss::kCustom || run.factor);
-  unrolled<kCount>([&](auto u) __attribute__((always_inline)) {
-    const int64_t k = i + u * kLanes;
-    x[u] = load(run.input + k);
-    y[u] = load(run.target + k);
-    if constexpr (Loss::kPosWeight) pos_weights[u] = load(run.pos_weight + k);
-    if (has_factor) factors[u] = load(run.factor + k);
-  });
-  const auto eval = [&](auto u) __attribute__((always_inline)) {
-    if constexpr (Loss::kPosWeight) {
-      return loss.eval(x[u], y[u], pos_weights[u]);
-    } else {
-      return loss.eval(x[u], y[u]);
-    }
-  };
-  Vec<T> value[kCount], gradient[kCount], target_gradient[kCount];
-  unrolled<kCount>([&](auto u) __attribute__((always_inline)) {
-    auto at = eval(u);
-    if (has_factor) at = at * factors[u];
-    value[u] = at.value;
-    if constexpr (Want::kGradient) gradient[u] = at.gradient(scale);
-    if constexpr (Want::kTargetGradient) target_gradient[u] = at.target_gradient(scale);
-  });
-  unrolled<kCount>([&](auto u) __attribute__((always_inline)) {
-    const int64_t k = i + u * kLanes;
-    if constexpr (Loss::kUnitInterval && (Want::kSum || Want::kValue)) {
-      // x (1 - x) >= 0 just where 0 <= x <= 1.
-      const Vec<T> zero(0), one(1);
-      const auto x_fits = zero <= x[u] * (one - x[u]), y_fits = zero <= y[u] * (one - y[u]);
-      valid = logical_and(valid, logical_and(x_fits, y_fits));
-    }
-    if constexpr (Want::kValue) store(value[u], run.value + k);
-    if constexpr (Want::kGradient) store(gradient[u], run.gradient + k);
-    if constexpr (Want::kTargetGradient) store(target_gradient[u], run.target_gradient + k);
-  });
-  if constexpr (Want::kSum) {
-    if (!full) value[0] = Vec<T>::set(Vec<T>(0), value[0], count);
-    sum.add(value);
-  }
-}
-
 // The elements from `begin` to `end`, kStep registers at a time, of which the last may hold fewer
-// only where kStep is 1. By value: what a store might have changed would be loaded, and worked out,
-// again for each register.
+// elements only where kStep is 1. All are loaded before one is stored: otherwise none could be
+// computed beside another, and each is one long chain of instructions that wait for each other.
+// loss and run are copies: through a reference, members would be loaded again after each store.
 template <int kStep, class Want, class Loss, class T>
 Sum pass(Loss loss, Run<T> run, Scale<T> scale, int64_t begin, int64_t end, Mask<T>& all_valid) {
   constexpr int64_t kLanes = Vec<T>::size();
+  const bool has_factor = Want::kFactor && (!Loss::kCustom || run.factor);
   RegisterSum<T> sum;
   Mask<T> valid = all_valid;
   for (int64_t i = begin; i < end; i += kStep * kLanes) {
-    step<kStep, Loss, Want>(loss, run, scale, i, std::min(kLanes, end - i), sum, valid);
+    const int64_t count = end - i;
+    const bool full = kStep > 1 || count >= kLanes;
+    const auto load = [&](const T* p) __attribute__((always_inline)) {
+      return full ? Vec<T>::loadu(p) : Vec<T>::loadu(p, count);
+    };
+    const auto store = [&](const Vec<T>& x, T* p) __attribute__((always_inline)) {
+      full ? x.store(p) : x.store(p, count);
+    };
+    Vec<T> x[kStep], y[kStep], pos_weights[kStep], factors[kStep];
+    unrolled<kStep>([&](auto u) __attribute__((always_inline)) {
+      const int64_t k = i + u * kLanes;
+      x[u] = load(run.input + k);
+      y[u] = load(run.target + k);
+      if constexpr (Loss::kPosWeight) pos_weights[u] = load(run.pos_weight + k);
+      if (has_factor) factors[u] = load(run.factor + k);
+    });
+    const auto eval = [&](auto u) __attribute__((always_inline)) {
+      if constexpr (Loss::kPosWeight) {
+        return loss.eval(x[u], y[u], pos_weights[u]);
+      } else {
+        return loss.eval(x[u], y[u]);
+      }
+    };
+    Vec<T> value[kStep], gradient[kStep], target_gradient[kStep];
+    unrolled<kStep>([&](auto u) __attribute__((always_inline)) {
+      auto at = eval(u);
+      if (has_factor) at = at * factors[u];
+      value[u] = at.value;
+      if constexpr (Want::kGradient) gradient[u] = at.gradient(scale);
+      if constexpr (Want::kTargetGradient) target_gradient[u] = at.target_gradient(scale);
+    });
+    unrolled<kStep>([&](auto u) __attribute__((always_inline)) {
+      const int64_t k = i + u * kLanes;
+      if constexpr (Loss::kUnitInterval && (Want::kSum || Want::kValue)) {
+        // x (1 - x) >= 0 exactly where 0 <= x <= 1.
+        const Vec<T> zero(0), one(1);
+        const auto x_fits = zero <= x[u] * (one - x[u]), y_fits = zero <= y[u] * (one - y[u]);
+        valid = logical_and(valid, logical_and(x_fits, y_fits));
+      }
+      if constexpr (Want::kValue) store(value[u], run.value + k);
+      if constexpr (Want::kGradient) store(gradient[u], run.gradient + k);
+      if constexpr (Want::kTargetGradient) store(target_gradient[u], run.target_gradient + k);
+    });
+    if constexpr (Want::kSum) {
+      if (!full) value[0] = Vec<T>::set(Vec<T>(0), value[0], count);
+      sum.add(value);
+    }
   }
   all_valid = valid;
   Sum total;
@@ -146,7 +133,7 @@ double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
   const int64_t whole = n - n % (kStep * Vec<T>::size());
   Sum sum = pass<kStep, Want>(loss, run, scale, 0, whole, valid);
   if (whole < n) sum.add(pass<1, Want>(loss, run, scale, whole, n, valid));
-  // A few floats can add up to infinity, or to nan, where a mean of them is a number.
+  // A few floats, added up as floats, can give infinity or nan where their mean is a number.
   if (kStep > 1 && !std::isfinite(sum.value())) {
     sum = pass<1, Want>(loss, run, scale, 0, n, valid);
   }

@@ -6,6 +6,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "../math/vocabulary.h"
 
@@ -23,7 +24,7 @@ struct BFloat16 {
   operator float() const { return std::bit_cast<float>(uint32_t{bits} << 16); }
 };
 
-// By hand, neither direction forms a subnormal float, which a CPU may have been told to take for 0.
+// Without F16C, neither direction forms a subnormal float: the CPU may be set to treat it as 0.
 struct Half {
   uint16_t bits;
 
@@ -37,8 +38,8 @@ struct Half {
     uint32_t half;
     if (b > 0x7f800000) {  // nan
       half = 0x7e00;
-    } else if (b >=
-               0x38800000) {  // 2^-14, the smallest normal number; what is too large is infinite
+    } else if (b >= 0x38800000) {  // 2^-14, the smallest normal number
+      // A number that is too large becomes infinite.
       half = std::min<uint32_t>((b - 0x38000000 + 0xfff + (b >> 13 & 1)) >> 13, 0x7c00);
     } else {  // the last digit of a float near 1/2 is 2^-24, the smallest number
       half = std::bit_cast<uint32_t>(std::bit_cast<float>(b) + 0.5f) - 0x3f000000;
@@ -55,92 +56,54 @@ struct Half {
 #endif
 };
 
-// n of them, as far as whole registers go; gives how far that is. The caller converts the rest.
-template <class H>
-int64_t widen_registers([[maybe_unused]] const H* in, [[maybe_unused]] int64_t n,
-                        [[maybe_unused]] float* out) {
-  int64_t i = 0;
-#if defined(CPU_CAPABILITY_AVX512)
-  for (; i + 16 <= n; i += 16) {
-    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i));
-    if constexpr (std::is_same_v<H, BFloat16>) {
-      const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
-      _mm512_storeu_ps(out + i, _mm512_castsi512_ps(wide));
-    } else {
-      _mm512_storeu_ps(out + i, _mm512_cvtph_ps(h));
-    }
-  }
-#elif defined(CPU_CAPABILITY_AVX2)
-  for (; i + 8 <= n; i += 8) {
-    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
-    if constexpr (std::is_same_v<H, BFloat16>) {
-      const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
-      _mm256_storeu_ps(out + i, _mm256_castsi256_ps(wide));
-    } else {
-      _mm256_storeu_ps(out + i, _mm256_cvtph_ps(h));
-    }
-  }
-#endif
-  return i;
-}
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#define FUSEDLOSS_HALF_REGISTERS
 
-#if defined(CPU_CAPABILITY_AVX512)
-// The bits of a bf16 in each lane.
-inline __m512i bf16_lanes(const float* p) {
-  const __m512 x = _mm512_loadu_ps(p);
-  const __m512i b = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)), b);
-  return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), _mm512_set1_epi32(0x7fc0),
-                                 _mm512_srli_epi32(rounded, 16));
-}
-#elif defined(CPU_CAPABILITY_AVX2)
-inline __m256i bf16_lanes(const float* p) {
-  const __m256 x = _mm256_loadu_ps(p);
-  const __m256i b = _mm256_castps_si256(x);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)), b);
-  const __m256i number = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_ORD_Q));
-  return _mm256_blendv_epi8(_mm256_set1_epi32(0x7fc0), _mm256_srli_epi32(rounded, 16), number);
-}
-#endif
+// Integers as intrinsics have them.
+using Integers = Vec<long long>;
 
 template <class H>
-int64_t narrow_registers([[maybe_unused]] const float* in, [[maybe_unused]] int64_t n,
-                         [[maybe_unused]] H* out) {
-  int64_t i = 0;
-#if defined(CPU_CAPABILITY_AVX512)
-  // The pack instruction works within quarters of a register: this puts them in order.
-  const __m512i order = _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0);
-  for (; i + 32 <= n; i += 32) {
-    if constexpr (std::is_same_v<H, BFloat16>) {
-      const __m512i both = _mm512_packus_epi32(bf16_lanes(in + i), bf16_lanes(in + i + 16));
-      _mm512_storeu_si512(out + i, _mm512_permutexvar_epi64(order, both));
-    } else {
-      for (int64_t k : {i, i + 16}) {
-        const __m512 x = _mm512_loadu_ps(in + k);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + k),
-                            _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-      }
-    }
+FUSEDLOSS_HD Vec<float> widen_register(const H* in) {
+  typedef long long Type __attribute__((vector_size(kVecBytes / 2)));
+  Type bits;
+  std::memcpy(&bits, in, sizeof(bits));
+  if constexpr (std::is_same_v<H, BFloat16>) {
+    const Integers lanes = FUSEDLOSS_INTRINSIC(cvtepu16_epi32)(bits);
+    return cast<float>(cast<int32_t>(lanes) << Vec<int32_t>(16));
+  } else {
+    return FUSEDLOSS_INTRINSIC(cvtph_ps)(bits);
   }
-#elif defined(CPU_CAPABILITY_AVX2)
-  for (; i + 16 <= n; i += 16) {
-    if constexpr (std::is_same_v<H, BFloat16>) {
-      const __m256i both = _mm256_packus_epi32(bf16_lanes(in + i), bf16_lanes(in + i + 8));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
-                          _mm256_permute4x64_epi64(both, 0xd8));
-    } else {
-      for (int64_t k : {i, i + 8}) {
-        const __m256 x = _mm256_loadu_ps(in + k);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + k),
-                         _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-      }
-    }
-  }
-#endif
-  return i;
 }
+
+// The bits of a bf16 in each 32-bit lane.
+FUSEDLOSS_HD Integers bf16_lanes(Vec<float> x) {
+  using Bits = Vec<uint32_t>;
+  const Bits bits = cast<uint32_t>(x), odd = (bits >> Bits(16)) & Bits(1);
+  const Bits rounded = (odd + Bits(0x7fff) + bits) >> Bits(16);
+  return cast<long long>(select(x == x, cast<float>(rounded), cast<float>(Bits(0x7fc0))));
+}
+
+template <class H>
+FUSEDLOSS_HD void narrow_two_registers(const float* in, H* out) {
+  const auto x = Vec<float>::loadu(in), y = Vec<float>::loadu(in + Vec<float>::size());
+  if constexpr (std::is_same_v<H, BFloat16>) {
+    const auto both = FUSEDLOSS_INTRINSIC(packus_epi32)(bf16_lanes(x), bf16_lanes(y));
+    // The pack instruction works within quarters of a register: this puts them in order.
+#if defined(CPU_CAPABILITY_AVX512)
+    const __m512i order = _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0);
+    Integers(_mm512_permutexvar_epi64(order, both)).store(out);
+#else
+    Integers(_mm256_permute4x64_epi64(both, 0xd8)).store(out);
+#endif
+  } else {
+    constexpr int kRounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    const auto first = FUSEDLOSS_INTRINSIC(cvtps_ph)(x, kRounding);
+    const auto second = FUSEDLOSS_INTRINSIC(cvtps_ph)(y, kRounding);
+    std::memcpy(out, &first, sizeof(first));
+    std::memcpy(out + Vec<float>::size(), &second, sizeof(second));
+  }
+}
+#endif
 
 }  // namespace CPU_CAPABILITY
 }  // namespace fusedloss::cpu

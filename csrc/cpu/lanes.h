@@ -1,5 +1,4 @@
-// What cross-entropy asks of the lanes of a register: the largest of them, and registers
-// transposed.
+// Operations across the lanes of a register: the largest lane, and transposes.
 #pragma once
 
 #include <algorithm>

@@ -12,7 +12,6 @@
 #include "lanes.h"
 #include "parallel.h"
 #include "staging.h"
-#include "stream.h"
 #include "wide.h"
 
 #define FUSEDLOSS_INLINE __attribute__((always_inline))  // for lambdas
@@ -20,28 +19,8 @@
 namespace fusedloss::cpu {
 namespace CPU_CAPABILITY {
 
-// The larger of two; either of them where one is nan: a nan logit makes its row's sum nan whatever
-// max is.
-template <class T>
-FUSEDLOSS_HD Vec<T> larger(Vec<T> a, Vec<T> b) {
-  return max(b, a);
-}
-
-// Sums task(walk, t) over every t in parallel, one walk a thread. The sums are added in order.
-template <class Walk, class Make, class Task>
-double sum_tasks(ParallelFor threads, int64_t tasks, Make&& make, Task&& task) {
-  std::vector<double> sums(tasks);
-  parallel_for(threads, 0, tasks, 1, [&](int64_t first, int64_t last) {
-    const std::unique_ptr<Walk> walk = make();
-    for (int64_t t = first; t < last; ++t) sums[t] = task(*walk, t);
-    finish_stream();
-  });
-  Sum sum;
-  for (double s : sums) sum.add(s);
-  return sum.value();
-}
-
-// f(c...) with std::true_type or std::false_type for every condition, to compile a loop for each.
+// Calls f with std::true_type or std::false_type for each condition, so that every combination has
+// a loop of its own.
 template <class F>
 FUSEDLOSS_HD void with_constants(F&& f) {
   f();
@@ -60,8 +39,8 @@ FUSEDLOSS_HD void with_constants(F&& f, bool condition, Others... others) {
 
 // ---- memory -------------------------------------------------------------------------------------
 
-// An array that begins with a cache line, so that no register lies across two. It has no values at
-// first: to clear it would take as long as a small call.
+// An array that begins at a cache line, so that no register crosses two. It is not initialised:
+// clearing it would take as long as a small call.
 struct alignas(64) CacheLine {
   unsigned char bytes[64];
 };
@@ -80,7 +59,7 @@ inline const char* address(const Rows& rows, int64_t offset) {
   return static_cast<const char*>(rows.data) + offset * bytes_of(rows.dtype);
 }
 
-// The elements of rows that hold T; outputs are written there.
+// The elements of rows, whose dtype is T's. Outputs are written there.
 template <class T>
 T* elements(const Rows& rows, int64_t offset) {
   return static_cast<T*>(const_cast<void*>(rows.data)) + offset;
@@ -92,6 +71,26 @@ Vec<T> load(const T* p, int64_t count, T rest) {
   return Vec<T>::set(Vec<T>(rest), Vec<T>::loadu(p, count), count);
 }
 
+// Where a store can go past the caches: lines that are written whole are not read into them first,
+// and throw nothing out of them. finish_stream() comes before other threads read.
+template <class T>
+bool is_streamable(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % sizeof(Vec<T>) == 0;
+}
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+template <class T>
+FUSEDLOSS_HD void stream(Vec<T> v, T* p) {
+  FUSEDLOSS_INTRINSIC(stream_ps)(reinterpret_cast<float*>(p), cast<float>(v));
+}
+inline void finish_stream() { _mm_sfence(); }
+#else
+template <class T>
+FUSEDLOSS_HD void stream(Vec<T> v, T* p) {
+  v.store(p);
+}
+inline void finish_stream() {}
+#endif
+
 template <class T>
 FUSEDLOSS_HD void store(Vec<T> v, T* p, int64_t count, bool streams = false) {
   if (count < Vec<T>::size()) {
@@ -101,6 +100,20 @@ FUSEDLOSS_HD void store(Vec<T> v, T* p, int64_t count, bool streams = false) {
   } else {
     v.store(p);
   }
+}
+
+// Sums task(walk, t) over every t in parallel, one walk a thread. The sums are added in order.
+template <class Walk, class Make, class Task>
+double sum_tasks(ParallelFor threads, int64_t tasks, Make&& make, Task&& task) {
+  std::vector<double> sums(tasks);
+  parallel_for(threads, 0, tasks, 1, [&](int64_t first, int64_t last) {
+    const std::unique_ptr<Walk> walk = make();
+    for (int64_t t = first; t < last; ++t) sums[t] = task(*walk, t);
+    finish_stream();
+  });
+  Sum sum;
+  for (double s : sums) sum.add(s);
+  return sum.value();
 }
 
 // ---- a call -------------------------------------------------------------------------------------
@@ -123,8 +136,8 @@ struct RowProblem {
   const Loss loss;
   const typename Loss::Exact exact;
   const T* const weight;
-  // Whether every e^(x - max) is added in double: a class of large weight multiplies what the small
-  // ones add up to, unless only a target counts, which weighs as much.
+  // Whether every e^(x - max) is added in double: a class of large weight multiplies the sum of the
+  // small ones, unless only the target counts, with the same weight.
   const bool exact_sums;
 
   explicit RowProblem(const RowsCall& c)

@@ -11,12 +11,13 @@ namespace fusedloss::cpu {
 namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kTask = 32768;  // elements a task, at least
+constexpr int64_t kTask = 32768;  // elements per task, at least
 constexpr int64_t kBlock = 1024;  // elements of a row at a time
-// Bytes of a row's exponentials that are kept for its gradient: what a core's own cache may hold.
-constexpr int64_t kMaxKept = 1 << 20;
+// A row's exponentials are kept for its gradient if they take no more bytes than this, which a
+// core's own cache may hold.
+constexpr int64_t kMaxSavedBytes = 1 << 20;
 
-// f(i, lanes in use, which of four accumulators to use) for every register of [0, n).
+// Calls f(i, lanes in use, which of four accumulators to use) for every register of [0, n).
 template <class T, class F>
 FUSEDLOSS_HD void for_registers(int64_t n, F&& f) {
   constexpr int64_t kLanes = Vec<T>::size();
@@ -34,7 +35,7 @@ template <class T>
 double sum_of_lanes(Vec<T> v) {
   T lanes[Vec<T>::size()];
   v.store(lanes);
-  double sums[4] = {};  // not one chain of additions
+  double sums[4] = {};  // so that additions need not wait
   unrolled<Vec<T>::size()>([&](auto i) { sums[i % 4] += lanes[i]; });
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
@@ -45,14 +46,15 @@ double total(RegisterSum<T> sum) {
   return total.value();
 }
 
+// If a logit is nan, this may be any number: the row's sum is nan whatever its max is.
 template <class T>
-T largest(const T* x, int64_t n) {
+T max_element(const T* x, int64_t n) {
   const Vec<T> none(-kInfinity<T>);
-  Vec<T> max[4] = {none, none, none, none};
+  Vec<T> part[4] = {none, none, none, none};
   for_registers<T>(n, [&](int64_t i, int64_t count, int u) {
-    max[u] = larger(max[u], load(x + i, count, -kInfinity<T>));
+    part[u] = max(load(x + i, count, -kInfinity<T>), part[u]);
   });
-  return max_lane(larger(larger(max[0], max[1]), larger(max[2], max[3])));
+  return max_lane(max(max(part[3], part[2]), max(part[1], part[0])));
 }
 
 template <class Loss>
@@ -65,8 +67,8 @@ struct RowWalk {
   static constexpr int64_t kGroup = Vec<double>::size();
   using Group = std::array<double, kGroup>;  // a number of each row
 
-  struct Place {
-    int64_t row, outer, inner, target;  // target: a class index; -1: class probabilities
+  struct Row {
+    int64_t index, outer, inner, target;  // target: a class index; -1: class probabilities
     int64_t offset(const Rows& r) const { return outer * r.outer + inner * r.inner; }
   };
 
@@ -74,7 +76,7 @@ struct RowWalk {
   struct Parts {
     Part part[4];
     FUSEDLOSS_HD explicit Parts(const RowState& row) {
-      const Vec<T> max(static_cast<T>(Loss::finite_max(row.max))), zero(0);
+      const Vec<T> max(static_cast<T>(finite_max(row.max))), zero(0);
       unrolled<4>([&](auto u) { part[u] = {max, zero, zero, zero}; });
     }
     FUSEDLOSS_HD double total(Vec<T> Part::* of) const {
@@ -87,35 +89,36 @@ struct RowWalk {
   const Loss& loss = problem.loss;
   const int64_t blocks = (call.classes + kBlock - 1) / kBlock;
   const int64_t group = blocks == 1 ? kGroup : 1;  // rows
-  // Each block's e^(x - max) stays between the loss and the gradient, with the max of then.
-  const bool keeps = call.gradient.data && call.classes * int64_t{sizeof(T)} <= kMaxKept;
-  const Buffer<T> kept, kept_max;
+  // Each block's e^(x - max) is kept from the loss to the gradient, with the max that it was
+  // computed with.
+  const bool saves = call.gradient.data && call.classes * int64_t{sizeof(T)} <= kMaxSavedBytes;
+  const Buffer<T> saved_exp, saved_max;
   alignas(CacheLine) T logits[kBlock], target_shares[kBlock], gradient[kBlock];
   typename Loss::template State<Group> states{};
   typename Loss::template Slope<Group> slopes{};
   Group target_gaps{}, target_weights{}, losses{}, scales{};
 
   explicit RowWalk(const RowProblem<Loss>& p)
-      : problem(p), kept(keeps ? group * blocks * kBlock : 0), kept_max(group * blocks) {}
+      : problem(p), saved_exp(saves ? group * blocks * kBlock : 0), saved_max(group * blocks) {}
 
-  Place place(int64_t row) const {
-    return {row, row / call.inner, row % call.inner, call.indices ? call.indices[row] : -1};
+  Row row_at(int64_t index) const {
+    return {index, index / call.inner, index % call.inner, call.indices ? call.indices[index] : -1};
   }
-  bool ignored(const Place& at) const { return call.indices && at.target == call.ignore_index; }
+  bool ignored(const Row& row) const { return call.indices && row.target == call.ignore_index; }
 
   // The classes [begin, begin + n) of a row.
-  const T* read(const Rows& rows, const Place& at, int64_t begin, int64_t n, T* scratch) const {
-    const int64_t offset = at.offset(rows) + begin * rows.classes;
+  const T* read(const Rows& rows, const Row& row, int64_t begin, int64_t n, T* scratch) const {
+    const int64_t offset = row.offset(rows) + begin * rows.classes;
     if (rows.classes == 1 && is_dtype<T>(rows.dtype)) return elements<T>(rows, offset);
     widen(rows.dtype, rows.data, offset, rows.classes, n, scratch);
     return scratch;
   }
 
   // q of these classes; null: 1.
-  const T* read_target_shares(const Place& at, int64_t begin, int64_t n) {
+  const T* read_target_shares(const Row& row, int64_t begin, int64_t n) {
     const T* const w = problem.weight ? problem.weight + begin : nullptr;
     if (call.indices) return w;
-    const T* const y = read(call.probabilities, at, begin, n, target_shares);
+    const T* const y = read(call.probabilities, row, begin, n, target_shares);
     if (!w && !loss.smooth) return y;
     for_registers<T>(n, [&](int64_t i, int64_t count, int) {
       const Vec<T> weights = w ? load(w + i, count, T(0)) : Vec<T>(1);
@@ -125,13 +128,13 @@ struct RowWalk {
   }
 
   // Adds the logits x of one block to state, whose max counts them already, but not x[target],
-  // which may lie outside of [0, n). kExact: each is added in double. kKeep: e^(x - max) goes to
-  // keep too.
-  template <bool kKeep, bool kExact>
-  void add_logits(const T* x, int64_t n, int64_t target, RowState& state, T* keep, const char* next,
+  // which may lie outside of [0, n). kExact: each is added in double. kSave: e^(x - max) is stored
+  // in save as well.
+  template <bool kSave, bool kExact>
+  void add_logits(const T* x, int64_t n, int64_t target, RowState& state, T* save, const char* next,
                   const char* out) const {
     const int64_t next_size = bytes_of(call.input.dtype), out_size = bytes_of(call.gradient.dtype);
-    // The target's register, without it.
+    // A copy of the target's register, with -inf in place of the target.
     constexpr int64_t kLanes = Vec<T>::size();
     T others[kLanes];
     int64_t others_begin = -1;
@@ -148,19 +151,20 @@ struct RowWalk {
       Part alone = parts.part[u];
       const Vec<T> e = Loss::add(kExact ? alone : parts.part[u], load(from, count, -kInfinity<T>));
       if constexpr (kExact) exact.add(e);
-      if constexpr (kKeep) {
+      if constexpr (kSave) {
         __builtin_prefetch(out + i * out_size, 1, 2);
-        store(e, keep + i, count);
+        store(e, save + i, count);
       }
     });
     Loss::merge(state, {state.max, kExact ? total(exact) : parts.total(&Part::sum), 0, 0});
   }
 
-  // Adds the targets of a block whose logits state has. kShares: they are q, else 1.
+  // Adds the targets of a block whose logits are in state already. kShares: the targets are q;
+  // otherwise all are 1.
   template <bool kShares>
   void add_targets(const T* x, const T* q, int64_t n, RowState& state) const {
     Parts parts(state);
-    const T max = static_cast<T>(Loss::finite_max(state.max));
+    const T max = static_cast<T>(finite_max(state.max));
     for_registers<T>(n, [&](int64_t i, int64_t count, int u) FUSEDLOSS_INLINE {
       const Vec<T> share = kShares ? load(q + i, count, T(0)) : Vec<T>(1);
       Loss::add_target(parts.part[u], load(x + i, count, max), share);
@@ -169,25 +173,25 @@ struct RowWalk {
     Loss::merge(state, {state.max, 0, parts.total(&Part::weighted_logits), target_mass});
   }
 
-  void reduce(int64_t k, const Place& at) {
-    const T target_logit = *read(call.input, at, std::max<int64_t>(at.target, 0), 1, logits);
-    RowState state{at.target >= 0 ? target_logit : -kInfinity<T>, 0, 0, 0};
+  void reduce(int64_t k, const Row& row) {
+    const T target_logit = *read(call.input, row, std::max<int64_t>(row.target, 0), 1, logits);
+    RowState state{row.target >= 0 ? target_logit : -kInfinity<T>, 0, 0, 0};
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t begin = b * kBlock, n = std::min(kBlock, call.classes - begin);
-      const T* const x = read(call.input, at, begin, n, logits);
-      // The next block, or the next row's first, and this one's gradient are asked for meanwhile:
-      // an engine that loads and computes by turns leaves memory idle half of the time.
-      const char* const next = address(call.input, at.offset(call.input) + begin + n);
-      const char* const out = address(call.gradient, at.offset(call.gradient) + begin);
-      Loss::rescale(state, static_cast<double>(largest(x, n)));
-      kept_max[k * blocks + b] = static_cast<T>(state.max);
-      T* const keep = keeps ? &kept[(k * blocks + b) * kBlock] : nullptr;
-      const auto add = [&](auto keeps, auto exact) {
-        add_logits<keeps(), exact()>(x, n, at.target - begin, state, keep, next, out);
+      const T* const x = read(call.input, row, begin, n, logits);
+      // Prefetches the next block, or the next row's first, and this block's gradient: an engine
+      // that loads and computes in turns leaves memory idle half of the time.
+      const char* const next = address(call.input, row.offset(call.input) + begin + n);
+      const char* const out = address(call.gradient, row.offset(call.gradient) + begin);
+      Loss::rescale(state, static_cast<double>(max_element(x, n)));
+      saved_max[k * blocks + b] = static_cast<T>(state.max);
+      T* const save = saves ? &saved_exp[(k * blocks + b) * kBlock] : nullptr;
+      const auto add = [&](auto saves, auto exact) {
+        add_logits<saves(), exact()>(x, n, row.target - begin, state, save, next, out);
       };
-      with_constants(add, keeps, problem.exact_sums);
+      with_constants(add, saves, problem.exact_sums);
       if (!loss.sums_targets()) continue;
-      const T* const q = read_target_shares(at, begin, n);
+      const T* const q = read_target_shares(row, begin, n);
       with_constants([&](auto shares) { add_targets<shares()>(x, q, n, state); }, q);
     }
     states.max[k] = state.max;
@@ -195,12 +199,12 @@ struct RowWalk {
     states.weighted_logits[k] = state.weighted_logits;
     states.target_mass[k] = state.target_mass;
     target_gaps[k] = double(target_logit) - state.max;
-    target_weights[k] = problem.class_weight(std::max<int64_t>(at.target, 0));
+    target_weights[k] = problem.class_weight(std::max<int64_t>(row.target, 0));
     scales[k] = call.scale;
-    if (call.upstream) problem.read_scales(at.row, 1, &scales[k]);
+    if (call.upstream) problem.read_scales(row.index, 1, &scales[k]);
   }
 
-  // The losses and slopes of the rows that were reduced.
+  // The losses and slopes of the rows that reduce() has gone over.
   void finish() {
     using V = Vec<double>;
     const auto lanes = [](const Group& numbers) { return V::loadu(numbers.data()); };
@@ -217,7 +221,7 @@ struct RowWalk {
     slope.target_gradient.store(slopes.target_gradient.data());
   }
 
-  void write_gradient(int64_t k, const Place& at) {
+  void write_gradient(int64_t k, const Row& row) {
     const Vec<T> max(states.max[k]);
     const int64_t stride = call.gradient.classes;
     const bool direct = is_dtype<T>(call.gradient.dtype) && stride == 1;
@@ -225,36 +229,36 @@ struct RowWalk {
       const int64_t begin = b * kBlock, n = std::min(kBlock, call.classes - begin),
                     block = k * blocks + b;
       T* const out =
-          direct ? elements<T>(call.gradient, at.offset(call.gradient) + begin) : gradient;
-      const T* x = keeps ? &kept[block * kBlock] : read(call.input, at, begin, n, logits);
-      const double gap = keeps ? double(kept_max[block]) - states.max[k] : 0;
+          direct ? elements<T>(call.gradient, row.offset(call.gradient) + begin) : gradient;
+      const T* x = saves ? &saved_exp[block * kBlock] : read(call.input, row, begin, n, logits);
+      const double gap = saves ? double(saved_max[block]) - states.max[k] : 0;
       const double factor = gap == 0 ? slopes.factor[k] : slopes.factor[k] * std::exp(gap);
       const typename Loss::template Slope<Vec<T>> slope{Vec<T>(factor), Vec<T>(slopes.scale[k]),
                                                         Vec<T>(0), Vec<T>(0)};
-      const T* const q = loss.sums_targets() ? read_target_shares(at, begin, n) : nullptr;
-      const auto write = [&](auto keeps, auto soft, auto shares) {
+      const T* const q = loss.sums_targets() ? read_target_shares(row, begin, n) : nullptr;
+      const auto write = [&](auto saves, auto soft, auto shares) {
         for_registers<T>(n, [=](int64_t i, int64_t count, int) {
-          const Vec<T> v = load(x + i, count, T(0)), e = keeps() ? v : Loss::exponential(v, max),
+          const Vec<T> v = load(x + i, count, T(0)), e = saves() ? v : Loss::exponential(v, max),
                        share = shares() ? load(q + i, count, T(0)) : Vec<T>(1);
           store(soft() ? Loss::gradient(slope, e, share) : Loss::gradient(slope, e), out + i,
                 count);
         });
       };
-      with_constants(write, keeps, loss.sums_targets(), q);
-      if (begin <= at.target && at.target < begin + n) {
-        out[at.target - begin] = static_cast<T>(slopes.target_gradient[k]);
+      with_constants(write, saves, loss.sums_targets(), q);
+      if (begin <= row.target && row.target < begin + n) {
+        out[row.target - begin] = static_cast<T>(slopes.target_gradient[k]);
       }
       if (!direct) {
         narrow(out, n, call.gradient.dtype, const_cast<void*>(call.gradient.data),
-               at.offset(call.gradient) + begin * stride, stride);
+               row.offset(call.gradient) + begin * stride, stride);
       }
     }
   }
 
-  void clear_gradient(const Place& at) {
+  void clear_gradient(const Row& row) {
     with_type(call.gradient.dtype, [&](auto tag) {
       using D = decltype(tag);
-      D* const out = elements<D>(call.gradient, at.offset(call.gradient));
+      D* const out = elements<D>(call.gradient, row.offset(call.gradient));
       for (int64_t c = 0; c < call.classes; ++c) out[c * call.gradient.classes] = D(0);
     });
   }
@@ -262,20 +266,20 @@ struct RowWalk {
   // The rows [begin, begin + n), n <= group; their losses go to sum, in order.
   void process_rows(int64_t begin, int64_t n, Sum& sum) {
     for (int64_t k = 0; k < n; ++k) {
-      const Place at = place(begin + k);
-      if (!ignored(at)) reduce(k, at);
+      const Row row = row_at(begin + k);
+      if (!ignored(row)) reduce(k, row);
     }
     finish();
     for (int64_t k = 0; k < n; ++k) {
-      const Place at = place(begin + k);
-      const T value = ignored(at) ? T(0) : static_cast<T>(losses[k]);
+      const Row row = row_at(begin + k);
+      const T value = ignored(row) ? T(0) : static_cast<T>(losses[k]);
       sum.add(value);
-      if (call.value) narrow(&value, 1, call.value_dtype, call.value, at.row, 1);
+      if (call.value) narrow(&value, 1, call.value_dtype, call.value, row.index, 1);
       if (!call.gradient.data) continue;
-      if (ignored(at)) {
-        clear_gradient(at);
+      if (ignored(row)) {
+        clear_gradient(row);
       } else {
-        write_gradient(k, at);
+        write_gradient(k, row);
       }
     }
   }

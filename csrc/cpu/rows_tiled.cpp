@@ -12,9 +12,9 @@ namespace fusedloss::cpu {
 namespace CPU_CAPABILITY {
 namespace {
 
-// Bytes of an output for which a core can count on no cache until it is read.
+// An output of this many bytes does not stay in the caches until it is read.
 constexpr size_t kStreamed = 16 << 20;
-constexpr int kUnroll = 4;  // classes; summed in T before they go to double
+constexpr int kUnroll = 4;  // classes whose sum goes to double together
 
 template <class T>
 FUSEDLOSS_HD Vec<T> at(const T* line, int64_t i) {
@@ -36,8 +36,7 @@ struct TileCopier {
   const int64_t classes, width;
   const Buffer<T> row_buffer{kLanes * classes};  // rows with classes side by side, in another dtype
 
-  // Whether rows are transposed on the way: where their classes lie side by side, and are enough to
-  // fill registers.
+  // Whether rows are transposed on the way: if their classes lie side by side and fill a register.
   bool transposes(const Rows& rows) const { return rows.classes == 1 && classes >= kLanes; }
 
   template <bool kWrite>
@@ -74,8 +73,7 @@ struct TileCopier {
   }
 };
 
-// The arrays of a tile; loops take a copy of these pointers, since a member's would be loaded anew
-// after each store.
+// The arrays of a tile. Loops copy these pointers: members would be loaded again after each store.
 template <class T>
 struct TileArrays {
   static constexpr Integer<T> kNone = -1;
@@ -84,12 +82,12 @@ struct TileArrays {
   // throw each other out of the cache; then e^(x - max), 0 for the target, in their place; then the
   // gradient, where it does not go to memory as T.
   T *logits, *target_shares;
-  // A row's target and max, and what its loss and its gradient are made of.
+  // Per row: its target and max, and the parts of its loss and its gradient.
   T *target_logit, *target_weight, *max, *losses, *factor, *slope_scale, *target_gradient;
   double *scale, *sum, *weighted_logits, *target_mass;  // the last three are RegisterSums
   // kNone: the row is ignored, or lies beyond the tile's end. 0 for class probabilities.
   Integer<T>*target, *class_ids;
-  bool any_ignored = false;  // rows of the tile are
+  bool any_ignored = false;  // whether a row of the tile is ignored
 
   // Which of the rows from i on have class c as their target, and which have none.
   FUSEDLOSS_HD Mask<T> is_target(int64_t c, int64_t i) const {
@@ -149,8 +147,8 @@ struct TileWalk {
     total.store(sum);
   }
 
-  // f(count, c, i) for the classes [c, c + count), count known to the compiler, in the rows from i
-  // on, for every class and every register of n rows.
+  // Calls f(count, c, i) for the classes [c, c + count) in the register of rows from i on, until it
+  // has been called for every class and for n rows. count is a compile-time constant.
   template <class F>
   FUSEDLOSS_HD void for_classes(int64_t n, F&& f) const {
     int64_t c = 0;
@@ -168,19 +166,19 @@ struct TileWalk {
   void find_max(const T* from, int64_t from_stride, int64_t n) const {
     std::fill_n(arrays.max, width, -kInfinity<T>);
     for_classes(n, [=, a = arrays](auto count, int64_t c, int64_t i) FUSEDLOSS_INLINE {
-      Vec<T> x[count], max = at(a.max, i), target_x = at(a.target_logit, i);
+      Vec<T> x[count], max_x = at(a.max, i), target_x = at(a.target_logit, i);
       unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
         x[u] = load(from + (c + u) * from_stride + i, n - i, T(0));
       });
       unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
-        max = larger(x[u], max);
+        max_x = max(max_x, x[u]);
         if (!kIndices) return;
         const Mask<T> is_target = a.is_target(c + u, i);
         target_x = select(is_target, x[u], target_x);
         x[u] = select(is_target, Vec<T>(-kInfinity<T>), x[u]);
       });
       unrolled<count>([&](auto u) { x[u].store(a.logits + (c + u) * a.width + i); });
-      max.store(a.max + i);
+      max_x.store(a.max + i);
       if (kIndices) target_x.store(a.target_logit + i);
     });
   }
@@ -207,20 +205,20 @@ struct TileWalk {
   }
 
   // Adds the logits of every class to the states, each in double with kExact, and leaves e^(x -
-  // max) in their place. Prefetches the next tile meanwhile: its lines lie in as many pages as
-  // there are classes, and begin where no hardware foresees it.
+  // max) in their place. Prefetches the next tile: its lines lie in as many pages as there are
+  // classes, and the hardware does not foresee where they begin.
   template <bool kExact>
   void add_logits(const Tile& tile) const {
     std::fill_n(arrays.sum, at_sum(width), 0.0);
     const int64_t bytes = bytes_of(call.input.dtype);
     for_classes(tile.n,
-                [=, a = arrays, ahead = address(call.input, tile.offset(call.input, 0, width)),
+                [=, a = arrays, next_tile = address(call.input, tile.offset(call.input, 0, width)),
                  line = call.input.classes * bytes, step = call.input.inner * bytes](
                     auto count, int64_t c, int64_t i) FUSEDLOSS_INLINE {
                   State<Vec<T>> part{at(a.max, i), Vec<T>(0), Vec<T>(0), Vec<T>(0)};
                   Vec<T> e[count];
                   unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
-                    __builtin_prefetch(ahead + (c + u) * line + i * step, 0, 2);
+                    __builtin_prefetch(next_tile + (c + u) * line + i * step, 0, 2);
                     e[u] = Loss::add(part, at(a.logits, (c + u) * a.width + i));
                   });
                   unrolled<count>([&](auto u) { e[u].store(a.logits + (c + u) * a.width + i); });
@@ -269,7 +267,7 @@ struct TileWalk {
   }
 
   void read_indices(const int64_t* indices, int64_t n) {
-    // The next tile's, which the hardware would not foresee in time.
+    // Prefetches the next tile's, which the hardware would not foresee in time.
     for (int64_t i = 0; i < width; i += 8) __builtin_prefetch(indices + width + i, 0, 2);
     const auto a = arrays;
     Integer<T> any = 0;  // as wide as an index, so that the loop vectorises
@@ -337,8 +335,9 @@ struct TileWalk {
     const bool direct = is_dtype<T>(out.dtype) && out.inner == 1;
     T* const first = direct ? elements<T>(out, tile.offset(out)) : arrays.logits;
     const int64_t stride = direct ? out.classes : width;
-    // Past the caches, if the whole is too large for them: as many lines at once as there are
-    // classes are slow to read in. The first line is aligned, and all are whole registers apart.
+    // Stores go past the caches if the whole gradient is too large for them: reading in as many
+    // lines at once as there are classes is slow. The first line must be aligned, and all lines
+    // whole registers apart.
     const bool streams = direct &&
                          call.outer * call.classes * call.inner * sizeof(T) >= kStreamed &&
                          stride % kLanes == 0 && is_streamable(first);
@@ -379,13 +378,14 @@ double rows_tiled(const RowsCall& call) {
   using Walk = TileWalk<Loss>;
   const RowProblem<Loss> problem(call);
   constexpr int64_t kLanes = Vec<T>::size();
-  // Logits of 32 KiB stay in the L1 cache through their uses. But lines of fewer than 128 rows cost
-  // more than more logits do, as long as the L2 cache holds them; and 32 rows they always have.
+  // 32 KiB of logits stay in the L1 cache between their uses. Lines of fewer than 128 rows cost
+  // more than a tile that only the L2 cache holds; and no line has fewer than 32.
   const auto fit = [&](int64_t bytes) {
     return bytes / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(call.classes, 1);
   };
   const int64_t least = std::clamp<int64_t>(fit(256 << 10), 32, 128);
-  // An odd number of registers: the lines of one column then differ in their place in the cache.
+  // An odd number of registers, so that the lines of a column fall on different places in the
+  // cache.
   const int64_t full = (std::clamp<int64_t>(fit(32 << 10), least, 4096) / kLanes | 1) * kLanes;
   const int64_t rows = std::max<int64_t>(call.inner, 1);
   const int64_t width = std::min(full, (rows + kLanes - 1) / kLanes * kLanes);

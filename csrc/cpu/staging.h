@@ -1,5 +1,5 @@
-// Brings any operand, of any dtype and layout, before an engine as a short contiguous run of the
-// type it computes in; and takes results back. Runs are short enough to stay in the L1 cache, so
+// Copies an operand of any dtype and layout into a short contiguous run of the type that an engine
+// computes in, and results back to memory. Runs are short enough to stay in the L1 cache, so
 // conversion and gathering cost no traffic to memory.
 #pragma once
 
@@ -43,55 +43,47 @@ inline int64_t bytes_of(DType dtype) {
 template <class S>
 constexpr bool is_half = std::is_same_v<S, BFloat16> || std::is_same_v<S, Half>;
 
-// out[i] = in[i * stride]
-template <class S, class T>
-inline void widen(const S* in, int64_t stride, int64_t n, T* out) {
+// to[i * to_stride] = from[i * from_stride]
+template <class S, class D>
+inline void convert(const S* from, int64_t from_stride, D* to, int64_t to_stride, int64_t n) {
   int64_t i = 0;
-  if (stride == 1) {
-    if constexpr (std::is_same_v<S, T>) {
-      std::memcpy(out, in, n * sizeof(T));
-      return;
-    }
-    if constexpr (is_half<S> && std::is_same_v<T, float>) i = widen_registers(in, n, out);
-    for (; i < n; ++i) out[i] = static_cast<T>(in[i]);
-  } else {
-    for (; i < n; ++i) out[i] = static_cast<T>(in[i * stride]);
+  if (from_stride != 1 || to_stride != 1) {
+    for (; i < n; ++i) to[i * to_stride] = static_cast<D>(from[i * from_stride]);
+    return;
   }
-}
-
-// out[i * stride] = in[i]
-template <class T, class D>
-inline void narrow(const T* in, int64_t n, D* out, int64_t stride) {
-  int64_t i = 0;
-  if (stride == 1) {
-    if constexpr (std::is_same_v<D, T>) {
-      std::memcpy(out, in, n * sizeof(T));
-      return;
-    }
-    if constexpr (is_half<D> && std::is_same_v<T, float>) i = narrow_registers(in, n, out);
-    for (; i < n; ++i) out[i] = static_cast<D>(in[i]);
-  } else {
-    for (; i < n; ++i) out[i * stride] = static_cast<D>(in[i]);
+  if constexpr (std::is_same_v<S, D>) {
+    std::memcpy(to, from, n * sizeof(D));
+    return;
   }
+#if defined(FUSEDLOSS_HALF_REGISTERS)
+  constexpr int64_t kLanes = Vec<float>::size();
+  if constexpr (is_half<S> && std::is_same_v<D, float>) {
+    for (; i + kLanes <= n; i += kLanes) widen_register(from + i).store(to + i);
+  } else if constexpr (is_half<D> && std::is_same_v<S, float>) {
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) narrow_two_registers(from + i, to + i);
+  }
+#endif
+  for (; i < n; ++i) to[i] = static_cast<D>(from[i]);
 }
 
 template <class T>
 [[gnu::noinline]] void widen(DType dtype, const void* data, int64_t offset, int64_t stride,
                              int64_t n, T* out) {
   with_type(dtype, [&](auto tag) {
-    widen(static_cast<const decltype(tag)*>(data) + offset, stride, n, out);
+    convert(static_cast<const decltype(tag)*>(data) + offset, stride, out, 1, n);
   });
 }
 
 template <class T>
 [[gnu::noinline]] void narrow(const T* in, int64_t n, DType dtype, void* data, int64_t offset,
                               int64_t stride) {
-  with_type(dtype,
-            [&](auto tag) { narrow(in, n, static_cast<decltype(tag)*>(data) + offset, stride); });
+  with_type(dtype, [&](auto tag) {
+    convert(in, 1, static_cast<decltype(tag)*>(data) + offset, stride, n);
+  });
 }
 
-// Elements [begin, begin + n) of a call's operand in its space's order: where they lie, if they lie
-// there as T, else in scratch.
+// Elements [begin, begin + n) of a call's operand in its space's order: in place if they are
+// contiguous and of type T, otherwise in scratch.
 template <class T>
 [[gnu::noinline]] const T* stage(const Operand& op, const Call& call, int64_t begin, int64_t n,
                                  T* scratch) {

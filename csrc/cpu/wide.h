@@ -71,8 +71,9 @@ FUSEDLOSS_HD Vec<float> narrow(const Wide<float>& x) {
 #endif
 }
 
-// A sum of registers in doubles; where T is one, with twice its digits: what an addition rounds
-// away is added up beside it (Knuth's two-sum). Sums of many equal numbers stay right.
+// A sum of registers, in doubles. If T is double, the sum has twice its digits: the rounding error
+// of each addition is added up separately (Knuth's two-sum), so that sums of many equal numbers
+// stay right.
 template <class T>
 struct RegisterSum {
   static constexpr int64_t kSize = 2 * Vec<double>::size();  // doubles in memory
@@ -96,19 +97,19 @@ struct RegisterSum {
       part[0] = sum;
     }
   }
-  // Several, which need not wait for one another. Up to four floats are added up as floats first:
-  // equal ones lose nothing, and others lose two roundings, which do not grow with the count.
+  // Adds several registers, which need not wait for one another. Up to four floats are added as
+  // floats first: equal ones lose nothing, and others two roundings, however many there are.
   template <int kCount>
   FUSEDLOSS_HD void add(const Vec<T> (&x)[kCount]) {
     if constexpr (std::is_same_v<T, float> && kCount > 1) {
       static_assert(kCount == 2 || kCount % 4 == 0);
-      const auto few = [&](int u) __attribute__((always_inline)) {
-        const Vec<T> two = x[u] + x[u + 1];
-        return widen(kCount == 2 ? two : two + (x[u + 2] + x[u + 3]));
+      const auto sum_of_floats = [&](int u) __attribute__((always_inline)) {
+        const Vec<T> pair = x[u] + x[u + 1];
+        return widen(kCount == 2 ? pair : pair + (x[u + 2] + x[u + 3]));
       };
-      Wide<T> some = few(0);
-      unrolled<kCount / 4 - (kCount > 2)>([&](auto u) { some += few(4 * u + 4); });
-      unrolled<2>([&](auto p) { part[p] = part[p] + some.part[p]; });
+      Wide<T> total = sum_of_floats(0);
+      unrolled<kCount / 4 - (kCount > 2)>([&](auto u) { total += sum_of_floats(4 * u + 4); });
+      unrolled<2>([&](auto p) { part[p] = part[p] + total.part[p]; });
     } else {
       unrolled<kCount>([&](auto u) { add(x[u]); });
     }
@@ -119,7 +120,7 @@ struct RegisterSum {
     if constexpr (std::is_same_v<T, float>) {
       return {{part[0], part[1]}};
     } else {
-      // An infinite sum has rounded away nothing that means anything.
+      // The rounding error of an infinite sum means nothing.
       return {{select(part[1] == part[1], part[0] + part[1], part[0])}};
     }
   }
@@ -127,8 +128,8 @@ struct RegisterSum {
     double all[kSize];
     store(all);
     for (int64_t k = 0; k < kSize; ++k) {
-      const bool rounded_away = std::is_same_v<T, double> && k >= kSize / 2;
-      if (!rounded_away || all[k] == all[k]) total.add(all[k]);  // nan beside an infinite sum
+      const bool is_rounding_error = std::is_same_v<T, double> && k >= kSize / 2;
+      if (!is_rounding_error || all[k] == all[k]) total.add(all[k]);  // nan beside an infinite sum
     }
   }
 };

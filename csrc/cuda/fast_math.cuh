@@ -47,12 +47,10 @@ struct Quick {
   __device__ friend bool operator>(Quick a, Quick b) { return a.x > b.x; }
   __device__ friend bool operator>=(Quick a, Quick b) { return a.x >= b.x; }
   __device__ friend bool operator==(Quick a, Quick b) { return a.x == b.x; }
-  __device__ friend bool all_zero(Quick a) { return a.x == 0; }
   __device__ friend Quick abs(Quick a) { return Quick(fabsf(a.x)); }
   __device__ friend Quick multiply_add(Quick a, Quick b, Quick c) {
     return Quick(fmaf(a.x, b.x, c.x));
   }
-  __device__ friend Quick neg_abs(Quick a) { return Quick(-fabsf(a.x)); }
   __device__ friend Quick exp_nonpositive(Quick a) { return Quick(quick_exp(a.x)); }
   __device__ friend Quick log_finite(Quick a) { return Quick(quick_log(a.x, 1 - a.x)); }
   __device__ friend Quick log1p_finite(Quick a) { return Quick(quick_log(1 + a.x, -a.x)); }

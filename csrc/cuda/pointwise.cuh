@@ -13,7 +13,7 @@
 
 namespace fusedloss::cuda {
 
-constexpr int kThreads = 256;              // a block
+constexpr int kThreads = 256;              // per block
 constexpr int kUnroll = 2;                 // vectors of each operand in flight per thread
 constexpr int kBlocksPerSM = 3;            // at least; they keep 48 KiB in flight
 constexpr int64_t kMaxOneBlock = 1 << 14;  // elements; up to here a second block does not pay
@@ -111,7 +111,6 @@ template <class Loss, class D, bool kPlain>
 struct VectorizedThread {
   using T = Compute<D>;
   using N = Number<Loss, D>;
-  using V = Vector16<D>;
   static constexpr bool kHasTargetGradient = Loss::kCustom && !kPlain;
 
   const VectorizedCall<Loss, D>& c;
@@ -123,40 +122,23 @@ struct VectorizedThread {
   const bool has_value = !kPlain && c.value, write_input = s.write && c.gradient;
   const bool write_target = kHasTargetGradient && s.write && c.target_gradient;
 
-  // Element i, of the head or tail; returns its value.
-  __device__ T element(int64_t i) const {
-    T factor(1);
-    if (weighted) factor = widen(c.weight[i]);
-    if (has_upstream) factor = factor * widen(c.upstream[i]);
-    const T pos_weight = Loss::kPosWeight ? widen(c.pos_weight[i]) : T(1);
-    N y(0);
-    if constexpr (Loss::kIndexed) {
-      y = OneHot<N>(c, c.head + i, 1, l)[0];
-    } else {
-      y = N(widen(c.target[i]));
-    }
-    const auto e = evaluate(loss, N(widen(c.input[i])), y, N(pos_weight), N(factor), l, c.head + i);
-    if (has_value) c.value[i] = narrow<D>(T(e.value));
-    if (write_input) c.gradient[i] = narrow<D>(T(e.gradient(scale)));
-    if constexpr (kHasTargetGradient) {
-      if (write_target) c.target_gradient[i] = narrow<D>(T(e.target_gradient(scale)));
-    }
-    return T(e.value);
-  }
-
   // Vector v of an operand or output.
+  template <class V>
   __device__ static const V& vector(const D* p, int64_t v) {
     return reinterpret_cast<const V*>(p)[v];
   }
-  __device__ static V& vector(D* p, int64_t v) { return reinterpret_cast<V*>(p)[v]; }
+  template <class V>
+  __device__ static V& vector(D* p, int64_t v) {
+    return reinterpret_cast<V*>(p)[v];
+  }
 
   // Vector v, whose input x and target y have been loaded; adds its values to sum.
-  template <class Y>
+  template <class V, class Y>
   __device__ void compute(int64_t v, const V& x, const Y& y, PartialSum<D>& sum) const {
     V w, p, g;
-    if (weighted) w = vector(c.weight, v);
-    if (Loss::kPosWeight) p = vector(c.pos_weight, v);
-    if (has_upstream) g = vector(c.upstream, v);
+    if (weighted) w = vector<V>(c.weight, v);
+    if (Loss::kPosWeight) p = vector<V>(c.pos_weight, v);
+    if (has_upstream) g = vector<V>(c.upstream, v);
     T results[V::kSize];
     [[maybe_unused]] T target_gradients[V::kSize];
 #pragma unroll
@@ -178,34 +160,35 @@ struct VectorizedThread {
       if constexpr (kHasTargetGradient) target_gradients[i] = T(e.target_gradient(scale));
     }
     // A call wants values or gradients, never both.
-    if (has_value || write_input) vector(has_value ? c.value : c.gradient, v) = pack<D>(results);
+    if (has_value || write_input) vector<V>(has_value ? c.value : c.gradient, v) = pack<D>(results);
     if constexpr (kHasTargetGradient) {
-      if (write_target) vector(c.target_gradient, v) = pack<D>(target_gradients);
+      if (write_target) vector<V>(c.target_gradient, v) = pack<D>(target_gradients);
     }
   }
 
-  // kUnroll vectors, kThreads apart, loaded before any is computed; returns the sum of their
-  // values.
-  __device__ PartialSum<D> batch(int64_t first) const {
-    V x[kUnroll];
-    std::conditional_t<Loss::kIndexed, OneHot<N>, V> y[kUnroll];
+  // kCount vectors below `end`, kThreads apart, loaded before any is computed; returns the sum of
+  // their values. The head and the tail go by vectors of one element.
+  template <class V, int kCount>
+  __device__ PartialSum<D> batch(int64_t first, int64_t end) const {
+    V x[kCount];
+    std::conditional_t<Loss::kIndexed, OneHot<N>, V> y[kCount];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kCount; ++u) {
       const int64_t v = first + u * kThreads;
-      if (v < c.vectors) {
-        x[u] = vector(c.input, v);
+      if (v < end) {
+        x[u] = vector<V>(c.input, v);
         if constexpr (Loss::kIndexed) {
           y[u] = OneHot<N>(c, c.head + v * V::kSize, V::kSize, l);
         } else {
-          y[u] = vector(c.target, v);
+          y[u] = vector<V>(c.target, v);
         }
       }
     }
     PartialSum<D> sum(0);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kCount; ++u) {
       const int64_t v = first + u * kThreads;
-      if (v >= c.vectors) break;
+      if (v >= end) break;
       compute(v, x[u], y[u], sum);
     }
     return sum;
@@ -227,13 +210,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSM<Loss, kPlain>)
   double total = 0;
   if (blockIdx.x == 0) {
     const int64_t t = threadIdx.x, tail = c.vectors * Vector16<D>::kSize;
-    if (t < c.head) total += thread.element(t - c.head);
-    if (c.head + tail + t < c.numel) total += thread.element(tail + t);
+    total += thread.template batch<Vector<D, 1>, 1>(t - c.head, 0);
+    total += thread.template batch<Vector<D, 1>, 1>(tail + t, c.numel - c.head);
   }
   const int64_t stride = int64_t{gridDim.x} * kThreads * kUnroll;
   for (int64_t first = int64_t{blockIdx.x} * kThreads * kUnroll + threadIdx.x; first < c.vectors;
        first += stride) {
-    total += thread.batch(first);
+    total += thread.template batch<Vector16<D>, kUnroll>(first, c.vectors);
   }
   write_loss(l, total);
 }

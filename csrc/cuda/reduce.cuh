@@ -1,5 +1,5 @@
-// Sums over a block and over a grid, with the same bits on every run; and what they need of the
-// host.
+// Sums over a block and over a grid, with the same bits on every run; and how the host prepares
+// them.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -22,12 +22,6 @@ namespace fusedloss::cuda {
 
 // ---- the state of part of a row -----------------------------------------------------------------
 
-// The max to subtract: 0 for a row that is all -inf, where x - max would be nan.
-template <class T>
-__device__ T finite_max(T max) {
-  return max == -kInfinity<T> ? T(0) : max;
-}
-
 // e^x for x <= 0, as exact as results of type D need.
 template <class D>
 __device__ Compute<D> exp_for(Compute<D> x) {
@@ -143,17 +137,14 @@ struct Target {
 
 // ---- cross-entropy ------------------------------------------------------------------------------
 
-// Type of the per-row factor. Its rounding error is common to the whole row and visible in float32,
-// hence double.
-template <class D>
-using FactorType = std::conditional_t<std::is_same_v<D, float>, double, Compute<D>>;
-
 template <class D, bool kHard>
 struct CrossEntropyRow {
   using Element = D;
   using T = Compute<D>;
   using Number = T;
-  using Factor = FactorType<D>;
+  // Type of the per-row factor. Its rounding error is common to the whole row and visible in
+  // float32, hence double.
+  using Factor = std::conditional_t<std::is_same_v<D, float>, double, T>;
   using State = SoftmaxState<D, kHard>;
   static constexpr bool kSoft = !kHard;
 

@@ -110,35 +110,36 @@ struct RowWalk {
     if (has_target) slots[target_vector / group.size].element[target_lane] = excluded();
   }
 
-  // kMany vectors of this thread, from its k-th on, whose loads are in flight together.
-  template <int kMany>
+  // kCount vectors of this thread, from its k-th on, whose loads are in flight together.
+  template <int kCount>
   __device__ State vectors(int k) const {
-    V x[kMany];
+    V x[kCount];
 #pragma unroll
-    for (int u = 0; u < kMany; ++u) {
+    for (int u = 0; u < kCount; ++u) {
       const int v = (k + u) * group.size + group.rank;
       x[u] = slots.tiling.fits_in_smem ? slots[k + u] : *line.vector(v);
       if (!slots.tiling.fits_in_smem && v == target_vector) set_lane(x[u], target_lane, excluded());
     }
     State sum;
 #pragma unroll
-    for (int u = 0; u < kMany; ++u) sum.max = fmax(sum.max, max_element(x[u]));
+    for (int u = 0; u < kCount; ++u) sum.max = fmax(sum.max, max_element(x[u]));
     const T max = finite_max(sum.max);
 #pragma unroll
-    for (int u = 0; u < kMany; ++u) {
+    for (int u = 0; u < kCount; ++u) {
       const int c = line.first_class((k + u) * group.size + group.rank);
       // As a tree: if one class outweighs all others, each addition to it is a rounding.
-      State of[V::kSize];
+      State elements[V::kSize];
 #pragma unroll
       for (int i = 0; i < V::kSize; ++i) {
-        of[i] = loss.element(row, c + i, c + i == target_class, T(widen(x[u], i)) - max, sum.max);
+        elements[i] =
+            loss.element(row, c + i, c + i == target_class, T(widen(x[u], i)) - max, sum.max);
       }
 #pragma unroll
       for (int half = V::kSize / 2; half > 0; half /= 2) {
 #pragma unroll
-        for (int i = 0; i < half; ++i) of[i].add(of[i + half]);
+        for (int i = 0; i < half; ++i) elements[i].add(elements[i + half]);
       }
-      sum.add(of[0]);
+      sum.add(elements[0]);
     }
     return sum;
   }

@@ -22,10 +22,10 @@ struct RowTiling {
 struct RowsPlan {
   enum class Kernel { kStrided, kStridedVectorized, kSubWarp, kBlock, kCluster } kernel;
   RowTiling tiling;
-  int threads = 0;     // a block
+  int threads = 0;     // per block
   int cluster = 1;     // blocks of a cluster
   int64_t blocks = 1;  // of the grid
-  int64_t smem = 0;    // bytes of dynamic shared memory a block
+  int64_t smem = 0;    // bytes of dynamic shared memory per block
 };
 
 // ---- tuning -------------------------------------------------------------------------------------

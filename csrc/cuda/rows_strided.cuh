@@ -20,10 +20,7 @@ struct StridedRows {
   using D = typename Loss::Element;
   using T = typename Loss::Number;
   static constexpr int kUnroll = kRows > 4 ? 2 : 4;  // classes in flight
-  // One class of the rows.
-  struct alignas(kRows > 1 ? kVectorBytes : sizeof(D)) Line {
-    D element[kRows];
-  };
+  using Line = Vector<D, kRows>;                     // one class of the rows
 
   const Loss& loss;
   const D* const logits;  // of the first row: (classes, kRows), with strides of (input.classes, 1)

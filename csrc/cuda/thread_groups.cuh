@@ -13,12 +13,12 @@ namespace fusedloss::cuda {
 template <class State>
 __device__ void all_reduce_block(State& state, int set) {
   __shared__ alignas(16) unsigned char bytes[2 * kWarp * sizeof(State)];
-  State* const of_warp = reinterpret_cast<State*>(bytes) + set * kWarp;
+  State* const warp_states = reinterpret_cast<State*>(bytes) + set * kWarp;
   const unsigned lane = threadIdx.x % kWarp;
   state.reduce_warp(kWarp);
-  if (lane == 0) of_warp[threadIdx.x / kWarp] = state;
+  if (lane == 0) warp_states[threadIdx.x / kWarp] = state;
   __syncthreads();
-  state = lane < blockDim.x / kWarp ? of_warp[lane] : State();
+  state = lane < blockDim.x / kWarp ? warp_states[lane] : State();
   state.reduce_warp(kWarp);
 }
 
@@ -67,11 +67,12 @@ struct ThreadGroup {
     all_reduce_block(state, set);
     if constexpr (kCluster) {
       __shared__ alignas(16) unsigned char bytes[2 * sizeof(State)];
-      State* const of_block = reinterpret_cast<State*>(bytes) + set;
-      if (threadIdx.x == 0) *of_block = state;
+      State* const block_state = reinterpret_cast<State*>(bytes) + set;
+      if (threadIdx.x == 0) *block_state = state;
       cluster().sync();
       state = State();
-      for (unsigned b = 0; b < blocks(); ++b) state.merge(*cluster().map_shared_rank(of_block, b));
+      for (unsigned b = 0; b < blocks(); ++b)
+        state.merge(*cluster().map_shared_rank(block_state, b));
     }
     set ^= 1;
   }

@@ -77,17 +77,23 @@ __device__ void write(void* data, DType dtype, int64_t i, T x) {
 
 // ---- vectors ------------------------------------------------------------------------------------
 
-template <class D>
-struct alignas(kVectorBytes) Vector16 {
-  static constexpr int kSize = kVectorBytes / sizeof(D);
-  D element[kSize];
+template <class D, int kCount>
+struct alignas(kCount * sizeof(D)) Vector {
+  static constexpr int kSize = kCount;
+  D element[kCount];
 };
+template <class D>
+using Vector16 = Vector<D, kVectorBytes / sizeof(D)>;
+
+// Two of the two-byte floats.
+template <class D>
+using Pair = std::conditional_t<std::is_same_v<D, __half>, __half2, __nv_bfloat162>;
 
 // Element i of a vector. bf16 pairs stay packed until used: unpacking at the load would stall on
 // it.
-template <class D>
-__device__ Compute<D> widen(const Vector16<D>& vector, int i) {
-  if constexpr (std::is_same_v<D, __nv_bfloat16>) {
+template <class D, int kSize>
+__device__ Compute<D> widen(const Vector<D, kSize>& vector, int i) {
+  if constexpr (std::is_same_v<D, __nv_bfloat16> && kSize > 1) {
     const unsigned pair = reinterpret_cast<const unsigned*>(vector.element)[i / 2];
     return __uint_as_float(i % 2 ? pair & 0xffff0000u : pair << 16);
   } else {
@@ -104,24 +110,25 @@ __device__ void set_lane(Vector16<D>& vector, int lane, D x) {
   }
 }
 
-// Rounds as many numbers as fit a vector; two-byte types two at a time.
-template <class D>
-__device__ Vector16<D> pack(const Compute<D> (&x)[Vector16<D>::kSize]) {
-  Vector16<D> vector;
+// Rounds the numbers of a vector; two-byte types two at a time.
+template <class D, int kSize>
+__device__ Vector<D, kSize> pack(const Compute<D> (&x)[kSize]) {
+  Vector<D, kSize> vector;
+  if constexpr (sizeof(D) == 2 && kSize > 1) {
 #pragma unroll
-  for (int i = 0; i < Vector16<D>::kSize; i += 2) {
-    if constexpr (std::is_same_v<D, __nv_bfloat16>) {
-      const __nv_bfloat162 pair = __float22bfloat162_rn(make_float2(x[i], x[i + 1]));
+    for (int i = 0; i < kSize; i += 2) {
+      Pair<D> pair;
+      if constexpr (std::is_same_v<D, __half>) {
+        pair = __float22half2_rn(make_float2(x[i], x[i + 1]));
+      } else {
+        pair = __float22bfloat162_rn(make_float2(x[i], x[i + 1]));
+      }
       vector.element[i] = pair.x;
       vector.element[i + 1] = pair.y;
-    } else if constexpr (std::is_same_v<D, __half>) {
-      const __half2 pair = __float22half2_rn(make_float2(x[i], x[i + 1]));
-      vector.element[i] = pair.x;
-      vector.element[i + 1] = pair.y;
-    } else {
-      vector.element[i] = x[i];
-      vector.element[i + 1] = x[i + 1];
     }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) vector.element[i] = narrow<D>(x[i]);
   }
   return vector;
 }
@@ -130,9 +137,8 @@ __device__ Vector16<D> pack(const Compute<D> (&x)[Vector16<D>::kSize]) {
 template <class D>
 __device__ Compute<D> max_element(const Vector16<D>& v) {
   if constexpr (sizeof(D) == 2) {
-    using Pair = std::conditional_t<std::is_same_v<D, __half>, __half2, __nv_bfloat162>;
-    const auto* const x = reinterpret_cast<const Pair*>(v.element);
-    const Pair max = __hmax2(__hmax2(x[0], x[1]), __hmax2(x[2], x[3]));
+    const auto* const x = reinterpret_cast<const Pair<D>*>(v.element);
+    const Pair<D> max = __hmax2(__hmax2(x[0], x[1]), __hmax2(x[2], x[3]));
     return fmaxf(widen(max.x), widen(max.y));
   } else {
     D max = v.element[0];

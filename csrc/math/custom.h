@@ -11,7 +11,7 @@
 // prepare() computes, in double, everything that depends on the parameters alone.
 #pragma once
 
-#include "elementary.h"
+#include "vocabulary.h"
 
 namespace fusedloss {
 
@@ -24,14 +24,8 @@ struct CustomEval {
   FUSEDLOSS_HD CustomEval operator*(T factor) const {
     return {value * factor, slope * factor, target_slope * factor};
   }
-  template <class Scale>
-  FUSEDLOSS_HD T gradient(Scale scale) const {
-    return slope * scale;
-  }
-  template <class Scale>
-  FUSEDLOSS_HD T target_gradient(Scale scale) const {
-    return target_slope * scale;
-  }
+  FUSEDLOSS_HD T gradient(auto scale) const { return slope * scale; }
+  FUSEDLOSS_HD T target_gradient(auto scale) const { return target_slope * scale; }
 };
 
 // The slope, clamped to [-clip, clip]. Without a bound, the usual case, this costs one comparison.
@@ -40,7 +34,7 @@ FUSEDLOSS_HD T bounded(T slope, double clip) {
   return clip < INFINITY ? clamp(slope, T(-clip), T(clip)) : slope;
 }
 
-// A number that a constant has in most calls.
+// The number that a constant has in most calls.
 struct Usual {
   int constant;
   double number;

@@ -2,19 +2,20 @@
 // to input together, as an Eval or an EvalQuotient, for one element: T is float or double, or a CPU
 // SIMD register of them.
 //
-// A struct also says what an engine must know of it:
+// A struct also says what an engine must know about it:
 //   kParameters     1 where the loss has a `parameter`: beta, delta or eps
 //   kUnitInterval   input and target must lie in [0, 1]; the CPU engine checks it on the way
 //   kSlopeUnit      the engine multiplies eval's slope by it
 //   kPosWeight      eval takes pos_weight as a third operand
 //   kIndexed        target is class indices, which eval sees as one-hot rows
-//   kUnroll        how many SIMD registers the CPU engine computes side by side: one is a chain of
-//                   instructions that wait for each other, many do not fit the CPU's own; measured
+//   kUnroll         how many SIMD registers the CPU engine computes side by side, as measured:
+//                   one is a chain of instructions that wait for each other, and too many do not
+//                   fit the CPU's registers
 //   kMean           what reduction "mean" divides by
 //   kCustom         a custom loss, see custom.h
 #pragma once
 
-#include "elementary.h"
+#include "vocabulary.h"
 
 namespace fusedloss {
 
@@ -26,14 +27,11 @@ struct Eval {
 
   FUSEDLOSS_HD Eval operator*(T factor) const { return {value * factor, slope * factor}; }
   // What goes to memory: the slope times a number that is the same for all elements.
-  template <class Scale>
-  FUSEDLOSS_HD T gradient(Scale scale) const {
-    return slope * scale;
-  }
+  FUSEDLOSS_HD T gradient(auto scale) const { return slope * scale; }
 };
 
-// The same where the derivative is numerator / divisor. Divided last, as in torch, a target of 0 or
-// 1 costs one rounding less.
+// The same where the derivative is numerator / divisor. The division comes last, as in torch: this
+// saves a rounding for targets of 0 and 1.
 template <class T>
 struct EvalQuotient {
   T value;
@@ -42,25 +40,21 @@ struct EvalQuotient {
   FUSEDLOSS_HD EvalQuotient operator*(T factor) const {
     return {value * factor, numerator * factor, divisor};
   }
-  template <class Scale>
-  FUSEDLOSS_HD T gradient(Scale scale) const {
-    return numerator * scale / divisor;
-  }
+  FUSEDLOSS_HD T gradient(auto scale) const { return numerator * scale / divisor; }
 };
 
-// One whose derivative is 0 for most elements, which then go without the quotient.
+// A loss whose derivative is 0 for most elements, which then skip the division.
 template <class T>
 struct EvalSparse : EvalQuotient<T> {
   FUSEDLOSS_HD EvalSparse operator*(T factor) const { return {EvalQuotient<T>::operator*(factor)}; }
-  template <class Scale>
-  FUSEDLOSS_HD T gradient(Scale scale) const {
+  FUSEDLOSS_HD T gradient(auto scale) const {
     const T scaled = this->numerator * scale;
     return all_zero(this->numerator) ? scaled : scaled / this->divisor;
   }
 };
 
-// A loss of a row's target class alone: the elements of other classes count for nothing, whatever
-// weight and scale they meet. y: 1 for the target class, 0 for others.
+// A loss that depends on a row's target class alone: elements of other classes contribute 0,
+// whatever their weight and scale. y: 1 for the target class, 0 for others.
 template <class T>
 struct EvalOfClass : EvalQuotient<T> {
   T y;
@@ -71,8 +65,7 @@ struct EvalOfClass : EvalQuotient<T> {
              select(other, this->numerator, this->numerator * factor), this->divisor},
             y};
   }
-  template <class Scale>
-  FUSEDLOSS_HD T gradient(Scale scale) const {
+  FUSEDLOSS_HD T gradient(auto scale) const {
     if (all_zero(y)) return this->numerator;
     return select(y == T(0), this->numerator, EvalQuotient<T>::gradient(scale));
   }
@@ -191,11 +184,11 @@ struct BCEWithLogitsPosWeight : PointwiseLoss {
 };
 
 // -y log(x), x bounded to [eps, 1]; the slope outside these bounds is 0. Where targets are 0, as
-// most may be, neither logarithm nor quotient is computed.
+// most may be, it computes neither logarithm nor quotient.
 struct LogLoss : PointwiseLoss {
   static constexpr Mean kMean = Mean::kRows;
   static constexpr int kParameters = 1;
-  static constexpr int kUnroll = 1;  // else a row of zeros would have no way of its own
+  static constexpr int kUnroll = 1;  // so that a register of zeros skips the logarithm
   template <class T>
   FUSEDLOSS_HD EvalSparse<T> eval(T x, T y) const {
     const T eps(parameter), zero(0), one(1);

@@ -18,12 +18,16 @@
 namespace fusedloss {
 inline namespace CPU_CAPABILITY {
 
+// FUSEDLOSS_INTRINSIC(NAME): x86's intrinsic of that name for a whole register.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kVecBytes = 64;
+#define FUSEDLOSS_INTRINSIC(NAME) _mm512_##NAME
 #elif defined(CPU_CAPABILITY_AVX2)
 constexpr int kVecBytes = 32;
+#define FUSEDLOSS_INTRINSIC(NAME) _mm256_##NAME
 #else
 constexpr int kVecBytes = 16;
+#define FUSEDLOSS_INTRINSIC(NAME) _mm_##NAME
 #endif
 
 template <class T>
@@ -38,7 +42,8 @@ struct Native {
   typedef T Type __attribute__((vector_size(kVecBytes)));
 };
 
-// f(u) for every u below kCount, u known to the compiler: an array that f alone uses is registers.
+// Calls f(u) for every u below kCount. u is a compile-time constant, so an array that only f uses
+// stays in registers.
 template <int kCount, class F>
 FUSEDLOSS_HD void unrolled(F&& f) {
   [&]<int... u>(std::integer_sequence<int, u...>) __attribute__((always_inline)) {
@@ -46,8 +51,8 @@ FUSEDLOSS_HD void unrolled(F&& f) {
   }(std::make_integer_sequence<int, kCount>());
 }
 
-// A truth value for each lane: with AVX-512 a bit of a mask register, else all bits of the lane or
-// none.
+// A truth value for each lane: one bit of a mask register with AVX-512, otherwise all bits of the
+// lane or none.
 template <class T>
 class Mask {
  public:
@@ -172,7 +177,7 @@ class Vec {
       return _mm256_blendv_pd(no, yes, (__m256d)(Bits)mask);
     }
 #elif defined(__x86_64__)
-    // As intrinsics: GCC 12 makes of operators what it cannot compile then.
+    // Intrinsics: GCC 12 fails to compile the same expression in operators.
     const __m128i m = (__m128i)(Bits)mask;
     return (Type)_mm_or_si128(_mm_and_si128(m, (__m128i)yes.v_),
                               _mm_andnot_si128(m, (__m128i)no.v_));
@@ -181,7 +186,7 @@ class Vec {
 #endif
   }
 
-  // Lane by lane: for what is seldom wanted.
+  // Calls f for each lane: slow, for rare cases.
   template <class F, class... Others>
   FUSEDLOSS_HD Vec map(F&& f, const Others&... others) const {
     Vec r;
@@ -228,7 +233,7 @@ class Vec {
   Type v_;
 };
 
-// The same bits, and the same lanes, as another type of that size.
+// The same bits as a register of another type; for masks, the same lanes.
 template <class To, class From>
 FUSEDLOSS_HD Vec<To> cast(Vec<From> x) {
   return (typename Vec<To>::Type)(typename Vec<From>::Type)x;
@@ -238,7 +243,7 @@ FUSEDLOSS_HD Mask<To> cast(Mask<From> mask) {
   static_assert(sizeof(To) == sizeof(From));
   return typename Mask<To>::Lanes(mask);
 }
-// The same numbers, towards zero where To is of integers.
+// The same numbers in another type; rounded towards zero if To is an integer type.
 template <class To, class From>
 FUSEDLOSS_HD Vec<To> convert(Vec<From> x) {
   return __builtin_convertvector((typename Vec<From>::Type)x, typename Vec<To>::Type);
@@ -252,13 +257,6 @@ FUSEDLOSS_HD Vec<T> select(Mask<T> condition, Vec<T> yes, Vec<T> no) {
 // max(a, b), min(a, b): b where either is nan. multiply_add(a, b, c): a b + c, rounded once where
 // the CPU has an instruction for it.
 #if defined(__x86_64__)
-#if defined(CPU_CAPABILITY_AVX512)
-#define FUSEDLOSS_INTRINSIC(NAME) _mm512_##NAME
-#elif defined(CPU_CAPABILITY_AVX2)
-#define FUSEDLOSS_INTRINSIC(NAME) _mm256_##NAME
-#else
-#define FUSEDLOSS_INTRINSIC(NAME) _mm_##NAME
-#endif
 #if defined(__FMA__)
 #define FUSEDLOSS_FMADD(a, b, c, SUFFIX) FUSEDLOSS_INTRINSIC(fmadd_##SUFFIX)(a, b, c)
 #else
@@ -275,7 +273,6 @@ FUSEDLOSS_FUNCTIONS(float, ps)
 FUSEDLOSS_FUNCTIONS(double, pd)
 #undef FUSEDLOSS_FUNCTIONS
 #undef FUSEDLOSS_FMADD
-#undef FUSEDLOSS_INTRINSIC
 #else
 template <class T>
 FUSEDLOSS_HD Vec<T> max(Vec<T> a, Vec<T> b) {

@@ -9,6 +9,12 @@
 
 namespace fusedloss {
 
+// The max to subtract: 0 for a row that is all -inf, where x - max would be nan.
+template <class N>
+FUSEDLOSS_HD N finite_max(N max) {
+  return max == -INFINITY ? N(0) : max;
+}
+
 // Cross-entropy of logits x. A class counts with q = w (confidence y + eps_per_class): w is its
 // weight, y its share of the target, which label smoothing dilutes. T is the type of the constants.
 //
@@ -34,7 +40,7 @@ struct CrossEntropyRow {
         eps_per_class(static_cast<T>(label_smoothing / classes)),
         weight_sum(static_cast<T>(weight_sum_)) {}
 
-  // What some classes of a row add up to. For class indices q is w in the last two, which count
+  // The sums over some classes of a row. For class indices q is w in the last two, which are used
   // with label smoothing only. S is the type in which exponentials are added up.
   template <class N, class S = N>
   struct State {
@@ -43,13 +49,14 @@ struct CrossEntropyRow {
     N weighted_logits;  // of q (x - max)
     N target_mass;      // of q
   };
-  // What the gradient of a row is made of; the target class has target_term for its e^(x - max).
+  // The coefficients of a row's gradient. For the target class, target_term takes the place of e^(x
+  // - max).
   template <class N>
   struct Slope {
     N factor, scale, target_term, target_gradient;
   };
 
-  // Whether weighted_logits and target_mass count.
+  // Whether weighted_logits and target_mass are used.
   FUSEDLOSS_HD bool sums_targets() const { return !indices || smooth; }
   template <class N>
   FUSEDLOSS_HD N target_share(N y, N w) const {
@@ -60,7 +67,7 @@ struct CrossEntropyRow {
   static FUSEDLOSS_HD N exponential(N x, N max) {
     return exp_nonpositive(x - max);
   }
-  // Adds a class: x <= state.max is its logit. Returns what the gradient is formed from.
+  // Adds a class: x <= state.max is its logit. Returns e^(x - max), which the gradient needs.
   template <class N, class S>
   static FUSEDLOSS_HD N add(State<N, S>& state, N x) {
     const N e = exponential(x, state.max);
@@ -73,12 +80,7 @@ struct CrossEntropyRow {
     state.target_mass = state.target_mass + q;
   }
 
-  // The max to subtract: 0 for a row that is all -inf, where x - max would be nan.
-  template <class N>
-  static FUSEDLOSS_HD N finite_max(N max) {
-    return max == -INFINITY ? N(0) : max;
-  }
-  // Measures a state from a larger max.
+  // Rescales a state to a larger max.
   template <class N>
   static FUSEDLOSS_HD void rescale(State<N>& state, N max) {
     if (!(max > state.max)) return;
@@ -95,8 +97,8 @@ struct CrossEntropyRow {
     state.target_mass += other.target_mass;
   }
 
-  // What all e^(x - max) but the largest, which is 1, add up to. In a complete row, target_gap
-  // leads from max to the target's logit; target_exp is e^target_gap, or 0 for class probabilities.
+  // The sum of all e^(x - max) except the largest, which is 1. In a complete row, target_gap leads
+  // from max to the target's logit; target_exp is e^target_gap, or 0 for class probabilities.
   template <class N>
   static FUSEDLOSS_HD N excess(N sum, N target_exp) {
     return sum + (target_exp - N(1));
@@ -126,7 +128,7 @@ struct CrossEntropyRow {
             class_scale = N(eps_per_class) * scale, g = target_term * factor;
     return {factor, class_scale, target_term, smooth ? g - target_weight * class_scale : g};
   }
-  // e is e^(x - max). For class indices q is w, and counts with label smoothing only.
+  // e is e^(x - max). For class indices q is w, and is used with label smoothing only.
   template <class N>
   static FUSEDLOSS_HD N gradient(const Slope<N>& slope, N e) {
     return e * slope.factor;

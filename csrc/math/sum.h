@@ -1,35 +1,35 @@
-// A sum of doubles that loses nothing worth naming, however many there are.
+// A sum of doubles that stays exact enough, however many there are.
 #pragma once
 
 #include <cmath>
 
 namespace fusedloss {
 
-// Compensated (Neumaier): what each addition rounds away is added up beside.
+// Compensated summation (Neumaier): the rounding errors are added up separately.
 class Sum {
  public:
   void add(double x) {
     const double t = sum_ + x;
-    lost_ += std::abs(sum_) >= std::abs(x) ? (sum_ - t) + x : (x - t) + sum_;
+    error_ += std::abs(sum_) >= std::abs(x) ? (sum_ - t) + x : (x - t) + sum_;
     sum_ = t;
   }
   void add(const Sum& other) {
     add(other.sum_);
-    lost_ += other.lost_;
+    error_ += other.error_;
   }
-  double value() const { return sum_ + rest(); }
+  double value() const { return sum_ + error(); }
   // The sum over n, rounded once.
   double divided_by(double n) const {
     const double near = value() / n;
-    const double correction = (std::fma(-near, n, sum_) + rest()) / n;
+    const double correction = (std::fma(-near, n, sum_) + error()) / n;
     return std::isfinite(correction) ? near + correction : near;
   }
 
  private:
-  // nan and infinite sums have none that means anything.
-  double rest() const { return std::isfinite(lost_) ? lost_ : 0; }
+  // The rounding errors of a nan or infinite sum mean nothing.
+  double error() const { return std::isfinite(error_) ? error_ : 0; }
 
-  double sum_ = 0, lost_ = 0;
+  double sum_ = 0, error_ = 0;
 };
 
 }  // namespace fusedloss

@@ -1,4 +1,4 @@
-"""The words of csrc/math/vocabulary.h and elementary.h, mirrored: what a loss is written in.
+"""The words of csrc/math/vocabulary.h, mirrored: what a loss is written in.
 
 All numbers of a call are of one type, float32 or float64. Only operations that every backend of
 Triton has: its libdevice is not one.
