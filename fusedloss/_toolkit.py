@@ -21,9 +21,10 @@ NVCC_FLAGS = [
     "-fmad=false",
 ]
 
-# A formula alone is one chain of dependent instructions: these flags interleave several formulas. GCC
-# only: clang refuses them.
-GCC_SCHEDULING = ["-fschedule-insns", "-fsched-pressure"]
+# A formula alone is one chain of dependent instructions: the first two flags interleave several
+# formulas. The third makes a loop as fast wherever the linker puts it. GCC only: clang refuses the
+# first.
+GCC_SCHEDULING = ["-fschedule-insns", "-fsched-pressure", "-falign-loops=32"]
 
 
 def run(

@@ -1,4 +1,5 @@
-// Cross-entropy on the CPU: which walk a call takes, and how many of its class indices are no class.
+// Cross-entropy on the CPU: which walk a call takes, and how many of its class indices are no
+// class.
 #include "rows.h"
 
 namespace fusedloss::cpu {
@@ -24,7 +25,8 @@ bool goes_by_row(RowsCall& call) {
   // classes. With few classes, what a row costs beside its elements is worth more than to have
   // these side by side.
   constexpr int64_t kFew = 128, kRows = 16;
-  const bool contiguous = call.classes == 1 || (call.input.classes == 1 && call.gradient.classes == 1);
+  const bool contiguous =
+      call.classes == 1 || (call.input.classes == 1 && call.gradient.classes == 1);
   if (call.classes > kFew) {
     return contiguous || call.inner < kRows || call.input.classes < call.input.inner;
   }

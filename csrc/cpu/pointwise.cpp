@@ -21,14 +21,19 @@ constexpr int64_t kBlock = 2048;   // elements a run that is staged: a few of th
 template <class T>
 struct Compiled {
   Block<T> block;
-  std::vector<double> constants;
+  std::vector<double> prepared;
+  const double* constants;
 
-  explicit Compiled(const Call& call) : constants(call.kernel->constants) {
-    call.kernel->prepare(call.parameters, constants.data());
-    const int outputs =
-        (call.want_sum ? kSum : 0) | (call.value.data ? kValue : 0) |
-        (call.gradient.data ? kGradient : 0) | (call.target_gradient.data ? kTargetGradient : 0) |
-        (call.weight.data || call.upstream.data ? kFactor : 0);
+  explicit Compiled(const Call& call)
+      : prepared(call.kernel->constants), constants(call.parameters) {
+    if (call.kernel->prepare) {
+      call.kernel->prepare(call.parameters, prepared.data());
+      constants = prepared.data();
+    }
+    const int outputs = (call.want_sum ? kSum : 0) | (call.value.data ? kValue : 0) |
+                        (call.gradient.data ? kGradient : 0) |
+                        (call.target_gradient.data ? kTargetGradient : 0) |
+                        (call.weight.data || call.upstream.data ? kFactor : 0);
     if constexpr (std::is_same_v<T, float>) {
       block = call.kernel->float_blocks[outputs];
     } else {
@@ -81,7 +86,7 @@ Sum chunk(const Call& call, const Compiled<T>& loss, int64_t begin, int64_t end,
                      place(call.value, i, value),
                      place(call.gradient, i, gradient),
                      place(call.target_gradient, i, target_gradient)};
-    sum.add(loss.block(loss.constants.data(), &run, call.scale, n, &in_unit));
+    sum.add(loss.block(loss.constants, &run, call.scale, n, &in_unit));
     const auto finish = [&](const Output& out, const T* scratch) {
       if (!lies_ready<T>(out)) narrow(scratch, n, out.dtype, out.data, i, 1);
     };

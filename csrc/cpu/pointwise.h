@@ -31,6 +31,7 @@ constexpr int kBlocks = 32;
 struct PointwiseKernel {
   int32_t version;
   int32_t parameters, constants;  // how many
+  // Null: the constants are the parameters.
   void (*prepare)(const double* parameters, double* constants);
   Block<float> float_blocks[kBlocks];
   Block<double> double_blocks[kBlocks];

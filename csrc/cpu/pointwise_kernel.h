@@ -38,7 +38,7 @@ template <class Loss, class Want, class T>
 double run_block(const double* constants, const Run<T>* run, double scale, int64_t n,
                  bool* in_unit) {
   if constexpr (!Loss::kCustom) {
-    return block<Want>(Loss{{constants[0]}}, *run, scale, n, *in_unit);
+    return block<Want>(Loss{{Loss::kParameters ? constants[0] : 0}}, *run, scale, n, *in_unit);
   } else {
     Loss loss;
     std::copy_n(constants, Loss::kConstants, loss.constants);
@@ -81,20 +81,12 @@ constexpr void fill(Block<T> (&blocks)[kBlocks]) {
   }
 }
 
-// A built-in loss has one constant at most, its parameter.
-inline void copy_parameter(const double* parameters, double* constants) {
-  constants[0] = parameters[0];
-}
-inline void no_parameter(const double*, double* constants) { constants[0] = 0; }
-
 template <class Loss>
 constexpr PointwiseKernel pointwise_kernel() {
-  PointwiseKernel kernel{kPointwiseVersion, Loss::kParameters, 1, nullptr, {}, {}};
+  PointwiseKernel kernel{kPointwiseVersion, Loss::kParameters, 0, nullptr, {}, {}};
   if constexpr (Loss::kCustom) {
     kernel.constants = Loss::kConstants;
     kernel.prepare = &Loss::prepare;
-  } else {
-    kernel.prepare = Loss::kParameters ? &copy_parameter : &no_parameter;
   }
   fill<Loss>(kernel.float_blocks);
   fill<Loss>(kernel.double_blocks);
@@ -104,10 +96,9 @@ constexpr PointwiseKernel pointwise_kernel() {
 }  // namespace CPU_CAPABILITY
 }  // namespace fusedloss::cpu
 
-#define FUSEDLOSS_CUSTOM(LOSS)                                                             \
-  extern "C" __attribute__((visibility("default"))) const fusedloss::cpu::PointwiseKernel* \
-  FUSEDLOSS_CUSTOM_ENTRY() {                                                               \
-    static constexpr auto kernel =                                                         \
-        fusedloss::cpu::CPU_CAPABILITY::pointwise_kernel<LOSS>();                          \
-    return &kernel;                                                                        \
+#define FUSEDLOSS_CUSTOM(LOSS)                                                               \
+  extern "C" __attribute__((visibility("default"))) const fusedloss::cpu::PointwiseKernel*   \
+  FUSEDLOSS_CUSTOM_ENTRY() {                                                                 \
+    static constexpr auto kernel = fusedloss::cpu::CPU_CAPABILITY::pointwise_kernel<LOSS>(); \
+    return &kernel;                                                                          \
   }

@@ -12,8 +12,8 @@ cudaError_t run_built_in(const Call& call, const Launch& launch) {
 }
 
 #define FUSEDLOSS_KERNEL(NAME, LOSS) {&pointwise_workspace_bytes, &run_built_in<LOSS>},
-constexpr Kernel kLosses[] = {FUSEDLOSS_POINTWISE_LOSSES(FUSEDLOSS_KERNEL){
-    &rows_workspace_bytes, &cross_entropy}};
+constexpr Kernel kLosses[] = {
+    FUSEDLOSS_POINTWISE_LOSSES(FUSEDLOSS_KERNEL){&rows_workspace_bytes, &cross_entropy}};
 #undef FUSEDLOSS_KERNEL
 
 }  // namespace

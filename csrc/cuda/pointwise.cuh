@@ -241,8 +241,8 @@ struct Coordinates {
 };
 
 template <class T>
-__device__ T load(const Operand& op, const Call& c, int64_t linear,
-                  const Coordinates& coordinates, const Launch& l) {
+__device__ T load(const Operand& op, const Call& c, int64_t linear, const Coordinates& coordinates,
+                  const Launch& l) {
   if (op.contiguous) return read<T>(op.data, op.dtype, linear);
   int64_t offset = 0, class_at = 0;
 #pragma unroll
@@ -358,8 +358,7 @@ bool vectorize(const Loss& loss, const Call& call, VectorizedCall<Loss, D>& c) {
 
 // Launches pointwise_vectorized if it covers the call.
 template <class Loss, class D>
-bool launch_vectorized(const Loss& loss, const Call& call, const Launch& launch,
-                       unsigned blocks) {
+bool launch_vectorized(const Loss& loss, const Call& call, const Launch& launch, unsigned blocks) {
   VectorizedCall<Loss, D> c;
   if (!vectorize(loss, call, c)) return false;
   // Doubles are never hot, and whoever compiles a custom loss waits for each kernel.

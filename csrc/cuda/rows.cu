@@ -88,7 +88,8 @@ cudaError_t run_contiguous(const fusedloss::RowsCall& call, const Launch& launch
 }
 
 template <class Loss, bool kVectorized>
-cudaError_t run_strided(const fusedloss::RowsCall& call, const Launch& launch, const RowsPlan& plan) {
+cudaError_t run_strided(const fusedloss::RowsCall& call, const Launch& launch,
+                        const RowsPlan& plan) {
   const RowsCall<typename Loss::Number> rows(call);
   const auto blocks = static_cast<unsigned>(plan.blocks);
   rows_strided<Loss, kVectorized><<<blocks, plan.threads, 0, launch.stream>>>(rows, launch);

@@ -298,8 +298,7 @@ struct CpuEngine {
     write_to(call_.target_gradient, gradients[1]);
     call_.scale = scale;
     const bool rows = info.family == Family::kRows;
-    const auto [sum, in_unit] =
-        rows ? kernels().cross_entropy(call_) : kernels().pointwise(call_);
+    const auto [sum, in_unit] = rows ? kernels().cross_entropy(call_) : kernels().pointwise(call_);
     if (!in_unit) find_outside_unit(a.input, a.target);
     return sum;
   }

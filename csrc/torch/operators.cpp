@@ -79,7 +79,8 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     const Tensor& grad_output = grad_outputs[0];
     const OptionalTensor weight = inputs[2].defined() ? OptionalTensor(inputs[2]) : std::nullopt;
     const Tensor state = ctx->saved_data["state"].toTensor();
-    const auto& options = ctx->saved_data["options"].toTupleRef().elements();
+    const at::ArrayRef<at::IValue> options =
+        ctx->saved_data["options"].toTupleRef().elements().asArrayRef();
     c10::SmallVector<double, 4> parameters;
     for (size_t i = 5; i < options.size(); ++i) parameters.push_back(options[i].toDouble());
     const Arguments a{inputs[0],
@@ -115,15 +116,15 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
 
 Tensor differentiable_loss(FUSEDLOSS_PARAMETERS, const OptionalTensor& prediction) {
   const Arguments a{FUSEDLOSS_ARGUMENTS};
-  const LossInfo& info = known_loss(loss);
-  for (const Tensor* t : {&input, &target}) {
-    TORCH_CHECK(!t->_fw_grad(0).defined(),
-                "fusedloss: the operator has no forward-mode derivative");
-  }
-  const bool of_target = target.requires_grad() && info.target_gradient;
-  if (at::GradMode::is_enabled() && (input.requires_grad() || of_target)) {
-    return LossFunction::apply(input, of_target ? OptionalTensor(target) : std::nullopt, a, info,
-                               prediction);
+  TORCH_CHECK(!input._fw_grad(0).defined() && !target._fw_grad(0).defined(),
+              "fusedloss: the operator has no forward-mode derivative");
+  if (wants_gradient(input) || wants_gradient(target)) {
+    const LossInfo& info = known_loss(loss);
+    const bool of_target = target.requires_grad() && info.target_gradient;
+    if (input.requires_grad() || of_target) {
+      return LossFunction::apply(input, of_target ? OptionalTensor(target) : std::nullopt, a, info,
+                                 prediction);
+    }
   }
   static const auto op = find_operator<LossSignature>("fusedloss::loss");
   at::AutoDispatchBelowADInplaceOrView below;
@@ -166,7 +167,7 @@ std::vector<Tensor> loss_backward_meta(const Tensor& grad_output, const Tensor& 
 
 }  // namespace
 
-#define FUSEDLOSS_SCHEMA                                                     \
+#define FUSEDLOSS_SCHEMA                                                   \
   "Tensor input, Tensor target, Tensor? weight, Tensor[] more, str loss, " \
   "float[] parameters, int ignore_index, int reduction, ScalarType dtype"
 

@@ -16,9 +16,9 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // What every operator takes, on any device: a loss of the table, its inputs and its options.
 // `more`: its inputs besides input and target.
-#define FUSEDLOSS_PARAMETERS                                                                  \
-  const at::Tensor &input, const at::Tensor &target, const OptionalTensor &weight,            \
-      at::TensorList more, std::string_view loss, at::ArrayRef<double> parameters,            \
+#define FUSEDLOSS_PARAMETERS                                                       \
+  const at::Tensor &input, const at::Tensor &target, const OptionalTensor &weight, \
+      at::TensorList more, std::string_view loss, at::ArrayRef<double> parameters, \
       int64_t ignore_index, int64_t reduction, at::ScalarType dtype
 #define FUSEDLOSS_ARGUMENTS \
   input, target, weight, more, loss, parameters, ignore_index, reduction, dtype

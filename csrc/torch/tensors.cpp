@@ -262,8 +262,8 @@ static Tensor join_inner(const Tensor& t) { return t.dim() <= 3 ? t : t.flatten(
 
 void Operands::read_rows(Call& call, const Arguments& a, const OptionalTensor& upstream) {
   const Tensor all = aligned(a.input), input = join_inner(all);
-  tensors_ = {input, a.indices() ? indices_ : join_inner(aligned(a.target)), class_weight_, Tensor(),
-              present(upstream) ? aligned(upstream->contiguous()) : Tensor()};
+  tensors_ = {input, a.indices() ? indices_ : join_inner(aligned(a.target)), class_weight_,
+              Tensor(), present(upstream) ? aligned(upstream->contiguous()) : Tensor()};
   // The sizes or strides of (C), (N, C) or (N, C, d). Nothing reads a missing dimension's stride.
   const auto set = [&](int64_t* numbers, at::IntArrayRef of) {
     numbers[0] = input.dim() > 1 ? of[0] : 1;
