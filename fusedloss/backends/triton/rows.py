@@ -145,7 +145,9 @@ def finish_rows(rows, state, scale, SMOOTH: tl.constexpr, T: tl.constexpr):
         return tl.where(counts, loss, rows.uncounted), slope
 
 
-@triton.jit(do_not_specialize=["row_count", "class_units", "ignore_index", "parts", "divisor", "step"])
+@triton.jit(
+    do_not_specialize=["row_count", "class_units", "ignore_index", "parts", "divisor", "step"]
+)
 def cross_entropy(
     input, target, weight, weight_sum, upstream, outputs, row_count, class_units, inner,
     ignore_index, label_smoothing, scaling, parts, divisor, step,
