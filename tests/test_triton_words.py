@@ -52,7 +52,7 @@ def apply(word: Any, *operands: Tensor) -> Tensor:
     size = 1 << (n - 1).bit_length()
     padded = [torch.nn.functional.pad(t, (0, size - n)).to(DEVICE) for t in operands]
     out = torch.empty_like(padded[0])
-    with runtime.on_device(out):
+    with runtime.on_device(out.device):
         _apply[(1,)](tuple(padded), out, WORD=word, N=size, **runtime.NO_FUSION)
     return out[:n].cpu()
 
@@ -222,7 +222,7 @@ def test_power(exponent: float, dtype: torch.dtype) -> None:
     e = torch.tensor([exponent], dtype=dtype)
     padded = torch.nn.functional.pad(x, (0, 16 - x.numel())).to(DEVICE)
     value, slope = torch.empty_like(padded), torch.empty_like(padded)
-    with runtime.on_device(value):
+    with runtime.on_device(value.device):
         _apply_power[(1,)](padded, e.to(DEVICE), value, slope, N=16, **runtime.NO_FUSION)
     x.requires_grad_()
     right = x.double() ** e.double()

@@ -6,7 +6,7 @@ All numbers of a call are of one type, float32 or float64.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -109,60 +109,131 @@ POINTWISE = {
 }
 
 
-# ---- cross-entropy -------------------------------------------------------------------------------
-# What some of a row's classes add up to: max of the logits; sum of e^(x - max), for class indices
-# over all classes but the target; dot of q (x - max); mass of q. A class counts with
-# q = w (keep y + spread), for class indices with w: see csrc/math/row_losses.h.
+# ---- losses over rows ----------------------------------------------------------------------------
+# A row loss is a state, what the classes of a tile add up to (reduce), how two states merge, and the
+# loss and the slope of a complete row (finish), from which each class gets its gradient. Numbers of
+# a row are blocks of rows; x and q are blocks of rows by classes.
+#
+# Cross-entropy, as in csrc/math/row_losses.h: q is None where no class counts but the target's.
+
+
+class SoftmaxState(NamedTuple):
+    """What some classes of a row add up to."""
+
+    max: Any  # the largest logit, but for class indices without the target's
+    sum: Any  # of e^(x - max), over the same classes
+    weighted_logits: Any  # of q (x - max)
+    target_mass: Any  # of q
+
+
+class Slope(NamedTuple):
+    """What the gradient of a row is made of."""
+
+    max: Any
+    factor: Any  # of e^(x - max)
+    scale: Any  # of -q
+    target_gradient: Any  # for class indices: of the target class
 
 
 @triton.jit
 def finite_max(max):
-    """To measure distances from: a row of nothing but -inf has none."""
+    """The max to subtract: 0 for a row that is all -inf, where x - max would be nan."""
     return tl.where(max == float("-inf"), 0.0, max)
 
 
 @triton.jit
-def rescale(top, max, sum, dot, mass):
-    """The sums, as measured from another finite_max."""
-    sum = sum * exp_nonpositive(max - finite_max(top))  # 0 where max is -inf
-    return sum, dot + mass * (finite_max(max) - finite_max(top))
+def empty_state(ROWS: tl.constexpr, SUMS_TARGETS: tl.constexpr, T: tl.constexpr):
+    zero = tl.zeros([ROWS], T)
+    sum = zero
+    if SUMS_TARGETS:
+        sum = zero.to(tl.float64)
+    return SoftmaxState(tl.full([ROWS], float("-inf"), T), sum, zero, zero)
 
 
 @triton.jit
-def merge(max, sum, dot, mass, other_max, other_sum, other_dot, other_mass):
-    top = tl.maximum(max, other_max)
-    sum, dot = rescale(top, max, sum, dot, mass)
-    other_sum, other_dot = rescale(top, other_max, other_sum, other_dot, other_mass)
-    return top, sum + other_sum, dot + other_dot, mass + other_mass
+def reduce(x, others, q, inside):
+    """others: x, but for class indices -inf for the target, which then stays out of max and sum."""
+    max = tl.max(others, 1)
+    top = finite_max(max)[:, None]
+    e = exp_nonpositive(others - top)
+    weighted_logits = tl.zeros_like(max)
+    target_mass = tl.zeros_like(max)
+    if q is not None:
+        # The loss of a row that is sure of another class than its target needs the digits of what
+        # the others, small beside it, add up to.
+        e = e.to(tl.float64)
+        weighted_logits = tl.sum(tl.where(inside, q * (x - top), 0.0), 1)
+        target_mass = tl.sum(q, 1)
+    return SoftmaxState(max, tl.sum(e, 1), weighted_logits, target_mass)
 
 
 @triton.jit
-def soft_row(sum, dot, mass, scale):
-    """Of class probabilities: the loss; and the gradient, as e^(x - max) factor - q scale."""
-    log_sum = log1p_finite((sum - 1.0).to(dot.dtype))
-    return mass * log_sum - dot, divide(mass * scale, sum.to(dot.dtype))
+def rescale(state, max):
+    """The state, measured from a larger max."""
+    shift = finite_max(state.max) - finite_max(max)
+    return SoftmaxState(
+        max,
+        state.sum * exp_nonpositive(state.max - finite_max(max)),  # 0 where state.max is -inf
+        state.weighted_logits + state.target_mass * shift,
+        state.target_mass,
+    )
 
 
 @triton.jit
-def hard_row(max, sum, dot, logit, weight, scale, keep, spread, weights, SMOOTH: tl.constexpr):
-    """Of class indices: the loss; and the gradient, as e^(x - max) factor - w spread scale, but for
-    the target's own element."""
-    gap = logit - max
-    at = exp_nonpositive(gap)
-    # What all but the largest e^(x - max), which is 1, add up to: keeps the digits of a small loss.
-    log_sum = log1p_finite((sum + (at.to(sum.dtype) - 1.0)).to(at.dtype))
-    sum = sum.to(at.dtype)
-    mass = keep * weight
-    loss = mass * (log_sum - gap)
-    own = 0.0 - sum
+def merge(a, b):
+    max = tl.maximum(a.max, b.max)
+    a = rescale(a, max)
+    b = rescale(b, max)
+    return SoftmaxState(
+        max,
+        a.sum + b.sum,
+        a.weighted_logits + b.weighted_logits,
+        a.target_mass + b.target_mass,
+    )
+
+
+@triton.jit
+def finish_probabilities(state, scale):
+    """The loss and slope of rows whose targets are class probabilities."""
+    mass = state.target_mass
+    sum = state.sum.to(mass.dtype)
+    log_sum = log1p_finite((state.sum - 1.0).to(mass.dtype))
+    loss = mass * log_sum - state.weighted_logits
+    return loss, Slope(state.max, divide(mass * scale, sum), scale, scale)
+
+
+@triton.jit
+def finish_indices(state, logit, weight, scale, smoothing, SMOOTH: tl.constexpr):
+    """The loss and slope of rows whose targets are class indices, with the target's logit and
+    weight."""
+    state = rescale(state, tl.maximum(state.max, logit))
+    target_gap = logit - state.max
+    target_exp = exp_nonpositive(target_gap)
+    T: tl.constexpr = target_exp.dtype
+    # What all e^(x - max) but the largest, which is 1, add up to: keeps the digits of a small loss.
+    log_sum = log1p_finite((state.sum + (target_exp.to(state.sum.dtype) - 1.0)).to(T))
+    sum = state.sum.to(T)
+    target_mass = smoothing.confidence * weight
+    loss = target_mass * (log_sum - target_gap)
+    target_term = 0.0 - sum
+    class_scale = smoothing.eps_per_class * scale
     if SMOOTH:
-        soft = spread * weights
-        loss = loss + spread * (weights * log_sum - dot)
-        own = soft * at - mass * sum
-        mass = mass + soft
-        own = tl.where(mass == 0.0, 0.0, divide(own, mass))
-    factor = divide(mass * scale, sum + at)
-    at_target = own * factor
+        weights = smoothing.weight_sum
+        loss = loss + smoothing.eps_per_class * (weights * log_sum - state.weighted_logits)
+        soft = smoothing.eps_per_class * weights
+        target_term = soft * target_exp - target_mass * sum
+        target_mass = target_mass + soft
+        target_term = tl.where(target_mass == 0.0, 0.0, divide(target_term, target_mass))
+    factor = divide(target_mass * scale, sum + target_exp)
+    target_gradient = target_term * factor
     if SMOOTH:
-        at_target = at_target - weight * (spread * scale)
-    return loss, factor, at_target
+        target_gradient = target_gradient - weight * class_scale
+    return loss, Slope(state.max, factor, class_scale, target_gradient)
+
+
+@triton.jit
+def gradient(slope, x, q):
+    g = exp_nonpositive(x - slope.max[:, None]) * slope.factor[:, None]
+    if q is not None:
+        g = g - q * slope.scale[:, None]
+    return g

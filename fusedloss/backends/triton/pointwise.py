@@ -5,8 +5,10 @@ Fewest bytes for value and gradient: read input, read target, write gradient, 3 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,18 +17,30 @@ from torch import Tensor
 
 from . import runtime
 from .losses import PointwiseLoss
-from .runtime import Divisor, Pass
+from .runtime import Divisor, Operand, Pass
 from .words import divide
 
 # Fixed: a program of 4 warps, 8 elements a thread at a time (16 bytes of half precision), whose
 # registers leave room for several programs on a multiprocessor.
-WARPS, TILE, TILES = 4, 1024, 8
-PACKET = tl.constexpr(4)  # elements of two bytes, added up in the compute type before float64
-MOST_DIMS = 8  # of operands that are not all contiguous; more are made so
+WARPS = 4
+TILE = tl.constexpr(1024)
+TILES = tl.constexpr(8)
+GROUP = tl.constexpr(4)  # elements of two bytes, added up in the compute type before float64
+MAX_DIMS = 8  # of operands that are not all contiguous; those of more are copied
+
+
+class Sources(NamedTuple):
+    """What the kernel reads; None where a call has no such operand."""
+
+    input: Any
+    target: Any
+    weight: Any
+    upstream: Any  # the upstream gradient of every element: in a backward of reduction "none"
+    more: Any
 
 
 @triton.jit
-def place(at, sizes, strides):
+def offset_of(at, sizes, strides):
     """Where the element at a linear position lies in memory."""
     if len(strides) == 0:
         return at
@@ -40,9 +54,8 @@ def place(at, sizes, strides):
 
 
 @triton.jit
-def fetch(source, at, mask, sizes, T: tl.constexpr):
-    pointer, strides = source
-    return tl.load(pointer + place(at, sizes, strides), mask=mask).to(T)
+def load(operand, at, mask, sizes, T: tl.constexpr):
+    return tl.load(operand.pointer + offset_of(at, sizes, operand.strides), mask=mask).to(T)
 
 
 @triton.jit
@@ -51,12 +64,12 @@ def store(pointer, x, mask):
 
 
 @triton.jit
-def fetch_target(source, at, mask, sizes, CLASS_DIM: tl.constexpr, T: tl.constexpr):
+def load_target(target, at, mask, sizes, CLASS_DIM: tl.constexpr, T: tl.constexpr):
     """Class indices are read as one-hot rows: 1 where the position along CLASS_DIM is the index."""
     if CLASS_DIM < 0:
-        return fetch(source, at, mask, sizes, T)
+        return load(target, at, mask, sizes, T)
     else:
-        index = fetch(source, at, mask, sizes, tl.int64)
+        index = load(target, at, mask, sizes, tl.int64)
         for d in tl.static_range(len(sizes) - 1, CLASS_DIM, -1):
             at = at // sizes[d]
         position = at % sizes[CLASS_DIM]
@@ -78,16 +91,15 @@ def is_outside_unit(x):
 
 @triton.jit
 def tile(
-    at, mask, input, target, weight, operands, upstream, value, gradient, target_gradient, sizes,
-    parameters, scale, write, step,
+    at, mask, sources, outputs, sizes, parameters, scale, write,
     LOSS: tl.constexpr, UNIT_INTERVAL: tl.constexpr, CLASS_DIM: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Some elements: writes what is wanted of them, and gives the sums of PACKETs of values."""
-    x = fetch(input, at, mask, sizes, T)
-    y = fetch_target(target, at, mask, sizes, CLASS_DIM, T)
+    """Writes what the call wants for some elements; returns the sums of GROUPs of values."""
+    x = load(sources.input, at, mask, sizes, T)
+    y = load_target(sources.target, at, mask, sizes, CLASS_DIM, T)
     more = ()
-    for k in tl.static_range(len(operands)):
-        more = more + (fetch(operands[k], at, mask, sizes, T),)  # type: ignore[assignment]
+    for k in tl.static_range(len(sources.more)):
+        more = more + (load(sources.more[k], at, mask, sizes, T),)  # type: ignore[assignment]
     result = LOSS(x, y, *more, *parameters)
     v, factor = result[0], scale
     if UNIT_INTERVAL:
@@ -95,58 +107,55 @@ def tile(
         v = tl.where(outside, float("nan"), v)
         factor = tl.where(outside, float("nan"), factor)
     w = 1.0
-    if weight is not None:
-        w = fetch(weight, at, mask, sizes, T)
+    if sources.weight is not None:
+        w = load(sources.weight, at, mask, sizes, T)
         v = v * w
     if CLASS_DIM >= 0:
         # The elements of other classes count for nothing, whatever weight they meet.
         v = tl.where(y == 0.0, 0.0, v)
-    if value is not None:
-        store(value + at, v, mask)
+    if outputs.value is not None:
+        store(outputs.value + at, v, mask)
     # Not in the branch on `write`: Triton lets no variable leave that with another type.
-    if upstream is not None:
-        w = w * fetch(upstream, at, mask, sizes, T)
+    if sources.upstream is not None:
+        w = w * load(sources.upstream, at, mask, sizes, T)
     if write:
-        if gradient is not None:
+        if outputs.gradient is not None:
             g = result[1] * w * factor
             if len(result) == 4:
                 g = divide(g, result[3])
             if CLASS_DIM >= 0:
                 g = tl.where(y == 0.0, result[1], g)
-            store(gradient + at, g, mask)
-        if target_gradient is not None:
-            store(target_gradient + at, result[2] * w * factor, mask)
+            store(outputs.gradient + at, g, mask)
+        if outputs.target_gradient is not None:
+            store(outputs.target_gradient + at, result[2] * w * factor, mask)
     if mask is not None:
         v = tl.where(mask, v, 0.0)
     # Roundings of float32 would add up where many values are equal.
-    if input[0].dtype.element_ty == tl.float32:
+    if sources.input.pointer.dtype.element_ty == tl.float32:
         v = v.to(tl.float64)
-    return tl.sum(tl.reshape(v, [v.shape[0] // PACKET, PACKET]), 1).to(tl.float64)
+    return tl.sum(tl.reshape(v, [v.shape[0] // GROUP, GROUP]), 1).to(tl.float64)
 
 
 @triton.jit
-def first_fault(
-    at, mask, input, target, sizes, CLASS_DIM: tl.constexpr, T: tl.constexpr
-):  # fmt: skip
+def first_fault(sources, at, mask, sizes, CLASS_DIM: tl.constexpr, T: tl.constexpr):
     """The position of the first element that a loss cannot take, or NO_FAULT."""
     if CLASS_DIM < 0:
-        bad = is_outside_unit(fetch(input, at, mask, sizes, T))
-        bad = bad | is_outside_unit(fetch(target, at, mask, sizes, T))
+        bad = is_outside_unit(load(sources.input, at, mask, sizes, T))
+        bad = bad | is_outside_unit(load(sources.target, at, mask, sizes, T))
     else:
-        bad = is_class_fault(fetch(target, at, mask, sizes, tl.int64), sizes[CLASS_DIM])
+        bad = is_class_fault(load(sources.target, at, mask, sizes, tl.int64), sizes[CLASS_DIM])
     return tl.min(tl.where(bad & mask, at.to(tl.int64), runtime.NO_FAULT))
 
 
 @triton.jit
-def tell_fault(bad, input, target, sizes, fault, CLASS_DIM: tl.constexpr):
+def report_fault(fault, sources, bad, sizes, CLASS_DIM: tl.constexpr):
     if CLASS_DIM >= 0:
-        pointer, strides = target
-        offset = place(bad, sizes, strides)
-        index = tl.load(pointer + offset)
+        offset = offset_of(bad, sizes, sources.target.strides)
+        index = tl.load(sources.target.pointer + offset)
         runtime.report_error(fault, runtime.TARGET_CLASS, offset, index, sizes[CLASS_DIM])
     else:
-        x = fetch(input, bad, None, sizes, tl.float64)
-        y = fetch(target, bad, None, sizes, tl.float64)
+        x = load(sources.input, bad, None, sizes, tl.float64)
+        y = load(sources.target, bad, None, sizes, tl.float64)
         in_input = is_outside_unit(x)
         what = tl.where(in_input, runtime.INPUT_OUTSIDE_UNIT, runtime.TARGET_OUTSIDE_UNIT)
         number = tl.where(in_input, x, y).to(tl.int64, bitcast=True)
@@ -155,22 +164,14 @@ def tell_fault(bad, input, target, sizes, fault, CLASS_DIM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["numel", "parts", "divisor", "step"])
 def pointwise(
-    input, target, weight, operands, upstream, value, gradient, target_gradient, sizes, numel,
-    parameters, partials, forward_state, prediction, grad_output, counts, parts, divisor, fault, step,
+    sources, outputs, sizes, numel, parameters, scaling, parts, divisor, step,
     LOSS: tl.constexpr, SLOPE_UNIT: tl.constexpr, UNIT_INTERVAL: tl.constexpr,
-    CLASS_DIM: tl.constexpr, T: tl.constexpr, INDEX: tl.constexpr, TILE: tl.constexpr,
-    TILES: tl.constexpr,
+    CLASS_DIM: tl.constexpr, T: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Operands are pairs of a pointer and strides, () where they lie in the order of `sizes`, as
-    what is written does. upstream (backward), value (forward): of reduction "none" alone."""
-    EACH: tl.constexpr = upstream is not None or value is not None
-    write, factor, seen = runtime.scaling(
-        step, forward_state, grad_output, counts, parts, divisor, EACH
-    )
+    """What is written lies in the order of `sizes`, and so does a source whose strides are ()."""
+    UNREDUCED: tl.constexpr = sources.upstream is not None or outputs.value is not None
+    write, factor = runtime.begin(scaling, parts, divisor, step, UNREDUCED)
     if step >= runtime.IS_BACKWARD:
-        if not EACH:
-            if tl.program_id(0) == 0:
-                runtime.update_predictor(prediction, seen)
         if not write:
             return
     scale = (factor * SLOPE_UNIT).to(T)
@@ -179,99 +180,87 @@ def pointwise(
         numbers = numbers + (runtime.from_halves(parameters[k]).to(T),)  # type: ignore[assignment]
     first = tl.program_id(0).to(INDEX) * (TILE * TILES)
     at = first + tl.arange(0, TILE)
-    total = tl.zeros([TILE // PACKET], tl.float64)
+    total = tl.zeros([TILE // GROUP], tl.float64)
     # Without a mask elements are read 16 bytes at a time, however many there are.
     if first + TILE * TILES <= numel:
         for t in range(TILES):
             total += tile(
-                at + t * TILE, None, input, target, weight, operands, upstream, value, gradient,
-                target_gradient, sizes, numbers, scale, write, step, LOSS, UNIT_INTERVAL,
-                CLASS_DIM, T,
+                at + t * TILE, None, sources, outputs, sizes, numbers, scale, write,
+                LOSS, UNIT_INTERVAL, CLASS_DIM, T,
             )  # fmt: skip
     else:
         for t in range(tl.cdiv(numel - first, TILE)):
             total += tile(
-                at + t * TILE, at + t * TILE < numel, input, target, weight, operands, upstream,
-                value, gradient, target_gradient, sizes, numbers, scale, write, step, LOSS,
-                UNIT_INTERVAL, CLASS_DIM, T,
+                at + t * TILE, at + t * TILE < numel, sources, outputs, sizes, numbers, scale, write,
+                LOSS, UNIT_INTERVAL, CLASS_DIM, T,
             )  # fmt: skip
     if step < runtime.IS_BACKWARD:
         sum = tl.sum(total)
-        tl.store(partials + tl.program_id(0), sum)
+        tl.store(outputs.partials + tl.program_id(0), sum)
         if UNIT_INTERVAL or CLASS_DIM >= 0:
             # What a loss cannot take has made the sum nan.
             if sum != sum:
                 bad = tl.full((), runtime.NO_FAULT, tl.int64)
                 for t in range(TILES):
                     here = at + t * TILE
-                    found = first_fault(here, here < numel, input, target, sizes, CLASS_DIM, T)
+                    found = first_fault(sources, here, here < numel, sizes, CLASS_DIM, T)
                     bad = tl.minimum(bad, found)
                 if bad < runtime.NO_FAULT:
-                    tell_fault(bad, input, target, sizes, fault, CLASS_DIM)
+                    report_fault(outputs.fault, sources, bad, sizes, CLASS_DIM)
 
 
 # ---- calls ---------------------------------------------------------------------------------------
 
-_IGNORED = -(1 << 63)  # a class index that is no class, and is not to count either
-_Source = tuple[Tensor, tuple[int, ...]]
+_IGNORED = -(1 << 63)  # a class index that is no class, and does not count either
 
 
 @dataclass
-class Space:
-    """The order in which a call walks its elements: the gradient's memory order."""
+class IterationSpace:
+    """The order in which a call visits its elements: the gradient's memory order."""
 
     sizes: tuple[int, ...]  # outermost first; (): all operands are contiguous
     class_dim: int
-    sources: list[_Source | None]  # operands, and their strides: () where they are in order
+    operands: list[Operand | None]  # strides: () where the elements lie in this order
 
 
-def walk(operands: Sequence[Tensor | None], class_dim: int) -> Space:
-    """input, target and others of their shape; class_dim >= 0: target is class indices."""
-    input = operands[0]
+def coalesce_dimensions(tensors: Sequence[Tensor | None], class_dim: int) -> IterationSpace:
+    """input, and others of its shape; class_dim >= 0: target is class indices."""
+    input = tensors[0]
     assert input is not None
-    there = [t for t in operands if t is not None]
-    if class_dim < 0 and all(t.is_contiguous() for t in there):
-        return Space((), -1, [None if t is None else (t, ()) for t in operands])
+    if class_dim < 0 and all(t is None or t.is_contiguous() for t in tensors):
+        return IterationSpace((), -1, [None if t is None else Operand(t, ()) for t in tensors])
     order = list(range(input.dim()))
     if runtime.is_dense(input):
         steps = input.stride()
         order.sort(key=lambda d: -steps[d])
+    # For each dimension that is left: its size, and the strides of the tensors.
     sizes: list[int] = []
-    strides: list[list[int]] = [[] for _ in there]
-    joined_class_dim = -1
+    strides: list[list[int]] = []
+    new_class_dim = -1
     for d in order:
-        if input.shape[d] == 1 and d != class_dim:
-            continue
-        # A dimension continues the one outside it where every operand steps evenly over both.
-        joins = (
-            bool(sizes)
-            and d != class_dim
-            and joined_class_dim != len(sizes) - 1
-            and all(
-                s[-1] == t.stride(d) * input.shape[d] for s, t in zip(strides, there, strict=True)
-            )
-        )
-        if joins:
-            sizes[-1] *= input.shape[d]
-        else:
-            sizes.append(input.shape[d])
+        size = input.shape[d]
+        step = [0 if t is None else t.stride(d) for t in tensors]
         if d == class_dim:
-            joined_class_dim = len(sizes) - 1
-        for s, t in zip(strides, there, strict=True):
-            s[-1 if joins else len(s) :] = [t.stride(d)]
-    if len(sizes) > MOST_DIMS:
-        copies = [None if t is None else t.permute(order).contiguous() for t in operands]
-        return walk(copies, order.index(class_dim) if class_dim >= 0 else -1)
-    in_order = [0] * len(sizes)
-    step = 1
-    for d in reversed(range(len(sizes))):
-        in_order[d] = step
-        step *= sizes[d]
-    kept = [(t, () if s == in_order else tuple(s)) for s, t in zip(strides, there, strict=True)]
-    found = iter(kept)
-    return Space(
-        tuple(sizes), joined_class_dim, [None if t is None else next(found) for t in operands]
-    )
+            new_class_dim = len(sizes)
+        elif size == 1:
+            continue
+        elif sizes and new_class_dim != len(sizes) - 1:
+            # It continues the dimension outside it where every tensor steps evenly over both.
+            if strides[-1] == [s * size for s in step]:
+                sizes[-1] *= size
+                strides[-1] = step
+                continue
+        sizes.append(size)
+        strides.append(step)
+    if len(sizes) > MAX_DIMS:
+        copies = [None if t is None else t.permute(order).contiguous() for t in tensors]
+        return coalesce_dimensions(copies, order.index(class_dim) if class_dim >= 0 else -1)
+    in_order = tuple(math.prod(sizes[d + 1 :]) for d in range(len(sizes)))
+    operands: list[Operand | None] = []
+    for i, t in enumerate(tensors):
+        steps = tuple(step[i] for step in strides)
+        operands.append(None if t is None else Operand(t, () if steps == in_order else steps))
+    return IterationSpace(tuple(sizes), new_class_dim, operands)
 
 
 def empty_loss(input: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
@@ -286,81 +275,59 @@ def run(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    operands: Sequence[Tensor],
+    more: Sequence[Tensor],
     parameters: Sequence[float],
     ignore_index: int,
     reduction: int,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """Forward: the loss. Backward: what of the gradients is not right yet is written.
+    """Forward: returns the loss. Backward: writes what is not right yet of the gradients.
 
     Gradients lie in memory as ``runtime.empty_like(input)`` does.
     """
     runtime.check_shapes(input, target)
+    class_dim, indices = -1, None
     if target.dtype is torch.int64:
         runtime.check_rows(input, target, weight)
-    each = reduction == 0
-    indices = runtime.aligned(target.contiguous()) if target.dtype is torch.int64 else None
-    class_dim = -1
-    if indices is not None:
         class_dim = runtime.class_dim(input)
+        indices = runtime.aligned(target.contiguous())
         # What is wrong must not read as ignored.
         target = indices.clamp_min(_IGNORED + 1).masked_fill_(indices.eq(ignore_index), _IGNORED)
         target = target.unsqueeze(class_dim).expand(input.shape)
-    result = empty_loss(input, reduction, dtype) if do.forward else None
-    upstream = None if do.forward or not each else do.grad_output
-    space = walk(
-        [
-            None if t is None else runtime.aligned(t).expand(input.shape)
-            for t in (input, target, weight, upstream, *operands)
-        ],
-        class_dim,
-    )
+    unreduced = reduction == 0
+    upstream = do.grad_output if unreduced and not do.forward else None
+    tensors = [
+        None if t is None else runtime.aligned(t).expand(input.shape)
+        for t in (input, target, weight, upstream, *more)
+    ]
+    space = coalesce_dimensions(tensors, class_dim)
     divisor = Divisor()
     if do.forward and reduction == 1:
         divisor = _divisor(loss, input, indices, weight, ignore_index)
-    numel = input.numel()
-    programs = triton.cdiv(numel, TILE * TILES)
-    partials = do.forward_state.new_empty(programs) if do.forward else do.forward_state
-    # What a pass does not use is another tensor of its type: one compiled kernel serves them all.
-    arguments = {
-        "forward_state": do.forward_state,
-        "step": do.step,
-        **divisor.arguments(do.forward_state),
-    }
-    with runtime.on_device(input):
-        pointwise[(programs,)](
-            *space.sources[:3],
-            operands=tuple(space.sources[4:]),
-            upstream=space.sources[3],
-            value=result if each else None,
-            gradient=do.gradient if do.writes else input,
-            target_gradient=do.target_gradient,
-            sizes=space.sizes,
-            numel=numel,
-            parameters=tuple(map(runtime.halves, parameters)),
-            partials=partials,
-            prediction=do.forward_state if do.prediction is None else do.prediction,
-            grad_output=do.grad_output if result is None else result,
-            fault=runtime.fault_of(input.device),
-            LOSS=loss.function,
-            SLOPE_UNIT=loss.slope_unit,
-            UNIT_INTERVAL=loss.unit_interval,
-            CLASS_DIM=space.class_dim,
-            T=tl.float64 if dtype is torch.float64 else tl.float32,
-            INDEX=tl.int32 if numel + TILE * TILES < 1 << 31 else tl.int64,
-            TILE=TILE,
-            TILES=TILES,
-            num_warps=WARPS,
-            **runtime.NO_FUSION,
-            **arguments,
-        )
-        if result is not None and not each:
-            runtime.finish[(1,)](
-                partials, programs, result, **arguments,
-                NAN_OF_NOTHING=False, BLOCK=runtime.FINISH_BLOCK, **runtime.NO_FUSION,
-            )  # fmt: skip
-    return result
+    numel, of_program = input.numel(), TILE.value * TILES.value
+    no_gradient = do.gradient is None and do.target_gradient is None
+    return runtime.launch(
+        pointwise,
+        triton.cdiv(numel, of_program),
+        do,
+        input.device,
+        empty_loss(input, reduction, dtype) if do.forward else None,
+        unreduced=unreduced,
+        divisor=divisor,
+        nan_if_empty=False,
+        gradient=input if no_gradient else do.gradient,
+        sources=Sources(*space.operands[:4], more=tuple(space.operands[4:])),
+        sizes=space.sizes,
+        numel=numel,
+        parameters=tuple(map(runtime.halves, parameters)),
+        LOSS=loss.function,
+        SLOPE_UNIT=loss.slope_unit,
+        UNIT_INTERVAL=loss.unit_interval,
+        CLASS_DIM=space.class_dim,
+        T=tl.float64 if dtype is torch.float64 else tl.float32,
+        INDEX=tl.int32 if numel + of_program < 1 << 31 else tl.int64,
+        num_warps=WARPS,
+    )
 
 
 def _divisor(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,13 +21,12 @@ from torch import Tensor
 from ... import backends
 
 NO_FUSION = {"enable_fp_fusion": False}
-FINISH_BLOCK = 1024
+SUM_BLOCK, COUNTS_EACH = 1024, 4096
 
 # ---- passes --------------------------------------------------------------------------------------
 
 # The kernels' `step`. BACKWARD: the gradient may be right already; FRESH: there is none yet.
 VALUE, FORWARD, BACKWARD, FRESH = 0, 1, 2, 3
-IS_VALUE = tl.constexpr(VALUE)
 IS_FORWARD = tl.constexpr(FORWARD)
 IS_BACKWARD = tl.constexpr(BACKWARD)
 IS_FRESH = tl.constexpr(FRESH)
@@ -35,25 +34,20 @@ IS_FRESH = tl.constexpr(FRESH)
 
 @dataclass
 class Pass:
-    """What an engine is to do with the operands of a call."""
+    """What an engine does with the operands of a call."""
 
     step: int
-    # Two float64. FORWARD: finds the prediction there. VALUE, FORWARD: leave there the upstream
-    # gradient that the gradient was written for (nan: none was) and what the loss was divided by.
+    # Two float64. FORWARD finds the prediction there. VALUE and FORWARD leave there the upstream
+    # gradient that the gradient was written for (nan: it was not) and what the loss was divided by.
     forward_state: Tensor
     gradient: Tensor | None = None
     target_gradient: Tensor | None = None
-    prediction: Tensor | None = None  # to be told of the upstream gradient
+    prediction: Tensor | None = None  # BACKWARD and FRESH update it
     grad_output: Tensor | None = None
 
     @property
     def forward(self) -> bool:
         return self.step < BACKWARD
-
-    @property
-    def writes(self) -> bool:
-        """A gradient, or both."""
-        return self.gradient is not None or self.target_gradient is not None
 
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -87,19 +81,46 @@ def from_halves(halves):
     return bits.to(tl.float64, bitcast=True)
 
 
+# ---- arguments of the kernels --------------------------------------------------------------------
+# Numbers that must not be specialised are arguments of their own: Triton specialises all those in
+# a tuple.
+
+
+class Operand(NamedTuple):
+    pointer: Any
+    strides: Any
+
+
+class Outputs(NamedTuple):
+    """What a kernel writes; None: it does not."""
+
+    value: Any  # of every element or row: with reduction "none"
+    gradient: Any
+    target_gradient: Any
+    partials: Any  # a sum of values for each program
+    fault: Any
+
+
+class Scaling(NamedTuple):
+    """Where a kernel finds what the gradient is multiplied by."""
+
+    forward_state: Any
+    prediction: Any
+    grad_output: Any
+    counts: Any
+
+
 # ---- the upstream gradient -----------------------------------------------------------------------
 
-CONFIDENT = tl.constexpr(2.0)
+TRUSTED_CONFIDENCE = tl.constexpr(2.0)
 MAX_CONFIDENCE = tl.constexpr(3.0)
+MAX_COUNTS = tl.constexpr(256)
 
 
 @triton.jit
-def same(a, b):
-    """The same number, sign of zero included; nan is none."""
+def same_sign_and_value(a, b):
+    """nan is the same as nothing."""
     return (a == b) & (a.to(tl.int64, bitcast=True) == b.to(tl.int64, bitcast=True))
-
-
-MAX_COUNTS = tl.constexpr(256)
 
 
 @triton.jit
@@ -107,37 +128,41 @@ def normalizer_of(counts, parts, divisor):
     """What the loss is divided by: the sum of `counts`, or where there are none `divisor`."""
     normalizer = divisor.to(tl.float64)
     if parts > 0:
-        at = tl.arange(0, MAX_COUNTS)
-        normalizer = tl.sum(tl.load(counts + at, mask=at < parts, other=0.0))
+        i = tl.arange(0, MAX_COUNTS)
+        normalizer = tl.sum(tl.load(counts + i, mask=i < parts, other=0.0))
     return normalizer
 
 
 @triton.jit
-def scaling(step, forward_state, grad_output, counts, parts, divisor, EACH: tl.constexpr):
-    """Whether the gradient is to be written, every element times what; and the upstream gradient.
-
-    EACH: reduction "none", whose elements have upstream gradients of their own.
-    """
-    if EACH:
-        return step == IS_FRESH, step.to(tl.float64) * 0.0 + 1.0, step.to(tl.float64)
-    else:
-        ahead = step < IS_BACKWARD
-        first, second = tl.load(forward_state), tl.load(forward_state + 1)
-        upstream = tl.where(ahead, first, tl.load(grad_output).to(tl.float64))
-        normalizer = tl.where(ahead, normalizer_of(counts, parts, divisor), second)
-        trusted = (step == IS_FORWARD) & (second >= CONFIDENT)
-        wrong = (step == IS_BACKWARD) & (same(first, upstream) == 0)
-        return trusted | wrong | (step == IS_FRESH), upstream / normalizer, upstream
-
-
-@triton.jit
 def update_predictor(prediction, upstream):
-    """Tells a prediction what it was about."""
     predicted, confidence = tl.load(prediction), tl.load(prediction + 1)
-    right = same(predicted, upstream)
+    right = same_sign_and_value(predicted, upstream)
     more = tl.minimum(confidence + 1.0, MAX_CONFIDENCE)
     tl.store(prediction, upstream)
     tl.store(prediction + 1, tl.where(right, more, tl.maximum(confidence - 1.0, 0.0)))
+
+
+@triton.jit
+def begin(scaling, parts, divisor, step, UNREDUCED: tl.constexpr):
+    """Returns whether the gradient must be written, and the factor of all its elements. The first
+    program of a backward updates the prediction.
+
+    UNREDUCED: every element or row has its own upstream gradient, which no forward predicts.
+    """
+    if UNREDUCED:
+        return step == IS_FRESH, step.to(tl.float64) * 0.0 + 1.0
+    else:
+        forward = step < IS_BACKWARD
+        first, second = tl.load(scaling.forward_state), tl.load(scaling.forward_state + 1)
+        upstream = tl.where(forward, first, tl.load(scaling.grad_output).to(tl.float64))
+        normalizer = normalizer_of(scaling.counts, parts, divisor)
+        normalizer = tl.where(forward, normalizer, second)
+        trusted = (step == IS_FORWARD) & (second >= TRUSTED_CONFIDENCE)
+        wrong = (step == IS_BACKWARD) & (same_sign_and_value(first, upstream) == 0)
+        if step >= IS_BACKWARD:
+            if tl.program_id(0) == 0:
+                update_predictor(scaling.prediction, upstream)
+        return trusted | wrong | (step == IS_FRESH), upstream / normalizer
 
 
 # ---- sums ----------------------------------------------------------------------------------------
@@ -145,47 +170,45 @@ def update_predictor(prediction, upstream):
 
 @triton.jit(do_not_specialize=["n", "parts", "divisor", "step"])
 def finish(
-    partials, n, loss, forward_state, counts, parts, divisor, step,
-    NAN_OF_NOTHING: tl.constexpr, BLOCK: tl.constexpr,
+    partials, n, loss, scaling, parts, divisor, step, NAN_IF_EMPTY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss from the programs' sums, always in the same order; and what backward needs."""
-    at = tl.arange(0, BLOCK)
+    i = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, n, BLOCK):
-        total += tl.load(partials + first + at, mask=first + at < n, other=0.0)
-    normalizer = normalizer_of(counts, parts, divisor)
+    for begin in range(0, n, BLOCK):
+        total += tl.load(partials + begin + i, mask=begin + i < n, other=0.0)
+    normalizer = normalizer_of(scaling.counts, parts, divisor)
     value = tl.sum(total) / normalizer
-    if NAN_OF_NOTHING:
+    if NAN_IF_EMPTY:
         value = tl.where(normalizer == 0.0, float("nan"), value)
     if loss.dtype.element_ty != tl.float64:
         value = value.to(tl.float32)
     tl.store(loss, narrow(value, loss.dtype.element_ty))
-    trusted = (step == IS_FORWARD) & (tl.load(forward_state + 1) >= CONFIDENT)
-    tl.store(forward_state, tl.where(trusted, tl.load(forward_state), float("nan")))
-    tl.store(forward_state + 1, normalizer)
+    state = scaling.forward_state
+    trusted = (step == IS_FORWARD) & (tl.load(state + 1) >= TRUSTED_CONFIDENCE)
+    tl.store(state, tl.where(trusted, tl.load(state), float("nan")))
+    tl.store(state + 1, normalizer)
 
 
 @triton.jit(do_not_specialize=["n", "each", "classes", "ignore_index"])
 def count_classes(
     indices, weight, counts, n, each, classes, ignore_index, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Of each program's share of the indices: how many count, or the sum of their weights. An index
+    """For each program's share of the indices: how many count, or the sum of their weights. An index
     out of range counts for nothing."""
     begin = tl.program_id(0).to(tl.int64) * each
-    at = tl.arange(0, BLOCK)
+    i = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     for first in range(0, each, BLOCK):
-        here = (first + at < each) & (begin + first + at < n)
-        index = tl.load(indices + begin + first + at, mask=here, other=-1)
-        counted = here & (index >= 0) & (index < classes) & (index != ignore_index)
+        inside = (first + i < each) & (begin + first + i < n)
+        index = tl.load(indices + begin + first + i, mask=inside, other=-1)
+        counted = inside & (index >= 0) & (index < classes) & (index != ignore_index)
         if weight is None:
             total += counted.to(tl.float64)
         else:
             total += tl.load(weight + index, mask=counted, other=0.0).to(tl.float64)
     tl.store(counts + tl.program_id(0), tl.sum(total))
-
-
-COUNTS_EACH, COUNT_BLOCK = 4096, 1024
 
 
 @dataclass
@@ -205,16 +228,52 @@ class Divisor:
         counts = indices.new_empty(parts, dtype=torch.float64)
         count_classes[(parts,)](
             indices, weight, counts, n, triton.cdiv(n, parts), classes, ignore_index,
-            BLOCK=COUNT_BLOCK, **NO_FUSION,
+            BLOCK=SUM_BLOCK, **NO_FUSION,
         )  # fmt: skip
         return cls(counts=counts)
 
-    def arguments(self, forward_state: Tensor) -> dict[str, Any]:
-        return {
-            "counts": forward_state if self.counts is None else self.counts,
-            "parts": 0 if self.counts is None else self.counts.numel(),
-            "divisor": self.number,
-        }
+
+def launch(
+    kernel: Any,
+    programs: int,
+    do: Pass,
+    device: torch.device,
+    result: Tensor | None,
+    *,
+    unreduced: bool,
+    divisor: Divisor,
+    nan_if_empty: bool,
+    gradient: Any,
+    **arguments: Any,
+) -> Tensor | None:
+    """Launches a kernel and, for a reduced loss, the second stage of its sum.
+
+    What a pass does not use is another tensor of its type: one compiled kernel serves them all.
+    """
+    state = do.forward_state
+    partials = state.new_empty(programs) if do.forward else state
+    value = result if unreduced else None
+    counts = divisor.counts
+    common = {
+        "scaling": Scaling(
+            forward_state=state,
+            prediction=state if do.prediction is None else do.prediction,
+            grad_output=do.grad_output if result is None else result,
+            counts=state if counts is None else counts,
+        ),
+        "parts": 0 if counts is None else counts.numel(),
+        "divisor": divisor.number,
+        "step": do.step,
+        **NO_FUSION,
+    }
+    outputs = Outputs(value, gradient, do.target_gradient, partials, fault_of(device))
+    with on_device(device):
+        kernel[(programs,)](outputs=outputs, **arguments, **common)
+        if result is not None and not unreduced:
+            finish[(1,)](
+                partials, programs, result, NAN_IF_EMPTY=nan_if_empty, BLOCK=SUM_BLOCK, **common
+            )
+    return result
 
 
 # ---- faults --------------------------------------------------------------------------------------
@@ -274,15 +333,13 @@ def raise_faults() -> None:
 # ---- tensors -------------------------------------------------------------------------------------
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device. The interpreter is NumPy, which warns of every nan."""
-    if tensor.device.type == "cpu":
+    if device.type == "cpu":
         import numpy as np
 
         return np.errstate(all="ignore")
-    context: AbstractContextManager[Any] = torch.get_device_module(tensor.device).device(
-        tensor.device
-    )
+    context: AbstractContextManager[Any] = torch.get_device_module(device).device(device)
     return context
 
 

@@ -1,13 +1,13 @@
-"""The words of csrc/math/vocabulary.h, mirrored: what a loss is written in.
+"""The functions of csrc/math/vocabulary.h, mirrored: what a loss is written in.
 
-All numbers of a call are of one type, float32 or float64. Only operations that every backend of
-Triton has: its libdevice is not one.
+All numbers of a call have one type, float32 or float64. Only operations that every backend of Triton
+has are used, so not its libdevice.
 
-Where a float32 function is a polynomial, it is the one of the C++ header of its name, with its
-coefficients; but logarithms are of another interval here, and what C++ has from a table with AVX-512 is
-a polynomial. Errors are in ULP, the largest found in Triton's interpreter, which is to say without
-fused multiply-add; tests/test_triton_words.py holds them. The functions that a comment calls Triton's
-own are, on a GPU, those of its maker's mathematical library, and in the interpreter NumPy's.
+Where a float32 function is a polynomial, it has the coefficients of the C++ function of its name;
+but logarithms reduce to another interval here, and C++ has tables for AVX-512. Errors are in ULP,
+the largest found in Triton's interpreter, which does not fuse multiply-add; tests/test_triton_words.py
+holds them. The functions that a comment calls Triton's own come from the GPU vendor's mathematical
+library, and in the interpreter from NumPy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# ---- of a known domain ---------------------------------------------------------------------------
+# ---- on a known domain ---------------------------------------------------------------------------
 
 
 @triton.jit
@@ -25,6 +25,20 @@ def divide(x, y):
         return x / y
     else:
         return tl.div_rn(x, y)
+
+
+@triton.jit
+def horner(x, coefficients):
+    """A polynomial, from its highest coefficient down: in float32 by fused multiply-add."""
+    if x.dtype == tl.float64:
+        p = x * coefficients[0] + coefficients[1]
+        for k in tl.static_range(2, len(coefficients)):
+            p = x * p + coefficients[k]
+    else:
+        p = tl.fma(x, coefficients[0], coefficients[1])
+        for k in tl.static_range(2, len(coefficients)):
+            p = tl.fma(x, p, coefficients[k])
+    return p
 
 
 @triton.jit
@@ -65,10 +79,7 @@ def log1p_unit(x):
         # = 2 atanh(s) = 2 s + s^3 q(s^2).
         s = tl.div_rn(x, 2.0 + x)
         s2 = s * s
-        q = tl.fma(s2, 0.24289557, 0.21430741)
-        q = tl.fma(s2, q, 0.28616595)
-        q = tl.fma(s2, q, 0.3999889)
-        q = tl.fma(s2, q, 0.66666675)
+        q = horner(s2, (0.24289557, 0.21430741, 0.28616595, 0.3999889, 0.66666675))
         return tl.fma(s2 * s, q, s + s)
 
 
@@ -82,7 +93,7 @@ def clamp(x, low, high):
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
-# ---- of every number -----------------------------------------------------------------------------
+# ---- on every number -----------------------------------------------------------------------------
 # What a custom loss may call with anything, infinities and nan included.
 
 
@@ -91,7 +102,7 @@ def select(condition, yes, no):
     return tl.where(condition, yes, no)
 
 
-# As integers, since Triton's interpreter knows no condition that is one for all elements.
+# As integers, since Triton's interpreter has no scalar conditions.
 
 
 @triton.jit
@@ -172,16 +183,13 @@ def _reduce_exp(x):
     r = tl.fma(n, -0.693145751953125, x)
     r = tl.fma(n, -1.42860682030941723e-6, r)
     # e^r = 1 + r + r^2 q(r).
-    q = tl.fma(r, 0.0013821468, 0.008368663)
-    q = tl.fma(r, q, 0.041668255)
-    q = tl.fma(r, q, 0.16666521)
-    q = tl.fma(r, q, 0.49999994)
+    q = horner(r, (0.0013821468, 0.008368663, 0.041668255, 0.16666521, 0.49999994))
     return _whole(shifted), tl.fma(r * r, q, r)
 
 
 @triton.jit
 def _exp_times(x, more):
-    """e^x (1 + more), |more| small; a product with what it was rounded by has no less digits."""
+    """e^x (1 + more) for small |more|: e to a product, and to what that was rounded by."""
     if x.dtype == tl.float64:
         e = tl.exp(x)
         return tl.where(e < float("inf"), e + e * more, e)
@@ -208,18 +216,12 @@ def expm1(x):
     if x.dtype == tl.float64:
         # Taylor's series where the difference would cancel.
         small = clamp(x, -0.35, 0.35)
-        p = small * 1.1470745597729725e-11 + 1.6059043836821613e-10
-        p = small * p + 2.08767569878681e-09
-        p = small * p + 2.505210838544172e-08
-        p = small * p + 2.755731922398589e-07
-        p = small * p + 2.7557319223985893e-06
-        p = small * p + 2.48015873015873e-05
-        p = small * p + 0.0001984126984126984
-        p = small * p + 0.001388888888888889
-        p = small * p + 0.008333333333333333
-        p = small * p + 0.041666666666666664
-        p = small * p + 0.16666666666666666
-        p = small * p + 0.5
+        p = horner(small, (
+            1.1470745597729725e-11, 1.6059043836821613e-10, 2.08767569878681e-09,
+            2.505210838544172e-08, 2.755731922398589e-07, 2.7557319223985893e-06,
+            2.48015873015873e-05, 0.0001984126984126984, 0.001388888888888889,
+            0.008333333333333333, 0.041666666666666664, 0.16666666666666666, 0.5
+        ))  # fmt: skip
         return tl.where(small == x, small * small * p + small, tl.exp(x) - 1.0)
     else:
         n, p = _reduce_exp(clamp(x, -25.0, 89.0))
@@ -245,13 +247,10 @@ def _log_normal(t, addend):
     """log(t) for normal t > 0; addend joins where it loses least."""
     n, f = _split(t)
     # log(1 + f) = f - f^2 / 2 + f^3 q(f).
-    q = tl.fma(f, -0.076344974, 0.12761578)
-    q = tl.fma(f, q, -0.13160183)
-    q = tl.fma(f, q, 0.14201757)
-    q = tl.fma(f, q, -0.16623357)
-    q = tl.fma(f, q, 0.20001227)
-    q = tl.fma(f, q, -0.2500082)
-    q = tl.fma(f, q, 0.3333333)
+    q = horner(f, (
+        -0.076344974, 0.12761578, -0.13160183, 0.14201757, -0.16623357, 0.20001227, -0.2500082,
+        0.3333333
+    ))  # fmt: skip
     f2 = f * f
     low = tl.fma(f2 * f, q, addend)
     low = tl.fma(n, 1.42860682030941723e-6, low)
@@ -311,20 +310,14 @@ def erf(x):
         size = clamp(tl.abs(x), 0.0, 4.0)
         # x + x p(x^2), and 1 - exp(-r(|x|)).
         z = size * size
-        p = tl.fma(z, 8.535948e-05, -0.00081812846)
-        p = tl.fma(z, p, 0.005204383)
-        p = tl.fma(z, p, -0.026860733)
-        p = tl.fma(z, p, 0.112837195)
-        p = tl.fma(z, p, -0.37612635)
-        p = tl.fma(z, p, 0.1283792)
-        r = tl.fma(size, 1.0657806e-06, 6.9814655e-06)
-        r = tl.fma(size, r, -0.00035455555)
-        r = tl.fma(size, r, 0.0039183586)
-        r = tl.fma(size, r, -0.024630973)
-        r = tl.fma(size, r, 0.10768884)
-        r = tl.fma(size, r, 0.6337849)
-        r = tl.fma(size, r, 1.1293333)
-        r = tl.fma(size, r, -0.00014233188)
+        p = horner(z, (
+            8.535948e-05, -0.00081812846, 0.005204383, -0.026860733, 0.112837195, -0.37612635,
+            0.1283792
+        ))  # fmt: skip
+        r = horner(size, (
+            1.0657806e-06, 6.9814655e-06, -0.00035455555, 0.0039183586, -0.024630973, 0.10768884,
+            0.6337849, 1.1293333, -0.00014233188
+        ))  # fmt: skip
         big = 1.0 - exp_nonpositive(-r)
         big = tl.where(x < 0.0, -big, big)
         return tl.where(size < 0.9, tl.fma(x, p, x), big)
@@ -361,55 +354,52 @@ def _log_in_two(x):
     if x.dtype == tl.float64:
         tiny = x < 2.2250738585072014e-308
         bits = tl.where(tiny, x * 18014398509481984.0, x).to(tl.int64, bitcast=True)
-        exponent = (bits - 0x3FE6A09E667F3BCD) & -0x10000000000000
-        n = exponent.to(tl.float64) * 2.220446049250313e-16 - tl.where(tiny, 54.0, 0.0)
-        f = (bits - exponent).to(tl.float64, bitcast=True) - 1.0
-        turns, rest = n * 0.6931471803691238, n * 1.9082149292705877e-10
+        biased = (bits - 0x3FE6A09E667F3BCD) & -0x10000000000000
+        n = biased.to(tl.float64) * 2.220446049250313e-16 - tl.where(tiny, 54.0, 0.0)
+        f = (bits - biased).to(tl.float64, bitcast=True) - 1.0
+        exponent, rest = n * 0.6931471803691238, n * 1.9082149292705877e-10
     else:
         tiny = x < 1.17549435e-38
         n, f = _split(tl.where(tiny, x * 8388608.0, x))
         n = n - tl.where(tiny, 23.0, 0.0)
-        turns, rest = n * 0.693145751953125, n * 1.42860682030941723e-6
+        exponent, rest = n * 0.693145751953125, n * 1.42860682030941723e-6
     d = 2.0 + f
     s = divide(f, d)
     product, lost = _product(s, d)
     s_low = divide(((f - product) - lost) - s * (f - (d - 2.0)), d)
     z = s * s
     if x.dtype == tl.float64:
-        q = z * 0.043478260869565216 + 0.047619047619047616
-        q = z * q + 0.05263157894736842
-        q = z * q + 0.058823529411764705
-        q = z * q + 0.06666666666666667
-        q = z * q + 0.07692307692307693
-        q = z * q + 0.09090909090909091
-        q = z * q + 0.1111111111111111
+        q = horner(z, (
+            0.043478260869565216, 0.047619047619047616, 0.05263157894736842, 0.058823529411764705,
+            0.06666666666666667, 0.07692307692307693, 0.09090909090909091, 0.1111111111111111
+        ))  # fmt: skip
     else:
         q = z * 0.09090909090909091 + 0.1111111111111111
     q = z * q + 0.14285714285714285
     q = z * q + 0.2
     q = z * q + 0.3333333333333333
     most = 2.0 * s
-    sum = turns + most
-    low = (most - (sum - turns)) + (rest + 2.0 * (s_low + s * (z * q)))
+    sum = exponent + most
+    low = (most - (sum - exponent)) + (rest + 2.0 * (s_low + s * (z * q)))
     high = sum + low
     return high, low - (high - sum)
 
 
 @triton.jit
 def pow(x, y):
-    """x^y, by a logarithm in two numbers, so that a large exponent keeps its digits. Of a negative
-    x, nan unless y is an integer. Error 1.2 for results of usual size; towards the smallest and the
+    """x^y, by a logarithm in two numbers, so that a large exponent keeps its digits. nan for a
+    negative x, unless y is an integer. Error 1.2 for results of usual size; towards the smallest and the
     largest number 4 in float32, 12 in float64."""
     x, y = tl.broadcast(x, y)
     size = tl.abs(x)
     usable = (size > 0.0) & (size < float("inf"))
     high, low = _log_in_two(tl.where(usable, size, 1.0))
-    # So far off 0 any larger exponent gives the same, and what is split does not overflow.
+    # Beyond these bounds any exponent gives the same result, and splitting would overflow.
     far = clamp(y, -1.0e24, 1.0e24)
     exponent, lost = _product(far, high)
     more = lost + far * low
     result = _exp_times(exponent, tl.where(tl.abs(more) < 1.0, more, 0.0))
-    # 0 and infinity, of which there is no logarithm.
+    # 0 and infinity have no logarithm.
     limit = tl.where(y < 0.0, float("inf"), 0.0)
     other = tl.where(y < 0.0, 0.0, float("inf"))
     result = tl.where(size == 0.0, limit, tl.where(size < float("inf"), result, other))
