@@ -426,7 +426,7 @@ NAMES = [
     "T",
     "clip",
     "tl",
-    "words",
+    "primitives",
     "torch",
     "lambda_",
     "register",

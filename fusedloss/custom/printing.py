@@ -237,7 +237,7 @@ class _Triton(_Kernel):
         return f"tl.full((), {_python_number(x)}, T)"
 
     def applied(self, name: str, *args: str) -> str:
-        return super().applied(f"words.{name}", *args)
+        return super().applied(f"primitives.{name}", *args)
 
     def quotient(self, above: str, below: str) -> str:
         return self.applied("divide", above, below)
@@ -263,7 +263,7 @@ def triton(traced: Traced) -> str:
         "import triton",
         "import triton.language as tl",
         "",
-        "from fusedloss.backends.triton import words",
+        "from fusedloss.backends.triton import primitives",
         "",
         "",
         "@triton.jit",

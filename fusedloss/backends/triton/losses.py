@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .words import clamp, clamp_min, divide, exp_nonpositive, log1p_finite
+from .primitives import clamp, clamp_min, divide, exp_nonpositive, log1p_finite
 
 # ---- pointwise -----------------------------------------------------------------------------------
 # A loss is a jit function of one element,

@@ -5,7 +5,7 @@ has are used, so not its libdevice.
 
 Where a float32 function is a polynomial, it has the coefficients of the C++ function of its name;
 but logarithms reduce to another interval here, and C++ has tables for AVX-512. Errors are in ULP,
-the largest found in Triton's interpreter, which does not fuse multiply-add; tests/test_triton_words.py
+the largest found in Triton's interpreter, which does not fuse multiply-add; tests/test_triton_primitives.py
 holds them. The functions that a comment calls Triton's own come from the GPU vendor's mathematical
 library, and in the interpreter from NumPy.
 """

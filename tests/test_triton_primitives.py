@@ -18,7 +18,7 @@ mpmath = pytest.importorskip("mpmath")
 import triton
 import triton.language as tl
 
-from fusedloss.backends.triton import runtime, words
+from fusedloss.backends.triton import primitives, runtime
 
 pytestmark = [
     pytest.mark.skipif(FUSED != "triton", reason="FUSEDLOSS_TEST_BACKEND is not triton"),
@@ -30,30 +30,30 @@ INF, NAN = math.inf, math.nan
 
 
 @triton.jit
-def _apply(operands, out, WORD: tl.constexpr, N: tl.constexpr):
+def _apply(operands, out, PRIMITIVE: tl.constexpr, N: tl.constexpr):
     at = tl.arange(0, N)
     numbers = ()
     for k in tl.static_range(len(operands)):
         numbers = numbers + (tl.load(operands[k] + at),)  # type: ignore[assignment]
-    tl.store(out + at, WORD(*numbers))
+    tl.store(out + at, PRIMITIVE(*numbers))
 
 
 @triton.jit
 def _apply_power(x, exponent, value, slope, N: tl.constexpr):
     at = tl.arange(0, N)
     base, e = tl.load(x + at), tl.load(exponent)
-    v = words.power(base, e)
+    v = primitives.power(base, e)
     tl.store(value + at, v)
-    tl.store(slope + at, words.power_slope(base, v, e))
+    tl.store(slope + at, primitives.power_slope(base, v, e))
 
 
-def apply(word: Any, *operands: Tensor) -> Tensor:
+def apply(primitive: Any, *operands: Tensor) -> Tensor:
     n = operands[0].numel()
     size = 1 << (n - 1).bit_length()
     padded = [torch.nn.functional.pad(t, (0, size - n)).to(DEVICE) for t in operands]
     out = torch.empty_like(padded[0])
     with runtime.on_device(out.device):
-        _apply[(1,)](tuple(padded), out, WORD=word, N=size, **runtime.NO_FUSION)
+        _apply[(1,)](tuple(padded), out, PRIMITIVE=primitive, N=size, **runtime.NO_FUSION)
     return out[:n].cpu()
 
 
@@ -146,19 +146,19 @@ ERRORS: dict[str, tuple[Callable[[Any], Any], float, float, float, float]] = {
 
 
 @by_dtype
-@pytest.mark.parametrize("word", ERRORS)
-def test_errors(word: str, dtype: torch.dtype) -> None:
-    truth, *most, low, high = ERRORS[word]
+@pytest.mark.parametrize("primitive", ERRORS)
+def test_errors(primitive: str, dtype: torch.dtype) -> None:
+    truth, *most, low, high = ERRORS[primitive]
     x = spread(dtype, low, high)
     right = [mpmath.nan if math.isnan(at) else truth(mpmath.mpf(at)) for at in x.tolist()]
-    got = apply(getattr(words, word), x)
+    got = apply(getattr(primitives, primitive), x)
     check(got, right, x.tolist(), most[dtype is torch.float64])
 
 
 def test_far_below() -> None:
     """Where e^x is no longer a normal float32."""
     x = torch.tensor([-87.34, -1e4, -1e30, -INF])
-    assert apply(words.exp_nonpositive, x).tolist() == [0.0] * 4
+    assert apply(primitives.exp_nonpositive, x).tolist() == [0.0] * 4
 
 
 def power(x: float, y: float) -> Any:
@@ -209,7 +209,7 @@ def pairs(dtype: torch.dtype) -> dict[str, tuple[list[float], list[float], float
 @pytest.mark.parametrize("kind", pairs(torch.float32))
 def test_pow(kind: str, dtype: torch.dtype) -> None:
     x, y, most = pairs(dtype)[kind]
-    got = apply(words.pow, *(torch.tensor(t, dtype=dtype) for t in (x, y)))
+    got = apply(primitives.pow, *(torch.tensor(t, dtype=dtype) for t in (x, y)))
     points = list(zip(x, y, strict=True))
     check(got, [power(*at) for at in points], points, most)
 
@@ -236,23 +236,23 @@ def test_power(exponent: float, dtype: torch.dtype) -> None:
 
 # The primitive and torch's function: the same bits.
 EXACT: dict[str, tuple[Any, Callable[..., Tensor]]] = {
-    "abs": (words.abs, torch.abs),
-    "sign": (words.sign, torch.sign),
-    "maximum": (words.maximum, torch.maximum),
-    "minimum": (words.minimum, torch.minimum),
-    "divide": (words.divide, torch.div),
-    "clamp_min": (words.clamp_min, lambda x, low: torch.where(x < low, low, x)),
+    "abs": (primitives.abs, torch.abs),
+    "sign": (primitives.sign, torch.sign),
+    "maximum": (primitives.maximum, torch.maximum),
+    "minimum": (primitives.minimum, torch.minimum),
+    "divide": (primitives.divide, torch.div),
+    "clamp_min": (primitives.clamp_min, lambda x, low: torch.where(x < low, low, x)),
 }
 
 
 @by_dtype
-@pytest.mark.parametrize("word", EXACT)
-def test_exact(word: str, dtype: torch.dtype) -> None:
-    ours, theirs = EXACT[word]
+@pytest.mark.parametrize("primitive", EXACT)
+def test_exact(primitive: str, dtype: torch.dtype) -> None:
+    ours, theirs = EXACT[primitive]
     ends = torch.tensor([0.0, -0.0, 1.0, -2.5, 3.0, 1e-30, INF, -INF, NAN], dtype=dtype)
     with torch.device("cpu"):
         operands = torch.cartesian_prod(ends, ends).unbind(1)
-    operands = operands[:1] if word in ("abs", "sign") else operands
+    operands = operands[:1] if primitive in ("abs", "sign") else operands
     got = apply(ours, *operands)
     torch.testing.assert_close(got, theirs(*operands), rtol=0, atol=0, equal_nan=True)
 
@@ -264,5 +264,5 @@ def test_xlogy(dtype: torch.dtype) -> None:
         x, y = torch.cartesian_prod(ends, ends).unbind(1)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(
-        apply(words.xlogy, x, y), torch.xlogy(x, y), rtol=4 * eps, atol=0, equal_nan=True
+        apply(primitives.xlogy, x, y), torch.xlogy(x, y), rtol=4 * eps, atol=0, equal_nan=True
     )
