@@ -17,8 +17,8 @@ from torch import Tensor
 
 from . import runtime
 from .losses import PointwiseLoss
-from .runtime import Divisor, Operand, Pass
 from .primitives import divide
+from .runtime import Divisor, Operand, Pass
 
 # Fixed: a program of 4 warps, 8 elements a thread at a time (16 bytes of half precision), whose
 # registers leave room for several programs on a multiprocessor.
