@@ -316,7 +316,7 @@ def run(
         divisor=divisor,
         nan_if_empty=False,
         gradient=input if no_gradient else do.gradient,
-        sources=Sources(*space.operands[:4], more=tuple(space.operands[4:])),
+        sources=Sources(*space.operands[:4], tuple(space.operands[4:])),
         sizes=space.sizes,
         numel=numel,
         parameters=tuple(map(runtime.halves, parameters)),
