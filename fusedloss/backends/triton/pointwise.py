@@ -301,6 +301,7 @@ def run(
         for t in (input, target, weight, upstream, *more)
     ]
     space = coalesce_dimensions(tensors, class_dim)
+    of_input, of_target, of_weight, of_upstream, *others = space.operands
     divisor = Divisor()
     if do.forward and reduction == 1:
         divisor = _divisor(loss, input, indices, weight, ignore_index)
@@ -316,7 +317,7 @@ def run(
         divisor=divisor,
         nan_if_empty=False,
         gradient=input if no_gradient else do.gradient,
-        sources=Sources(*space.operands[:4], tuple(space.operands[4:])),
+        sources=Sources(of_input, of_target, of_weight, of_upstream, tuple(others)),
         sizes=space.sizes,
         numel=numel,
         parameters=tuple(map(runtime.halves, parameters)),
