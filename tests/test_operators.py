@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -54,6 +55,17 @@ def test_opcheck(family: str) -> None:
             tuple(args),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )
+
+
+@pytest.mark.skipif(NAMESPACE != "fusedloss", reason="Python's autograd refuses it there")
+def test_forward_mode_is_refused() -> None:
+    """A tangent is never dropped without a word."""
+    x, t = torch.rand(2, 5)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, t)
+        for arguments in ((dual, t), (x, dual), (leaf(x), dual)):
+            with pytest.raises(RuntimeError, match="forward-mode"):
+                operators().loss(*arguments, None, [], "mse_loss", [], 0, 1, torch.float32, None)
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
 Tensor differentiable_loss(FUSEDLOSS_PARAMETERS, const OptionalTensor& prediction) {
   const Arguments a{FUSEDLOSS_ARGUMENTS};
   TORCH_CHECK(!input._fw_grad(0).defined() && !target._fw_grad(0).defined(),
-              "fusedloss: the operator has no forward-mode derivative");
+              "fusedloss: the operator has no forward-mode derivative: call the function instead");
   if (wants_gradient(input) || wants_gradient(target)) {
     const LossInfo& info = known_loss(loss);
     const bool of_target = target.requires_grad() && info.target_gradient;
