@@ -48,7 +48,7 @@ struct Call {
   int64_t ignore_index = -100;
   int64_t numel = 0;
   Space space;
-  // Of a row loss, weight is (classes), of the compute type, and upstream (outer, inner).
+  // A row loss has weight (classes), of the compute type, and upstream (outer, inner).
   Operand input, target, weight, pos_weight;
   Operand upstream;  // reduction "none": a factor of each element's, or each row's, gradient
   // Label smoothing with a weight: the weight's sum, in the engine's memory.

@@ -19,8 +19,9 @@ from torch import Tensor
 import fusedloss
 import fusedloss.functional as FL
 from cases import LOSSES, at_shape
-from fusedloss import _dispatch, custom, reference
+from fusedloss import _dispatch, reference
 from fusedloss import math as fm
+from fusedloss.custom import loss as custom
 from helpers import (
     FOR_A_GPU,
     assert_same_bits,

@@ -53,7 +53,7 @@ class Operands {
 
   // Contiguous; undefined where the target is not class indices.
   const at::Tensor& indices() const { return indices_; }
-  // Of classes, contiguous and of the type that the call computes in; undefined: none.
+  // The classes' weight, contiguous and of the type that the call computes in; undefined: none.
   const at::Tensor& class_weight() const { return class_weight_; }
 
  private:
