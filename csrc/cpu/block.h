@@ -16,14 +16,6 @@ namespace fusedloss::cpu {
 
 namespace CPU_CAPABILITY {
 
-// What a loop is compiled for. kFactor: a factor per element is applied. Custom losses always
-// compile it in (the pointer may be null), so that they have fewer loops.
-template <bool sum, bool value, bool gradient, bool target_gradient, bool factor>
-struct Wanted {
-  static constexpr bool kSum = sum, kValue = value, kGradient = gradient,
-                        kTargetGradient = target_gradient, kFactor = factor;
-};
-
 // What every gradient element is multiplied by: a rounded number and its residual, so that only the
 // product is rounded. The residual has the same sign and is not 0: infinity times it stays
 // infinity.
@@ -51,22 +43,23 @@ FUSEDLOSS_HD Vec<T> operator*(Vec<T> slope, Scale<T> scale) {
 // How many registers a loop computes side by side: only one in a custom loss's rare loops, which
 // take long to compile, and in every loop of a built-in loss without AVX, where more would change
 // the order in which a sum adds floats.
-template <class Loss, class Want>
+template <class Loss, int outputs>
 constexpr int kWidth =
 #if defined(CPU_CAPABILITY_DEFAULT)
-    Loss::kCustom && !Want::kFactor ? Loss::kUnroll : 1;
+    Loss::kCustom && !(outputs & kFactor) ? Loss::kUnroll : 1;
 #else
-    Loss::kCustom && Want::kFactor ? 1 : Loss::kUnroll;
+    Loss::kCustom && (outputs & kFactor) ? 1 : Loss::kUnroll;
 #endif
 
-// The elements from `begin` to `end`, kStep registers at a time, of which the last may hold fewer
-// elements only where kStep is 1. All are loaded before one is stored: otherwise none could be
-// computed beside another, and each is one long chain of instructions that wait for each other.
-// loss and run are copies: through a reference, members would be loaded again after each store.
-template <int kStep, class Want, class Loss, class T>
+// Computes the `outputs` of the elements from `begin` to `end`, kStep registers at a time, of which
+// the last may hold fewer elements only where kStep is 1. All are loaded before one is stored:
+// otherwise none could be computed beside another, and each is one long chain of instructions that
+// wait for each other. loss and run are copies: through a reference, members would be loaded again
+// after each store.
+template <int kStep, int outputs, class Loss, class T>
 Sum pass(Loss loss, Run<T> run, Scale<T> scale, int64_t begin, int64_t end, Mask<T>& all_valid) {
   constexpr int64_t kLanes = Vec<T>::size();
-  const bool has_factor = Want::kFactor && (!Loss::kCustom || run.factor);
+  const bool has_factor = (outputs & kFactor) && (!Loss::kCustom || run.factor);
   RegisterSum<T> sum;
   Mask<T> valid = all_valid;
   for (int64_t i = begin; i < end; i += kStep * kLanes) {
@@ -98,44 +91,44 @@ Sum pass(Loss loss, Run<T> run, Scale<T> scale, int64_t begin, int64_t end, Mask
       auto at = eval(u);
       if (has_factor) at = at * factors[u];
       value[u] = at.value;
-      if constexpr (Want::kGradient) gradient[u] = at.gradient(scale);
-      if constexpr (Want::kTargetGradient) target_gradient[u] = at.target_gradient(scale);
+      if constexpr (outputs & kGradient) gradient[u] = at.gradient(scale);
+      if constexpr (outputs & kTargetGradient) target_gradient[u] = at.target_gradient(scale);
     });
     unrolled<kStep>([&](auto u) __attribute__((always_inline)) {
       const int64_t k = i + u * kLanes;
-      if constexpr (Loss::kUnitInterval && (Want::kSum || Want::kValue)) {
+      if constexpr (Loss::kUnitInterval && (outputs & (kSum | kValue))) {
         // x (1 - x) >= 0 exactly where 0 <= x <= 1.
         const Vec<T> zero(0), one(1);
         const auto x_fits = zero <= x[u] * (one - x[u]), y_fits = zero <= y[u] * (one - y[u]);
         valid = logical_and(valid, logical_and(x_fits, y_fits));
       }
-      if constexpr (Want::kValue) store(value[u], run.value + k);
-      if constexpr (Want::kGradient) store(gradient[u], run.gradient + k);
-      if constexpr (Want::kTargetGradient) store(target_gradient[u], run.target_gradient + k);
+      if constexpr (outputs & kValue) store(value[u], run.value + k);
+      if constexpr (outputs & kGradient) store(gradient[u], run.gradient + k);
+      if constexpr (outputs & kTargetGradient) store(target_gradient[u], run.target_gradient + k);
     });
-    if constexpr (Want::kSum) {
+    if constexpr (outputs & kSum) {
       if (!full) value[0] = Vec<T>::set(Vec<T>(0), value[0], count);
       sum.add(value);
     }
   }
   all_valid = valid;
   Sum total;
-  if constexpr (Want::kSum) sum.add_to(total);
+  if constexpr (outputs & kSum) sum.add_to(total);
   return total;
 }
 
-template <class Want, class Loss, class T>
+template <int outputs, class Loss, class T>
 double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
              [[maybe_unused]] bool& in_unit) {
   const Scale<T> scale(gradient_scale * Loss::kSlopeUnit);
-  constexpr int kStep = kWidth<Loss, Want>;
+  constexpr int kStep = kWidth<Loss, outputs>;
   Mask<T> valid = Vec<T>(0) == Vec<T>(0);
   const int64_t whole = n - n % (kStep * Vec<T>::size());
-  Sum sum = pass<kStep, Want>(loss, run, scale, 0, whole, valid);
-  if (whole < n) sum.add(pass<1, Want>(loss, run, scale, whole, n, valid));
+  Sum sum = pass<kStep, outputs>(loss, run, scale, 0, whole, valid);
+  if (whole < n) sum.add(pass<1, outputs>(loss, run, scale, whole, n, valid));
   // A few floats, added up as floats, can give infinity or nan where their mean is a number.
   if (kStep > 1 && !std::isfinite(sum.value())) {
-    sum = pass<1, Want>(loss, run, scale, 0, n, valid);
+    sum = pass<1, outputs>(loss, run, scale, 0, n, valid);
   }
   if constexpr (Loss::kUnitInterval) in_unit = in_unit && valid.all();
   return sum.value();

@@ -34,50 +34,43 @@ bool is_usual(const Loss& loss) {
                      [&](const Usual& u) { return loss.constants[u.constant] == u.number; });
 }
 
-template <class Loss, class Want, class T>
+template <class Loss, int outputs, class T>
 double run_block(const double* constants, const Run<T>* run, double scale, int64_t n,
                  bool* in_unit) {
   if constexpr (!Loss::kCustom) {
-    return block<Want>(Loss{{Loss::kParameters ? constants[0] : 0}}, *run, scale, n, *in_unit);
+    return block<outputs>(Loss{{Loss::kParameters ? constants[0] : 0}}, *run, scale, n, *in_unit);
   } else {
     Loss loss;
     std::copy_n(constants, Loss::kConstants, loss.constants);
     // A sum without factors, of floats, is what trains and validates: with usual numbers it is
     // fast.
-    if constexpr (Want::kSum && std::is_same_v<T, float>) {
+    if constexpr ((outputs & kSum) && std::is_same_v<T, float>) {
       if (!run->factor && is_usual(loss)) {
-        using Plain = Wanted<true, false, Want::kGradient, Want::kTargetGradient, false>;
-        return block<Plain>(UsualLoss<Loss>(loss), *run, scale, n, *in_unit);
+        return block<outputs & ~kFactor>(UsualLoss<Loss>(loss), *run, scale, n, *in_unit);
       }
     }
-    return block<Want>(loss, *run, scale, n, *in_unit);
+    return block<outputs>(loss, *run, scale, n, *in_unit);
   }
 }
 
-// The outputs of a block, as the bits of its number. A custom loss's block takes a factor or none,
-// so that there are fewer of them to compile.
+// A custom loss has one block for calls with and without a factor, so that there are fewer to
+// compile.
 template <class Loss, int outputs, class T>
 constexpr void add(Block<T> (&blocks)[kBlocks]) {
-  using Want = Wanted<(outputs & kSum) != 0, (outputs & kValue) != 0, (outputs & kGradient) != 0,
-                      (outputs & kTargetGradient) != 0, Loss::kCustom || (outputs & kFactor) != 0>;
-  blocks[outputs] = &run_block<Loss, Want, T>;
-}
-template <class Loss, int outputs, class T>
-constexpr void add_with_factor(Block<T> (&blocks)[kBlocks]) {
-  add<Loss, outputs>(blocks);
-  add<Loss, outputs | kFactor>(blocks);
+  blocks[outputs] = &run_block < Loss, Loss::kCustom ? outputs | kFactor : outputs, T > ;
+  blocks[outputs | kFactor] = &run_block<Loss, outputs | kFactor, T>;
 }
 template <class Loss, class T>
 constexpr void fill(Block<T> (&blocks)[kBlocks]) {
-  add_with_factor<Loss, kSum>(blocks);
-  add_with_factor<Loss, kSum | kGradient>(blocks);
-  add_with_factor<Loss, kValue>(blocks);
-  add_with_factor<Loss, kGradient>(blocks);
+  add<Loss, kSum>(blocks);
+  add<Loss, kSum | kGradient>(blocks);
+  add<Loss, kValue>(blocks);
+  add<Loss, kGradient>(blocks);
   if constexpr (Loss::kCustom) {
-    add_with_factor<Loss, kSum | kTargetGradient>(blocks);
-    add_with_factor<Loss, kSum | kGradient | kTargetGradient>(blocks);
-    add_with_factor<Loss, kTargetGradient>(blocks);
-    add_with_factor<Loss, kGradient | kTargetGradient>(blocks);
+    add<Loss, kSum | kTargetGradient>(blocks);
+    add<Loss, kSum | kGradient | kTargetGradient>(blocks);
+    add<Loss, kTargetGradient>(blocks);
+    add<Loss, kGradient | kTargetGradient>(blocks);
   }
 }
 
