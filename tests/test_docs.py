@@ -259,9 +259,11 @@ def test_numerics_of_hard_inputs(numerics: ModuleType, monkeypatch: pytest.Monke
     monkeypatch.setattr(numerics, "MANY_CLASSES", 100)
     rows = numerics.measure_hard()
     assert len(rows) == sum(len(hard.dtypes) for hard in numerics.HARD)
+    # Confident rows: x - max is between 32 and 64, and half its last place is up to 32 ULP of its
+    # exponential.
     for row in rows:
         for column in ("element", "mean"):
-            assert min(row["ours"][column], row["torch"][column]) < 16, row
+            assert min(row["ours"][column], row["torch"][column]) < 32, row
     text = numerics.figures.errors({"hard": rows}, "hard")
     assert text.count("\n") == len(rows) + 4
     assert "| confident rows | `cross_entropy` | bfloat16 | 0.50 |" in text
