@@ -57,8 +57,9 @@ double run_block(const double* constants, const Run<T>* run, double scale, int64
 // compile.
 template <class Loss, int outputs, class T>
 constexpr void add(Block<T> (&blocks)[kBlocks]) {
-  blocks[outputs] = &run_block < Loss, Loss::kCustom ? outputs | kFactor : outputs, T > ;
-  blocks[outputs | kFactor] = &run_block<Loss, outputs | kFactor, T>;
+  constexpr int with_factor = outputs | kFactor, alone = Loss::kCustom ? with_factor : outputs;
+  blocks[outputs] = &run_block<Loss, alone, T>;
+  blocks[with_factor] = &run_block<Loss, with_factor, T>;
 }
 template <class Loss, class T>
 constexpr void fill(Block<T> (&blocks)[kBlocks]) {

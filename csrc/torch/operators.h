@@ -25,7 +25,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 inline int64_t class_dim(const at::Tensor& input) { return input.dim() > 1 ? 1 : 0; }
 
-// They as one value. dtype is the loss's; the kernels compute in it, or in float32.
+// These arguments as one value. dtype is the loss's; the kernels compute in it, or in float32.
 struct Arguments {
   const at::Tensor &input, &target;
   const OptionalTensor& weight;
@@ -35,7 +35,7 @@ struct Arguments {
   int64_t ignore_index, reduction;
   at::ScalarType dtype;
 
-  // operator(before..., they, after...)
+  // Calls an operator that takes others before and after these arguments.
   template <class Operator, class... Before, class... After>
   auto call(const Operator& op, const std::tuple<Before...>& before, const After&... after) const {
     return std::apply(
