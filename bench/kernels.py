@@ -93,8 +93,9 @@ class Kernels(Speed):
         def clock(step: Step, _: float) -> Callable[[], float]:
             step()
             name = names[step]
-            # The profiler sees operators only, and the compiled copy is none.
-            seen = labelled(step, name) if name == "limit" and case.device == "cpu" else step
+            # The profiler sees operators only, and the compiled copies are none.
+            copies = name.startswith("limit") and case.device == "cpu"
+            seen = labelled(step, name) if copies else step
 
             def seconds() -> float:
                 self.parts[name] = parts = profiled(seen, case.device)
@@ -125,6 +126,8 @@ def measure(case: Case, late: Problem | None, kernels: Kernels) -> list[dict[str
         return [without("ours", describe(error))]
     rows: list[dict[str, Any]] = []
     for name, seconds in row.samples.items():
+        step = row.limit_by if name == "limit" else name
+        assert step is not None
         low, median, high = quantiles(seconds, row.samples["limit"])
         rows.append(
             {
@@ -133,7 +136,7 @@ def measure(case: Case, late: Problem | None, kernels: Kernels) -> list[dict[str
                 "least_bytes": case.least_bytes,
                 "seconds": seconds,
                 "limit": {"median": median, "low": low, "high": high},
-                "parts": [part._asdict() for part in kernels.parts[name]],
+                "parts": [part._asdict() for part in kernels.parts[step]],
             }
         )
     return rows + [without(name, problem) for name, problem in row.problems.items()]

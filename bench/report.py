@@ -273,9 +273,10 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 _LIMIT_CPU = (
-    "It is the fastest of three copies into memory that is prepared as ours is (huge pages from 32 MiB "
-    "on): compiled with ordinary stores, with streaming stores, or PyTorch's own `add` or `copy_`; the "
-    'JSON names it, and also has PyTorch\'s copy into new memory ("copy").'
+    "It is the fastest copy of each round: compiled with ordinary stores or with streaming stores, or "
+    "PyTorch's own `add` or `copy_`, each into memory that is prepared as ours is (huge pages from 32 "
+    'MiB on), or PyTorch\'s copy into new memory ("copy"). The JSON names the copy that was the '
+    "fastest most often."
 )
 _LIMIT_GPU = "It is PyTorch's own operator, `torch.add` or `clone`."
 _ABOUT_CPU = """\
