@@ -28,6 +28,7 @@ from .measure import (
     contestants,
     describe,
     one_by_one,
+    share_limits,
 )
 
 ROUNDS, QUICK_ROUNDS = 25, 7
@@ -106,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(report.caveat())
 
     rows = run(cases, rounds, compile_seconds, arguments.peers, arguments.seconds)
+    share_limits(rows)
     about = report.environment(command(*argv), rounds, arguments.device)
     print(f"\n{report.tables(rows)}\n{report.summary(rows)}\n")
     if about["caveat"]:

@@ -278,11 +278,33 @@ def join_limit(samples: dict[str, list[float]]) -> str | None:
     found = {name: samples[name] for name in samples if name == "copy" or name.startswith("limit")}
     if not found:
         return None
-    for name in found.keys() - {"copy"}:
+    for name in found:
         del samples[name]
     rounds = np.array(list(found.values()))
     samples["limit"] = rounds.min(axis=0).tolist()
+    if "copy" in found:
+        samples["copy"] = found["copy"]
     return list(found)[np.bincount(rounds.argmin(axis=0)).argmax()]
+
+
+def share_limits(rows: Iterable[Row]) -> None:
+    """Gives the cases of a run that move the same bytes the fastest limit among theirs.
+
+    A copy's speed is the machine's and not the loss's. Each case has copies of its own only because
+    the machine changes: one that was slow throughout would be a limit that ours exceeds.
+    """
+    alike: dict[tuple[str, int, int], list[Row]] = {}
+    for row in rows:
+        if "limit" in row.samples:
+            elements = math.prod(row.case.shape)
+            key = row.case.device, row.case.least_bytes, elements
+            alike.setdefault(key, []).append(row)
+    for group in alike.values():
+        fastest = min(group, key=lambda row: np.median(row.samples["limit"]))
+        seconds = float(np.median(fastest.samples["limit"]))
+        for row in group:
+            row.samples["limit"] = [seconds] * len(row.samples["limit"])
+            row.limit_by = fastest.limit_by
 
 
 def make_step(case: Case, contestant: str, x: Tensor, t: Tensor) -> Step:

@@ -276,7 +276,7 @@ _LIMIT_CPU = (
     "It is the fastest copy of each round: compiled with ordinary stores or with streaming stores, or "
     "PyTorch's own `add` or `copy_`, each into memory that is prepared as ours is (huge pages from 32 "
     'MiB on), or PyTorch\'s copy into new memory ("copy"). The JSON names the copy that was the '
-    "fastest most often."
+    "fastest most often. Cases that move the same bytes share the fastest median among theirs."
 )
 _LIMIT_GPU = "It is PyTorch's own operator, `torch.add` or `clone`."
 _ABOUT_CPU = """\

@@ -351,6 +351,22 @@ def test_limit_is_the_fastest_copy_of_each_round():
     assert measure.join_limit({"ours": [1.0]}) is None
 
 
+def test_cases_of_the_same_traffic_share_the_fastest_limit():
+    def row(name, limit, ours):
+        samples = {"ours": ours, "limit": limit}
+        return measure.Row(TINY[name], "s", samples, limit_by=f"limit of {name}")
+
+    slow, fast = row("mse", [3.0, 1.0, 4.0], [4.0, 4.0, 4.0]), row("own", [2.0, 9.0, 1.0], [3.0] * 3)
+    other = row("ce", [7.0], [8.0])  # of class indices: two tensors
+    unmeasured = measure.Row(TINY["mse"], "s", {"ours": [1.0]})
+    measure.share_limits([slow, other, fast, unmeasured])
+    assert slow.samples == {"ours": [4.0] * 3, "limit": [2.0] * 3}
+    assert fast.samples["limit"] == [2.0] * 3
+    assert slow.limit_by == fast.limit_by == "limit of own"
+    assert other.samples["limit"] == [7.0] and other.limit_by == "limit of ce"
+    assert unmeasured.samples == {"ours": [1.0]}
+
+
 def test_limit_without_a_compiler(monkeypatch, run):
     monkeypatch.setenv("CXX", "/no/such/compiler")
     limit.library.cache_clear()
