@@ -22,6 +22,6 @@ cudaError_t custom(const Call& call, const Launch& launch) {
     static constexpr fusedloss::cuda::CustomKernel kernel{                               \
         fusedloss::cuda::kCustomVersion,                                                 \
         LOSS::kParameters,                                                               \
-        {&fusedloss::cuda::pointwise_workspace_bytes, &fusedloss::cuda::custom<LOSS>}};  \
+        &fusedloss::cuda::custom<LOSS>};                                                 \
     return &kernel;                                                                      \
   }

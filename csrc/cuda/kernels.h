@@ -4,7 +4,10 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+
 #include "../call.h"
+#include "sizes.h"
 
 namespace fusedloss::cuda {
 
@@ -21,6 +24,23 @@ struct Fault {
   int64_t classes;
 };
 
+// What the divisor of a mean over class indices is made of: the number of indices that are not
+// ignored, or the sum of their weights. An index out of range counts as ignored.
+struct ClassWeights {
+  const int64_t* indices = nullptr;  // (n); null: the divisor is known
+  int64_t n = 0, classes = 0, ignore_index = -100;
+  const void* weight = nullptr;  // (classes), float or double; null: 1
+  bool weight_is_double = false;
+  int64_t slices = 0, slice_size = 0;  // the units of work; divide_into_slices() sets them
+
+  // A slice is what a block reads in one go, and there are no more than a block can add up so.
+  void divide_into_slices() {
+    constexpr int64_t kSliceSize = 1024;
+    slices = std::min((n + kSliceSize - 1) / kSliceSize, kMaxSlices);
+    slice_size = slices > 0 ? (n + slices - 1) / slices : 0;
+  }
+};
+
 // What a kernel needs besides the call.
 struct Launch {
   Pass pass = Pass::kValue;
@@ -34,6 +54,7 @@ struct Launch {
   // the mean's divisor. Forward writes them and backward reads them.
   double* forward_state = nullptr;
   double normalizer = 1;  // for forward_state[1]; nan: the divisor is there already
+  ClassWeights class_weights;  // forward: what to divide by instead
 
   // (2): the predicted upstream gradient, and the confidence in it. Forward reads them and backward
   // updates them, while kernels on other streams may do the same: each number is read and written
@@ -44,43 +65,32 @@ struct Launch {
   bool fresh = false;  // backward: the gradient is a new buffer; forward_state does not describe it
 
   Fault* fault = nullptr;     // its address on the device
-  void* workspace = nullptr;  // (workspace_bytes()) of device memory, uninitialised
+  void* workspace = nullptr;  // (workspace_bytes()) of device memory, if there is a loss
   cudaStream_t stream = nullptr;
 };
 
-struct Kernel {
-  size_t (*workspace_bytes)(const Call& call);
-  cudaError_t (*run)(const Call& call, const Launch& launch);
-};
-// Those of the built-in losses, in the order of the table of losses.
-extern const Kernel* const kernels;
+// A kernel's workspace begins with counters, which are 0 before and after each launch. Kernels of
+// one stream may share one.
+constexpr size_t kWorkspaceCounterBytes = 16;
+size_t workspace_bytes();  // on the current device
 
-size_t rows_workspace_bytes(const Call& call);
-cudaError_t cross_entropy(const Call& call, const Launch& launch);
+using Kernel = cudaError_t(const Call& call, const Launch& launch);
+// Those of the built-in losses, in the order of the table of losses.
+extern Kernel* const* const kernels;
+
+Kernel cross_entropy;
 
 // The version of this file and call.h. A library of another version is not run.
-constexpr int32_t kCustomVersion = 2;
+constexpr int32_t kCustomVersion = 3;
 
 // What the library of a custom loss offers.
 struct CustomKernel {
   int32_t version;
   int32_t parameters;  // how many
-  Kernel kernel;
+  Kernel* kernel;
 };
 
 // The library's one symbol, of type const CustomKernel* ().
 #define FUSEDLOSS_CUSTOM_CUDA_ENTRY fusedloss_custom_cuda_kernel
-
-// Writes the divisor of a mean over class indices to *sum: how many indices are not ignored, or the
-// sum of their weights; nan in place of 0. An index out of range counts as ignored.
-struct ClassWeights {
-  const int64_t* indices = nullptr;  // (n)
-  int64_t n = 0, classes = 0, ignore_index = -100;
-  const void* weight = nullptr;  // (classes), float or double; null: 1
-  bool weight_is_double = false;
-  double* sum = nullptr;
-};
-size_t workspace_bytes(const ClassWeights& call);
-cudaError_t sum_class_weights(const ClassWeights& call, const Launch& launch);
 
 }  // namespace fusedloss::cuda

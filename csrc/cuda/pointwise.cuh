@@ -203,9 +203,8 @@ constexpr int kMinBlocksPerSM = kPlain ? kBlocksPerSM : (Loss::kCustom ? 2 : 1);
 template <class Loss, class D, bool kPlain>
 __global__ void __launch_bounds__(kThreads, kMinBlocksPerSM<Loss, kPlain>)
     pointwise_vectorized(const VectorizedCall<Loss, D> c, const Launch l) {
-  const GradientScale s = GradientScale::of_block(l);
-  update_predictor(l, s);
-  if (can_skip(l, s)) return;
+  if (is_done(l)) return;
+  const GradientScale s = gradient_scale<Loss::kIndexed>(l);
   const VectorizedThread<Loss, D, kPlain> thread{c, l, s};
   double total = 0;
   if (blockIdx.x == 0) {
@@ -264,9 +263,8 @@ __device__ T load(const Operand& op, const Call& c, int64_t linear, const Coordi
 template <class Loss, class T>
 __global__ void __launch_bounds__(kThreads)
     pointwise_strided(const Loss loss, const Call c, const Launch l) {
-  const GradientScale s = GradientScale::of_block(l);
-  update_predictor(l, s);
-  if (can_skip(l, s)) return;
+  if (is_done(l)) return;
+  const GradientScale s = gradient_scale<Loss::kIndexed>(l);
   const T scale = static_cast<T>(s.scale * Loss::kSlopeUnit);
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   double total = 0;
@@ -375,16 +373,9 @@ bool launch_vectorized(const Loss& loss, const Call& call, const Launch& launch,
   return false;
 }
 
-inline size_t pointwise_workspace_bytes(const Call& call) {
-  return GridSumWorkspace::bytes(pointwise_blocks(call.numel));
-}
-
 template <class Loss>
 cudaError_t run_pointwise(const Loss& loss, const Call& call, const Launch& launch) {
   const auto blocks = static_cast<unsigned>(pointwise_blocks(call.numel));
-  if (launch.loss) {
-    if (const cudaError_t error = zero_ticket(launch, blocks); error != cudaSuccess) return error;
-  }
   const bool launched = with_type(call.input.dtype, [&](auto tag) {
     return launch_vectorized<Loss, decltype(tag)>(loss, call, launch, blocks);
   });

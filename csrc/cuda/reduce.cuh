@@ -1,5 +1,4 @@
-// Sums over a block and over a grid, with the same bits on every run; and how the host prepares
-// them.
+// Sums over a block and over a grid, with the same bits on every run.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -30,32 +29,49 @@ __device__ inline bool same_sign_and_value(double a, double b) {
   return a == b && signbit(a) == signbit(b);
 }
 
-// Device memory of grid_sum: a ticket counter, zeroed before the launch, and a part per block.
-struct GridSumWorkspace {
-  unsigned* ticket;
-  double2* parts;  // (blocks): the block's sum and its tag
+// A launch's device memory. The block that finishes last leaves the counters 0 for the next launch.
+struct GridWorkspace {
+  struct Counters {
+    unsigned blocks_done, next_slice, slices_done, unused;
 
-  __host__ __device__ explicit GridSumWorkspace(void* p)
-      : ticket(static_cast<unsigned*>(p)), parts(static_cast<double2*>(p) + 1) {}
-  static size_t bytes(int64_t blocks) { return blocks > 1 ? (blocks + 1) * sizeof(double2) : 0; }
+    __device__ void reset() {
+      next_slice = slices_done = 0;
+      atomicExch(&blocks_done, 0u);  // other blocks have counted without a fence behind it
+    }
+  };
+  static_assert(sizeof(Counters) == kWorkspaceCounterBytes);
+  Counters* counters;
+  double* slice_sums;  // (kMaxSlices)
+  double2* parts;      // (blocks): the block's sum and its tag
+
+  __device__ explicit GridWorkspace(void* p)
+      : counters(static_cast<Counters*>(p)),
+        slice_sums(reinterpret_cast<double*>(counters + 1)),
+        parts(reinterpret_cast<double2*>(slice_sums + kMaxSlices)) {}
+  static size_t bytes(int64_t blocks) {
+    return sizeof(Counters) + kMaxSlices * sizeof(double) + blocks * sizeof(double2);
+  }
 };
 
 // The sum of x over the grid's threads. True in the one thread that has it: every block stores its
 // part, and the last one to finish adds them in order. There `tag` becomes nan unless all blocks
 // passed the same one.
-__device__ inline bool grid_sum(double& x, double& tag, void* workspace) {
+__device__ inline bool grid_sum(double& x, double& tag, const GridWorkspace& w) {
   x = block_sum(x);
-  if (gridDim.x == 1) return threadIdx.x == 0;
-  const GridSumWorkspace w(workspace);
+  if (gridDim.x == 1) {
+    if (threadIdx.x == 0) w.counters->reset();
+    return threadIdx.x == 0;
+  }
   __shared__ bool last;
   if (threadIdx.x == 0) {
     w.parts[blockIdx.x] = make_double2(x, tag);
     __threadfence();  // the part before the ticket
-    last = atomicAdd(w.ticket, 1u) == gridDim.x - 1;
+    last = atomicAdd(&w.counters->blocks_done, 1u) == gridDim.x - 1;
   }
   __syncthreads();
   if (!last) return false;
   __threadfence();  // the tickets before their parts
+  if (threadIdx.x == 0) w.counters->reset();
   x = 0;
   bool agreed = true;
   for (unsigned b = threadIdx.x; b < gridDim.x; b += blockDim.x) {
@@ -77,12 +93,6 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&value, attribute, device);
   return value;
-}
-
-// Zeroes grid_sum's ticket counter, if the grid needs one.
-inline cudaError_t zero_ticket(const Launch& l, int64_t blocks) {
-  if (blocks == 1) return cudaSuccess;
-  return cudaMemsetAsync(GridSumWorkspace(l.workspace).ticket, 0, sizeof(unsigned), l.stream);
 }
 
 }  // namespace fusedloss::cuda

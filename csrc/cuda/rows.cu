@@ -116,19 +116,10 @@ cudaError_t run_rows(const fusedloss::RowsCall& call, const Launch& launch, cons
 
 }  // namespace
 
-size_t rows_workspace_bytes(const Call& call) {
-  return with_plan(fusedloss::RowsCall(call),
-                   [](auto, const RowsPlan& plan) { return GridSumWorkspace::bytes(plan.blocks); });
-}
-
 cudaError_t cross_entropy(const Call& call, const Launch& launch) {
   const fusedloss::RowsCall rows(call);
   return with_plan(rows, [&](auto tag, const RowsPlan& plan) {
     using D = decltype(tag);
-    if (launch.loss) {
-      const cudaError_t error = zero_ticket(launch, plan.blocks);
-      if (error != cudaSuccess) return error;
-    }
     return has_hard_targets(rows) ? run_rows<CrossEntropyRow<D, true>>(rows, launch, plan)
                                   : run_rows<CrossEntropyRow<D, false>>(rows, launch, plan);
   });

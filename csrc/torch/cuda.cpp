@@ -4,6 +4,7 @@
 #include <ATen/ops/eq.h>
 #include <ATen/ops/masked_fill.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -13,6 +14,7 @@
 #include <atomic>
 #include <functional>
 #include <limits>
+#include <map>
 #include <mutex>
 #include <sstream>
 #include <unordered_map>
@@ -139,6 +141,28 @@ Tensor outside_of_capture(const at::Device& device, const std::function<Tensor()
 
 namespace {
 
+// ---- workspaces ---------------------------------------------------------------------------------
+
+// A stream's kernels run one after the other, so they share one, which is never freed. A graph that
+// is being captured may run beside its stream later, and has one for each of its kernels.
+Tensor workspace_of(cudaStream_t stream, const at::Device& device) {
+  const auto options = at::TensorOptions(device).dtype(at::kByte);
+  const auto bytes = static_cast<int64_t>(cuda::workspace_bytes());
+  if (is_captured(stream)) {
+    Tensor workspace = at::empty({bytes}, options);
+    check(cudaMemsetAsync(workspace.mutable_data_ptr(), 0, cuda::kWorkspaceCounterBytes, stream));
+    return workspace;
+  }
+  unsigned long long id = 0;  // no later stream has it, as a later one may have the same handle
+  check(cudaStreamGetId(stream, &id));
+  static std::mutex mutex;
+  static auto& known = *new std::map<std::pair<c10::DeviceIndex, unsigned long long>, Tensor>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Tensor& workspace = known[{device.index(), id}];
+  if (!workspace.defined()) workspace = at::zeros({bytes}, options);
+  return workspace;
+}
+
 // ---- calls --------------------------------------------------------------------------------------
 
 // A call on the device and the current stream of its input. Memory that it drops lasts until its
@@ -208,16 +232,15 @@ struct CudaEngine {
     launch_.normalizer = static_cast<double>(a.input.numel());
     if (info.mean == Mean::kWeights && present(a.weight)) {
       state.select(0, 1).copy_(a.weight->sum(at::kDouble));
-      divide_by_what_is_there();
+      launch_.normalizer = std::numeric_limits<double>::quiet_NaN();
     } else if (info.mean == Mean::kRows) {
       launch_.normalizer /= static_cast<double>(a.classes());
       if (a.indices()) divide_by_class_weights();
     }
   }
 
-  // A kernel counts them, into the second number of the state.
   void divide_by_class_weights() {
-    cuda::ClassWeights count;
+    cuda::ClassWeights& count = launch_.class_weights;
     count.indices = operands_.indices().const_data_ptr<int64_t>();
     count.n = operands_.indices().numel();
     count.classes = a.classes();
@@ -226,13 +249,10 @@ struct CudaEngine {
       count.weight = weight.const_data_ptr();
       count.weight_is_double = a.in_double();
     }
-    count.sum = launch_.forward_state + 1;
-    launch(cuda::workspace_bytes(count), [&] { return cuda::sum_class_weights(count, launch_); });
-    divide_by_what_is_there();
+    count.divide_into_slices();
   }
-  void divide_by_what_is_there() { launch_.normalizer = std::numeric_limits<double>::quiet_NaN(); }
 
-  const cuda::Kernel& kernel() const {
+  cuda::Kernel* kernel() const {
     if (!info.custom()) return cuda::kernels[info.number];
     const cuda::CustomKernel* custom = info.cuda;
     TORCH_CHECK(custom, "fusedloss: no CUDA kernel of the loss '", a.loss,
@@ -243,19 +263,12 @@ struct CudaEngine {
   void run(const Gradients& gradients) {
     write_to(call_.gradient, gradients[0]);
     write_to(call_.target_gradient, gradients[1]);
-    const cuda::Kernel& kernel = this->kernel();
-    launch(launch_.loss ? kernel.workspace_bytes(call_) : 0,
-           [&] { return kernel.run(call_, launch_); });
-  }
-
-  template <class Kernels>
-  void launch(size_t bytes, const Kernels& kernels) {
     Tensor workspace;
-    if (bytes > 0) {
-      workspace = at::empty({static_cast<int64_t>(bytes)}, a.input.options().dtype(at::kByte));
+    if (launch_.loss) {
+      workspace = workspace_of(stream_, a.input.device());
       launch_.workspace = workspace.mutable_data_ptr();
     }
-    check(kernels());
+    check(kernel()(call_, launch_));
   }
 
   c10::cuda::CUDAGuard guard_;

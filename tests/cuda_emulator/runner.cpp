@@ -58,8 +58,6 @@ class Calls {
         run_built_in();
       } else if (engine == "custom") {
         run_custom();
-      } else if (engine == "class_weights") {
-        run_class_weights();
       } else if (engine == "teach") {
         teach();
       } else {
@@ -123,6 +121,14 @@ class Calls {
     launch.grad_output_dtype = dtype();
     launch.fresh = integer();
     launch.fault = pointer<cuda::Fault>();
+    cuda::ClassWeights& count = launch.class_weights;
+    count.indices = pointer<int64_t>();
+    count.n = integer();
+    count.classes = integer();
+    count.ignore_index = integer();
+    count.weight = pointer<void>();
+    count.weight_is_double = integer();
+    count.divide_into_slices();
     return launch;
   }
 
@@ -163,17 +169,23 @@ class Calls {
     emulator::meanwhile(lessons_.prediction ? give_lesson : nullptr);
   }
 
-  template <class Engine, class Call>
-  static void run(Engine&& engine, const Call& call, size_t workspace_bytes, cuda::Launch launch) {
-    launch.workspace = allocate(workspace_bytes);
+  // One workspace for all launches, as for those of a stream.
+  static void run(cuda::Kernel* kernel, const Call& call, cuda::Launch launch) {
+    static char* const workspace = [] {
+      char* const memory = allocate(cuda::workspace_bytes());
+      return static_cast<char*>(memset(memory, 0, cuda::kWorkspaceCounterBytes));
+    }();
+    if (launch.loss) launch.workspace = workspace;
     fault_ = launch.fault;
     emulator::host_watches(look);
-    const cudaError_t error = engine(call, launch);
+    const cudaError_t error = kernel(call, launch);
     require(error == cudaSuccess, cudaGetErrorString(error));
-    free(launch.workspace);
+    const bool zero = std::all_of(workspace, workspace + cuda::kWorkspaceCounterBytes,
+                                  [](char byte) { return byte == 0; });
+    require(zero, "a kernel leaves counters that are not 0");
   }
 
-  void run(const cuda::Kernel& kernel, const std::vector<double>& parameters) {
+  void run(cuda::Kernel* kernel, const std::vector<double>& parameters) {
     Call call;
     call.parameters = parameters.data();
     call.compute_in_double = integer();
@@ -190,7 +202,7 @@ class Calls {
       *output = this->output();
     }
     for (int64_t& stride : call.gradient.strides) stride = integer();
-    run(kernel.run, call, kernel.workspace_bytes(call), launch());
+    run(kernel, call, launch());
   }
   std::vector<double> parameters() {
     std::vector<double> parameters(integer());
@@ -224,18 +236,6 @@ class Calls {
                 kernel.parameters == static_cast<int64_t>(numbers.size()),
             "another version, or another number of parameters");
     run(kernel.kernel, numbers);
-  }
-
-  void run_class_weights() {
-    cuda::ClassWeights call;
-    call.indices = pointer<int64_t>();
-    call.n = integer();
-    call.classes = integer();
-    call.ignore_index = integer();
-    call.weight = pointer<void>();
-    call.weight_is_double = integer();
-    call.sum = pointer<double>();
-    run(cuda::sum_class_weights, call, cuda::workspace_bytes(call), launch());
   }
 };
 
