@@ -188,6 +188,21 @@ def test_a_built_in_loss_gives_no_gradient_for_target() -> None:
     torch.testing.assert_close(of_input, torch.full((8,), 0.25))
 
 
+@pytest.mark.skipif(not EMULATED, reason="asks the emulator what was queued")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_is_two_launches(family: str) -> None:
+    """Forward counts its class indices itself, and backward finds that the gradient is right."""
+    queued = ctypes.CDLL(backends.extension.__file__).emulator_queued
+    case = at_shape(family, (300, 7))
+    sample = case.sample(torch.float32)
+    value = getattr(FL, case.loss)(leaf(sample.input), sample.target, **sample.options)
+    before = queued()
+    value = getattr(FL, case.loss)(leaf(sample.input), sample.target, **sample.options)
+    assert queued() - before == 1
+    value.backward()
+    assert queued() - before == 2
+
+
 @pytest.mark.skipif(not EMULATED, reason="asks the emulator to capture")
 def test_predictions_of_a_capture_live_for_ever() -> None:
     """A CUDA graph writes to them at every replay, even if their modules are gone."""

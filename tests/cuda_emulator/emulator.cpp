@@ -549,9 +549,12 @@ void fail(const char* what, ...) {
 
 // ---- launches -----------------------------------------------------------------------------------
 
+// For tests: what was queued on streams, launches and memsets.
+static long launches = 0, memsets = 0;
+extern "C" long emulator_queued() { return launches + memsets; }
+
 void run_grid(Kernel kernel, const cudaLaunchConfig_t& config, void (*body)(const void*),
               const void* arguments) {
-  static long launches = 0;
   // The host's threads take turns. (Recursive: a kernel that launches another shall not hang.)
   static std::recursive_mutex turn;
   const std::lock_guard<std::recursive_mutex> lock(turn);
@@ -936,5 +939,6 @@ cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
 
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
   memset(data, value, bytes);
+  ++emulator::memsets;
   return cudaSuccess;
 }
