@@ -356,7 +356,10 @@ def test_cases_of_the_same_traffic_share_the_fastest_limit():
         samples = {"ours": ours, "limit": limit}
         return measure.Row(TINY[name], "s", samples, limit_by=f"limit of {name}")
 
-    slow, fast = row("mse", [3.0, 1.0, 4.0], [4.0, 4.0, 4.0]), row("own", [2.0, 9.0, 1.0], [3.0] * 3)
+    slow, fast = (
+        row("mse", [3.0, 1.0, 4.0], [4.0, 4.0, 4.0]),
+        row("own", [2.0, 9.0, 1.0], [3.0] * 3),
+    )
     other = row("ce", [7.0], [8.0])  # of class indices: two tensors
     unmeasured = measure.Row(TINY["mse"], "s", {"ours": [1.0]})
     measure.share_limits([slow, other, fast, unmeasured])

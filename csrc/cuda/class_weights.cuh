@@ -1,5 +1,5 @@
 // What a mean over class indices divides by: how many indices are not ignored, or the sum of their
-// classes' weights. The forward kernel adds them up itself, while the first rows are on their way.
+// classes' weights. The forward kernel adds them up itself, before its first row.
 #pragma once
 
 #include "reduce.cuh"

@@ -16,12 +16,10 @@ cudaError_t custom(const Call& call, const Launch& launch) {
 
 }  // namespace fusedloss::cuda
 
-#define FUSEDLOSS_CUSTOM_CUDA(LOSS)                                                      \
-  extern "C" __attribute__((visibility("default"))) const fusedloss::cuda::CustomKernel* \
-  FUSEDLOSS_CUSTOM_CUDA_ENTRY() {                                                        \
-    static constexpr fusedloss::cuda::CustomKernel kernel{                               \
-        fusedloss::cuda::kCustomVersion,                                                 \
-        LOSS::kParameters,                                                               \
-        &fusedloss::cuda::custom<LOSS>};                                                 \
-    return &kernel;                                                                      \
+#define FUSEDLOSS_CUSTOM_CUDA(LOSS)                                                          \
+  extern "C" __attribute__((visibility("default"))) const fusedloss::cuda::CustomKernel*     \
+  FUSEDLOSS_CUSTOM_CUDA_ENTRY() {                                                            \
+    static constexpr fusedloss::cuda::CustomKernel kernel{                                   \
+        fusedloss::cuda::kCustomVersion, LOSS::kParameters, &fusedloss::cuda::custom<LOSS>}; \
+    return &kernel;                                                                          \
   }

@@ -53,7 +53,7 @@ struct Launch {
   // (2): the upstream gradient that the gradient was written for (nan: it was not written), and
   // the mean's divisor. Forward writes them and backward reads them.
   double* forward_state = nullptr;
-  double normalizer = 1;  // for forward_state[1]; nan: the divisor is there already
+  double normalizer = 1;       // for forward_state[1]; nan: the divisor is there already
   ClassWeights class_weights;  // forward: what to divide by instead
 
   // (2): the predicted upstream gradient, and the confidence in it. Forward reads them and backward

@@ -203,8 +203,9 @@ constexpr int kMinBlocksPerSM = kPlain ? kBlocksPerSM : (Loss::kCustom ? 2 : 1);
 template <class Loss, class D, bool kPlain>
 __global__ void __launch_bounds__(kThreads, kMinBlocksPerSM<Loss, kPlain>)
     pointwise_vectorized(const VectorizedCall<Loss, D> c, const Launch l) {
-  if (is_done(l)) return;
-  const GradientScale s = gradient_scale<Loss::kIndexed>(l);
+  const GradientScale s = GradientScale::of_block<Loss::kIndexed>(l);
+  update_predictor(l, s);
+  if (can_skip(l, s)) return;
   const VectorizedThread<Loss, D, kPlain> thread{c, l, s};
   double total = 0;
   if (blockIdx.x == 0) {
@@ -263,8 +264,9 @@ __device__ T load(const Operand& op, const Call& c, int64_t linear, const Coordi
 template <class Loss, class T>
 __global__ void __launch_bounds__(kThreads)
     pointwise_strided(const Loss loss, const Call c, const Launch l) {
-  if (is_done(l)) return;
-  const GradientScale s = gradient_scale<Loss::kIndexed>(l);
+  const GradientScale s = GradientScale::of_block<Loss::kIndexed>(l);
+  update_predictor(l, s);
+  if (can_skip(l, s)) return;
   const T scale = static_cast<T>(s.scale * Loss::kSlopeUnit);
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   double total = 0;

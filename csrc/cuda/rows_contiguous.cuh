@@ -202,8 +202,11 @@ __global__ void __launch_bounds__(kRowsBlock<kScope>, kMinRowsBlocks<Loss, kScop
                     const RowTiling tiling) {
   using D = typename Loss::Element;
   using State = typename Loss::State;
-  extern __shared__ uint4 smem[];                       // (stages, vectors_per_thread, blockDim.x)
-  if (is_done(l)) return;
+  extern __shared__ uint4 smem[];  // (stages, vectors_per_thread, blockDim.x)
+  const GradientScale& s =
+      GradientScale::of_block<true>(l);  // stays in shared memory: no registers
+  update_predictor(l, s);
+  if (can_skip(l, s)) return;
   const Loss loss{call};
   ThreadGroup<kScope, State> group(tiling.threads_per_row);
   const int64_t step = group.row_stride();
@@ -224,7 +227,6 @@ __global__ void __launch_bounds__(kRowsBlock<kScope>, kMinRowsBlocks<Loss, kScop
     cp_async_commit();
   }
   slots.stage = 0;
-  const GradientScale& s = gradient_scale<true>(l);  // stays in shared memory: no registers
   auto current = row_of(row, call.class_index(row));
   double total = 0;
   for (; row - group.row_in_warp() < call.rows; row += step) {

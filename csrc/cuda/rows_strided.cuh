@@ -92,8 +92,9 @@ __global__ void __launch_bounds__(kStridedBlock, kMinStridedBlocks<Loss, kVector
     rows_strided(const RowsCall<typename Loss::Number> call, const Launch l) {
   using D = typename Loss::Element;
   constexpr int kRows = kVectorized ? Vector16<D>::kSize : 1;
-  if (is_done(l)) return;
-  const GradientScale s = gradient_scale<true>(l);
+  const GradientScale s = GradientScale::of_block<true>(l);
+  update_predictor(l, s);
+  if (can_skip(l, s)) return;
   const Loss loss{call};
   const int64_t step = int64_t{gridDim.x} * blockDim.x * kRows;
   double total = 0;

@@ -18,11 +18,30 @@ struct GradientScale {
   double upstream;  // nan: the gradient is not written
   double divisor;   // what the mean divides by; 1 for a sum
 
-  // One for the threads of a block.
+  // One thread of the block reads the prediction, once, since a backward on another stream may
+  // update it at any time. Value and confidence may come from two updates: any upstream gradient
+  // may be predicted, because forward_state names it. kIndexed: targets may be class indices, which
+  // a mean has to count.
+  template <bool kIndexed>
+  __device__ static const GradientScale& of_block(const Launch& l) {
+    double class_weights = 0;
+    const bool counts = kIndexed && l.class_weights.indices;
+    if (counts) class_weights = sum_class_weights(l.class_weights, GridWorkspace(l.workspace));
+    if (threadIdx.x == 0) {
+      GradientScale& s = shared_instance() = read(l);
+      if (counts) s.divisor = class_weights;
+      if (s.write) s.scale = s.upstream / s.divisor;
+      block_has_reported() = 0;
+    }
+    __syncthreads();
+    return shared_instance();
+  }
   __device__ static GradientScale& shared_instance() {
     __shared__ GradientScale scale;
     return scale;
   }
+
+ private:
   __device__ static GradientScale read(const Launch& l) {
     GradientScale s{false, 0, kNan<double>, 1};
     if (l.pass == Pass::kBackward) {
@@ -36,12 +55,7 @@ struct GradientScale {
         s.write = true;
       }
     }
-    s.divide_by(s.divisor);
     return s;
-  }
-  __device__ void divide_by(double new_divisor) {
-    divisor = new_divisor;
-    if (write) scale = upstream / divisor;
   }
 };
 
@@ -57,33 +71,9 @@ __device__ inline void update_predictor(const Launch& l, const GradientScale& s)
   }
 }
 
-// Begins a kernel. True: its gradient is already right, and there is nothing to do.
-//
-// One thread of the block reads the prediction, once, since a backward on another stream may update
-// it at any time. Value and confidence may come from two updates: any upstream gradient may be
-// predicted, because forward_state names it.
-__device__ inline bool is_done(const Launch& l) {
-  GradientScale& s = GradientScale::shared_instance();
-  if (threadIdx.x == 0) {
-    s = GradientScale::read(l);
-    block_has_reported() = 0;
-  }
-  __syncthreads();
-  update_predictor(l, s);
+// Whether this is a backward whose gradient is already right.
+__device__ inline bool can_skip(const Launch& l, const GradientScale& s) {
   return l.pass == Pass::kBackward && !s.write;
-}
-
-// The block's scale, once is_done() was false. kIndexed: targets may be class indices, which a mean
-// has to count; a kernel has its first copies under way meanwhile.
-template <bool kIndexed>
-__device__ const GradientScale& gradient_scale(const Launch& l) {
-  GradientScale& s = GradientScale::shared_instance();
-  if (kIndexed && l.class_weights.indices) {
-    const double sum = sum_class_weights(l.class_weights, GridWorkspace(l.workspace));
-    if (threadIdx.x == 0) s.divide_by(sum);
-    __syncthreads();
-  }
-  return s;
 }
 
 // Ends a pass that computes the loss; value is this thread's part of the sum. Blocks may have read

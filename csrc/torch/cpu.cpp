@@ -3,9 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/eq.h>
 #include <ATen/ops/logical_and.h>
-#include <ATen/ops/masked_fill.h>
 #include <torch/library.h>
 
 #if defined(__linux__)

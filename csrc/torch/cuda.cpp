@@ -1,8 +1,6 @@
 // The operators on CUDA: arguments in, kernels queued on the current stream. Nothing here waits for
 // the device.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/eq.h>
-#include <ATen/ops/masked_fill.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDACachingAllocator.h>

@@ -134,8 +134,8 @@ class Calls {
 
   // The host may look for a fault at any time.
   static void look(const void* address) {
-    const cuda::Fault& fault = *static_cast<const cuda::Fault*>(address);
-    if (&fault != fault_) return;
+    if (address != fault_) return;
+    const cuda::Fault& fault = *fault_;
     if (__atomic_load_n(&fault.state, __ATOMIC_RELAXED) != cuda::Fault::kReady) return;
     require(fault.what <= cuda::Fault::kTargetOutsideUnit && fault.position >= 0,
             "the host sees no fault that there could be");
