@@ -15,7 +15,7 @@ INSTALL = $(if $(FUSEDLOSS_CUDA),FUSEDLOSS_CUDA=$(FUSEDLOSS_CUDA)) $(PIP) instal
 SOURCES := $(shell find csrc -type f) setup.py fusedloss/_version.py
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cuda-emulated bench gpu figures build docs dist lint clean
+.PHONY: help demo test test-cuda-emulated bench gpu gpu-bench figures build docs dist lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ bench: $(VENV)/build.stamp ## the whole speed table
 
 gpu: ## on an NVIDIA GPU: build, tests, sanitizers and bench, in the environment of PYTHON; installs nothing
 	PYTHON=$(PYTHON) .ci/gpu
+
+gpu-bench: ## on an NVIDIA GPU: the cases of the bench that match ONLY, beside PEERS; PACKAGE saves the build
+	@test -n "$(ONLY)" || { echo >&2 "make gpu-bench ONLY='speed: cross_entropy' [PEERS=eager,compile]"; exit 2; }
+	PYTHON=$(PYTHON) ONLY='$(ONLY)' PEERS='$(PEERS)' .ci/gpu
 
 figures: $(VENV)/build.stamp ## write the figures of README and docs, from bench/results
 	$(BIN)/python -m bench figures

@@ -25,7 +25,8 @@ def main() -> None:
     about = report.environment("make gpu", rounds=0, device="cuda")
     named = [{"stage": name, "result": result, "seconds": int(s)} for name, result, s in lines]
     (folder / "gpu.json").write_text(json.dumps({**about, "stages": named}, indent=1) + "\n")
-    shutil.copy(arguments.log, folder / "log.txt")
+    if arguments.log.resolve() != (folder / "log.txt").resolve():
+        shutil.copy(arguments.log, folder / "log.txt")
     print(tabulate(lines, ["stage", "result", "seconds"], tablefmt="github"))
     print(f"wrote {folder}")
 

@@ -40,6 +40,7 @@ COMPILE += [
     "-Wall",
     "-Wextra",
     "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",  # of vectors that are loaded and used under one condition
     "-I.",
     "-isystem",
     str(HERE / "include"),
