@@ -8,6 +8,8 @@
 
 namespace fusedloss::cuda {
 
+constexpr int kMaxDevices = 64;
+
 // The first input that a loss cannot take. A kernel writes it into page-locked memory, which the
 // host may read at any time.
 struct Fault {
