@@ -242,9 +242,7 @@ def upstream_of(case: Case, contestant: str, x: Tensor, t: Tensor) -> Tensor | N
         shape = case.shape[:1] + case.shape[2:] if case.by_rows else case.shape
         generator = torch.Generator(case.device).manual_seed(1)
         drawn = () if case.expanded else shape
-        upstream = torch.randn(
-            drawn, generator=generator, device=case.device, dtype=case.dtype
-        )
+        upstream = torch.randn(drawn, generator=generator, device=case.device, dtype=case.dtype)
         return upstream.expand(shape)
     if case.table == "upstream":
         value = 1.0 if contestant == "unit" else case.upstream

@@ -40,8 +40,8 @@ inline float reciprocal_ftz(float x) { return 1 / x; }
 inline float max_nan(float a, float b) { return a < b || b != b ? b : a; }
 #endif
 
-// log(p) for p = 1 - t in [0, 2], from log2(p). Relative error 2^-18: the hardware logarithm's error
-// is absolute, so a polynomial replaces it near 1.
+// log(p) for p = 1 - t in [0, 2], from log2(p). Relative error 2^-18: the hardware logarithm's
+// error is absolute, so a polynomial replaces it near 1.
 __device__ inline float quick_log(float log2_p, float t) {
   const float near_one =
       -t * fmaf(t, fmaf(t, fmaf(t, fmaf(t, 0.2f, 0.25f), 0.33333333f), 0.5f), 1.0f);
@@ -56,7 +56,7 @@ __device__ inline float quick_binary_entropy(float x, float y) {
   // bf16 numbers may be subnormal, but not 2^8 times as large.
   constexpr float kLn2 = 0.69314718f;
   const float log_t = fmaxf(fmaf(log2_ftz(256 * t), kLn2, -8 * kLn2), -100.0f);
-  constexpr float c[] = {1.0f,         0.500024617f, 0.33212924f,  0.269662887f,
+  constexpr float c[] = {1.0f,          0.500024617f, 0.33212924f,  0.269662887f,
                          0.0508239307f, 0.751615286f, -1.03616583f, 1.16061294f};
   float minus_log_rest = c[7];
 #pragma unroll

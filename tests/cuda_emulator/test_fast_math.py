@@ -10,5 +10,5 @@ from build import build, run
 def test_binary_entropy() -> None:
     done = run(build([Path("tests/cuda_emulator/fast_math.cu")], "plain"))
     value, slope = map(float, done.stdout.split())
-    assert value < 2**-20
-    assert slope < 2**-21
+    assert value < 2**-21
+    assert slope < 2**-22
