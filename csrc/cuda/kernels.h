@@ -8,7 +8,7 @@
 
 namespace fusedloss::cuda {
 
-constexpr int kMaxDevices = 64;
+constexpr int kMaxDevices = 64;  // that a process can use
 
 // The first input that a loss cannot take. A kernel writes it into page-locked memory, which the
 // host may read at any time.

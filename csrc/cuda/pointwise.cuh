@@ -2,7 +2,8 @@
 //
 // Fewest bytes for value and gradient: read input, read target, write gradient, 3 N elements. One
 // kernel serves every pass, so that a gradient has the same bits from each. Contiguous operands of
-// one dtype are read and written 16 bytes at a time; all others go element by element.
+// one dtype are read and written 16 bytes at a time, and factors that are one number for all
+// elements join the scale; all other operands go element by element.
 #pragma once
 
 #include <algorithm>
