@@ -131,6 +131,7 @@ class Case:
     autocast: bool = False
     quick: bool = False
     device: str = "cpu"
+    expanded: bool = False  # reduction "none" under one upstream gradient, as from .sum()
     functions: Mapping[str, Loss] = field(default_factory=dict)
     draw: Callable[[Case], tuple[Tensor, Tensor]] | None = None
 
@@ -294,6 +295,7 @@ def case(
     probabilities: bool = False,
     upstream: float = 1.0,
     autocast: bool = False,
+    expanded: bool = False,
 ) -> Case:
     """A case, named after its loss, size and options."""
     if len(shape) > 1:
@@ -310,9 +312,12 @@ def case(
         name += ", bf16 under autocast" if autocast else ", bf16"
     if upstream != 1:
         name += f", upstream {upstream:.4g}" if upstream < 1 else f", upstream {upstream:.0f}"
+    if expanded:
+        name += ", one upstream gradient expanded"
     quick = f"{table}: {name}" in (_QUICK if device == "cpu" else _QUICK_CUDA)
     return Case(
-        name, table, loss, shape, bars, dtype, probabilities, upstream, autocast, quick, device
+        *(name, table, loss, shape, bars, dtype, probabilities, upstream, autocast, quick, device),
+        expanded=expanded,
     )
 
 
@@ -374,6 +379,9 @@ def _cpu() -> tuple[Case, ...]:
                 cases.append(case(table, loss, (2**power,), bars(eager=1)))
         for shape, _ in _CROSS_ENTROPY:
             cases.append(case(table, ce, shape, bars(eager=1)))
+
+    for loss in ("mse_loss", "binary_cross_entropy"):
+        cases.append(case("none", loss, (2**22,), bars(eager=1), expanded=True))
 
     for loss in _POINTWISE:
         cases.append(case("memory", loss, (2**24,), {"memory": 1}))
@@ -442,6 +450,8 @@ def _cuda() -> tuple[Case, ...]:
         add("memory", loss, (2**28,), {"memory": 1})
         add("forward", loss, (2**28,), bars(eager=1))
         add("none", loss, (2**28,), bars(eager=1))
+    for loss in ("mse_loss", "binary_cross_entropy"):
+        add("none", loss, (2**28,), bars(eager=1), expanded=True)
     for loss in _OWN:
         add("own", loss, (2**28,), {})
     return _with_own_eager(cases)

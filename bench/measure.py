@@ -241,7 +241,9 @@ def upstream_of(case: Case, contestant: str, x: Tensor, t: Tensor) -> Tensor | N
     if case.reduction == "none":
         shape = case.shape[:1] + case.shape[2:] if case.by_rows else case.shape
         generator = torch.Generator(case.device).manual_seed(1)
-        return torch.randn(shape, generator=generator, device=case.device, dtype=case.dtype)
+        drawn = () if case.expanded else shape
+        upstream = torch.randn(drawn, generator=generator, device=case.device, dtype=case.dtype)
+        return upstream.expand(shape)
     if case.table == "upstream":
         value = 1.0 if contestant == "unit" else case.upstream
         # Eager's loss has the input's dtype and the peers' have float32: backward() casts.

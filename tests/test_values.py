@@ -12,7 +12,7 @@ import torch
 import formulas
 import fusedloss
 import fusedloss.functional as FL
-from cases import DTYPES, FAMILIES, LOSSES, REDUCTIONS, Case, at_shape
+from cases import DTYPES, FAMILIES, LOSSES, REDUCTIONS, Case, Sample, at_shape
 from fusedloss import reference
 from helpers import (
     INTERPRETED,
@@ -184,3 +184,25 @@ def test_the_tolerance_catches_a_wrong_factor(factor: float, dtype: str) -> None
         with pytest.raises(AssertionError):
             wrong = (expected.grad * factor).to(DTYPES[dtype])
             assert_close_to_truth(wrong, expected.grad, expected.grad_scale, "planted")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "cross_entropy"])
+def test_one_factor_of_all_elements(loss: str, dtype: str, fused: str) -> None:
+    """A sum after reduction "none", whose upstream gradient is one number, and a weight of one
+    number: a GPU's kernels scale by these, and give the bits of reduction "sum"."""
+    function = getattr(FL, loss)
+    plain = at_shape(loss, (7, 3001)).sample(DTYPES[dtype])
+    for turn in (False, loss != "log_loss"):
+        tensors = (t.t().contiguous().t() if turn else t for t in (plain.input, plain.target))
+        sample = Sample(*tensors, {})
+        expected = value_and_grad(function, sample, "sum")
+        input = leaf(sample.input)
+        (grad,) = torch.autograd.grad(function(input, sample.target, reduction="none").sum(), input)
+        assert_same_bits(grad, expected[1], "summed")
+        if f"{loss}-weight" not in FAMILIES or loss == "log_loss":
+            continue
+        half = torch.tensor(0.5, dtype=DTYPES[dtype]).expand(input.shape)
+        weighted = Sample(sample.input, sample.target, {"weight": half})
+        for found, whole in zip(value_and_grad(function, weighted, "sum"), expected, strict=True):
+            assert_same_bits(found, whole / 2, "weight")

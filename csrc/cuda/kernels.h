@@ -11,6 +11,8 @@
 
 namespace fusedloss::cuda {
 
+constexpr int kMaxDevices = 64;  // that a process can use
+
 // The first input that a loss cannot take. A kernel writes it into page-locked memory, which the
 // host may read at any time.
 struct Fault {

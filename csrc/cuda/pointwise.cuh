@@ -2,10 +2,12 @@
 //
 // Fewest bytes for value and gradient: read input, read target, write gradient, 3 N elements. One
 // kernel serves every pass, so that a gradient has the same bits from each. Contiguous operands of
-// one dtype are read and written 16 bytes at a time; all others go element by element.
+// one dtype are read and written 16 bytes at a time, and factors that are one number for all
+// elements join the scale; all other operands go element by element.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 
 #include "fast_math.cuh"
 #include "reduce.cuh"
@@ -15,27 +17,64 @@ namespace fusedloss::cuda {
 
 constexpr int kThreads = 256;              // per block
 constexpr int kUnroll = 2;                 // vectors of each operand in flight per thread
-constexpr int kBlocksPerSM = 3;            // at least; they keep 48 KiB in flight
 constexpr int64_t kMaxOneBlock = 1 << 14;  // elements; up to here a second block does not pay
 
-// One element's value and slopes, times factor. An element outside of a kUnitInterval loss's domain
-// gives nan and a report.
+// One element's value and slopes.
 template <class Loss, class T>
-__device__ auto evaluate(const Loss& loss, T x, T y, T pos_weight, T factor, const Launch& l,
-                         int64_t position) {
-  if constexpr (Loss::kUnitInterval) {
-    const bool x_fits = x >= T(0) && x <= T(1), y_fits = y >= T(0) && y <= T(1);
-    if (!x_fits || !y_fits) {
-      factor = T(kNan<float>);
-      report_error(l, x_fits ? Fault::kTargetOutsideUnit : Fault::kInputOutsideUnit, position,
-                   static_cast<double>(x_fits ? y : x), 0);
-    }
-  }
+__device__ auto evaluate(const Loss& loss, T x, T y, T pos_weight) {
   if constexpr (Loss::kPosWeight) {
-    return loss.eval(x, y, pos_weight) * factor;
+    return loss.eval(x, y, pos_weight);
   } else {
-    return loss.eval(x, y) * factor;
+    return loss.eval(x, y);
   }
+}
+
+// ---- losses of kUnitInterval --------------------------------------------------------------------
+
+// Or-ed over vectors of x: has the highest bit of a lane unless all elements of two or four bytes
+// lie in [0, 1], whose bits come first among unsigned integers. Only -0 has it without need.
+template <class D, int kSize>
+__device__ unsigned outside_unit(const Vector<D, kSize>& x) {
+  constexpr unsigned kLanes = sizeof(D) == 2 ? 0x10001u : 1u;  // 1 in each lane of a word
+  constexpr unsigned kOne = std::is_same_v<D, float>    ? 0x3f800000u
+                            : std::is_same_v<D, __half> ? 0x3c00u
+                                                        : 0x3f80u;
+  constexpr unsigned kHighest = kLanes << (8 * sizeof(D) - 1);
+  const auto* const words = reinterpret_cast<const unsigned*>(x.element);
+  unsigned found = 0;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(x) / sizeof(unsigned)); ++i) {
+    // What this sum carries into the next lane is a negative number's, which the word itself shows.
+    found |= words[i] | (words[i] + (kHighest - kLanes * (kOne + 1)));
+  }
+  return found & kHighest;
+}
+
+// Makes the input of each element that does not lie in [0, 1], or whose target does not, nan, and
+// with it value and gradient. Reports the first one; position: of element 0.
+template <class D, int kSize>
+__device__ void check_unit(Vector<D, kSize>& x, const Vector<D, kSize>& y, const Launch& l,
+                           int64_t position) {
+  using T = Compute<D>;
+  if constexpr (sizeof(x) == kVectorBytes && !std::is_same_v<D, double>) {
+    if ((outside_unit(x) | outside_unit(y)) == 0) return;
+  }
+  const auto fits = [](T number) { return number >= 0 && number <= 1; };
+  int wrong = -1;
+  T input(0), target(0);
+#pragma unroll
+  for (int i = kSize - 1; i >= 0; --i) {
+    const T x_i = widen(x, i), y_i = widen(y, i);
+    if (fits(x_i) && fits(y_i)) continue;
+    wrong = i;
+    input = x_i;
+    target = y_i;
+    x.element[i] = narrow<D>(kNan<float>);
+  }
+  if (wrong < 0) return;
+  const bool of_input = !fits(input);
+  report_error(l, of_input ? Fault::kInputOutsideUnit : Fault::kTargetOutsideUnit, position + wrong,
+               static_cast<double>(of_input ? input : target), 0);
 }
 
 // a / b, neither above bound: a 64-bit division takes four times as long as one of 32 bits.
@@ -55,13 +94,25 @@ using Number = std::conditional_t<sizeof(D) == 2 && !Loss::kCustom, Quick, Compu
 template <class D>
 using PartialSum = std::conditional_t<sizeof(D) == 4, double, Compute<D>>;
 
+// A factor of every element: a vector of them each, one for all, or none.
+template <class D>
+struct Factor {
+  const D* vectors = nullptr;
+  const void* single = nullptr;
+  DType single_dtype = DType::kFloat32;
+
+  // What is the same for all elements.
+  __device__ double number() const { return single ? read<double>(single, single_dtype, 0) : 1; }
+};
+
 // Every operand and output is contiguous and equally misaligned, or null. Pointers are to the first
 // vector: elements are numbered from -head, where the head begins, to the end of the tail.
 template <class Loss, class D>
 struct VectorizedCall {
   Loss loss;
   int64_t numel, head, vectors;
-  const D *input, *target, *weight, *pos_weight, *upstream;
+  const D *input, *target;
+  Factor<D> weight, pos_weight, upstream;
   D *value, *gradient, *target_gradient;
   // Losses of class indices, in place of target: (numel / classes). A row has at least as many
   // classes as a vector has elements.
@@ -105,8 +156,8 @@ struct OneHot {
   }
 };
 
-// What a thread of pointwise_vectorized computes. kPlain: without weight, upstream, value and
-// target's gradient, whose vectors would take registers.
+// What a thread of pointwise_vectorized computes. kPlain: without value, target's gradient, and
+// vectors of weight and upstream, which would take registers.
 template <class Loss, class D, bool kPlain>
 struct VectorizedThread {
   using T = Compute<D>;
@@ -117,10 +168,13 @@ struct VectorizedThread {
   const Launch& l;
   const GradientScale& s;
   const Loss loss = c.loss;
-  const N scale = N(static_cast<T>(s.scale * Loss::kSlopeUnit));
-  const bool weighted = !kPlain && c.weight, has_upstream = !kPlain && c.upstream;
+  const bool weighted = !kPlain && c.weight.vectors, has_upstream = !kPlain && c.upstream.vectors;
   const bool has_value = !kPlain && c.value, write_input = s.write && c.gradient;
   const bool write_target = kHasTargetGradient && s.write && c.target_gradient;
+  // Of what is written.
+  const N scale = N(static_cast<T>((has_value ? 1 : s.scale * Loss::kSlopeUnit) *
+                                   c.weight.number() * c.upstream.number()));
+  const N pos_weight = N(static_cast<T>(Loss::kPosWeight ? c.pos_weight.number() : 1));
 
   // Vector v of an operand or output.
   template <class V>
@@ -132,13 +186,16 @@ struct VectorizedThread {
     return reinterpret_cast<V*>(p)[v];
   }
 
-  // Vector v, whose input x and target y have been loaded; adds its values to sum.
+  // Vector v, whose input x and target y have been loaded; adds its values to sum, without what
+  // weighs all of them alike.
   template <class V, class Y>
-  __device__ void compute(int64_t v, const V& x, const Y& y, PartialSum<D>& sum) const {
+  __device__ void compute(int64_t v, V x, const Y& y, PartialSum<D>& sum) const {
+    if constexpr (Loss::kUnitInterval) check_unit(x, y, l, c.head + v * V::kSize);
     V w, p, g;
-    if (weighted) w = vector<V>(c.weight, v);
-    if (Loss::kPosWeight) p = vector<V>(c.pos_weight, v);
-    if (has_upstream) g = vector<V>(c.upstream, v);
+    const bool has_pos_weights = Loss::kPosWeight && c.pos_weight.vectors;
+    if (weighted) w = vector<V>(c.weight.vectors, v);
+    if (has_pos_weights) p = vector<V>(c.pos_weight.vectors, v);
+    if (has_upstream) g = vector<V>(c.upstream.vectors, v);
     T results[V::kSize];
     [[maybe_unused]] T target_gradients[V::kSize];
 #pragma unroll
@@ -146,17 +203,17 @@ struct VectorizedThread {
       T factor(1);
       if (weighted) factor = widen(w, i);
       if (has_upstream) factor = factor * widen(g, i);
-      const T pos_weight = Loss::kPosWeight ? widen(p, i) : T(1);
       N target(0);
       if constexpr (Loss::kIndexed) {
         target = y[i];
       } else {
         target = N(widen(y, i));
       }
-      const auto e = evaluate(loss, N(widen(x, i)), target, N(pos_weight), N(factor), l,
-                              c.head + v * V::kSize + i);
+      const auto e =
+          evaluate(loss, N(widen(x, i)), target, has_pos_weights ? N(widen(p, i)) : pos_weight) *
+          N(factor);
       sum += T(e.value);
-      results[i] = T(has_value ? e.value : e.gradient(scale));
+      results[i] = T(has_value ? e.value * scale : e.gradient(scale));
       if constexpr (kHasTargetGradient) target_gradients[i] = T(e.target_gradient(scale));
     }
     // A call wants values or gradients, never both.
@@ -195,10 +252,12 @@ struct VectorizedThread {
   }
 };
 
-// Minimum blocks per SM. Of the non-plain kernels only custom losses are hot; with two gradients
-// their registers allow two blocks, not three.
+// Blocks that the registers of an SM must have room for. A block loads kUnroll vectors of two
+// operands a thread at a time, 16 KiB. An H200 takes 25 KB in flight per SM to be busy (4.8e12 B/s
+// * 700 ns / 132 SMs), which is two blocks; the others hide the arithmetic between two loads.
+// Custom losses take more registers.
 template <class Loss, bool kPlain>
-constexpr int kMinBlocksPerSM = kPlain ? kBlocksPerSM : (Loss::kCustom ? 2 : 1);
+constexpr int kMinBlocksPerSM = (kPlain ? 4 : 3) - Loss::kCustom;
 
 template <class Loss, class D, bool kPlain>
 __global__ void __launch_bounds__(kThreads, kMinBlocksPerSM<Loss, kPlain>)
@@ -218,7 +277,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSM<Loss, kPlain>)
        first += stride) {
     total += thread.template batch<Vector16<D>, kUnroll>(first, c.vectors);
   }
-  write_loss(l, total);
+  write_loss(l, total * c.weight.number());
 }
 
 // ---- operands of any dtype and strides ----------------------------------------------------------
@@ -275,9 +334,10 @@ __global__ void __launch_bounds__(kThreads)
     const auto operand = [&](const Operand& op) {
       return op.data ? load<T>(op, c, i, coordinates, l) : T(1);
     };
-    const T x = operand(c.input), y = operand(c.target);
+    Vector<T, 1> x{operand(c.input)}, y{operand(c.target)};
+    if constexpr (Loss::kUnitInterval) check_unit(x, y, l, i);
     const T factor = operand(c.weight) * operand(c.upstream);
-    const auto e = evaluate(loss, x, y, operand(c.pos_weight), factor, l, i);
+    const auto e = evaluate(loss, x.element[0], y.element[0], operand(c.pos_weight)) * factor;
     const auto store = [&](const Output& out, T x) {
       if (out.data) write(out.data, out.dtype, i, x);
     };
@@ -293,11 +353,32 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- choosing and launching a kernel ------------------------------------------------------------
 
-// As many blocks as run at once, and no more than there is work for.
-inline int64_t pointwise_blocks(int64_t numel) {
+// Blocks of a grid: no more than run at once, and than there is work for.
+inline int64_t pointwise_blocks(int64_t numel, int64_t resident) {
   if (numel <= kMaxOneBlock) return 1;
-  const int64_t resident = int64_t{device_attribute(cudaDevAttrMultiProcessorCount)} * kBlocksPerSM;
   return std::min(resident, ceil_div(numel, kThreads * kUnroll));
+}
+
+// How many blocks of a kernel the device runs at once, by their registers.
+template <auto kKernel>
+int64_t resident_blocks() {
+  static std::atomic<int> cache[kMaxDevices];  // 0: not known yet
+  int device = 0, blocks = 0;
+  cudaGetDevice(&device);
+  if (const int known = cache[device]) return known;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kThreads, 0);
+  blocks *= device_attribute(cudaDevAttrMultiProcessorCount);
+  cache[device] = blocks;
+  return std::max(blocks, 1);  // where the device refuses the kernel, the launch says why
+}
+
+// Whether a factor is one number for all elements.
+inline bool is_single(const Operand& op, const Space& space) {
+  if (!op.data || op.contiguous) return false;
+  for (int d = 0; d < space.dims; ++d) {
+    if (space.sizes[d] > 1 && op.strides[d] != 0) return false;
+  }
+  return true;
 }
 
 // Whether target is class indices whose class dimension is innermost, one contiguous index a row.
@@ -335,6 +416,10 @@ bool vectorize(const Loss& loss, const Call& call, VectorizedCall<Loss, D>& c) {
     fits = fits && (!op.data || op.contiguous);
     return first_vector(static_cast<const D*>(op.data), op.dtype);
   };
+  const auto factor = [&](const Operand& op) {
+    return is_single(op, call.space) ? Factor<D>{nullptr, op.data, op.dtype}
+                                     : Factor<D>{operand(op)};
+  };
   const auto output = [&](const Output& out) {
     return first_vector(static_cast<D*>(out.data), out.dtype);
   };
@@ -344,9 +429,9 @@ bool vectorize(const Loss& loss, const Call& call, VectorizedCall<Loss, D>& c) {
        (call.numel - head) / kSize,
        operand(call.input),
        Loss::kIndexed ? nullptr : operand(call.target),
-       operand(call.weight),
-       operand(call.pos_weight),
-       operand(call.upstream),
+       factor(call.weight),
+       factor(call.pos_weight),
+       factor(call.upstream),
        output(call.value),
        output(call.gradient),
        output(call.target_gradient),
@@ -356,38 +441,37 @@ bool vectorize(const Loss& loss, const Call& call, VectorizedCall<Loss, D>& c) {
   return fits;
 }
 
-// Launches pointwise_vectorized if it covers the call.
+template <auto kKernel, class... Arguments>
+cudaError_t launch_pointwise(int64_t numel, const Launch& launch, const Arguments&... arguments) {
+  const auto blocks = static_cast<unsigned>(pointwise_blocks(numel, resident_blocks<kKernel>()));
+  kKernel<<<blocks, kThreads, 0, launch.stream>>>(arguments..., launch);
+  return cudaGetLastError();
+}
+
+// Picks the kernel for a call whose input is of type D.
 template <class Loss, class D>
-bool launch_vectorized(const Loss& loss, const Call& call, const Launch& launch, unsigned blocks) {
-  VectorizedCall<Loss, D> c;
-  if (!vectorize(loss, call, c)) return false;
-  // Doubles are never hot, and whoever compiles a custom loss waits for each kernel.
-  constexpr bool kHasPlain = !Loss::kCustom || !std::is_same_v<D, double>;
-  const bool plain = !c.weight && !c.upstream && !c.value && !c.target_gradient;
-  if (kHasPlain && plain) {
-    pointwise_vectorized<Loss, D, kHasPlain><<<blocks, kThreads, 0, launch.stream>>>(c, launch);
-    return true;
+cudaError_t run_pointwise_of(const Loss& loss, const Call& call, const Launch& launch) {
+  if (VectorizedCall<Loss, D> c; vectorize(loss, call, c)) {
+    // Doubles are never hot, and whoever compiles a custom loss waits for each kernel.
+    constexpr bool kHasPlain = !Loss::kCustom || !std::is_same_v<D, double>;
+    const bool plain = !c.weight.vectors && !c.upstream.vectors && !c.value && !c.target_gradient;
+    if (kHasPlain && plain) {
+      return launch_pointwise<pointwise_vectorized<Loss, D, kHasPlain>>(call.numel, launch, c);
+    }
+    if constexpr (!Loss::kIndexed) {
+      return launch_pointwise<pointwise_vectorized<Loss, D, false>>(call.numel, launch, c);
+    }
   }
-  if constexpr (!Loss::kIndexed) {
-    pointwise_vectorized<Loss, D, false><<<blocks, kThreads, 0, launch.stream>>>(c, launch);
-    return true;
-  }
-  return false;
+  return call.compute_in_double
+             ? launch_pointwise<pointwise_strided<Loss, double>>(call.numel, launch, loss, call)
+             : launch_pointwise<pointwise_strided<Loss, float>>(call.numel, launch, loss, call);
 }
 
 template <class Loss>
 cudaError_t run_pointwise(const Loss& loss, const Call& call, const Launch& launch) {
-  const auto blocks = static_cast<unsigned>(pointwise_blocks(call.numel));
-  const bool launched = with_type(call.input.dtype, [&](auto tag) {
-    return launch_vectorized<Loss, decltype(tag)>(loss, call, launch, blocks);
+  return with_type(call.input.dtype, [&](auto tag) {
+    return run_pointwise_of<Loss, decltype(tag)>(loss, call, launch);
   });
-  if (!launched) {
-    const Call c(call);
-    const auto kernel =
-        call.compute_in_double ? pointwise_strided<Loss, double> : pointwise_strided<Loss, float>;
-    kernel<<<blocks, kThreads, 0, launch.stream>>>(loss, call, launch);
-  }
-  return cudaGetLastError();
 }
 
 }  // namespace fusedloss::cuda

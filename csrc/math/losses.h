@@ -4,7 +4,8 @@
 //
 // A struct also says what an engine must know about it:
 //   kParameters     1 where the loss has a `parameter`: beta, delta or eps
-//   kUnitInterval   input and target must lie in [0, 1]; the CPU engine checks it on the way
+//   kUnitInterval   input and target must lie in [0, 1]; the engines check it on the way. An input
+//                   of nan makes value and slope nan
 //   kSlopeUnit      the engine multiplies eval's slope by it
 //   kPosWeight      eval takes pos_weight as a third operand
 //   kIndexed        target is class indices, which eval sees as one-hot rows
@@ -139,17 +140,21 @@ struct Huber : PointwiseLoss {
 };
 
 // -(y log x + (1 - y) log(1 - x)), each logarithm at least -100, as in torch.
+template <class T>
+FUSEDLOSS_HD T binary_entropy(T x, T y) {
+  const T one(1), floor(-100);
+  const T log_x = clamp_min(log_finite(x), floor);
+  const T log_1_x = clamp_min(log1p_finite(-x), floor);
+  return multiply_add(y - one, log_1_x, -(y * log_x));
+}
+
 // The slope (x - y) / (x (1 - x)) has its denominator bounded below by 1e-12, a float in torch.
 struct BCE : PointwiseLoss {
   static constexpr bool kUnitInterval = true;
   static constexpr int kUnroll = 2;
   template <class T>
   FUSEDLOSS_HD EvalQuotient<T> eval(T x, T y) const {
-    const T one(1), floor(-100);
-    const T log_x = clamp_min(log_finite(x), floor);
-    const T log_1_x = clamp_min(log1p_finite(-x), floor);
-    return {multiply_add(y - one, log_1_x, -(y * log_x)), x - y,
-            clamp_min((one - x) * x, T(1e-12f))};
+    return {binary_entropy(x, y), x - y, clamp_min((T(1) - x) * x, T(1e-12f))};
   }
 };
 

@@ -49,11 +49,10 @@ struct RelaxedCapture {
 // ---- faults -------------------------------------------------------------------------------------
 
 // A device's; page-locked memory, so that both sides reach it. Allocated once and never freed.
-constexpr size_t kMostDevices = 64;
-std::array<std::atomic<Fault*>, kMostDevices> faults;
+std::array<std::atomic<Fault*>, cuda::kMaxDevices> faults;
 
 Fault* fault_of(size_t device) {
-  TORCH_CHECK(device < kMostDevices, "fusedloss: device ", device, " is one too many");
+  TORCH_CHECK(device < faults.size(), "fusedloss: device ", device, " is one too many");
   if (Fault* known = faults[device].load()) return known;
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);

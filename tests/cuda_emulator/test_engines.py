@@ -275,3 +275,103 @@ def test_faults(loss: str, what: int, spoil: str, variant: str) -> None:
     assert what != 0 or classes == 33
     assert asked.value_found().isnan()
     assert asked.gradient_found().isnan().any()
+
+
+# What lies outside of [0, 1], by little and by much.
+OUTSIDE = (1.0078125, -0.0078125, math.nan, -1.5, math.inf, -math.inf, 3.0)
+
+
+@pytest.mark.parametrize("shifts", [(0, 0), (3, 3), (0, 1)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_faults_of_single_elements(dtype: str, shifts: tuple[int, int]) -> None:
+    """At each place of a vector, of the head and of the tail, alone and with others: exactly these
+    elements become nan, and one of them is told. Minus zero lies in [0, 1]."""
+    bce = "binary_cross_entropy"
+    sample = at_shape(bce, (43,)).sample(DTYPES[dtype])
+    for tensor in (sample.input, sample.target):
+        tensor[5::7] = -0.0
+    calls = Calls()
+
+    def asked(input: Tensor, target: Tensor, reduction: str) -> Loss:
+        loss = Loss(calls, bce, Sample(input, target, {}), reduction, (1.0, 3.0), shifts)
+        loss.forward()
+        if loss.each:
+            loss.backward(draw_upstream(input.shape, input.dtype))
+        return loss
+
+    right = {name: asked(sample.input, sample.target, name) for name in ("mean", "none")}
+    spoilt = []
+    for first, reduction in itertools.product(range(43), right):
+        for places in ([first], [i for i in (first, first + 1, first + 4) if i < 43]):
+            input, target = sample.input.clone(), sample.target.clone()
+            (target if len(spoilt) % 3 else input)[places] = OUTSIDE[len(spoilt) % len(OUTSIDE)]
+            spoilt.append((asked(input, target, reduction), places))
+    calls.run(program("plain"))
+    for loss in right.values():
+        assert calls.fault(loss.fault)[0] == 0
+    for loss, places in spoilt:
+        value = right[loss.reduction].value_found()
+        value[places if loss.each else ()] = math.nan
+        gradient = right[loss.reduction].gradient_found()
+        gradient[places] = math.nan
+        found = (loss.value_found(), loss.gradient_found())
+        torch.testing.assert_close(found, (value, gradient), rtol=0, atol=0, equal_nan=True)
+        state, which, position, number, _, _ = calls.fault(loss.fault)
+        assert state == 2 and position in places
+        wrong = (loss.sample.input, loss.sample.target)[which - 1][position].item()
+        assert number == wrong or (math.isnan(number) and math.isnan(wrong))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "family",
+    ["mse_loss", "binary_cross_entropy", "smooth_l1_loss", "log_loss", "log_loss-probabilities"],
+)
+def test_one_upstream_gradient(family: str, dtype: str) -> None:
+    """Where a sum follows reduction "none", all elements have one upstream gradient, and the kernel
+    of reduction "sum" computes theirs: the same bits. So does it for one weight of all elements."""
+    case = at_shape(family, (3, 6667))
+    sample = case.sample(DTYPES[dtype])
+    number = torch.tensor(0.37, dtype=DTYPES[dtype])
+    calls = Calls()
+
+    def asked(reduction: str, upstream: Tensor, **options: Tensor) -> Loss:
+        loss = Loss(calls, case.loss, Sample(sample.input, sample.target, options), reduction)
+        loss.forward()
+        loss.backward(upstream.expand(result_shape(case.loss, sample, reduction)))
+        return loss
+
+    total, each = asked("sum", number), [asked("none", number)]
+    if case.loss != "log_loss":  # whose weights are those of classes
+        weight = number.expand(sample.input.shape)
+        each += [asked(name, torch.ones_like(number), weight=weight) for name in ("none", "sum")]
+    calls.run(program("plain"))
+    for loss in each:
+        assert_same_bits(loss.gradient_found(), total.gradient_found(), loss.reduction)
+
+
+@pytest.mark.parametrize("variant", ["plain", "address"])
+def test_one_weight_of_all_elements(variant: str) -> None:
+    """Of input's dtype and of another, with upstream gradients of each element and without."""
+    questions = []
+    families = ("mse_loss-weight", "binary_cross_entropy-weight")
+    families += ("binary_cross_entropy_with_logits-weight-pos_weight",)
+    for family, dtype, wide in itertools.product(families, DTYPES, (False, True)):
+        case = at_shape(family, (13, 33))
+        sample = case.sample(DTYPES[dtype])
+        options = {}
+        for name, weight in sample.options.items():
+            number = weight.flatten()[0]
+            options[name] = (number.double() if wide else number).expand(sample.input.shape)
+        sample = Sample(sample.input, sample.target, options)
+        elements = formulas.elements(case.loss, sample.input, sample.target, options)
+        questions.append(Question(case.loss, sample, elements, f"{family} {dtype}", REDUCTIONS))
+    check_all(variant, questions)
+
+
+@pytest.mark.parametrize("blocks", ["1", "8"])
+def test_blocks_per_multiprocessor(blocks: str) -> None:
+    """The workspace has room for the parts of as many as there can be."""
+    families = ("mse_loss", "binary_cross_entropy-weight", "log_loss")
+    asked = [question(case, "fp32", "mean") for f in families for case in cases_of(f)[-2:]]
+    check_all("address", asked, settings={"EMULATOR_OCCUPANCY": blocks})

@@ -202,3 +202,13 @@ def test_unaligned(shifts: tuple[int, int], variant: str) -> None:
             yield from questions("charbonnier", dtype, (1, 2, 3, 5, 300, 20_001))
 
     check_all(variant, asked(), shifts)
+
+
+def test_one_weight_of_all_elements() -> None:
+    def asked() -> Iterator[Question]:
+        case = BY_LOSS["gaussian_kl"]
+        for dtype, reduction, wants in itertools.product(DTYPES.values(), REDUCTIONS, WANTS):
+            x, y = case.sample(dtype, (33,))
+            yield Question(case, x, y, reduction, drawn_weight(x)[0].expand_as(x), wants)
+
+    check_all("plain", asked())
