@@ -80,17 +80,31 @@ extern Kernel* const* const kernels;
 
 Kernel cross_entropy;
 
-// The version of this file and call.h. A library of another version is not run.
-constexpr int32_t kCustomVersion = 3;
+// The kernels of a custom loss, which are compiled where it is used: each one's name, the type that
+// it reads or, of the last two, computes in, and whether it is for plain calls; see pointwise.cuh.
+// The number is the version of this file and of call.h: what was compiled from other versions has
+// no kernels of these names.
+#define FUSEDLOSS_CUSTOM_VECTORIZED(X)                     \
+  X(fusedloss_custom3_float64, double, false)              \
+  X(fusedloss_custom3_float32, float, false)               \
+  X(fusedloss_custom3_float32_plain, float, true)          \
+  X(fusedloss_custom3_bfloat16, __nv_bfloat16, false)      \
+  X(fusedloss_custom3_bfloat16_plain, __nv_bfloat16, true) \
+  X(fusedloss_custom3_float16, __half, false)              \
+  X(fusedloss_custom3_float16_plain, __half, true)
+#define FUSEDLOSS_CUSTOM_STRIDED(X)               \
+  X(fusedloss_custom3_strided_in_float64, double) \
+  X(fusedloss_custom3_strided_in_float32, float)
+constexpr int kCustomKernels = 9;
 
-// What the library of a custom loss offers.
-struct CustomKernel {
-  int32_t version;
-  int32_t parameters;  // how many
-  Kernel* kernel;
+struct CustomKernels {
+  int capability;  // of the devices that they were compiled for: 90 for 9.0
+  const void* handles[kCustomKernels];
+  const CustomKernels* others = nullptr;  // the same loss's for other devices
 };
 
-// The library's one symbol, of type const CustomKernel* ().
-#define FUSEDLOSS_CUSTOM_CUDA_ENTRY fusedloss_custom_cuda_kernel
+// Loads a file of them, for ever. Throws std::runtime_error where that cannot be done.
+CustomKernels* load_custom(const char* file, int capability);
+cudaError_t run_custom(const CustomKernels& kernels, const Call& call, const Launch& launch);
 
 }  // namespace fusedloss::cuda

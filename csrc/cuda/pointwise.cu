@@ -6,9 +6,25 @@
 namespace fusedloss::cuda {
 namespace {
 
+template <class BuiltIn>
+struct BuiltInKernels {
+  using Loss = BuiltIn;
+  Loss loss;
+
+  template <bool kPlain, class D>
+  void vectorized(const VectorizedCall<D>& c, const Launch& l, unsigned blocks) const {
+    pointwise_vectorized<Loss, D, kPlain><<<blocks, kThreads, 0, l.stream>>>(loss, c, l);
+  }
+  template <class T>
+  void strided(const Call& c, const Launch& l, unsigned blocks) const {
+    pointwise_strided<Loss, T><<<blocks, kThreads, 0, l.stream>>>(loss, c, l);
+  }
+};
+
 template <class Loss>
 cudaError_t run_built_in(const Call& call, const Launch& launch) {
-  return run_pointwise(Loss{{Loss::kParameters ? call.parameters[0] : 0}}, call, launch);
+  const Loss loss{{Loss::kParameters ? call.parameters[0] : 0}};
+  return run_pointwise(BuiltInKernels<Loss>{loss}, call, launch);
 }
 
 #define FUSEDLOSS_KERNEL(NAME, LOSS) &run_built_in<LOSS>,

@@ -44,6 +44,26 @@ __device__ inline int64_t quotient(int64_t a, int64_t b, int64_t bound) {
   return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
 }
 
+// A custom loss as a kernel is given it. Nothing of it need be known where a kernel is launched but
+// the address of its parameters.
+template <class Loss>
+struct CustomParameters {
+  double numbers[Loss::kParameters];
+};
+
+// The loss that a kernel was given. A custom one is made in shared memory, and is there after the
+// block's next barrier: a thread computes its constants while the first one reads the prediction.
+template <class Loss>
+__device__ const Loss& prepared(const Loss& given) {
+  return given;
+}
+template <class Loss>
+__device__ const Loss& prepared(const CustomParameters<Loss>& given) {
+  __shared__ Loss loss;
+  if (threadIdx.x == kWarp) Loss::prepare(given.numbers, loss.constants);
+  return loss;
+}
+
 // ---- contiguous operands of one dtype -----------------------------------------------------------
 
 // The type that a loss is computed in.
@@ -57,9 +77,8 @@ using PartialSum = std::conditional_t<sizeof(D) == 4, double, Compute<D>>;
 
 // Every operand and output is contiguous and equally misaligned, or null. Pointers are to the first
 // vector: elements are numbered from -head, where the head begins, to the end of the tail.
-template <class Loss, class D>
+template <class D>
 struct VectorizedCall {
-  Loss loss;
   int64_t numel, head, vectors;
   const D *input, *target, *weight, *pos_weight, *upstream;
   D *value, *gradient, *target_gradient;
@@ -113,10 +132,10 @@ struct VectorizedThread {
   using N = Number<Loss, D>;
   static constexpr bool kHasTargetGradient = Loss::kCustom && !kPlain;
 
-  const VectorizedCall<Loss, D>& c;
+  const Loss loss;  // a copy, which stays in registers
+  const VectorizedCall<D>& c;
   const Launch& l;
   const GradientScale& s;
-  const Loss loss = c.loss;
   const N scale = N(static_cast<T>(s.scale * Loss::kSlopeUnit));
   const bool weighted = !kPlain && c.weight, has_upstream = !kPlain && c.upstream;
   const bool has_value = !kPlain && c.value, write_input = s.write && c.gradient;
@@ -200,13 +219,14 @@ struct VectorizedThread {
 template <class Loss, bool kPlain>
 constexpr int kMinBlocksPerSM = kPlain ? kBlocksPerSM : (Loss::kCustom ? 2 : 1);
 
-template <class Loss, class D, bool kPlain>
-__global__ void __launch_bounds__(kThreads, kMinBlocksPerSM<Loss, kPlain>)
-    pointwise_vectorized(const VectorizedCall<Loss, D> c, const Launch l) {
+template <class Loss, class D, bool kPlain, class Given>
+__device__ void compute_vectorized(const Given& given, const VectorizedCall<D>& c,
+                                   const Launch& l) {
+  const Loss& loss = prepared(given);
   const GradientScale s = GradientScale::of_block<Loss::kIndexed>(l);
   update_predictor(l, s);
   if (can_skip(l, s)) return;
-  const VectorizedThread<Loss, D, kPlain> thread{c, l, s};
+  const VectorizedThread<Loss, D, kPlain> thread{loss, c, l, s};
   double total = 0;
   if (blockIdx.x == 0) {
     const int64_t t = threadIdx.x, tail = c.vectors * Vector16<D>::kSize;
@@ -219,6 +239,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSM<Loss, kPlain>)
     total += thread.template batch<Vector16<D>, kUnroll>(first, c.vectors);
   }
   write_loss(l, total);
+}
+
+template <class Loss, class D, bool kPlain>
+__global__ void __launch_bounds__(kThreads, kMinBlocksPerSM<Loss, kPlain>)
+    pointwise_vectorized(const Loss loss, const VectorizedCall<D> c, const Launch l) {
+  compute_vectorized<Loss, D, kPlain>(loss, c, l);
 }
 
 // ---- operands of any dtype and strides ----------------------------------------------------------
@@ -261,9 +287,9 @@ __device__ T load(const Operand& op, const Call& c, int64_t linear, const Coordi
   return kNan<T>;
 }
 
-template <class Loss, class T>
-__global__ void __launch_bounds__(kThreads)
-    pointwise_strided(const Loss loss, const Call c, const Launch l) {
+template <class Loss, class T, class Given>
+__device__ void compute_strided(const Given& given, const Call& c, const Launch& l) {
+  const Loss& loss = prepared(given);
   const GradientScale s = GradientScale::of_block<Loss::kIndexed>(l);
   update_predictor(l, s);
   if (can_skip(l, s)) return;
@@ -291,7 +317,14 @@ __global__ void __launch_bounds__(kThreads)
   write_loss(l, total);
 }
 
+template <class Loss, class T>
+__global__ void __launch_bounds__(kThreads)
+    pointwise_strided(const Loss loss, const Call c, const Launch l) {
+  compute_strided<Loss, T>(loss, c, l);
+}
+
 // ---- choosing and launching a kernel ------------------------------------------------------------
+#if !defined(__CUDACC_RTC__)  // which compiles nothing for the host
 
 // As many blocks as run at once, and no more than there is work for.
 inline int64_t pointwise_blocks(int64_t numel) {
@@ -315,20 +348,22 @@ inline bool has_contiguous_indices(const Call& call, int64_t min_classes) {
   return true;
 }
 
+template <class D>
+constexpr DType kDType = std::is_same_v<D, double>          ? DType::kFloat64
+                         : std::is_same_v<D, float>         ? DType::kFloat32
+                         : std::is_same_v<D, __nv_bfloat16> ? DType::kBFloat16
+                                                            : DType::kFloat16;
+
 // Fills c and returns true if all operands are contiguous, of type D and equally misaligned.
 template <class Loss, class D>
-bool vectorize(const Loss& loss, const Call& call, VectorizedCall<Loss, D>& c) {
+bool vectorize(const Call& call, VectorizedCall<D>& c) {
   constexpr int kSize = Vector16<D>::kSize;
-  constexpr DType dtype = std::is_same_v<D, double>          ? DType::kFloat64
-                          : std::is_same_v<D, float>         ? DType::kFloat32
-                          : std::is_same_v<D, __nv_bfloat16> ? DType::kBFloat16
-                                                             : DType::kFloat16;
   const int misaligned = misalignment(static_cast<const D*>(call.input.data));
   const int64_t head = std::min<int64_t>(call.numel, (kSize - misaligned) % kSize);
   bool fits = call.compute_in_double == std::is_same_v<D, double> &&
               (!Loss::kIndexed || has_contiguous_indices(call, kSize));
   const auto first_vector = [&](auto* data, DType of) {
-    fits = fits && (!data || (of == dtype && misalignment(data) == misaligned));
+    fits = fits && (!data || (of == kDType<D> && misalignment(data) == misaligned));
     return data ? data + head : nullptr;
   };
   const auto operand = [&](const Operand& op) {
@@ -338,8 +373,7 @@ bool vectorize(const Loss& loss, const Call& call, VectorizedCall<Loss, D>& c) {
   const auto output = [&](const Output& out) {
     return first_vector(static_cast<D*>(out.data), out.dtype);
   };
-  c = {loss,
-       call.numel,
+  c = {call.numel,
        head,
        (call.numel - head) / kSize,
        operand(call.input),
@@ -356,38 +390,43 @@ bool vectorize(const Loss& loss, const Call& call, VectorizedCall<Loss, D>& c) {
   return fits;
 }
 
-// Launches pointwise_vectorized if it covers the call.
-template <class Loss, class D>
-bool launch_vectorized(const Loss& loss, const Call& call, const Launch& launch, unsigned blocks) {
-  VectorizedCall<Loss, D> c;
-  if (!vectorize(loss, call, c)) return false;
+// Launches a vectorized kernel if it covers the call.
+template <class D, class Kernels>
+bool launch_vectorized(const Kernels& kernels, const Call& call, const Launch& launch,
+                       unsigned blocks) {
+  using Loss = typename Kernels::Loss;
+  VectorizedCall<D> c;
+  if (!vectorize<Loss>(call, c)) return false;
   // Doubles are never hot, and whoever compiles a custom loss waits for each kernel.
   constexpr bool kHasPlain = !Loss::kCustom || !std::is_same_v<D, double>;
   const bool plain = !c.weight && !c.upstream && !c.value && !c.target_gradient;
   if (kHasPlain && plain) {
-    pointwise_vectorized<Loss, D, kHasPlain><<<blocks, kThreads, 0, launch.stream>>>(c, launch);
+    kernels.template vectorized<kHasPlain>(c, launch, blocks);
     return true;
   }
   if constexpr (!Loss::kIndexed) {
-    pointwise_vectorized<Loss, D, false><<<blocks, kThreads, 0, launch.stream>>>(c, launch);
+    kernels.template vectorized<false>(c, launch, blocks);
     return true;
   }
   return false;
 }
 
-template <class Loss>
-cudaError_t run_pointwise(const Loss& loss, const Call& call, const Launch& launch) {
+// kernels: vectorized() and strided() launch those of a loss.
+template <class Kernels>
+cudaError_t run_pointwise(const Kernels& kernels, const Call& call, const Launch& launch) {
   const auto blocks = static_cast<unsigned>(pointwise_blocks(call.numel));
   const bool launched = with_type(call.input.dtype, [&](auto tag) {
-    return launch_vectorized<Loss, decltype(tag)>(loss, call, launch, blocks);
+    return launch_vectorized<decltype(tag)>(kernels, call, launch, blocks);
   });
-  if (!launched) {
-    const Call c(call);
-    const auto kernel =
-        call.compute_in_double ? pointwise_strided<Loss, double> : pointwise_strided<Loss, float>;
-    kernel<<<blocks, kThreads, 0, launch.stream>>>(loss, call, launch);
+  if (launched) return cudaGetLastError();
+  if (call.compute_in_double) {
+    kernels.template strided<double>(call, launch, blocks);
+  } else {
+    kernels.template strided<float>(call, launch, blocks);
   }
   return cudaGetLastError();
 }
+
+#endif  // !defined(__CUDACC_RTC__)
 
 }  // namespace fusedloss::cuda

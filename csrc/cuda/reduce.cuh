@@ -87,6 +87,7 @@ __device__ inline bool grid_sum(double& x, double& tag, const GridWorkspace& w) 
 }
 
 // ---- before the launch --------------------------------------------------------------------------
+#if !defined(__CUDACC_RTC__)  // which compiles nothing for the host
 
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
@@ -94,5 +95,7 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   cudaDeviceGetAttribute(&value, attribute, device);
   return value;
 }
+
+#endif  // !defined(__CUDACC_RTC__)
 
 }  // namespace fusedloss::cuda

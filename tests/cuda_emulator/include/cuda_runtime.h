@@ -288,3 +288,12 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(Paramet
   *clusters = emulator::active_clusters(reinterpret_cast<emulator::Kernel>(kernel), *config);
   return cudaSuccess;
 }
+
+// Exports a kernel of a library that is loaded at run time, under its name with this behind it.
+#define EMULATOR_LIBRARY_KERNEL(NAME)                          \
+  extern "C" __attribute__((visibility("default")))            \
+  const emulator::LibraryKernel NAME##_in_library;             \
+  const emulator::LibraryKernel NAME##_in_library = {          \
+      [](const cudaLaunchConfig_t& config, void** arguments) { \
+        cudaLaunchKernelExC(&config, NAME, arguments);         \
+      }};
