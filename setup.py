@@ -149,9 +149,12 @@ def architecture_flags(toolkit: toolkits.Toolkit) -> list[str]:
     if chosen := toolkits.chosen_architectures():
         return chosen
     listed = toolkits.output_of(toolkit.nvcc, "--list-gpu-arch")
-    newest = max(int(name) for name in re.findall(r"compute_(\d+)\b", listed))
-    # For GPUs between sm_90 and the newest, a driver compiles sm_90's PTX.
-    pairs = [(80, "sm_80"), (90, "sm_90"), (90, "compute_90"), (newest, f"compute_{newest}")]
+    known = sorted(int(name) for name in re.findall(r"compute_(\d+)\b", listed))
+    newest = known[-1]
+    # A generation's first model has machine code for the others.
+    pairs = [(number, f"sm_{number}") for number in (80, 90, 100, 120) if number in known]
+    # For the other generations, a driver compiles the PTX of an earlier one.
+    pairs += [(90, "compute_90"), (newest, f"compute_{newest}")]
     return [f"-gencode=arch=compute_{ptx},code={code}" for ptx, code in dict.fromkeys(pairs)]
 
 

@@ -70,19 +70,17 @@ struct Loaded {
   }
 };
 
-// The kernel that a library offers under this entry; null for one that has no such entry.
-template <class Kernel>
-const Kernel* kernel_of(const std::string& library, void* handle, const char* entry,
-                        int32_t version) {
-  const auto found = reinterpret_cast<const Kernel* (*)()>(dlsym(handle, entry));
-  if (!found) return nullptr;
-  const Kernel* kernel = found();
-  if (kernel->version != version) {
-    throw std::runtime_error("fusedloss: " + library + " is of interface version " +
-                             std::to_string(kernel->version) + ", and this fusedloss of " +
-                             std::to_string(version));
+// The custom loss of this name, which is changed under the lock.
+LossInfo& custom_loss(const std::string& name, int parameters) {
+  const auto [found, is_new] = Loaded::instance().losses.try_emplace(name);
+  LossInfo& info = found->second;
+  if (is_new) {
+    info.name = name;
+    info.mean = Mean::kWeights;
+    info.parameters = parameters;
+    info.target_gradient = true;
   }
-  return kernel;
+  return info;
 }
 
 #define FUSEDLOSS_TEXT(X) #X
@@ -107,33 +105,28 @@ std::vector<const LossInfo*> built_in_losses() {
 void load_custom(const std::string& name, const std::string& library) {
   void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!handle) throw std::runtime_error("fusedloss: " + library + " does not load: " + dlerror());
-  const auto add = [&](const auto* kernel, auto member) {
-    if (!kernel) return false;
-    Loaded& loaded = Loaded::instance();
-    const std::unique_lock lock(loaded.mutex);
-    const auto [found, is_new] = loaded.losses.try_emplace(name);
-    LossInfo& info = found->second;
-    if (is_new) {
-      info.name = name;
-      info.mean = Mean::kWeights;
-      info.parameters = kernel->parameters;
-      info.target_gradient = true;
-    }
-    info.*member = kernel;
-    return true;
-  };
-#if defined(FUSEDLOSS_CUDA)
-  if (add(kernel_of<cuda::CustomKernel>(
-              library, handle, FUSEDLOSS_NAME(FUSEDLOSS_CUSTOM_CUDA_ENTRY), cuda::kCustomVersion),
-          &LossInfo::cuda)) {
-    return;
-  }
-#endif
-  if (!add(kernel_of<cpu::PointwiseKernel>(library, handle, FUSEDLOSS_NAME(FUSEDLOSS_CUSTOM_ENTRY),
-                                           cpu::kPointwiseVersion),
-           &LossInfo::cpu)) {
+  const auto entry = reinterpret_cast<const cpu::PointwiseKernel* (*)()>(
+      dlsym(handle, FUSEDLOSS_NAME(FUSEDLOSS_CUSTOM_ENTRY)));
+  if (!entry) {
     throw std::runtime_error("fusedloss: " + library + " is no compiled loss: " + dlerror());
   }
+  const cpu::PointwiseKernel* kernel = entry();
+  if (kernel->version != cpu::kPointwiseVersion) {
+    throw std::runtime_error("fusedloss: " + library + " is of interface version " +
+                             std::to_string(kernel->version) + ", and this fusedloss of " +
+                             std::to_string(cpu::kPointwiseVersion));
+  }
+  const std::unique_lock lock(Loaded::instance().mutex);
+  custom_loss(name, kernel->parameters).cpu = kernel;
 }
+
+#if defined(FUSEDLOSS_CUDA)
+void load_custom_kernels(const std::string& name, int parameters, int capability,
+                         const std::string& file) {
+  const std::unique_lock lock(Loaded::instance().mutex);
+  LossInfo& info = custom_loss(name, parameters);
+  info.cuda = cuda::load_custom(file.c_str(), capability, info.cuda);
+}
+#endif
 
 }  // namespace fusedloss

@@ -15,7 +15,7 @@ namespace cpu {
 struct PointwiseKernel;
 }
 namespace cuda {
-struct CustomKernel;
+struct CustomKernels;
 }
 
 enum class Family {
@@ -36,7 +36,7 @@ struct LossInfo {
 
   // The kernels of a custom loss; null for a built-in one, and where none is loaded.
   std::atomic<const cpu::PointwiseKernel*> cpu = nullptr;
-  std::atomic<const cuda::CustomKernel*> cuda = nullptr;
+  std::atomic<const cuda::CustomKernels*> cuda = nullptr;
 
   bool custom() const { return target_gradient; }
 };
@@ -46,8 +46,11 @@ const LossInfo* find_loss(std::string_view name);
 // Those that are built in.
 std::vector<const LossInfo*> built_in_losses();
 
-// Loads the library of a custom loss, for whichever device it is. Once for each name and device; it
-// stays loaded. Throws std::runtime_error where it is none, or of another version.
+// Loads the library of a custom loss for the CPU. It stays loaded. Throws std::runtime_error where
+// it is none, or of another version.
 void load_custom(const std::string& name, const std::string& library);
+// The same for GPUs: see cuda/kernels.h.
+void load_custom_kernels(const std::string& name, int parameters, int capability,
+                         const std::string& file);
 
 }  // namespace fusedloss

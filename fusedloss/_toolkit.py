@@ -11,14 +11,18 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-NVCC_FLAGS = [
-    *("-std=c++20", "-O3", "--expt-relaxed-constexpr"),
-    # A gradient has the same bits from every kernel that computes it.
-    "-fmad=false",
+# A gradient has the same bits from every kernel that computes it.
+_CUDA_FLAGS = ["-std=c++20", "-fmad=false"]
+NVCC_FLAGS = [*_CUDA_FLAGS, "-O3", "--expt-relaxed-constexpr"]
+# Functions without another word are a device's, like constexpr ones to nvcc.
+NVRTC_FLAGS = [
+    *(*_CUDA_FLAGS, "--device-as-default-execution-space", "--pre-include=cuda/nvrtc.h"),
+    *("-w", "--split-compile=0"),  # on all cores
 ]
 
 # A formula alone is one chain of dependent instructions: the first two flags interleave several
@@ -65,8 +69,12 @@ def find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
+def _cuda_home() -> str | None:
+    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+
+
 def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    home = _cuda_home()
     candidates = (os.environ.get("NVCC"), home and str(Path(home, "bin", "nvcc")), "nvcc")
     return next(filter(None, (shutil.which(name) for name in candidates if name)), None)
 
@@ -82,8 +90,8 @@ def nvcc_release(nvcc: str) -> str | None:
 
 
 @functools.cache
-def version_of(compiler: str) -> str:
-    return run(compiler, "--version").stdout
+def version_of(*compiler: str) -> str:
+    return run(*compiler, "--version").stdout
 
 
 def is_clang(compiler: str) -> bool:
@@ -130,6 +138,28 @@ def find_toolkit() -> Toolkit | str:
         return re.findall(rf'"-{flag}([^"]+)"', line)
 
     return Toolkit(nvcc, version, paths("INCLUDES", "I"), paths("LIBRARIES", "L"))
+
+
+def find_nvrtc() -> list[str] | str:
+    """The command of NVRTC of torch's CUDA version; or, as text, why there is none."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    name = f"libnvrtc.so.{torch.version.cuda.split('.')[0]}"
+    # Where torch's wheels have it, or a toolkit; else where the system does.
+    folders = sorted(Path(torch.__file__).parents[1].glob("nvidia/*/lib"))
+    if home := _cuda_home():
+        folders.append(Path(home, "lib64"))
+    library = next((path for folder in folders if (path := folder / name).is_file()), Path(name))
+    # Isolated, so that neither the environment nor a module in the folder gets in its way.
+    script = str(Path(__file__).with_name("_nvrtc.py"))
+    command = [sys.executable, "-I", "-S", script, str(library)]
+    try:
+        done = run(*command, "--version")
+    except OSError as error:
+        return f"NVRTC does not run: {error}"
+    return command if done.returncode == 0 else f"no NVRTC: {done.stderr.strip()}"
 
 
 def chosen_architectures() -> list[str]:

@@ -358,11 +358,16 @@ def driver_version() -> Version | None:
 
 
 def cuda(
-    torch_cuda: str | None, built_cuda: str | None, driver: Version | None, fused: bool
+    torch_cuda: str | None,
+    built_cuda: str | None,
+    driver: Version | None,
+    fused: bool,
+    nvrtc: list[str] | str,
 ) -> Iterator[Finding]:
-    """Whether torch, the extension, nvcc and the driver have the same CUDA version.
+    """Whether torch, the extension, its compilers and the driver have the same CUDA version.
 
-    ``fused``: whether a backend other than the extension computes CUDA tensors.
+    ``fused``: whether a backend other than the extension computes CUDA tensors; ``nvrtc``: what
+    _toolkit.find_nvrtc() says.
     """
     if torch_cuda is None:
         if driver is None:
@@ -402,11 +407,17 @@ def cuda(
                 f"the CUDA kernels are of CUDA {built_cuda}, and torch of CUDA {torch_cuda}",
                 f"with nvcc {major}.x on the PATH: {_reinstall()}",
             )
-        if not fits:
+        if not isinstance(nvrtc, str):
+            version = _toolkit.version_of(*nvrtc).strip()
+            yield Finding("ok", f"{version} compiles custom losses for CUDA tensors")
+        elif fits:
+            yield Finding("ok", f"{nvcc} compiles custom losses for CUDA tensors ({nvrtc})")
+        else:
             yield Finding(
                 "note",
-                f"no nvcc of CUDA {major}.x: a custom loss is not compiled for CUDA tensors",
-                f"install the CUDA toolkit {torch_cuda}, or point NVCC or CUDA_HOME at one",
+                f"{nvrtc}; no nvcc of CUDA {major}.x: a custom loss is not compiled for CUDA tensors",
+                f"{_install_torch()}, which has NVRTC with it, or install the CUDA toolkit "
+                f"{torch_cuda}, or point NVCC or CUDA_HOME at one",
             )
         return
     if nvcc is None:
@@ -485,6 +496,7 @@ def examine(also_import: Sequence[str] = ()) -> list[Finding]:
             info.build.get("cuda"),
             driver_version(),
             info.backends["triton"] is None,
+            _toolkit.find_nvrtc(),
         ),
         *(openmp(maps.read_text()) if maps.exists() else ()),
     ]

@@ -1,5 +1,5 @@
-"""The CUDA kernels as machine code, where they were built, and those of custom losses, where there
-is an nvcc: what a GPU would be given to run.
+"""The CUDA kernels as machine code, where they were built, and those of custom losses, where NVRTC or
+nvcc is: what a GPU would be given to run.
 
 cuobjdump comes with the CUDA toolkit, and with Triton's package.
 """
@@ -19,10 +19,9 @@ import pytest
 import torch
 
 import fusedloss
-from custom_losses import charbonnier, focal, gaussian_kl
-from fusedloss._toolkit import find_toolkit
-from fusedloss.custom import PointwiseLoss
-from fusedloss.custom.building import CUDA
+from custom_losses import CASES, CustomCase, charbonnier, focal, gaussian_kl
+from fusedloss._toolkit import find_nvrtc, find_toolkit
+from fusedloss.custom import PointwiseLoss, building
 
 REQUIRED = os.environ.get("FUSEDLOSS_REQUIRE_CUDA") == "1"
 
@@ -168,38 +167,78 @@ def test_ptx_for_later_devices(built: str) -> None:
 # ---- custom losses -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = find_toolkit()
-    need(not isinstance(found, str), str(found))
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
+COMPILERS = {
+    "NVRTC": (find_nvrtc, building.nvrtc_command),
+    "nvcc": (find_toolkit, building.nvcc_command),
+}
+
+
+def compiled(loss: PointwiseLoss, architecture: str, compiler: str = "NVRTC") -> str:
+    """The file of a custom loss's machine code."""
+    find, command_for = COMPILERS[compiler]
+    need(not isinstance(find(), str), str(find()))
+    files: list[str] = []
+    traced = (loss.__name__, loss._struct)
+    building.cuda_library(*traced, architecture, command_for).load(files.append)
+    return files[0]
+
+
+def resources(file: str) -> dict[str, int]:
+    """How many registers each kernel takes."""
+    used = _dump(file, "-res-usage")
+    return {name: int(count) for name, count in re.findall(r"Function (\w+):\n.*?REG:(\d+)", used)}
+
+
+# With value and input's gradient alone, and with every other combination.
+PLAIN, OTHER = r"^fusedloss_custom\d+_(?!float64)\w+_plain$", r"^fusedloss_custom\d+_[b]?float\d+$"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["80", "90"])
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("loss", [charbonnier, gaussian_kl, focal], ids=lambda x: x.__name__)
+def test_own_loss(loss: PointwiseLoss, compiler: str, architecture: str) -> None:
+    file = compiled(loss, architecture, compiler)
+    assert len(machine_code(file, f"sm_{architecture}")) == 9
+    check_kernels(file, f"sm_{architecture}", PLAIN, 3)
+    check_kernels(file, f"sm_{architecture}", OTHER, 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", [charbonnier, gaussian_kl, focal], ids=lambda x: x.__name__)
-def test_own_loss(loss: PointwiseLoss, nvcc: None, capfd: pytest.CaptureFixture[str]) -> None:
-    found: list[tuple[str, str]] = []
-    own = CUDA.library(loss.__name__, loss._struct)
-    own.load(lambda *of: found.append(of))
-    assert f"compiled {loss.__name__} for the GPU in " in capfd.readouterr().err
-    for architecture in ("sm_80", "sm_90"):
-        # Three dtypes with value and input's gradient; four with every other combination.
-        for plain, count in (("true", 3), ("false", 4)):
-            kind = rf"::pointwise_vectorized<fusedloss::.*Loss, [\w:]+, {plain}>"
-            check_kernels(found[0][1], architecture, kind, count)
-    own.load(lambda *of: found.append(of))
-    assert found[1] == found[0]
-    assert not capfd.readouterr().err
+def test_nvrtc_is_as_good_as_nvcc(loss: PointwiseLoss) -> None:
+    """The same kernels: they differ in the order of instructions alone, and by what that takes."""
+    by_nvrtc, by_nvcc = (compiled(loss, "90", compiler) for compiler in COMPILERS)
+    theirs = machine_code(by_nvcc, "sm_90")
+    for name, code in machine_code(by_nvrtc, "sm_90").items():
+        assert len(code) <= 1.05 * len(theirs[name]), name
+        assert resources(by_nvrtc)[name] <= resources(by_nvcc)[name] + 2, name
 
 
 @pytest.mark.slow
-def test_own_loss_loads(nvcc: None, built: str) -> None:
-    """Beside the library for the CPU, which has another name."""
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_nvrtc_compiles(case: CustomCase) -> None:
+    assert len(resources(compiled(case.loss, "90"))) == 9
+
+
+@pytest.mark.slow
+def test_own_loss_for_the_cache(monkeypatch: pytest.MonkeyPatch, built: str) -> None:
+    """Without a GPU machine code is made, and not loaded; beside the library for the CPU, which has
+    another name."""
+    need(not isinstance(find_nvrtc(), str), str(find_nvrtc()))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     charbonnier.compile("cuda")
     charbonnier.compile("cpu")
     assert charbonnier._keys["cuda"] != charbonnier._keys["cpu"]
-    x = torch.ones(3)
-    with pytest.raises(RuntimeError, match="no CPU kernel of the loss"):
-        torch.ops.fusedloss.loss(
-            x, x, None, [], charbonnier._keys["cuda"], [1.0, 1.0], 0, 1, x.dtype, None
-        )
+
+
+@pytest.mark.slow
+def test_own_loss_without_a_driver(built: str) -> None:
+    need(not torch.cuda.is_available(), "there is a driver")
+    extension = fusedloss.backends.extension
+    assert extension is not None
+    with pytest.raises(RuntimeError, match="cubin does not load: CUDA driver version is insuff"):
+        extension.load_custom_kernels("none", 2, 90, compiled(charbonnier, "90"))
+    with pytest.raises(RuntimeError, match="missing does not load: file not found"):
+        extension.load_custom_kernels("none", 2, 90, "missing")

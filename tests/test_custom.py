@@ -10,6 +10,7 @@ import pickle
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -41,6 +42,7 @@ from fusedloss import math as fm
 from fusedloss.custom import prepare, primitives, tracing
 from fusedloss.custom.building import CannotCompile
 from helpers import (
+    EMULATED,
     INTERPRETED,
     assert_near,
     assert_same_bits,
@@ -57,7 +59,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_ahead() -> None:
-    """Compiles them side by side, since nvcc takes seconds for each."""
+    """Compiles them side by side, since each takes seconds."""
     if DEVICE == "cuda":
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda case: case.loss.compile(DEVICE), CASES))
@@ -906,6 +908,51 @@ def test_next_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
         assert prepare.prepared(loss._number, "cuda") == ("", "", "compiled: no nvcc")
     with pytest.raises(RuntimeError, match="cannot be compiled: compiled: no nvcc"):
         loss.compile("cuda")
+
+
+@pytest.mark.skipif(not EMULATED, reason="asks the emulator for other GPUs")
+def test_kinds_of_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each runs the kernels that were compiled for it, or for an earlier model of its generation."""
+    from own_losses import library
+
+    extension = fusedloss.backends.extension
+    assert extension is not None and extension.__file__ is not None
+    against = Path(extension.__file__).resolve()
+
+    def times(factor: int) -> Any:
+        return fusedloss.pointwise_loss(lambda input, target: factor * input + target)
+
+    for capability, factor in ((80, 1), (86, 2), (90, 3)):
+        file = library(f"times{factor}", times(factor)._struct, against=against)
+        extension.load_custom_kernels("by kind", 1, capability, str(file))
+    one, nothing = torch.ones(1), torch.zeros(1)
+
+    def run(capability: int) -> float:
+        monkeypatch.setenv("EMULATOR_CAPABILITY", str(capability))
+        arguments = (one, nothing, None, [], "by kind", [math.inf], 0, 1, one.dtype, None)
+        return float(torch.ops.fusedloss.loss(*arguments))
+
+    assert [run(of) for of in (80, 86, 89, 90, 80)] == [1, 2, 2, 3, 1]
+    for capability in (75, 100):
+        with pytest.raises(RuntimeError, match="CUDA: no kernel image is available"):
+            run(capability)
+
+
+@pytest.mark.skipif(not EMULATED, reason="loads a library for the emulator")
+def test_kernels_of_another_version(tmp_path: Path) -> None:
+    from own_losses import library
+
+    extension = fusedloss.backends.extension
+    assert extension is not None and extension.__file__ is not None
+    square = fusedloss.pointwise_loss(lambda input, target: (input - target) ** 2)
+    whole = library("square", square._struct, against=Path(extension.__file__).resolve())
+    other = tmp_path / "other.so"
+    other.write_bytes(whole.read_bytes().replace(b"fusedloss_custom3", b"fusedloss_custom2"))
+    with pytest.raises(RuntimeError, match="other.so does not load: named symbol not found"):
+        extension.load_custom_kernels("other", 1, 90, str(other))
+    other.write_bytes(b"no library")
+    with pytest.raises(RuntimeError, match="other.so does not load: device kernel image"):
+        extension.load_custom_kernels("other", 1, 90, str(other))
 
 
 def test_transforms(backend: str) -> None:

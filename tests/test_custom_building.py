@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 import time
@@ -181,7 +182,7 @@ class Cached:
         self.compiler = program(
             folder.parent / "c++", f'echo >> "{self.calls}"\ncp "{small}" "$out"'
         )
-        self.library = Library("tiny", CPU, "// a source\n", [self.compiler])
+        self.library = Library("tiny", CPU, "// a source\n", [self.compiler], "1.0")
         self.folder = folder
         self.path = folder / f"{self.library.key}.so"
 
@@ -189,7 +190,7 @@ class Cached:
         """The path that is loaded, after checking the folder."""
         loaded: list[Path] = []
 
-        def loader(key: str, path: str) -> None:
+        def loader(path: str) -> None:
             assert building._is_whole(Path(path).read_bytes())
             loaded.append(Path(path))
 
@@ -201,9 +202,12 @@ class Cached:
         return len(self.calls.read_text().splitlines())
 
 
-def program(path: Path, does: str) -> str:
+NVCC_SAYS = "Cuda compilation tools, release 13.0, V13.0.88"
+
+
+def program(path: Path, does: str, says: str = "a compiler") -> str:
     """A compiler, whose output is "$out"."""
-    version = '[ "$1" = --version ] && { echo a compiler; exit 0; }\n'
+    version = f'[ "$1" = --version ] && {{ echo "{says}"; exit 0; }}\n'
     last = "for out; do :; done\n"
     path.write_text(f"#!/bin/sh\n{version}{last}{does}\n")
     path.chmod(0o755)
@@ -363,7 +367,7 @@ def test_library_that_does_not_load(cached: Cached) -> None:
     loads."""
     tried = []
 
-    def loader(key: str, path: str) -> None:
+    def loader(path: str) -> None:
         tried.append(Path(path).parent == cached.folder)
         if len(tried) <= refusals:
             raise RuntimeError(f"{path} does not load: operation not permitted")
@@ -504,43 +508,134 @@ def test_folder_beside_the_work(cached: Cached, monkeypatch: pytest.MonkeyPatch)
 def test_unknown_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "abc")
     with pytest.raises(CannotCompile, match="TORCH_CUDA_ARCH_LIST: .*abc"):
-        building._architectures()
+        building.architectures()
 
 
-def no_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+@pytest.fixture
+def no_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither nvcc nor a C++ compiler, as where torch is all that was installed."""
+    if torch.version.cuda is None:
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("PATH", "")
-    for variable in ("NVCC", "CUDA_HOME", "CUDA_PATH"):
+    monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    for variable in ("NVCC", "CUDA_HOME", "CUDA_PATH", "CXX"):
         monkeypatch.delenv(variable, raising=False)
 
 
-def test_no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
-    no_toolkit(monkeypatch)
-    with pytest.raises(CannotCompile, match="no nvcc: neither NVCC, nor CUDA_HOME"):
-        building.CUDA.library("none", "")
+@pytest.fixture
+def no_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "find_nvrtc", lambda: "no NVRTC: for a test")
 
 
-def test_architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For all GPUs of the machine, unless some are chosen."""
-    no_toolkit(monkeypatch)
-    nvcc = tmp_path / "nvcc"
-    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.88\n")
-    nvcc.chmod(0o755)
-    monkeypatch.setenv("NVCC", str(nvcc))
+@pytest.fixture
+def nvrtc(no_toolkit: None) -> None:
+    """NVRTC alone."""
+    found = _toolkit.find_nvrtc()
+    if isinstance(found, str):
+        pytest.skip(found)
+
+
+STRUCT = """
+struct Loss : CustomLoss<1> {
+  static constexpr int kParameters = 1;
+  FUSEDLOSS_HD static void prepare(const double* parameters, double* constants) {
+    constants[0] = parameters[0];
+  }
+  template <class T>
+  FUSEDLOSS_HD CustomEval<T> eval(T x, T y) const { return {x - y, T(1), T(-1)}; }
+};
+"""
+
+
+def loaded(struct: str = STRUCT) -> list[tuple[str, Path]]:
+    """The architectures and files of a struct for CUDA."""
+    found: list[tuple[str, Path]] = []
+    building.load_cuda("small", struct, lambda *of: found.append((of[0], Path(of[1]))))
+    return found
+
+
+def compilations(capfd: pytest.CaptureFixture[str]) -> int:
+    return capfd.readouterr().err.count("compiled small for the GPU in ")
+
+
+@pytest.mark.slow
+def test_nvrtc_alone(
+    nvrtc: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Machine code without any tool but torch's, kept by architecture; a damaged file is made
+    again."""
+    ((architecture, file),) = loaded()
+    assert (architecture, file.suffix, compilations(capfd)) == ("90", ".cubin", 1)
+    assert loaded() == [("90", file)] and compilations(capfd) == 0
+    DAMAGES["half"](file)
+    assert loaded() == [("90", file)] and compilations(capfd) == 1
+    assert building._is_sound(file) and building._is_whole(file.read_bytes())
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
+    older, newer = loaded()
+    assert newer == ("90", file) and older[0] == "80" and older[1] != file
+    assert compilations(capfd) == 1
+
+
+def test_nvrtc_refuses(nvrtc: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message is the compiler's, with its line; then nvcc is asked."""
+    with pytest.raises(CannotCompile) as caught:
+        loaded(STRUCT.replace("x - y", "x - z"))
+    message = str(caught.value)
+    assert re.search(r'small-\w+.cu\(\d+\): error: identifier "z" is undefined', message)
+    assert "; no nvcc: neither NVCC, nor CUDA_HOME" in message
+    monkeypatch.setattr(building, "architectures", lambda: ["1"])
+    with pytest.raises(CannotCompile, match="(?s)NVRTC_ERROR_INVALID_OPTION.*--gpu-architecture"):
+        loaded()
+
+
+def test_nvcc_where_there_is_no_nvrtc(
+    no_toolkit: None, no_nvrtc: None, tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = program(tmp_path / "nvcc", f'/bin/cp "{small}" "$out"', says=NVCC_SAYS)
+    monkeypatch.setenv("NVCC", nvcc)
     monkeypatch.setenv("CXX", "/bin/sh")
+    ((architecture, file),) = loaded()
+    assert architecture == "90" and file.read_bytes()[:-32] == small.read_bytes()
+
+
+def test_neither_nvrtc_nor_nvcc(no_toolkit: None, no_nvrtc: None) -> None:
+    with pytest.raises(CannotCompile, match="^no NVRTC: for a test; no nvcc: neither NVCC, nor"):
+        loaded()
+
+
+def test_nvrtc_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "99.0")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    assert re.match("no NVRTC: libnvrtc.so.99: cannot open", str(_toolkit.find_nvrtc()))
+
+
+def test_nvrtc_of_a_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA_HOME counts where torch has no wheel of it."""
+    monkeypatch.setattr(torch.version, "cuda", "99.0")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    (tmp_path / "lib64").mkdir()
+    (tmp_path / "lib64" / "libnvrtc.so.99").touch()
+    assert re.match(
+        f"no NVRTC: {tmp_path}/lib64/libnvrtc.so.99: file too short", _toolkit.find_nvrtc()
+    )
+
+
+def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all GPUs of the machine, unless some are chosen."""
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
 
-    def flags(*capabilities: tuple[int, int]) -> list[str]:
+    def of(*capabilities: tuple[int, int]) -> list[str]:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
-        return [flag for flag in building.cuda_command() if flag.startswith("-gencode")]
+        return building.architectures()
 
-    ampere, hopper = "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"
-    assert flags((9, 0), (8, 0), (9, 0)) == [ampere, hopper]
+    assert of((9, 0), (8, 0), (9, 0)) == ["80", "90"]
     with pytest.raises(CannotCompile, match="there is no GPU, and TORCH_CUDA_ARCH_LIST"):
-        flags()
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
-    assert flags() == flags((8, 0)) == [hopper]
+        of()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;9.0a+PTX")
+    assert of((8, 0)) == of() == ["86", "90a"]
 
 
 def test_headers_are_there() -> None:

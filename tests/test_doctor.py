@@ -6,9 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -345,14 +346,21 @@ def test_compiler_chosen_by_hand(bare_path: Path, monkeypatch: pytest.MonkeyPatc
 # ---- CUDA ----------------------------------------------------------------------------------------
 
 
+NO_NVRTC = "no NVRTC: libnvrtc.so.13: cannot open shared object file"
+
+
+def cuda(*versions: Any, fused: bool, nvrtc: list[str] | str = NO_NVRTC) -> Iterator[Finding]:
+    return doctor.cuda(*versions, fused=fused, nvrtc=nvrtc)
+
+
 def test_missing_nvcc(bare_path: Path) -> None:
-    found = only(doctor.cuda("13.0", None, None, fused=False), "note")
+    found = only(cuda("13.0", None, None, fused=False), "note")
     assert "no nvcc was found" in found.what and "toolkit 13.0" in str(found.cure)
     # With a GPU that is a problem, unless another backend drives it.
-    assert only(doctor.cuda("13.0", None, (13, 0), fused=False), "trouble") == Finding(
+    assert only(cuda("13.0", None, (13, 0), fused=False), "trouble") == Finding(
         "trouble", found.what, found.cure
     )
-    assert "another backend" in only(doctor.cuda("13.0", None, (13, 0), fused=True), "note").what
+    assert "another backend" in only(cuda("13.0", None, (13, 0), fused=True), "note").what
 
 
 @pytest.mark.parametrize("variable", ["PATH", "NVCC", "CUDA_HOME"])
@@ -365,32 +373,42 @@ def test_nvcc_of_another_cuda(
         (tmp_path / "cuda" / "bin").mkdir(parents=True)
         nvcc = program(tmp_path / "cuda" / "bin", "nvcc", "release 12.4, V12.4.131")
         monkeypatch.setenv(variable, str(nvcc if variable == "NVCC" else tmp_path / "cuda"))
-    found = only(doctor.cuda("13.0", None, None, fused=False), "note")
+    found = only(cuda("13.0", None, None, fused=False), "note")
     assert f"{nvcc} is of CUDA 12.4, and torch of CUDA 13.0" in found.what
-    same = only(doctor.cuda("12.8", None, None, fused=False), "note")
+    same = only(cuda("12.8", None, None, fused=False), "note")
     assert f"{nvcc} could build them" in same.what
 
 
 def test_kernels_of_another_cuda(bare_path: Path) -> None:
     program(bare_path, "nvcc", "release 13.0, V13.0.88")
-    found = only(doctor.cuda("13.0", "12.4", None, fused=True), "trouble")
+    found = only(cuda("13.0", "12.4", None, fused=True), "trouble")
     assert "the CUDA kernels are of CUDA 12.4, and torch of CUDA 13.0" in found.what
-    assert all(finding.kind == "ok" for finding in doctor.cuda("13.0", "13.1", None, fused=True))
+    assert all(finding.kind == "ok" for finding in cuda("13.0", "13.1", None, fused=True))
 
 
 @pytest.mark.parametrize("version", [None, "12.4"])
 def test_no_nvcc_for_own_losses(version: str | None, bare_path: Path) -> None:
     if version is not None:
         program(bare_path, "nvcc", f"release {version}, V{version}.1")
-    found = list(doctor.cuda("13.0", "13.0", None, fused=True))
+    found = list(cuda("13.0", "13.0", None, fused=True))
     assert [finding.kind for finding in found] == ["ok", "note"]
-    assert "a custom loss is not compiled" in found[1].what
+    assert found[1].what.startswith(f"{NO_NVRTC}; no nvcc of CUDA 13.x: a custom loss is not")
+
+
+def test_who_compiles_own_losses(bare_path: Path) -> None:
+    """NVRTC, or nvcc, and then why not NVRTC."""
+    nvrtc = program(bare_path, "nvrtc", "NVRTC 13.0")
+    _, found = cuda("13.0", "13.0", None, fused=True, nvrtc=[str(nvrtc)])
+    assert str(found) == "ok       NVRTC 13.0 compiles custom losses for CUDA tensors"
+    nvcc = program(bare_path, "nvcc", "release 13.0, V13.0.88")
+    _, found = cuda("13.0", "13.0", None, fused=True)
+    assert found == Finding("ok", f"{nvcc} compiles custom losses for CUDA tensors ({NO_NVRTC})")
 
 
 def test_torch_for_the_cpu_beside_a_gpu() -> None:
-    found = only(doctor.cuda(None, None, (12, 4), fused=False), "trouble")
+    found = only(cuda(None, None, (12, 4), fused=False), "trouble")
     assert "torch is built for the CPU" in found.what
-    assert [finding.kind for finding in doctor.cuda(None, None, None, fused=False)] == ["ok"]
+    assert [finding.kind for finding in cuda(None, None, None, fused=False)] == ["ok"]
 
 
 @pytest.mark.parametrize(("number", "kind"), [(12040, "trouble"), (13000, "note"), (13010, "ok")])
@@ -407,7 +425,7 @@ def test_old_driver(number: int, kind: str, tmp_path: Path) -> None:
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
     code = (
         "from fusedloss import doctor\n"
-        'print(*doctor.cuda("13.1", "13.1", doctor.driver_version(), True), sep="\\n")'
+        'print(*doctor.cuda("13.1", "13.1", doctor.driver_version(), True, "no NVRTC"), sep="\\n")'
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,25 +1,23 @@
-// Builds the library of a custom loss: the pointwise engine's kernels over its struct. nvcc
-// compiles it where the loss is used, without torch headers.
+// The kernels of a custom loss, compiled where it is used: by NVRTC or nvcc, without headers of
+// torch. custom.cu loads and launches them.
 #pragma once
 
 #include "../math/custom.h"
 #include "pointwise.cuh"
 
-namespace fusedloss::cuda {
-
-template <class Loss>
-cudaError_t custom(const Call& call, const Launch& launch) {
-  Loss loss;
-  Loss::prepare(call.parameters, loss.constants);
-  return run_pointwise(loss, call, launch);
-}
-
-}  // namespace fusedloss::cuda
-
-#define FUSEDLOSS_CUSTOM_CUDA(LOSS)                                                          \
-  extern "C" __attribute__((visibility("default"))) const fusedloss::cuda::CustomKernel*     \
-  FUSEDLOSS_CUSTOM_CUDA_ENTRY() {                                                            \
-    static constexpr fusedloss::cuda::CustomKernel kernel{                                   \
-        fusedloss::cuda::kCustomVersion, LOSS::kParameters, &fusedloss::cuda::custom<LOSS>}; \
-    return &kernel;                                                                          \
+#define FUSEDLOSS_VECTORIZED_KERNEL(NAME, D, PLAIN)                                      \
+  extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocksPerSM<Given, PLAIN>)  \
+      NAME(const VectorizedCall<D> c, const Launch l, const CustomParameters<Given> p) { \
+    compute_vectorized<Given, D, PLAIN>(p, c, l);                                        \
+  }
+#define FUSEDLOSS_STRIDED_KERNEL(NAME, T)                                   \
+  extern "C" __global__ void __launch_bounds__(kThreads)                    \
+      NAME(const Call c, const Launch l, const CustomParameters<Given> p) { \
+    compute_strided<Given, T>(p, c, l);                                     \
+  }
+#define FUSEDLOSS_CUSTOM_CUDA(LOSS)                        \
+  namespace fusedloss::cuda {                              \
+  using Given = LOSS;                                      \
+  FUSEDLOSS_CUSTOM_VECTORIZED(FUSEDLOSS_VECTORIZED_KERNEL) \
+  FUSEDLOSS_CUSTOM_STRIDED(FUSEDLOSS_STRIDED_KERNEL)       \
   }

@@ -82,17 +82,28 @@ extern Kernel* const* const kernels;
 
 Kernel cross_entropy;
 
-// The version of this file and call.h. A library of another version is not run.
-constexpr int32_t kCustomVersion = 3;
+// The kernels of a custom loss, which are compiled where it is used: each one's name, the type that
+// it reads or, of the last two, computes in, and whether it is for plain calls; see pointwise.cuh.
+// The number is the version of this file and of call.h: what was compiled from other versions has
+// no kernels of these names.
+#define FUSEDLOSS_CUSTOM_VECTORIZED(X)                     \
+  X(fusedloss_custom3_float64, double, false)              \
+  X(fusedloss_custom3_float32, float, false)               \
+  X(fusedloss_custom3_float32_plain, float, true)          \
+  X(fusedloss_custom3_bfloat16, __nv_bfloat16, false)      \
+  X(fusedloss_custom3_bfloat16_plain, __nv_bfloat16, true) \
+  X(fusedloss_custom3_float16, __half, false)              \
+  X(fusedloss_custom3_float16_plain, __half, true)
+#define FUSEDLOSS_CUSTOM_STRIDED(X)               \
+  X(fusedloss_custom3_strided_in_float64, double) \
+  X(fusedloss_custom3_strided_in_float32, float)
+constexpr int kCustomKernels = 9;
 
-// What the library of a custom loss offers.
-struct CustomKernel {
-  int32_t version;
-  int32_t parameters;  // how many
-  Kernel* kernel;
-};
-
-// The library's one symbol, of type const CustomKernel* ().
-#define FUSEDLOSS_CUSTOM_CUDA_ENTRY fusedloss_custom_cuda_kernel
+// The kernels of a loss, for all devices that they were compiled for.
+struct CustomKernels;
+// Loads a file of them, for ever; capability: of the devices that it is for, 90 for 9.0; others: the
+// same loss's for other devices. Throws std::runtime_error where that cannot be done.
+const CustomKernels* load_custom(const char* file, int capability, const CustomKernels* others);
+cudaError_t run_custom(const CustomKernels& kernels, const Call& call, const Launch& launch);
 
 }  // namespace fusedloss::cuda

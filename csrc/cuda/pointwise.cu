@@ -6,9 +6,33 @@
 namespace fusedloss::cuda {
 namespace {
 
+template <class BuiltIn>
+struct BuiltInKernels {
+  using Loss = BuiltIn;
+  Loss loss;
+
+  template <bool kPlain, class D>
+  void vectorized(const VectorizedCall<D>& c, const Launch& l) const {
+    launch<pointwise_vectorized<Loss, D, kPlain>>(c, l);
+  }
+  template <class T>
+  void strided(const Call& c, const Launch& l) const {
+    launch<pointwise_strided<Loss, T>>(c, l);
+  }
+
+ private:
+  template <auto kKernel, class C>
+  void launch(const C& call, const Launch& l) const {
+    static ResidentBlocks resident;
+    const unsigned blocks = pointwise_blocks(call.numel, resident.of(kKernel, kThreads));
+    kKernel<<<blocks, kThreads, 0, l.stream>>>(loss, call, l);
+  }
+};
+
 template <class Loss>
 cudaError_t run_built_in(const Call& call, const Launch& launch) {
-  return run_pointwise(Loss{{Loss::kParameters ? call.parameters[0] : 0}}, call, launch);
+  const Loss loss{{Loss::kParameters ? call.parameters[0] : 0}};
+  return run_pointwise(BuiltInKernels<Loss>{loss}, call, launch);
 }
 
 #define FUSEDLOSS_KERNEL(NAME, LOSS) &run_built_in<LOSS>,

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 
 #include "fast_math.cuh"
 #include "reduce.cuh"
@@ -83,6 +82,26 @@ __device__ inline int64_t quotient(int64_t a, int64_t b, int64_t bound) {
   return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
 }
 
+// A custom loss as a kernel is given it. Nothing of it need be known where a kernel is launched but
+// the address of its parameters.
+template <class Loss>
+struct CustomParameters {
+  double numbers[Loss::kParameters];
+};
+
+// The loss that a kernel was given. A custom one is made in shared memory, and is there after the
+// block's next barrier: a thread computes its constants while the first one reads the prediction.
+template <class Loss>
+__device__ const Loss& prepared(const Loss& given) {
+  return given;
+}
+template <class Loss>
+__device__ const Loss& prepared(const CustomParameters<Loss>& given) {
+  __shared__ Loss loss;
+  if (threadIdx.x == kWarp) Loss::prepare(given.numbers, loss.constants);
+  return loss;
+}
+
 // ---- contiguous operands of one dtype -----------------------------------------------------------
 
 // The type that a loss is computed in.
@@ -107,9 +126,8 @@ struct Factor {
 
 // Every operand and output is contiguous and equally misaligned, or null. Pointers are to the first
 // vector: elements are numbered from -head, where the head begins, to the end of the tail.
-template <class Loss, class D>
+template <class D>
 struct VectorizedCall {
-  Loss loss;
   int64_t numel, head, vectors;
   const D *input, *target;
   Factor<D> weight, pos_weight, upstream;
@@ -164,10 +182,10 @@ struct VectorizedThread {
   using N = Number<Loss, D>;
   static constexpr bool kHasTargetGradient = Loss::kCustom && !kPlain;
 
-  const VectorizedCall<Loss, D>& c;
+  const Loss loss;  // a copy, which stays in registers
+  const VectorizedCall<D>& c;
   const Launch& l;
   const GradientScale& s;
-  const Loss loss = c.loss;
   const bool weighted = !kPlain && c.weight.vectors, has_upstream = !kPlain && c.upstream.vectors;
   const bool has_value = !kPlain && c.value, write_input = s.write && c.gradient;
   const bool write_target = kHasTargetGradient && s.write && c.target_gradient;
@@ -259,13 +277,14 @@ struct VectorizedThread {
 template <class Loss, bool kPlain>
 constexpr int kMinBlocksPerSM = (kPlain ? 4 : 3) - Loss::kCustom;
 
-template <class Loss, class D, bool kPlain>
-__global__ void __launch_bounds__(kThreads, kMinBlocksPerSM<Loss, kPlain>)
-    pointwise_vectorized(const VectorizedCall<Loss, D> c, const Launch l) {
+template <class Loss, class D, bool kPlain, class Given>
+__device__ void compute_vectorized(const Given& given, const VectorizedCall<D>& c,
+                                   const Launch& l) {
+  const Loss& loss = prepared(given);
   const GradientScale s = GradientScale::of_block<Loss::kIndexed>(l);
   update_predictor(l, s);
   if (can_skip(l, s)) return;
-  const VectorizedThread<Loss, D, kPlain> thread{c, l, s};
+  const VectorizedThread<Loss, D, kPlain> thread{loss, c, l, s};
   double total = 0;
   if (blockIdx.x == 0) {
     const int64_t t = threadIdx.x, tail = c.vectors * Vector16<D>::kSize;
@@ -278,6 +297,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSM<Loss, kPlain>)
     total += thread.template batch<Vector16<D>, kUnroll>(first, c.vectors);
   }
   write_loss(l, total * c.weight.number());
+}
+
+template <class Loss, class D, bool kPlain>
+__global__ void __launch_bounds__(kThreads, kMinBlocksPerSM<Loss, kPlain>)
+    pointwise_vectorized(const Loss loss, const VectorizedCall<D> c, const Launch l) {
+  compute_vectorized<Loss, D, kPlain>(loss, c, l);
 }
 
 // ---- operands of any dtype and strides ----------------------------------------------------------
@@ -320,9 +345,9 @@ __device__ T load(const Operand& op, const Call& c, int64_t linear, const Coordi
   return kNan<T>;
 }
 
-template <class Loss, class T>
-__global__ void __launch_bounds__(kThreads)
-    pointwise_strided(const Loss loss, const Call c, const Launch l) {
+template <class Loss, class T, class Given>
+__device__ void compute_strided(const Given& given, const Call& c, const Launch& l) {
+  const Loss& loss = prepared(given);
   const GradientScale s = GradientScale::of_block<Loss::kIndexed>(l);
   update_predictor(l, s);
   if (can_skip(l, s)) return;
@@ -351,25 +376,19 @@ __global__ void __launch_bounds__(kThreads)
   write_loss(l, total);
 }
 
-// ---- choosing and launching a kernel ------------------------------------------------------------
-
-// Blocks of a grid: no more than run at once, and than there is work for.
-inline int64_t pointwise_blocks(int64_t numel, int64_t resident) {
-  if (numel <= kMaxOneBlock) return 1;
-  return std::min(resident, ceil_div(numel, kThreads * kUnroll));
+template <class Loss, class T>
+__global__ void __launch_bounds__(kThreads)
+    pointwise_strided(const Loss loss, const Call c, const Launch l) {
+  compute_strided<Loss, T>(loss, c, l);
 }
 
-// How many blocks of a kernel the device runs at once, by their registers.
-template <auto kKernel>
-int64_t resident_blocks() {
-  static std::atomic<int> cache[kMaxDevices];  // 0: not known yet
-  int device = 0, blocks = 0;
-  cudaGetDevice(&device);
-  if (const int known = cache[device]) return known;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kThreads, 0);
-  blocks *= device_attribute(cudaDevAttrMultiProcessorCount);
-  cache[device] = blocks;
-  return std::max(blocks, 1);  // where the device refuses the kernel, the launch says why
+// ---- choosing and launching a kernel ------------------------------------------------------------
+#if !defined(__CUDACC_RTC__)  // which compiles nothing for the host
+
+// Blocks of a grid: no more than run at once, and than there is work for.
+inline unsigned pointwise_blocks(int64_t numel, int64_t resident) {
+  if (numel <= kMaxOneBlock) return 1;
+  return static_cast<unsigned>(std::min(resident, ceil_div(numel, kThreads * kUnroll)));
 }
 
 // Whether a factor is one number for all elements.
@@ -396,20 +415,22 @@ inline bool has_contiguous_indices(const Call& call, int64_t min_classes) {
   return true;
 }
 
+template <class D>
+constexpr DType kDType = std::is_same_v<D, double>          ? DType::kFloat64
+                         : std::is_same_v<D, float>         ? DType::kFloat32
+                         : std::is_same_v<D, __nv_bfloat16> ? DType::kBFloat16
+                                                            : DType::kFloat16;
+
 // Fills c and returns true if all operands are contiguous, of type D and equally misaligned.
 template <class Loss, class D>
-bool vectorize(const Loss& loss, const Call& call, VectorizedCall<Loss, D>& c) {
+bool vectorize(const Call& call, VectorizedCall<D>& c) {
   constexpr int kSize = Vector16<D>::kSize;
-  constexpr DType dtype = std::is_same_v<D, double>          ? DType::kFloat64
-                          : std::is_same_v<D, float>         ? DType::kFloat32
-                          : std::is_same_v<D, __nv_bfloat16> ? DType::kBFloat16
-                                                             : DType::kFloat16;
   const int misaligned = misalignment(static_cast<const D*>(call.input.data));
   const int64_t head = std::min<int64_t>(call.numel, (kSize - misaligned) % kSize);
   bool fits = call.compute_in_double == std::is_same_v<D, double> &&
               (!Loss::kIndexed || has_contiguous_indices(call, kSize));
   const auto first_vector = [&](auto* data, DType of) {
-    fits = fits && (!data || (of == dtype && misalignment(data) == misaligned));
+    fits = fits && (!data || (of == kDType<D> && misalignment(data) == misaligned));
     return data ? data + head : nullptr;
   };
   const auto operand = [&](const Operand& op) {
@@ -423,8 +444,7 @@ bool vectorize(const Loss& loss, const Call& call, VectorizedCall<Loss, D>& c) {
   const auto output = [&](const Output& out) {
     return first_vector(static_cast<D*>(out.data), out.dtype);
   };
-  c = {loss,
-       call.numel,
+  c = {call.numel,
        head,
        (call.numel - head) / kSize,
        operand(call.input),
@@ -441,37 +461,29 @@ bool vectorize(const Loss& loss, const Call& call, VectorizedCall<Loss, D>& c) {
   return fits;
 }
 
-template <auto kKernel, class... Arguments>
-cudaError_t launch_pointwise(int64_t numel, const Launch& launch, const Arguments&... arguments) {
-  const auto blocks = static_cast<unsigned>(pointwise_blocks(numel, resident_blocks<kKernel>()));
-  kKernel<<<blocks, kThreads, 0, launch.stream>>>(arguments..., launch);
-  return cudaGetLastError();
-}
-
 // Picks the kernel for a call whose input is of type D.
-template <class Loss, class D>
-cudaError_t run_pointwise_of(const Loss& loss, const Call& call, const Launch& launch) {
-  if (VectorizedCall<Loss, D> c; vectorize(loss, call, c)) {
+template <class D, class Kernels>
+void launch_pointwise(const Kernels& kernels, const Call& call, const Launch& launch) {
+  using Loss = typename Kernels::Loss;
+  if (VectorizedCall<D> c; vectorize<Loss>(call, c)) {
     // Doubles are never hot, and whoever compiles a custom loss waits for each kernel.
     constexpr bool kHasPlain = !Loss::kCustom || !std::is_same_v<D, double>;
     const bool plain = !c.weight.vectors && !c.upstream.vectors && !c.value && !c.target_gradient;
-    if (kHasPlain && plain) {
-      return launch_pointwise<pointwise_vectorized<Loss, D, kHasPlain>>(call.numel, launch, c);
-    }
-    if constexpr (!Loss::kIndexed) {
-      return launch_pointwise<pointwise_vectorized<Loss, D, false>>(call.numel, launch, c);
-    }
+    if (kHasPlain && plain) return kernels.template vectorized<kHasPlain>(c, launch);
+    if constexpr (!Loss::kIndexed) return kernels.template vectorized<false>(c, launch);
   }
-  return call.compute_in_double
-             ? launch_pointwise<pointwise_strided<Loss, double>>(call.numel, launch, loss, call)
-             : launch_pointwise<pointwise_strided<Loss, float>>(call.numel, launch, loss, call);
+  return call.compute_in_double ? kernels.template strided<double>(call, launch)
+                                : kernels.template strided<float>(call, launch);
 }
 
-template <class Loss>
-cudaError_t run_pointwise(const Loss& loss, const Call& call, const Launch& launch) {
-  return with_type(call.input.dtype, [&](auto tag) {
-    return run_pointwise_of<Loss, decltype(tag)>(loss, call, launch);
-  });
+// kernels: vectorized() and strided() launch those of a loss, over pointwise_blocks().
+template <class Kernels>
+cudaError_t run_pointwise(const Kernels& kernels, const Call& call, const Launch& launch) {
+  with_type(call.input.dtype,
+            [&](auto tag) { launch_pointwise<decltype(tag)>(kernels, call, launch); });
+  return cudaGetLastError();
 }
+
+#endif  // !defined(__CUDACC_RTC__)
 
 }  // namespace fusedloss::cuda

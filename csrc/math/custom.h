@@ -5,7 +5,7 @@
 //   struct Loss : fusedloss::CustomLoss<kConstants> {
 //     static constexpr int kParameters;
 //     static constexpr Usual kUsual[];
-//     static void prepare(const double* parameters, double* constants);
+//     FUSEDLOSS_HD static void prepare(const double* parameters, double* constants);
 //     template <class T> CustomEval<T> eval(T x, T y) const;
 //   };
 // prepare() computes, in double, everything that depends on the parameters alone.

@@ -249,12 +249,13 @@ struct CudaEngine {
     count.divide_into_slices();
   }
 
-  cuda::Kernel* kernel() const {
-    if (!info.custom()) return cuda::kernels[info.number];
-    const cuda::CustomKernel* custom = info.cuda;
+  // Queues the kernels.
+  cudaError_t launch() {
+    if (!info.custom()) return cuda::kernels[info.number](call_, launch_);
+    const cuda::CustomKernels* custom = info.cuda;
     TORCH_CHECK(custom, "fusedloss: no CUDA kernel of the loss '", a.loss,
                 "' is loaded: call it once on the GPU");
-    return custom->kernel;
+    return cuda::run_custom(*custom, call_, launch_);
   }
 
   void run(const Gradients& gradients) {
@@ -265,7 +266,7 @@ struct CudaEngine {
       workspace = workspace_of(stream_, a.input.device());
       launch_.workspace = workspace.mutable_data_ptr();
     }
-    check(kernel()(call_, launch_));
+    check(launch());
   }
 
   c10::cuda::CUDAGuard guard_;

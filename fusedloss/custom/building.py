@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import shlex
 import stat
 import sys
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +27,9 @@ from .. import _caller, _toolkit, backends
 from .._toolkit import (
     GCC_SCHEDULING,
     NVCC_FLAGS,
+    NVRTC_FLAGS,
     chosen_architectures,
+    find_nvrtc,
     find_toolkit,
     is_clang,
     run,
@@ -50,21 +54,14 @@ class CannotCompile(Exception):
 
 @dataclass(frozen=True)
 class Engine:
-    """Makes libraries of the structs that printing.cpp() prints."""
+    """Makes sources of the structs that printing.cpp() prints."""
 
     device: str  # in messages
     folder: str  # of its headers
     header: str
     macro: str
-    suffix: str
-    command: Callable[[], list[str]]  # the compiler call, up to the file names
-
-    def library(self, name: str, struct: str) -> Library:
-        """
-        Raises:
-            CannotCompile, OSError: there is no compiler.
-        """
-        return Library(name, self, self.source(struct), self.command())
+    suffix: str  # of a source
+    compiled: str  # and of what a compiler makes of it
 
     def source(self, struct: str) -> str:
         return (
@@ -131,67 +128,76 @@ def cpu_command() -> list[str]:
     return [compiler, *flags, f"-I{headers()}"]
 
 
-def cuda_command() -> list[str]:
-    """nvcc's call, up to the file names.
+def nvrtc_command(architecture: str) -> list[str]:
+    """NVRTC's call, up to the file names.
 
     Raises:
-        CannotCompile: there is no nvcc of torch's CUDA version, or nothing to compile for.
+        CannotCompile: there is no NVRTC of torch's CUDA version.
     """
+    nvrtc = find_nvrtc()
+    if isinstance(nvrtc, str):
+        raise CannotCompile(nvrtc)
+    flags = [*NVRTC_FLAGS, f"--gpu-architecture=sm_{architecture}"]
+    return [*nvrtc, *flags, f"--include-path={headers()}"]
+
+
+def nvcc_command(architecture: str) -> list[str]:
+    """The same of nvcc."""
     toolkit = find_toolkit()
     if isinstance(toolkit, str):
         raise CannotCompile(toolkit)
-    flags = [*NVCC_FLAGS, *_architectures(), "-Xcompiler=-fPIC,-fvisibility=hidden,-w"]
-    # The shared runtime is the one that torch has loaded, with torch's current device and errors.
-    flags += ["-shared", "-cudart=shared"]
+    flags = [*NVCC_FLAGS, "-w", "-cubin", f"-arch=sm_{architecture}"]
     return [toolkit.nvcc, *flags, "-ccbin", find_compiler(), f"-I{headers()}"]
 
 
-def _architectures() -> list[str]:
-    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST, else for the GPUs of this machine."""
+def architectures() -> list[str]:
+    """Those of TORCH_CUDA_ARCH_LIST, else of the GPUs of this machine: "90" for capability 9.0.
+
+    Raises:
+        CannotCompile: there is none.
+    """
     try:
-        if chosen := chosen_architectures():
-            return chosen
+        chosen = re.findall(r"code=sm_(\w+)", " ".join(chosen_architectures()))
     except ValueError as error:
         raise CannotCompile(f"TORCH_CUDA_ARCH_LIST: {error}") from error
+    if chosen:
+        return chosen
     found = range(torch.cuda.device_count())
     capabilities = sorted({torch.cuda.get_device_capability(device) for device in found})
     if not capabilities:
         raise CannotCompile("there is no GPU, and TORCH_CUDA_ARCH_LIST names none")
-    numbers = [f"{major}{minor}" for major, minor in capabilities]
-    return [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+    return [f"{major}{minor}" for major, minor in capabilities]
 
 
-CPU = Engine("CPU", "cpu", "pointwise_kernel.h", "FUSEDLOSS_CUSTOM", ".cpp", cpu_command)
-CUDA = Engine("GPU", "cuda", "custom.cuh", "FUSEDLOSS_CUSTOM_CUDA", ".cu", cuda_command)
+CPU = Engine("CPU", "cpu", "pointwise_kernel.h", "FUSEDLOSS_CUSTOM", ".cpp", ".so")
+CUDA = Engine("GPU", "cuda", "custom.cuh", "FUSEDLOSS_CUSTOM_CUDA", ".cu", ".cubin")
 
 
 @dataclass(frozen=True)
 class Library:
-    """A printed loss, and the compiler call, up to the file names, that compiles it."""
+    """A printed loss, the compiler call, up to the file names, that compiles it, and the version of the
+    compiler."""
 
     name: str  # in file names
     engine: Engine
     source: str
     command: list[str]
+    version: str
 
     @functools.cached_property
     def key(self) -> str:
         """A name that no other library has."""
-        digest = hashlib.sha256()
-        headers = _headers_digest(self.engine.folder)
-        for part in (self.source, headers, version_of(self.command[0]), shlex.join(self.command)):
-            digest.update(part.encode(errors="surrogateescape") + b"\0")
-        return f"{self.name}-{digest.hexdigest()[:24]}"
+        return key_of(self.name, self.engine, self.source, self.version, shlex.join(self.command))
 
-    def load(self, loader: Callable[[str, str], object]) -> None:
-        """Calls loader(key, path) for the library in the cache, compiled if it is not there yet. If the
-        cache cannot be used, or its library cannot be loaded, compiles one for this call alone.
+    def load(self, loader: Callable[[str], object]) -> None:
+        """Calls loader(path) for the library in the cache, compiled if it is not there yet. If the cache
+        cannot be used, or its library cannot be loaded, compiles one for this call alone.
 
         Raises:
             CannotCompile: the library cannot be compiled, or does not load; the message says why.
         """
         try:
-            loader(self.key, str(self._in_cache()))
+            loader(str(self._in_cache()))
             return
         except (OSError, RuntimeError) as error:  # the loader, and Path.home(), raise RuntimeError
             not_kept = str(error).rstrip(".")
@@ -199,9 +205,9 @@ class Library:
             with tempfile.TemporaryDirectory(
                 prefix="fusedloss-", ignore_cleanup_errors=True
             ) as folder:
-                library = Path(folder, f"{self.key}.so")
+                library = Path(folder, self.key + self.engine.compiled)
                 self._compile(library, "not kept")
-                loader(self.key, str(library))
+                loader(str(library))
         except (OSError, RuntimeError) as error:
             raise CannotCompile(f"{not_kept}; {error}") from error
         chosen = os.environ.get("FUSEDLOSS_CACHE_DIR")
@@ -214,7 +220,7 @@ class Library:
             )
 
     def _in_cache(self) -> Path:
-        library = _cache() / f"{self.key}.so"
+        library = _cache() / (self.key + self.engine.compiled)
         if not _is_sound(library):
             with _alone(library.with_suffix(".lock")):
                 if not _is_sound(library):
@@ -244,7 +250,7 @@ class Library:
 
     def _compiled(self, source: Path) -> bytes:
         """The content of the library that the compiler makes."""
-        built, command = source.with_suffix(".so"), shlex.join(self.command)
+        built, command = source.with_suffix(self.engine.compiled), shlex.join(self.command)
         try:
             # In the temporary folder, which also removes the files of a compiler that was killed.
             done = run(
@@ -260,6 +266,52 @@ class Library:
         if not _is_whole(content):
             raise CannotCompile(f"{command} leaves no whole library, and no error")
         return content
+
+
+def key_of(name: str, engine: Engine, source: str, *more: str) -> str:
+    """A name that begins with this one, and that no other source, compiled otherwise, has."""
+    digest = hashlib.sha256()
+    for part in (source, _headers_digest(engine.folder), *more):
+        digest.update(part.encode(errors="surrogateescape") + b"\0")
+    return f"{name}-{digest.hexdigest()[:24]}"
+
+
+def cpu_library(name: str, struct: str) -> Library:
+    """
+    Raises:
+        CannotCompile, OSError: there is no compiler.
+    """
+    command = cpu_command()
+    return Library(name, CPU, CPU.source(struct), command, version_of(command[0]))
+
+
+def cuda_library(
+    name: str, struct: str, architecture: str, command_for: Callable[[str], list[str]]
+) -> Library:
+    """``command_for``: nvrtc_command or nvcc_command. Raises as they do."""
+    command = command_for(architecture)
+    compiler = command[: command.index(NVCC_FLAGS[0])]
+    return Library(name, CUDA, CUDA.source(struct), command, version_of(*compiler))
+
+
+def load_cuda(name: str, struct: str, loader: Callable[[str, str], object]) -> None:
+    """Calls loader(architecture, path) for the library of each architecture, as Library.load() does.
+    NVRTC compiles it, or where that cannot, nvcc.
+
+    Raises:
+        CannotCompile: neither can; the message says why.
+    """
+    for architecture in architectures():
+        reasons = []
+        for command_for in (nvrtc_command, nvcc_command):
+            try:
+                library = cuda_library(name, struct, architecture, command_for)
+                library.load(partial(loader, architecture))
+                break
+            except (CannotCompile, OSError) as error:
+                reasons.append(str(error))
+        else:
+            raise CannotCompile("; ".join(reasons))
 
 
 _warned_of: set[str | None] = set()  # values of FUSEDLOSS_CACHE_DIR

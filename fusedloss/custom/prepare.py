@@ -8,8 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+import torch
+
 from .. import _caller, backends, second_order
-from .building import CPU, CUDA, CannotCompile, Engine
+from .building import CUDA, CannotCompile, cpu_library, key_of, load_cuda
 
 if TYPE_CHECKING:
     from .loss import PointwiseLoss
@@ -62,11 +64,25 @@ def _prepare(loss: PointwiseLoss, device: str, candidates: tuple[str, ...]) -> t
     return "", "", "; ".join(reasons)
 
 
-def _load_compiled(engine: Engine, loss: PointwiseLoss) -> str:
-    library = engine.library(loss._traced.identifier, loss._struct)
+def _load_cpu(loss: PointwiseLoss) -> str:
+    library = cpu_library(loss._traced.identifier, loss._struct)
     if library.key not in second_order.custom_references:
-        library.load(_C.load_custom)
+        library.load(partial(_C.load_custom, library.key))
     return library.key
+
+
+def _load_cuda(loss: PointwiseLoss) -> str:
+    name = loss._traced.identifier
+    key = key_of(name, CUDA, CUDA.source(loss._struct))
+
+    def load(architecture: str, path: str) -> None:
+        if torch.cuda.is_available():  # else it is for the cache alone
+            capability = int(architecture.rstrip("af"))  # of 90a and 100f, say
+            _C.load_custom_kernels(key, len(loss._names) + 1, capability, path)
+
+    if key not in second_order.custom_references:
+        load_cuda(name, loss._struct, load)
+    return key
 
 
 def _load_triton(loss: PointwiseLoss) -> str:
@@ -83,7 +99,7 @@ def _load_triton(loss: PointwiseLoss) -> str:
 # By backend and type of device: a function that loads the kernels of a loss, and returns the name of
 # the loss in the operators. It raises CannotCompile if there are no kernels.
 _LOADERS: dict[tuple[str, str], Callable[[PointwiseLoss], str]] = {
-    ("compiled", "cpu"): partial(_load_compiled, CPU),
-    ("compiled", "cuda"): partial(_load_compiled, CUDA),
+    ("compiled", "cpu"): _load_cpu,
+    ("compiled", "cuda"): _load_cuda,
     **{("triton", device): _load_triton for device in ("cpu", "cuda", "xpu")},
 }

@@ -195,7 +195,7 @@ def cpp(traced: Traced) -> str:
         f"struct Loss : CustomLoss<{count}> {{",
         f"  static constexpr int kParameters = {len(given) + 1};",
         f"  static constexpr Usual kUsual[] = {{{', '.join(usual)}}};",
-        "  static void prepare(const double* parameters, double* constants) {",
+        "  FUSEDLOSS_HD static void prepare(const double* parameters, double* constants) {",
         *(
             f"    constants[{i}] = {of_call(formula)};"
             for i, (_, formula) in enumerate(program.constants)

@@ -13,11 +13,15 @@
 // cluster that there is room for; EMULATOR_THREADS, see take_thread.
 #include "emulator.h"
 
+#include <cuda.h>
 #include <dlfcn.h>
+#include <elf.h>
 #include <signal.h>
-#include <atomic>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <climits>
 #include <cstdarg>
@@ -32,6 +36,7 @@
 #include <numeric>
 #include <optional>
 #include <set>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -856,6 +861,16 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "invalid argument";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
+    case cudaErrorInsufficientDriver:
+      return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorInvalidKernelImage:
+      return "device kernel image is invalid";
+    case cudaErrorNoKernelImageForDevice:
+      return "no kernel image is available for execution on the device";
+    case cudaErrorFileNotFound:
+      return "file not found";
+    case cudaErrorSymbolNotFound:
+      return "named symbol not found";
     case cudaErrorNotSupported:
       return "operation not supported";
     case cudaErrorStreamCaptureUnsupported:
@@ -940,5 +955,45 @@ cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
   memset(data, value, bytes);
   ++emulator::memsets;
+  return cudaSuccess;
+}
+
+// ---- kernels that are loaded at run time --------------------------------------------------------
+
+CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
+
+// Like machine code, a shared library ends where its header says that its sections end.
+CUresult cuLibraryLoadData(CUlibrary* library, const void* code, CUjit_option*, void**, unsigned,
+                           CUlibraryOption*, void**, unsigned) {
+  const auto& header = *static_cast<const Elf64_Ehdr*>(code);
+  if (memcmp(header.e_ident, ELFMAG, SELFMAG)) return CUDA_ERROR_INVALID_IMAGE;
+  const auto size = static_cast<ssize_t>(header.e_shoff + header.e_shentsize * header.e_shnum);
+  const int file = memfd_create("kernels", 0);  // stays open: a name for each library
+  if (file < 0 || write(file, code, size) != size) return CUDA_ERROR_INVALID_IMAGE;
+  const std::string name = "/proc/self/fd/" + std::to_string(file);
+  *library = static_cast<CUlibrary>(dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL));
+  return *library ? CUDA_SUCCESS : CUDA_ERROR_INVALID_IMAGE;
+}
+
+CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary library, const char* name) {
+  const std::string exported = std::string(name) + "_in_library";
+  *kernel = static_cast<CUkernel>(dlsym(library, exported.c_str()));
+  return *kernel ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned,
+                                             unsigned long long, cudaDriverEntryPointQueryResult*) {
+  const std::map<std::string, void*> driver = {
+      {"cuInit", reinterpret_cast<void*>(cuInit)},
+      {"cuLibraryLoadData", reinterpret_cast<void*>(cuLibraryLoadData)},
+      {"cuLibraryGetKernel", reinterpret_cast<void*>(cuLibraryGetKernel)}};
+  *function = driver.at(name);
+  return cudaSuccess;
+}
+
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments,
+                             size_t shared_bytes, cudaStream_t stream) {
+  const auto& library_kernel = *static_cast<const emulator::LibraryKernel*>(kernel);
+  library_kernel.launch({grid, block, shared_bytes, stream}, arguments);
   return cudaSuccess;
 }

@@ -21,7 +21,7 @@ from torch import Tensor
 import build
 from cases import Sample
 
-SOURCES = [Path("csrc/cuda", name) for name in ("pointwise.cu", "rows.cu")]
+SOURCES = [Path("csrc/cuda", name) for name in ("pointwise.cu", "custom.cu", "rows.cu")]
 RUNNER = Path("tests/cuda_emulator/runner.cpp")
 
 # In the order of DType in csrc/call.h.

@@ -1,4 +1,4 @@
-"""Custom losses compiled over the emulator, out of the very source that nvcc is given."""
+"""Custom losses compiled over the emulator, out of the very source that NVRTC is given."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ from fusedloss import custom
 from fusedloss.custom.building import CUDA
 from translate import mirror
 
+# For the emulator's loader: see cuda.h there.
+EXPORTS = """
+#define FUSEDLOSS_EXPORT(NAME, ...) EMULATOR_LIBRARY_KERNEL(NAME)
+using namespace fusedloss::cuda;
+FUSEDLOSS_CUSTOM_VECTORIZED(FUSEDLOSS_EXPORT)
+FUSEDLOSS_CUSTOM_STRIDED(FUSEDLOSS_EXPORT)
+"""
+
 
 @cache
 def _headers() -> Path:
@@ -25,7 +33,7 @@ def _headers() -> Path:
 def library(name: str, struct: str, variant: str = "plain", against: Path | None = None) -> Path:
     """The library of a struct, as printing.cpp() prints it, for a program of that variant, which
     has the emulator; or for the extension ``against``, which has it."""
-    text = CUDA.source(struct)
+    text = CUDA.source(struct) + EXPORTS
     key = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     source = build.OUT / "own_losses" / f"{key}.cu"
     source.parent.mkdir(parents=True, exist_ok=True)
@@ -50,5 +58,5 @@ def load(loss: custom.PointwiseLoss) -> str:
     against = Path(extension.__file__).resolve()
 
     found = library(loss._traced.identifier, loss._struct, against=against)
-    extension.load_custom(found.stem, str(found))
+    extension.load_custom_kernels(found.stem, len(loss._names) + 1, 90, str(found))
     return found.stem

@@ -1,12 +1,11 @@
 // Runs the calls of the CUDA engines that one file lists, over the memory that another holds and
 // gets back; engines.py writes both.
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <map>
 #include <random>
 #include <string>
 #include <vector>
@@ -79,6 +78,8 @@ class Calls {
   };
   std::ifstream in_;
   std::vector<Buffer> buffers_;
+  static constexpr int kCapability = 90;
+  std::map<std::string, const cuda::CustomKernels*> loaded_;
   static inline const cuda::Fault* fault_ = nullptr;  // of the call that runs
 
   std::string word() {
@@ -170,7 +171,8 @@ class Calls {
   }
 
   // One workspace for all launches, as for those of a stream.
-  static void run(cuda::Kernel* kernel, const Call& call, cuda::Launch launch) {
+  template <class Kernel>
+  static void run(const Kernel& kernel, const Call& call, cuda::Launch launch) {
     static char* const workspace = [] {
       char* const memory = allocate(cuda::workspace_bytes());
       return static_cast<char*>(memset(memory, 0, cuda::kWorkspaceCounterBytes));
@@ -185,7 +187,8 @@ class Calls {
     require(zero, "a kernel leaves counters that are not 0");
   }
 
-  void run(cuda::Kernel* kernel, const std::vector<double>& parameters) {
+  template <class Kernel>
+  void run(const Kernel& kernel, const std::vector<double>& parameters) {
     Call call;
     call.parameters = parameters.data();
     call.compute_in_double = integer();
@@ -223,19 +226,13 @@ class Calls {
 
   // A custom loss, by its library.
   void run_custom() {
-    void* library = dlopen(word().c_str(), RTLD_NOW | RTLD_LOCAL);
-    require(library, "no library");
-#define NAME_OF(X) TEXT_OF(X)
-#define TEXT_OF(X) #X
-    const auto entry = reinterpret_cast<const cuda::CustomKernel* (*)()>(
-        dlsym(library, NAME_OF(FUSEDLOSS_CUSTOM_CUDA_ENTRY)));
-    require(entry, "no custom loss in the library");
-    const cuda::CustomKernel& kernel = *entry();
-    const std::vector<double> numbers = parameters();
-    require(kernel.version == cuda::kCustomVersion &&
-                kernel.parameters == static_cast<int64_t>(numbers.size()),
-            "another version, or another number of parameters");
-    run(kernel.kernel, numbers);
+    const std::string library = word();
+    const cuda::CustomKernels*& kernels = loaded_[library];
+    if (!kernels) kernels = cuda::load_custom(library.c_str(), kCapability, nullptr);
+    const auto kernel = [&](const Call& call, const cuda::Launch& launch) {
+      return cuda::run_custom(*kernels, call, launch);
+    };
+    run(kernel, parameters());
   }
 };
 

@@ -282,9 +282,24 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks,
                                                 shared_bytes);
   return cudaSuccess;
 }
+// Of a library's kernel.
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*,
+                                                                 int threads, size_t shared_bytes) {
+  *blocks = emulator::blocks_per_multiprocessor(nullptr, threads, shared_bytes);
+  return cudaSuccess;
+}
 template <class... Parameters>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(Parameters...),
                                            const cudaLaunchConfig_t* config) {
   *clusters = emulator::active_clusters(reinterpret_cast<emulator::Kernel>(kernel), *config);
   return cudaSuccess;
 }
+
+// Exports a kernel of a library that is loaded at run time, under its name with this behind it.
+#define EMULATOR_LIBRARY_KERNEL(NAME)                          \
+  extern "C" __attribute__((visibility("default")))            \
+  const emulator::LibraryKernel NAME##_in_library;             \
+  const emulator::LibraryKernel NAME##_in_library = {          \
+      [](const cudaLaunchConfig_t& config, void** arguments) { \
+        cudaLaunchKernelExC(&config, NAME, arguments);         \
+      }};

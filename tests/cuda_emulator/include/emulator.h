@@ -25,6 +25,11 @@ int code_version();
 int blocks_per_multiprocessor(Kernel kernel, int threads, size_t shared_bytes);
 int active_clusters(Kernel kernel, const cudaLaunchConfig_t& config);
 
+// What a library that is loaded at run time exports for each of its kernels.
+struct LibraryKernel {
+  void (*launch)(const cudaLaunchConfig_t& config, void** arguments);
+};
+
 // From now on look(address) is called after each atomic write, as by a host thread that has just
 // acquired what stands there, amid the launch. Null: no more.
 void host_watches(void (*look)(const void* address));
