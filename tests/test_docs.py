@@ -99,7 +99,7 @@ def _texts(node: ast.expr) -> Message:
 
 # Functions that return a message, or a tuple with one.
 _GIVE_REASONS = {
-    *("_load", "no_extension", "torch_does_not_import", "find_toolkit", "_why_left"),
+    *("_load", "no_extension", "torch_does_not_import", "find_toolkit", "find_nvrtc", "_why_left"),
     *("why_not_fused", "_why_not_fused", "_result_dtype"),
     *("_unfit", "_unfit_elements", "_unfit_rows", "prepared"),
     *("instead_of", "_shown"),
