@@ -295,6 +295,7 @@ def test_special_rows_side_by_side(dtype: str, classes: int, variant: str) -> No
     values = torch.nn.functional.cross_entropy(leaf, target, reduction="none")
     values.backward(torch.full_like(values, 0.5))
     assert leaf.grad is not None
+    leaf.grad.movedim(1, 2)[target == -100] = 0  # torch's own is nan where such logits are
     tolerance = {"rtol": 8 * torch.finfo(input.dtype).eps, "atol": 1e-5, "equal_nan": True}
     gradient = asked.gradient_found()
     torch.testing.assert_close(gradient.double(), leaf.grad, **tolerance)
