@@ -71,7 +71,9 @@ CAPTURED = [
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("family, shape, lay_out", CAPTURED, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize(
+    "family, shape, lay_out", CAPTURED, ids=lambda x: getattr(x, "__name__", x)
+)
 def test_cuda_graph(
     family: str, shape: tuple[int, int], lay_out: Callable[[Tensor], Tensor], reduction: str
 ) -> None:

@@ -86,11 +86,14 @@ struct RowsCall : fusedloss::RowsCall {
   int64_t rows;  // outer * inner
   // Of class probabilities, each class of weight 1. A kernel would make it anew in its loops.
   fusedloss::CrossEntropyRow<T> formula;
+  uintptr_t to_probabilities;  // bytes from the logits
 
   explicit RowsCall(const fusedloss::RowsCall& call)
       : fusedloss::RowsCall(call),
         rows(call.outer * call.inner),
-        formula(false, call.label_smoothing, static_cast<double>(call.classes), 0) {}
+        formula(false, call.label_smoothing, static_cast<double>(call.classes), 0),
+        to_probabilities(reinterpret_cast<uintptr_t>(call.probabilities.data) -
+                         reinterpret_cast<uintptr_t>(call.input.data)) {}
 
   // Where a row of an (outer, classes, inner) tensor begins.
   __device__ int64_t offset(const Rows& r, int64_t row) const {
@@ -106,9 +109,10 @@ struct RowsCall : fusedloss::RowsCall {
     void* const data = const_cast<void*>(gradient.data);
     return data ? static_cast<D*>(data) + offset(gradient, row) : nullptr;
   }
-  template <class D>
-  __device__ const D* probabilities_as(int64_t row) const {
-    return static_cast<const D*>(probabilities.data) + offset(probabilities, row);
+  // Of logits that lie as their probabilities do.
+  template <class X>
+  __device__ const X* probabilities_of(const X* logits) const {
+    return reinterpret_cast<const X*>(reinterpret_cast<uintptr_t>(logits) + to_probabilities);
   }
   __device__ int64_t class_index(int64_t row) const {
     return indices && row < rows ? indices[row] : -1;

@@ -32,17 +32,15 @@ template <class Loss>
 struct VectorRow {
   using D = typename Loss::Element;
   using V = Vector16<D>;
-  const D* logits;         // (classes)
-  const D* probabilities;  // (classes); read where Loss::kProbabilities
-  D* gradient;             // (classes), or null
-  int head;                // classes before the first vector
+  const D* logits;  // (classes)
+  D* gradient;      // (classes), or null
+  int head;         // classes before the first vector
   int vectors;
   int scalars;   // classes of head and tail
   bool aligned;  // the gradient's vectors begin at multiples of 16 bytes too
 
-  __device__ VectorRow(const D* in, const D* target, D* out, int classes)
+  __device__ VectorRow(const D* in, D* out, int classes)
       : logits(in),
-        probabilities(target),
         gradient(out),
         aligned(Loss::kProbabilities || misalignment(in) == misalignment(out)) {
     head = min((V::kSize - misalignment(in)) % V::kSize, classes);
@@ -53,26 +51,22 @@ struct VectorRow {
   __device__ int scalar_class(int s) const { return s < head ? s : s + vectors * V::kSize; }
   __device__ int first_class(int v) const { return head + v * V::kSize; }
 
-  // Of the logits, the probabilities or the gradient. Where the first one lies stays in a register.
-  template <class Element>
-  __device__ auto* vector_of(Element* row, int v) const {
-    using Line = std::conditional_t<std::is_const_v<Element>, const V, V>;
-    return reinterpret_cast<Line*>(row + head) + v;
+  __device__ const V* vector(int v) const {
+    return reinterpret_cast<const V*>(logits + first_class(v));
   }
-  __device__ const V* vector(int v) const { return vector_of(logits, v); }
   __device__ void store_gradient(int v, const V& vector) const {
-    V* const out = vector_of(gradient, v);
+    D* const out = gradient + first_class(v);
     if (aligned) {
-      *out = vector;
+      *reinterpret_cast<V*>(out) = vector;
       return;
     }
 #pragma unroll
-    for (int i = 0; i < V::kSize; ++i) reinterpret_cast<D*>(out)[i] = vector.element[i];
+    for (int i = 0; i < V::kSize; ++i) out[i] = vector.element[i];
   }
 };
 
-// The slots of one thread in shared memory: (stages, operands, vectors_per_thread), with a step of a
-// block's threads. No other thread uses them, so they need no barrier.
+// The slots of one thread in shared memory: (stages, operands, vectors_per_thread), with a step of
+// a block's threads. No other thread uses them, so they need no barrier.
 template <class Loss>
 struct RowSlots {
   using D = typename Loss::Element;
@@ -80,6 +74,7 @@ struct RowSlots {
   static constexpr int kOperands = Loss::kProbabilities ? 2 : 1;
   V* const smem;
   const RowTiling tiling;
+  const RowsCall<typename Loss::Number>& call;
   int stage = 0;  // of the current row
 
   __device__ V& operator[](int k) const {
@@ -96,12 +91,13 @@ struct RowSlots {
   __device__ void prefetch(const VectorRow<Loss>& row, int v, V* slot) const {
     cp_async(*slot, row.vector(v));
     if constexpr (Loss::kProbabilities) {
-      cp_async(probabilities(slot), row.vector_of(row.probabilities, v));
+      cp_async(probabilities(slot), call.probabilities_of(row.vector(v)));
     }
   }
   // ... v and this thread's vectors behind it.
   template <class Group>
-  __device__ void prefetch_row(const VectorRow<Loss>& row, const Group& group, int v, V* slot) const {
+  __device__ void prefetch_row(const VectorRow<Loss>& row, const Group& group, int v,
+                               V* slot) const {
     for (; v < row.vectors; v += group.size, slot += step()) prefetch(row, v, slot);
   }
   template <class Group>
@@ -153,7 +149,8 @@ struct RowWalk {
     }
   }
   __device__ T target_share(int c) const {
-    if constexpr (Loss::kProbabilities) return loss.share_of(widen(line.probabilities[c]));
+    if constexpr (Loss::kProbabilities)
+      return loss.share_of(widen(*loss.call.probabilities_of(line.logits + c)));
     return loss.target_share(row, c);
   }
 
@@ -283,15 +280,14 @@ __global__ void __launch_bounds__(kRowBlock, kMinRowsBlocks<Loss>)
   // Past the last row there are no classes.
   const auto line_of = [&](int64_t row) {
     const int64_t r = row < call.rows ? row : 0;
-    return VectorRow<Loss>(call.template logits<D>(r), call.template probabilities_as<D>(r),
-                        call.template gradient_of<D>(r),
-                        row < call.rows ? static_cast<int>(call.classes) : 0);
+    return VectorRow<Loss>(call.template logits<D>(r), call.template gradient_of<D>(r),
+                           row < call.rows ? static_cast<int>(call.classes) : 0);
   };
   const auto row_of = [&](int64_t row, int64_t class_index) {
     return loss.row(row, class_index, l, [&] { return call.template logits<D>(row); });
   };
 
-  RowSlots<Loss> slots{reinterpret_cast<Vector16<D>*>(smem) + threadIdx.x, tiling};
+  RowSlots<Loss> slots{reinterpret_cast<Vector16<D>*>(smem) + threadIdx.x, tiling, call};
   int64_t row = group.first_row();
   for (; slots.stage < tiling.stages; ++slots.stage) {
     if (slots.in_smem()) slots.prefetch_row(line_of(row + slots.stage * step), group);

@@ -14,9 +14,9 @@ enum class Scope { kSubWarp, kBlock, kCluster };
 // How a row's vectors are laid over its threads and over shared memory.
 struct RowTiling {
   int threads_per_row = kWarp;  // kSubWarp alone; the others use the whole block or cluster
-  int vectors_per_thread = 0;  // of each operand
-  int stages = 1;            // rows in shared memory: one is computed, the others are prefetched
-  bool fits_in_smem = true;  // if not, no row is in shared memory, and each is read twice
+  int vectors_per_thread = 0;   // of each operand
+  int stages = 1;               // rows in shared memory: one is computed, the others are prefetched
+  bool fits_in_smem = true;     // if not, no row is in shared memory, and each is read twice
 };
 
 struct RowsPlan {
@@ -110,22 +110,23 @@ inline bool has_row_vectors(const Rows& r, int64_t size) {
          r.outer % size == 0 && r.classes % size == 0;
 }
 
-// Whether class probabilities without weights have the logits' dtype, and vectors of all operands
+// Whether class probabilities have no weights and lie as the logits do, and vectors of all operands
 // begin alike. The gradient's strides are known before the gradient.
 inline bool has_probability_vectors(const fusedloss::RowsCall& call) {
-  const Rows& x = call.input;
-  const auto alike = [&](const Rows& r) {
-    const int size = kVectorBytes / bytes_of(x.dtype);
-    return reinterpret_cast<uintptr_t>(r.data) % kVectorBytes == 0 && r.classes == 1 &&
-           (r.outer - x.outer) % size == 0 && (r.inner - x.inner) % size == 0;
+  const Rows &x = call.input, &y = call.probabilities, &g = call.gradient;
+  const int size = kVectorBytes / bytes_of(x.dtype);
+  const auto aligned = [](const void* p) {
+    return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
   };
-  const Rows& y = call.probabilities;
-  return y.data && y.dtype == x.dtype && !call.weight && alike(x) && alike(y) &&
-         alike(call.gradient);
+  return y.data && y.dtype == x.dtype && !call.weight && y.classes == x.classes &&
+         y.outer == x.outer && y.inner == x.inner && aligned(x.data) && aligned(y.data) &&
+         aligned(g.data) && (g.outer - x.outer) % size == 0 && (g.inner - x.inner) % size == 0;
 }
 
 // Slots of rows_strided_smem that hold the class indices of a thread's rows.
-constexpr int index_vectors(int rows) { return rows * static_cast<int>(sizeof(int64_t)) / kVectorBytes; }
+constexpr int index_vectors(int rows) {
+  return rows * static_cast<int>(sizeof(int64_t)) / kVectorBytes;
+}
 
 template <class Device>
 RowsPlan plan_strided(const fusedloss::RowsCall& call, const Device& device) {

@@ -139,7 +139,7 @@ __device__ Vector16<D> max_elements(const Vector16<D>& a, const Vector16<D>& b) 
   Vector16<D> max;
   if constexpr (sizeof(D) == 2) {
     const auto *const x = reinterpret_cast<const Pair<D>*>(a.element),
-               *const y = reinterpret_cast<const Pair<D>*>(b.element);
+                      *const y = reinterpret_cast<const Pair<D>*>(b.element);
 #pragma unroll
     for (int i = 0; i < Vector16<D>::kSize / 2; ++i) {
       reinterpret_cast<Pair<D>*>(max.element)[i] = __hmax2(x[i], y[i]);

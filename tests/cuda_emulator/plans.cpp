@@ -48,8 +48,8 @@ int main(int count, char** arguments) {
     call.target.data = memory + next();
   }
   const cuda::RowsPlan plan = cuda::plan_rows(RowsCall(call), Device());
-  const char* const kernels[] = {"strided",  "strided_vectorized", "strided_smem",
-                                 "sub_warp", "block",              "cluster"};
-  printf("%s %d %d %lld %lld\n", kernels[static_cast<int>(plan.kernel)], plan.operands, plan.threads,
-         static_cast<long long>(plan.smem), static_cast<long long>(plan.blocks));
+  const char* const kernels[] = {
+      "strided", "strided_vectorized", "strided_smem", "sub_warp", "block", "cluster"};
+  printf("%s %d %d %lld %lld\n", kernels[static_cast<int>(plan.kernel)], plan.operands,
+         plan.threads, static_cast<long long>(plan.smem), static_cast<long long>(plan.blocks));
 }
