@@ -135,7 +135,7 @@ def instructions_per_class(code: list[str], dtype: str) -> tuple[float, float]:
         stores = sum("STG.E.128" in instruction for instruction in loop)
         exponentials = sum("MUFU.EX2" in instruction for instruction in loop)
         kind = "gradient" if stores else "sum" if exponentials else "maximum"
-        if loads and not any(re.search("SHFL|LDG|ATOM", instruction) for instruction in loop):
+        if loads and not any(re.search(r"SHFL|LDG\.|ATOM", instruction) for instruction in loop):
             size = 4 if dtype == "float" else 8
             classes = {"gradient": stores * size, "sum": exponentials, "maximum": loads * size // 2}
             found_walk = classes[kind], len(loop), exponentials
