@@ -21,6 +21,8 @@ struct StridedSlots {
   using T = typename Loss::Number;
   using V = Vector16<D>;
   static constexpr int kRows = V::kSize;
+  // Whether the exponentials replace the logits: they are not rounded there.
+  static constexpr bool kKeepsExp = std::is_same_v<D, T>;
 
   V* const smem;
   const RowsCall<T>& call;
@@ -73,6 +75,30 @@ struct StridedSlots {
     for (int c = 0; c < classes; ++c) max = max_elements(max, (*this)[c]);
     return max;
   }
+
+  __device__ static T exponential(const V& x, int j, const T (&max)[kRows]) {
+    return exp_for<D>(T(widen(x, j)) - max[j]);
+  }
+  // Adds kCount classes, from c on, to the rows' sums; to each other first, which rounds less
+  // often.
+  template <int kCount>
+  __device__ void add_classes(int c, const T (&max)[kRows],
+                              typename Loss::State (&states)[kRows]) const {
+    T parts[kRows];
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      V x = (*this)[c + u];
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+        const T e = exponential(x, j, max);
+        parts[j] = u > 0 ? parts[j] + e : e;
+        if constexpr (kKeepsExp) x.element[j] = e;
+      }
+      if constexpr (kKeepsExp) (*this)[c + u] = x;
+    }
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) states[j].sum += parts[j];
+  }
 };
 
 template <class Loss>
@@ -82,8 +108,7 @@ __global__ void __launch_bounds__(kStridedSmemBlock, kMinStridedSmemBlocks)
   using T = typename Loss::Number;
   using V = Vector16<D>;
   constexpr int kRows = V::kSize;
-  constexpr bool kKeepsExp = std::is_same_v<D, T>;  // in the slots: it is not rounded there
-  extern __shared__ uint4 smem[];                   // (classes + index vectors, kStridedSmemBlock)
+  extern __shared__ uint4 smem[];  // (classes + index vectors, kStridedSmemBlock)
   const GradientScale& s = GradientScale::of_block<true>(l);
   update_predictor(l, s);
   if (can_skip(l, s)) return;
@@ -110,17 +135,12 @@ __global__ void __launch_bounds__(kStridedSmemBlock, kMinStridedSmemBlocks)
       states[j].max = fmax(T(widen(largest, j)), rows[j].target_logit);
       max[j] = finite_max(states[j].max);
     }
-#pragma unroll 2
-    for (int c = 0; c < slots.classes; ++c) {
-      V x = slots[c];
-#pragma unroll
-      for (int j = 0; j < kRows; ++j) {
-        const T e = exp_for<D>(T(widen(x, j)) - max[j]);
-        states[j].sum += e;
-        if constexpr (kKeepsExp) x.element[j] = e;
-      }
-      if constexpr (kKeepsExp) slots[c] = x;
+    constexpr int kUnroll = 16 / kRows;  // 16 exponentials are under way together
+    int c = 0;
+    for (; c + kUnroll <= slots.classes; c += kUnroll) {
+      slots.template add_classes<kUnroll>(c, max, states);
     }
+    for (; c < slots.classes; ++c) slots.template add_classes<1>(c, max, states);
 
     typename Loss::Result results[kRows];
 #pragma unroll
@@ -143,7 +163,7 @@ __global__ void __launch_bounds__(kStridedSmemBlock, kMinStridedSmemBlocks)
         T g[kRows];
 #pragma unroll
         for (int j = 0; j < kRows; ++j) {
-          const T e = kKeepsExp ? T(widen(x, j)) : exp_for<D>(T(widen(x, j)) - max[j]);
+          const T e = slots.kKeepsExp ? T(widen(x, j)) : slots.exponential(x, j, max);
           g[j] = c == static_cast<int>(rows[j].target.index) ? results[j].target_gradient
                                                              : loss.gradient(results[j], 0, e);
         }
