@@ -41,8 +41,9 @@ template <class D, bool kHard>
 struct SoftmaxState {
   using T = Compute<D>;
   T max = -kInfinity<T>;
-  std::conditional_t<!kHard && std::is_same_v<D, float>, double, T> sum = 0;
-  T weighted_logits = 0, target_mass = 0;
+  // -0 plus x is x, so that the compiler leaves the first addition out.
+  std::conditional_t<!kHard && std::is_same_v<D, float>, double, T> sum = -0.0;
+  T weighted_logits = -0.0, target_mass = -0.0;
 
   __device__ void rescale(T new_max) {
     const T from = finite_max(max), to = finite_max(new_max);

@@ -177,18 +177,21 @@ struct RowWalk {
       const int c = line.first_class((k + u) * group.size + group.rank);
       T q[V::kSize];
       target_shares(&slots[k + u], c, q);
-      // As a tree: if one class outweighs all others, each addition to it is a rounding.
+      // A vector's classes are added to each other first, and their exponentials as a tree: if one
+      // class outweighs all others, each addition to it is a rounding.
+      State line{part.max};
       decltype(State::sum) e[V::kSize];
 #pragma unroll
       for (int i = 0; i < V::kSize; ++i) {
-        e[i] = loss.add_class(part, row, q[i], is_target(c + i), T(widen(x[u], i)) - max);
+        e[i] = loss.add_class(line, row, q[i], is_target(c + i), T(widen(x[u], i)) - max);
       }
 #pragma unroll
       for (int half = V::kSize / 2; half > 0; half /= 2) {
 #pragma unroll
         for (int i = 0; i < half; ++i) e[i] += e[i + half];
       }
-      part.sum += e[0];
+      line.sum = e[0];
+      part.add(line);
     }
     if constexpr (Loss::kProbabilities) {
       sum.add(part);
