@@ -1,6 +1,6 @@
-// Prints the plan of a call over rows on a GPU of the size of an H100. Arguments: dtype; outer,
-// classes and inner; the logits' strides; with class probabilities, their dtype, strides and bytes
-// off the logits' alignment.
+// Prints the plan of a call over rows on a GPU with 132 SMs. Arguments: shared memory of an SM in
+// KiB; dtype; outer, classes and inner; the logits' strides; with class probabilities, their dtype,
+// strides and bytes off the logits' alignment.
 #include <cstdio>
 #include <cstdlib>
 
@@ -11,9 +11,11 @@ using namespace fusedloss;
 namespace {
 
 struct Device {
+  int64_t smem;
+
   int64_t sms() const { return 132; }
-  int64_t max_smem() const { return (227 << 10) - cuda::kStaticSmem; }
-  int64_t smem_per_sm() const { return 228 << 10; }
+  int64_t max_smem() const { return smem - (1 << 10) - cuda::kStaticSmem; }
+  int64_t smem_per_sm() const { return smem; }
   bool has_clusters() const { return true; }
   int64_t resident_blocks(const cuda::RowsPlan& plan) const {
     return sms() * (smem_per_sm() / (plan.smem + cuda::kStaticSmem));
@@ -28,6 +30,7 @@ int main(int count, char** arguments) {
   int at = 0;
   const auto next = [&] { return ++at < count ? std::atoll(arguments[at]) : 0; };
   const double no_smoothing = 0;
+  const Device device{next() << 10};
   Call call;
   call.parameters = &no_smoothing;
   const auto read = [&](auto& side, DType dtype) {
@@ -47,7 +50,7 @@ int main(int count, char** arguments) {
     read(call.target, static_cast<DType>(next()));
     call.target.data = memory + next();
   }
-  const cuda::RowsPlan plan = cuda::plan_rows(RowsCall(call), Device());
+  const cuda::RowsPlan plan = cuda::plan_rows(RowsCall(call), device);
   const char* const kernels[] = {
       "strided", "strided_vectorized", "strided_smem", "sub_warp", "block", "cluster"};
   printf("%s %d %d %lld %lld\n", kernels[static_cast<int>(plan.kernel)], plan.operands,

@@ -1,4 +1,4 @@
-"""How a call over rows is laid over a GPU of the size of an H100."""
+"""How a call over rows is laid over a GPU, most often one of the size of an H100."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 import build
 from engines import DTYPES
 
-SMEM_PER_SM = 228 << 10
+KIB_PER_SM = 228
+SMEM_PER_SM = KIB_PER_SM << 10
 
 
 class Plan(NamedTuple):
@@ -34,8 +35,9 @@ def plan(
     shape: Sequence[int],
     strides: Sequence[int],
     probabilities: tuple[torch.dtype, Sequence[int], int] | None = None,
+    kib_per_sm: int = KIB_PER_SM,
 ) -> Plan:
-    words: list[int] = [DTYPES.index(dtype), *shape, *strides]
+    words: list[int] = [kib_per_sm, DTYPES.index(dtype), *shape, *strides]
     if probabilities is not None:
         of, their_strides, shift = probabilities
         words += [DTYPES.index(of), *their_strides, shift]
@@ -102,9 +104,13 @@ def test_probabilities_that_do_not_fit() -> None:
     assert found.smem > 0
 
 
-def test_blocks_of_short_rows() -> None:
-    """Three or more on an SM, with at least 24 warps: not one whose rows fill it."""
+@pytest.mark.parametrize("kib_per_sm, warps", [(KIB_PER_SM, 24), (100, 9)])
+def test_blocks_of_short_rows(kib_per_sm: int, warps: int) -> None:
+    """Three or more on an SM, not one whose rows fill it."""
     for classes in (2500, 3000, 4096):
-        found = plan(torch.bfloat16, (1 << 15, classes, 1), (classes, 1, 1))
+        mine = (1 << 15, classes, 1), (classes, 1, 1)
+        found = plan(torch.bfloat16, *mine, kib_per_sm=kib_per_sm)
         assert found.kernel == "sub_warp"
-        assert SMEM_PER_SM // (found.smem + 4096) * found.threads >= 24 * 32
+        blocks = (kib_per_sm << 10) // (found.smem + 4096)
+        assert blocks >= 3
+        assert blocks * found.threads >= warps * 32
