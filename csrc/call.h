@@ -118,10 +118,14 @@ struct RowsCall {
     if (classes != 1 && inner == 1 && input.classes != 1) lay_rows_inside();
   }
 
-  // Makes the rows of a matrix neighbours: (1, N) instead of (N, 1) rows outside and inside.
+  // Makes the rows of a matrix neighbours: (1, N) instead of (N, 1) rows outside and inside. What
+  // lay inside may have any stride; outside it must not unalign vectors.
   void lay_rows_inside() {
     std::swap(outer, inner);
-    for (Rows* rows : {&input, &gradient, &probabilities}) std::swap(rows->outer, rows->inner);
+    for (Rows* rows : {&input, &gradient, &probabilities}) {
+      rows->inner = rows->outer;
+      rows->outer = 0;
+    }
   }
 };
 

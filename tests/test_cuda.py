@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -49,19 +50,44 @@ def to(sample: Sample, device: torch.device | str) -> Sample:
 # ---- CUDA graphs --------------------------------------------------------------------------------
 
 
+def rowwise(matrix: Tensor) -> Tensor:
+    return matrix
+
+
+def columnwise(matrix: Tensor) -> Tensor:
+    return matrix.t().contiguous().t()
+
+
+# Besides each family: rows of a cluster, class indices for several blocks to count, class
+# probabilities in shared memory, and rows that lie side by side, in shared memory or not.
+CAPTURED = [
+    *((family, (33, 257), rowwise) for family in FAMILIES),
+    ("cross_entropy", (5, 70_001), rowwise),
+    ("cross_entropy", (20_000, 3), rowwise),
+    ("cross_entropy-probabilities", (33, 4096), rowwise),
+    ("cross_entropy", (4096, 21), columnwise),
+    ("cross_entropy", (4096, 100), columnwise),
+]
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_cuda_graph(family: str, reduction: str) -> None:
+@pytest.mark.parametrize(
+    "family, shape, lay_out", CAPTURED, ids=lambda x: getattr(x, "__name__", x)
+)
+def test_cuda_graph(
+    family: str, shape: tuple[int, int], lay_out: Callable[[Tensor], Tensor], reduction: str
+) -> None:
     """Captured once and replayed with other numbers and upstream gradients, it gives the bits of a
     call outside the graph. A call that waits for the host could not be captured at all."""
-    case = at_shape(family, (33, 257))
+    case = at_shape(family, shape)
     samples = [case.sample(torch.float32, seed) for seed in range(3)]
+    samples = [Sample(lay_out(s.input), s.target, s.options) for s in samples]
     function = getattr(FL, case.loss)
     still = Sample(samples[0].input.clone(), samples[0].target.clone(), {**samples[0].options})
     for key, option in still.options.items():
         still.options[key] = option.clone() if isinstance(option, Tensor) else option
-    shape = result_shape(case.loss, still, reduction)
-    upstream = draw_upstream(shape, torch.float32)
+    result = result_shape(case.loss, still, reduction)
+    upstream = draw_upstream(result, torch.float32)
 
     def step() -> tuple[Tensor, Tensor]:
         input = leaf(still.input)
@@ -85,7 +111,7 @@ def test_cuda_graph(family: str, reduction: str) -> None:
                 still.options[key].copy_(option)
         # The predicted upstream gradient and others: the first replay mispredicts.
         for again in range(2):
-            upstream.copy_(draw_upstream(shape, torch.float32, seed=seed))
+            upstream.copy_(draw_upstream(result, torch.float32, seed=seed))
             graph.replay()
             expected = value_and_grad(function, sample, reduction, upstream.clone())
             assert_same_bits(value, expected[0], f"value, sample {seed}, replay {again}")

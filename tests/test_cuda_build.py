@@ -31,6 +31,8 @@ HOT = {
     "pointwise": r"::pointwise_vectorized<fusedloss::\w+, (?!double)[\w:]+, true>",
     "contiguous rows": r"::rows_contiguous<.*CrossEntropyRow<(?!double)[\w:]+, true>, .*Scope\)\d>",
     "strided rows": r"::rows_strided<.*CrossEntropyRow<(?!double)[\w:]+, true>, true>",
+    "class probabilities": r"::rows_contiguous<.*ProbabilitiesRow<(?!double)[\w:]+>, .*Scope\)\d>",
+    "strided rows in shared memory": r"::rows_strided_smem<",
 }
 
 
@@ -90,7 +92,7 @@ def machine_code(file: str, architecture: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("kind", HOT)
 def test_hot_kernels(kind: str, architecture: str, built: str) -> None:
     # Three dtypes of each; eight losses, and three groups of threads that share a row.
-    count = {"pointwise": 27, "contiguous rows": 9, "strided rows": 3}[kind]
+    count = {"pointwise": 27, "contiguous rows": 9, "class probabilities": 9}.get(kind, 3)
     check_kernels(built, architecture, HOT[kind], count)
 
 
@@ -101,8 +103,8 @@ def check_kernels(file: str, architecture: str, kind: str, count: int) -> None:
     assert len(found) == count, list(found)
     for name, code in found.items():
         text = "\n".join(code)
-        for access in ("LDG.E.128", "STG.E.128"):
-            assert access in text, f"{name}: no {access}"
+        for access in (r"LDG\.E\.128|LDGSTS\S*\.128", r"STG\.E\.128"):
+            assert re.search(access, text), f"{name}: no {access}"
         spills = re.findall(r"\b(?:LDL|STL)\S*", text)
         assert not spills, f"{name}: {len(spills)} accesses to local memory"
 
@@ -156,6 +158,61 @@ def shortest_round(code: list[str], stores: int) -> int:
 
     way = [first, *count("STG.E.128", first, last), last]
     return sum(map(shortest, way, way[1:])) + 1
+
+
+def inner_loops(code: list[str]) -> list[list[str]]:
+    """The instructions of each loop without another one inside; an instruction has 16 bytes."""
+    jumps = [re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", instruction) for instruction in code]
+    ends = [(int(jump[1], 16) // 16, i) for i, jump in enumerate(jumps) if jump]
+    loops = [(first, last) for first, last in ends if first <= last]
+    return [
+        code[first : last + 1]
+        for first, last in loops
+        if not any(first <= a and b <= last for a, b in loops if (a, b) != (first, last))
+    ]
+
+
+def instructions_per_class(code: list[str], dtype: str) -> tuple[float, float]:
+    """... and exponentials, in the three walks over a row's vectors in shared memory: for the
+    maximum, the sum and the gradient. Each is unrolled, and has a shorter loop for the rest."""
+    walks: dict[str, tuple[int, int, int]] = {}
+    for loop in inner_loops(code):
+        loads = sum(
+            int(found[1]) // 64
+            for instruction in loop
+            if (found := re.search(r"LDS\.(64|128)", instruction))
+        )
+        stores = sum("STG.E.128" in instruction for instruction in loop)
+        exponentials = sum("MUFU.EX2" in instruction for instruction in loop)
+        kind = "gradient" if stores else "sum" if exponentials else "maximum"
+        if loads and not any(re.search(r"SHFL|LDG\.|ATOM", instruction) for instruction in loop):
+            size = 4 if dtype == "float" else 8
+            classes = {"gradient": stores * size, "sum": exponentials, "maximum": loads * size // 2}
+            found_walk = classes[kind], len(loop), exponentials
+            walks[kind] = max(walks.get(kind, found_walk), found_walk)
+    assert set(walks) == {"maximum", "sum", "gradient"}, walks
+    return (
+        sum(count / classes for classes, count, _ in walks.values()),
+        sum(exponentials / classes for classes, _, exponentials in walks.values()),
+    )
+
+
+# Kernels whose loops over a row's classes are counted: instructions and exponentials per class, of
+# float and of the two-byte types. What is done once per row is not among them.
+COUNTED = {
+    "class probabilities": {"float": (40, 2), "two bytes": (23, 2)},
+    "strided rows in shared memory": {"float": (20.5, 1), "two bytes": (17, 2)},
+}
+
+
+@pytest.mark.parametrize("kind", COUNTED)
+def test_instructions_per_class(kind: str, built: str) -> None:
+    for name, code in machine_code(built, "sm_90").items():
+        if re.search(HOT[kind], name):
+            dtype = "float" if "Row<float" in name else "two bytes"
+            instructions, exponentials = instructions_per_class(code, dtype)
+            assert instructions <= COUNTED[kind][dtype][0], f"{name}: {instructions} per class"
+            assert exponentials == COUNTED[kind][dtype][1], f"{name}: {exponentials} per class"
 
 
 def test_ptx_for_later_devices(built: str) -> None:

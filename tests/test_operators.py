@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_map_only
 
 import fusedloss
 import fusedloss.functional as FL
-from cases import FAMILIES, REDUCTIONS, at_shape
+from cases import FAMILIES, REDUCTIONS, Sample, at_shape
 from fusedloss import backends
-from helpers import EMULATED, NAMESPACE, leaf, operators
+from helpers import EMULATED, NAMESPACE, assert_same_bits, leaf, operators, value_and_grad
 
 pytestmark = pytest.mark.usefixtures("fused")
 
@@ -224,3 +224,31 @@ def test_predictions_of_a_capture_live_for_ever() -> None:
     assert kept() is not None
     # Made on another stream that the graph does not see; the host has waited for it.
     assert emulator.emulator_waits() == before + 1
+
+
+@pytest.mark.skipif(not EMULATED, reason="asks the emulator to capture")
+@pytest.mark.parametrize(
+    "family, shape, transposed",
+    [
+        ("cross_entropy", (5, 70_001), False),  # a cluster
+        ("cross_entropy", (20_000, 3), False),  # several blocks count the class indices
+        ("cross_entropy-probabilities", (3, 4096), False),
+        ("cross_entropy", (640, 21), True),
+        ("cross_entropy", (640, 100), True),
+    ],
+)
+def test_rows_amid_a_capture(family: str, shape: tuple[int, int], transposed: bool) -> None:
+    """With the bits of a call outside it, and nothing that a capture forbids."""
+    emulator = ctypes.CDLL(backends.extension.__file__)
+    sample = at_shape(family, shape).sample(torch.float32)
+    if transposed:
+        columns = sample.input.t().contiguous().t()
+        sample = Sample(columns, sample.target, sample.options)
+    expected = value_and_grad(FL.cross_entropy, sample, "mean", 0.5)
+    emulator.emulator_capture(1)
+    try:
+        got = value_and_grad(FL.cross_entropy, sample, "mean", 0.5)
+    finally:
+        emulator.emulator_capture(0)
+    assert_same_bits(got[0], expected[0], "value")
+    assert_same_bits(got[1], expected[1], "gradient")

@@ -1,6 +1,12 @@
 // The row losses on CUDA.
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <type_traits>
+
 #include "rows_contiguous.cuh"
 #include "rows_strided.cuh"
+#include "rows_strided_smem.cuh"
 
 namespace fusedloss::cuda {
 namespace {
@@ -36,10 +42,50 @@ cudaError_t allow_smem(Kernel* kernel, const RowsPlan& plan) {
                               static_cast<int>(max_smem()));
 }
 
+// Blocks of a kernel that an SM holds at once. Each device is asked once.
+template <class Kernel>
+int blocks_per_sm(Kernel* kernel, const RowsPlan& plan) {
+  static std::mutex mutex;
+  static std::map<std::tuple<Kernel*, int, int64_t>, int> known;
+  int device = 0, blocks = 0;
+  cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [at, is_new] = known.try_emplace({kernel, device, plan.smem}, 1);
+  if (is_new) {
+    allow_smem(kernel, plan);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, plan.threads,
+                                                  static_cast<size_t>(plan.smem));
+    cudaGetLastError();
+    at->second = std::max(1, blocks);
+  }
+  return at->second;
+}
+
+// Calls f with the type of the row loss that serves a call.
+template <class D, class F>
+auto with_loss(const fusedloss::RowsCall& call, const RowsPlan& plan, F&& f) {
+  if (has_hard_targets(call)) return f(std::type_identity<CrossEntropyRow<D, true>>());
+  if (plan.operands == 2) return f(std::type_identity<ProbabilitiesRow<D>>());
+  return f(std::type_identity<CrossEntropyRow<D, false>>());
+}
+
+// They read class probabilities where those are.
+template <class Loss>
+auto* strided_kernel(const RowsPlan& plan) {
+  using D = typename Loss::Element;
+  using Strided = CrossEntropyRow<D, !Loss::kSoft>;
+  constexpr bool kVectors = strided_vectors(sizeof(D), !Loss::kSoft);
+  if constexpr (kVectors) {
+    if (plan.kernel == RowsPlan::Kernel::kStridedSmem) return rows_strided_smem<Strided>;
+  }
+  return plan.kernel == RowsPlan::Kernel::kStrided ? rows_strided<Strided, false>
+                                                   : rows_strided<Strided, kVectors>;
+}
+
 // What plan_rows asks of the current device.
 template <class D>
 struct RowsDevice {
-  bool hard;  // has_hard_targets(call)
+  const fusedloss::RowsCall& call;
 
   int64_t sms() const { return device_attribute(cudaDevAttrMultiProcessorCount); }
   int64_t max_smem() const { return cuda::max_smem(); }
@@ -54,18 +100,25 @@ struct RowsDevice {
     return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 &&
            cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90;
   }
+  // Of a plan of the strided kernels.
+  int64_t resident_blocks(const RowsPlan& plan) const {
+    return sms() * with_loss<D>(call, plan, [&]<class Loss>(std::type_identity<Loss>) {
+             return blocks_per_sm(strided_kernel<Loss>(plan), plan);
+           });
+  }
   // 0 where none fits, as on a slice of a device.
   int64_t active_clusters(const RowsPlan& plan) const {
-    const auto kernel = hard ? rows_contiguous<CrossEntropyRow<D, true>, Scope::kCluster>
-                             : rows_contiguous<CrossEntropyRow<D, false>, Scope::kCluster>;
-    int count = 0;
-    LaunchConfig launch(plan, nullptr);
-    if (allow_smem(kernel, plan) != cudaSuccess ||
-        cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config) != cudaSuccess) {
-      cudaGetLastError();
-      return 0;
-    }
-    return count;
+    return with_loss<D>(call, plan, [&]<class Loss>(std::type_identity<Loss>) {
+      const auto kernel = rows_contiguous<Loss, Scope::kCluster>;
+      int count = 0;
+      LaunchConfig launch(plan, nullptr);
+      if (allow_smem(kernel, plan) != cudaSuccess ||
+          cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config) != cudaSuccess) {
+        cudaGetLastError();
+        return 0;
+      }
+      return count;
+    });
   }
 };
 
@@ -73,45 +126,31 @@ struct RowsDevice {
 template <class F>
 auto with_plan(const fusedloss::RowsCall& call, F&& f) {
   return with_type(call.input.dtype, [&](auto tag) {
-    return f(tag, plan_rows(call, RowsDevice<decltype(tag)>{has_hard_targets(call)}));
+    return f(tag, plan_rows(call, RowsDevice<decltype(tag)>{call}));
   });
 }
 
-template <class Loss, Scope kScope>
-cudaError_t run_contiguous(const fusedloss::RowsCall& call, const Launch& launch,
-                           const RowsPlan& plan) {
-  constexpr auto kernel = rows_contiguous<Loss, kScope>;
+template <class Kernel, class Call, class... Rest>
+cudaError_t run(Kernel* kernel, const RowsPlan& plan, const Call& call, const Launch& launch,
+                Rest... rest) {
   if (const cudaError_t error = allow_smem(kernel, plan); error != cudaSuccess) return error;
   LaunchConfig config(plan, launch.stream);
-  const RowsCall<typename Loss::Number> rows(call);
-  return cudaLaunchKernelEx(&config.config, kernel, rows, launch, plan.tiling);
-}
-
-template <class Loss, bool kVectorized>
-cudaError_t run_strided(const fusedloss::RowsCall& call, const Launch& launch,
-                        const RowsPlan& plan) {
-  const RowsCall<typename Loss::Number> rows(call);
-  const auto blocks = static_cast<unsigned>(plan.blocks);
-  rows_strided<Loss, kVectorized><<<blocks, plan.threads, 0, launch.stream>>>(rows, launch);
-  return cudaGetLastError();
+  return cudaLaunchKernelEx(&config.config, kernel, call, launch, rest...);
 }
 
 template <class Loss>
 cudaError_t run_rows(const fusedloss::RowsCall& call, const Launch& launch, const RowsPlan& plan) {
+  const RowsCall<typename Loss::Number> rows(call);
   switch (plan.kernel) {
     case RowsPlan::Kernel::kSubWarp:
-      return run_contiguous<Loss, Scope::kSubWarp>(call, launch, plan);
+      return run(rows_contiguous<Loss, Scope::kSubWarp>, plan, rows, launch, plan.tiling);
     case RowsPlan::Kernel::kBlock:
-      return run_contiguous<Loss, Scope::kBlock>(call, launch, plan);
+      return run(rows_contiguous<Loss, Scope::kBlock>, plan, rows, launch, plan.tiling);
     case RowsPlan::Kernel::kCluster:
-      return run_contiguous<Loss, Scope::kCluster>(call, launch, plan);
-    case RowsPlan::Kernel::kStridedVectorized:
-      return run_strided<Loss, strided_vectors(sizeof(typename Loss::Element), !Loss::kSoft)>(
-          call, launch, plan);
-    case RowsPlan::Kernel::kStrided:
-      return run_strided<Loss, false>(call, launch, plan);
+      return run(rows_contiguous<Loss, Scope::kCluster>, plan, rows, launch, plan.tiling);
+    default:
+      return run(strided_kernel<Loss>(plan), plan, rows, launch);
   }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -120,8 +159,9 @@ cudaError_t cross_entropy(const Call& call, const Launch& launch) {
   const fusedloss::RowsCall rows(call);
   return with_plan(rows, [&](auto tag, const RowsPlan& plan) {
     using D = decltype(tag);
-    return has_hard_targets(rows) ? run_rows<CrossEntropyRow<D, true>>(rows, launch, plan)
-                                  : run_rows<CrossEntropyRow<D, false>>(rows, launch, plan);
+    return with_loss<D>(rows, plan, [&]<class Loss>(std::type_identity<Loss>) {
+      return run_rows<Loss>(rows, launch, plan);
+    });
   });
 }
 

@@ -7,7 +7,8 @@
 //                    neighbouring threads
 //   L::Row           a row's target and its logit
 //   L::Result        what a row's state comes to: its loss, and the coefficients of its gradient
-//   element(..)      the State of one class
+//   target_share(..) the share q of a class in the target; 0 for hard targets, which need none
+//   add_class(..)    adds a class to a State, all but its exponential, which it returns
 //   finish(..)       State -> Result
 //   value(..)        Result -> the row's loss
 //   gradient(..)     one element of the gradient
@@ -40,8 +41,9 @@ template <class D, bool kHard>
 struct SoftmaxState {
   using T = Compute<D>;
   T max = -kInfinity<T>;
-  std::conditional_t<!kHard && std::is_same_v<D, float>, double, T> sum = 0;
-  T weighted_logits = 0, target_mass = 0;
+  // -0 plus x is x, so that the compiler leaves the first addition out.
+  std::conditional_t<!kHard && std::is_same_v<D, float>, double, T> sum = -0.0;
+  T weighted_logits = -0.0, target_mass = -0.0;
 
   __device__ void rescale(T new_max) {
     const T from = finite_max(max), to = finite_max(new_max);
@@ -83,9 +85,16 @@ struct SoftmaxState {
 template <class T>
 struct RowsCall : fusedloss::RowsCall {
   int64_t rows;  // outer * inner
+  // Of class probabilities, each class of weight 1. A kernel would make it anew in its loops.
+  fusedloss::CrossEntropyRow<T> formula;
+  uintptr_t to_probabilities;  // bytes from the logits
 
   explicit RowsCall(const fusedloss::RowsCall& call)
-      : fusedloss::RowsCall(call), rows(call.outer * call.inner) {}
+      : fusedloss::RowsCall(call),
+        rows(call.outer * call.inner),
+        formula(false, call.label_smoothing, static_cast<double>(call.classes), 0),
+        to_probabilities(reinterpret_cast<uintptr_t>(call.probabilities.data) -
+                         reinterpret_cast<uintptr_t>(call.input.data)) {}
 
   // Where a row of an (outer, classes, inner) tensor begins.
   __device__ int64_t offset(const Rows& r, int64_t row) const {
@@ -100,6 +109,11 @@ struct RowsCall : fusedloss::RowsCall {
   __device__ D* gradient_of(int64_t row) const {
     void* const data = const_cast<void*>(gradient.data);
     return data ? static_cast<D*>(data) + offset(gradient, row) : nullptr;
+  }
+  // Of logits that lie as their probabilities do.
+  template <class X>
+  __device__ const X* probabilities_of(const X* logits) const {
+    return reinterpret_cast<const X*>(reinterpret_cast<uintptr_t>(logits) + to_probabilities);
   }
   __device__ int64_t class_index(int64_t row) const {
     return indices && row < rows ? indices[row] : -1;
@@ -147,6 +161,7 @@ struct CrossEntropyRow {
   using Factor = std::conditional_t<std::is_same_v<D, float>, double, T>;
   using State = SoftmaxState<D, kHard>;
   static constexpr bool kSoft = !kHard;
+  static constexpr bool kProbabilities = false;  // see ProbabilitiesRow
 
   struct Row {
     Target target;
@@ -187,6 +202,7 @@ struct CrossEntropyRow {
 
   // The share of class c in a row's target, times its weight.
   __device__ T target_share(const Row& row, int64_t c) const {
+    if constexpr (kHard) return 0;
     const T w = call.class_weight(c);
     if (call.indices) return w;
     const Rows& r = call.probabilities;
@@ -194,15 +210,14 @@ struct CrossEntropyRow {
     return formula.target_share(y, w);
   }
 
-  // Class c, whose logit is `distance` above max; -inf for the target.
-  __device__ State element(const Row& row, int64_t c, bool is_target, T distance, T max) const {
-    State state{max, exp_for<D>(distance)};
+  // The logit of a class lies `distance` above part.max; -inf for the target.
+  __device__ T add_class(State& part, const Row& row, T q, bool is_target, T distance) const {
     if constexpr (kSoft) {
-      state.target_mass = target_share(row, c);
-      state.weighted_logits =
-          state.target_mass * (is_target ? row.target_logit - finite_max(max) : distance);
+      const T above = is_target ? row.target_logit - finite_max(part.max) : distance;
+      part.weighted_logits = std::fma(q, above, part.weighted_logits);
+      part.target_mass += q;
     }
-    return state;
+    return exp_for<D>(distance);
   }
 
   // scale: of the gradient, unless each row has its own upstream gradient.
@@ -244,17 +259,26 @@ struct CrossEntropyRow {
                : row.target.template filler<T>();
   }
 
-  // At class c, which is not the target, with logit x.
-  __device__ T gradient(const Row& row, const Result& result, int64_t c, T x) const {
-    const T e = exp_for<D>(x - result.sums.max);
+  // At a class that is not the target and has the share q of it; e is its exponential.
+  __device__ T gradient(const Result& result, T q, T e) const {
     if constexpr (kHard) return e * result.factor;
     // e * factor and q * scale nearly cancel, so the second product keeps its digits.
-    const T q = target_share(row, c);
     T rest = -q * result.scale;
     if constexpr (!std::is_same_v<Factor, T>) {
       rest = std::fma(-q, result.scale, e * result.factor_residual - q * result.scale_residual);
     }
     return std::fma(e, result.factor, rest);
+  }
+};
+
+// Class probabilities that lie as the logits do and have their dtype, and classes without weights:
+// rows_contiguous brings the probabilities to shared memory too.
+template <class D>
+struct ProbabilitiesRow : CrossEntropyRow<D, false> {
+  static constexpr bool kProbabilities = true;
+
+  __device__ Compute<D> share_of(Compute<D> probability) const {
+    return this->call.formula.target_share(probability, Compute<D>(1));
   }
 };
 

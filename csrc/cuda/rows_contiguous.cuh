@@ -14,7 +14,8 @@
 //
 // so that vectors_per_thread is 3, and thread 0 has vectors 0, 2, 4 in its slots 0, 1, 2. Slot k of
 // a thread is smem[stage][k][threadIdx.x]: neighbouring threads use neighbouring banks. Head and
-// tail are read from global memory, one class per thread.
+// tail are read from global memory, one class per thread. Class probabilities whose vectors begin
+// where the logits' do have as many slots behind those of the logits.
 #pragma once
 
 #include <algorithm>
@@ -27,8 +28,9 @@ namespace fusedloss::cuda {
 constexpr int kRowUnroll = 2;  // vectors of a thread that are added up together
 
 // A row as vectors, which begin at multiples of 16 bytes wherever the row itself begins.
-template <class D>
+template <class Loss>
 struct VectorRow {
+  using D = typename Loss::Element;
   using V = Vector16<D>;
   const D* logits;  // (classes)
   D* gradient;      // (classes), or null
@@ -38,7 +40,9 @@ struct VectorRow {
   bool aligned;  // the gradient's vectors begin at multiples of 16 bytes too
 
   __device__ VectorRow(const D* in, D* out, int classes)
-      : logits(in), gradient(out), aligned(misalignment(in) == misalignment(out)) {
+      : logits(in),
+        gradient(out),
+        aligned(Loss::kProbabilities || misalignment(in) == misalignment(out)) {
     head = min((V::kSize - misalignment(in)) % V::kSize, classes);
     vectors = static_cast<int>(static_cast<unsigned>(classes - head) / V::kSize);
     scalars = classes - vectors * V::kSize;
@@ -61,26 +65,44 @@ struct VectorRow {
   }
 };
 
-// The slots of one thread in shared memory: (stages, vectors_per_thread), with a step of a block's
-// threads. No other thread uses them, so they need no barrier.
-template <class D>
+// The slots of one thread in shared memory: (stages, operands, vectors_per_thread), with a step of
+// a block's threads. No other thread uses them, so they need no barrier.
+template <class Loss>
 struct RowSlots {
+  using D = typename Loss::Element;
   using V = Vector16<D>;
+  static constexpr int kOperands = Loss::kProbabilities ? 2 : 1;
   V* const smem;
   const RowTiling tiling;
+  const RowsCall<typename Loss::Number>& call;
   int stage = 0;  // of the current row
 
   __device__ V& operator[](int k) const {
-    return smem[(stage * tiling.vectors_per_thread + k) * static_cast<int>(blockDim.x)];
+    return smem[(stage * kOperands * tiling.vectors_per_thread + k) * step()];
   }
+  // From one slot to the next, and to that of the probabilities.
+  __device__ int step() const { return static_cast<int>(blockDim.x); }
+  __device__ V& probabilities(V* slot) const { return slot[tiling.vectors_per_thread * step()]; }
+
+  __device__ bool in_smem() const { return Loss::kProbabilities || tiling.fits_in_smem; }
   __device__ void advance() { stage = stage + 1 < tiling.stages ? stage + 1 : 0; }
 
-  // Starts to copy this thread's vectors of a row, from its k-th on, into the current stage.
-  template <class Group>
-  __device__ void prefetch_row(const VectorRow<D>& row, const Group& group, int k) const {
-    for (int v = k * group.size + group.rank; v < row.vectors; v += group.size) {
-      cp_async((*this)[k++], row.vector(v));
+  // Starts to copy vector v of a row.
+  __device__ void prefetch(const VectorRow<Loss>& row, int v, V* slot) const {
+    cp_async(*slot, row.vector(v));
+    if constexpr (Loss::kProbabilities) {
+      cp_async(probabilities(slot), call.probabilities_of(row.vector(v)));
     }
+  }
+  // ... v and this thread's vectors behind it.
+  template <class Group>
+  __device__ void prefetch_row(const VectorRow<Loss>& row, const Group& group, int v,
+                               V* slot) const {
+    for (; v < row.vectors; v += group.size, slot += step()) prefetch(row, v, slot);
+  }
+  template <class Group>
+  __device__ void prefetch_row(const VectorRow<Loss>& row, const Group& group) const {
+    prefetch_row(row, group, group.rank, &(*this)[0]);
   }
 };
 
@@ -94,15 +116,16 @@ struct RowWalk {
 
   const Loss& loss;
   const Group& group;
-  const RowSlots<D>& slots;
+  const RowSlots<Loss>& slots;
   const typename Loss::Row& row;
-  const VectorRow<D>& line;
+  const VectorRow<Loss>& line;
   // Where the target is, if it is in a vector; far behind the last one if it is not.
   const int target_class = static_cast<int>(row.target.index);
   const unsigned behind_head = static_cast<unsigned>(target_class - line.head);
   const int target_vector = static_cast<int>(behind_head / V::kSize);
   const int target_lane = static_cast<int>(behind_head % V::kSize);
-  const bool has_target = target_vector < line.vectors && group.owner(target_vector) == group.rank;
+  const bool has_target = !Loss::kProbabilities && target_vector < line.vectors &&
+                          group.owner(target_vector) == group.rank;
 
   __device__ static D excluded() { return narrow<D>(-kInfinity<T>); }
   // Leaves the target out of the sums.
@@ -110,38 +133,71 @@ struct RowWalk {
     if (has_target) slots[target_vector / group.size].element[target_lane] = excluded();
   }
 
-  // kCount vectors of this thread, from its k-th on, whose loads are in flight together.
+  __device__ bool is_target(int c) const { return !Loss::kProbabilities && c == target_class; }
+
+  // The shares in the target of a slot's classes, from c on.
+  __device__ void target_shares(V* slot, int c, T (&q)[V::kSize]) const {
+    V y;
+    if constexpr (Loss::kProbabilities) y = slots.probabilities(slot);
+#pragma unroll
+    for (int i = 0; i < V::kSize; ++i) {
+      if constexpr (Loss::kProbabilities) {
+        q[i] = loss.share_of(widen(y, i));
+      } else {
+        q[i] = loss.target_share(row, c + i);
+      }
+    }
+  }
+  __device__ T target_share(int c) const {
+    if constexpr (Loss::kProbabilities)
+      return loss.share_of(widen(*loss.call.probabilities_of(line.logits + c)));
+    return loss.target_share(row, c);
+  }
+
+  // Adds kCount vectors of this thread, from its k-th on, whose loads are in flight together.
   template <int kCount>
-  __device__ State vectors(int k) const {
+  __device__ void add_vectors(State& sum, int k) const {
     V x[kCount];
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       const int v = (k + u) * group.size + group.rank;
-      x[u] = slots.tiling.fits_in_smem ? slots[k + u] : *line.vector(v);
-      if (!slots.tiling.fits_in_smem && v == target_vector) set_lane(x[u], target_lane, excluded());
+      x[u] = slots.in_smem() ? slots[k + u] : *line.vector(v);
+      if (!slots.in_smem() && v == target_vector) set_lane(x[u], target_lane, excluded());
     }
-    State sum;
+    State part;
+    if constexpr (Loss::kProbabilities) {
+      part.max = sum.max;
+    } else {
 #pragma unroll
-    for (int u = 0; u < kCount; ++u) sum.max = fmax(sum.max, max_element(x[u]));
-    const T max = finite_max(sum.max);
+      for (int u = 0; u < kCount; ++u) part.max = fmax(part.max, max_element(x[u]));
+    }
+    const T max = finite_max(part.max);
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       const int c = line.first_class((k + u) * group.size + group.rank);
-      // As a tree: if one class outweighs all others, each addition to it is a rounding.
-      State elements[V::kSize];
+      T q[V::kSize];
+      target_shares(&slots[k + u], c, q);
+      // A vector's classes are added to each other first, and their exponentials as a tree: if one
+      // class outweighs all others, each addition to it is a rounding.
+      State line{part.max};
+      decltype(State::sum) e[V::kSize];
 #pragma unroll
       for (int i = 0; i < V::kSize; ++i) {
-        elements[i] =
-            loss.element(row, c + i, c + i == target_class, T(widen(x[u], i)) - max, sum.max);
+        e[i] = loss.add_class(line, row, q[i], is_target(c + i), T(widen(x[u], i)) - max);
       }
 #pragma unroll
       for (int half = V::kSize / 2; half > 0; half /= 2) {
 #pragma unroll
-        for (int i = 0; i < half; ++i) elements[i].add(elements[i + half]);
+        for (int i = 0; i < half; ++i) e[i] += e[i + half];
       }
-      sum.add(elements[0]);
+      line.sum = e[0];
+      part.add(line);
     }
-    return sum;
+    if constexpr (Loss::kProbabilities) {
+      sum.add(part);
+    } else {
+      sum.merge(part);
+    }
   }
 
   // The state of this thread's part of the row.
@@ -149,30 +205,46 @@ struct RowWalk {
     State sum;
     if (!row.target.live) return sum;
     const int count = (line.vectors - group.rank + group.size - 1) / group.size;
+    if constexpr (Loss::kProbabilities) sum.max = max_of_slots(count);
     int k = 0;
-    for (; k + kRowUnroll <= count; k += kRowUnroll) sum.merge(vectors<kRowUnroll>(k));
-    for (; k < count; ++k) sum.merge(vectors<1>(k));
+    for (; k + kRowUnroll <= count; k += kRowUnroll) add_vectors<kRowUnroll>(sum, k);
+    for (; k < count; ++k) add_vectors<1>(sum, k);
     for (int s = group.rank; s < line.scalars; s += group.size) {
       const int c = line.scalar_class(s);
-      const T x = c == target_class ? -kInfinity<T> : T(widen(line.logits[c]));
-      sum.merge(loss.element(row, c, c == target_class, x - finite_max(x), x));
+      State one;
+      one.max = is_target(c) ? -kInfinity<T> : T(widen(line.logits[c]));
+      one.sum =
+          loss.add_class(one, row, target_share(c), is_target(c), one.max - finite_max(one.max));
+      sum.merge(one);
     }
     return sum;
+  }
+  // A walk for the maximum alone is cheaper than to merge states of vectors with different ones.
+  __device__ T max_of_slots(int count) const {
+    V max;
+    std::fill_n(max.element, V::kSize, excluded());
+#pragma unroll 4
+    for (int k = 0; k < count; ++k) max = max_elements(max, slots[k]);
+    return max_element(max);
   }
 
   // Writes this thread's part of the gradient, and prefetches row `next` into the slots it frees.
   __device__ void write_gradient(const typename Loss::Result& result,
-                                 const VectorRow<D>& next) const {
-    const auto element = [&](T x, int c) { return loss.gradient(row, result, c, x); };
-    int k = 0;
+                                 const VectorRow<Loss>& next) const {
+    const auto element = [&](T x, T q) {
+      return loss.gradient(result, q, exp_for<D>(x - result.sums.max));
+    };
+    int v = group.rank;
+    V* slot = &slots[0];
 #pragma unroll 2
-    for (int v = group.rank; v < line.vectors; v += group.size, ++k) {
-      const V x = slots.tiling.fits_in_smem ? slots[k] : *line.vector(v);
-      if (v < next.vectors) cp_async(slots[k], next.vector(v));
+    for (; v < line.vectors; v += group.size, slot += slots.step()) {
+      const V x = slots.in_smem() ? *slot : *line.vector(v);
       T g[V::kSize];
-      if (row.target.live) {
+      target_shares(slot, line.first_class(v), g);
+      if (v < next.vectors) slots.prefetch(next, v, slot);
+      if (Loss::kProbabilities || row.target.live) {
 #pragma unroll
-        for (int i = 0; i < V::kSize; ++i) g[i] = element(T(widen(x, i)), line.first_class(v) + i);
+        for (int i = 0; i < V::kSize; ++i) g[i] = element(T(widen(x, i)), g[i]);
       } else {
         std::fill_n(g, V::kSize, row.target.template filler<T>());
       }
@@ -181,30 +253,28 @@ struct RowWalk {
     for (int s = group.rank; s < line.scalars; s += group.size) {
       const int c = line.scalar_class(s);
       T g = row.target.template filler<T>();
-      if (row.target.live) g = element(T(widen(line.logits[c])), c);
-      line.gradient[c] = narrow<D>(c == target_class ? result.target_gradient : g);
+      if (row.target.live) g = element(T(widen(line.logits[c])), target_share(c));
+      line.gradient[c] = narrow<D>(is_target(c) ? result.target_gradient : g);
     }
     if (has_target) line.gradient[target_class] = narrow<D>(result.target_gradient);
-    slots.prefetch_row(next, group, k);
+    slots.prefetch_row(next, group, v, slot);
   }
 };
 
-template <Scope kScope>
-constexpr int kRowsBlock = kScope == Scope::kSubWarp ? kSubWarpBlock : kRowBlock;
-template <class Loss, Scope kScope>
+template <class Loss>
 constexpr int kMinRowsBlocks =
-    std::max(1, threads_per_sm(sizeof(typename Loss::Element), !Loss::kSoft) / kRowsBlock<kScope>);
+    threads_per_sm(sizeof(typename Loss::Element), !Loss::kSoft) / kRowBlock;
 
 // Each group has rows first_row, first_row + row_stride, ...; groups of one warp stay together.
 template <class Loss, Scope kScope>
-__global__ void __launch_bounds__(kRowsBlock<kScope>, kMinRowsBlocks<Loss, kScope>)
+__global__ void __launch_bounds__(kRowBlock, kMinRowsBlocks<Loss>)
     rows_contiguous(const RowsCall<typename Loss::Number> call, const Launch l,
                     const RowTiling tiling) {
   using D = typename Loss::Element;
   using State = typename Loss::State;
-  extern __shared__ uint4 smem[];  // (stages, vectors_per_thread, blockDim.x)
+  extern __shared__ uint4 smem[];  // (stages, operands, vectors_per_thread, blockDim.x)
   const GradientScale& s =
-      GradientScale::of_block<true>(l);  // stays in shared memory: no registers
+      GradientScale::of_block<!Loss::kProbabilities>(l);  // in shared memory: no registers
   update_predictor(l, s);
   if (can_skip(l, s)) return;
   const Loss loss{call};
@@ -213,32 +283,32 @@ __global__ void __launch_bounds__(kRowsBlock<kScope>, kMinRowsBlocks<Loss, kScop
   // Past the last row there are no classes.
   const auto line_of = [&](int64_t row) {
     const int64_t r = row < call.rows ? row : 0;
-    return VectorRow<D>(call.template logits<D>(r), call.template gradient_of<D>(r),
-                        row < call.rows ? static_cast<int>(call.classes) : 0);
+    return VectorRow<Loss>(call.template logits<D>(r), call.template gradient_of<D>(r),
+                           row < call.rows ? static_cast<int>(call.classes) : 0);
   };
   const auto row_of = [&](int64_t row, int64_t class_index) {
     return loss.row(row, class_index, l, [&] { return call.template logits<D>(row); });
   };
 
-  RowSlots<D> slots{reinterpret_cast<Vector16<D>*>(smem) + threadIdx.x, tiling};
+  RowSlots<Loss> slots{reinterpret_cast<Vector16<D>*>(smem) + threadIdx.x, tiling, call};
   int64_t row = group.first_row();
   for (; slots.stage < tiling.stages; ++slots.stage) {
-    if (tiling.fits_in_smem) slots.prefetch_row(line_of(row + slots.stage * step), group, 0);
+    if (slots.in_smem()) slots.prefetch_row(line_of(row + slots.stage * step), group);
     cp_async_commit();
   }
   slots.stage = 0;
   auto current = row_of(row, call.class_index(row));
   double total = 0;
   for (; row - group.row_in_warp() < call.rows; row += step) {
-    const VectorRow<D> line = line_of(row);
+    const VectorRow<Loss> line = line_of(row);
     const int64_t next_index = call.class_index(row + step);
     current.probabilities_at = call.offset(call.probabilities, row);
     const RowWalk<Loss, ThreadGroup<kScope, State>> walk{loss, group, slots, current, line};
     cp_async_wait(tiling.stages - 1);
-    if (tiling.fits_in_smem) walk.exclude_target();
+    if (slots.in_smem()) walk.exclude_target();
     State state = walk.sum();
-    const VectorRow<D> next = line_of(tiling.fits_in_smem ? row + tiling.stages * step : call.rows);
-    if (!s.write) slots.prefetch_row(next, group, 0);
+    const VectorRow<Loss> next = line_of(slots.in_smem() ? row + tiling.stages * step : call.rows);
+    if (!s.write) slots.prefetch_row(next, group);
     group.all_reduce(state);
 
     const auto result = loss.finish(current, state, s.scale, row);

@@ -14,14 +14,22 @@ enum class Scope { kSubWarp, kBlock, kCluster };
 // How a row's vectors are laid over its threads and over shared memory.
 struct RowTiling {
   int threads_per_row = kWarp;  // kSubWarp alone; the others use the whole block or cluster
-  int vectors_per_thread = 0;
-  int stages = 1;            // rows in shared memory: one is computed, the others are prefetched
-  bool fits_in_smem = true;  // if not, no row is in shared memory, and each is read twice
+  int vectors_per_thread = 0;   // of each operand
+  int stages = 1;               // rows in shared memory: one is computed, the others are prefetched
+  bool fits_in_smem = true;     // if not, no row is in shared memory, and each is read twice
 };
 
 struct RowsPlan {
-  enum class Kernel { kStrided, kStridedVectorized, kSubWarp, kBlock, kCluster } kernel;
+  enum class Kernel {
+    kStrided,
+    kStridedVectorized,
+    kStridedSmem,
+    kSubWarp,
+    kBlock,
+    kCluster
+  } kernel;
   RowTiling tiling;
+  int operands = 1;    // in shared memory: the logits, and with 2 class probabilities
   int threads = 0;     // per block
   int cluster = 1;     // blocks of a cluster
   int64_t blocks = 1;  // of the grid
@@ -30,8 +38,14 @@ struct RowsPlan {
 
 // ---- tuning -------------------------------------------------------------------------------------
 
-// Threads of a block. kSubWarp starts from more, since its rows are short.
-constexpr int kSubWarpBlock = 512, kRowBlock = 256, kStridedBlock = 128;
+// Threads of a block.
+constexpr int kRowBlock = 256, kStridedBlock = 128, kStridedSmemBlock = 64;
+
+// Blocks that an SM should hold at least, so that some move data while others compute.
+constexpr int64_t kMinBlocksPerSM = 3;
+
+// Those of rows_strided_smem by its registers: 512 threads.
+constexpr int kMinStridedSmemBlocks = 512 / kStridedSmemBlock;
 
 // The vectors per thread at which a row moves from a warp to a block, and on to larger clusters.
 // Only the largest cluster holds more.
@@ -96,7 +110,26 @@ inline bool has_row_vectors(const Rows& r, int64_t size) {
          r.outer % size == 0 && r.classes % size == 0;
 }
 
-inline RowsPlan plan_strided(const fusedloss::RowsCall& call, int64_t sms) {
+// Whether class probabilities have no weights and lie as the logits do, and vectors of all operands
+// begin alike. The gradient's strides are known before the gradient.
+inline bool has_probability_vectors(const fusedloss::RowsCall& call) {
+  const Rows &x = call.input, &y = call.probabilities, &g = call.gradient;
+  const int size = kVectorBytes / bytes_of(x.dtype);
+  const auto aligned = [](const void* p) {
+    return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
+  };
+  return y.data && y.dtype == x.dtype && !call.weight && y.classes == x.classes &&
+         y.outer == x.outer && y.inner == x.inner && aligned(x.data) && aligned(y.data) &&
+         aligned(g.data) && (g.outer - x.outer) % size == 0 && (g.inner - x.inner) % size == 0;
+}
+
+// Slots of rows_strided_smem that hold the class indices of a thread's rows.
+constexpr int index_vectors(int rows) {
+  return rows * static_cast<int>(sizeof(int64_t)) / kVectorBytes;
+}
+
+template <class Device>
+RowsPlan plan_strided(const fusedloss::RowsCall& call, const Device& device) {
   const int bytes = bytes_of(call.input.dtype), size = kVectorBytes / bytes;
   const bool vectorized = strided_vectors(bytes, has_hard_targets(call)) &&
                           call.inner % size == 0 && has_row_vectors(call.input, size) &&
@@ -104,38 +137,40 @@ inline RowsPlan plan_strided(const fusedloss::RowsCall& call, int64_t sms) {
   RowsPlan plan;
   plan.kernel = vectorized ? RowsPlan::Kernel::kStridedVectorized : RowsPlan::Kernel::kStrided;
   plan.threads = kStridedBlock;
-  const int64_t blocks = ceil_div(call.outer * call.inner, kStridedBlock * (vectorized ? size : 1));
-  plan.blocks = std::clamp<int64_t>(blocks, 1, sms * (1024 / kStridedBlock));
+  const int64_t smem = (call.classes + index_vectors(size)) * kStridedSmemBlock * kVectorBytes;
+  if (vectorized && kMinBlocksPerSM * (smem + kStaticSmem) <= device.smem_per_sm()) {
+    plan.kernel = RowsPlan::Kernel::kStridedSmem;
+    plan.threads = kStridedSmemBlock;
+    plan.smem = smem;
+  }
+  const int64_t blocks = ceil_div(call.outer * call.inner, plan.threads * (vectorized ? size : 1));
+  plan.blocks = std::clamp<int64_t>(blocks, 1, device.resident_blocks(plan));
   return plan;
 }
 
-// Device answers for the GPU: sms(), max_smem() of a block without kStaticSmem, smem_per_sm(),
-// has_clusters(), and active_clusters(plan), how many clusters of a plan run at once.
 template <class Device>
-RowsPlan plan_rows(const fusedloss::RowsCall& call, const Device& device,
-                   int max_cluster = kMaxClusterSize) {
+RowsPlan plan_contiguous(const fusedloss::RowsCall& call, const Device& device, int operands,
+                         int max_cluster = kMaxClusterSize) {
   using Kernel = RowsPlan::Kernel;
   const int64_t sms = device.sms(), rows = call.outer * call.inner;
-  if (call.classes > kMaxClasses || call.input.classes != 1 ||
-      (call.gradient.data && call.gradient.classes != 1)) {
-    return plan_strided(call, sms);
-  }
   const int bytes = bytes_of(call.input.dtype);
   const int64_t vectors = std::max<int64_t>(1, call.classes * bytes / kVectorBytes);
   const RowThreads* shared_by = kRowThreads;
-  while (shared_by->vectors < vectors) ++shared_by;
+  while (shared_by->vectors < vectors * operands) ++shared_by;
   RowsPlan plan;
+  plan.operands = operands;
   RowTiling& tiling = plan.tiling;
   plan.kernel = shared_by->kernel;
   tiling.threads_per_row = shared_by->threads_per_row;
   int64_t groups = rows;  // of threads that share a row, as many as there is work for
   if (plan.kernel == Kernel::kSubWarp) {
     tiling.vectors_per_thread = static_cast<int>(ceil_div(vectors, tiling.threads_per_row));
-    plan.threads = kSubWarpBlock;
-    // Smaller blocks where there are too few of them, or where shared memory is too small.
+    plan.threads = kRowBlock;
+    // Smaller blocks where there are too few of them, or where shared memory is too small for some.
+    const int64_t smem = device.smem_per_sm() / kMinBlocksPerSM - kStaticSmem;
     while (plan.threads > kWarp &&
            (ceil_div(rows, plan.threads / tiling.threads_per_row) < sms ||
-            int64_t{tiling.vectors_per_thread} * plan.threads * kVectorBytes > device.max_smem())) {
+            tiling.vectors_per_thread * operands * plan.threads * kVectorBytes > smem)) {
       plan.threads /= 2;
     }
     groups = ceil_div(rows, plan.threads / tiling.threads_per_row);
@@ -144,11 +179,12 @@ RowsPlan plan_rows(const fusedloss::RowsCall& call, const Device& device,
     if (plan.cluster > 1 && !device.has_clusters()) plan.cluster = 1;
     if (plan.cluster == 1) plan.kernel = Kernel::kBlock;
     const int64_t share = ceil_div(vectors, plan.cluster);  // vectors of a block
-    const int64_t threads = ceil_div(ceil_div(share, kMaxVectorsPerThread), kWarp) * kWarp;
+    const int64_t threads = ceil_div(share * operands, kMaxVectorsPerThread * kWarp) * kWarp;
     plan.threads = static_cast<int>(std::min<int64_t>(threads, kRowBlock));
     tiling.vectors_per_thread = static_cast<int>(ceil_div(share, plan.threads));
   }
-  const int64_t row_bytes = int64_t{tiling.vectors_per_thread} * plan.threads * kVectorBytes;
+  const int64_t row_bytes =
+      int64_t{tiling.vectors_per_thread} * operands * plan.threads * kVectorBytes;
   tiling.fits_in_smem = row_bytes <= device.max_smem();
   if (tiling.fits_in_smem) {
     tiling.stages =
@@ -163,10 +199,26 @@ RowsPlan plan_rows(const fusedloss::RowsCall& call, const Device& device,
   plan.blocks = plan.cluster;
   if (plan.kernel == Kernel::kCluster) {
     resident = device.active_clusters(plan);
-    if (resident == 0) return plan_rows(call, device, plan.cluster / 2);
+    if (resident == 0) return plan_contiguous(call, device, operands, plan.cluster / 2);
   }
   plan.blocks = plan.cluster * std::clamp<int64_t>(groups, 1, resident);
   return plan;
+}
+
+// Device answers for the GPU: sms(), max_smem() of a block without kStaticSmem, smem_per_sm(),
+// has_clusters(), and how much of a plan runs at once: resident_blocks(plan) and
+// active_clusters(plan).
+template <class Device>
+RowsPlan plan_rows(const fusedloss::RowsCall& call, const Device& device) {
+  if (call.classes > kMaxClasses || call.input.classes != 1 ||
+      (call.gradient.data && call.gradient.classes != 1)) {
+    return plan_strided(call, device);
+  }
+  if (has_probability_vectors(call)) {
+    const RowsPlan plan = plan_contiguous(call, device, 2);
+    if (plan.tiling.fits_in_smem) return plan;
+  }
+  return plan_contiguous(call, device, 1);
 }
 
 }  // namespace fusedloss::cuda

@@ -63,7 +63,8 @@ struct StridedRows {
           const bool is_target = first + k == rows[j].target.index;
           if (!Loss::kSoft && is_target) continue;
           const T distance = is_target ? -kInfinity<T> : T(widen(x[k].element[j])) - max;
-          part.add(loss.element(rows[j], first + k, is_target, distance, part.max));
+          const T q = loss.target_share(rows[j], first + k);
+          part.sum += loss.add_class(part, rows[j], q, is_target, distance);
         }
         states[j].merge(part);
       }
@@ -77,7 +78,8 @@ struct StridedRows {
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
         const Target& target = rows[j].target;
-        T g = loss.gradient(rows[j], results[j], c, T(widen(x.element[j])));
+        const T e = exp_for<D>(T(widen(x.element[j])) - results[j].sums.max);
+        T g = loss.gradient(results[j], loss.target_share(rows[j], c), e);
         if (c == target.index) g = results[j].target_gradient;
         out.element[j] = narrow<D>(target.live ? g : target.template filler<T>());
       }

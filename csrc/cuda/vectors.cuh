@@ -133,6 +133,23 @@ __device__ Vector<D, kSize> pack(const Compute<D> (&x)[kSize]) {
   return vector;
 }
 
+// The larger ones of two vectors' elements; nan is skipped.
+template <class D>
+__device__ Vector16<D> max_elements(const Vector16<D>& a, const Vector16<D>& b) {
+  Vector16<D> max;
+  if constexpr (sizeof(D) == 2) {
+    const auto *const x = reinterpret_cast<const Pair<D>*>(a.element),
+                      *const y = reinterpret_cast<const Pair<D>*>(b.element);
+#pragma unroll
+    for (int i = 0; i < Vector16<D>::kSize / 2; ++i) {
+      reinterpret_cast<Pair<D>*>(max.element)[i] = __hmax2(x[i], y[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < Vector16<D>::kSize; ++i) max.element[i] = fmax(a.element[i], b.element[i]);
+  }
+  return max;
+}
 // The largest element; nan is skipped.
 template <class D>
 __device__ Compute<D> max_element(const Vector16<D>& v) {
@@ -157,8 +174,8 @@ __host__ __device__ int misalignment(const D* p) {
 // ---- asynchronous copies to shared memory -------------------------------------------------------
 
 // The copies that a thread starts between two commits are one group.
-template <class D>
-__device__ void cp_async(Vector16<D>& to, const Vector16<D>* from) {
+template <class T>  // of 4, 8 or 16 bytes
+__device__ void cp_async(T& to, const T* from) {
   __pipeline_memcpy_async(&to, from, sizeof(to));
 }
 __device__ inline void cp_async_commit() { __pipeline_commit(); }

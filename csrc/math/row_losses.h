@@ -60,7 +60,7 @@ struct CrossEntropyRow {
   FUSEDLOSS_HD bool sums_targets() const { return !indices || smooth; }
   template <class N>
   FUSEDLOSS_HD N target_share(N y, N w) const {
-    return (y * N(confidence) + N(eps_per_class)) * w;
+    return multiply_add(y, N(confidence), N(eps_per_class)) * w;
   }
 
   template <class N>

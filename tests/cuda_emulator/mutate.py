@@ -32,7 +32,7 @@ KERNELS = Path("csrc/cuda")
 VERDICTS = build.OUT / "mutants.jsonl"
 _BARRIER = re.compile(
     r"\b(__syncthreads|__syncwarp|__threadfence(?:_block|_system)?"
-    r"|__pipeline_(?:commit|wait_prior))\s*\([^()]*\)"
+    r"|__pipeline_(?:commit|wait_prior)|(?<!void )cp_async_(?:commit|wait))\s*\([^()]*\)"
     r"|\b\w+(?:\(\))?\.sync\(\)"
 )
 # A barrier that tells each thread of all predicates; without it, it knows its own.
@@ -123,8 +123,12 @@ class SmallRun:
         for rows, n in ((600, 10), (40, 1000), (30, 5000), (9, 70_000)):
             self._ask("cross_entropy", Sample(real(rows, n), classes(rows, n), {}))
             self._ask("cross_entropy", Sample(real(rows, n), real(rows, n).softmax(1), {}))
-        side_by_side = classes(3, 20).new_zeros(3, 700)
-        self._ask("cross_entropy", Sample(real(3, 20, 700), side_by_side, {}))
+        # Probabilities that do not lie as the logits do.
+        columns = real(5000, 30).t().softmax(1)
+        self._ask("cross_entropy", Sample(real(30, 5000), columns, {}))
+        for n in (20, 100):
+            side_by_side = classes(3, n).new_zeros(3, 700)
+            self._ask("cross_entropy", Sample(real(3, n, 700), side_by_side, {}))
         # No probability: the host is told.
         spoilt = Sample(real(3000).sigmoid() + 0.5, real(3000).sigmoid(), {})
         self._ask("binary_cross_entropy", spoilt)

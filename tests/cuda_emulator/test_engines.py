@@ -151,6 +151,7 @@ TAUGHT = [
     ("cross_entropy-probabilities", (2, 70_000)),
     ("cross_entropy", (3, 20, 707)),
     ("cross_entropy", (3, 20, 1600)),
+    ("cross_entropy", (3, 80, 1600)),
 ]
 
 
@@ -205,6 +206,8 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "transposed": ((37, 300), transposed),
+    "transposed, few classes": ((600, 21), transposed),
+    "transposed, many classes": ((40, 300), transposed),
     "gaps": ((37, 1021), gaps),
     "wide rows side by side": ((300, 37, 8), lambda tensor: tensor),
     "channels last": ((3, 37, 8, 9), channels_last),
@@ -237,6 +240,73 @@ def test_layouts(layout: str, variant: str) -> None:
         what = f"{case.name} {dtype} {layout}"
         questions.append(Question(case.loss, sample, elements, what, ("none", "mean")))
     check_all(variant, questions)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", ["plain", "address", "thread"])
+def test_probabilities_of_another_kind(dtype: str, variant: str) -> None:
+    """Of another dtype or layout than the logits; and weights and label smoothing with all."""
+    questions = []
+    shapes = ((40, 9), (40, 300), (3, 1021), (3, 5000), (2, 20_001))
+    for shape in shapes if variant == "plain" else shapes[1:4]:
+        for family in ("cross_entropy-probabilities", LAID_OUT[3]):
+            plain = at_shape(family, shape).sample(DTYPES[dtype])
+            for name, target in {
+                "as it is": plain.target,
+                "in double": plain.target.double(),
+                "in bf16": plain.target.bfloat16(),
+                "transposed": transposed(plain.target),
+            }.items():
+                sample = Sample(plain.input, target, plain.options)
+                elements = formulas.elements("cross_entropy", plain.input, target, plain.options)
+                what = f"{family} {shape} {dtype} {name}"
+                questions.append(Question("cross_entropy", sample, elements, what, ("mean",)))
+    check_all(variant, questions)
+
+
+@pytest.mark.parametrize("classes", [1, 3, 21, 68, 90])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("variant", ["plain", "address", "thread"])
+def test_special_rows_side_by_side(dtype: str, classes: int, variant: str) -> None:
+    """Ignored rows have no gradient whatever their logits, faulty ones nan, and neither touches
+    the rows beside it; a row may hold -inf, +inf and nan."""
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn((3, classes, 600), generator=generator).to(DTYPES[dtype])
+    target = torch.randint(classes, (3, 600), generator=generator)
+    target[:, ::5] = -100
+    target[1, :30] = -100
+    input[0, :, :10], input[0, :, 10:20] = math.nan, math.inf
+    input[1, :, :10], input[1, :, 10:20] = -math.inf, math.nan
+    input[2, 0, 100:120] = -math.inf
+    input[2, :, 120:140] = -math.inf
+    input[2, classes // 2, 140:160] = math.inf
+    input[2, classes - 1, 160:180] = math.nan
+    calls = Calls()
+    asked = Loss(calls, "cross_entropy", Sample(input, target, {}), "sum", (0.5, 3.0))
+    each = Loss(calls, "cross_entropy", Sample(input, target, {}), "none")
+    wrong = target.clone()
+    wrong[2, 37], wrong[0, 599] = classes, -1
+    faulty = Loss(calls, "cross_entropy", Sample(input, wrong, {}), "sum", (0.5, 3.0))
+    for loss in (asked, each, faulty):
+        loss.forward()
+    each.backward(torch.full((3, 600), 0.5, dtype=input.dtype))
+    calls.run(program(variant))
+    leaf = input.double().requires_grad_()
+    values = torch.nn.functional.cross_entropy(leaf, target, reduction="none")
+    values.backward(torch.full_like(values, 0.5))
+    assert leaf.grad is not None
+    leaf.grad.movedim(1, 2)[target == -100] = 0  # torch's own is nan where such logits are
+    tolerance = {"rtol": 8 * torch.finfo(input.dtype).eps, "atol": 1e-5, "equal_nan": True}
+    gradient = asked.gradient_found()
+    torch.testing.assert_close(gradient.double(), leaf.grad, **tolerance)
+    torch.testing.assert_close(each.value_found().double(), values.detach(), **tolerance)
+    assert_same_bits(each.gradient_found(), gradient, "each row's gradient")
+    assert gradient.movedim(1, 2)[target == -100].view(torch.uint8).count_nonzero() == 0
+    gradient.movedim(1, 2)[wrong != target] = math.nan
+    assert_same_bits(faulty.gradient_found(), gradient, "gradient of faulty rows")
+    assert calls.fault(asked.fault)[0] == 0
+    assert calls.fault(faulty.fault)[0] == 2
+    assert calls.fault(faulty.fault)[2] in (2 * 600 + 37, 599)
 
 
 @pytest.mark.parametrize("shifts", [(1, 1), (3, 3), (1, 0), (0, 3)], ids=str)

@@ -1,0 +1,58 @@
+// Prints the plan of a call over rows on a GPU with 132 SMs. Arguments: shared memory of an SM in
+// KiB; dtype; outer, classes and inner; the logits' strides; with class probabilities, their dtype,
+// strides and bytes off the logits' alignment.
+#include <cstdio>
+#include <cstdlib>
+
+#include "csrc/cuda/rows_plan.h"
+
+using namespace fusedloss;
+
+namespace {
+
+struct Device {
+  int64_t smem;
+
+  int64_t sms() const { return 132; }
+  int64_t max_smem() const { return smem - (1 << 10) - cuda::kStaticSmem; }
+  int64_t smem_per_sm() const { return smem; }
+  bool has_clusters() const { return true; }
+  int64_t resident_blocks(const cuda::RowsPlan& plan) const {
+    return sms() * (smem_per_sm() / (plan.smem + cuda::kStaticSmem));
+  }
+  int64_t active_clusters(const cuda::RowsPlan& plan) const { return sms() / plan.cluster; }
+};
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  alignas(cuda::kVectorBytes) static char memory[2 * cuda::kVectorBytes];
+  int at = 0;
+  const auto next = [&] { return ++at < count ? std::atoll(arguments[at]) : 0; };
+  const double no_smoothing = 0;
+  const Device device{next() << 10};
+  Call call;
+  call.parameters = &no_smoothing;
+  const auto read = [&](auto& side, DType dtype) {
+    side.dtype = dtype;
+    for (int d = 0; d < 3; ++d) side.strides[d] = next();
+  };
+  const auto dtype = static_cast<DType>(next());
+  call.space.dims = 3;
+  for (int d = 0; d < 3; ++d) call.space.sizes[d] = next();
+  read(call.input, dtype);
+  call.input.data = call.gradient.data = memory;
+  call.gradient.dtype = dtype;
+  std::copy_n(call.input.strides, 3, call.gradient.strides);
+  call.target.dtype = DType::kInt64;
+  call.target.data = memory;
+  if (at + 1 < count) {
+    read(call.target, static_cast<DType>(next()));
+    call.target.data = memory + next();
+  }
+  const cuda::RowsPlan plan = cuda::plan_rows(RowsCall(call), device);
+  const char* const kernels[] = {
+      "strided", "strided_vectorized", "strided_smem", "sub_warp", "block", "cluster"};
+  printf("%s %d %d %lld %lld\n", kernels[static_cast<int>(plan.kernel)], plan.operands,
+         plan.threads, static_cast<long long>(plan.smem), static_cast<long long>(plan.blocks));
+}
