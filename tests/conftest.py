@@ -159,7 +159,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def emulated_losses() -> Iterator[None]:
-    """Stands for nvcc where the extension runs on the emulator."""
+    """Stands for NVRTC where the extension runs on the emulator."""
     with pytest.MonkeyPatch.context() as patch:
         if EMULATED:
             from own_losses import load  # the module beside that extension's script

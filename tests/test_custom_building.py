@@ -592,7 +592,9 @@ def test_nvrtc_refuses(nvrtc: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nvcc_where_there_is_no_nvrtc(
     no_toolkit: None, no_nvrtc: None, tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nvcc = program(tmp_path / "nvcc", f'[ "$1" = --dryrun ] || /bin/cp "{small}" "$out"', says=NVCC_SAYS)
+    nvcc = program(
+        tmp_path / "nvcc", f'[ "$1" = --dryrun ] || /bin/cp "{small}" "$out"', says=NVCC_SAYS
+    )
     monkeypatch.setenv("NVCC", nvcc)
     monkeypatch.setenv("CXX", "/bin/sh")
     ((architecture, file),) = loaded()

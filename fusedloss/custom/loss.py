@@ -283,7 +283,7 @@ class PointwiseLoss:
         their first use, once per dtype and layout.
 
         Args:
-            device: the type of the tensors' device: ``"cpu"``, or ``"cuda"``, whose kernels ``nvcc``
+            device: the type of the tensors' device: ``"cpu"``, or ``"cuda"``, whose kernels NVRTC
                 makes for the GPUs of this machine, or for those of ``TORCH_CUDA_ARCH_LIST``.
 
         Raises:
