@@ -359,7 +359,7 @@ def test_faults_of_single_elements(dtype: str, shifts: tuple[int, int]) -> None:
     bce = "binary_cross_entropy"
     sample = at_shape(bce, (43,)).sample(DTYPES[dtype])
     for tensor in (sample.input, sample.target):
-        tensor[5::7] = -0.0
+        tensor[5] = -0.0  # in other vectors it would hide what their first test sees
     calls = Calls()
 
     def asked(input: Tensor, target: Tensor, reduction: str) -> Loss:
