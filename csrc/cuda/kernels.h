@@ -101,8 +101,8 @@ constexpr int kCustomKernels = 9;
 
 // The kernels of a loss, for all devices that they were compiled for.
 struct CustomKernels;
-// Loads a file of them, for ever; capability: of the devices that it is for, 90 for 9.0; others: the
-// same loss's for other devices. Throws std::runtime_error where that cannot be done.
+// Loads a file of them, for ever; capability: of the devices that it is for, 90 for 9.0; others:
+// the same loss's for other devices. Throws std::runtime_error where that cannot be done.
 const CustomKernels* load_custom(const char* file, int capability, const CustomKernels* others);
 cudaError_t run_custom(const CustomKernels& kernels, const Call& call, const Launch& launch);
 
