@@ -33,6 +33,7 @@ HOT = {
     "strided rows": r"::rows_strided<.*CrossEntropyRow<(?!double)[\w:]+, true>, true>",
     "class probabilities": r"::rows_contiguous<.*ProbabilitiesRow<(?!double)[\w:]+>, .*Scope\)\d>",
     "strided rows in shared memory": r"::rows_strided_smem<",
+    "held rows": r"::rows_held<",
 }
 
 
@@ -91,8 +92,10 @@ def machine_code(file: str, architecture: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("kind", HOT)
 def test_hot_kernels(kind: str, architecture: str, built: str) -> None:
-    # Three dtypes of each; eight losses, and three groups of threads that share a row.
-    count = {"pointwise": 27, "contiguous rows": 9, "class probabilities": 9}.get(kind, 3)
+    # Three dtypes of each; eight losses, and three groups of threads that share a row, where rows_held
+    # has seven for parts of a warp.
+    counts = {"pointwise": 27, "contiguous rows": 9, "class probabilities": 9, "held rows": 27}
+    count = counts.get(kind, 3)
     check_kernels(built, architecture, HOT[kind], count)
 
 
@@ -213,6 +216,66 @@ def test_instructions_per_class(kind: str, built: str) -> None:
             instructions, exponentials = instructions_per_class(code, dtype)
             assert instructions <= COUNTED[kind][dtype][0], f"{name}: {instructions} per class"
             assert exponentials == COUNTED[kind][dtype][1], f"{name}: {exponentials} per class"
+
+
+def longest_pass(code: list[str]) -> list[str]:
+    """The instructions of the longest way through the largest loop, but for reports of errors and
+    divisions of subnormal numbers, which no usual row comes by. An instruction has 16 bytes."""
+    after: list[list[int]] = []
+    for i, instruction in enumerate(code):
+        jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", instruction)
+        ends = re.match(r"(?:BRA(?:\.U)? |EXIT|RET|BRX)", instruction) or i + 1 == len(code)
+        after.append(([int(jump[1], 16) // 16] if jump else []) + ([] if ends else [i + 1]))
+    before: list[list[int]] = [[] for _ in code]
+    for i, following in enumerate(after):
+        for j in following:
+            before[j].append(i)
+
+    def reached(start: int, edges: list[list[int]]) -> set[int]:
+        found, left = {start}, [start]
+        while left:
+            new = set(edges[left.pop()]) - found
+            found |= new
+            left += new
+        return found
+
+    heads = {j for i, following in enumerate(after) for j in following if j <= i}
+    loops = {head: reached(head, after) & reached(head, before) for head in heads}
+    head = max(loops, key=lambda head: (len(loops[head]), -head))
+    loop = {i for i in loops[head] if not re.search(r"\b(?:ATOM|CALL)", code[i])}
+    longest: dict[int, list[int]] = {}
+    left = [head]
+    while left:
+        following = [j for j in after[left[-1]] if j in loop and j != head]
+        if unknown := [j for j in following if j not in longest]:
+            left += unknown
+        else:
+            i = left.pop()
+            ways = [longest[j] for j in following] + ([[]] if head in after[i] else [])
+            longest[i] = [i, *max(ways, key=len)] if ways else []
+    return [code[i] for i in longest[head]]
+
+
+# Instructions per class in the loop over rows, by the type and how many classes a thread holds.
+HELD = {
+    ("__nv_bfloat16", 32): 17,
+    ("__nv_bfloat16", 64): 14,
+    ("__half", 32): 17,
+    ("__half", 64): 14,
+    ("float", 32): 24,
+    ("float", 64): 21,
+}
+
+
+def test_held_rows(built: str) -> None:
+    """Little work per class, and one exponential, besides at most four per row."""
+    for name, code in machine_code(built, "sm_90").items():
+        if not (found := re.search(r"::rows_held<(\w+), .*Scope\)\d, (\d+), \d+>", name)):
+            continue
+        classes, loop = int(found[2]), longest_pass(code)
+        assert len(loop) <= HELD[found[1], classes] * classes, f"{name}: {len(loop)} instructions"
+        exponentials = sum("MUFU.EX2" in instruction for instruction in loop)
+        assert classes <= exponentials <= classes + 4, f"{name}: {exponentials} exponentials"
 
 
 def test_ptx_for_later_devices(built: str) -> None:

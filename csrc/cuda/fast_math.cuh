@@ -5,16 +5,20 @@
 
 namespace fusedloss::cuda {
 
-// e^x for x <= 0. Relative error 2^-22 + |x| 2^-23.
-__device__ inline float quick_exp(float x) {
+constexpr float kLog2e = 1.44269504f;
+
+// 2^x. Relative error 2^-22; a subnormal result is 0.
+__device__ inline float quick_exp2(float x) {
 #if defined(__NVCC__)
   float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.44269504f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
 #else
-  return expf(x);
+  return exp2f(x);
 #endif
 }
+// e^x for x <= 0. Relative error 2^-22 + |x| 2^-23.
+__device__ inline float quick_exp(float x) { return quick_exp2(x * kLog2e); }
 
 // Single instructions, for which a subnormal number is 0.
 #if defined(__NVCC__)

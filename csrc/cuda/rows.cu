@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "rows_contiguous.cuh"
+#include "rows_held.cuh"
 #include "rows_strided.cuh"
 #include "rows_strided_smem.cuh"
 
@@ -82,6 +83,32 @@ auto* strided_kernel(const RowsPlan& plan) {
                                                    : rows_strided<Strided, kVectors>;
 }
 
+// The others, which all take the same arguments.
+template <class Loss, Scope kScope>
+auto* contiguous_kernel(const RowsPlan& plan) {
+  using D = typename Loss::Element;
+  if constexpr (!Loss::kSoft && sizeof(D) < 8) {
+    if constexpr (kScope == Scope::kSubWarp) {
+      switch (plan.held * plan.tiling.threads_per_row) {  // classes that a row's threads hold
+#define FUSEDLOSS_HELD(CLASSES, THREADS) \
+  case (CLASSES) * (THREADS):            \
+    return rows_held<D, kScope, CLASSES, THREADS>
+        FUSEDLOSS_HELD(kFewHeld, 1);
+        FUSEDLOSS_HELD(kFewHeld, 2);
+        FUSEDLOSS_HELD(kFewHeld, 4);
+        FUSEDLOSS_HELD(kFewHeld, 8);
+        FUSEDLOSS_HELD(kManyHeld, 8);
+        FUSEDLOSS_HELD(kManyHeld, 16);
+        FUSEDLOSS_HELD(kManyHeld, 32);
+#undef FUSEDLOSS_HELD
+      }
+    } else if (plan.held) {
+      return rows_held<D, kScope, kManyHeld, kWarp>;
+    }
+  }
+  return rows_contiguous<Loss, kScope>;
+}
+
 // What plan_rows asks of the current device.
 template <class D>
 struct RowsDevice {
@@ -109,7 +136,7 @@ struct RowsDevice {
   // 0 where none fits, as on a slice of a device.
   int64_t active_clusters(const RowsPlan& plan) const {
     return with_loss<D>(call, plan, [&]<class Loss>(std::type_identity<Loss>) {
-      const auto kernel = rows_contiguous<Loss, Scope::kCluster>;
+      const auto kernel = contiguous_kernel<Loss, Scope::kCluster>(plan);
       int count = 0;
       LaunchConfig launch(plan, nullptr);
       if (allow_smem(kernel, plan) != cudaSuccess ||
@@ -143,11 +170,11 @@ cudaError_t run_rows(const fusedloss::RowsCall& call, const Launch& launch, cons
   const RowsCall<typename Loss::Number> rows(call);
   switch (plan.kernel) {
     case RowsPlan::Kernel::kSubWarp:
-      return run(rows_contiguous<Loss, Scope::kSubWarp>, plan, rows, launch, plan.tiling);
+      return run(contiguous_kernel<Loss, Scope::kSubWarp>(plan), plan, rows, launch, plan.tiling);
     case RowsPlan::Kernel::kBlock:
-      return run(rows_contiguous<Loss, Scope::kBlock>, plan, rows, launch, plan.tiling);
+      return run(contiguous_kernel<Loss, Scope::kBlock>(plan), plan, rows, launch, plan.tiling);
     case RowsPlan::Kernel::kCluster:
-      return run(rows_contiguous<Loss, Scope::kCluster>, plan, rows, launch, plan.tiling);
+      return run(contiguous_kernel<Loss, Scope::kCluster>(plan), plan, rows, launch, plan.tiling);
     default:
       return run(strided_kernel<Loss>(plan), plan, rows, launch);
   }

@@ -265,7 +265,6 @@ template <class Loss>
 constexpr int kMinRowsBlocks =
     threads_per_sm(sizeof(typename Loss::Element), !Loss::kSoft) / kRowBlock;
 
-// Each group has rows first_row, first_row + row_stride, ...; groups of one warp stay together.
 template <class Loss, Scope kScope>
 __global__ void __launch_bounds__(kRowBlock, kMinRowsBlocks<Loss>)
     rows_contiguous(const RowsCall<typename Loss::Number> call, const Launch l,
@@ -278,7 +277,7 @@ __global__ void __launch_bounds__(kRowBlock, kMinRowsBlocks<Loss>)
   update_predictor(l, s);
   if (can_skip(l, s)) return;
   const Loss loss{call};
-  ThreadGroup<kScope, State> group(tiling.threads_per_row);
+  ThreadGroup<kScope> group(tiling.threads_per_row);
   const int64_t step = group.row_stride();
   // Past the last row there are no classes.
   const auto line_of = [&](int64_t row) {
@@ -291,7 +290,7 @@ __global__ void __launch_bounds__(kRowBlock, kMinRowsBlocks<Loss>)
   };
 
   RowSlots<Loss> slots{reinterpret_cast<Vector16<D>*>(smem) + threadIdx.x, tiling, call};
-  int64_t row = group.first_row();
+  int64_t row = group.first_row() + group.row_in_block();
   for (; slots.stage < tiling.stages; ++slots.stage) {
     if (slots.in_smem()) slots.prefetch_row(line_of(row + slots.stage * step), group);
     cp_async_commit();
@@ -299,11 +298,11 @@ __global__ void __launch_bounds__(kRowBlock, kMinRowsBlocks<Loss>)
   slots.stage = 0;
   auto current = row_of(row, call.class_index(row));
   double total = 0;
-  for (; row - group.row_in_warp() < call.rows; row += step) {
+  for (; row - group.row_in_block() < call.rows; row += step) {
     const VectorRow<Loss> line = line_of(row);
     const int64_t next_index = call.class_index(row + step);
     current.probabilities_at = call.offset(call.probabilities, row);
-    const RowWalk<Loss, ThreadGroup<kScope, State>> walk{loss, group, slots, current, line};
+    const RowWalk<Loss, ThreadGroup<kScope>> walk{loss, group, slots, current, line};
     cp_async_wait(tiling.stages - 1);
     if (slots.in_smem()) walk.exclude_target();
     State state = walk.sum();

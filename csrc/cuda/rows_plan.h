@@ -2,13 +2,15 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
+#include <optional>
 
 #include "../call.h"
 #include "sizes.h"
 
 namespace fusedloss::cuda {
 
-// The threads that share a row in rows_contiguous.
+// The threads that share a row in rows_contiguous and rows_held.
 enum class Scope { kSubWarp, kBlock, kCluster };
 
 // How a row's vectors are laid over its threads and over shared memory.
@@ -28,6 +30,7 @@ struct RowsPlan {
     kBlock,
     kCluster
   } kernel;
+  int held = 0;  // classes per thread in rows_held; 0: it is not used
   RowTiling tiling;
   int operands = 1;    // in shared memory: the logits, and with 2 class probabilities
   int threads = 0;     // per block
@@ -74,6 +77,14 @@ constexpr RowThreads kRowThreads[] = {
 };
 constexpr int kMaxClusterSize = 8;  // more than 8 blocks are not portable
 
+// Classes per thread in rows_held. Many spread a thread's work per row over more of them; 8 threads
+// read whole cache lines.
+constexpr int kFewHeld = 32, kManyHeld = 64;
+constexpr int64_t kMaxFewHeldClasses = 8 * kFewHeld;
+// Rows in shared memory there. A slot is free as soon as it is read, so that with one stage the
+// next row is already under way.
+constexpr int kMaxHeldStages = 2;
+
 // Bytes of rows in shared memory per block, the current one included, and the rows they may come
 // from: one short row would not keep memory busy.
 constexpr int64_t kPrefetchBytes = 16 << 10, kMaxStages = 3;
@@ -82,6 +93,7 @@ constexpr int64_t kPrefetchBytes = 16 << 10, kMaxStages = 3;
 constexpr int threads_per_sm(int element_bytes, bool hard) {
   return element_bytes == 8 ? 256 : (hard ? 1024 : 768);
 }
+constexpr int held_threads_per_sm(int held) { return held == kManyHeld ? 512 : 768; }
 
 // Whether rows_strided reads vectors of rows where it can: a vector of two doubles saves nothing,
 // and soft targets take too many registers.
@@ -148,6 +160,73 @@ RowsPlan plan_strided(const fusedloss::RowsCall& call, const Device& device) {
   return plan;
 }
 
+// Sets the grid: as many groups of threads as run at once, if there is work for all. Each goes from
+// row to row, and prefetches the next. False: no cluster fits on the device.
+template <class Device>
+bool set_blocks(RowsPlan& plan, int64_t groups, int64_t threads_per_sm, const Device& device) {
+  const int64_t per_sm =
+      std::min(threads_per_sm / plan.threads, device.smem_per_sm() / (plan.smem + kStaticSmem));
+  int64_t resident = device.sms() * std::max<int64_t>(1, per_sm);
+  plan.blocks = plan.cluster;
+  if (plan.kernel == RowsPlan::Kernel::kCluster) resident = device.active_clusters(plan);
+  if (resident == 0) return false;
+  plan.blocks = plan.cluster * std::clamp<int64_t>(groups, 1, resident);
+  return true;
+}
+
+// Whether all vectors of a matrix's rows are aligned.
+inline bool has_class_vectors(const Rows& r, int64_t size) {
+  return reinterpret_cast<uintptr_t>(r.data) % kVectorBytes == 0 && r.classes == 1 &&
+         r.outer % size == 0;
+}
+
+// The plan of rows_held, if it can take the call.
+template <class Device>
+std::optional<RowsPlan> plan_held(const fusedloss::RowsCall& call, const Device& device) {
+  const int bytes = bytes_of(call.input.dtype), size = kVectorBytes / bytes;
+  const bool aligned = call.inner == 1 && call.classes % size == 0 &&
+                       has_class_vectors(call.input, size) &&
+                       (!call.gradient.data || has_class_vectors(call.gradient, size));
+  if (!aligned || bytes == 8 || !has_hard_targets(call)) return {};
+  RowsPlan plan;
+  plan.held = call.classes <= kMaxFewHeldClasses ? kFewHeld : kManyHeld;
+  const int64_t threads = ceil_div(call.classes, plan.held);  // of a row
+  int rows_per_block = 1;
+  if (threads <= kWarp) {
+    plan.kernel = RowsPlan::Kernel::kSubWarp;
+    plan.threads = kRowBlock;
+    plan.tiling.threads_per_row = static_cast<int>(std::bit_ceil(static_cast<unsigned>(threads)));
+    rows_per_block = plan.threads / plan.tiling.threads_per_row;
+    // Smaller blocks where there are too few of them.
+    while (plan.threads > kWarp && ceil_div(call.outer, rows_per_block) < device.sms()) {
+      plan.threads /= 2;
+      rows_per_block /= 2;
+    }
+  } else {
+    const auto blocks = static_cast<unsigned>(ceil_div(threads, kRowBlock));
+    plan.cluster = static_cast<int>(std::bit_ceil(blocks));
+    plan.kernel = plan.cluster > 1 ? RowsPlan::Kernel::kCluster : RowsPlan::Kernel::kBlock;
+    plan.threads = static_cast<int>(ceil_div(ceil_div(threads, plan.cluster), kWarp) * kWarp);
+  }
+  if (plan.cluster > (device.has_clusters() ? kMaxClusterSize : 1)) return {};
+  plan.tiling.vectors_per_thread = plan.held / size;
+  const int64_t row_bytes = int64_t{plan.tiling.vectors_per_thread} * plan.threads * kVectorBytes;
+  const int64_t threads_per_sm = held_threads_per_sm(plan.held);
+  const int64_t smem_per_block = device.smem_per_sm() / (threads_per_sm / plan.threads);
+  plan.tiling.stages = static_cast<int>(
+      std::clamp<int64_t>((smem_per_block - kStaticSmem) / row_bytes, 1, kMaxHeldStages));
+  plan.smem = plan.tiling.stages * row_bytes;
+  const int64_t groups = ceil_div(call.outer, rows_per_block);
+  if (plan.smem > device.max_smem() || !set_blocks(plan, groups, threads_per_sm, device)) return {};
+  // The kernel counts rows, and the vectors from one row of a thread to its next, in 32 bits.
+  const int64_t row_stride = plan.blocks / plan.cluster * rows_per_block;
+  if (call.outer + kMaxHeldStages * row_stride > INT32_MAX ||
+      row_stride * (call.input.outer / size) > UINT32_MAX) {
+    return {};
+  }
+  return plan;
+}
+
 template <class Device>
 RowsPlan plan_contiguous(const fusedloss::RowsCall& call, const Device& device, int operands,
                          int max_cluster = kMaxClusterSize) {
@@ -191,17 +270,9 @@ RowsPlan plan_contiguous(const fusedloss::RowsCall& call, const Device& device, 
         static_cast<int>(std::clamp<int64_t>(kPrefetchBytes / row_bytes, 1, kMaxStages));
     plan.smem = tiling.stages * row_bytes;
   }
-  // As many groups as run at once; each goes from row to row, and prefetches the next.
-  const int64_t threads = threads_per_sm(bytes, has_hard_targets(call));
-  const int64_t per_sm =
-      std::min(threads / plan.threads, device.smem_per_sm() / (plan.smem + kStaticSmem));
-  int64_t resident = sms * std::max<int64_t>(1, per_sm);
-  plan.blocks = plan.cluster;
-  if (plan.kernel == Kernel::kCluster) {
-    resident = device.active_clusters(plan);
-    if (resident == 0) return plan_contiguous(call, device, operands, plan.cluster / 2);
+  if (!set_blocks(plan, groups, threads_per_sm(bytes, has_hard_targets(call)), device)) {
+    return plan_contiguous(call, device, operands, plan.cluster / 2);
   }
-  plan.blocks = plan.cluster * std::clamp<int64_t>(groups, 1, resident);
   return plan;
 }
 
@@ -214,6 +285,7 @@ RowsPlan plan_rows(const fusedloss::RowsCall& call, const Device& device) {
       (call.gradient.data && call.gradient.classes != 1)) {
     return plan_strided(call, device);
   }
+  if (const auto plan = plan_held(call, device)) return *plan;
   if (has_probability_vectors(call)) {
     const RowsPlan plan = plan_contiguous(call, device, 2);
     if (plan.tiling.fits_in_smem) return plan;

@@ -25,17 +25,17 @@ __device__ void all_reduce_block(State& state, int set) {
 // Hardware without clusters does not declare them; there a group is a block, and is never launched.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kHasClusters = false;
-template <class>
+template <Scope>
 __device__ void this_cluster() {}
 #else
 constexpr bool kHasClusters = true;
-template <class>
+template <Scope>
 __device__ auto this_cluster() {
   return cooperative_groups::this_cluster();
 }
 #endif
 
-template <Scope kScope, class State>
+template <Scope kScope>
 struct ThreadGroup {
   static constexpr bool kSubWarp = kScope == Scope::kSubWarp;
   static constexpr bool kCluster = kHasClusters && kScope == Scope::kCluster;
@@ -49,19 +49,18 @@ struct ThreadGroup {
   // The rank of the thread that has vector v of a row. A remainder takes twenty instructions.
   __device__ int owner(int v) const { return kSubWarp ? v & (size - 1) : v % size; }
 
-  // The rows of a group are first_row, first_row + row_stride, ... Groups of one warp have
-  // neighbouring rows and stay together: row_in_warp is this group's among them.
+  // The groups of a block have neighbouring rows, and stay together: a group's rows are first_row +
+  // row_in_block, and from there on every row_stride-th.
   __device__ int64_t first_row() const {
-    if constexpr (!kSubWarp) return blockIdx.x / blocks();
-    const int64_t warp = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarp;
-    return warp * (kWarp / size) + row_in_warp();
+    return kSubWarp ? int64_t{blockIdx.x} * blockDim.x / size : blockIdx.x / blocks();
   }
   __device__ int64_t row_stride() const {
     return kSubWarp ? int64_t{gridDim.x} * blockDim.x / size : gridDim.x / blocks();
   }
-  __device__ int64_t row_in_warp() const { return kSubWarp ? threadIdx.x % kWarp / size : 0; }
+  __device__ int row_in_block() const { return kSubWarp ? threadIdx.x / size : 0; }
 
   // Merges the states of the group's threads; all get the result.
+  template <class State>
   __device__ void all_reduce(State& state) {
     if constexpr (kSubWarp) return state.reduce_warp(size);
     all_reduce_block(state, set);
@@ -70,9 +69,12 @@ struct ThreadGroup {
       State* const block_state = reinterpret_cast<State*>(bytes) + set;
       if (threadIdx.x == 0) *block_state = state;
       cluster().sync();
-      state = State();
-      for (unsigned b = 0; b < blocks(); ++b)
-        state.merge(*cluster().map_shared_rank(block_state, b));
+      // Eight lanes read the states of all blocks at once. The asm keeps a loop from finding the
+      // addresses beforehand, in registers that it lacks then.
+      unsigned block = threadIdx.x % kMaxClusterSize;
+      asm volatile("" : "+r"(block));
+      state = block < blocks() ? *cluster().map_shared_rank(block_state, block) : State();
+      state.reduce_warp(kMaxClusterSize);
     }
     set ^= 1;
   }
@@ -82,7 +84,7 @@ struct ThreadGroup {
   }
 
  private:
-  __device__ static auto cluster() { return this_cluster<State>(); }
+  __device__ static auto cluster() { return this_cluster<kScope>(); }
   __device__ static unsigned blocks() {
     if constexpr (kCluster) return cluster().num_blocks();
     return 1;

@@ -151,7 +151,7 @@ class Loss:
         self.fault = calls.put(torch.zeros(FAULT.size, dtype=torch.uint8))
         self.forward_state = calls.put(torch.full((2,), math.nan, dtype=torch.float64))
         self.prediction = calls.put(torch.tensor(prediction, dtype=torch.float64))
-        self.input = calls.put(input, input_shift)
+        self.input, self.input_shift = calls.put(input, input_shift), input_shift
         self._engine = self._make_engine(loss, options)
         self.loss = calls.empty_like(torch.empty((), dtype=input.dtype))
         self._renew_gradients()
@@ -163,7 +163,10 @@ class Loss:
         return engine(self, loss, self.sample.input, self.sample.target, options)
 
     def _renew_gradients(self) -> None:
-        self.gradient = self.calls.empty_like(_dense_like(self.sample.input), self.shift)
+        # An aligned input has an aligned gradient, as fresh memory is: the kernel depends on both, and
+        # a value alone has no gradient.
+        shift = self.shift if self.input_shift else 0
+        self.gradient = self.calls.empty_like(_dense_like(self.sample.input), shift)
 
     def _divide(self, loss: str, options: dict[str, Any]) -> float:
         """What the mean divides by; nan: it stands in forward_state, or will."""

@@ -119,10 +119,13 @@ class SmallRun:
         many = Sample(real(20_000), real(20_000), {})
         self._ask("mse_loss", many)
         self._ask("mse_loss", Sample(real(130, 140), real(140, 130).t(), {}))
-        # Rows of a few lanes, of a block and of a cluster; and rows that lie side by side.
-        for rows, n in ((600, 10), (40, 1000), (30, 5000), (9, 70_000)):
+        # Rows of a few lanes, of a block and of a cluster, with a tail and without; and rows that
+        # lie side by side.
+        for rows, n in ((600, 10), (40, 1001), (30, 5001), (9, 70_001)):
             self._ask("cross_entropy", Sample(real(rows, n), classes(rows, n), {}))
             self._ask("cross_entropy", Sample(real(rows, n), real(rows, n).softmax(1), {}))
+        for rows, n in ((600, 256), (200, 1000), (30, 5000), (9, 70_000)):
+            self._ask("cross_entropy", Sample(real(rows, n), classes(rows, n), {}))
         # Probabilities that do not lie as the logits do.
         columns = real(5000, 30).t().softmax(1)
         self._ask("cross_entropy", Sample(real(30, 5000), columns, {}))

@@ -116,6 +116,81 @@ def test_without_clusters(variant: str, device: dict[str, str]) -> None:
     check_all(variant, rows_of_classes((3, 40_001), (2, 140_000)), settings=device)
 
 
+# By who shares a row that registers hold: 1 to 8 threads with 32 classes each; and with 64 classes
+# each 8 to 32 threads, blocks and clusters of 2, 4 and 8. On one multiprocessor each has several.
+HELD = [(781, 32), (387, 64), (195, 128), (101, 240), (101, 256), (67, 264), (67, 1024), (35, 2048)]
+HELD += [(19, 2056), (13, 4096), (3, 16_384), (3, 30_000), (3, 40_000), (3, 131_072)]
+HELD_FAMILIES = ("cross_entropy", "cross_entropy-weight", "cross_entropy-ignored")
+ONE = {"EMULATOR_MULTIPROCESSORS": "1"}
+
+
+@pytest.mark.parametrize("shape", HELD, ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_held(dtype: str, shape: tuple[int, int]) -> None:
+    rows, classes = shape
+    asked = [question(at_shape("cross_entropy", shape), dtype, *REDUCTIONS)]
+    # A class less or more has no whole number of vectors.
+    asked += [
+        question(at_shape("cross_entropy", (rows, n)), dtype, "mean")
+        for n in (classes - 1, classes + 1)
+    ]
+    if classes < 5000:
+        asked += [question(at_shape(name, shape), dtype, "none") for name in HELD_FAMILIES[1:]]
+    check_all("plain", asked, settings=ONE)
+
+
+@pytest.mark.parametrize("variant", ["address", "thread"])
+def test_held_in_order(variant: str) -> None:
+    asked = [
+        question(at_shape(family, shape), dtype, "mean")
+        for family, dtype in zip(HELD_FAMILIES, ("fp32", "bf16", "fp16"), strict=True)
+        for shape in HELD
+    ]
+    check_all(variant, asked, settings=ONE)
+
+
+@pytest.mark.parametrize("device", [{"EMULATOR_CODE": "80"}, {"EMULATOR_CLUSTER": "4"}], ids=str)
+def test_held_without_clusters(device: dict[str, str]) -> None:
+    check_all("plain", rows_of_classes((3, 40_000), (2, 131_072)), settings=device)
+
+
+@pytest.mark.parametrize("classes", [64, 1024, 4096, 40_000])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_held_special_rows(dtype: str, classes: int) -> None:
+    """Rows of large numbers, of infinities, of nan: as the general kernel has them."""
+    most = torch.finfo(DTYPES[dtype]).max
+    inf, nan = math.inf, math.nan
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for base in (0.0, 100.0, -1000.0, 30_000.0, -60_000.0, most / 2, most, -most):
+        rows.append(torch.randn(classes, generator=generator) * max(1.0, abs(base) / 300))
+        rows[-1] = (rows[-1].double() + base).clamp(-most, most)
+    for value, place in itertools.product((inf, -inf, nan, most), (0, 1, classes - 1)):
+        rows.append(torch.randn(classes, generator=generator).double())
+        rows[-1][place] = value
+    for value in (inf, -inf, nan, 0.0, -most, most):
+        rows.append(torch.full((classes,), value, dtype=torch.float64))
+    # All alike but one.
+    for few, many in ((-inf, 0.0), (0.0, -inf), (100.0, -inf), (most, -most)):
+        rows.append(torch.full((classes,), many, dtype=torch.float64))
+        rows[-1][1] = few
+    input = torch.stack([*rows, *rows]).to(DTYPES[dtype])
+    target = torch.tensor([1] * len(rows) + [classes - 1] * len(rows))
+    target[::7] = -100
+    # A class more, which counts nothing, is not held.
+    more = torch.cat([input, torch.full((len(input), 1), -inf, dtype=input.dtype)], 1)
+    calls = Calls()
+    asked = [Loss(calls, "cross_entropy", Sample(x, target, {}), "none") for x in (input, more)]
+    for loss in asked:
+        loss.value()
+        loss.backward(torch.ones(len(input), dtype=input.dtype))
+    calls.run(program("plain"))
+    found, expected = asked
+    close = {"equal_nan": True, "rtol": 4 * torch.finfo(input.dtype).eps, "atol": 1e-30}
+    torch.testing.assert_close(found.value_found(), expected.value_found(), **close)
+    torch.testing.assert_close(found.gradient_found(), expected.gradient_found()[:, :-1], **close)
+
+
 def test_shared_memory_of_several_threads() -> None:
     """A call leaves allowed what another thread's has asked for, and is about to launch with."""
     check_all("plain", rows_of_classes((2, 24_000), (2, 14_000)))
@@ -144,6 +219,10 @@ TAUGHT = [
     ("mse_loss-weight", (130, 140)),
     ("log_loss", (900, 20)),
     ("cross_entropy", (600, 10)),
+    ("cross_entropy", (40, 1001)),
+    ("cross_entropy", (9, 5001)),
+    ("cross_entropy", (2, 70_001)),
+    ("cross_entropy", (400, 256)),
     ("cross_entropy", (40, 1000)),
     ("cross_entropy", (9, 5000)),
     ("cross_entropy", (2, 70_000)),
