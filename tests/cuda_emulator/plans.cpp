@@ -1,6 +1,6 @@
 // Prints the plan of a call over rows on a GPU with 132 SMs. Arguments: shared memory of an SM in
-// KiB; dtype; outer, classes and inner; the logits' strides; with class probabilities, their dtype,
-// strides and bytes off the logits' alignment.
+// KiB; the largest cluster; dtype; outer, classes and inner; the logits' strides; with class
+// probabilities, their dtype, strides and bytes off the logits' alignment.
 #include <cstdio>
 #include <cstdlib>
 
@@ -11,16 +11,18 @@ using namespace fusedloss;
 namespace {
 
 struct Device {
-  int64_t smem;
+  int64_t smem, max_cluster;
 
   int64_t sms() const { return 132; }
   int64_t max_smem() const { return smem - (1 << 10) - cuda::kStaticSmem; }
   int64_t smem_per_sm() const { return smem; }
-  bool has_clusters() const { return true; }
+  bool has_clusters() const { return max_cluster > 1; }
   int64_t resident_blocks(const cuda::RowsPlan& plan) const {
     return sms() * (smem_per_sm() / (plan.smem + cuda::kStaticSmem));
   }
-  int64_t active_clusters(const cuda::RowsPlan& plan) const { return sms() / plan.cluster; }
+  int64_t active_clusters(const cuda::RowsPlan& plan) const {
+    return plan.cluster <= max_cluster ? sms() / plan.cluster : 0;
+  }
 };
 
 }  // namespace
@@ -30,7 +32,8 @@ int main(int count, char** arguments) {
   int at = 0;
   const auto next = [&] { return ++at < count ? std::atoll(arguments[at]) : 0; };
   const double no_smoothing = 0;
-  const Device device{next() << 10};
+  const int64_t smem = next() << 10;
+  const Device device{smem, next()};
   Call call;
   call.parameters = &no_smoothing;
   const auto read = [&](auto& side, DType dtype) {
@@ -53,6 +56,7 @@ int main(int count, char** arguments) {
   const cuda::RowsPlan plan = cuda::plan_rows(RowsCall(call), device);
   const char* const kernels[] = {
       "strided", "strided_vectorized", "strided_smem", "sub_warp", "block", "cluster"};
-  printf("%s %d %d %lld %lld\n", kernels[static_cast<int>(plan.kernel)], plan.operands,
-         plan.threads, static_cast<long long>(plan.smem), static_cast<long long>(plan.blocks));
+  printf("%s %d %d %lld %lld %d %d %d %d\n", kernels[static_cast<int>(plan.kernel)], plan.operands,
+         plan.threads, static_cast<long long>(plan.smem), static_cast<long long>(plan.blocks),
+         plan.held, plan.tiling.threads_per_row, plan.cluster, plan.tiling.stages);
 }

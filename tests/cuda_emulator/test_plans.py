@@ -23,6 +23,10 @@ class Plan(NamedTuple):
     threads: int
     smem: int
     blocks: int
+    held: int
+    threads_per_row: int
+    cluster: int
+    stages: int
 
 
 @cache
@@ -36,8 +40,9 @@ def plan(
     strides: Sequence[int],
     probabilities: tuple[torch.dtype, Sequence[int], int] | None = None,
     kib_per_sm: int = KIB_PER_SM,
+    max_cluster: int = 8,
 ) -> Plan:
-    words: list[int] = [kib_per_sm, DTYPES.index(dtype), *shape, *strides]
+    words: list[int] = [kib_per_sm, max_cluster, DTYPES.index(dtype), *shape, *strides]
     if probabilities is not None:
         of, their_strides, shift = probabilities
         words += [DTYPES.index(of), *their_strides, shift]
@@ -107,10 +112,62 @@ def test_probabilities_that_do_not_fit() -> None:
 @pytest.mark.parametrize("kib_per_sm, warps", [(KIB_PER_SM, 24), (100, 9)])
 def test_blocks_of_short_rows(kib_per_sm: int, warps: int) -> None:
     """Three or more on an SM, not one whose rows fill it."""
-    for classes in (2500, 3000, 4096):
+    for classes in (2500, 3001, 4095):
         mine = (1 << 15, classes, 1), (classes, 1, 1)
         found = plan(torch.bfloat16, *mine, kib_per_sm=kib_per_sm)
         assert found.kernel == "sub_warp"
         blocks = (kib_per_sm << 10) // (found.smem + 4096)
         assert blocks >= 3
         assert blocks * found.threads >= warps * 32
+
+
+@pytest.mark.parametrize(
+    "dtype, rows, classes, expected",
+    [
+        (torch.bfloat16, 8192, 128_256, ("cluster", 64, 8, 256, 2)),
+        (torch.bfloat16, 16_384, 32_000, ("cluster", 64, 2, 256, 2)),
+        (torch.bfloat16, 32_768, 4096, ("block", 64, 1, 64, 2)),
+        (torch.bfloat16, 65_536, 1024, ("sub_warp", 64, 16, 256, 2)),
+        (torch.bfloat16, 131_072, 256, ("sub_warp", 32, 8, 256, 2)),
+        (torch.float32, 8192, 128_256, ("cluster", 64, 8, 256, 1)),
+    ],
+)
+def test_held(dtype: torch.dtype, rows: int, classes: int, expected: tuple[object, ...]) -> None:
+    """The shapes of the bench, on an H100: 512 threads of an SM hold 64 classes, or 768 hold 32."""
+    found = plan(dtype, (rows, classes, 1), (classes, 1, 1))
+    shared_by = found.threads_per_row if found.kernel == "sub_warp" else found.cluster
+    assert (found.kernel, found.held, shared_by, found.threads, found.stages) == expected
+    if found.kernel != "cluster":
+        assert found.threads * found.blocks == {64: 512, 32: 768}[found.held] * 132
+
+
+# GPUs with clusters and without; 100 KiB are as in sm_120 and sm_86.
+@pytest.mark.parametrize("kib_per_sm", [KIB_PER_SM, 164, 100])
+@pytest.mark.parametrize("max_cluster", [8, 4, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_that_registers_hold(dtype: torch.dtype, max_cluster: int, kib_per_sm: int) -> None:
+    most = 64 * 256 * max_cluster
+    for classes in (*(8 << i for i in range(15)), 264, 520, 2056, 30_000, 128_256):
+        found = plan(dtype, (1000, classes, 1), (classes, 1, 1), None, kib_per_sm, max_cluster)
+        assert bool(found.held) == (classes <= most), classes
+        assert found.smem <= (kib_per_sm - 5) << 10
+        if found.held:
+            threads = found.threads_per_row if found.kernel == "sub_warp" else found.threads
+            assert threads * found.cluster * found.held >= classes
+
+
+def test_rows_that_are_not_held() -> None:
+    """No whole vectors, vectors that are not aligned, no room, doubles, or probabilities."""
+    half = torch.bfloat16
+    assert plan(half, (1000, 1000, 1), (1000, 1, 1)).held == 64
+    assert plan(half, (1000, 1000, 1), (1008, 1, 1)).held == 64
+    for found in (
+        plan(half, (1000, 1001, 1), (1008, 1, 1)),
+        plan(half, (1000, 1000, 1), (1001, 1, 1)),
+        plan(half, (1000, 131_080, 1), (131_080, 1, 1)),
+        plan(half, (1000, 1000, 1), (1 << 32, 1, 1)),
+        plan(half, (1 << 31, 1000, 1), (1000, 1, 1)),
+        plan(torch.float64, (1000, 1000, 1), (1000, 1, 1)),
+        plan(half, (1000, 1000, 1), (1000, 1, 1), (half, (1000, 1, 1), 0)),
+    ):
+        assert found.held == 0
