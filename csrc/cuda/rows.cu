@@ -43,23 +43,34 @@ cudaError_t allow_smem(Kernel* kernel, const RowsPlan& plan) {
                               static_cast<int>(max_smem()));
 }
 
-// Blocks of a kernel that an SM holds at once. Each device is asked once.
-template <class Kernel>
-int blocks_per_sm(Kernel* kernel, const RowsPlan& plan) {
+// What ask() finds out about a kernel with a plan, on the current device. It takes microseconds, so
+// each device is asked once.
+template <class Kernel, class Ask>
+int asked_once(Kernel* kernel, const RowsPlan& plan, Ask&& ask) {
   static std::mutex mutex;
-  static std::map<std::tuple<Kernel*, int, int64_t>, int> known;
-  int device = 0, blocks = 0;
+  static std::map<std::tuple<Kernel*, int, int64_t, int, int>, int> known;
+  int device = 0;
   cudaGetDevice(&device);
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [at, is_new] = known.try_emplace({kernel, device, plan.smem}, 1);
+  const auto [at, is_new] =
+      known.try_emplace({kernel, device, plan.smem, plan.threads, plan.cluster}, 0);
   if (is_new) {
+    at->second = ask();
+    cudaGetLastError();  // a refusal counts as an answer
+  }
+  return at->second;
+}
+
+// Blocks of a kernel that an SM holds at once.
+template <class Kernel>
+int blocks_per_sm(Kernel* kernel, const RowsPlan& plan) {
+  return asked_once(kernel, plan, [&] {
+    int blocks = 0;
     allow_smem(kernel, plan);
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, plan.threads,
                                                   static_cast<size_t>(plan.smem));
-    cudaGetLastError();
-    at->second = std::max(1, blocks);
-  }
-  return at->second;
+    return std::max(1, blocks);
+  });
 }
 
 // Calls f with the type of the row loss that serves a call.
@@ -122,10 +133,12 @@ struct RowsDevice {
   // Both the device and the code that runs there: a driver may have compiled it from the PTX for an
   // older device.
   bool has_clusters() const {
-    cudaFuncAttributes code{};
     const auto kernel = rows_contiguous<CrossEntropyRow<float, true>, Scope::kCluster>;
-    return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 &&
-           cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90;
+    return asked_once(kernel, {}, [&] {
+      cudaFuncAttributes code{};
+      return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 &&
+             cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90;
+    });
   }
   // Of a plan of the strided kernels.
   int64_t resident_blocks(const RowsPlan& plan) const {
@@ -137,14 +150,13 @@ struct RowsDevice {
   int64_t active_clusters(const RowsPlan& plan) const {
     return with_loss<D>(call, plan, [&]<class Loss>(std::type_identity<Loss>) {
       const auto kernel = contiguous_kernel<Loss, Scope::kCluster>(plan);
-      int count = 0;
-      LaunchConfig launch(plan, nullptr);
-      if (allow_smem(kernel, plan) != cudaSuccess ||
-          cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config) != cudaSuccess) {
-        cudaGetLastError();
-        return 0;
-      }
-      return count;
+      return asked_once(kernel, plan, [&] {
+        int count = 0;
+        LaunchConfig launch(plan, nullptr);
+        allow_smem(kernel, plan);
+        cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config);
+        return count;
+      });
     });
   }
 };
