@@ -269,9 +269,12 @@ HELD = {
 
 def test_held_rows(built: str) -> None:
     """Little work per class, and one exponential, besides at most four per row."""
-    for name, code in machine_code(built, "sm_90").items():
-        if not (found := re.search(r"::rows_held<(\w+), .*Scope\)\d, (\d+), \d+>", name)):
-            continue
+    kernels = machine_code(built, "sm_90").items()
+    held = {name: code for name, code in kernels if re.search(HOT["held rows"], name)}
+    assert held
+    for name, code in held.items():
+        found = re.search(r"<(\w+), .*Scope\)\d, (\d+), \d+>", name)
+        assert found is not None, name
         classes, loop = int(found[2]), longest_pass(code)
         assert len(loop) <= HELD[found[1], classes] * classes, f"{name}: {len(loop)} instructions"
         exponentials = sum("MUFU.EX2" in instruction for instruction in loop)
