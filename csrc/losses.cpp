@@ -124,8 +124,12 @@ void load_custom(const std::string& name, const std::string& library) {
 void load_custom_kernels(const std::string& name, int parameters, int capability,
                          const std::string& file) {
   const std::unique_lock lock(Loaded::instance().mutex);
-  LossInfo& info = custom_loss(name, parameters);
-  info.cuda = cuda::load_custom(file.c_str(), capability, info.cuda);
+  const auto& losses = Loaded::instance().losses;
+  const auto known = losses.find(name);
+  const cuda::CustomKernels* others = nullptr;
+  if (known != losses.end()) others = known->second.cuda;
+  const cuda::CustomKernels* const kernels = cuda::load_custom(file.c_str(), capability, others);
+  custom_loss(name, parameters).cuda = kernels;
 }
 #endif
 

@@ -189,7 +189,7 @@ struct VectorizedThread {
   const bool weighted = !kPlain && c.weight.vectors, has_upstream = !kPlain && c.upstream.vectors;
   const bool has_value = !kPlain && c.value, write_input = s.write && c.gradient;
   const bool write_target = kHasTargetGradient && s.write && c.target_gradient;
-  // Of what is written.
+  // What is written is multiplied by it.
   const N scale = N(static_cast<T>((has_value ? 1 : s.scale * Loss::kSlopeUnit) *
                                    c.weight.number() * c.upstream.number()));
   const N pos_weight = N(static_cast<T>(Loss::kPosWeight ? c.pos_weight.number() : 1));

@@ -140,7 +140,7 @@ struct RowsDevice {
              cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90;
     });
   }
-  // Of a plan of the strided kernels.
+  // For a plan of the strided kernels.
   int64_t resident_blocks(const RowsPlan& plan) const {
     return sms() * with_loss<D>(call, plan, [&]<class Loss>(std::type_identity<Loss>) {
              return blocks_per_sm(strided_kernel<Loss>(plan), plan);

@@ -85,7 +85,7 @@ struct SoftmaxState {
 template <class T>
 struct RowsCall : fusedloss::RowsCall {
   int64_t rows;  // outer * inner
-  // Of class probabilities, each class of weight 1. A kernel would make it anew in its loops.
+  // For class probabilities without class weights. A kernel would make it anew in its loops.
   fusedloss::CrossEntropyRow<T> formula;
   uintptr_t to_probabilities;  // bytes from the logits
 
@@ -110,7 +110,7 @@ struct RowsCall : fusedloss::RowsCall {
     void* const data = const_cast<void*>(gradient.data);
     return data ? static_cast<D*>(data) + offset(gradient, row) : nullptr;
   }
-  // Of logits that lie as their probabilities do.
+  // The logits lie as their probabilities do.
   template <class X>
   __device__ const X* probabilities_of(const X* logits) const {
     return reinterpret_cast<const X*>(reinterpret_cast<uintptr_t>(logits) + to_probabilities);

@@ -79,7 +79,6 @@ class Calls {
   std::ifstream in_;
   std::vector<Buffer> buffers_;
   static constexpr int kCapability = 90;
-  std::map<std::string, const cuda::CustomKernels*> loaded_;
   static inline const cuda::Fault* fault_ = nullptr;  // of the call that runs
 
   std::string word() {
@@ -227,7 +226,8 @@ class Calls {
   // A custom loss, by its library.
   void run_custom() {
     const std::string library = word();
-    const cuda::CustomKernels*& kernels = loaded_[library];
+    static auto& loaded = *new std::map<std::string, const cuda::CustomKernels*>;  // as they are
+    const cuda::CustomKernels*& kernels = loaded[library];
     if (!kernels) kernels = cuda::load_custom(library.c_str(), kCapability, nullptr);
     const auto kernel = [&](const Call& call, const cuda::Launch& launch) {
       return cuda::run_custom(*kernels, call, launch);

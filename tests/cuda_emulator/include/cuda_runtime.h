@@ -282,7 +282,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks,
                                                 shared_bytes);
   return cudaSuccess;
 }
-// Of a library's kernel.
+// The same for a library's kernel.
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*,
                                                                  int threads, size_t shared_bytes) {
   *blocks = emulator::blocks_per_multiprocessor(nullptr, threads, shared_bytes);
