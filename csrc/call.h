@@ -9,6 +9,7 @@ namespace fusedloss {
 enum class DType : int8_t { kFloat64, kFloat32, kBFloat16, kFloat16, kInt64 };
 
 constexpr int kMaxDims = 8;  // an operand that strides through more dimensions is copied
+constexpr int kMaxInputs = 8;
 
 // The dimensions that a call walks, outermost first. A pointwise call has the gradient's memory
 // order, a call over rows has (outer, classes, inner).
@@ -48,14 +49,15 @@ struct Call {
   int64_t ignore_index = -100;
   int64_t numel = 0;
   Space space;
+  Operand inputs[kMaxInputs];  // of the loss: the first are input and target
   // A row loss has weight (classes), of the compute type, and upstream (outer, inner).
-  Operand input, target, weight, pos_weight;
+  Operand weight;
   Operand upstream;  // reduction "none": a factor of each element's, or each row's, gradient
   // Label smoothing with a weight: the weight's sum, in the engine's memory.
   const double* weight_sum = nullptr;
 
-  Output value;                      // of each element or row
-  Output gradient, target_gradient;  // slope * weight * upstream * the engine's scale
+  Output value;                  // of each element or row
+  Output gradients[kMaxInputs];  // of the inputs: slope * weight * upstream * the engine's scale
 };
 
 // ---- calls over rows ----------------------------------------------------------------------------
@@ -100,8 +102,8 @@ struct RowsCall {
         outer(call.space.sizes[0]),
         classes(call.space.sizes[1]),
         inner(call.space.sizes[2]),
-        input(call.input),
-        gradient(call.gradient),
+        input(call.inputs[0]),
+        gradient(call.gradients[0]),
         ignore_index(call.ignore_index),
         label_smoothing(call.parameters[0]),
         weight(call.weight.data),
@@ -110,10 +112,11 @@ struct RowsCall {
         upstream_dtype(call.upstream.dtype),
         value(call.value.data),
         value_dtype(call.value.dtype) {
-    if (call.target.dtype == DType::kInt64) {
-      indices = static_cast<const int64_t*>(call.target.data);
+    const Operand& target = call.inputs[1];
+    if (target.dtype == DType::kInt64) {
+      indices = static_cast<const int64_t*>(target.data);
     } else {
-      probabilities = Rows(call.target);
+      probabilities = Rows(target);
     }
     if (classes != 1 && inner == 1 && input.classes != 1) lay_rows_inside();
   }

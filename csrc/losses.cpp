@@ -55,7 +55,8 @@ struct BuiltIn {
     LossInfo& info = add(name);
     info.mean = Loss::kMean;
     info.parameters = Loss::kParameters;
-    info.extra_inputs = Loss::kPosWeight;
+    info.inputs = Loss::kInputs;
+    info.gradients = Loss::kGradients;
   }
 };
 
@@ -71,14 +72,15 @@ struct Loaded {
 };
 
 // The custom loss of this name, which is changed under the lock.
-LossInfo& custom_loss(const std::string& name, int parameters) {
+LossInfo& custom_loss(const std::string& name, int inputs, int parameters) {
   const auto [found, is_new] = Loaded::instance().losses.try_emplace(name);
   LossInfo& info = found->second;
   if (is_new) {
     info.name = name;
     info.mean = Mean::kWeights;
     info.parameters = parameters;
-    info.target_gradient = true;
+    info.inputs = info.gradients = inputs;
+    info.custom = true;
   }
   return info;
 }
@@ -117,11 +119,11 @@ void load_custom(const std::string& name, const std::string& library) {
                              std::to_string(cpu::kPointwiseVersion));
   }
   const std::unique_lock lock(Loaded::instance().mutex);
-  custom_loss(name, kernel->parameters).cpu = kernel;
+  custom_loss(name, kernel->inputs, kernel->parameters).cpu = kernel;
 }
 
 #if defined(FUSEDLOSS_CUDA)
-void load_custom_kernels(const std::string& name, int parameters, int capability,
+void load_custom_kernels(const std::string& name, int inputs, int parameters, int capability,
                          const std::string& file) {
   const std::unique_lock lock(Loaded::instance().mutex);
   const auto& losses = Loaded::instance().losses;
@@ -129,7 +131,7 @@ void load_custom_kernels(const std::string& name, int parameters, int capability
   const cuda::CustomKernels* others = nullptr;
   if (known != losses.end()) others = known->second.cuda;
   const cuda::CustomKernels* const kernels = cuda::load_custom(file.c_str(), capability, others);
-  custom_loss(name, parameters).cuda = kernels;
+  custom_loss(name, inputs, parameters).cuda = kernels;
 }
 #endif
 

@@ -29,16 +29,15 @@ struct LossInfo {
   Family family = Family::kPointwise;
   Mean mean = Mean::kElements;
   int parameters = 0;
-  int extra_inputs = 0;          // besides input and target: pos_weight
-  bool target_gradient = false;  // whether there is a gradient for target
+  int inputs = 2;     // how many it takes
+  int gradients = 1;  // for how many of them, from the first on, there is a gradient
   // The loss whose target is class indices; null: it takes none.
   const LossInfo* of_classes = nullptr;
+  bool custom = false;
 
   // The kernels of a custom loss; null for a built-in one, and where none is loaded.
   std::atomic<const cpu::PointwiseKernel*> cpu = nullptr;
   std::atomic<const cuda::CustomKernels*> cuda = nullptr;
-
-  bool custom() const { return target_gradient; }
 };
 
 // Null: there is no loss of this name. What it points to lives for ever.
@@ -50,7 +49,7 @@ std::vector<const LossInfo*> built_in_losses();
 // it is none, or of another version.
 void load_custom(const std::string& name, const std::string& library);
 // The same for GPUs: see cuda/kernels.h.
-void load_custom_kernels(const std::string& name, int parameters, int capability,
+void load_custom_kernels(const std::string& name, int inputs, int parameters, int capability,
                          const std::string& file);
 
 }  // namespace fusedloss

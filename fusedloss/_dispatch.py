@@ -180,28 +180,32 @@ def _overrides(value: Any) -> bool:
     return _sees_functions(value) or is_traceable_wrapper_subclass(value)
 
 
-def _why_not_fused(
-    input: Any, target: Any, *others: Any, target_gradient: bool = False
-) -> str | None:
+def _why_not_fused(inputs: Sequence[Any], *others: Any, gradients: int = 1) -> str | None:
     """Why no fused kernel takes these tensors, apart from shapes and dtypes; None: one does.
 
-    target_gradient: the kernels also give the gradient for target.
+    inputs: of the loss, mostly input and target. gradients: for how many of them, from the first on,
+    the kernels give one.
     """
+    input = inputs[0]
+    names = ("input", "target", *("another input",) * len(inputs))[: len(inputs)]
+    named = list(zip(names, inputs, strict=True))
     if torch._C._get_tracing_state() is not None:
         if _counted:  # under patch() the calling code may not know fusedloss
             return "torch.jit is tracing"
         raise RuntimeError(NO_TORCHSCRIPT)
-    if any(map(_overrides, (input, target, *others))):
+    if any(map(_overrides, (*inputs, *others))):
         return "a tensor subclass is involved"
-    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+    if not all(isinstance(t, Tensor) for t in inputs):
         return "input and target are not both tensors"
-    if input.device != target.device:
-        return f"input is on {input.device} and target on {target.device}"
+    for name, t in named:
+        if t.device != input.device:
+            return f"input is on {input.device} and {name} on {t.device}"
     if input.device.type not in backends.fused_on:
         return backends.why_not_fused(input.device.type)
-    if input.layout is not torch.strided or target.layout is not torch.strided:
-        return f"layouts {input.layout} and {target.layout} are not both strided"
-    if input.is_nested or target.is_nested:
+    if any(t.layout is not torch.strided for t in inputs):
+        layouts = " and ".join(str(t.layout) for t in inputs)
+        return f"layouts {layouts} are not all strided"
+    if any(t.is_nested for t in inputs):
         return "a nested tensor is involved"
     # draft_export runs each operator to see whether it writes to its arguments, and mistakes an
     # optional tensor that is None for one that was written to.
@@ -212,15 +216,15 @@ def _why_not_fused(
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     grad = torch.is_grad_enabled()
-    if grad and target.requires_grad and not target_gradient:
-        return "a gradient for target is wanted"
+    for name, t in named[gradients:]:
+        if grad and t.requires_grad:
+            return f"a gradient for {name} is wanted"
     # Our backward needs both, and torch's may not. (A compiler cannot trace is_inference.)
-    needs_gradient = input.requires_grad or target.requires_grad
+    needs_gradient = any(t.requires_grad for t in inputs)
     saved = grad and needs_gradient and not torch.compiler.is_compiling()
-    if saved and target.is_inference():
-        return "target is an inference tensor, which cannot be saved for backward"
-    if saved and input.is_inference():
-        return "input is an inference tensor, which cannot be saved for backward"
+    for name, t in named:
+        if saved and t.is_inference():
+            return f"{name} is an inference tensor, which cannot be saved for backward"
     for other in others:
         if other is not None:
             if not isinstance(other, Tensor) or other.device != input.device:
@@ -408,7 +412,7 @@ def _run_any(loss: Loss, args: tuple[Any, ...], prediction: Tensor | None) -> Te
         tensors = input, target, *weights
         return _offer(PUBLIC[loss.name], tensors, args[:2], options, again)  # type: ignore[no-any-return]
     backend, dtype = "", None
-    reason = _unfit(loss, call) or _why_not_fused(input, target, *weights)
+    reason = _unfit(loss, call) or _why_not_fused((input, target), *weights)
     if reason is None:
         indices = loss.over_classes and target.dtype is torch.int64
         dtype = _result_dtype(input, None if indices else target, *weights)

@@ -36,7 +36,7 @@ def reference_value(
         ValueError: there is no such loss.
     """
     if name in custom_references:
-        return custom_references[name](input, target, weight, parameters, reduction)
+        return custom_references[name]((input, target, *more), weight, parameters, reduction)
     loss = LOSSES.get(name.removesuffix("_pos_weight"))
     if loss is None:
         raise ValueError(f"fusedloss: no loss is named {name!r}")
@@ -77,11 +77,12 @@ def loss_reference_gradient(
 
     with torch.enable_grad():
         # Views, since the outer backward runs the hooks of the tensors themselves.
-        x, y = (t.view_as(t) for t in (input, target))
-        operands = cast(x), cast(y), None if weight is None else cast(weight), [*map(cast, more)]
+        inputs = [t.view_as(t) for t in (input, target, *more)]
+        x, y, *others = map(cast, inputs)
+        operands = x, y, None if weight is None else cast(weight), others
         options = parameters, ignore_index, _REDUCTION_NAMES[reduction]
         value = reference_value(loss, *operands, *options)
-    needed = [t for i, t in enumerate((x, y)) if gradients >> i & 1]
+    needed = [t for i, t in enumerate(inputs) if gradients >> i & 1]
     create_graph = torch.is_grad_enabled()
     return list(
         torch.autograd.grad(

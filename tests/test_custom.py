@@ -947,7 +947,7 @@ def test_kernels_of_another_version(tmp_path: Path) -> None:
     square = fusedloss.pointwise_loss(lambda input, target: (input - target) ** 2)
     whole = library("square", square._struct, against=Path(extension.__file__).resolve())
     other = tmp_path / "other.so"
-    other.write_bytes(whole.read_bytes().replace(b"fusedloss_custom3", b"fusedloss_custom2"))
+    other.write_bytes(whole.read_bytes().replace(b"fusedloss_custom4", b"fusedloss_custom3"))
     with pytest.raises(RuntimeError, match="other.so does not load: named symbol not found"):
         extension.load_custom_kernels("other", 1, 90, str(other))
     other.write_bytes(b"no library")

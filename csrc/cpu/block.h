@@ -7,8 +7,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "../math/eval.h"
 #include "../math/sum.h"
-#include "../math/vocabulary.h"
 #include "pointwise.h"
 #include "wide.h"
 
@@ -59,6 +59,7 @@ constexpr int kWidth =
 template <int kStep, int outputs, class Loss, class T>
 Sum pass(Loss loss, Run<T> run, Scale<T> scale, int64_t begin, int64_t end, Mask<T>& all_valid) {
   constexpr int64_t kLanes = Vec<T>::size();
+  constexpr int kComputed = outputs & kGradients ? Loss::kGradients : outputs & kGradient ? 1 : 0;
   const bool has_factor = (outputs & kFactor) && (!Loss::kCustom || run.factor);
   RegisterSum<T> sum;
   Mask<T> valid = all_valid;
@@ -71,40 +72,37 @@ Sum pass(Loss loss, Run<T> run, Scale<T> scale, int64_t begin, int64_t end, Mask
     const auto store = [&](const Vec<T>& x, T* p) __attribute__((always_inline)) {
       full ? x.store(p) : x.store(p, count);
     };
-    Vec<T> x[kStep], y[kStep], pos_weights[kStep], factors[kStep];
+    Vec<T> inputs[Loss::kInputs][kStep], factors[kStep];
     unrolled<kStep>([&](auto u) __attribute__((always_inline)) {
       const int64_t k = i + u * kLanes;
-      x[u] = load(run.input + k);
-      y[u] = load(run.target + k);
-      if constexpr (Loss::kPosWeight) pos_weights[u] = load(run.pos_weight + k);
+      unrolled<Loss::kInputs>([&](auto j) __attribute__((always_inline)) {
+        inputs[j][u] = load(run.inputs[j] + k);
+      });
       if (has_factor) factors[u] = load(run.factor + k);
     });
-    const auto eval = [&](auto u) __attribute__((always_inline)) {
-      if constexpr (Loss::kPosWeight) {
-        return loss.eval(x[u], y[u], pos_weights[u]);
-      } else {
-        return loss.eval(x[u], y[u]);
-      }
-    };
-    Vec<T> value[kStep], gradient[kStep], target_gradient[kStep];
+    Vec<T> value[kStep], gradients[Loss::kGradients][kStep];
     unrolled<kStep>([&](auto u) __attribute__((always_inline)) {
-      auto at = eval(u);
+      const auto input = [&](int j) __attribute__((always_inline)) { return inputs[j][u]; };
+      auto at = evaluate(loss, input);
       if (has_factor) at = at * factors[u];
       value[u] = at.value;
-      if constexpr (outputs & kGradient) gradient[u] = at.gradient(scale);
-      if constexpr (outputs & kTargetGradient) target_gradient[u] = at.target_gradient(scale);
+      unrolled<kComputed>([&](auto j) __attribute__((always_inline)) {
+        gradients[j][u] = at.gradient(scale, j);
+      });
     });
     unrolled<kStep>([&](auto u) __attribute__((always_inline)) {
       const int64_t k = i + u * kLanes;
       if constexpr (Loss::kUnitInterval && (outputs & (kSum | kValue))) {
         // x (1 - x) >= 0 exactly where 0 <= x <= 1.
         const Vec<T> zero(0), one(1);
-        const auto x_fits = zero <= x[u] * (one - x[u]), y_fits = zero <= y[u] * (one - y[u]);
+        const Vec<T> x = inputs[0][u], y = inputs[1][u];
+        const auto x_fits = zero <= x * (one - x), y_fits = zero <= y * (one - y);
         valid = logical_and(valid, logical_and(x_fits, y_fits));
       }
       if constexpr (outputs & kValue) store(value[u], run.value + k);
-      if constexpr (outputs & kGradient) store(gradient[u], run.gradient + k);
-      if constexpr (outputs & kTargetGradient) store(target_gradient[u], run.target_gradient + k);
+      unrolled<kComputed>([&](auto j) __attribute__((always_inline)) {
+        if ((outputs & kGradient) || run.gradients[j]) store(gradients[j][u], run.gradients[j] + k);
+      });
     });
     if constexpr (outputs & kSum) {
       if (!full) value[0] = Vec<T>::set(Vec<T>(0), value[0], count);

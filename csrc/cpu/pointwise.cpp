@@ -17,6 +17,13 @@ namespace {
 constexpr int64_t kChunk = 32768;  // elements a task
 constexpr int64_t kBlock = 2048;   // elements a run that is staged: a few of these fit the L1 cache
 
+int gradients_of(const Call& call) {
+  const auto wanted = [](const Output& gradient) { return gradient.data != nullptr; };
+  const Output* const others = call.gradients + 1;
+  if (std::any_of(others, std::end(call.gradients), wanted)) return kGradients;
+  return wanted(call.gradients[0]) ? kGradient : 0;
+}
+
 // A call's block, and the constants that it takes.
 template <class T>
 struct Compiled {
@@ -31,8 +38,7 @@ struct Compiled {
       constants = prepared.data();
     }
     const int outputs = (call.want_sum ? kSum : 0) | (call.value.data ? kValue : 0) |
-                        (call.gradient.data ? kGradient : 0) |
-                        (call.target_gradient.data ? kTargetGradient : 0) |
+                        gradients_of(call) |
                         (call.weight.data || call.upstream.data ? kFactor : 0);
     if constexpr (std::is_same_v<T, float>) {
       block = call.kernel->float_blocks[outputs];
@@ -53,20 +59,25 @@ bool lies_ready(const Output& out) {
   return !out.data || is_dtype<T>(out.dtype);
 }
 template <class T>
+bool all_ready(const Call& call) {
+  bool ready = lies_ready<T>(call.weight) && lies_ready<T>(call.upstream) &&
+               !(call.weight.data && call.upstream.data) && lies_ready<T>(call.value);
+  for (int i = 0; i < kMaxInputs; ++i) {
+    ready = ready && lies_ready<T>(call.inputs[i]) && lies_ready<T>(call.gradients[i]);
+  }
+  return ready;
+}
+template <class T>
 T* place(const Output& out, int64_t i, T* scratch) {
-  return out.data && is_dtype<T>(out.dtype) ? static_cast<T*>(out.data) + i : scratch;
+  if (!out.data) return nullptr;
+  return is_dtype<T>(out.dtype) ? static_cast<T*>(out.data) + i : scratch;
 }
 
 template <class T>
 Sum chunk(const Call& call, const Compiled<T>& loss, int64_t begin, int64_t end, bool& in_unit) {
-  T input[kBlock], target[kBlock], pos_weight[kBlock], weight[kBlock], upstream[kBlock];
-  T value[kBlock], gradient[kBlock], target_gradient[kBlock];
-  const bool two_factors = call.weight.data && call.upstream.data;
-  const bool ready = !two_factors && lies_ready<T>(call.input) && lies_ready<T>(call.target) &&
-                     lies_ready<T>(call.pos_weight) && lies_ready<T>(call.weight) &&
-                     lies_ready<T>(call.upstream) && lies_ready<T>(call.value) &&
-                     lies_ready<T>(call.gradient) && lies_ready<T>(call.target_gradient);
-  const int64_t most = ready ? kChunk : kBlock;
+  T inputs[kMaxInputs][kBlock], weight[kBlock], upstream[kBlock];
+  T value[kBlock], gradients[kMaxInputs][kBlock];
+  const int64_t most = all_ready<T>(call) ? kChunk : kBlock;
   Sum sum;
   for (int64_t i = begin; i < end; i += most) {
     const int64_t n = std::min(most, end - i);
@@ -74,25 +85,24 @@ Sum chunk(const Call& call, const Compiled<T>& loss, int64_t begin, int64_t end,
       return op.data ? stage(op, call, i, n, scratch) : nullptr;
     };
     const T *factor = staged(call.weight, weight), *u = staged(call.upstream, upstream);
-    if (two_factors) {
+    if (factor && u) {
       for (int64_t k = 0; k < n; ++k) upstream[k] = factor[k] * u[k];
       u = upstream;
     }
     if (u) factor = u;
-    const Run<T> run{staged(call.input, input),
-                     staged(call.target, target),
-                     staged(call.pos_weight, pos_weight),
-                     factor,
-                     place(call.value, i, value),
-                     place(call.gradient, i, gradient),
-                     place(call.target_gradient, i, target_gradient)};
+    Run<T> run;
+    run.factor = factor;
+    run.value = place(call.value, i, value);
+    for (int k = 0; k < kMaxInputs; ++k) {
+      run.inputs[k] = staged(call.inputs[k], inputs[k]);
+      run.gradients[k] = place(call.gradients[k], i, gradients[k]);
+    }
     sum.add(loss.block(loss.constants, &run, call.scale, n, &in_unit));
     const auto finish = [&](const Output& out, const T* scratch) {
       if (!lies_ready<T>(out)) narrow(scratch, n, out.dtype, out.data, i, 1);
     };
     finish(call.value, value);
-    finish(call.gradient, gradient);
-    finish(call.target_gradient, target_gradient);
+    for (int k = 0; k < kMaxInputs; ++k) finish(call.gradients[k], gradients[k]);
   }
   return sum;
 }

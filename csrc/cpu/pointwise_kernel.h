@@ -17,14 +17,14 @@ template <class Loss>
 struct UsualLoss : Loss {
   explicit UsualLoss(const Loss& loss) : Loss(loss) {}
 
-  template <class T>
-  FUSEDLOSS_HD CustomEval<T> eval(T x, T y) const {
+  template <class... T>
+  FUSEDLOSS_HD auto eval(T... inputs) const {
     Loss loss = *this;
     unrolled<std::size(Loss::kUsual)>([&](auto i) __attribute__((always_inline)) {
       constexpr Usual usual = Loss::kUsual[i];
       loss.constants[usual.constant] = usual.number;
     });
-    return loss.eval(x, y);
+    return loss.eval(inputs...);
   }
 };
 
@@ -38,7 +38,7 @@ template <class Loss, int outputs, class T>
 double run_block(const double* constants, const Run<T>* run, double scale, int64_t n,
                  bool* in_unit) {
   if constexpr (!Loss::kCustom) {
-    return block<outputs>(Loss{{Loss::kParameters ? constants[0] : 0}}, *run, scale, n, *in_unit);
+    return block<outputs>(Loss{{{}, Loss::kParameters ? constants[0] : 0}}, *run, scale, n, *in_unit);
   } else {
     Loss loss;
     std::copy_n(constants, Loss::kConstants, loss.constants);
@@ -67,17 +67,15 @@ constexpr void fill(Block<T> (&blocks)[kBlocks]) {
   add<Loss, kSum | kGradient>(blocks);
   add<Loss, kValue>(blocks);
   add<Loss, kGradient>(blocks);
-  if constexpr (Loss::kCustom) {
-    add<Loss, kSum | kTargetGradient>(blocks);
-    add<Loss, kSum | kGradient | kTargetGradient>(blocks);
-    add<Loss, kTargetGradient>(blocks);
-    add<Loss, kGradient | kTargetGradient>(blocks);
+  if constexpr (Loss::kGradients > 1) {
+    add<Loss, kSum | kGradients>(blocks);
+    add<Loss, kGradients>(blocks);
   }
 }
 
 template <class Loss>
 constexpr PointwiseKernel pointwise_kernel() {
-  PointwiseKernel kernel{kPointwiseVersion, Loss::kParameters, 0, nullptr, {}, {}};
+  PointwiseKernel kernel{kPointwiseVersion, Loss::kInputs, Loss::kParameters, 0, nullptr, {}, {}};
   if constexpr (Loss::kCustom) {
     kernel.constants = Loss::kConstants;
     kernel.prepare = &Loss::prepare;

@@ -54,7 +54,7 @@ Function* driver(const char* name, const char* file) {
 
 // As run_pointwise() takes a loss: by the addresses of a launch's three arguments.
 struct Launcher {
-  using Loss = CustomLoss<1>;  // like every custom loss, but for its formulas
+  using Loss = CustomLoss<2, 1>;  // like every custom loss, but for its formulas and inputs
   const CustomKernels& kernels;
   const double* parameters;
 

@@ -87,16 +87,16 @@ Kernel cross_entropy;
 // The number is the version of this file and of call.h: what was compiled from other versions has
 // no kernels of these names.
 #define FUSEDLOSS_CUSTOM_VECTORIZED(X)                     \
-  X(fusedloss_custom3_float64, double, false)              \
-  X(fusedloss_custom3_float32, float, false)               \
-  X(fusedloss_custom3_float32_plain, float, true)          \
-  X(fusedloss_custom3_bfloat16, __nv_bfloat16, false)      \
-  X(fusedloss_custom3_bfloat16_plain, __nv_bfloat16, true) \
-  X(fusedloss_custom3_float16, __half, false)              \
-  X(fusedloss_custom3_float16_plain, __half, true)
+  X(fusedloss_custom4_float64, double, false)              \
+  X(fusedloss_custom4_float32, float, false)               \
+  X(fusedloss_custom4_float32_plain, float, true)          \
+  X(fusedloss_custom4_bfloat16, __nv_bfloat16, false)      \
+  X(fusedloss_custom4_bfloat16_plain, __nv_bfloat16, true) \
+  X(fusedloss_custom4_float16, __half, false)              \
+  X(fusedloss_custom4_float16_plain, __half, true)
 #define FUSEDLOSS_CUSTOM_STRIDED(X)               \
-  X(fusedloss_custom3_strided_in_float64, double) \
-  X(fusedloss_custom3_strided_in_float32, float)
+  X(fusedloss_custom4_strided_in_float64, double) \
+  X(fusedloss_custom4_strided_in_float32, float)
 constexpr int kCustomKernels = 9;
 
 // The kernels of a loss, for all devices that they were compiled for.

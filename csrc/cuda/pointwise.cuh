@@ -7,7 +7,9 @@
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 
+#include "../math/eval.h"
 #include "fast_math.cuh"
 #include "reduce.cuh"
 #include "upstream.cuh"
@@ -17,16 +19,6 @@ namespace fusedloss::cuda {
 constexpr int kThreads = 256;              // per block
 constexpr int kUnroll = 2;                 // vectors of each operand in flight per thread
 constexpr int64_t kMaxOneBlock = 1 << 14;  // elements; up to here a second block does not pay
-
-// One element's value and slopes.
-template <class Loss, class T>
-__device__ auto evaluate(const Loss& loss, T x, T y, T pos_weight) {
-  if constexpr (Loss::kPosWeight) {
-    return loss.eval(x, y, pos_weight);
-  } else {
-    return loss.eval(x, y);
-  }
-}
 
 // ---- losses of kUnitInterval --------------------------------------------------------------------
 
@@ -113,7 +105,7 @@ using Number = std::conditional_t<sizeof(D) == 2 && !Loss::kCustom, Quick, Compu
 template <class D>
 using PartialSum = std::conditional_t<sizeof(D) == 4, double, Compute<D>>;
 
-// A factor of every element: a vector of them each, one for all, or none.
+// A number for every element: a vector of them each, one for all, or none, which is 1.
 template <class D>
 struct Factor {
   const D* vectors = nullptr;
@@ -130,8 +122,10 @@ template <class D>
 struct VectorizedCall {
   int64_t numel, head, vectors;
   const D *input, *target;
-  Factor<D> weight, pos_weight, upstream;
-  D *value, *gradient, *target_gradient;
+  Factor<D> more[kMaxInputs - 2];  // the loss's later inputs
+  Factor<D> weight, upstream;
+  D* value;
+  D* gradients[kMaxInputs];
   // Losses of class indices, in place of target: (numel / classes). A row has at least as many
   // classes as a vector has elements.
   const int64_t* indices;
@@ -174,25 +168,40 @@ struct OneHot {
   }
 };
 
-// What a thread of pointwise_vectorized computes. kPlain: without value, target's gradient, and
-// vectors of weight and upstream, which would take registers.
+// What a thread of pointwise_vectorized computes. kPlain: without value, other inputs' gradients
+// than the first one's, and vectors of weight and upstream, which would take registers.
 template <class Loss, class D, bool kPlain>
 struct VectorizedThread {
   using T = Compute<D>;
   using N = Number<Loss, D>;
-  static constexpr bool kHasTargetGradient = Loss::kCustom && !kPlain;
+  static constexpr int kGradients = kPlain ? 1 : Loss::kGradients;
+  static constexpr int kLater = Loss::kInputs > 2 ? Loss::kInputs - 2 : 0;
 
   const Loss loss;  // a copy, which stays in registers
   const VectorizedCall<D>& c;
   const Launch& l;
   const GradientScale& s;
   const bool weighted = !kPlain && c.weight.vectors, has_upstream = !kPlain && c.upstream.vectors;
-  const bool has_value = !kPlain && c.value, write_input = s.write && c.gradient;
-  const bool write_target = kHasTargetGradient && s.write && c.target_gradient;
+  const bool has_value = !kPlain && c.value, write_first = s.write && c.gradients[0];
+  N single[kLater + 1];  // later inputs that are one number for all elements
   // What is written is multiplied by it.
   const N scale = N(static_cast<T>((has_value ? 1 : s.scale * Loss::kSlopeUnit) *
                                    c.weight.number() * c.upstream.number()));
-  const N pos_weight = N(static_cast<T>(Loss::kPosWeight ? c.pos_weight.number() : 1));
+
+  __device__ VectorizedThread(const Loss& loss, const VectorizedCall<D>& c, const Launch& l,
+                              const GradientScale& s)
+      : loss(loss), c(c), l(l), s(s) {
+#pragma unroll
+    for (int j = 0; j < kLater; ++j) single[j] = N(static_cast<T>(c.more[j].number()));
+  }
+
+  // A vector of each of a loss's inputs.
+  template <class V>
+  struct Inputs {
+    V x;
+    std::conditional_t<Loss::kIndexed, OneHot<N>, V> y;
+    V later[kLater + 1];  // C++ has no empty arrays
+  };
 
   // Vector v of an operand or output.
   template <class V>
@@ -204,18 +213,15 @@ struct VectorizedThread {
     return reinterpret_cast<V*>(p)[v];
   }
 
-  // Vector v, whose input x and target y have been loaded; adds its values to sum, without what
-  // weighs all of them alike.
-  template <class V, class Y>
-  __device__ void compute(int64_t v, V x, const Y& y, PartialSum<D>& sum) const {
-    if constexpr (Loss::kUnitInterval) check_unit(x, y, l, c.head + v * V::kSize);
-    V w, p, g;
-    const bool has_pos_weights = Loss::kPosWeight && c.pos_weight.vectors;
+  // Vector v, whose inputs have been loaded; adds its values to sum, without what weighs all of them
+  // alike.
+  template <class V>
+  __device__ void compute(int64_t v, Inputs<V> in, PartialSum<D>& sum) const {
+    if constexpr (Loss::kUnitInterval) check_unit(in.x, in.y, l, c.head + v * V::kSize);
+    V w, g;
     if (weighted) w = vector<V>(c.weight.vectors, v);
-    if (has_pos_weights) p = vector<V>(c.pos_weight.vectors, v);
     if (has_upstream) g = vector<V>(c.upstream.vectors, v);
-    T results[V::kSize];
-    [[maybe_unused]] T target_gradients[V::kSize];
+    T results[kGradients][V::kSize];
 #pragma unroll
     for (int i = 0; i < V::kSize; ++i) {
       T factor(1);
@@ -223,21 +229,28 @@ struct VectorizedThread {
       if (has_upstream) factor = factor * widen(g, i);
       N target(0);
       if constexpr (Loss::kIndexed) {
-        target = y[i];
-      } else {
-        target = N(widen(y, i));
+        target = in.y[i];
+      } else if constexpr (Loss::kInputs > 1) {
+        target = N(widen(in.y, i));
       }
-      const auto e =
-          evaluate(loss, N(widen(x, i)), target, has_pos_weights ? N(widen(p, i)) : pos_weight) *
-          N(factor);
+      const auto input = [&](int j) {
+        if (j == 0) return N(widen(in.x, i));
+        if (j == 1) return target;
+        return c.more[j - 2].vectors ? N(widen(in.later[j - 2], i)) : single[j - 2];
+      };
+      const auto e = evaluate(loss, input) * N(factor);
       sum += T(e.value);
-      results[i] = T(has_value ? e.value * scale : e.gradient(scale));
-      if constexpr (kHasTargetGradient) target_gradients[i] = T(e.target_gradient(scale));
+      results[0][i] = T(has_value ? e.value * scale : e.gradient(scale, 0));
+#pragma unroll
+      for (int j = 1; j < kGradients; ++j) results[j][i] = T(e.gradient(scale, j));
     }
     // A call wants values or gradients, never both.
-    if (has_value || write_input) vector<V>(has_value ? c.value : c.gradient, v) = pack<D>(results);
-    if constexpr (kHasTargetGradient) {
-      if (write_target) vector<V>(c.target_gradient, v) = pack<D>(target_gradients);
+    if (has_value || write_first) {
+      vector<V>(has_value ? c.value : c.gradients[0], v) = pack<D>(results[0]);
+    }
+#pragma unroll
+    for (int j = 1; j < kGradients; ++j) {
+      if (s.write && c.gradients[j]) vector<V>(c.gradients[j], v) = pack<D>(results[j]);
     }
   }
 
@@ -245,17 +258,20 @@ struct VectorizedThread {
   // their values. The head and the tail go by vectors of one element.
   template <class V, int kCount>
   __device__ PartialSum<D> batch(int64_t first, int64_t end) const {
-    V x[kCount];
-    std::conditional_t<Loss::kIndexed, OneHot<N>, V> y[kCount];
+    Inputs<V> in[kCount];
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       const int64_t v = first + u * kThreads;
       if (v < end) {
-        x[u] = vector<V>(c.input, v);
+        in[u].x = vector<V>(c.input, v);
         if constexpr (Loss::kIndexed) {
-          y[u] = OneHot<N>(c, c.head + v * V::kSize, V::kSize, l);
-        } else {
-          y[u] = vector<V>(c.target, v);
+          in[u].y = OneHot<N>(c, c.head + v * V::kSize, V::kSize, l);
+        } else if constexpr (Loss::kInputs > 1) {
+          in[u].y = vector<V>(c.target, v);
+        }
+#pragma unroll
+        for (int j = 0; j < kLater; ++j) {
+          if (c.more[j].vectors) in[u].later[j] = vector<V>(c.more[j].vectors, v);
         }
       }
     }
@@ -264,7 +280,7 @@ struct VectorizedThread {
     for (int u = 0; u < kCount; ++u) {
       const int64_t v = first + u * kThreads;
       if (v >= end) break;
-      compute(v, x[u], y[u], sum);
+      compute(v, in[u], sum);
     }
     return sum;
   }
@@ -284,7 +300,7 @@ __device__ void compute_vectorized(const Given& given, const VectorizedCall<D>& 
   const GradientScale s = GradientScale::of_block<Loss::kIndexed>(l);
   update_predictor(l, s);
   if (can_skip(l, s)) return;
-  const VectorizedThread<Loss, D, kPlain> thread{loss, c, l, s};
+  const VectorizedThread<Loss, D, kPlain> thread(loss, c, l, s);
   double total = 0;
   if (blockIdx.x == 0) {
     const int64_t t = threadIdx.x, tail = c.vectors * Vector16<D>::kSize;
@@ -359,17 +375,19 @@ __device__ void compute_strided(const Given& given, const Call& c, const Launch&
     const auto operand = [&](const Operand& op) {
       return op.data ? load<T>(op, c, i, coordinates, l) : T(1);
     };
-    Vector<T, 1> x{operand(c.input)}, y{operand(c.target)};
-    if constexpr (Loss::kUnitInterval) check_unit(x, y, l, i);
+    Vector<T, 1> inputs[Loss::kInputs];
+#pragma unroll
+    for (int j = 0; j < Loss::kInputs; ++j) inputs[j].element[0] = operand(c.inputs[j]);
+    if constexpr (Loss::kUnitInterval) check_unit(inputs[0], inputs[1], l, i);
     const T factor = operand(c.weight) * operand(c.upstream);
-    const auto e = evaluate(loss, x.element[0], y.element[0], operand(c.pos_weight)) * factor;
+    const auto e = evaluate(loss, [&](int j) { return inputs[j].element[0]; }) * factor;
     const auto store = [&](const Output& out, T x) {
       if (out.data) write(out.data, out.dtype, i, x);
     };
     store(c.value, e.value);
-    if (s.write) store(c.gradient, e.gradient(scale));
-    if constexpr (Loss::kCustom) {
-      if (s.write) store(c.target_gradient, e.target_gradient(scale));
+#pragma unroll
+    for (int j = 0; j < Loss::kGradients; ++j) {
+      if (s.write) store(c.gradients[j], e.gradient(scale, j));
     }
     total += e.value;
   }
@@ -403,13 +421,14 @@ inline bool is_single(const Operand& op, const Space& space) {
 // Whether target is class indices whose class dimension is innermost, one contiguous index a row.
 inline bool has_contiguous_indices(const Call& call, int64_t min_classes) {
   const int innermost = call.space.dims - 1;
-  if (call.target.class_dim < 0 || call.target.class_dim != innermost ||
+  const Operand& target = call.inputs[1];
+  if (target.class_dim < 0 || target.class_dim != innermost ||
       call.space.sizes[innermost] < min_classes) {
     return false;
   }
   int64_t rows = 1;
   for (int d = innermost - 1; d >= 0; --d) {
-    if (call.space.sizes[d] > 1 && call.target.strides[d] != rows) return false;
+    if (call.space.sizes[d] > 1 && target.strides[d] != rows) return false;
     rows *= call.space.sizes[d];
   }
   return true;
@@ -425,7 +444,7 @@ constexpr DType kDType = std::is_same_v<D, double>          ? DType::kFloat64
 template <class Loss, class D>
 bool vectorize(const Call& call, VectorizedCall<D>& c) {
   constexpr int kSize = Vector16<D>::kSize;
-  const int misaligned = misalignment(static_cast<const D*>(call.input.data));
+  const int misaligned = misalignment(static_cast<const D*>(call.inputs[0].data));
   const int64_t head = std::min<int64_t>(call.numel, (kSize - misaligned) % kSize);
   bool fits = call.compute_in_double == std::is_same_v<D, double> &&
               (!Loss::kIndexed || has_contiguous_indices(call, kSize));
@@ -444,20 +463,23 @@ bool vectorize(const Call& call, VectorizedCall<D>& c) {
   const auto output = [&](const Output& out) {
     return first_vector(static_cast<D*>(out.data), out.dtype);
   };
-  c = {call.numel,
-       head,
-       (call.numel - head) / kSize,
-       operand(call.input),
-       Loss::kIndexed ? nullptr : operand(call.target),
-       factor(call.weight),
-       factor(call.pos_weight),
-       factor(call.upstream),
-       output(call.value),
-       output(call.gradient),
-       output(call.target_gradient),
-       Loss::kIndexed ? static_cast<const int64_t*>(call.target.data) : nullptr,
-       Loss::kIndexed ? call.space.sizes[call.space.dims - 1] : 0,
-       call.ignore_index};
+  c.numel = call.numel;
+  c.head = head;
+  c.vectors = (call.numel - head) / kSize;
+  c.input = operand(call.inputs[0]);
+  for (int i = 2; i < kMaxInputs; ++i) c.more[i - 2] = factor(call.inputs[i]);
+  c.weight = factor(call.weight);
+  c.upstream = factor(call.upstream);
+  c.value = output(call.value);
+  for (int i = 0; i < kMaxInputs; ++i) c.gradients[i] = output(call.gradients[i]);
+  c.target = nullptr;
+  if constexpr (Loss::kIndexed) {
+    c.indices = static_cast<const int64_t*>(call.inputs[1].data);
+    c.classes = call.space.sizes[call.space.dims - 1];
+    c.ignore_index = call.ignore_index;
+  } else {
+    c.target = operand(call.inputs[1]);
+  }
   return fits;
 }
 
@@ -468,7 +490,9 @@ void launch_pointwise(const Kernels& kernels, const Call& call, const Launch& la
   if (VectorizedCall<D> c; vectorize<Loss>(call, c)) {
     // Doubles are never hot, and whoever compiles a custom loss waits for each kernel.
     constexpr bool kHasPlain = !Loss::kCustom || !std::is_same_v<D, double>;
-    const bool plain = !c.weight.vectors && !c.upstream.vectors && !c.value && !c.target_gradient;
+    const bool one_gradient = std::all_of(std::begin(c.gradients) + 1, std::end(c.gradients),
+                                          [](const D* gradient) { return !gradient; });
+    const bool plain = !c.weight.vectors && !c.upstream.vectors && !c.value && one_gradient;
     if (kHasPlain && plain) return kernels.template vectorized<kHasPlain>(c, launch);
     if constexpr (!Loss::kIndexed) return kernels.template vectorized<false>(c, launch);
   }
@@ -479,7 +503,7 @@ void launch_pointwise(const Kernels& kernels, const Call& call, const Launch& la
 // kernels: vectorized() and strided() launch those of a loss, over pointwise_blocks().
 template <class Kernels>
 cudaError_t run_pointwise(const Kernels& kernels, const Call& call, const Launch& launch) {
-  with_type(call.input.dtype,
+  with_type(call.inputs[0].dtype,
             [&](auto tag) { launch_pointwise<decltype(tag)>(kernels, call, launch); });
   return cudaGetLastError();
 }

@@ -245,7 +245,7 @@ struct CpuEngine {
         call_.weight_sum = &smoothing_weight_;
       }
     } else {
-      call_.kernel = info.custom() ? info.cpu.load() : &kernels().losses[info.number];
+      call_.kernel = info.custom ? info.cpu.load() : &kernels().losses[info.number];
       TORCH_CHECK(call_.kernel, "fusedloss: no CPU kernel of the loss '", a.loss,
                   "' is loaded: call it once on the CPU");
     }
@@ -292,8 +292,7 @@ struct CpuEngine {
     for (const Tensor& gradient : gradients) {
       if (gradient.defined()) advise_huge_pages(gradient);
     }
-    write_to(call_.gradient, gradients[0]);
-    write_to(call_.target_gradient, gradients[1]);
+    for (size_t i = 0; i < gradients.size(); ++i) write_to(call_.gradients[i], gradients[i]);
     call_.scale = scale;
     const bool rows = info.family == Family::kRows;
     const auto [sum, in_unit] = rows ? kernels().cross_entropy(call_) : kernels().pointwise(call_);

@@ -251,7 +251,7 @@ struct CudaEngine {
 
   // Queues the kernels.
   cudaError_t launch() {
-    if (!info.custom()) return cuda::kernels[info.number](call_, launch_);
+    if (!info.custom) return cuda::kernels[info.number](call_, launch_);
     const cuda::CustomKernels* custom = info.cuda;
     TORCH_CHECK(custom, "fusedloss: no CUDA kernel of the loss '", a.loss,
                 "' is loaded: call it once on the GPU");
@@ -259,8 +259,7 @@ struct CudaEngine {
   }
 
   void run(const Gradients& gradients) {
-    write_to(call_.gradient, gradients[0]);
-    write_to(call_.target_gradient, gradients[1]);
+    for (size_t i = 0; i < gradients.size(); ++i) write_to(call_.gradients[i], gradients[i]);
     Tensor workspace;
     if (launch_.loss) {
       workspace = workspace_of(stream_, a.input.device());

@@ -93,16 +93,16 @@ Tensor prediction_of(const OptionalTensor& own, const Arguments& a) {
 // ---- gradients ----------------------------------------------------------------------------------
 
 void check_mask(int64_t mask, const LossInfo& info) {
-  TORCH_CHECK_VALUE(mask >= 0 && mask < 4 && (info.target_gradient || !wants(mask, 1)),
-                    "fusedloss: '", info.name, "' has no gradients for the mask ", mask,
-                    ": 1 is input's, 2 target's");
+  TORCH_CHECK_VALUE(mask >= 0 && mask < int64_t{1} << info.gradients, "fusedloss: '", info.name,
+                    "' has no gradients for the mask ", mask, ": it has ", info.gradients,
+                    ", of which bit 0 is input's and bit 1 target's");
 }
 
-Gradients empty_gradients(const Arguments& a, int64_t mask) {
-  Gradients gradients;
+Gradients empty_gradients(const Arguments& a, const LossInfo& info, int64_t mask) {
+  Gradients gradients(info.gradients);
   for (size_t i = 0; i < gradients.size(); ++i) {
     // All in input's order, for an engine writes them alike.
-    if (wants(mask, i)) gradients[i] = empty_like_input(a.input, operand(a, i).scalar_type());
+    if (wants(mask, i)) gradients[i] = empty_like_input(a.input, a[i].scalar_type());
   }
   return gradients;
 }
@@ -122,9 +122,11 @@ void attach(const Tensor& state, const Arguments& a, Gradients gradients, Tensor
                                    std::move(prediction),
                                    at::DimVector(a.input.sizes()),
                                    a.input.scalar_type(),
-                                   a.input.storage().getWeakStorageImpl(),
-                                   a.target.storage().getWeakStorageImpl(),
+                                   {},
                                    {}};
+  for (size_t i = 0; i < a.inputs(); ++i) {
+    saved->storages.push_back(a[i].storage().getWeakStorageImpl());
+  }
   c10::StorageImpl* storage = state.storage().unsafeGetStorageImpl();
   saved->memory = storage->set_data_ptr(
       c10::DataPtr(storage->mutable_data(), saved, &destroy, storage->device()));
@@ -139,19 +141,17 @@ void drop_gradients(const Tensor& state) {
   if (SavedGradients* saved = saved_in(state)) saved->gradients = {};
 }
 
-void drop_gradients_of_other_memory(const Tensor& state, const Tensor& input,
-                                    const Tensor& target) {
+void drop_gradients_of_other_memory(const Tensor& state, const Arguments& a) {
   const SavedGradients* saved = saved_in(state);
   if (!saved) return;
-  const auto is_in = [](const Tensor& t, const auto& storage) {
-    return t.storage().unsafeGetStorageImpl() == storage._unsafe_get_target();
-  };
-  if (!is_in(input, saved->input_storage) || !is_in(target, saved->target_storage)) {
-    drop_gradients(state);
+  for (size_t i = 0; i < a.inputs(); ++i) {
+    const c10::StorageImpl* const there = saved->storages[i]._unsafe_get_target();
+    if (a[i].storage().unsafeGetStorageImpl() != there) return drop_gradients(state);
   }
 }
 
-BackwardGradients::BackwardGradients(SavedGradients* saved, const Arguments& a, int64_t mask) {
+BackwardGradients::BackwardGradients(SavedGradients* saved, const Arguments& a,
+                                     const LossInfo& info, int64_t mask) {
   const Tensor& input = a.input;
   if (saved) {
     TORCH_CHECK(input.sizes() == saved->input_sizes && input.scalar_type() == saved->input_dtype,
@@ -161,8 +161,9 @@ BackwardGradients::BackwardGradients(SavedGradients* saved, const Arguments& a, 
                 ": between the two, leave input.data as it is");
     gradients = std::exchange(saved->gradients, {});
   }
+  gradients.resize(info.gradients);
   for (size_t i = 0; i < gradients.size(); ++i) {
-    const at::ScalarType dtype = operand(a, i).scalar_type();
+    const at::ScalarType dtype = a[i].scalar_type();
     if (!wants(mask, i)) {
       gradients[i].reset();
     } else if (!lies_like_input(gradients[i], input, dtype)) {

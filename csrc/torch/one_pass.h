@@ -5,9 +5,9 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
-#include <array>
 #include <functional>
 #include <tuple>
 #include <utility>
@@ -34,16 +34,13 @@ at::Tensor prediction_of(const OptionalTensor& own, const Arguments& a);
 
 // ---- gradients ----------------------------------------------------------------------------------
 
-// Those for input and target, undefined where not wanted: bit i of a mask stands for the i-th.
-using Gradients = std::array<at::Tensor, 2>;
+// Those for the inputs that have one, undefined where not wanted: bit i of a mask stands for the i-th.
+using Gradients = c10::SmallVector<at::Tensor, 2>;
 
 inline bool wants(int64_t mask, size_t i) { return mask >> i & 1; }
-inline const at::Tensor& operand(const Arguments& a, size_t i) {
-  return i == 0 ? a.input : a.target;
-}
 // Throws where the loss gives no gradient for one of them.
 void check_mask(int64_t mask, const LossInfo& info);
-Gradients empty_gradients(const Arguments& a, int64_t mask);
+Gradients empty_gradients(const Arguments& a, const LossInfo& info, int64_t mask);
 // Those that are wanted, in order.
 std::vector<at::Tensor> listed(Gradients&& gradients);
 
@@ -55,7 +52,7 @@ struct SavedGradients {
   at::Tensor prediction;
   at::DimVector input_sizes;
   at::ScalarType input_dtype;
-  c10::weak_intrusive_ptr<c10::StorageImpl> input_storage, target_storage;
+  c10::SmallVector<c10::weak_intrusive_ptr<c10::StorageImpl>, 2> storages;  // of the inputs
   c10::DataPtr memory;  // of the state
 };
 
@@ -66,10 +63,9 @@ SavedGradients* saved_in(const at::Tensor& state);
 
 // Lets go of the gradients that forward has written, so that backward computes them.
 void drop_gradients(const at::Tensor& state);
-// The same where input or target has been given other memory since (`input.data = ...`), whose
-// numbers backward must see. (For autograd alone: a compiler may compute both again.)
-void drop_gradients_of_other_memory(const at::Tensor& state, const at::Tensor& input,
-                                    const at::Tensor& target);
+// The same where an input has been given other memory since (`input.data = ...`), whose numbers
+// backward must see. (For autograd alone: a compiler may compute all of them again.)
+void drop_gradients_of_other_memory(const at::Tensor& state, const Arguments& a);
 
 // The gradients that a backward returns: forward's, or new ones.
 struct BackwardGradients {
@@ -77,7 +73,7 @@ struct BackwardGradients {
   bool fresh = false;  // whether one of them is new
 
   // Forward's are taken out of `saved`, but only where they lie in memory as new ones would.
-  BackwardGradients(SavedGradients* saved, const Arguments& a, int64_t mask);
+  BackwardGradients(SavedGradients* saved, const Arguments& a, const LossInfo& info, int64_t mask);
 };
 
 // ---- operators ----------------------------------------------------------------------------------
@@ -111,7 +107,7 @@ struct Operators {
       prediction = prediction_of(own, a);
       // Before any small tensor: the last step's gradient has left a hole of just this size, and a
       // loss that its caller keeps must not be the one to take a piece of it.
-      if (engine.predicts(prediction)) gradients = empty_gradients(a, mask);
+      if (engine.predicts(prediction)) gradients = empty_gradients(a, engine.info, mask);
     }
     engine.read({});
     at::Tensor value = empty_loss(a, engine.info.family), state = empty_state(input);
@@ -128,7 +124,7 @@ struct Operators {
     check_pair("state", state, input);
     check_upstream(grad_output, a, engine.info.family);
     SavedGradients* saved = saved_in(state);
-    BackwardGradients result(saved, a, mask);
+    BackwardGradients result(saved, a, engine.info, mask);
     if (!engine.is_done(grad_output, state, saved, result.fresh)) {
       engine.read(a.upstream(grad_output));
       engine.recompute(result.gradients, state);

@@ -41,9 +41,9 @@ Tensor no_prediction(const Tensor& input) {
 
 // What backward needs besides tensors, as one value that compiled autograd can read. A loss is a
 // pointer into the table of losses.
-at::IValue packed(const Arguments& a, const LossInfo& info, int64_t mask) {
+at::IValue packed(const Arguments& a, const LossInfo& info, int64_t mask, int64_t variables) {
   std::vector<at::IValue> values{reinterpret_cast<int64_t>(&info), a.ignore_index, a.reduction,
-                                 static_cast<int64_t>(a.dtype), mask};
+                                 static_cast<int64_t>(a.dtype), mask, variables};
   values.insert(values.end(), a.parameters.begin(), a.parameters.end());
   return c10::ivalue::Tuple::create(std::move(values));
 }
@@ -56,21 +56,21 @@ using ReferenceSignature = std::vector<Tensor>(const Tensor&, FUSEDLOSS_PARAMETE
 
 // Its variables are the tensors that have a gradient; to torch each one more costs time.
 struct LossFunction : torch::autograd::Function<LossFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& target,
-                        const Arguments& a, const LossInfo& info,
-                        const OptionalTensor& prediction) {
+  static Tensor forward(AutogradContext* ctx, at::TensorList variables, const Arguments& a,
+                        const LossInfo& info, const OptionalTensor& prediction) {
     static const auto op = find_operator<ForwardSignature>("fusedloss::loss_forward");
     const bool hooked = saves_through_hooks();
-    const int64_t mask = input.requires_grad() | target.has_value() << 1;
+    int64_t mask = 0;
+    for (size_t i = 0; i < variables.size(); ++i) mask |= int64_t{variables[i].requires_grad()} << i;
     at::AutoDispatchBelowADInplaceOrView below;
     auto [value, state] =
-        a.call(op, std::tuple<>(), mask, hooked ? no_prediction(input) : prediction);
+        a.call(op, std::tuple<>(), mask, hooked ? no_prediction(a.input) : prediction);
     if (hooked) drop_gradients(state);
-    variable_list inputs{input, a.target, a.weight.value_or(Tensor())};
+    variable_list inputs{a.input, a.target, a.weight.value_or(Tensor())};
     inputs.insert(inputs.end(), a.more.begin(), a.more.end());
     ctx->save_for_backward(std::move(inputs));
     ctx->saved_data["state"] = std::move(state);
-    ctx->saved_data["options"] = packed(a, info, mask);
+    ctx->saved_data["options"] = packed(a, info, mask, variables.size());
     return value;
   }
 
@@ -82,7 +82,7 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     const at::ArrayRef<at::IValue> options =
         ctx->saved_data["options"].toTupleRef().elements().asArrayRef();
     c10::SmallVector<double, 4> parameters;
-    for (size_t i = 5; i < options.size(); ++i) parameters.push_back(options[i].toDouble());
+    for (size_t i = 6; i < options.size(); ++i) parameters.push_back(options[i].toDouble());
     const Arguments a{inputs[0],
                       inputs[1],
                       weight,
@@ -93,7 +93,7 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
                       options[2].toInt(),
                       static_cast<at::ScalarType>(options[3].toInt())};
     const int64_t mask = options[4].toInt();
-    drop_gradients_of_other_memory(state, a.input, a.target);
+    drop_gradients_of_other_memory(state, a);
     std::vector<Tensor> found;
     if (needs_reference(grad_output)) {
       static const auto op =
@@ -105,25 +105,40 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
       at::AutoDispatchBelowADInplaceOrView below;
       found = a.call(op, std::tie(grad_output, state), mask);
     }
-    variable_list gradients(5);  // one for every argument of forward
+    // One for each variable, and for every other argument of forward.
+    variable_list gradients(options[5].toInt() + 3);
     auto next = found.begin();
-    for (size_t i = 0; i < 2; ++i) {
+    for (size_t i = 0; next != found.end(); ++i) {
       if (wants(mask, i)) gradients[i] = std::move(*next++);
     }
     return gradients;
   }
 };
 
+// The first inputs, up to the last one that requires a gradient and has one.
+c10::SmallVector<Tensor, 2> variables_of(const Arguments& a, const LossInfo& info) {
+  c10::SmallVector<Tensor, 2> variables;
+  for (size_t n = info.gradients; n-- > 0;) {
+    if (!a[n].requires_grad()) continue;
+    for (size_t i = 0; i <= n; ++i) variables.push_back(a[i]);
+    break;
+  }
+  return variables;
+}
+
 Tensor differentiable_loss(FUSEDLOSS_PARAMETERS, const OptionalTensor& prediction) {
   const Arguments a{FUSEDLOSS_ARGUMENTS};
-  TORCH_CHECK(!input._fw_grad(0).defined() && !target._fw_grad(0).defined(),
-              "fusedloss: the operator has no forward-mode derivative: call the function instead");
-  if (wants_gradient(input) || wants_gradient(target)) {
+  bool wanted = false;
+  for (size_t i = 0; i < a.inputs(); ++i) {
+    TORCH_CHECK(!a[i]._fw_grad(0).defined(),
+                "fusedloss: the operator has no forward-mode derivative: call the function instead");
+    wanted = wanted || wants_gradient(a[i]);
+  }
+  if (wanted) {
     const LossInfo& info = known_loss(loss);
-    const bool of_target = target.requires_grad() && info.target_gradient;
-    if (input.requires_grad() || of_target) {
-      return LossFunction::apply(input, of_target ? OptionalTensor(target) : std::nullopt, a, info,
-                                 prediction);
+    const auto variables = variables_of(a, info);
+    if (!variables.empty()) {
+      return LossFunction::apply(at::TensorList(variables), a, info, prediction);
     }
   }
   static const auto op = find_operator<LossSignature>("fusedloss::loss");
@@ -141,8 +156,8 @@ void check_meta(const Tensor& t) {
 // Torch calls the shape-only kernels as soon as one tensor of a call is a meta tensor; then all
 // must be.
 const LossInfo& checked_meta(const Arguments& a) {
-  for (const Tensor& t : {a.input, a.target, a.weight.value_or(Tensor())}) check_meta(t);
-  for (const Tensor& t : a.more) check_meta(t);
+  for (size_t i = 0; i < a.inputs(); ++i) check_meta(a[i]);
+  check_meta(a.weight.value_or(Tensor()));
   return known_loss(a.loss);
 }
 
@@ -159,10 +174,11 @@ std::tuple<Tensor, Tensor> loss_forward_meta(FUSEDLOSS_PARAMETERS, int64_t,
 std::vector<Tensor> loss_backward_meta(const Tensor& grad_output, const Tensor& state,
                                        FUSEDLOSS_PARAMETERS, int64_t mask) {
   const Arguments a{FUSEDLOSS_ARGUMENTS};
-  check_mask(mask, checked_meta(a));
+  const LossInfo& info = checked_meta(a);
+  check_mask(mask, info);
   check_meta(grad_output);
   check_meta(state);
-  return listed(empty_gradients(a, mask));
+  return listed(empty_gradients(a, info, mask));
 }
 
 }  // namespace

@@ -15,7 +15,8 @@ namespace fusedloss {
 using OptionalTensor = std::optional<at::Tensor>;
 
 // What every operator takes, on any device: a loss of the table, its inputs and its options.
-// `more`: its inputs besides input and target.
+// `more`: its inputs besides input and target. A loss of one input is given it as target too, and does
+// not read that.
 #define FUSEDLOSS_PARAMETERS                                                       \
   const at::Tensor &input, const at::Tensor &target, const OptionalTensor &weight, \
       at::TensorList more, std::string_view loss, at::ArrayRef<double> parameters, \
@@ -43,6 +44,10 @@ struct Arguments {
         before);
   }
 
+  size_t inputs() const { return 2 + more.size(); }
+  const at::Tensor& operator[](size_t i) const {
+    return i == 0 ? input : i == 1 ? target : more[i - 2];
+  }
   bool each() const { return reduction == at::Reduction::None; }
   bool indices() const { return target.scalar_type() == at::kLong; }
   bool in_double() const { return dtype == at::kDouble; }

@@ -66,15 +66,27 @@ OptionalTensor optional(py::handle object) {
 
 // The tensors of a call; `ok` while it is a plain one.
 struct PlainCall {
-  const Tensor *input, *target;
-  bool ok, saves;
+  const Tensor *input = nullptr, *target = nullptr;
+  c10::SmallVector<Tensor, 2> more;  // inputs besides those
+  bool ok = true, saves = false;
 
-  PlainCall(py::handle input_object, py::handle target_object)
-      : input(plain(input_object)), target(plain(target_object)) {
-    ok = input && target && plain_context(*input) && computes(input->scalar_type()) &&
-         input->numel() != 0;
-    saves = ok && (wants_gradient(*input) || wants_gradient(*target));
-    ok = ok && joins(*input) && joins(*target);
+  // A loss of one input has it as target too.
+  explicit PlainCall(const py::tuple& objects, size_t count) {
+    c10::SmallVector<const Tensor*, 4> inputs;
+    for (size_t i = 0; ok && i < count; ++i) {
+      inputs.push_back(plain(PyTuple_GET_ITEM(objects.ptr(), i)));
+      ok = inputs.back();
+    }
+    if (!ok) return;
+    input = inputs[0];
+    target = inputs[count > 1 ? 1 : 0];
+    ok = plain_context(*input) && computes(input->scalar_type()) && input->numel() != 0;
+    for (const Tensor* t : inputs) saves = saves || wants_gradient(*t);
+    for (const Tensor* t : inputs) ok = ok && joins(*t);
+    for (size_t i = 2; ok && i < count; ++i) {
+      ok = inputs[i]->scalar_type() == dtype() && inputs[i]->sizes() == input->sizes();
+      more.push_back(*inputs[i]);
+    }
   }
 
   at::ScalarType dtype() const { return input->scalar_type(); }
@@ -144,10 +156,9 @@ Tensor call_loss(const PlainCall& call, const OptionalTensor& weight, at::Tensor
                  dtype, prediction);
 }
 
-py::object custom(py::handle input, py::handle target, py::handle weight_object,
-                  std::string_view loss, const std::vector<double>& parameters, int64_t reduction,
-                  py::handle prediction) {
-  PlainCall call(input, target);
+py::object custom(const py::tuple& inputs, py::handle weight_object, std::string_view loss,
+                  const std::vector<double>& parameters, int64_t reduction, py::handle prediction) {
+  PlainCall call(inputs, inputs.size());
   call.check_target(true);
   if (!call.ok) return py::none();
   OptionalTensor weight = call.weight(weight_object, call.input->sizes(), true);
@@ -156,7 +167,7 @@ py::object custom(py::handle input, py::handle target, py::handle weight_object,
   return without_gil([&] {
     // A mean divides by its sum.
     if (weight) weight = weight->expand(call.input->sizes());
-    return call_loss(call, weight, {}, loss, parameters, 0, reduction, call.dtype(), site);
+    return call_loss(call, weight, call.more, loss, parameters, 0, reduction, call.dtype(), site);
   });
 }
 
@@ -315,7 +326,7 @@ py::object loss(size_t number, const py::tuple& args, py::handle prediction) {
   const Signature& s = signatures().at(number);
   const Options options(s, args);
   if (!options.ok) return py::none();
-  PlainCall call(args[0], args[1]);
+  PlainCall call(args, 2);
   const OptionalTensor site = optional(prediction);
   return s.weight_kind == Signature::kClass ? rows_loss(s, call, args, options, site)
                                             : elements_loss(s, call, args, options, site);
@@ -364,7 +375,8 @@ py::dict losses() {
                    : info->mean == Mean::kWeights ? "weights"
                                                   : "elements";
     loss["parameters"] = info->parameters;
-    loss["extra_inputs"] = info->extra_inputs;
+    loss["inputs"] = info->inputs;
+    loss["gradients"] = info->gradients;
     loss["of_classes"] = info->of_classes ? info->of_classes->name : "";
     all[info->name.c_str()] = loss;
   }

@@ -84,7 +84,7 @@ const LossInfo& known_loss(std::string_view name) {
 const LossInfo& checked(const Arguments& a) {
   const LossInfo& info = known_loss(a.loss);
   check_count(a, "parameters", a.parameters.size(), info.parameters);
-  check_count(a, "inputs besides input and target", a.more.size(), info.extra_inputs);
+  check_count(a, "inputs", a.inputs(), std::max(info.inputs, 2));
   check_device("target", a.target, a.input);
   at::DimVector expected(a.input.sizes());
   if (a.indices()) {
@@ -94,6 +94,10 @@ const LossInfo& checked(const Arguments& a) {
   }
   TORCH_CHECK_VALUE(a.target.sizes() == at::IntArrayRef(expected), "fusedloss: target of shape ",
                     a.target.sizes(), " does not fit input of shape ", a.input.sizes());
+  for (int i = 2; i < info.gradients; ++i) {
+    TORCH_CHECK_VALUE(a[i].sizes() == a.input.sizes(), "fusedloss: input ", i, " of '", a.loss,
+                      "' has shape ", a[i].sizes(), ", and input 0 ", a.input.sizes());
+  }
   if (a.indices() || info.family == Family::kRows) check_class_weight(a);
   return a.indices() ? *info.of_classes : info;
 }
@@ -158,7 +162,6 @@ void write_to(Output& output, const Tensor& t) {
 
 void Operands::read(Call& call, const Arguments& a, const LossInfo& info,
                     const OptionalTensor& upstream) {
-  operands_ = {&call.input, &call.target, &call.weight, &call.pos_weight, &call.upstream};
   call.parameters = a.parameters.data();
   call.compute_in_double = a.in_double();
   call.ignore_index = a.ignore_index;
@@ -173,28 +176,26 @@ void Operands::read(Call& call, const Arguments& a, const LossInfo& info,
   } else {
     read_elements(call, a, upstream);
   }
-  for (size_t k = 0; k < kOperands; ++k) {
-    if (!tensors_[k].defined()) continue;
-    operands_[k]->data = tensors_[k].const_data_ptr();
-    operands_[k]->dtype = dtype_of(tensors_[k]);
+  for (const auto& [operand, tensor] : held_) {
+    operand->data = tensor.const_data_ptr();
+    operand->dtype = dtype_of(tensor);
   }
 }
 
 void Operands::read_elements(Call& call, const Arguments& a, const OptionalTensor& upstream) {
   const Tensor& input = a.input;
   const bool classes = a.indices();
-  const auto expand = [&](const char* name, const OptionalTensor& t) {
-    if (!present(t)) return Tensor();
-    check_device(name, *t, input);
-    return aligned(*t).expand(input.sizes());
+  const auto hold = [&](Operand& operand, const char* name, const Tensor& t) {
+    check_device(name, t, input);
+    held_.push_back({&operand, aligned(t).expand(input.sizes())});
   };
-  tensors_ = {
-      aligned(input),
-      classes ? indices_.unsqueeze(class_dim(input)).expand(input.sizes()) : aligned(a.target),
-      expand("weight", a.weight), a.more.empty() ? Tensor() : expand("pos_weight", a.more[0]),
-      expand("grad_output", upstream)};
-  const bool flat = !classes && std::all_of(tensors_.begin(), tensors_.end(), [](const Tensor& t) {
-    return !t.defined() || t.is_contiguous();
+  hold(call.inputs[0], "input", input);
+  hold(call.inputs[1], "target", classes ? indices_.unsqueeze(class_dim(input)) : a.target);
+  for (size_t i = 2; i < a.inputs(); ++i) hold(call.inputs[i], "another input", a[i]);
+  if (present(a.weight)) hold(call.weight, "weight", *a.weight);
+  if (present(upstream)) hold(call.upstream, "grad_output", *upstream);
+  const bool flat = !classes && std::all_of(held_.begin(), held_.end(), [](const Held& held) {
+    return held.tensor.is_contiguous();
   });
   if (!flat) coalesce_dimensions(call.space, classes ? class_dim(input) : -1);
 }
@@ -202,7 +203,8 @@ void Operands::read_elements(Call& call, const Arguments& a, const OptionalTenso
 // Finds the order of dimensions in which input, or else a row-major gradient, lies in memory, and
 // how each operand strides along it.
 void Operands::coalesce_dimensions(Space& space, int64_t classes) {
-  const Tensor& input = tensors_[0];
+  const Tensor& input = held_[0].tensor;
+  int& class_dim_of_target = held_[1].operand->class_dim;
   std::vector<int64_t> order(input.dim());
   std::iota(order.begin(), order.end(), 0);
   if (input.is_non_overlapping_and_dense()) {
@@ -213,45 +215,38 @@ void Operands::coalesce_dimensions(Space& space, int64_t classes) {
     if (input.size(d) == 1 && d != classes) continue;
     // A dimension continues the one outside it where every operand steps evenly over both.
     const int last = space.dims - 1;
-    bool joins = last >= 0 && d != classes && operands_[1]->class_dim != last;
-    for (size_t k = 0; joins && k < kOperands; ++k) {
-      joins = !tensors_[k].defined() ||
-              operands_[k]->strides[last] == tensors_[k].stride(d) * input.size(d);
+    bool joins = last >= 0 && d != classes && class_dim_of_target != last;
+    for (const auto& [operand, tensor] : held_) {
+      joins = joins && operand->strides[last] == tensor.stride(d) * input.size(d);
     }
     if (!joins && space.dims == kMaxDims) return copy_in(order, space, classes);
     if (!joins) space.sizes[space.dims++] = 1;
     space.sizes[space.dims - 1] *= input.size(d);
-    if (d == classes) operands_[1]->class_dim = space.dims - 1;
-    for (size_t k = 0; k < kOperands; ++k) {
-      if (tensors_[k].defined()) operands_[k]->strides[space.dims - 1] = tensors_[k].stride(d);
-    }
+    if (d == classes) class_dim_of_target = space.dims - 1;
+    for (const auto& [operand, tensor] : held_) operand->strides[space.dims - 1] = tensor.stride(d);
   }
   if (space.dims == 0) space.sizes[space.dims++] = 1;  // one element: strides are not used
-  for (size_t k = 0; k < kOperands; ++k) {
-    if (!tensors_[k].defined()) continue;
+  for (const auto& [operand, tensor] : held_) {
     int64_t step = 1;
-    bool contiguous = operands_[k]->class_dim < 0;
+    operand->contiguous = operand->class_dim < 0;
     for (int d = space.dims - 1; d >= 0; --d) {
-      contiguous = contiguous && (space.sizes[d] == 1 || operands_[k]->strides[d] == step);
+      if (space.sizes[d] != 1 && operand->strides[d] != step) operand->contiguous = false;
       step *= space.sizes[d];
     }
-    operands_[k]->contiguous = contiguous;
   }
 }
 
 // Copies the operands into that order, where all but class indices are contiguous.
 void Operands::copy_in(at::IntArrayRef order, Space& space, int64_t classes) {
-  for (Tensor& t : tensors_) {
-    if (t.defined()) t = t.permute(order).contiguous();
-  }
+  for (Held& held : held_) held.tensor = held.tensor.permute(order).contiguous();
   if (classes < 0) return;
   const auto dim = std::find(order.begin(), order.end(), classes) - order.begin();
-  const at::IntArrayRef sizes = tensors_[0].sizes();
-  tensors_[1] = tensors_[1].select(dim, 0).contiguous();
+  const at::IntArrayRef sizes = held_[0].tensor.sizes();
+  held_[1].tensor = held_[1].tensor.select(dim, 0).contiguous();
   const int64_t outer = c10::multiply_integers(sizes.slice(0, dim));
   const int64_t inner = c10::multiply_integers(sizes.slice(dim + 1));
   space = {3, {outer, sizes[dim], inner}};
-  Operand& target = *operands_[1];
+  Operand& target = *held_[1].operand;
   target.contiguous = false;
   target.class_dim = 1;
   std::copy_n(std::array{inner, int64_t{0}, int64_t{1}}.begin(), 3, target.strides);
@@ -262,8 +257,10 @@ static Tensor join_inner(const Tensor& t) { return t.dim() <= 3 ? t : t.flatten(
 
 void Operands::read_rows(Call& call, const Arguments& a, const OptionalTensor& upstream) {
   const Tensor all = aligned(a.input), input = join_inner(all);
-  tensors_ = {input, a.indices() ? indices_ : join_inner(aligned(a.target)), class_weight_,
-              Tensor(), present(upstream) ? aligned(upstream->contiguous()) : Tensor()};
+  const Tensor target = a.indices() ? indices_ : join_inner(aligned(a.target));
+  held_ = {{&call.inputs[0], input}, {&call.inputs[1], target}};
+  if (class_weight_.defined()) held_.push_back({&call.weight, class_weight_});
+  if (present(upstream)) held_.push_back({&call.upstream, aligned(upstream->contiguous())});
   // The sizes or strides of (C), (N, C) or (N, C, d). Nothing reads a missing dimension's stride.
   const auto set = [&](int64_t* numbers, at::IntArrayRef of) {
     numbers[0] = input.dim() > 1 ? of[0] : 1;
@@ -272,12 +269,12 @@ void Operands::read_rows(Call& call, const Arguments& a, const OptionalTensor& u
   };
   call.space.dims = 3;
   set(call.space.sizes, input.sizes());
-  set(call.input.strides, input.strides());
-  if (!a.indices()) set(call.target.strides, tensors_[1].strides());
+  set(call.inputs[0].strides, input.strides());
+  if (!a.indices()) set(call.inputs[1].strides, target.strides());
   const bool dense = all.is_non_overlapping_and_dense();
   TORCH_CHECK(!dense || input.const_data_ptr() == all.const_data_ptr(),
               "fusedloss: the dimensions of input behind the classes must be joinable");
-  set(call.gradient.strides,
+  set(call.gradients[0].strides,
       dense ? input.strides() : at::IntArrayRef(c10::contiguous_strides(input.sizes())));
 }
 

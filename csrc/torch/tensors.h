@@ -3,7 +3,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <array>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -62,9 +61,12 @@ class Operands {
   void coalesce_dimensions(Space& space, int64_t classes);
   void copy_in(at::IntArrayRef order, Space& space, int64_t classes);
 
-  static constexpr size_t kOperands = 5;
-  std::array<Operand*, kOperands> operands_;   // of the call
-  std::array<at::Tensor, kOperands> tensors_;  // undefined: absent
+  // An operand of the call, and the tensor that it reads. The first two are input and target.
+  struct Held {
+    Operand* operand;
+    at::Tensor tensor;
+  };
+  c10::SmallVector<Held, 4> held_;
   at::Tensor indices_, class_weight_;
 };
 

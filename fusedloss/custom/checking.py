@@ -53,12 +53,24 @@ class _Probe:
             f"{name}={value:g}" for name, value in zip(loss._names, values, strict=True)
         )
 
-    def value(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.loss._elements(x, y, self.values)
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (INPUT, TARGET, *self.loss._traced.arguments[2:])[: self.loss.inputs]
 
-    def slopes(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        of_x, of_y = self.loss._slopes(x, y, self.values)
-        return of_x, of_y
+    def value(self, *inputs: Tensor) -> Tensor:
+        return self.loss._elements(inputs, self.values)
+
+    def slopes(self, *inputs: Tensor) -> list[Tensor]:
+        return list(self.loss._slopes(inputs, self.values))
+
+    def along_input(self, x: Tensor, target: Any) -> tuple[Tensor, ...]:
+        """All inputs on a line along the first one: target as it is given, later ones 1."""
+        y = torch.as_tensor(target, dtype=x.dtype).expand_as(x)
+        return (x, y, *(torch.ones_like(x),) * self.loss.inputs)[: self.loss.inputs]
+
+    def at(self, inputs: Any, place: int) -> str:
+        numbers = (f"{name} {float(t[place]):.4g}" for name, t in zip(self.names, inputs, strict=True))
+        return ", ".join(numbers)
 
 
 def check(loss: PointwiseLoss, values: tuple[float, ...]) -> Report:
@@ -68,15 +80,16 @@ def check(loss: PointwiseLoss, values: tuple[float, ...]) -> Report:
     remarks: list[str] = []
     generator = torch.Generator().manual_seed(0)
 
-    def draw() -> Tensor:
-        return (torch.rand(_POINTS, generator=generator, dtype=torch.float64) * 2 - 1) * _NEAR
+    def draw() -> list[Tensor]:
+        shape = loss.inputs, _POINTS
+        return list((torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * _NEAR)
 
     kinks = list(_kinks(probe))
     for found, into in (
-        (_undefined(probe, draw(), draw()), remarks),
-        (_without_slope(probe, kinks, draw(), draw()), errors),
-        (_gradients(probe, draw(), draw()), errors),
-        (_kernels(probe, draw(), draw()), errors),
+        (_undefined(probe, draw()), remarks),
+        (_without_slope(probe, kinks, draw()), errors),
+        (_gradients(probe, draw()), errors),
+        (_kernels(probe, draw()), errors),
     ):
         into.extend(found)
     if not errors:
@@ -87,47 +100,43 @@ def check(loss: PointwiseLoss, values: tuple[float, ...]) -> Report:
     return Report(name, tuple(errors), tuple(remarks))
 
 
-def _at(x: Any, y: Any) -> str:
-    return f"input {float(x):.4g}, target {float(y):.4g}"
-
-
 def _first(where: Tensor) -> int | None:
     """The first index where it holds."""
     found = where.nonzero()
     return int(found[0]) if len(found) else None
 
 
-def _within(low: float, high: float, *draws: Tensor) -> list[Tensor]:
+def _within(low: float, high: float, draws: list[Tensor]) -> list[Tensor]:
     return [low + (high - low) * (t / (2 * _NEAR) + 0.5) for t in draws]
 
 
-def _undefined(probe: _Probe, x: Tensor, y: Tensor) -> list[str]:
+def _undefined(probe: _Probe, draws: list[Tensor]) -> list[str]:
     """Where the value is not finite: outside of a domain, such as a logarithm's."""
     found = []
     for low, high in ((-_NEAR, _NEAR), (0.0, 1.0)):
-        a, b = _within(low, high, x, y)
-        bad = ~probe.value(a, b).isfinite()
+        inputs = _within(low, high, draws)
+        bad = ~probe.value(*inputs).isfinite()
         if (first := _first(bad)) is not None:
             share = bad.double().mean().item()
             found.append(
                 f"domain: the value is not finite at {share:.0%} of the points in "
-                f"[{low:g}, {high:g}], first at {_at(a[first], b[first])}"
+                f"[{low:g}, {high:g}], first at {probe.at(inputs, first)}"
             )
     return found
 
 
 def _without_slope(
-    probe: _Probe, kinks: list[tuple[sympy.Expr, Tensor, Tensor]], x: Tensor, y: Tensor
+    probe: _Probe, kinks: list[tuple[sympy.Expr, Tensor, Tensor]], draws: list[Tensor]
 ) -> list[str]:
     """Where the value is finite and a slope is nan, also at kinks: one such element ruins a step."""
-    at_kinks = [(_exact(a), b) for _, a, b in kinks]
-    points = [(x, y), _within(0.0, 1.0, x, y), *at_kinks]
-    x, y = (torch.cat(side) for side in zip(*points, strict=True))
-    value, found = probe.value(x, y), []
-    for name, slope in zip((INPUT, TARGET), probe.slopes(x, y), strict=True):
+    at_kinks = [probe.along_input(_exact(x), target) for _, x, target in kinks]
+    points = [draws, _within(0.0, 1.0, draws), *at_kinks]
+    inputs = [torch.cat(side) for side in zip(*points, strict=True)]
+    value, found = probe.value(*inputs), []
+    for name, slope in zip(probe.names, probe.slopes(*inputs), strict=True):
         if (at := _first(value.isfinite() & slope.isnan())) is not None:
             found.append(
-                f"the slope by {name} at {_at(x[at], y[at])} is nan, and the value "
+                f"the slope by {name} at {probe.at(inputs, at)} is nan, and the value "
                 f"{value[at].item():.4g}"
             )
     return found
@@ -138,51 +147,52 @@ def _exact(x: Tensor) -> Tensor:
     return x.round(decimals=9)
 
 
-def _gradients(probe: _Probe, x: Tensor, y: Tensor) -> list[str]:
+def _gradients(probe: _Probe, inputs: list[Tensor]) -> list[str]:
     found = []
-    computed = probe.slopes(x, y)
-    for name, slope, dx, dy in (
-        (INPUT, computed[0], _STEP, 0.0),
-        (TARGET, computed[1], 0.0, _STEP),
-    ):
-        sides = [probe.value(x + k * dx, y + k * dy) for k in (-2, -1, 1, 2)]
+    computed = probe.slopes(*inputs)
+    for place, (name, slope) in enumerate(zip(probe.names, computed, strict=True)):
+
+        def moved(k: int, place: int = place) -> Tensor:
+            return probe.value(*inputs[:place], inputs[place] + k * _STEP, *inputs[place + 1 :])
+
+        sides = [moved(k) for k in (-2, -1, 1, 2)]
         # If the second-order `coarse` differs much from the fourth-order `fine`, a kink is near.
         coarse = (sides[2] - sides[1]) / (2 * _STEP)
         fine = (8 * (sides[2] - sides[1]) - (sides[3] - sides[0])) / (12 * _STEP)
-        scale = slope.abs() + probe.value(x, y).abs() + 1
+        scale = slope.abs() + probe.value(*inputs).abs() + 1
         smooth = fine.isfinite() & ((fine - coarse).abs() < 1e-5 * scale)
         off = smooth & ~((slope - fine).abs() < 1e-5 * scale)
         if (at := _first(off)) is not None:
             found.append(
-                f"the slope by {name} at {_at(x[at], y[at])} is {slope[at].item():.6g}, and finite "
+                f"the slope by {name} at {probe.at(inputs, at)} is {slope[at].item():.6g}, and finite "
                 f"differences say {fine[at].item():.6g}"
             )
     return found
 
 
-def _kernels(probe: _Probe, x: Tensor, y: Tensor) -> list[str]:
+def _kernels(probe: _Probe, inputs: list[Tensor]) -> list[str]:
     """Where the kernels, if there are any, differ from the formulas."""
     from .. import explain
 
     loss = probe.loss
     parameters: dict[str, Any] = dict(zip(loss._names, probe.values, strict=True))
-    if not explain(loss, x, y, **parameters).fused:
+    if not explain(loss, *inputs, **parameters).fused:
         return []
-    a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
-    value = loss(a, b, reduction="none", **parameters)
-    gradients = torch.autograd.grad(value, (a, b), torch.ones_like(value))
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    value = loss(*leaves, reduction="none", **parameters)
+    gradients = torch.autograd.grad(value, leaves, torch.ones_like(value))
     found = []
     pairs = zip(
-        ("value", f"gradient for {INPUT}", f"gradient for {TARGET}"),
+        ("value", *(f"gradient for {name}" for name in probe.names)),
         (value.detach(), *gradients),
-        (probe.value(x, y), *probe.slopes(x, y)),
+        (probe.value(*inputs), *probe.slopes(*inputs)),
         strict=True,
     )
     for name, ours, theirs in pairs:
         off = ~torch.isclose(ours, theirs, rtol=1e-9, atol=1e-12, equal_nan=True)
         if (at := _first(off)) is not None:
             found.append(
-                f"the kernel's {name} at {_at(x[at], y[at])} is {ours[at].item():.9g}, not "
+                f"the kernel's {name} at {probe.at(inputs, at)} is {ours[at].item():.9g}, not "
                 f"{theirs[at].item():.9g}"
             )
     return found
@@ -205,7 +215,7 @@ def _switches(value: sympy.Expr) -> list[sympy.Expr]:
                     found[node.args[0] - bound] = None
         elif isinstance(node, primitives.Comparison):
             found[node.lhs - node.rhs] = None
-    return [e for e in found if {str(s) for s in e.free_symbols} & {INPUT, TARGET}]
+    return [e for e in found if primitives.inputs_in(e)]
 
 
 def _kinks(probe: _Probe) -> Iterator[tuple[sympy.Expr, Tensor, Tensor]]:
@@ -221,7 +231,7 @@ def _kinks(probe: _Probe) -> Iterator[tuple[sympy.Expr, Tensor, Tensor]]:
         run = printing.torch_function(at, at.reference)
 
         def is_positive(a: Tensor, b: Tensor, run: Any = run) -> Tensor:
-            positive: Tensor = run(a, b, probe.values)[0] > 0
+            positive: Tensor = run(probe.along_input(a, b), probe.values)[0] > 0
             return positive
 
         side = is_positive(x, y).view(len(grid), -1)
@@ -239,19 +249,21 @@ def _kinks(probe: _Probe) -> Iterator[tuple[sympy.Expr, Tensor, Tensor]]:
 def _kink_remarks(probe: _Probe, kinks: list[tuple[sympy.Expr, Tensor, Tensor]]) -> Iterator[str]:
     for switch, x, y in kinks:
         width = 1e-7 * (1 + x.abs())
-        slopes = [probe.slopes(x + s * width, y)[0] for s in (-1, 1)]
-        values = [probe.value(x + s * width, y) for s in (-1, 1)]
+        sides = [probe.along_input(x + s * width, y) for s in (-1, 1)]
+        slopes = [probe.slopes(*side)[0] for side in sides]
+        values = [probe.value(*side) for side in sides]
+        here = probe.along_input(x, y)
         where = f"{probe.loss._traced.text(switch)} = 0"
         if (at := _first_step(*values)) is not None:
             yield (
                 f"jump: at {where} the value steps from {values[0][at].item():.4g} to "
-                f"{values[1][at].item():.4g} ({_at(x[at], y[at])}), which no gradient shows"
+                f"{values[1][at].item():.4g} ({probe.at(here, at)}), which no gradient shows"
             )
         elif (at := _first_step(*slopes)) is not None:
-            exact = probe.slopes(_exact(x[at : at + 1]), y[at : at + 1])[0].item()
+            exact = probe.slopes(*probe.along_input(_exact(x[at : at + 1]), y[at : at + 1]))[0].item()
             yield (
                 f"kink: at {where} the slope steps from {slopes[0][at].item():.4g} to "
-                f"{slopes[1][at].item():.4g} ({_at(x[at], y[at])}), and is {exact:.4g} there"
+                f"{slopes[1][at].item():.4g} ({probe.at(here, at)}), and is {exact:.4g} there"
             )
 
 
@@ -264,15 +276,15 @@ def _first_step(before: Tensor, after: Tensor) -> int | None:
 
 def _far_slopes(probe: _Probe) -> Iterator[str]:
     """How the slope by input grows or vanishes as input goes to infinity, or to 0 or 1."""
-    y = torch.full((3,), 0.5, dtype=torch.float64)
     scales = torch.tensor([_FAR / 100, _FAR / 10, _FAR], dtype=torch.float64)
     for name, sign in (("+inf", 1.0), ("-inf", -1.0)):
         x = sign * scales
-        slope = probe.slopes(x, y)[0]
+        line = probe.along_input(x, 0.5)
+        slope = probe.slopes(*line)[0]
         if not slope.isfinite().all():
-            if probe.value(x, y).isfinite().any():
-                at = _first(~slope.isfinite())
-                yield f"slope: not finite at {_at(x[at], y[at])}, on the way to {name}"
+            if probe.value(*line).isfinite().any():
+                at = int((~slope.isfinite()).nonzero()[0])
+                yield f"slope: not finite at {probe.at(line, at)}, on the way to {name}"
             continue
         size = slope.abs()
         if size[2] > 1.5 * size[1] > 2.25 * size[0]:
@@ -288,7 +300,7 @@ def _far_slopes(probe: _Probe) -> Iterator[str]:
     near = torch.tensor([1e-3, 1e-6, 1e-9], dtype=torch.float64)
     for edge in (0.0, 1.0):
         for sign in (1.0, -1.0):
-            slope = probe.slopes(edge + sign * near, y)[0].abs()
+            slope = probe.slopes(*probe.along_input(edge + sign * near, 0.5))[0].abs()
             if slope.isfinite().all() and slope[2] > 10 * slope[1] > 100 * slope[0] > 0:
                 yield (
                     f"slope: grows without bound as input goes to {edge:g} from "
@@ -313,12 +325,12 @@ def plot(loss: PointwiseLoss, values: tuple[float, ...], path: str | Path) -> No
     targets = (0.0, 1.0) if _of_two_values(probe) else (0.0,)
     for target in targets:
         x = torch.linspace(-4, 4, 1601, dtype=torch.float64).requires_grad_()
-        y = torch.full_like(x, target, requires_grad=False)
-        slope = probe.slopes(x, y)[0]
+        line = probe.along_input(x, target)
+        slope = probe.slopes(*line)[0]
         curvature = torch.zeros_like(x)
         if slope.requires_grad:
             (curvature,) = torch.autograd.grad(slope.sum(), x)
-        for axis, line in zip(axes, (probe.value(x, y), slope, curvature), strict=True):
+        for axis, line in zip(axes, (probe.value(*line), slope, curvature), strict=True):
             finite = torch.where(line.isfinite(), line, torch.nan)
             axis.plot(x.detach(), finite.detach(), label=f"target {target:g}")
     for axis, title in zip(axes, ("value", "slope by input", "curvature by input"), strict=True):
@@ -332,5 +344,5 @@ def plot(loss: PointwiseLoss, values: tuple[float, ...], path: str | Path) -> No
 def _of_two_values(probe: _Probe) -> bool:
     """Whether another target gives another curve, and not the same one shifted."""
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)
-    here, there = probe.value(x, torch.zeros_like(x)), probe.value(x + 1, torch.ones_like(x))
+    here, there = (probe.value(*probe.along_input(x + k, k)) for k in (0, 1))
     return not torch.allclose(here, there, equal_nan=True)

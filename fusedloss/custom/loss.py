@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import operator
@@ -20,6 +21,7 @@ from .. import _caller, _dispatch, backends
 from ..reference import REDUCTIONS, reduced
 from .module import PointwiseLossModule
 from .prepare import define, prepared
+from .primitives import INPUT, INPUTS, TARGET
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from .checking import Report
 
 _C: Any = backends.extension
-_MISSING: Any = ...  # no tensor
 
 
 def as_float(loss: str, name: str, value: Any) -> float:
@@ -66,6 +67,7 @@ class PointwiseLoss:
         self._keys: dict[str, str] = {}
         self._prepared: dict[tuple[str, tuple[str, ...]], tuple[str, str, str]] = {}
         self._number = define(self)
+        self.inputs = len(self._traced.inputs)
         self._names = tuple(self._traced.parameters)
         self._defaults = tuple(self._traced.defaults.get(name) for name in self._names)
         self._default_values = self._values({}) if None not in self._defaults else None
@@ -89,7 +91,8 @@ class PointwiseLoss:
             f", {name}" if default is None else f", {name}={default:g}"
             for name, default in zip(self._names, self._defaults, strict=True)
         )
-        head = f"{self.__name__}(input, target{', *' if given else ''}{given})"
+        names = ", ".join((INPUT, TARGET, *self._traced.arguments[2:])[: self.inputs])
+        head = f"{self.__name__}({names}{', *' if given else ''}{given})"
         return f"<fusedloss.pointwise_loss {head} = {self.formula}>"
 
     def __reduce__(self) -> str | tuple[Any, ...]:
@@ -111,10 +114,9 @@ class PointwiseLoss:
         return self._traced.text(self._traced.value)
 
     @property
-    def slopes(self) -> tuple[str, str]:
-        """Its derivatives with respect to input and target, as text."""
-        of_input, of_target = map(self._traced.text, self._traced.slopes)
-        return of_input, of_target
+    def slopes(self) -> tuple[str, ...]:
+        """Its derivatives with respect to its inputs, as text."""
+        return tuple(map(self._traced.text, self._traced.slopes))
 
     # ---- calls -----------------------------------------------------------------------------------
 
@@ -122,21 +124,21 @@ class PointwiseLoss:
     def __call__(
         self,
         /,
-        input: Tensor = _MISSING,
-        target: Tensor = _MISSING,
-        *,
+        *inputs: Tensor,
         reduction: str = "mean",
         weight: Tensor | None = None,
         clip_grad: float | None = None,
-        **parameters: float,
+        **parameters: Any,
     ) -> Tensor:
         """The loss.
 
         Args:
-            input: predictions, any shape, of float32, float64, bfloat16 or float16. The latter two
-                are computed in float32.
-            target: of input's shape and dtype; another shape is broadcast, with a warning. Both may
-                require a gradient. As keywords both may also have their names in the definition.
+            inputs: the tensors of the definition, mostly input (predictions) and target. The first one
+                has any shape, and float32, float64, bfloat16 or float16 as dtype; the latter two are
+                computed in float32. The others have its dtype. The second one has its shape too, and
+                is broadcast with a warning if not; later ones may broadcast to it. Each may require a
+                gradient. As keywords they have their names in the definition; the first two may also
+                be called input and target.
             reduction: ``"mean"``, ``"sum"`` or ``"none"``.
             weight: multiplies each element's loss; broadcast to input's shape. With it ``"mean"``
                 divides by its sum, as :func:`torch.nn.functional.mse_loss`'s does: a weighted mean.
@@ -150,15 +152,15 @@ class PointwiseLoss:
             autocast).
 
         Raises:
-            TypeError: a parameter is unknown, missing or not a number; input, target or weight is not
-                a tensor.
+            TypeError: a parameter is unknown, missing or not a number; an input is missing; an input or
+                weight is not a tensor.
             ValueError: reduction is none of the three, clip_grad is not positive, weight does not
                 broadcast to input's shape, or a parameter is beyond float64.
             RuntimeError: the shapes do not broadcast.
         """
-        if input is _MISSING or target is _MISSING:
-            input, target = self._by_name(input, target, parameters)
-        return self._call(input, target, reduction, weight, clip_grad, parameters, None)
+        if len(inputs) != self.inputs:
+            inputs = self._by_name(inputs, parameters)
+        return self._call(inputs, reduction, weight, clip_grad, parameters, None)
 
     def _values(self, parameters: Mapping[str, Any]) -> tuple[float, ...]:
         """The numbers of the parameters, in order."""
@@ -176,19 +178,27 @@ class PointwiseLoss:
                 raise TypeError(f"{self.__name__}() has no parameter {name!r}; it has {known}")
         return tuple(values)
 
-    def _by_name(self, input: Any, target: Any, keywords: dict[str, Any]) -> list[Any]:
-        """Input and target, from keywords with their names in the definition."""
-        operands = []
-        for given, name in zip((input, target), self._traced.arguments, strict=True):
-            operand = keywords.pop(name, _MISSING) if given is _MISSING else given
-            if operand is _MISSING:
-                raise TypeError(f"{self.__name__}() needs two tensors; {name!r} is missing")
-            operands.append(operand)
-        return operands
+    def _by_name(self, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
+        """The inputs, the later ones from keywords with their names in the definition."""
+        names = self._traced.arguments
+        if len(inputs) > len(names):
+            raise TypeError(
+                f"{self.__name__}() takes {len(names)} tensors, {', '.join(names)}, and was given "
+                f"{len(inputs)}; its parameters are keywords"
+            )
+        found = list(inputs)
+        for place in range(len(inputs), len(names)):
+            known = [name for name in (names[place], INPUTS[place]) if name in keywords]
+            if not known:
+                raise TypeError(
+                    f"{self.__name__}() needs {len(names)} tensors; {names[place]!r} is missing"
+                )
+            found.append(keywords.pop(known[0]))
+        return tuple(found)
 
-    def _refuse(self, *operands: Any) -> None:
-        """Raises the error for an input or target that is not a tensor."""
-        for operand, name in zip(operands, self._traced.arguments, strict=True):
+    def _refuse(self, inputs: Sequence[Any]) -> None:
+        """Raises the error for an input that is not a tensor."""
+        for operand, name in zip(inputs, self._traced.arguments, strict=True):
             if not isinstance(operand, Tensor):
                 raise TypeError(
                     f"{self.__name__}(): {name} must be a tensor, not {_shown(operand)}: "
@@ -204,8 +214,7 @@ class PointwiseLoss:
 
     def _call(
         self,
-        input: Tensor,
-        target: Tensor,
+        inputs: tuple[Tensor, ...],
         reduction: str,
         weight: Tensor | None,
         clip_grad: float | None,
@@ -219,36 +228,36 @@ class PointwiseLoss:
         if number is None:
             raise ValueError(f"{reduction} is not a valid value for reduction")
         bound = self._bound(clip_grad)
-        if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
-            self._refuse(input, target)
+        input = inputs[0]
+        if not all(isinstance(t, Tensor) for t in inputs):
+            self._refuse(inputs)
         if _dispatch._plain_calls() and not has_torch_function_unary(input):
             known = self._keys.get(input.device.type)
             if known is not None:
                 numbers = (*values, bound)
-                loss = _C.custom(input, target, weight, known, numbers, number, prediction)
+                loss = _C.custom(inputs, weight, known, numbers, number, prediction)
                 if loss is not None:
                     if _dispatch._counted:
                         _dispatch._count(self.__name__)
                     return loss  # type: ignore[no-any-return]
-        if _dispatch._overridden(input, target, weight):
+        if _dispatch._overridden(*inputs, weight):
             options = {"reduction": reduction, "weight": weight, "clip_grad": clip_grad}
             return _dispatch._offer(  # type: ignore[no-any-return]
-                self, (input, target, weight), (input, target), {**options, **parameters},
-                partial(
-                    self._call, input, target, reduction, weight, clip_grad, parameters, prediction
-                ),
+                self, (*inputs, weight), inputs, {**options, **parameters},
+                partial(self._call, inputs, reduction, weight, clip_grad, parameters, prediction),
             )  # fmt: skip
         if weight is not None:
             weight = self._weight(input, weight)
-        reason = _dispatch._why_not_fused(input, target, weight, target_gradient=True)
+        reason = _dispatch._why_not_fused(inputs, weight, gradients=len(inputs))
         backend = key = why_not = ""
         dtype: torch.dtype | str | None = None
         if reason is None:
-            dtype = _dispatch._result_dtype(input, target, weight)
+            dtype = _dispatch._result_dtype(*inputs, weight)
+            unfit = [t for i, t in enumerate(inputs[1:], 1) if not self._fits(i, t, input)]
             if isinstance(dtype, str):
                 reason = dtype
-            elif input.shape != target.shape:
-                reason = f"shapes differ: {tuple(input.shape)} and {tuple(target.shape)}"
+            elif unfit:
+                reason = f"shapes differ: {tuple(input.shape)} and {tuple(unfit[0].shape)}"
             else:
                 backend, key, why_not = prepared(self._number, input.device.type)
                 reason = None if backend else why_not
@@ -256,12 +265,21 @@ class PointwiseLoss:
             _dispatch._report(self.__name__, reason, backend, *filter(None, (why_not,)))
         if reason is not None:
             return self.reference(
-                input, target, reduction=reduction, weight=weight, clip_grad=clip_grad, **parameters
+                *inputs, reduction=reduction, weight=weight, clip_grad=clip_grad, **parameters
             )
+        # A loss of one input has it as target too.
+        target, more = inputs[-1] if len(inputs) == 1 else inputs[1], inputs[2:]
         value: Tensor = _dispatch.operator(backend)(
-            input, target, weight, [], key, [*values, bound], 0, number, dtype, prediction
-        )
+            input, target, weight, [t.expand_as(input) for t in more], key, [*values, bound], 0,
+            number, dtype, prediction,
+        )  # fmt: skip
         return value
+
+    @staticmethod
+    def _fits(place: int, t: Tensor, input: Tensor) -> bool:
+        """Whether the kernels take an input of this shape. A target of another shape mostly is a
+        mistake, so the reference warns; later inputs may broadcast."""
+        return t.shape == input.shape or (place > 1 and _dispatch._broadcasts_to(t, input))
 
     def _weight(self, input: Any, weight: Any) -> Any:
         """The weight in input's shape, since a mean divides by its sum."""
@@ -301,65 +319,69 @@ class PointwiseLoss:
     def reference(
         self,
         /,
-        input: Tensor = _MISSING,
-        target: Tensor = _MISSING,
-        *,
+        *inputs: Tensor,
         reduction: str = "mean",
         weight: Tensor | None = None,
         clip_grad: float | None = None,
-        **parameters: float,
+        **parameters: Any,
     ) -> Tensor:
         """The same loss in plain PyTorch, differentiable to any order. Tests compare the kernels with
         it, and calls that they do not cover use it. Arguments and errors: see :meth:`__call__`."""
-        if input is _MISSING or target is _MISSING:
-            input, target = self._by_name(input, target, parameters)
-        self._refuse(input, target)
+        if len(inputs) != self.inputs:
+            inputs = self._by_name(inputs, parameters)
+        self._refuse(inputs)
+        input = inputs[0]
         values = self._values(parameters)
         if weight is not None:
             weight = self._weight(input, weight)
-        if input.shape != target.shape:
+        unfit = [t for i, t in enumerate(inputs[1:], 1) if not self._fits(i, t, input)]
+        if unfit:
+            name = "target" if unfit[0] is inputs[1] else "an input"
             _caller.warn(
-                f"{self.__name__}: target of shape {tuple(target.shape)} differs from input's "
+                f"{self.__name__}: {name} of shape {tuple(unfit[0].shape)} differs from input's "
                 f"{tuple(input.shape)}, and is broadcast; make sure that this is intended"
             )
-        return self._reference(input, target, weight, (*values, self._bound(clip_grad)), reduction)
+        return self._reference(inputs, weight, (*values, self._bound(clip_grad)), reduction)
 
     def _reference(
         self,
-        input: Tensor,
-        target: Tensor,
+        inputs: Sequence[Tensor],
         weight: Tensor | None,
         numbers: Sequence[float],
         reduction: str,
     ) -> Tensor:
-        """numbers: of the parameters, and the bound of the slopes, as the operators take them."""
+        """numbers: of the parameters, and the bound of the slopes, as the operators take them. So are
+        the inputs: two where the loss takes one."""
+        inputs = inputs[: self.inputs]
+        input = inputs[0]
         *values, bound = numbers
-        result = torch.promote_types(input.dtype, target.dtype)
+        result = functools.reduce(torch.promote_types, (t.dtype for t in inputs))
         if not result.is_floating_point:
             raise TypeError(f"{self.__name__}() needs floating-point tensors, not {result}")
         if torch.is_autocast_enabled(input.device.type) and result is not torch.float64:
             result = torch.float32
         # Reduced precision is computed in float32, like in the kernels.
         compute = result if result is torch.float64 else torch.float32
-        shape = torch.broadcast_shapes(input.shape, target.shape)  # type: ignore[no-untyped-call]
-        x, y = (t.to(compute).expand(shape) for t in (input, target))
+        shape = torch.broadcast_shapes(*(t.shape for t in inputs))  # type: ignore[no-untyped-call]
+        wide_inputs = [t.to(compute).expand(shape) for t in inputs]
         if bound == math.inf:
-            value = self._elements(x, y, tuple(values))
+            value = self._elements(wide_inputs, tuple(values))
         else:
-            value = _Clipped.apply(x, y, self, bound, tuple(values))
+            value = _Clipped.apply(self, bound, tuple(values), *wide_inputs)
         wide = None if weight is None else weight.to(compute)
         return reduced(value, wide, reduction).to(result)
 
-    def _elements(self, x: Tensor, y: Tensor, values: tuple[float, ...]) -> Tensor:
-        (value,) = self._value(x, y, values)
+    def _elements(self, inputs: Sequence[Tensor], values: tuple[float, ...]) -> Tensor:
+        (value,) = self._value(inputs, values)
         # A piece that is constant has a gradient as well, 0, like in the kernels.
-        nothing = x[None][:0].sum() + y[None][:0].sum()
-        return value + nothing
+        for t in inputs:
+            value = value + t[None][:0].sum()
+        return value
 
     def _bounded_slopes(
-        self, x: Tensor, y: Tensor, bound: float, values: tuple[float, ...]
+        self, inputs: Sequence[Tensor], bound: float, values: tuple[float, ...]
     ) -> list[Tensor]:
-        return [slope.clamp(-bound, bound) for slope in self._slopes(x, y, values)]
+        return [slope.clamp(-bound, bound) for slope in self._slopes(inputs, values)]
 
     # ---- modules, checks, plots ------------------------------------------------------------------
 
@@ -413,9 +435,9 @@ def pointwise_loss(function: Callable[..., Any]) -> PointwiseLoss:
     """Makes a loss of one line of maths: value and gradients come from one fused kernel.
 
     Args:
-        function: takes ``input`` and ``target``, one element of each, and keyword parameters behind
-            a ``*``; returns the element's loss, by the functions of :mod:`fusedloss.math` and
-            Python's operators. It is called once, with symbols.
+        function: takes up to eight tensors, mostly ``input`` and ``target``, one element of each, and
+            keyword parameters behind a ``*``; returns the element's loss, by the functions of
+            :mod:`fusedloss.math` and Python's operators. It is called once, with symbols.
 
     Returns:
         The loss, to be called like those of :mod:`fusedloss.functional`; see
@@ -435,25 +457,23 @@ class _Clipped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, y: Tensor, loss: PointwiseLoss, bound: float, values: tuple[float, ...]
+        loss: PointwiseLoss, bound: float, values: tuple[float, ...], *inputs: Tensor
     ) -> Tensor:
-        return loss._elements(x, y, values).clone()
+        return loss._elements(inputs, values).clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, y, *ctx.rest = inputs
-        ctx.save_for_backward(x, y)
-        ctx.save_for_forward(x, y)
+        ctx.loss, ctx.bound, ctx.values, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        loss, bound, values = ctx.rest
-        of_x, of_y = loss._bounded_slopes(*ctx.saved_tensors, bound, values)
-        return grad * of_x, grad * of_y, None, None, None
+        slopes = ctx.loss._bounded_slopes(ctx.saved_tensors, ctx.bound, ctx.values)
+        return None, None, None, *(grad * slope for slope in slopes)
 
     @staticmethod
-    def jvp(ctx: Any, x: Tensor | None, y: Tensor | None, *_: Any) -> Tensor:
-        loss, bound, values = ctx.rest
-        slopes = loss._bounded_slopes(*ctx.saved_tensors, bound, values)
-        pairs = [(s, t) for s, t in zip(slopes, (x, y), strict=True) if t is not None]
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        slopes = ctx.loss._bounded_slopes(ctx.saved_tensors, ctx.bound, ctx.values)
+        pairs = [(s, t) for s, t in zip(slopes, tangents[3:], strict=True) if t is not None]
         return sum((s * t for s, t in pairs), torch.zeros_like(slopes[0]))

@@ -49,13 +49,14 @@ class PointwiseLossModule(_Predicting):
             shown.append(f"clip_grad={self.clip_grad:g}")
         return f"{self.loss.formula}, {', '.join(shown)}"
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
+        if len(inputs) != self.loss.inputs:
+            inputs = self.loss._by_name(inputs, {})  # which says what is wrong
         return self.loss._call(
-            input,
-            target,
+            inputs,
             self.reduction,
             self.weight,
             self.clip_grad,
             self.parameters_of_loss,
-            self._prediction(input),
+            self._prediction(inputs[0]),
         )

@@ -78,7 +78,7 @@ def _load_cuda(loss: PointwiseLoss) -> str:
     def load(architecture: str, path: str) -> None:
         if torch.cuda.is_available():  # else it is for the cache alone
             capability = int(architecture.rstrip("af"))  # of 90a and 100f, say
-            _C.load_custom_kernels(key, len(loss._names) + 1, capability, path)
+            _C.load_custom_kernels(key, loss.inputs, len(loss._names) + 1, capability, path)
 
     if key not in second_order.custom_references:
         load_cuda(name, loss._struct, load)
@@ -92,7 +92,7 @@ def _load_triton(loss: PointwiseLoss) -> str:
     constants = printing.host_constants(loss._traced)
     source = printing.triton(loss._traced)
     name = loss._traced.identifier
-    key: str = triton.load(name, source, len(loss._names) + 1, constants)
+    key: str = triton.load(name, source, loss.inputs, len(loss._names) + 1, constants)
     return key
 
 

@@ -28,11 +28,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Expr = Any  # SymPy is untyped
-INPUT, TARGET = "input", "target"  # the symbols' names
+INPUT, TARGET = "input", "target"  # names of symbols
+INPUTS = (INPUT, TARGET, *(f"input{i}" for i in range(3, 9)))
 
 ONE, ZERO, HALF = Integer(1), Integer(0), Rational(1, 2)
 
 NO_TRUTH_VALUE = "the truth value of a symbol or condition depends on the element"
+
+
+def inputs_in(e: Expr) -> list[Expr]:
+    """The symbols of inputs in a formula: what differs from element to element."""
+    return [symbol for symbol in e.free_symbols if symbol.name in INPUTS]
 
 
 def overflows(number: Expr) -> bool:
@@ -170,8 +176,7 @@ def derivative(e: Expr, symbol: Expr, outer: Expr = ONE) -> Expr:
             cut = [derivative(t, symbol, outer) for t in e.args if t not in whole]
             return sympy.Add(derivative(sympy.Add(*whole), symbol, outer), *cut)
         # A factor that is the same for all elements is finite where the value is.
-        elements = [s for s in outer.free_symbols if s.name in (INPUT, TARGET)]
-        factor, rest = outer.as_independent(*elements, as_Add=False)
+        factor, rest = outer.as_independent(*inputs_in(outer), as_Add=False)
         if factor != 1:
             return factor * derivative(e, symbol, rest)
     chosen = e.pieces() if isinstance(e, Primitive) else None
@@ -361,8 +366,7 @@ class Power(Primitive):
         base, exponent = self.args
         if _twice(exponent) is not None:
             return exponent * _power(base, exponent - 1), ZERO
-        of_element = {str(s) for s in exponent.free_symbols} & {INPUT, TARGET}
-        if not of_element:
+        if not inputs_in(exponent):
             return PowerSlope(base, exponent, self), ZERO
         # e b^e / b, which reuses b^e; at 0 its limit.
         at_zero = Equal(base, ZERO)

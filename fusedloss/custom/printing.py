@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from . import primitives
-from .primitives import INPUT, TARGET, Expr
+from .primitives import INPUT, INPUTS, TARGET, Expr
 from .tracing import Program, Traced
+
+
+# The inputs' names in code.
+_NAMES = dict(zip(INPUTS, ("x", "y", *(f"x{i}" for i in range(2, len(INPUTS)))), strict=True))
+
+
+def _names(traced: Traced) -> list[str]:
+    return [_NAMES[symbol.name] for symbol in traced.inputs]
 
 
 class Printer:
@@ -189,10 +197,12 @@ def cpp(traced: Traced) -> str:
     given = list(traced.parameters)
     usual = [f"{{{count - 1}, INFINITY}}", *_usual_exponents(traced)]
     of_call = _CppConstant({name: f"parameters[{i}]" for i, name in enumerate(given)})
-    of_element = _Cpp({INPUT: "x", TARGET: "y"})
+    of_element = _Cpp(_NAMES)
+    inputs = _names(traced)
+    given_inputs = ", ".join(f"[[maybe_unused]] T {name}" for name in inputs)
     lines = [
         f"// {traced.identifier}: {traced.text(traced.value)}",
-        f"struct Loss : CustomLoss<{count}> {{",
+        f"struct Loss : CustomLoss<{len(inputs)}, {count}> {{",
         f"  static constexpr int kParameters = {len(given) + 1};",
         f"  static constexpr Usual kUsual[] = {{{', '.join(usual)}}};",
         "  FUSEDLOSS_HD static void prepare(const double* parameters, double* constants) {",
@@ -203,13 +213,13 @@ def cpp(traced: Traced) -> str:
         f"    constants[{count - 1}] = parameters[{len(given)}];",
         "  }",
         "  template <class T>",
-        "  FUSEDLOSS_HD CustomEval<T> eval([[maybe_unused]] T x, [[maybe_unused]] T y) const {",
+        f"  FUSEDLOSS_HD EvalEach<T, {len(inputs)}> eval({given_inputs}) const {{",
         *(f"    const T c{i}(constants[{i}]);" for i in range(count - 1)),
         *(f"    const auto {symbol} = {of_element(e)};" for symbol, e in program.shared),
     ]
     value, *slopes = map(of_element, program.results)
     bounded = [f"bounded({slope}, constants[{count - 1}])" for slope in slopes]
-    lines += [f"    return {{{', '.join([value, *bounded])}}};", "  }", "};"]
+    lines += [f"    return {{{value}, {{{', '.join(bounded)}}}}};", "  }", "};"]
     return "\n".join(lines) + "\n"
 
 
@@ -254,7 +264,7 @@ def triton(traced: Traced) -> str:
     """A module with a function `loss` for the engine of fusedloss/backends/triton/pointwise.py. The
     function takes the kernel's constants, and the bound of the slopes."""
     program = traced.kernel
-    of_element = _Triton({INPUT: "x", TARGET: "y"})
+    of_element = _Triton(_NAMES)
     constants = [str(symbol) for symbol, _ in program.constants]
     value, *slopes = map(of_element, program.results)
     bounded = [of_element.applied("clamp", slope, "-clip", "clip") for slope in slopes]
@@ -267,7 +277,7 @@ def triton(traced: Traced) -> str:
         "",
         "",
         "@triton.jit",
-        f"def loss({', '.join(['x', 'y', *constants, 'clip'])}):",
+        f"def loss({', '.join([*_names(traced), *constants, 'clip'])}):",
         "    T: tl.constexpr = x.dtype",
         *(f"    {symbol} = {of_element(e)}" for symbol, e in program.shared),
         f"    return {', '.join([value, *bounded])}",
@@ -279,7 +289,11 @@ def triton(traced: Traced) -> str:
 
 
 class _Torch(Printer):
-    """Formulas of tensors x and y, with Python numbers as constants."""
+    """Formulas of tensors, with Python numbers as constants."""
+
+    def __init__(self, names: Mapping[str, str], inputs: Sequence[str] = ()) -> None:
+        super().__init__(names)
+        self.inputs = ", ".join(inputs)
 
     def number(self, x: float) -> str:
         return _python_number(x)
@@ -289,7 +303,8 @@ class _Torch(Printer):
 
     def _Where(self, e: Expr) -> str:
         condition, yes, no = e.args
-        return f"where({self(condition)}, lambda x, y: {self(yes)}, lambda x, y: {self(no)}, x, y)"
+        branches = ", ".join(f"lambda {self.inputs}: {self(branch)}" for branch in (yes, no))
+        return f"where({self(condition)}, {branches}, {self.inputs})"
 
 
 class _TorchConstant(_Torch):
@@ -312,17 +327,17 @@ def _call(primitive: Any, *args: Any) -> Any:
     return primitive.torch(*tensors)
 
 
-Branch = Callable[[Any, Any], Any]
+Branch = Callable[..., Any]
 
 
-def _where(condition: Any, yes: Branch, no: Branch, x: Any, y: Any) -> Any:
+def _where(condition: Any, yes: Branch, no: Branch, *inputs: Any) -> Any:
     """Where a branch is not taken, it gets numbers without a graph: its gradient there may be infinite
     or nan, and must not reach anything else, in any order of differentiation."""
     if not isinstance(condition, Tensor):
-        return yes(x, y) if condition else no(x, y)
-    taken = _cut(condition, x, y, yes)
-    other = _cut(~condition, x, y, no)
-    like = x if isinstance(x, Tensor) else condition.double()
+        return yes(*inputs) if condition else no(*inputs)
+    taken = _cut(condition, yes, inputs)
+    other = _cut(~condition, no, inputs)
+    like = inputs[0] if isinstance(inputs[0], Tensor) else condition.double()
     return torch.where(condition, _tensor(taken, like), _tensor(other, like))
 
 
@@ -332,11 +347,11 @@ def _tensor(value: Any, like: Tensor) -> Tensor:
     return torch.full_like(like, value, requires_grad=False)
 
 
-def _cut(taken: Tensor, x: Any, y: Any, branch: Branch) -> Any:
+def _cut(taken: Tensor, branch: Branch, inputs: Sequence[Any]) -> Any:
     def keep(t: Any) -> Any:
         return torch.where(taken, t, t.detach()) if isinstance(t, Tensor) else t
 
-    return branch(keep(x), keep(y))
+    return branch(*map(keep, inputs))
 
 
 def _host(x: float) -> Tensor:
@@ -372,9 +387,10 @@ def _constants_source(traced: Traced, program: Program) -> str:
 
 
 def _torch_source(traced: Traced, program: Program) -> str:
-    """Two functions: ``constants(parameters...)`` and ``results(x, y, constants...)``."""
-    arguments = ", ".join(["x", "y", *(str(symbol) for symbol, _ in program.constants)])
-    results = map(_Torch({INPUT: "x", TARGET: "y"}), program.results)
+    """Two functions: ``constants(parameters...)`` and ``results(inputs..., constants...)``."""
+    inputs = _names(traced)
+    arguments = ", ".join([*inputs, *(str(symbol) for symbol, _ in program.constants)])
+    results = map(_Torch(_NAMES, inputs), program.results)
     return (
         f"{_constants_source(traced, program)}\n"
         f"def results({arguments}):\n    return {', '.join(results)},\n"
@@ -388,7 +404,7 @@ def _executed(traced: Traced, source: str) -> dict[str, Any]:
 
 
 Numbers = tuple[float, ...]
-Compiled = Callable[[Tensor, Tensor, Numbers], Sequence[Tensor]]
+Compiled = Callable[[Sequence[Tensor], Numbers], Sequence[Tensor]]
 
 
 def _cached(constants: Callable[..., list[Any]]) -> Callable[[Numbers], Numbers]:
@@ -406,13 +422,14 @@ def host_constants(traced: Traced) -> Callable[[Numbers], Numbers]:
 
 
 def torch_function(traced: Traced, program: Program) -> Compiled:
-    """The formulas as a function of input, target and the parameters' numbers. Its results have input's
+    """The formulas as a function of the inputs and the parameters' numbers. Its results have input's
     shape."""
     namespace = _executed(traced, _torch_source(traced, program))
     constants, results = _cached(namespace["constants"]), namespace["results"]
 
-    def run(input: Tensor, target: Tensor, parameters: Numbers) -> Sequence[Tensor]:
-        values = results(input, target, *constants(parameters))
+    def run(inputs: Sequence[Tensor], parameters: Numbers) -> Sequence[Tensor]:
+        input = inputs[0]
+        values = results(*inputs, *constants(parameters))
         return [torch.broadcast_to(_tensor(value, input), input.shape) for value in values]
 
     return run

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import primitives
 from .loss import as_float
-from .primitives import INPUT, TARGET, Expr
+from .primitives import INPUTS, Expr
 
 # Losses need less than a tenth of either.
 _DEEPEST = 64  # levels of nested primitives and operators
@@ -46,9 +46,8 @@ class Traced:
     """A loss as formulas."""
 
     name: str
-    arguments: tuple[str, str]  # the function's names for input and target
-    input: Expr
-    target: Expr
+    arguments: tuple[str, ...]  # the function's names for its inputs
+    inputs: tuple[Expr, ...]
     parameters: dict[str, Expr]  # by name, in order
     defaults: dict[str, float]
     value: Expr
@@ -58,23 +57,25 @@ class Traced:
         """The name for sources and file names, without characters that could do harm there."""
         return re.sub(r"\W+", "_", self.name, flags=re.ASCII).strip("_")[:40] or "loss"
 
-    @staticmethod
-    def text(e: Expr) -> str:
-        return " ".join(str(e).split())
+    def text(self, e: Expr) -> str:
+        """The first two inputs have the names input and target in it."""
+        later = zip(self.inputs[2:], self.arguments[2:], strict=True)
+        with distribute(False):
+            named = e.xreplace({symbol: sympy.Symbol(name, real=True) for symbol, name in later})
+        return " ".join(str(named).split())
 
     @functools.cached_property
-    def slopes(self) -> tuple[Expr, Expr]:
-        """The derivatives with respect to input and target."""
+    def slopes(self) -> tuple[Expr, ...]:
+        """The derivatives with respect to the inputs."""
         with distribute(False):
-            of_input, of_target = (
+            return tuple(
                 primitives.canonical(primitives.derivative(self.value, symbol))
-                for symbol in (self.input, self.target)
+                for symbol in self.inputs
             )
-        return of_input, of_target
 
     @functools.cached_property
     def kernel(self) -> Program:
-        """Value and both slopes, in primitives that kernels have."""
+        """Value and slopes, in primitives that kernels have."""
         with distribute(False):
             # Before _hoist(), which merges parameters, and so could hide common subexpressions.
             shared, results = _shared(primitives.lowered(self.value), *self._lowered_slopes())
@@ -100,7 +101,7 @@ class Traced:
 
     @functools.cached_property
     def reference_slopes(self) -> Program:
-        """Both slopes, in the form that kernels compute."""
+        """The slopes, in the form that kernels compute."""
         with distribute(False):
             constants, results = self._hoist(self._lowered_slopes())
         return Program(constants, (), tuple(results))
@@ -177,18 +178,19 @@ def _in_both(a: dict[Expr, Expr], b: dict[Expr, Expr]) -> dict[Expr, Expr]:
 
 
 def _shared(
-    value: Expr, slope: Expr, target_slope: Expr
+    value: Expr, slope: Expr, *others: Expr
 ) -> tuple[list[tuple[Expr, Expr]], list[Expr]]:
     """Common subexpressions, in order, and the formulas with symbols for them. Few calls need the
-    target's slope: it shares factors with the others, but adds no product to them."""
+    slopes by other inputs than the first: they share factors with the value and the first slope, but
+    add no product to them."""
     symbols = sympy.numbered_symbols("t")
-    terms = sympy.Add.make_args(target_slope)
+    terms = [term for other in others for term in sympy.Add.make_args(other)]
     factors = [factor for term in terms for factor in sympy.Mul.make_args(term)]
     bases = [base for base in (factor.as_base_exp()[0] for factor in factors) if base.args]
     shared, [value, slope, *reduced] = _repeated([value, slope, *bases], symbols)
-    target_slope = target_slope.xreplace(dict(zip(bases, reduced, strict=True)))
-    more, [target_slope] = _repeated([target_slope], symbols)
-    return shared + more, [value, slope, target_slope]
+    known = dict(zip(bases, reduced, strict=True))
+    more, found = _repeated([other.xreplace(known) for other in others], symbols)
+    return shared + more, [value, slope, *found]
 
 
 def _repeated(
@@ -371,24 +373,24 @@ def trace(function: Callable[..., Any]) -> Traced:
     arguments, defaults = _signature(function, name)
     with distribute(False):
         # The name alone identifies a symbol, so that rewritten expressions compare equal.
-        input, target = sympy.Symbol(INPUT, real=True), sympy.Symbol(TARGET, real=True)
+        inputs = tuple(sympy.Symbol(symbol, real=True) for symbol in INPUTS[: len(arguments)])
         parameters = {key: sympy.Symbol(key, real=True) for key in defaults}
         given = {key: Formula(symbol) for key, symbol in parameters.items()}
         try:
-            result = function(Formula(input), Formula(target), **given)
+            result = function(*map(Formula, inputs), **given)
         except RecursionError:
             _refuse_depth(name)
         except Exception as error:
             raise _explained(name, error) from error
-        value = _checked(name, result, {input, target, *parameters.values()})
+        value = _checked(name, result, {*inputs, *parameters.values()})
     known = {key: default for key, default in defaults.items() if default is not None}
-    return Traced(name, arguments, input, target, parameters, known, value)
+    return Traced(name, arguments, inputs, parameters, known, value)
 
 
 def _signature(
     function: Callable[..., Any], name: str
-) -> tuple[tuple[str, str], dict[str, float | None]]:
-    """The names of input and target, and the parameters' defaults by name; None: no default."""
+) -> tuple[tuple[str, ...], dict[str, float | None]]:
+    """The names of the inputs, and the parameters' defaults by name; None: no default."""
     if not callable(function):
         raise TypeError(f"pointwise_loss takes a function, not {function!r}")
     form = f"def {name}(input, target, *, scale=1.0)"
@@ -401,17 +403,13 @@ def _signature(
             )
         if parameter.kind is not parameter.KEYWORD_ONLY:
             positional.append(parameter.name)
-            if len(positional) > 2:
-                raise TypeError(
-                    f"{name}: {parameter.name!r} is a third positional argument; a loss takes two, "
-                    f"and its parameters as keywords, behind a *: {form}"
-                )
             if parameter.default is not parameter.empty:
                 raise TypeError(
-                    f"{name}: {parameter.name!r} is a tensor and has no default: {form}"
+                    f"{name}: {parameter.name!r} stands before the *, so it is a tensor and has no "
+                    f"default; numbers are keywords, behind a *: {form}"
                 )
             continue
-        if parameter.name in (*RESERVED, INPUT, TARGET):
+        if parameter.name in (*RESERVED, *INPUTS):
             raise ValueError(
                 f"{name}: every loss has a keyword {parameter.name!r} already; name yours otherwise"
             )
@@ -423,13 +421,17 @@ def _signature(
         defaults[parameter.name] = (
             None if default is None else as_float(name, parameter.name, default)
         )
-    if len(positional) != 2:
+    if not 1 <= len(positional) <= len(INPUTS):
         raise TypeError(
-            f"{name}: a loss takes input and target, not {len(positional)} of them: {form}"
+            f"{name}: a loss takes 1 to {len(INPUTS)} tensors, not {len(positional)} of them: {form}"
         )
-    if positional[0] == TARGET or positional[1] == INPUT:
-        raise ValueError(f"{name}: input comes first, then target: {form}")
-    return (positional[0], positional[1]), defaults
+    for place, argument in enumerate(positional):
+        if argument in (*RESERVED, *INPUTS) and argument != INPUTS[place]:
+            raise ValueError(
+                f"{name}: {argument!r} cannot be the name of tensor {place}: input comes first, then "
+                f"target, and reduction, weight and clip_grad are options of every loss: {form}"
+            )
+    return tuple(positional), defaults
 
 
 def _explained(name: str, error: Exception) -> Exception:
@@ -472,7 +474,7 @@ def _checked(name: str, result: Any, known: set[Expr]) -> Expr:
         raise ValueError(
             f"{name}: unknown symbol {', '.join(sorted(map(str, strange)))}; make it a parameter"
         )
-    if not {str(s) for s in value.free_symbols} & {INPUT, TARGET}:
+    if not primitives.inputs_in(value):
         raise ValueError(f"{name} is {value}, for any input and target: it has nothing to learn")
     for node in sympy.preorder_traversal(value):
         if node.has(sympy.I, sympy.zoo, sympy.nan):
