@@ -484,10 +484,12 @@ def test_names_of_the_definition(backend: str) -> None:
         right = call(x, y, scale=2.0)
         assert call(y_pred=x, y_true=y, scale=2.0) == right == call(x, y_true=y, scale=2.0)
         assert call(target=y, input=x, scale=2.0) == right == call(y_pred=x, target=y, scale=2.0)
-        with pytest.raises(TypeError, match="squared.. needs two tensors; 'y_true' is missing"):
+        with pytest.raises(TypeError, match="squared.. needs 2 tensors; 'y_true' is missing"):
             call(y_pred=x)
         with pytest.raises(TypeError, match="no parameter 'y_pred'"):
             call(x, y, y_pred=x)
+        with pytest.raises(TypeError, match="takes 2 tensors, y_pred, y_true, and was given 3"):
+            call(x, y, x)
 
 
 def test_kinks(fused: str) -> None:
@@ -853,7 +855,7 @@ def test_explained(fused: str) -> None:
         "shapes differ": (x, x[:1]),
         "dtypes differ": (x, x.double()),
         "empty": (x[:0], x[:0]),
-        "not both strided": (x.to_sparse(), x),
+        "not all strided": (x.to_sparse(), x),
     }.items():
         assert reason in str(fused(charbonnier, *call))
     with fusedloss.backend("reference"):
@@ -1136,7 +1138,7 @@ def test_check(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not root.check().ok
     assert "is nan, and the value 0" in root.check().errors[0]
     assert root.check(which=1).ok
-    monkeypatch.setattr(charbonnier, "_slopes", lambda x, y, values: (x, y))
+    monkeypatch.setattr(charbonnier, "_slopes", lambda inputs, values: inputs)
     report_of_wrong = charbonnier.check()
     assert not report_of_wrong.ok and "finite differences say" in str(report_of_wrong)
 
@@ -1177,8 +1179,8 @@ def definitions() -> dict[str, tuple[Any, type[Exception], str]]:
         return loss
 
     return {
-        "one argument": (lambda input: input, TypeError, "takes input and target, not 1 of them"),
-        "three arguments": (lambda input, target, eps: input, TypeError, "behind a [*]"),
+        "no argument": (lambda: 1.0, TypeError, "takes 1 to 8 tensors, not 0 of them"),
+        "a default": (lambda input, target, eps=1: input, TypeError, "behind a [*]"),
         "args": (lambda input, target, *args: input, TypeError, "name every parameter"),
         "not a function": (3, TypeError, "takes a function"),
         "keyword": (keyword, ValueError, "'weight' already"),

@@ -537,13 +537,13 @@ def nvrtc(no_toolkit: None) -> None:
 
 
 STRUCT = """
-struct Loss : CustomLoss<1> {
+struct Loss : CustomLoss<2, 1> {
   static constexpr int kParameters = 1;
   FUSEDLOSS_HD static void prepare(const double* parameters, double* constants) {
     constants[0] = parameters[0];
   }
   template <class T>
-  FUSEDLOSS_HD CustomEval<T> eval(T x, T y) const { return {x - y, T(1), T(-1)}; }
+  FUSEDLOSS_HD EvalEach<T, 2> eval(T x, T y) const { return {x - y, {T(1), T(-1)}}; }
 };
 """
 

@@ -37,9 +37,9 @@ def test_the_compiled_table(compiled: str) -> None:
         numbers = bool(loss.parameter) or name == "log_loss"  # whose number is the dtype's eps
         assert mine["parameters"] == numbers, name
         assert bool(mine["of_classes"]) == loss.over_classes, name
-        assert mine["extra_inputs"] == 0, name
     for name in OPERATORS:
-        assert theirs[name]["extra_inputs"] == name.endswith("_pos_weight")
+        assert theirs[name]["inputs"] == 2 + name.endswith("_pos_weight")
+        assert theirs[name]["gradients"] == 1
 
 
 def test_the_table_of_triton(compiled: str) -> None:

@@ -132,9 +132,9 @@ EACH_ROW = ([], "cross_entropy", [0.0], -100, 0, torch.float32)
         (
             "loss",
             (X, Y, *POS_WEIGHT, None),
-            "has 1 inputs besides input and target, and the call 0",
+            "has 3 inputs, and the call 2",
         ),
-        ("loss", (X, Y, *TWO_WEIGHTS, None), "has 0 inputs besides input and target"),
+        ("loss", (X, Y, *TWO_WEIGHTS, None), "has 2 inputs, and the call 3"),
         ("loss", (X, Y.to("meta"), *MSE, None), "beside a meta"),
         ("loss", (ROWS, CLASSES, X[:1], *LOG, None), "weight of shape"),
         ("loss", (ROWS, CLASSES, *MSE, None), "no class indices"),

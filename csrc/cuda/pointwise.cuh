@@ -7,7 +7,6 @@
 #pragma once
 
 #include <algorithm>
-#include <iterator>
 
 #include "../math/eval.h"
 #include "fast_math.cuh"
@@ -490,7 +489,7 @@ void launch_pointwise(const Kernels& kernels, const Call& call, const Launch& la
   if (VectorizedCall<D> c; vectorize<Loss>(call, c)) {
     // Doubles are never hot, and whoever compiles a custom loss waits for each kernel.
     constexpr bool kHasPlain = !Loss::kCustom || !std::is_same_v<D, double>;
-    const bool one_gradient = std::all_of(std::begin(c.gradients) + 1, std::end(c.gradients),
+    const bool one_gradient = std::all_of(c.gradients + 1, c.gradients + kMaxInputs,
                                           [](const D* gradient) { return !gradient; });
     const bool plain = !c.weight.vectors && !c.upstream.vectors && !c.value && one_gradient;
     if (kHasPlain && plain) return kernels.template vectorized<kHasPlain>(c, launch);
