@@ -57,6 +57,8 @@ struct BuiltIn {
     info.parameters = Loss::kParameters;
     info.inputs = Loss::kInputs;
     info.gradients = Loss::kGradients;
+    info.symmetric = Loss::kSymmetric;
+    info.domain = Loss::kDomain;
   }
 };
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -180,15 +180,16 @@ def _overrides(value: Any) -> bool:
     return _sees_functions(value) or is_traceable_wrapper_subclass(value)
 
 
-def _why_not_fused(inputs: Sequence[Any], *others: Any, gradients: int = 1) -> str | None:
+def _why_not_fused(
+    named: Mapping[str, Any], *others: Any, gradients: int = 1
+) -> str | None:
     """Why no fused kernel takes these tensors, apart from shapes and dtypes; None: one does.
 
-    inputs: of the loss, mostly input and target. gradients: for how many of them, from the first on,
-    the kernels give one.
+    named: the inputs, mostly input and target, in order. gradients: for how many of them, from the
+    first on, the kernels give one.
     """
+    inputs = list(named.values())
     input = inputs[0]
-    names = ("input", "target", *("another input",) * len(inputs))[: len(inputs)]
-    named = list(zip(names, inputs, strict=True))
     if torch._C._get_tracing_state() is not None:
         if _counted:  # under patch() the calling code may not know fusedloss
             return "torch.jit is tracing"
@@ -196,8 +197,8 @@ def _why_not_fused(inputs: Sequence[Any], *others: Any, gradients: int = 1) -> s
     if any(map(_overrides, (*inputs, *others))):
         return "a tensor subclass is involved"
     if not all(isinstance(t, Tensor) for t in inputs):
-        return "input and target are not both tensors"
-    for name, t in named:
+        return f"{' and '.join(named)} are not all tensors"
+    for name, t in named.items():
         if t.device != input.device:
             return f"input is on {input.device} and {name} on {t.device}"
     if input.device.type not in backends.fused_on:
@@ -216,13 +217,13 @@ def _why_not_fused(inputs: Sequence[Any], *others: Any, gradients: int = 1) -> s
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     grad = torch.is_grad_enabled()
-    for name, t in named[gradients:]:
+    for name, t in list(named.items())[gradients:]:
         if grad and t.requires_grad:
             return f"a gradient for {name} is wanted"
     # Our backward needs both, and torch's may not. (A compiler cannot trace is_inference.)
     needs_gradient = any(t.requires_grad for t in inputs)
     saved = grad and needs_gradient and not torch.compiler.is_compiling()
-    for name, t in named:
+    for name, t in named.items():
         if saved and t.is_inference():
             return f"{name} is an inference tensor, which cannot be saved for backward"
     for other in others:
@@ -380,6 +381,16 @@ def _left_to_inductor(input: Any, least: int) -> bool:
     )
 
 
+def warn_of_mean(size_average: bool | None, reduce: bool | None, reduction: str) -> None:
+    """Torch's warning about the mean of a divergence."""
+    if reduction == "mean" and size_average is None and reduce is None:
+        _caller.warn(
+            "reduction: 'mean' divides the total loss by both the batch size and the support size."
+            "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+            "'mean' will be changed to behave the same as 'batchmean' in the next major release."
+        )
+
+
 # ---- one call ------------------------------------------------------------------------------------
 
 
@@ -402,20 +413,22 @@ def _run_any(loss: Loss, args: tuple[Any, ...], prediction: Tensor | None) -> Te
         args = tuple(call.values())
     input, target = args[:2]
     weights = call.get("weight"), call.get("pos_weight")
+    inputs = dict(zip(loss.arguments[: loss.inputs], args, strict=False))
     if _left_to_inductor(input, loss.few):
         if _listening():
             _report(loss.name, "few elements, which are left to the compiler")
         return loss.reference(*args)
-    if _overridden(input, target, *weights):
-        options = dict(zip(loss.arguments[2:], args[2:], strict=True))
+    if _overridden(*inputs.values(), *weights):
+        options = dict(zip(loss.arguments[loss.inputs :], args[loss.inputs :], strict=True))
         again = partial(run, loss, args, prediction)
-        tensors = input, target, *weights
-        return _offer(PUBLIC[loss.name], tensors, args[:2], options, again)  # type: ignore[no-any-return]
+        tensors = *inputs.values(), *weights
+        return _offer(PUBLIC[loss.name], tensors, args[: loss.inputs], options, again)  # type: ignore[no-any-return]
     backend, dtype = "", None
-    reason = _unfit(loss, call) or _why_not_fused((input, target), *weights)
+    reason = _unfit(loss, call) or _why_not_fused(inputs, *weights, gradients=loss.gradients)
     if reason is None:
         indices = loss.over_classes and target.dtype is torch.int64
-        dtype = _result_dtype(input, None if indices else target, *weights)
+        others = [None if indices else target, *args[2 : loss.inputs]]
+        dtype = _result_dtype(input, *others, *weights)
         if isinstance(dtype, str):
             reason = dtype
         else:
@@ -434,23 +447,35 @@ def _run_any(loss: Loss, args: tuple[Any, ...], prediction: Tensor | None) -> Te
 
 
 def _unfit(loss: Loss, call: dict[str, Any]) -> str | None:
-    """Why the kernels do not take the loss's parameter."""
-    if not loss.parameter:
+    """Why the kernels do not take the loss's parameters."""
+    for place, name in enumerate(loss.parameters):
+        value = call[name]
+        if place > 0:
+            fits = isinstance(value, bool)
+        else:
+            is_number = isinstance(value, float | int) and not isinstance(value, bool)
+            fits = is_number and (loss.low <= value <= loss.high or (loss.at_zero and value == 0))
+        if not fits:
+            return f"{name} {value!r} is outside of the kernels' domain"
+    variant = call.get(loss.variant)
+    if loss.variant in ("", "pos_weight") or isinstance(variant, bool):
         return None
-    value = call[loss.parameter]
-    is_number = isinstance(value, float | int) and not isinstance(value, bool)
-    if is_number and (loss.low <= value <= loss.high or (loss.at_zero and value == 0)):
-        return None
-    return f"{loss.parameter} {value!r} is outside of the kernels' domain"
+    return f"{loss.variant} {variant!r} is no bool"
 
 
 def _unfit_elements(loss: Loss, call: dict[str, Any]) -> str | None:
     """Why a loss over elements is not fused for these shapes and options."""
-    input, target, weight = call["input"], call["target"], call.get("weight")
-    if type(call["reduction"]) is not str or call["reduction"] not in REDUCTIONS:
-        return f"reduction {call['reduction']!r}"
-    if input.shape != target.shape:
-        return f"shapes differ: {tuple(input.shape)} and {tuple(target.shape)}"
+    input, weight = call[loss.arguments[0]], call.get("weight")
+    reduction = call["reduction"]
+    if type(reduction) is not str or reduction not in (*REDUCTIONS, *_also(loss)):
+        return f"reduction {reduction!r}"
+    for name in loss.arguments[1 : loss.inputs]:
+        if name == "var" and _expanded_variance(call["var"], input) is not None:
+            continue
+        if call[name].shape != input.shape:
+            return f"shapes differ: {tuple(input.shape)} and {tuple(call[name].shape)}"
+    if loss.operator and input.dim() == 0:
+        return "input has no class dimension"
     if loss.name == "binary_cross_entropy" and _autocast_refuses(input.device.type):
         return "torch refuses it under autocast, as unsafe"
     broadcasts = loss.weight == "broadcasts"
@@ -461,6 +486,22 @@ def _unfit_elements(loss: Loss, call: dict[str, Any]) -> str | None:
             continue
         return f"a weight of shape {tuple(w.shape)}"
     return None
+
+
+def _also(loss: Loss) -> tuple[str, ...]:
+    """Further reductions."""
+    return ("batchmean",) if loss.name == "kl_div" else ()
+
+
+def _expanded_variance(var: Tensor, input: Tensor) -> Tensor | None:
+    """A variance in input's shape; it may lack the last dimension, or be 1 along one. None: it does
+    not fit."""
+    if var.shape == input.shape[:-1]:
+        var = var.unsqueeze(-1)
+    if var.dim() != input.dim():
+        return None
+    off = [n for n, size in zip(var.shape, input.shape, strict=True) if n != size]
+    return var.expand_as(input) if off in ([], [1]) else None
 
 
 def _unfit_rows(loss: Loss, call: dict[str, Any]) -> str | None:
@@ -509,32 +550,42 @@ def operator(backend: str) -> Any:
 def _run_fused(
     loss: Loss, call: dict[str, Any], backend: str, dtype: torch.dtype, prediction: Tensor | None
 ) -> Tensor:
-    input, target, weight = call["input"], call["target"], call.get("weight")
+    input, target, *more = (call[name] for name in loss.arguments[: loss.inputs])
+    weight = call.get("weight")
     reduction, pos_weight = call["reduction"], call.get("pos_weight")
-    parameter = call[loss.parameter] if loss.parameter else None
-    name, parameters = loss.name, [] if parameter is None else [float(parameter)]
-    if loss.at_zero and parameter == 0:
+    name, parameters = loss.operator or loss.name, [float(call[key]) for key in loss.parameters]
+    if loss.at_zero and parameters[0] == 0:
         name, parameters = loss.at_zero, []
-    more = [] if pos_weight is None else [pos_weight]
-    if more:
-        name += "_pos_weight"
+    if loss.name == "gaussian_nll_loss":
+        more = [_expanded_variance(call["var"], input)]
+    if pos_weight is not None:
+        more = [pos_weight]
+    variant = call.get(loss.variant)
+    if variant is not None and variant is not False:
+        name += f"_{loss.variant}"
     wide = dtype
-    rows_of_elements = name == "log_loss"
-    if rows_of_elements:
+    # Losses over rows that are sums of elements' losses.
+    class_dim = -1 if loss.operator else 1 if input.dim() > 1 else 0
+    rows_of_elements = loss.name == "log_loss" or bool(loss.operator)
+    if loss.name == "log_loss":
         parameters = [torch.finfo(input.dtype).eps]
         weight = None if weight is None else class_weight(weight, input)
+    if rows_of_elements and reduction == "none":
         # The elements are added up to rows below, and rounded only once, after that.
-        if reduction == "none":
-            wide = torch.promote_types(dtype, torch.float32)
+        wide = torch.promote_types(dtype, torch.float32)
     elif loss.over_classes and input.dim() > 3 and not _joins_inner_dimensions(input):
         input = input.contiguous()
     value: Tensor = operator(backend)(
         input, target, weight, more, name, parameters, call.get("ignore_index") or 0,
-        REDUCTIONS[reduction], wide, prediction,
+        REDUCTIONS["sum" if reduction == "batchmean" else reduction], wide, prediction,
     )  # fmt: skip
     if rows_of_elements and reduction == "none":
-        return value.sum(1 if input.dim() > 1 else 0).to(dtype)
-    return value
+        value = value.sum(class_dim)
+    if loss.operator and reduction != "mean":
+        value = value / input.shape[-1]
+    if reduction == "batchmean" and input.dim() > 0:
+        value = value / input.shape[0]
+    return value.to(dtype)
 
 
 def _joins_inner_dimensions(input: Tensor) -> bool:

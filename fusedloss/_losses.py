@@ -26,12 +26,16 @@ class Loss:
     Attributes:
         name: the name of the public function, and the operators' name of the loss.
         reference: the loss in plain PyTorch.
-        arguments: the names of both functions' arguments, in order; input and target come first.
+        arguments: the names of both functions' arguments, in order; the inputs come first.
+        inputs: how many there are: mostly input and target.
+        gradients: for how many of them, from the first on, the kernels give a gradient.
         weight: there is one ``weight`` for each "element", or for each "class", or it "broadcasts"
             to the elements. A loss over classes is one over rows.
-        parameter: the argument that is a number for the kernel.
-        low, high: the kernel's domain of that number.
+        parameters: the arguments that are numbers for the kernel.
+        low, high: the kernel's domain of the first of them.
         at_zero: the operators' loss for the number 0, which takes no parameter.
+        variant: the argument with which the operators' loss is another one: ``name_variant``.
+        operator: the operators' loss, if it has another name.
         few: below that many elements torch.compile gets the loss in plain PyTorch; see
             ``_dispatch._left_to_inductor``.
     """
@@ -39,21 +43,30 @@ class Loss:
     name: str
     reference: Callable[..., Tensor]
     arguments: tuple[str, ...]
+    inputs: int = 2
+    gradients: int = 1
     weight: str = "element"
-    parameter: str = ""
+    parameters: tuple[str, ...] = ()
     low: float = -_LARGEST
     high: float = _LARGEST
     at_zero: str = ""
+    variant: str = ""
+    operator: str = ""
     few: int = 1 << 18
 
     @cached_property
     def number(self) -> int:
-        """The loss's number in the short way in C++."""
+        """The loss's number in the short way in C++. There it has no inputs if it is made of another loss."""
         number: int = _C.define(
-            self.name, self.arguments, self.weight, self.parameter, self.low, self.high,
-            self.at_zero,
+            self.name, self.arguments, 0 if self.operator else self.inputs, self.gradients, self.weight, self.parameters,
+            self.low, self.high, self.at_zero, self.variant,
         )  # fmt: skip
         return number
+
+    def operators(self) -> dict[str, bool]:
+        """The names of the operators' losses, and whether each is the variant."""
+        name = self.operator or self.name
+        return {name: False, **({f"{name}_{self.variant}": True} if self.variant else {})}
 
     @property
     def over_classes(self) -> bool:
@@ -64,13 +77,16 @@ _LEGACY = ("size_average", "reduce", "reduction")
 LOSSES: dict[str, Loss] = {
     loss.name: loss
     for loss in (
-        Loss("mse_loss", reference.mse_loss, ("input", "target", *_LEGACY, "weight")),
-        Loss("l1_loss", reference.l1_loss, ("input", "target", *_LEGACY, "weight")),
+        Loss(
+            "mse_loss", reference.mse_loss, ("input", "target", *_LEGACY, "weight"), gradients=2
+        ),
+        Loss("l1_loss", reference.l1_loss, ("input", "target", *_LEGACY, "weight"), gradients=2),
         Loss(
             "smooth_l1_loss",
             reference.smooth_l1_loss,
             ("input", "target", *_LEGACY, "beta"),
-            parameter="beta",
+            gradients=2,
+            parameters=("beta",),
             # The kernel multiplies by 1 / beta, which must be a normal float as well.
             low=1e-30,
             high=1e30,
@@ -80,7 +96,8 @@ LOSSES: dict[str, Loss] = {
             "huber_loss",
             reference.huber_loss,
             ("input", "target", "reduction", "delta", "weight"),
-            parameter="delta",
+            gradients=2,
+            parameters=("delta",),
             low=5e-324,
             high=float("inf"),
         ),
@@ -96,6 +113,61 @@ LOSSES: dict[str, Loss] = {
             reference.binary_cross_entropy_with_logits,
             ("input", "target", "weight", *_LEGACY, "pos_weight"),
             weight="broadcasts",
+            variant="pos_weight",
+            few=1 << 12,
+        ),
+        Loss(
+            "soft_margin_loss",
+            reference.soft_margin_loss,
+            ("input", "target", *_LEGACY),
+            few=1 << 12,
+        ),
+        Loss(
+            "multilabel_soft_margin_loss",
+            reference.multilabel_soft_margin_loss,
+            ("input", "target", "weight", *_LEGACY),
+            weight="broadcasts",
+            operator="binary_cross_entropy_with_logits",
+            few=1 << 12,
+        ),
+        Loss(
+            "hinge_embedding_loss",
+            reference.hinge_embedding_loss,
+            ("input", "target", "margin", *_LEGACY),
+            parameters=("margin",),
+        ),
+        Loss(
+            "margin_ranking_loss",
+            reference.margin_ranking_loss,
+            ("input1", "input2", "target", "margin", *_LEGACY),
+            inputs=3,
+            gradients=2,
+            parameters=("margin",),
+        ),
+        Loss(
+            "kl_div",
+            reference.kl_div,
+            ("input", "target", *_LEGACY, "log_target"),
+            variant="log_target",
+            few=1 << 12,
+        ),
+        Loss(
+            "poisson_nll_loss",
+            reference.poisson_nll_loss,
+            (*("input", "target", "log_input", "full", "size_average", "eps"), *_LEGACY[1:]),
+            parameters=("eps", "full"),
+            low=0.0,
+            variant="log_input",
+            few=1 << 12,
+        ),
+        Loss(
+            "gaussian_nll_loss",
+            reference.gaussian_nll_loss,
+            ("input", "target", "var", "full", "eps", "reduction"),
+            inputs=3,
+            gradients=3,
+            parameters=("eps", "full"),
+            low=0.0,
             few=1 << 12,
         ),
         Loss(
@@ -106,7 +178,7 @@ LOSSES: dict[str, Loss] = {
                 *("reduction", "label_smoothing"),
             ),
             weight="class",
-            parameter="label_smoothing",
+            parameters=("label_smoothing",),
             low=0.0,
             high=1.0,
             few=1 << 14,
@@ -119,4 +191,11 @@ LOSSES: dict[str, Loss] = {
             few=0,
         ),
     )
+}
+# By the operators' name: the loss, and whether it is its variant.
+OPERATORS: dict[str, tuple[Loss, bool]] = {
+    name: (loss, is_variant)
+    for loss in LOSSES.values()
+    if not loss.operator
+    for name, is_variant in loss.operators().items()
 }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _dispatch
-from ._dispatch import explain, run
+from ._dispatch import explain, run, warn_of_mean
 from ._losses import LOSSES
 
 __all__ = [
@@ -25,12 +25,19 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "explain",
+    "gaussian_nll_loss",
+    "hinge_embedding_loss",
     "huber_loss",
+    "kl_div",
     "l1_loss",
     "log_loss",
     "mae_loss",
+    "margin_ranking_loss",
     "mse_loss",
+    "multilabel_soft_margin_loss",
+    "poisson_nll_loss",
     "smooth_l1_loss",
+    "soft_margin_loss",
 ]
 
 _MSE = LOSSES["mse_loss"]
@@ -41,6 +48,13 @@ _BCE = LOSSES["binary_cross_entropy"]
 _BCE_WITH_LOGITS = LOSSES["binary_cross_entropy_with_logits"]
 _CROSS_ENTROPY = LOSSES["cross_entropy"]
 _LOG_LOSS = LOSSES["log_loss"]
+_SOFT_MARGIN = LOSSES["soft_margin_loss"]
+_MULTILABEL_SOFT_MARGIN = LOSSES["multilabel_soft_margin_loss"]
+_HINGE_EMBEDDING = LOSSES["hinge_embedding_loss"]
+_MARGIN_RANKING = LOSSES["margin_ranking_loss"]
+_KL_DIV = LOSSES["kl_div"]
+_POISSON_NLL = LOSSES["poisson_nll_loss"]
+_GAUSSIAN_NLL = LOSSES["gaussian_nll_loss"]
 
 
 # ---- regression ----------------------------------------------------------------------------------
@@ -152,6 +166,204 @@ def huber_loss(
     return run(_HUBER, (input, target, reduction, delta, weight))
 
 
+# ---- likelihoods and divergences ---------------------------------------------------------------------
+
+
+def gaussian_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    var: Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Negative log likelihood of a normal distribution:
+    :math:`\ell_i = \frac{1}{2} \left(\log v_i + (x_i - y_i)^2 / v_i\right)`,
+    :math:`v_i = \max(\mathrm{var}_i, \varepsilon)`.
+
+    Input, target and var may each require a gradient. Where var is below eps, its gradient is that of
+    :math:`v`, as in torch.
+
+    Args:
+        input: means :math:`x`, any shape.
+        target: :math:`y`, of input's shape and dtype.
+        var: variances, not negative, of input's shape and dtype. The last dimension may be absent, or
+            one dimension be 1. A number runs on plain PyTorch.
+        full: whether the constant :math:`\log(2 \pi) / 2` is added.
+        eps: :math:`\varepsilon`, not negative, in var's unit.
+
+    Returns:
+        A 0-d tensor, or one of input's shape for ``"none"``.
+
+    Raises:
+        ValueError: an element of var is negative; names the first. A GPU does not wait for it: see
+            :func:`fusedloss.check`. Also shapes that do not fit, or a reduction that is none of the
+            three.
+
+    Source: :func:`torch.nn.functional.gaussian_nll_loss`.
+    """
+    return run(_GAUSSIAN_NLL, (input, target, var, full, eps, reduction))
+
+
+def poisson_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    log_input: bool = True,
+    full: bool = False,
+    size_average: bool | None = None,
+    eps: float = 1e-8,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Negative log likelihood of a Poisson distribution: :math:`e^{x_i} - y_i x_i`, or
+    :math:`x_i - y_i \log(x_i + \varepsilon)` with ``log_input=False``.
+
+    Args:
+        input: :math:`x`, the logarithm of the rate, or the rate; any shape.
+        target: counts :math:`y`, of input's shape and dtype.
+        log_input: which of the two input is.
+        full: whether Stirling's approximation of :math:`\log y_i!` is added where :math:`y_i > 1`.
+        eps: :math:`\varepsilon`, not negative, in the rate's unit.
+
+    Returns:
+        A 0-d tensor, or one of input's shape for ``"none"``.
+
+    Raises:
+        ValueError: reduction is none of the three.
+        RuntimeError: shapes that do not broadcast.
+
+    Source: :func:`torch.nn.functional.poisson_nll_loss`.
+    """
+    return run(
+        _POISSON_NLL, (input, target, log_input, full, size_average, eps, reduce, reduction)
+    )
+
+
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    r"""Kullback-Leibler divergence of log probabilities: :math:`\ell_i = y_i (\log y_i - x_i)`, 0 where
+    :math:`y_i = 0`.
+
+    Args:
+        input: log probabilities :math:`x`, any shape.
+        target: probabilities :math:`y`, or their logarithms; of input's shape and dtype.
+        reduction: besides the three also ``"batchmean"``, the sum divided by the size of the first
+            dimension, which is the divergence as it is defined.
+        log_target: whether target is the logarithm of :math:`y`.
+
+    Returns:
+        A 0-d tensor, or one of input's shape for ``"none"``.
+
+    Raises:
+        ValueError: reduction is none of the four.
+        RuntimeError: shapes that do not broadcast.
+
+    Warns:
+        UserWarning: reduction is ``"mean"``, as in torch.
+
+    Source: :func:`torch.nn.functional.kl_div`.
+    """
+    warn_of_mean(size_average, reduce, reduction)
+    return run(_KL_DIV, (input, target, size_average, reduce, reduction, log_target))
+
+
+# ---- margins ---------------------------------------------------------------------------------------
+
+
+def soft_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Soft margin: :math:`\log(1 + e^{-x_i y_i})`. It is finite for every finite product, where torch's
+    overflows.
+
+    Args:
+        input: scores :math:`x`, any shape.
+        target: :math:`y`, 1 or -1, of input's shape and dtype.
+
+    Returns:
+        A 0-d tensor, or one of input's shape for ``"none"``.
+
+    Raises:
+        ValueError: reduction is none of the three.
+        RuntimeError: shapes that do not broadcast.
+
+    Source: :func:`torch.nn.functional.soft_margin_loss`.
+    """
+    return run(_SOFT_MARGIN, (input, target, size_average, reduce, reduction))
+
+
+def hinge_embedding_loss(
+    input: Tensor,
+    target: Tensor,
+    margin: float = 1.0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Hinge embedding: :math:`x_i` where :math:`y_i = 1`, :math:`\max(0, m - x_i)` where
+    :math:`y_i = -1`.
+
+    Args:
+        input: distances :math:`x`, any shape.
+        target: :math:`y`, 1 or -1, of input's shape and dtype.
+        margin: :math:`m`, in input's unit.
+
+    Returns:
+        A 0-d tensor, or one of input's shape for ``"none"``.
+
+    Raises:
+        ValueError: reduction is none of the three.
+        RuntimeError: shapes that do not broadcast.
+
+    Source: :func:`torch.nn.functional.hinge_embedding_loss`.
+    """
+    return run(_HINGE_EMBEDDING, (input, target, margin, size_average, reduce, reduction))
+
+
+def margin_ranking_loss(
+    input1: Tensor,
+    input2: Tensor,
+    target: Tensor,
+    margin: float = 0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Margin ranking: :math:`\max(0, m - y_i (a_i - b_i))`.
+
+    Both inputs may require a gradient.
+
+    Args:
+        input1: scores :math:`a`, any shape.
+        input2: scores :math:`b`, of the same shape and dtype.
+        target: :math:`y`, 1 where :math:`a` belongs before :math:`b`, else -1; of the same shape and
+            dtype.
+        margin: :math:`m`, in the scores' unit.
+
+    Returns:
+        A 0-d tensor, or one of input1's shape for ``"none"``.
+
+    Raises:
+        ValueError: reduction is none of the three.
+        RuntimeError: shapes that do not fit.
+
+    Source: :func:`torch.nn.functional.margin_ranking_loss`.
+    """
+    return run(
+        _MARGIN_RANKING, (input1, input2, target, margin, size_average, reduce, reduction)
+    )
+
+
 # ---- classification ------------------------------------------------------------------------------
 
 
@@ -214,6 +426,36 @@ def binary_cross_entropy_with_logits(
     """
     return run(
         _BCE_WITH_LOGITS, (input, target, weight, size_average, reduce, reduction, pos_weight)
+    )
+
+
+def multilabel_soft_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Binary cross-entropy of logits, averaged over the classes of a row:
+    :math:`\ell = -\frac{1}{C} \sum_c w_c (y_c \log \sigma(x_c) + (1 - y_c) \log(1 - \sigma(x_c)))`.
+
+    Args:
+        input: logits :math:`x` of shape (..., C).
+        target: :math:`y`, of input's shape and dtype, normally 0 or 1.
+        weight: :math:`w`, broadcast to input's shape; normally (C).
+
+    Returns:
+        A 0-d tensor, or one of input's shape without C for ``"none"``.
+
+    Raises:
+        ValueError: reduction is none of the three.
+        RuntimeError: shapes that do not broadcast.
+
+    Source: :func:`torch.nn.functional.multilabel_soft_margin_loss`.
+    """
+    return run(
+        _MULTILABEL_SOFT_MARGIN, (input, target, weight, size_average, reduce, reduction)
     )
 
 

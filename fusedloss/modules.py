@@ -9,19 +9,26 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
 from . import backends
-from ._dispatch import NO_TORCHSCRIPT, run
+from ._dispatch import NO_TORCHSCRIPT, run, warn_of_mean
 from ._losses import LOSSES
 
 __all__ = [
     "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
+    "GaussianNLLLoss",
+    "HingeEmbeddingLoss",
     "HuberLoss",
+    "KLDivLoss",
     "L1Loss",
     "LogLoss",
     "MAELoss",
     "MSELoss",
+    "MarginRankingLoss",
+    "MultiLabelSoftMarginLoss",
+    "PoissonNLLLoss",
     "SmoothL1Loss",
+    "SoftMarginLoss",
 ]
 
 
@@ -121,6 +128,72 @@ class CrossEntropyLoss(_Predicting, nn.CrossEntropyLoss):
             self.label_smoothing,
         )
         return run(LOSSES["cross_entropy"], args, self._prediction(input))
+
+
+class SoftMarginLoss(_Predicting, nn.SoftMarginLoss):
+    """:class:`torch.nn.SoftMarginLoss`, fused; see
+    :func:`fusedloss.functional.soft_margin_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        args = input, target, None, None, self.reduction
+        return run(LOSSES["soft_margin_loss"], args, self._prediction(input))
+
+
+class MultiLabelSoftMarginLoss(_Predicting, nn.MultiLabelSoftMarginLoss):
+    """:class:`torch.nn.MultiLabelSoftMarginLoss`, fused; see
+    :func:`fusedloss.functional.multilabel_soft_margin_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        args = input, target, self.weight, None, None, self.reduction
+        return run(LOSSES["multilabel_soft_margin_loss"], args, self._prediction(input))
+
+
+class HingeEmbeddingLoss(_Predicting, nn.HingeEmbeddingLoss):
+    """:class:`torch.nn.HingeEmbeddingLoss`, fused; see
+    :func:`fusedloss.functional.hinge_embedding_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        args = input, target, self.margin, None, None, self.reduction
+        return run(LOSSES["hinge_embedding_loss"], args, self._prediction(input))
+
+
+class MarginRankingLoss(_Predicting, nn.MarginRankingLoss):
+    """:class:`torch.nn.MarginRankingLoss`, fused; see
+    :func:`fusedloss.functional.margin_ranking_loss`."""
+
+    def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
+        args = input1, input2, target, self.margin, None, None, self.reduction
+        return run(LOSSES["margin_ranking_loss"], args, self._prediction(input1))
+
+
+class KLDivLoss(_Predicting, nn.KLDivLoss):
+    """:class:`torch.nn.KLDivLoss`, fused; see :func:`fusedloss.functional.kl_div`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        warn_of_mean(None, None, self.reduction)
+        args = input, target, None, None, self.reduction, self.log_target
+        return run(LOSSES["kl_div"], args, self._prediction(input))
+
+
+class PoissonNLLLoss(_Predicting, nn.PoissonNLLLoss):
+    """:class:`torch.nn.PoissonNLLLoss`, fused; see
+    :func:`fusedloss.functional.poisson_nll_loss`."""
+
+    def forward(self, log_input: Tensor, target: Tensor) -> Tensor:
+        args = (
+            *(log_input, target, self.log_input, self.full, None, self.eps, None),
+            self.reduction,
+        )
+        return run(LOSSES["poisson_nll_loss"], args, self._prediction(log_input))
+
+
+class GaussianNLLLoss(_Predicting, nn.GaussianNLLLoss):
+    """:class:`torch.nn.GaussianNLLLoss`, fused; see
+    :func:`fusedloss.functional.gaussian_nll_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
+        args = input, target, var, self.full, self.eps, self.reduction
+        return run(LOSSES["gaussian_nll_loss"], args, self._prediction(input))
 
 
 class LogLoss(_Predicting):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn._reduction import legacy_get_string
+from torch.nn._reduction import get_enum, legacy_get_string
 
 from ._caller import at_callers_line
 
@@ -25,6 +25,12 @@ huber_loss: Callable[..., Tensor] = F.huber_loss  # its stub lacks weight
 binary_cross_entropy = F.binary_cross_entropy
 binary_cross_entropy_with_logits = F.binary_cross_entropy_with_logits
 cross_entropy = F.cross_entropy
+soft_margin_loss = F.soft_margin_loss
+multilabel_soft_margin_loss = F.multilabel_soft_margin_loss
+hinge_embedding_loss = F.hinge_embedding_loss
+margin_ranking_loss = F.margin_ranking_loss
+poisson_nll_loss = F.poisson_nll_loss
+gaussian_nll_loss = F.gaussian_nll_loss
 _nll_loss = F.nll_loss
 
 
@@ -51,6 +57,23 @@ def l1_loss(
 
 
 mae_loss = l1_loss
+
+
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    """F.kl_div without its warning about reduction "mean", which the fused function gives itself."""
+    if size_average is not None or reduce is not None:
+        reduction = legacy_get_string(size_average, reduce)
+    by_batch = reduction == "batchmean"
+    enum = get_enum("sum" if by_batch else reduction)
+    value = torch.kl_div(input, target, enum, log_target=log_target)
+    return value / input.shape[0] if by_batch and input.dim() > 0 else value
 
 
 def log_loss(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from ._losses import LOSSES
+from ._losses import OPERATORS
 
 _REDUCTION_NAMES = {number: name for name, number in reference.REDUCTIONS.items()}
 
@@ -37,9 +37,9 @@ def reference_value(
     """
     if name in custom_references:
         return custom_references[name]((input, target, *more), weight, parameters, reduction)
-    loss = LOSSES.get(name.removesuffix("_pos_weight"))
-    if loss is None:
+    if name not in OPERATORS:
         raise ValueError(f"fusedloss: no loss is named {name!r}")
+    loss, is_variant = OPERATORS[name]
     if name == "log_loss":
         if reduction == "none":
             (eps,) = parameters
@@ -48,13 +48,16 @@ def reference_value(
     options: dict[str, Any] = {"reduction": reduction}
     if weight is not None:
         options["weight"] = weight
-    if more:
-        (options["pos_weight"],) = more
-    if loss.parameter:
-        (options[loss.parameter],) = parameters
+    inputs = (input, target, *more)[: loss.inputs]
+    if loss.variant == "pos_weight":
+        options["pos_weight"] = more[0] if is_variant else None
+    elif loss.variant:
+        options[loss.variant] = is_variant
+    for key, number in zip(loss.parameters, parameters, strict=False):  # log_loss: eps is no argument
+        options[key] = bool(number) if key == "full" else number
     if loss.over_classes:
         options["ignore_index"] = ignore_index
-    return loss.reference(input, target, **options)
+    return loss.reference(*inputs, **options)
 
 
 def loss_reference_gradient(

@@ -92,12 +92,9 @@ Sum pass(Loss loss, Run<T> run, Scale<T> scale, int64_t begin, int64_t end, Mask
     });
     unrolled<kStep>([&](auto u) __attribute__((always_inline)) {
       const int64_t k = i + u * kLanes;
-      if constexpr (Loss::kUnitInterval && (outputs & (kSum | kValue))) {
-        // x (1 - x) >= 0 exactly where 0 <= x <= 1.
-        const Vec<T> zero(0), one(1);
-        const Vec<T> x = inputs[0][u], y = inputs[1][u];
-        const auto x_fits = zero <= x * (one - x), y_fits = zero <= y * (one - y);
-        valid = logical_and(valid, logical_and(x_fits, y_fits));
+      if constexpr (Loss::kDomain != Domain::kReal && (outputs & (kSum | kValue))) {
+        const auto input = [&](int j) __attribute__((always_inline)) { return inputs[j][u]; };
+        valid = logical_and(valid, lies_in_domain<Loss>(input));
       }
       if constexpr (outputs & kValue) store(value[u], run.value + k);
       unrolled<kComputed>([&](auto j) __attribute__((always_inline)) {
@@ -117,7 +114,7 @@ Sum pass(Loss loss, Run<T> run, Scale<T> scale, int64_t begin, int64_t end, Mask
 
 template <int outputs, class Loss, class T>
 double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
-             [[maybe_unused]] bool& in_unit) {
+             [[maybe_unused]] bool& in_domain) {
   const Scale<T> scale(gradient_scale * Loss::kSlopeUnit);
   constexpr int kStep = kWidth<Loss, outputs>;
   Mask<T> valid = Vec<T>(0) == Vec<T>(0);
@@ -128,7 +125,7 @@ double block(Loss loss, Run<T> run, double gradient_scale, int64_t n,
   if (kStep > 1 && !std::isfinite(sum.value())) {
     sum = pass<1, outputs>(loss, run, scale, 0, n, valid);
   }
-  if constexpr (Loss::kUnitInterval) in_unit = in_unit && valid.all();
+  if constexpr (Loss::kDomain != Domain::kReal) in_domain = in_domain && valid.all();
   return sum.value();
 }
 

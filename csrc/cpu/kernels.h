@@ -17,7 +17,7 @@ struct Call : fusedloss::Call {
 
 struct Result {
   Sum sum;              // of value * weight, in an order that no thread count changes
-  bool in_unit = true;  // false: a loss of kUnitInterval met an element outside [0, 1], or nan
+  bool in_domain = true;  // false: inputs lie outside of the loss's domain
 };
 
 struct ClassCount {

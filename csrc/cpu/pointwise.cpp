@@ -74,7 +74,7 @@ T* place(const Output& out, int64_t i, T* scratch) {
 }
 
 template <class T>
-Sum chunk(const Call& call, const Compiled<T>& loss, int64_t begin, int64_t end, bool& in_unit) {
+Sum chunk(const Call& call, const Compiled<T>& loss, int64_t begin, int64_t end, bool& in_domain) {
   T inputs[kMaxInputs][kBlock], weight[kBlock], upstream[kBlock];
   T value[kBlock], gradients[kMaxInputs][kBlock];
   const int64_t most = all_ready<T>(call) ? kChunk : kBlock;
@@ -97,7 +97,7 @@ Sum chunk(const Call& call, const Compiled<T>& loss, int64_t begin, int64_t end,
       run.inputs[k] = staged(call.inputs[k], inputs[k]);
       run.gradients[k] = place(call.gradients[k], i, gradients[k]);
     }
-    sum.add(loss.block(loss.constants, &run, call.scale, n, &in_unit));
+    sum.add(loss.block(loss.constants, &run, call.scale, n, &in_domain));
     const auto finish = [&](const Output& out, const T* scratch) {
       if (!lies_ready<T>(out)) narrow(scratch, n, out.dtype, out.data, i, 1);
     };
@@ -114,21 +114,21 @@ Result run(const Call& call) {
   if (!loss.block) return result;  // there is nothing to write
   const int64_t chunks = (call.numel + kChunk - 1) / kChunk;
   if (chunks == 1) {
-    result.sum = chunk(call, loss, 0, call.numel, result.in_unit);
+    result.sum = chunk(call, loss, 0, call.numel, result.in_domain);
     return result;
   }
   std::vector<Sum> sums(chunks);
-  std::vector<char> in_unit(chunks, 1);
+  std::vector<char> in_domain(chunks, 1);
   parallel_for(call.threads, 0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       bool ok = true;
       sums[c] = chunk(call, loss, c * kChunk, std::min(call.numel, (c + 1) * kChunk), ok);
-      in_unit[c] = ok;
+      in_domain[c] = ok;
     }
   });
   for (int64_t c = 0; c < chunks; ++c) {
     result.sum.add(sums[c]);
-    result.in_unit = result.in_unit && in_unit[c];
+    result.in_domain = result.in_domain && in_domain[c];
   }
   return result;
 }

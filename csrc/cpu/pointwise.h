@@ -22,10 +22,10 @@ struct Run {
 };
 
 // Computes n elements; returns the sum of the values, where wanted. constants: what prepare() made.
-// Sets *in_unit to false where a loss of kUnitInterval meets an element outside [0, 1].
+// Sets *in_domain to false where inputs lie outside of the loss's domain.
 template <class T>
 using Block = double (*)(const double* constants, const Run<T>* run, double scale, int64_t n,
-                         bool* in_unit);
+                         bool* in_domain);
 
 // Which block: the outputs, and whether there is a factor. Values and a gradient, or values and
 // their sum, are never written together. kGradients: for any of the inputs that are wanted;

@@ -36,9 +36,10 @@ bool is_usual(const Loss& loss) {
 
 template <class Loss, int outputs, class T>
 double run_block(const double* constants, const Run<T>* run, double scale, int64_t n,
-                 bool* in_unit) {
+                 bool* in_domain) {
   if constexpr (!Loss::kCustom) {
-    return block<outputs>(Loss{{{}, Loss::kParameters ? constants[0] : 0}}, *run, scale, n, *in_unit);
+    return block<outputs>(Loss{PointwiseLoss::with(constants, Loss::kParameters)}, *run, scale, n,
+                          *in_domain);
   } else {
     Loss loss;
     std::copy_n(constants, Loss::kConstants, loss.constants);
@@ -46,10 +47,10 @@ double run_block(const double* constants, const Run<T>* run, double scale, int64
     // fast.
     if constexpr ((outputs & kSum) && std::is_same_v<T, float>) {
       if (!run->factor && is_usual(loss)) {
-        return block<outputs & ~kFactor>(UsualLoss<Loss>(loss), *run, scale, n, *in_unit);
+        return block<outputs & ~kFactor>(UsualLoss<Loss>(loss), *run, scale, n, *in_domain);
       }
     }
-    return block<outputs>(loss, *run, scale, n, *in_unit);
+    return block<outputs>(loss, *run, scale, n, *in_domain);
   }
 }
 

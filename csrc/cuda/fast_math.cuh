@@ -98,6 +98,9 @@ struct Quick {
   __device__ friend Quick multiply_add(Quick a, Quick b, Quick c) {
     return Quick(fmaf(a.x, b.x, c.x));
   }
+  // Whole floats: no instruction has their range.
+  __device__ friend Quick exp(Quick a) { return Quick(expf(a.x)); }
+  __device__ friend Quick log(Quick a) { return Quick(logf(a.x)); }
   __device__ friend Quick exp_nonpositive(Quick a) { return Quick(quick_exp(a.x)); }
   __device__ friend Quick clamp_min(Quick a, Quick low) { return Quick(max_nan(a.x, low.x)); }
   __device__ friend Quick log_finite(Quick a) { return Quick(quick_log(__log2f(a.x), 1 - a.x)); }

@@ -17,7 +17,7 @@ constexpr int kMaxDevices = 64;  // that a process can use
 // host may read at any time.
 struct Fault {
   enum State : int { kNone, kBeingWritten, kReady };
-  enum What : int { kTargetClass, kInputOutsideUnit, kTargetOutsideUnit };
+  enum What : int { kTargetClass, kInputOutsideUnit, kTargetOutsideUnit, kNegativeVariance };
   int state;
   int what;
   int64_t position;  // of the class index in target, or of the element in input

@@ -31,7 +31,7 @@ struct BuiltInKernels {
 
 template <class Loss>
 cudaError_t run_built_in(const Call& call, const Launch& launch) {
-  const Loss loss{{{}, Loss::kParameters ? call.parameters[0] : 0}};
+  const Loss loss{PointwiseLoss::with(call.parameters, Loss::kParameters)};
   return run_pointwise(BuiltInKernels<Loss>{loss}, call, launch);
 }
 

@@ -19,7 +19,7 @@ constexpr int kThreads = 256;              // per block
 constexpr int kUnroll = 2;                 // vectors of each operand in flight per thread
 constexpr int64_t kMaxOneBlock = 1 << 14;  // elements; up to here a second block does not pay
 
-// ---- losses of kUnitInterval --------------------------------------------------------------------
+// ---- inputs outside of a loss's domain ----------------------------------------------------------
 
 // Or-ed over vectors of x: has the highest bit of a lane unless all elements of two or four bytes
 // lie in [0, 1], whose bits come first among unsigned integers. Only -0 has it without need.
@@ -65,6 +65,19 @@ __device__ void check_unit(Vector<D, kSize>& x, const Vector<D, kSize>& y, const
   const bool of_input = !fits(input);
   report_error(l, of_input ? Fault::kInputOutsideUnit : Fault::kTargetOutsideUnit, position + wrong,
                static_cast<double>(of_input ? input : target), 0);
+}
+
+// The same of elements whose variance(i) is negative.
+template <class D, int kSize, class Variance>
+__device__ void check_variance(Vector<D, kSize>& x, const Variance& variance, const Launch& l,
+                               int64_t position) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    const auto number = variance(i);
+    if (!(number < 0)) continue;
+    x.element[i] = narrow<D>(kNan<float>);
+    report_error(l, Fault::kNegativeVariance, position + i, static_cast<double>(number), 0);
+  }
 }
 
 // a / b, neither above bound: a 64-bit division takes four times as long as one of 32 bits.
@@ -216,7 +229,14 @@ struct VectorizedThread {
   // alike.
   template <class V>
   __device__ void compute(int64_t v, Inputs<V> in, PartialSum<D>& sum) const {
-    if constexpr (Loss::kUnitInterval) check_unit(in.x, in.y, l, c.head + v * V::kSize);
+    const int64_t position = c.head + v * V::kSize;
+    if constexpr (Loss::kDomain == Domain::kUnitInterval) check_unit(in.x, in.y, l, position);
+    if constexpr (Loss::kDomain == Domain::kVariance) {
+      const auto variance = [&](int i) {
+        return c.more[0].vectors ? widen(in.later[0], i) : T(single[0]);
+      };
+      check_variance(in.x, variance, l, position);
+    }
     V w, g;
     if (weighted) w = vector<V>(c.weight.vectors, v);
     if (has_upstream) g = vector<V>(c.upstream.vectors, v);
@@ -377,7 +397,10 @@ __device__ void compute_strided(const Given& given, const Call& c, const Launch&
     Vector<T, 1> inputs[Loss::kInputs];
 #pragma unroll
     for (int j = 0; j < Loss::kInputs; ++j) inputs[j].element[0] = operand(c.inputs[j]);
-    if constexpr (Loss::kUnitInterval) check_unit(inputs[0], inputs[1], l, i);
+    if constexpr (Loss::kDomain == Domain::kUnitInterval) check_unit(inputs[0], inputs[1], l, i);
+    if constexpr (Loss::kDomain == Domain::kVariance) {
+      check_variance(inputs[0], [&](int) { return inputs[2].element[0]; }, l, i);
+    }
     const T factor = operand(c.weight) * operand(c.upstream);
     const auto e = evaluate(loss, [&](int j) { return inputs[j].element[0]; }) * factor;
     const auto store = [&](const Output& out, T x) {

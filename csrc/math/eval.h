@@ -4,9 +4,10 @@
 // CPU SIMD register of them. An engine must know besides
 //   kInputs         how many inputs eval takes
 //   kGradients      for how many of them, from the first on, it gives a derivative
-//   kParameters     1 where the loss has a `parameter`: beta, delta or eps
-//   kUnitInterval   input and target must lie in [0, 1]; the engines check it on the way. An input
-//                   of nan makes value and slope nan
+//   kSymmetric      whether eval(y, x) has the same value and the opposite slope
+//   kParameters     how many `parameters` it has: beta, delta, eps ...
+//   kDomain         what the inputs must be. The engines check it on the way, by in_domain(inputs) of
+//                   the struct, and on a GPU give an input of nan, which makes value and slopes nan
 //   kSlopeUnit      the engine multiplies eval's slopes by it
 //   kIndexed        target is class indices, which eval sees as one-hot rows
 //   kUnroll         how many SIMD registers the CPU engine computes side by side, as measured:
@@ -101,6 +102,15 @@ FUSEDLOSS_HD auto evaluate(const Loss& loss, const Get& get, Inputs... inputs) {
     return evaluate(loss, get, inputs..., get(sizeof...(inputs)));
   }
 }
+// The same of in_domain().
+template <class Loss, class Get, class... Inputs>
+FUSEDLOSS_HD auto lies_in_domain(const Get& get, Inputs... inputs) {
+  if constexpr (sizeof...(inputs) == Loss::kInputs) {
+    return Loss::in_domain(inputs...);
+  } else {
+    return lies_in_domain<Loss>(get, inputs..., get(sizeof...(inputs)));
+  }
+}
 
 enum class Mean {
   kElements,  // the number of elements
@@ -108,9 +118,16 @@ enum class Mean {
   kRows,      // the number of rows (samples), or the sum of the weights of their classes
 };
 
+enum class Domain {
+  kReal,
+  kUnitInterval,  // input and target lie in [0, 1]
+  kVariance,      // the third input is not negative
+};
+
 struct LossTraits {
   static constexpr Mean kMean = Mean::kElements;
-  static constexpr bool kUnitInterval = false;
+  static constexpr bool kSymmetric = false;
+  static constexpr Domain kDomain = Domain::kReal;
   static constexpr double kSlopeUnit = 1;
   static constexpr int kParameters = 0;
   static constexpr int kInputs = 2;
@@ -118,6 +135,17 @@ struct LossTraits {
   static constexpr bool kIndexed = false;
   static constexpr int kUnroll = 4;
   static constexpr bool kCustom = false;
+};
+
+// A built-in loss.
+struct PointwiseLoss : LossTraits {
+  double parameters[2];
+
+  static PointwiseLoss with(const double* given, int count) {
+    PointwiseLoss loss{};
+    for (int i = 0; i < count; ++i) loss.parameters[i] = given[i];
+    return loss;
+  }
 };
 
 }  // namespace fusedloss

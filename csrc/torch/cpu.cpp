@@ -207,7 +207,6 @@ double sum_class_weights(const Arguments& a, const Tensor& indices, const Tensor
               scalar(t.contiguous().view(-1)[linear]));
 }
 
-// Names the first element outside [0, 1]; the engine has found that there is one.
 void find_outside_unit(const Tensor& input, const Tensor& target) {
   for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"input", input},
                                 std::pair<const char*, const Tensor&>{"target", target}}) {
@@ -216,6 +215,18 @@ void find_outside_unit(const Tensor& input, const Tensor& target) {
     const bool* found = std::find(first, first + inside.numel(), false);
     if (found != first + inside.numel()) throw_outside_unit(name, t, found - first);
   }
+}
+
+// Names the first element outside of the loss's domain; the engine has found that there is one.
+void throw_outside_domain(const Arguments& a, const LossInfo& info) {
+  if (info.domain == Domain::kVariance) {
+    const Tensor variance = a[2].contiguous().view(-1);
+    const int64_t first = variance.lt(0).nonzero()[0].item<int64_t>();
+    TORCH_CHECK_VALUE(false, "all elements of var should be at least 0, but ",
+                      element_name("var", a[2].sizes(), first), " is ",
+                      variance[first].item<double>());
+  }
+  find_outside_unit(a.input, a.target);
 }
 
 // ---- calls --------------------------------------------------------------------------------------
@@ -295,8 +306,8 @@ struct CpuEngine {
     for (size_t i = 0; i < gradients.size(); ++i) write_to(call_.gradients[i], gradients[i]);
     call_.scale = scale;
     const bool rows = info.family == Family::kRows;
-    const auto [sum, in_unit] = rows ? kernels().cross_entropy(call_) : kernels().pointwise(call_);
-    if (!in_unit) find_outside_unit(a.input, a.target);
+    const auto [sum, in_domain] = rows ? kernels().cross_entropy(call_) : kernels().pointwise(call_);
+    if (!in_domain) throw_outside_domain(a, info);
     return sum;
   }
 

@@ -73,6 +73,10 @@ Fault* fault_of(size_t device) {
                       " is out of bounds. It stands at target.flatten()[", fault.position,
                       "]; there are ", fault.classes, " classes.", kWhen);
   }
+  if (fault.what == Fault::kNegativeVariance) {
+    TORCH_CHECK_VALUE(false, "all elements of var should be at least 0, but element ",
+                      fault.position, " in memory order is ", fault.value, kWhen);
+  }
   const char* name = fault.what == Fault::kInputOutsideUnit ? "input" : "target";
   TORCH_CHECK(false, "all elements of ", name, " should be between 0 and 1, but element ",
               fault.position, " in memory order is ", fault.value, kWhen);

@@ -54,6 +54,11 @@ using BackwardSignature = std::vector<Tensor>(const Tensor&, const Tensor&, FUSE
                                               int64_t);
 using ReferenceSignature = std::vector<Tensor>(const Tensor&, FUSEDLOSS_PARAMETERS, int64_t);
 
+// The gradients that the kernels write, of those that are wanted.
+int64_t of_kernels(int64_t mask, const LossInfo& info) {
+  return mask & ((int64_t{1} << info.gradients) - 1);
+}
+
 // Its variables are the tensors that have a gradient; to torch each one more costs time.
 struct LossFunction : torch::autograd::Function<LossFunction> {
   static Tensor forward(AutogradContext* ctx, at::TensorList variables, const Arguments& a,
@@ -64,7 +69,7 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     for (size_t i = 0; i < variables.size(); ++i) mask |= int64_t{variables[i].requires_grad()} << i;
     at::AutoDispatchBelowADInplaceOrView below;
     auto [value, state] =
-        a.call(op, std::tuple<>(), mask, hooked ? no_prediction(a.input) : prediction);
+        a.call(op, std::tuple<>(), of_kernels(mask, info), hooked ? no_prediction(a.input) : prediction);
     if (hooked) drop_gradients(state);
     variable_list inputs{a.input, a.target, a.weight.value_or(Tensor())};
     inputs.insert(inputs.end(), a.more.begin(), a.more.end());
@@ -83,11 +88,12 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
         ctx->saved_data["options"].toTupleRef().elements().asArrayRef();
     c10::SmallVector<double, 4> parameters;
     for (size_t i = 6; i < options.size(); ++i) parameters.push_back(options[i].toDouble());
+    const LossInfo& info = *reinterpret_cast<const LossInfo*>(options[0].toInt());
     const Arguments a{inputs[0],
                       inputs[1],
                       weight,
                       at::TensorList(inputs).slice(3),
-                      reinterpret_cast<const LossInfo*>(options[0].toInt())->name,
+                      info.name,
                       parameters,
                       options[1].toInt(),
                       options[2].toInt(),
@@ -103,7 +109,8 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
       static const auto op = find_operator<BackwardSignature>("fusedloss::loss_backward");
       // Else autograd's fallback for operators without a derivative boxes every argument.
       at::AutoDispatchBelowADInplaceOrView below;
-      found = a.call(op, std::tie(grad_output, state), mask);
+      found = a.call(op, std::tie(grad_output, state), of_kernels(mask, info));
+      if (found.size() < 2 && mask == 3) found.push_back(-found[0]);  // the loss is symmetric
     }
     // One for each variable, and for every other argument of forward.
     variable_list gradients(options[5].toInt() + 3);
@@ -118,7 +125,7 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
 // The first inputs, up to the last one that requires a gradient and has one.
 c10::SmallVector<Tensor, 2> variables_of(const Arguments& a, const LossInfo& info) {
   c10::SmallVector<Tensor, 2> variables;
-  for (size_t n = info.gradients; n-- > 0;) {
+  for (size_t n = info.symmetric ? 2 : info.gradients; n-- > 0;) {
     if (!a[n].requires_grad()) continue;
     for (size_t i = 0; i <= n; ++i) variables.push_back(a[i]);
     break;
@@ -136,6 +143,10 @@ Tensor differentiable_loss(FUSEDLOSS_PARAMETERS, const OptionalTensor& predictio
   }
   if (wanted) {
     const LossInfo& info = known_loss(loss);
+    if (info.symmetric && !input.requires_grad()) {
+      return differentiable_loss(target, input, weight, more, loss, parameters, ignore_index,
+                                 reduction, dtype, prediction);
+    }
     const auto variables = variables_of(a, info);
     if (!variables.empty()) {
       return LossFunction::apply(at::TensorList(variables), a, info, prediction);

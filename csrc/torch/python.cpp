@@ -77,6 +77,7 @@ struct PlainCall {
       inputs.push_back(plain(PyTuple_GET_ITEM(objects.ptr(), i)));
       ok = inputs.back();
     }
+    ok = ok && count > 0;
     if (!ok) return;
     input = inputs[0];
     target = inputs[count > 1 ? 1 : 0];
@@ -104,10 +105,14 @@ struct PlainCall {
     return ok ? OptionalTensor(*w) : std::nullopt;
   }
 
-  // A loss of elements needs a target like its input.
-  void check_target(bool takes_gradient) {
+  // A loss of elements needs a target like its input. gradients: for how many inputs, from the first
+  // on, there is one.
+  void check_elements(int gradients) {
     ok = ok && target->scalar_type() == dtype() && target->sizes() == input->sizes() &&
-         (takes_gradient || !wants_gradient(*target));
+         (gradients > 1 || !wants_gradient(*target));
+    for (size_t i = 0; i < more.size(); ++i) {
+      ok = ok && (static_cast<int>(i) + 2 < gradients || !wants_gradient(more[i]));
+    }
   }
 
   // A loss of rows takes class indices, or probabilities, among which no index is ignored.
@@ -119,7 +124,7 @@ struct PlainCall {
       rows.erase(rows.begin() + class_dim(*input));
       ok = target->sizes() == at::IntArrayRef(rows);
     } else {
-      check_target(false);
+      check_elements(1);
       ok = ok && ignore_index < 0;
     }
   }
@@ -159,7 +164,7 @@ Tensor call_loss(const PlainCall& call, const OptionalTensor& weight, at::Tensor
 py::object custom(const py::tuple& inputs, py::handle weight_object, std::string_view loss,
                   const std::vector<double>& parameters, int64_t reduction, py::handle prediction) {
   PlainCall call(inputs, inputs.size());
-  call.check_target(true);
+  call.check_elements(static_cast<int>(inputs.size()));
   if (!call.ok) return py::none();
   OptionalTensor weight = call.weight(weight_object, call.input->sizes(), true);
   if (!call.ok) return py::none();
@@ -176,10 +181,12 @@ py::object custom(const py::tuple& inputs, py::handle weight_object, std::string
 // A row of fusedloss/_losses.py: where the arguments of a public function stand, -1 for one that it
 // does not have, and what the kernels take of them.
 struct Signature {
-  std::string name, at_zero;
+  std::string name, at_zero, name_of_variant;
+  int inputs, gradients;
   enum { kElement, kBroadcasts, kClass } weight_kind;
-  double low, high;  // of the parameter
-  int weight, pos_weight, size_average, reduce, reduction, parameter, ignore_index;
+  double low, high;  // of the first parameter; others are bools
+  std::vector<int> parameters;
+  int weight, size_average, reduce, reduction, variant, ignore_index;
 };
 
 std::vector<Signature>& signatures() {
@@ -187,19 +194,22 @@ std::vector<Signature>& signatures() {
   return all;
 }
 
-size_t define(const std::string& name, const std::vector<std::string>& arguments,
-              const std::string& weight_kind, const std::string& parameter, double low, double high,
-              const std::string& at_zero) {
+size_t define(const std::string& name, const std::vector<std::string>& arguments, int inputs,
+              int gradients, const std::string& weight_kind,
+              const std::vector<std::string>& parameters, double low, double high,
+              const std::string& at_zero, const std::string& variant) {
   const auto at = [&](const std::string& argument) {
     const auto found = std::find(arguments.begin(), arguments.end(), argument);
     return found == arguments.end() ? -1 : static_cast<int>(found - arguments.begin());
   };
-  signatures().push_back({name, at_zero,
+  std::vector<int> numbers;
+  for (const std::string& parameter : parameters) numbers.push_back(at(parameter));
+  signatures().push_back({name, at_zero, name + "_" + variant, inputs, gradients,
                           weight_kind == "class"        ? Signature::kClass
                           : weight_kind == "broadcasts" ? Signature::kBroadcasts
                                                         : Signature::kElement,
-                          low, high, at("weight"), at("pos_weight"), at("size_average"),
-                          at("reduce"), at("reduction"), at(parameter), at("ignore_index")});
+                          low, high, std::move(numbers), at("weight"), at("size_average"),
+                          at("reduce"), at("reduction"), at(variant), at("ignore_index")});
   return signatures().size() - 1;
 }
 
@@ -220,13 +230,13 @@ double eps_of(at::ScalarType dtype) {
 struct Options {
   bool ok = true;
   int64_t reduction = at::Reduction::Mean, ignore_index = 0;
-  double parameter = 0;
+  c10::SmallVector<double, 2> parameters;
 
   Options(const Signature& s, const py::tuple& args) {
     const auto at = [&](int i) { return i < 0 ? Py_None : PyTuple_GET_ITEM(args.ptr(), i); };
     ok = at(s.size_average) == Py_None && at(s.reduce) == Py_None;
     read_reduction(at(s.reduction));
-    if (s.parameter >= 0) read_parameter(at(s.parameter), s);
+    for (int i : s.parameters) read_parameter(at(i), s);
     if (s.ignore_index >= 0) read_ignore_index(at(s.ignore_index));
   }
 
@@ -246,6 +256,11 @@ struct Options {
     }
   }
   void read_parameter(PyObject* object, const Signature& s) {
+    double parameter = 0;
+    if (!parameters.empty()) {
+      ok = ok && PyBool_Check(object);
+      return parameters.push_back(object == Py_True);
+    }
     if (PyFloat_Check(object)) {
       parameter = PyFloat_AS_DOUBLE(object);
     } else if (PyLong_CheckExact(object)) {
@@ -256,6 +271,7 @@ struct Options {
     }
     const bool in_domain = parameter >= s.low && parameter <= s.high;
     ok = ok && (in_domain || (parameter == 0 && !s.at_zero.empty()));
+    parameters.push_back(parameter);
   }
   void read_ignore_index(PyObject* object) {
     int overflow = 0;
@@ -269,26 +285,31 @@ struct Options {
 // A loss of every element.
 py::object elements_loss(const Signature& s, PlainCall& call, const py::tuple& args,
                          const Options& options, const OptionalTensor& prediction) {
-  call.check_target(false);
+  call.check_elements(s.gradients);
   if (!call.ok) return py::none();
   const at::IntArrayRef sizes = call.input->sizes();
   const bool broadcasts = s.weight_kind == Signature::kBroadcasts;
   const auto weight_at = [&](int i) {
     return i < 0 ? std::nullopt : call.weight(args[i], sizes, broadcasts);
   };
-  const OptionalTensor weight = weight_at(s.weight), pos_weight = weight_at(s.pos_weight);
-  if (!call.ok) return py::none();
-  const bool zero = !s.at_zero.empty() && options.parameter == 0;
-  const bool has_number = s.parameter >= 0 && !zero;
-  return without_gil([&] {
-    const auto parameters =
-        has_number ? at::ArrayRef<double>(options.parameter) : at::ArrayRef<double>();
-    if (!pos_weight) {
-      return call_loss(call, weight, {}, zero ? s.at_zero : s.name, parameters, 0,
-                       options.reduction, call.dtype(), prediction);
+  const OptionalTensor weight = weight_at(s.weight);
+  const std::string* name = &s.name;
+  PyObject* const variant = s.variant < 0 ? Py_None : PyTuple_GET_ITEM(args.ptr(), s.variant);
+  if (variant != Py_None && variant != Py_False) {
+    name = &s.name_of_variant;
+    if (variant != Py_True) {  // a tensor: pos_weight
+      if (const OptionalTensor more = weight_at(s.variant)) call.more.push_back(*more);
     }
-    return call_loss(call, weight, *pos_weight, s.name + "_pos_weight", parameters, 0,
-                     options.reduction, call.dtype(), prediction);
+  }
+  if (!call.ok) return py::none();
+  at::ArrayRef<double> parameters = options.parameters;
+  if (!s.at_zero.empty() && parameters[0] == 0) {
+    name = &s.at_zero;
+    parameters = {};
+  }
+  return without_gil([&] {
+    return call_loss(call, weight, call.more, *name, parameters, 0, options.reduction, call.dtype(),
+                     prediction);
   });
 }
 
@@ -299,10 +320,10 @@ py::object rows_loss(const Signature& s, PlainCall& call, const py::tuple& args,
   OptionalTensor weight = call.class_weight(args[s.weight]);
   if (!call.ok) return py::none();
   const at::ScalarType dtype = call.dtype();
-  if (s.parameter >= 0) {  // label_smoothing: cross-entropy
+  if (!s.parameters.empty()) {  // label_smoothing: cross-entropy
     if (!joins_inner_dimensions(*call.input)) return py::none();
     return without_gil([&] {
-      return call_loss(call, weight, {}, s.name, options.parameter, options.ignore_index,
+      return call_loss(call, weight, {}, s.name, options.parameters, options.ignore_index,
                        options.reduction, dtype, prediction);
     });
   }
@@ -326,7 +347,7 @@ py::object loss(size_t number, const py::tuple& args, py::handle prediction) {
   const Signature& s = signatures().at(number);
   const Options options(s, args);
   if (!options.ok) return py::none();
-  PlainCall call(args, 2);
+  PlainCall call(args, s.inputs);
   const OptionalTensor site = optional(prediction);
   return s.weight_kind == Signature::kClass ? rows_loss(s, call, args, options, site)
                                             : elements_loss(s, call, args, options, site);
@@ -377,6 +398,7 @@ py::dict losses() {
     loss["parameters"] = info->parameters;
     loss["inputs"] = info->inputs;
     loss["gradients"] = info->gradients;
+    loss["symmetric"] = info->symmetric;
     loss["of_classes"] = info->of_classes ? info->of_classes->name : "";
     all[info->name.c_str()] = loss;
   }

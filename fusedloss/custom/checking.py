@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from . import primitives
-from .primitives import INPUT, TARGET
 
 if TYPE_CHECKING:
     from .loss import PointwiseLoss
@@ -48,14 +47,10 @@ class _Probe:
     """Value and slopes of a loss at points, in float64."""
 
     def __init__(self, loss: PointwiseLoss, values: tuple[float, ...]) -> None:
-        self.loss, self.values = loss, values
+        self.loss, self.values, self.names = loss, values, loss._operands
         self.numbers = ", ".join(
             f"{name}={value:g}" for name, value in zip(loss._names, values, strict=True)
         )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (INPUT, TARGET, *self.loss._traced.arguments[2:])[: self.loss.inputs]
 
     def value(self, *inputs: Tensor) -> Tensor:
         return self.loss._elements(inputs, self.values)

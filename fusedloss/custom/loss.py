@@ -68,6 +68,7 @@ class PointwiseLoss:
         self._prepared: dict[tuple[str, tuple[str, ...]], tuple[str, str, str]] = {}
         self._number = define(self)
         self.inputs = len(self._traced.inputs)
+        self._operands = (INPUT, TARGET, *self._traced.arguments[2:])[: self.inputs]
         self._names = tuple(self._traced.parameters)
         self._defaults = tuple(self._traced.defaults.get(name) for name in self._names)
         self._default_values = self._values({}) if None not in self._defaults else None
@@ -91,8 +92,7 @@ class PointwiseLoss:
             f", {name}" if default is None else f", {name}={default:g}"
             for name, default in zip(self._names, self._defaults, strict=True)
         )
-        names = ", ".join((INPUT, TARGET, *self._traced.arguments[2:])[: self.inputs])
-        head = f"{self.__name__}({names}{', *' if given else ''}{given})"
+        head = f"{self.__name__}({', '.join(self._operands)}{', *' if given else ''}{given})"
         return f"<fusedloss.pointwise_loss {head} = {self.formula}>"
 
     def __reduce__(self) -> str | tuple[Any, ...]:
@@ -248,7 +248,9 @@ class PointwiseLoss:
             )  # fmt: skip
         if weight is not None:
             weight = self._weight(input, weight)
-        reason = _dispatch._why_not_fused(inputs, weight, gradients=len(inputs))
+        reason = _dispatch._why_not_fused(
+            dict(zip(self._operands, inputs, strict=True)), weight, gradients=len(inputs)
+        )
         backend = key = why_not = ""
         dtype: torch.dtype | str | None = None
         if reason is None:
