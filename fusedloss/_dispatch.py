@@ -570,8 +570,9 @@ def _run_fused(
     if loss.name == "log_loss":
         parameters = [torch.finfo(input.dtype).eps]
         weight = None if weight is None else class_weight(weight, input)
-    if rows_of_elements and reduction == "none":
-        # The elements are added up to rows below, and rounded only once, after that.
+    divides = reduction == "batchmean" or (bool(loss.operator) and reduction != "mean")
+    if divides or (rows_of_elements and reduction == "none"):
+        # What is left to be done below is rounded only once, after that.
         wide = torch.promote_types(dtype, torch.float32)
     elif loss.over_classes and input.dim() > 3 and not _joins_inner_dimensions(input):
         input = input.contiguous()

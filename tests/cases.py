@@ -58,6 +58,8 @@ POINTWISE_FEW: tuple[Shape, ...] = (
     (4099,),
     (70_001,),
 )
+# For a loss whose engine other losses test.
+POINTWISE_FEWEST: tuple[Shape, ...] = ((), (0,), (1,), (33,), (5, 13), (2, 3, 4, 5), (4099,))
 # An option that lives on the last dimension needs one.
 BROADCAST_SHAPES: tuple[Shape, ...] = (
     (0, 3),
@@ -108,6 +110,7 @@ ROW_SHAPES: tuple[Shape, ...] = (
     (9001, 16),
 )
 ROW_FEW: tuple[Shape, ...] = ((0, 5), (1, 5), (3, 17), (64, 10), (3, 4099), (9001, 16))
+ROW_FEWEST: tuple[Shape, ...] = ((5,), (1, 5), (0, 5), (3, 17), (2, 3, 4, 5), (64, 10))
 
 IGNORED = 1  # an ignore_index that is also a class, for the families that ask for one
 
@@ -139,6 +142,20 @@ def any_probability(shape: Shape, dtype: torch.dtype, generator: torch.Generator
     """In [0, 1], a quarter of them exactly 0 and a quarter exactly 1."""
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
     return uniform.mul(2).sub(0.5).clamp(0, 1).to(dtype)
+
+
+def sign(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """1 or -1."""
+    return torch.randint(2, shape, generator=generator).mul(2).sub(1).to(dtype)
+
+
+def count(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """A whole number from 0 to 5."""
+    return torch.randint(6, shape, generator=generator).to(dtype)
+
+
+def log_probability(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return inner_probability(shape, torch.float64, generator).log().to(dtype)
 
 
 def distribution(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -322,6 +339,52 @@ CASES: tuple[Case, ...] = tuple(
             BROADCAST_SHAPES,
             tensors={"weight": on_last_dim(positive), "pos_weight": on_last_dim(positive)},
         ),
+        _family("soft_margin_loss", "", (logit, sign), POINTWISE_FEWEST),
+        _family("hinge_embedding_loss", "", (real, sign), POINTWISE_FEWEST, {"margin": 0.5}),
+        _family(
+            "margin_ranking_loss",
+            "",
+            _REGRESSION,
+            POINTWISE_FEWEST,
+            {"margin": 0.25},
+            {"target": sign},
+        ),
+        _family("multilabel_soft_margin_loss", "", _BCE_LOGITS, ROW_FEWEST),
+        _family(
+            "multilabel_soft_margin_loss",
+            "weight",
+            _BCE_LOGITS,
+            ROW_FEWEST,
+            tensors={"weight": on_last_dim(positive)},
+        ),
+        _family("kl_div", "", (log_probability, any_probability), POINTWISE_FEWEST),
+        _family(
+            "kl_div",
+            "log_target",
+            (log_probability, log_probability),
+            POINTWISE_FEWEST,
+            {"log_target": True},
+        ),
+        _family("poisson_nll_loss", "", (real, count), POINTWISE_FEWEST),
+        _family("poisson_nll_loss", "full", (real, count), POINTWISE_FEWEST, {"full": True}),
+        _family(
+            "poisson_nll_loss",
+            "rate-full",
+            (positive, count),
+            POINTWISE_FEWEST,
+            {"log_input": False, "full": True},
+        ),
+        _family(
+            "gaussian_nll_loss", "", _REGRESSION, POINTWISE_FEWEST, tensors={"var": positive}
+        ),
+        _family(
+            "gaussian_nll_loss",
+            "eps1-full",
+            _REGRESSION,
+            POINTWISE_FEWEST,
+            {"eps": 1.0, "full": True},
+            {"var": positive},
+        ),
         _family("cross_entropy", "", _INDEX, CLASS_SHAPES),
         _family(
             "cross_entropy",
@@ -399,6 +462,17 @@ FAMILIES: dict[str, tuple[Case, ...]] = {
     name: tuple(cases) for name, cases in itertools.groupby(CASES, key=lambda case: case.family)
 }
 LOSSES: tuple[str, ...] = tuple(dict.fromkeys(case.loss for case in CASES))
+# Those that the tests of engines, operators and calls loop over: the others are no different there.
+BASIC: tuple[str, ...] = (
+    "mse_loss",
+    "l1_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "log_loss",
+)
 
 
 def at_shape(family: str, shape: Shape) -> Case:

@@ -8,6 +8,7 @@ relative to a term, not to the rest after terms cancel, so tolerances are multip
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -131,6 +132,84 @@ def binary_cross_entropy_with_logits(
     )
 
 
+def soft_margin_loss(input: Tensor, target: Tensor) -> Elements:
+    margin = input * target
+    value = torch.logaddexp(-margin, torch.zeros_like(margin))
+    return _pointwise(value, -target * torch.sigmoid(-margin), None)
+
+
+def multilabel_soft_margin_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None = None
+) -> Elements:
+    of = binary_cross_entropy_with_logits(input, target, weight)
+    classes = input.shape[-1]
+    return Elements(
+        value=of.value.mean(-1),
+        value_scale=of.value_scale.mean(-1),
+        slope=of.slope / classes,
+        slope_scale=of.slope_scale / classes,
+        divisor=torch.tensor(float(input.numel() / classes)).double(),
+        class_dim=input.dim() - 1,
+    )
+
+
+def hinge_embedding_loss(input: Tensor, target: Tensor, margin: float = 1.0) -> Elements:
+    similar = target == 1
+    value = torch.where(similar, input, (margin - input).clamp(min=0))
+    slope = torch.where(similar, 1.0, -(input <= margin).double())
+    return _pointwise(value, slope, None, value_scale=input.abs() + margin)
+
+
+def margin_ranking_loss(
+    input: Tensor, other: Tensor, target: Tensor, margin: float = 0.0
+) -> Elements:
+    gap = margin - target * (input - other)
+    scale = input.abs() + other.abs() + margin
+    return _pointwise(
+        gap.clamp(min=0), torch.where(gap >= 0, -target, 0.0), None, value_scale=scale
+    )
+
+
+def kl_div(input: Tensor, target: Tensor, log_target: bool = False) -> Elements:
+    y = target.exp() if log_target else target
+    log_y = target if log_target else torch.where(y == 0, 1.0, y).log()
+    scale = y * (log_y.abs() + input.abs())
+    if log_target:  # the exponential of a rounded sum
+        scale = scale * (1 + target.abs())
+    return _pointwise(y * (log_y - input), -y, None, value_scale=scale)
+
+
+def poisson_nll_loss(
+    input: Tensor, target: Tensor, log_input: bool = True, full: bool = False, eps: float = 1e-8
+) -> Elements:
+    rate = input.exp() if log_input else input + eps
+    cross = target * (input if log_input else rate.log())
+    value = (rate if log_input else input) - cross
+    slope = rate - target if log_input else 1 - target / rate
+    scale = rate + cross.abs()
+    if full:
+        y = target.clamp(min=1)
+        parts = y * y.log(), -y, (2 * torch.pi * y).log() / 2
+        value = value + torch.where(target > 1, sum(parts), 0.0)
+        scale = scale + torch.where(target > 1, sum(part.abs() for part in parts), 0.0)
+    slope_scale = rate + target if log_input else 1 + target / rate
+    return _pointwise(value, slope, None, value_scale=scale, slope_scale=slope_scale)
+
+
+def gaussian_nll_loss(
+    input: Tensor, target: Tensor, var: Tensor, full: bool = False, eps: float = 1e-6
+) -> Elements:
+    v = var.clamp(min=eps)
+    square = (input - target) ** 2 / v
+    constant = math.log(2 * math.pi) / 2 if full else 0.0
+    return _pointwise(
+        (v.log() + square) / 2 + constant,
+        (input - target) / v,
+        None,
+        value_scale=(v.log().abs() + square) / 2 + constant,
+    )
+
+
 def _rows_last(tensor: Tensor, class_dim: int) -> Tensor:
     return tensor.movedim(class_dim, -1)
 
@@ -235,6 +314,13 @@ FORMULAS: dict[str, Callable[..., Elements]] = {
         huber_loss,
         binary_cross_entropy,
         binary_cross_entropy_with_logits,
+        soft_margin_loss,
+        multilabel_soft_margin_loss,
+        hinge_embedding_loss,
+        margin_ranking_loss,
+        kl_div,
+        poisson_nll_loss,
+        gaussian_nll_loss,
         cross_entropy,
         log_loss,
     )

@@ -30,6 +30,13 @@ MODULES = {
     "huber_loss": fusedloss.HuberLoss,
     "binary_cross_entropy": fusedloss.BCELoss,
     "binary_cross_entropy_with_logits": fusedloss.BCEWithLogitsLoss,
+    "soft_margin_loss": fusedloss.SoftMarginLoss,
+    "multilabel_soft_margin_loss": fusedloss.MultiLabelSoftMarginLoss,
+    "hinge_embedding_loss": fusedloss.HingeEmbeddingLoss,
+    "margin_ranking_loss": fusedloss.MarginRankingLoss,
+    "kl_div": fusedloss.KLDivLoss,
+    "poisson_nll_loss": fusedloss.PoissonNLLLoss,
+    "gaussian_nll_loss": fusedloss.GaussianNLLLoss,
     "cross_entropy": fusedloss.CrossEntropyLoss,
     "log_loss": fusedloss.LogLoss,
 }
@@ -108,7 +115,7 @@ def result_shape(loss: str, sample: Sample, reduction: str) -> torch.Size:
     """Shape of the loss."""
     if reduction != "none":
         return torch.Size()
-    if loss == "log_loss":
+    if loss in ("log_loss", "multilabel_soft_margin_loss"):
         return sample.input.shape[:-1]
     if loss == "cross_entropy":
         unbatched = sample.input.dim() == 1
@@ -314,6 +321,7 @@ def compare_with_torch(
     loss: str,
     input: Tensor,
     target: Tensor,
+    /,
     *,
     input_wants: bool = True,
     target_wants: bool = False,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fusedloss
 import fusedloss.functional as FL
-from cases import LOSSES, at_shape
+from cases import BASIC, LOSSES, at_shape
 from fusedloss import _dispatch, reference
 from fusedloss import math as fm
 from fusedloss.custom import loss as custom
@@ -32,11 +32,12 @@ from helpers import (
     torch_loss,
 )
 
-TORCH_LOSSES = [loss for loss in LOSSES if loss != "log_loss"]
+TORCH_LOSSES = [loss for loss in BASIC if loss != "log_loss"]
+ALL_OF_TORCH = [loss for loss in LOSSES if loss != "log_loss"]
 SHAPE = (5, 7)
 
 
-@pytest.mark.parametrize("loss", TORCH_LOSSES)
+@pytest.mark.parametrize("loss", ALL_OF_TORCH)
 def test_signature(loss: str) -> None:
     """Same parameters, order, kinds and defaults; the reference's too."""
 
@@ -80,17 +81,19 @@ def test_unknown_reduction(loss: str, reduction: str, backend: str) -> None:
         with pytest.raises(ValueError, match=reduction):
             FL.log_loss(sample.input, sample.target, reduction=reduction)
         return
-    compare_with_torch(loss, sample.input, sample.target, reduction=reduction)
+    compare_with_torch(loss, sample.input, sample.target, reduction=reduction, **sample.options)
 
 
-@pytest.mark.parametrize("loss", [f for f in TORCH_LOSSES if f != "huber_loss"])
+LEGACY = [f for f in ALL_OF_TORCH if f not in ("huber_loss", "gaussian_nll_loss")]
+
+
+@pytest.mark.parametrize("loss", LEGACY)
 def test_legacy_reduction(loss: str, backend: str) -> None:
     """size_average and reduce give torch's result and torch's warning."""
     sample = at_shape(loss, SHAPE).sample(torch.float32)
     for average, reduce in itertools.product((None, True, False), repeat=2):
-        compare_with_torch(
-            loss, sample.input, sample.target, size_average=average, reduce=reduce, reduction="sum"
-        )
+        legacy = {"size_average": average, "reduce": reduce, "reduction": "sum"}
+        compare_with_torch(loss, sample.input, sample.target, **legacy, **sample.options)
 
 
 @pytest.mark.parametrize("value", [-1.0, -1e-9, 0.0, float("nan"), float("inf")])
@@ -296,7 +299,7 @@ def test_arguments_of_the_wrong_type(loss: str, argument: str, backend: str) -> 
         assert isinstance(our_error, type(their_error)), f"{our_error!r}, torch's {their_error!r}"
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_unknown_argument(loss: str) -> None:
     with pytest.raises(TypeError, match="reductoin"):
         getattr(FL, loss)(torch.rand(5, 7), torch.rand(5, 7), reductoin="sum")
@@ -346,7 +349,7 @@ class RandomCall:
         torch.manual_seed(seed)
         usually = self.random.random() < 0.5  # otherwise anything
         self.odd = 0.04 if usually else 0.2
-        self.loss = self.random.choice([*LOSSES, "charbonnier"])
+        self.loss = self.random.choice([*BASIC, "charbonnier"])
         self.context = self.maybe("plain", *CONTEXTS)
         dims = self.maybe(2, 0, 1, 3, 4, 9)
         self.shape = tuple(self.random.choice((1, 2, 3, 5)) for _ in range(dims))

@@ -15,12 +15,12 @@ from torch.fx import GraphModule
 
 import fusedloss
 import fusedloss.functional as FL
-from cases import LOSSES, Sample, at_shape
+from cases import BASIC, Sample, at_shape
 from helpers import MODULES, NAMESPACE, assert_same_bits, leaf
 
 pytestmark = [pytest.mark.usefixtures("fused")]
 FAMILIES = [
-    *LOSSES,
+    *BASIC,
     "huber_loss-delta2-weight",
     "binary_cross_entropy_with_logits-weight-pos_weight",
     "cross_entropy-weight-smoothing-ignored",
@@ -119,7 +119,7 @@ def operators_of(function: Callable[..., Tensor], sample: Sample) -> list[str]:
     return [*graphs.forward, *graphs.backward]
 
 
-@pytest.mark.parametrize("loss", [loss for loss in MODULES if loss != "log_loss"])
+@pytest.mark.parametrize("loss", [loss for loss in BASIC if loss != "log_loss"])
 def test_few_elements_are_left_to_inductor(loss: str, compiled: str) -> None:
     """Few elements have the graph of torch's own loss; many have an operator, or a chosen
     backend."""
@@ -267,7 +267,7 @@ def test_export(loss: str, module: nn.Module, strict: bool) -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_draft_export(loss: str, strict: bool) -> None:
     """Like export, but through plain PyTorch."""
     sample = draw(loss)

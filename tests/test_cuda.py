@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fusedloss
 import fusedloss.functional as FL
-from cases import DEVICE, FAMILIES, LOSSES, REDUCTIONS, Sample, at_shape
+from cases import DEVICE, FAMILIES, BASIC, REDUCTIONS, Sample, at_shape
 from custom_losses import charbonnier
 from helpers import (
     MODULES,
@@ -190,7 +190,7 @@ def test_cuda_graph_of_an_own_loss(reduction: str) -> None:
 
 def test_nothing_waits_for_the_device() -> None:
     """torch raises at each of its own synchronisations, and a capture at any other."""
-    samples = {loss: at_shape(loss, (33, 65)).sample(torch.float32) for loss in LOSSES}
+    samples = {loss: at_shape(loss, (33, 65)).sample(torch.float32) for loss in BASIC}
     for loss, sample in samples.items():
         value_and_grad(getattr(FL, loss), sample, "mean", 0.5)
     torch.cuda.set_sync_debug_mode("error")
@@ -205,7 +205,7 @@ def test_nothing_waits_for_the_device() -> None:
 # ---- streams and devices ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_side_stream(loss: str) -> None:
     """The kernels run on the current stream, after the copy that makes their input."""
     large = at_shape(loss, (2**12, 1024))
@@ -251,7 +251,7 @@ def test_own_loss_on_another_device() -> None:
         assert_same_bits(other.grad.to("cuda:0"), one.grad, "gradient")
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_streams_at_once(loss: str) -> None:
     """Threads with one stream each share a call site: backward passes of others update the
     prediction while the blocks of a forward read it and until they have reported what they
@@ -309,7 +309,7 @@ def test_rows_of_several_lengths_in_several_threads() -> None:
         list(pool.map(work, range(4)))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_another_device_than_the_current_one(loss: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU here, and this needs two")

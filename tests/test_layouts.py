@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedloss.functional as FL
-from cases import DEVICE, DTYPES, LOSSES, Sample, at_shape
+from cases import DEVICE, DTYPES, BASIC, Sample, at_shape
 from helpers import (
     FOR_A_GPU,
     assert_close_to_truth,
@@ -26,7 +26,7 @@ from helpers import (
 )
 
 Layout = Callable[[Tensor], Tensor]
-POINTWISE = [loss for loss in LOSSES if loss not in ("cross_entropy", "log_loss")]
+POINTWISE = [loss for loss in BASIC if loss not in ("cross_entropy", "log_loss")]
 
 
 def embedded(tensor: Tensor, before: int, after: int, step: int, dim: int) -> Tensor:
@@ -123,7 +123,7 @@ WEIGHTED = {
 @pytest.mark.parametrize(
     "shape", [(6, 35), pytest.param((300, 257), marks=pytest.mark.slow), (2, 5, 6, 7)], ids=str
 )
-@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "log_loss"])
+@pytest.mark.parametrize("loss", [loss for loss in BASIC if loss != "log_loss"])
 def test_layouts(loss: str, shape: tuple[int, ...], dtype: str, backend: str) -> None:
     family = WEIGHTED.get(loss, loss)
     sample = at_shape(family, shape).sample(DTYPES[dtype])
@@ -221,7 +221,7 @@ def test_segmentation_beyond_the_caches(
         assert (gradient.movedim(1, -1)[t == -100] == 0).all()
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_expanded(loss: str, backend: str) -> None:
     """Stride 0, along rows, along columns and in full: input, target and both."""
     sample = at_shape(loss, (6, 35)).sample(torch.float32)
@@ -250,7 +250,7 @@ def test_overlapping(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_memory_on_no_boundary(loss: str, dtype: str, backend: str) -> None:
     for shape in ((1, 5), (9, 67)):
         sample = at_shape(loss, shape).sample(DTYPES[dtype])
@@ -266,7 +266,7 @@ def test_any_number_of_dimensions(loss: str, dims: int, backend: str) -> None:
     check(loss, sample, f"{dims} dimensions", backend)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_dimensions_that_do_not_join(loss: str, backend: str) -> None:
     """Ten dimensions; each operand has another order of strides."""
     sample = at_shape(loss, (2, 3, 2, 2, 1, 2, 2, 2, 2, 2)).sample(torch.float64)
@@ -377,7 +377,7 @@ def test_broadcast_of_options(loss: str, weight_shape: tuple[int, ...], backend:
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("wants", ["target", "input and target", "weight", "all"])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_gradients_of_the_other_arguments(
     loss: str, wants: str, reduction: str, backend: str
 ) -> None:
@@ -400,7 +400,7 @@ def test_gradients_of_the_other_arguments(
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool, torch.complex64])
-@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "log_loss"])
+@pytest.mark.parametrize("loss", [loss for loss in BASIC if loss != "log_loss"])
 def test_inputs_that_are_not_real(loss: str, dtype: torch.dtype, backend: str) -> None:
     """Integers, booleans and complex numbers: torch's result or torch's error."""
     sample = at_shape(loss, (5, 7)).sample(torch.float32)

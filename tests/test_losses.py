@@ -11,9 +11,7 @@ import torch
 import fusedloss.functional as FL
 from cases import LOSSES as TESTED
 from fusedloss import backends, second_order
-from fusedloss._losses import LOSSES, Loss
-
-OPERATORS = [*LOSSES, "binary_cross_entropy_with_logits_pos_weight"]
+from fusedloss._losses import LOSSES, OPERATORS, Loss
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -32,14 +30,14 @@ def test_the_compiled_table(compiled: str) -> None:
     theirs: dict[str, dict[str, Any]] = backends.extension.losses()
     assert set(theirs) - set(OPERATORS) == {theirs["log_loss"]["of_classes"]}
     assert set(OPERATORS) <= set(theirs)
-    for name, loss in LOSSES.items():
-        mine = theirs[name]
-        numbers = bool(loss.parameter) or name == "log_loss"  # whose number is the dtype's eps
-        assert mine["parameters"] == numbers, name
-        assert bool(mine["of_classes"]) == loss.over_classes, name
-    for name in OPERATORS:
-        assert theirs[name]["inputs"] == 2 + name.endswith("_pos_weight")
-        assert theirs[name]["gradients"] == 1
+    for name, (loss, is_variant) in OPERATORS.items():
+        found = theirs[name]
+        # The dtype's eps is a number of log_loss, and no argument.
+        assert found["parameters"] == len(loss.parameters) + (name == "log_loss"), name
+        assert bool(found["of_classes"]) == loss.over_classes, name
+        more = is_variant and loss.variant == "pos_weight"
+        assert found["inputs"] == loss.inputs + more, name
+        assert found["gradients"] + found["symmetric"] == loss.gradients, name
 
 
 def test_the_table_of_triton(compiled: str) -> None:
@@ -57,10 +55,12 @@ def test_the_table_of_triton(compiled: str) -> None:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_the_reference_has_it(name: str) -> None:
     x = torch.rand(3, 4)
-    more = [torch.ones(4)] if name.endswith("_pos_weight") else []
-    parameter = {"cross_entropy": 0.1, "log_loss": 1e-7}.get(name, 1.0)
+    loss, is_variant = OPERATORS[name]
+    more = [torch.ones(4)] if is_variant and loss.variant == "pos_weight" else []
+    more += [torch.ones(3, 4)] * (loss.inputs - 2)
+    parameters = {"cross_entropy": [0.1], "log_loss": [1e-7]}.get(name, [1.0] * len(loss.parameters))
     value = second_order.reference_value(
-        name, x, x.softmax(1), None, more, [parameter], -100, "mean"
+        name, x, x.softmax(1), None, more, parameters, -100, "mean"
     )
     assert value.dim() == 0
 

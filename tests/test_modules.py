@@ -31,6 +31,13 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "HuberLoss": [{}, {"delta": 0.4, "reduction": "none"}],
     "BCELoss": [{}, {"weight": WEIGHT, "reduction": "sum"}],
     "BCEWithLogitsLoss": [{}, {"pos_weight": WEIGHT}, {"weight": WEIGHT, "pos_weight": WEIGHT}],
+    "SoftMarginLoss": [{}, {"reduction": "sum"}],
+    "MultiLabelSoftMarginLoss": [{}, {"weight": WEIGHT, "reduction": "none"}],
+    "HingeEmbeddingLoss": [{}, {"margin": 0.3}],
+    "MarginRankingLoss": [{}, {"margin": 0.3, "reduction": "sum"}],
+    "KLDivLoss": [{"reduction": "batchmean"}, {"reduction": "sum", "log_target": True}],
+    "PoissonNLLLoss": [{}, {"full": True, "eps": 0.1, "reduction": "sum"}],
+    "GaussianNLLLoss": [{}, {"full": True, "eps": 0.5, "reduction": "none"}],
     "CrossEntropyLoss": [
         {},
         {"weight": WEIGHT, "ignore_index": 3},
@@ -50,7 +57,8 @@ each = pytest.mark.parametrize(("name", "options"), EVERY, ids=ids)
 def step(module: nn.Module, loss: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     sample = at_shape(loss, (5, 7)).sample(dtype)
     input = leaf(sample.input)
-    value = module(input, sample.target)
+    others = [t for t in sample.options.values() if isinstance(t, Tensor)]
+    value = module(input, sample.target, *others)
     (grad,) = torch.autograd.grad(value, input, torch.full_like(value, 0.7))
     return value.detach(), grad
 
@@ -140,12 +148,13 @@ def test_options_changed_later(name: str) -> None:
 def test_legacy_arguments(name: str) -> None:
     """size_average and reduce choose the reduction, with torch's warning."""
     ours, theirs, _ = CLASSES[name]
-    if name == "HuberLoss":
-        pytest.skip("HuberLoss never had them")
-    with pytest.warns(UserWarning, match="size_average and reduce"):
-        module = ours(size_average=False)
-    with pytest.warns(UserWarning, match="size_average and reduce"):
-        original = theirs(size_average=False)
+    if name in ("HuberLoss", "GaussianNLLLoss"):
+        pytest.skip(f"{name} never had them")
+    modules = []
+    for kind in (ours, theirs):
+        with pytest.warns(UserWarning, match="size_average and reduce"):
+            modules.append(kind(size_average=False))
+    module, original = modules
     assert module.reduction == original.reduction == "sum"
 
 
@@ -187,6 +196,9 @@ def test_torchscript_is_refused(name: str, backend: str) -> None:
     module, function = getattr(fusedloss, name)(), getattr(FL, FUNCTIONS[name])
     sample = at_shape(FUNCTIONS[name], (5, 7)).sample(torch.float32)
 
+    options = [t for t in sample.options.values() if isinstance(t, Tensor)]
+    tensors = sample.input, sample.target, *options
+
     def step(input: Tensor, target: Tensor) -> Tensor:
         return function(input, target)
 
@@ -195,7 +207,7 @@ def test_torchscript_is_refused(name: str, backend: str) -> None:
             torch.jit.script(scripted)
     for traced in (module, function):
         with pytest.raises(RuntimeError, match="does not go into TorchScript"):
-            torch.jit.trace(traced, (sample.input, sample.target))
+            torch.jit.trace(traced, tensors)
 
 
 def test_checkpoint_of_torch_loads() -> None:

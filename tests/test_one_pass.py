@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedloss
 import fusedloss.functional as FL
-from cases import DEVICE, DTYPES, LOSSES, Sample, at_shape
+from cases import DEVICE, DTYPES, BASIC, Sample, at_shape
 from fusedloss import math as fm
 from helpers import (
     INTERPRETED,
@@ -72,7 +72,7 @@ def step(site: Callable[..., Tensor], sample: Sample, upstream: float | Tensor) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_a_fresh_site_is_right(loss: str, dtype: str) -> None:
     """The gradients that the histories below are compared with."""
     sample = draw(loss, DTYPES[dtype])
@@ -95,7 +95,7 @@ def test_a_fresh_site_is_right(loss: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_bits_do_not_depend_on_history(loss: str, site: str, dtype: str) -> None:
     sample = draw(loss, DTYPES[dtype])
     for upstream in affordable(UPSTREAMS if dtype == "fp32" else UPSTREAMS[2:6], 2):
@@ -115,7 +115,7 @@ def test_bits_do_not_depend_on_history(loss: str, site: str, dtype: str) -> None
         "binary_cross_entropy_with_logits-pos_weight",
         "cross_entropy-probabilities",
         "cross_entropy-weight-smoothing",
-        *LOSSES,
+        *BASIC,
     ],
 )
 def test_forward_and_backward_kernels_agree_on_special_numbers(family: str, dtype: str) -> None:
@@ -143,7 +143,7 @@ def test_forward_and_backward_kernels_agree_on_special_numbers(family: str, dtyp
                 assert_same_bits(first, second, f"{number} at {place}, {reduction}")
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_history_of_other_data(loss: str) -> None:
     """A site remembers the upstream gradient, not a gradient."""
     module = MODULES[loss]()
@@ -155,7 +155,7 @@ def test_history_of_other_data(loss: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_second_backward(loss: str, reduction: str) -> None:
     """With retain_graph, for the same upstream gradient and for others."""
     sample = draw(loss)
@@ -172,7 +172,7 @@ def test_second_backward(loss: str, reduction: str) -> None:
             grad.fill_(NAN)  # the owner of a gradient may change it
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_second_backward_without_retain_graph_raises(loss: str) -> None:
     sample = draw(loss)
     input = leaf(sample.input)
@@ -184,7 +184,7 @@ def test_second_backward_without_retain_graph_raises(loss: str) -> None:
 
 @pytest.mark.parametrize("order", ["in order", "in reverse"])
 @pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_two_forwards_before_two_backwards(loss: str, site: str, order: str) -> None:
     samples = [draw(loss, seed=seed) for seed in (0, 1)]
     upstreams = (0.3, 5.0)
@@ -201,7 +201,7 @@ def test_two_forwards_before_two_backwards(loss: str, site: str, order: str) -> 
             assert_same_bits(inputs[i].grad, fresh, f"forward {i}, warmed up by {warm_up}")
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_accumulation(loss: str) -> None:
     """Two backward passes add up in .grad, and gradients of other steps stay as they are."""
     first, second = draw(loss, seed=0), draw(loss, seed=1)
@@ -225,7 +225,7 @@ def test_accumulation(loss: str) -> None:
         torch.testing.assert_close(shared.grad, expected)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_gradients_of_past_steps_are_kept(loss: str) -> None:
     """No buffer is used twice."""
     module = MODULES[loss]()
@@ -237,7 +237,7 @@ def test_gradients_of_past_steps_are_kept(loss: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_gradient_aliases_nothing(loss: str, reduction: str) -> None:
     """The gradient shares no memory with what the user holds, and is not held by the graph."""
     sample = draw(loss)
@@ -255,7 +255,7 @@ def test_gradient_aliases_nothing(loss: str, reduction: str) -> None:
         assert torch.equal(input, sample.input)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_input_in_the_middle_of_a_graph(loss: str) -> None:
     """retain_grad(), and a hook that changes the gradient in place."""
     sample = draw(loss)
@@ -273,7 +273,7 @@ def test_input_in_the_middle_of_a_graph(loss: str) -> None:
             assert_same_bits(grad, expected, "middle")
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_create_graph(loss: str) -> None:
     """The gradient has a graph wherever torch's has one, also after steps without a graph."""
     sample = draw(loss, torch.float64)
@@ -293,7 +293,7 @@ def test_create_graph(loss: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_upstream_of_any_layout(loss: str, dtype: str) -> None:
     """reduction "none": upstream gradients that vary, are transposed, expanded, or have gaps."""
     sample = at_shape(loss, (6, 7) if loss != "cross_entropy" else (6, 9, 7)).sample(DTYPES[dtype])
@@ -334,7 +334,7 @@ def test_fp16_gradient_under_a_loss_scale(loss: str) -> None:
 
 
 @pytest.mark.parametrize("changed", ["input", "target"])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_changed_in_place_between_forward_and_backward(loss: str, changed: str) -> None:
     """Raises where torch does; where torch need not, it raises or is right."""
     sample = draw(loss)
@@ -364,7 +364,7 @@ def test_changed_in_place_between_forward_and_backward(loss: str, changed: str) 
             assert "modified by an inplace operation" in str(error)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_saved_tensors_hooks(loss: str) -> None:
     sample = draw(loss)
     packed: list[Tensor] = []
@@ -391,7 +391,7 @@ def test_saved_tensors_hooks(loss: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_checkpoint(loss: str, reentrant: bool) -> None:
     sample = draw(loss)
     module = MODULES[loss]()
@@ -406,7 +406,7 @@ def test_checkpoint(loss: str, reentrant: bool) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter is not for several threads")
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_module_in_several_threads(loss: str) -> None:
     """One module, different upstream gradients at once."""
     module = MODULES[loss]()
@@ -436,7 +436,7 @@ def test_sites_without_end() -> None:
     assert state[0].item() == 7
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_copies_of_a_module_do_not_share_history(loss: str) -> None:
     module = MODULES[loss]()
     sample = draw(loss)
@@ -448,7 +448,7 @@ def test_copies_of_a_module_do_not_share_history(loss: str) -> None:
         assert_same_bits(step(module, sample, 0.4), step(MODULES[loss](), sample, 0.4), "original")
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_parameter_shared_by_two_sites_of_one_size(loss: str) -> None:
     """Calls of one loss and size share a prediction; alternating between two is still right."""
     samples = [draw(loss, seed=seed) for seed in (0, 1)]
@@ -466,7 +466,7 @@ def charbonnier(input: Any, target: Any) -> Any:
     return fm.sqrt((input - target) ** 2 + 1e-6)
 
 
-SWAPPED = [*LOSSES, "charbonnier"]
+SWAPPED = [*BASIC, "charbonnier"]
 
 
 def loss_of(name: str) -> Callable[..., Tensor]:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss
 import fusedloss.functional as FL
-from cases import FAMILIES, LOSSES, Sample, at_shape
+from cases import FAMILIES, BASIC, Sample, at_shape
 from fusedloss import _dispatch
 from helpers import (
     MODULES,
@@ -33,10 +33,10 @@ from helpers import (
 SHAPE = (5, 7)
 # Losses whose inputs are probabilities.
 UNIT = ("binary_cross_entropy", "binary_cross_entropy-weight")
-TORCH_LOSSES = [loss for loss in LOSSES if loss != "log_loss"]
+TORCH_LOSSES = [loss for loss in BASIC if loss != "log_loss"]
 # One family per loss, and families whose options take another path through the code.
 WRAPPED = [
-    *LOSSES,
+    *BASIC,
     "mse_loss-weight",
     "huber_loss-delta2-weight",
     "binary_cross_entropy-weight",
@@ -235,7 +235,7 @@ def test_modes(family: str, mode: Any, backend: str) -> None:
     both(family, use)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_default_device_and_dtype(loss: str, backend: str) -> None:
     """Global defaults do not affect calls on given tensors."""
     before = torch.get_default_dtype()
@@ -452,7 +452,7 @@ def test_inference_tensors(family: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("mode", [lambda: torch.device("cpu"), CountingMode], ids=["device", "own"])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_torch_function_modes_are_fused(loss: str, mode: Any, compiled: str) -> None:
     """torch.set_default_device is such a mode, and calls stay fused under it."""
     sample = at_shape(loss, SHAPE).sample(torch.float32)
@@ -499,7 +499,7 @@ def test_fake_tensors(family: str, backend: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_torch_compile(loss: str, backend: str) -> None:
     """Inside torch.compile (without code generation): same value and gradient."""
     torch._dynamo.reset()
@@ -687,7 +687,7 @@ def squared(input: Any, target: Any) -> Any:
     return (input - target) ** 2
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_the_short_way_is_open_under_a_default_device(
     loss: str, compiled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

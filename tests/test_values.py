@@ -12,7 +12,7 @@ import torch
 import formulas
 import fusedloss
 import fusedloss.functional as FL
-from cases import DTYPES, FAMILIES, LOSSES, REDUCTIONS, Case, Sample, at_shape
+from cases import DTYPES, FAMILIES, BASIC, REDUCTIONS, Case, Sample, at_shape
 from fusedloss import reference
 from helpers import (
     INTERPRETED,
@@ -119,7 +119,7 @@ def test_result_is_described_as_torch_does(
                 assert grads[0].stride() == grads[1].stride(), case.name
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_no_gradient_wanted(loss: str, backend: str) -> None:
     """no_grad, inference_mode and plain inputs give the same value, and no graph."""
     sample = at_shape(loss, (6, 35)).sample(torch.float32)
@@ -137,7 +137,7 @@ def test_no_gradient_wanted(loss: str, backend: str) -> None:
     assert inference.is_inference()
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BASIC)
 def test_inference_tensors(loss: str, backend: str) -> None:
     """Inputs made under inference_mode may be used outside of it, without gradient."""
     with torch.inference_mode():
@@ -176,7 +176,7 @@ def test_the_tolerance_catches_zeros_for_the_other_classes() -> None:
 @pytest.mark.parametrize("factor", [1 + 2**-6, -1.0, 0.0])
 def test_the_tolerance_catches_a_wrong_factor(factor: float, dtype: str) -> None:
     """A gradient that is off by a factor which the dtype can tell from 1 must not pass."""
-    for loss in LOSSES:
+    for loss in BASIC:
         sample = at_shape(loss, (4, 100)).sample(DTYPES[dtype])
         expected = sample_truth(loss, sample, "mean", 0.7)
         right = expected.grad.to(DTYPES[dtype])
@@ -187,7 +187,7 @@ def test_the_tolerance_catches_a_wrong_factor(factor: float, dtype: str) -> None
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "cross_entropy"])
+@pytest.mark.parametrize("loss", [loss for loss in BASIC if loss != "cross_entropy"])
 def test_one_factor_of_all_elements(loss: str, dtype: str, fused: str) -> None:
     """A sum after reduction "none", whose upstream gradient is one number, and a weight of one
     number: a GPU's kernels scale by these, and give the bits of reduction "sum"."""

@@ -236,7 +236,7 @@ struct PoissonNLL : PointwiseLoss {
 };
 
 // (log v + (x - y)^2 / v) / 2, v = max(variance, eps), whose slope is that of v, as in torch.
-// Parameters: eps, and a constant that is added.
+// Parameters: eps, and whether the constant of the distribution is added.
 struct GaussianNLL : PointwiseLoss {
   static constexpr int kInputs = 3;
   static constexpr int kGradients = 3;
@@ -248,9 +248,10 @@ struct GaussianNLL : PointwiseLoss {
   }
   template <class T>
   FUSEDLOSS_HD EvalEach<T, 3> eval(T x, T y, T variance) const {
+    constexpr double half_log_two_pi = 0.91893853320467274;
     const T half(0.5), one(1), v = clamp_min(variance, T(parameters[0]));
     const T d = x - y, slope = d / v;
-    return {half * (log(v) + d * slope) + T(parameters[1]),
+    return {half * (log(v) + d * slope) + T(half_log_two_pi * parameters[1]),
             {slope, -slope, half * (one - d * slope) / v}};
   }
 };

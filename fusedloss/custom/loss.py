@@ -21,7 +21,6 @@ from .. import _caller, _dispatch, backends
 from ..reference import REDUCTIONS, reduced
 from .module import PointwiseLossModule
 from .prepare import define, prepared
-from .primitives import INPUT, INPUTS, TARGET
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
     from .checking import Report
 
 _C: Any = backends.extension
+# The names of the inputs in formulas. (Here, since it takes no SymPy to call a loss.)
+INPUTS = ("input", "target", *(f"input{i}" for i in range(3, 9)))
 
 
 def as_float(loss: str, name: str, value: Any) -> float:
@@ -68,7 +69,7 @@ class PointwiseLoss:
         self._prepared: dict[tuple[str, tuple[str, ...]], tuple[str, str, str]] = {}
         self._number = define(self)
         self.inputs = len(self._traced.inputs)
-        self._operands = (INPUT, TARGET, *self._traced.arguments[2:])[: self.inputs]
+        self._operands = (*INPUTS[:2], *self._traced.arguments[2:])[: self.inputs]
         self._names = tuple(self._traced.parameters)
         self._defaults = tuple(self._traced.defaults.get(name) for name in self._names)
         self._default_values = self._values({}) if None not in self._defaults else None
