@@ -6,6 +6,7 @@ what csrc/torch/cuda.cpp makes of it, and ``OwnLoss`` of a custom loss.
 
 from __future__ import annotations
 
+import inspect
 import math
 import struct
 import tempfile
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 
 import build
+import fusedloss.functional as FL
 from cases import Sample
+from fusedloss._losses import LOSSES
 
 SOURCES = [Path("csrc/cuda", name) for name in ("pointwise.cu", "custom.cu", "rows.cu")]
 RUNNER = Path("tests/cuda_emulator/runner.cpp")
@@ -27,8 +30,6 @@ RUNNER = Path("tests/cuda_emulator/runner.cpp")
 # In the order of DType in csrc/call.h.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
 FAULT = struct.Struct("iiqdqq")
-# Name and default.
-PARAMETERS = {"smooth_l1_loss": ("beta", 1.0), "huber_loss": ("delta", 1.0)}
 
 
 class Pass(IntEnum):
@@ -272,7 +273,7 @@ class _Engine:
     input: Tensor
     head: Sequence[object]  # the loss and its parameters
     space: Sequence[int]
-    operands: Sequence[Sequence[object]]  # input, target, weight, pos_weight
+    operands: Sequence[Sequence[object]]  # input, target, weight, third input
     weight_sum = NOWHERE
     value_dtype: torch.dtype
     gradient_strides: Sequence[int] = (0, 0, 0)
@@ -307,9 +308,14 @@ class _Pointwise(_Engine):
         self, of: Loss, loss: str, input: Tensor, target: Tensor, options: dict[str, Any]
     ) -> None:
         self.of, self.input = of, input
-        parameters = [options.get(*PARAMETERS[loss])] if loss in PARAMETERS else []
+        row = LOSSES[loss] if loss else LOSSES["mse_loss"]  # a custom loss needs none of it
+        arguments = inspect.signature(getattr(FL, row.name)).parameters
+        given = {name: argument.default for name, argument in arguments.items()} | options
+        parameters = [float(given[name]) for name in row.parameters]
         self.is_log_loss = loss == "log_loss"
         name = loss
+        if row.variant != "pos_weight" and given.get(row.variant):
+            name += f"_{row.variant}"
         if loss == "smooth_l1_loss" and parameters == [0]:
             name, parameters = "l1_loss", []
         if "pos_weight" in options:
@@ -326,9 +332,10 @@ class _Pointwise(_Engine):
         strides = _dense_like(input).stride()
         self.order = sorted(range(input.dim()), key=lambda d: -strides[d])
         self.space = [input.shape[d] for d in self.order]
+        third = [options[name] for name in ("pos_weight", "var", "target") if name in options]
         self.operands = [
             self._operand(input, of.input),
-            *map(self._operand, (target, weight, options.get("pos_weight"))),
+            *map(self._operand, (target, weight, third[0] if third else None)),
         ]
         # Elements that are added up to rows are rounded after that.
         wide = self.is_log_loss and of.each

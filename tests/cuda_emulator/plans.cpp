@@ -43,15 +43,17 @@ int main(int count, char** arguments) {
   const auto dtype = static_cast<DType>(next());
   call.space.dims = 3;
   for (int d = 0; d < 3; ++d) call.space.sizes[d] = next();
-  read(call.input, dtype);
-  call.input.data = call.gradient.data = memory;
-  call.gradient.dtype = dtype;
-  std::copy_n(call.input.strides, 3, call.gradient.strides);
-  call.target.dtype = DType::kInt64;
-  call.target.data = memory;
+  Operand &input = call.inputs[0], &target = call.inputs[1];
+  Output& gradient = call.gradients[0];
+  read(input, dtype);
+  input.data = gradient.data = memory;
+  gradient.dtype = dtype;
+  std::copy_n(input.strides, 3, gradient.strides);
+  target.dtype = DType::kInt64;
+  target.data = memory;
   if (at + 1 < count) {
-    read(call.target, static_cast<DType>(next()));
-    call.target.data = memory + next();
+    read(target, static_cast<DType>(next()));
+    target.data = memory + next();
   }
   const cuda::RowsPlan plan = cuda::plan_rows(RowsCall(call), device);
   const char* const kernels[] = {

@@ -196,14 +196,14 @@ class Calls {
     call.space.dims = static_cast<int>(integer());
     for (int d = 0; d < call.space.dims; ++d) call.space.sizes[d] = integer();
     for (Operand* operand :
-         {&call.input, &call.target, &call.weight, &call.pos_weight, &call.upstream}) {
+         {&call.inputs[0], &call.inputs[1], &call.weight, &call.inputs[2], &call.upstream}) {
       *operand = this->operand(call.space.dims);
     }
     call.weight_sum = pointer<double>();
-    for (Output* output : {&call.value, &call.gradient, &call.target_gradient}) {
+    for (Output* output : {&call.value, &call.gradients[0], &call.gradients[1]}) {
       *output = this->output();
     }
-    for (int64_t& stride : call.gradient.strides) stride = integer();
+    for (int64_t& stride : call.gradients[0].strides) stride = integer();
     run(kernel, call, launch());
   }
   std::vector<double> parameters() {

@@ -11,19 +11,18 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .primitives import clamp, clamp_min, divide, exp_nonpositive, log1p_finite
+from .primitives import clamp, clamp_min, divide, exp, exp_nonpositive, log, log1p_finite, xlogy
 
 # ---- pointwise -----------------------------------------------------------------------------------
 # A loss is a jit function of one element,
 #
-#     loss(input, target, *operands, *parameters) -> value, slope  [, slope by target [, divisor]]
+#     loss(*inputs, *parameters) -> value, slope, ...  [divisor]
 #
-# of blocks of numbers of one type, and gives blocks of that type: the value, its derivative by
-# input and, where a call wants a gradient for target, that by target. operands are further tensors
-# of input's shape (a pos_weight); parameters are numbers, known at run time. The engine multiplies
-# by weight, upstream gradient and what a mean divides by.
-# A derivative that is a quotient may come with its divisor as a fourth result (the third is then
-# not read): divided last, as in torch, a target of 0 or 1 costs one rounding less.
+# of blocks of numbers of one type, and gives blocks of that type: the value, and its derivatives by
+# the first inputs. The inputs are mostly input and target; parameters are numbers, known at run
+# time. The engine multiplies by weight, upstream gradient and what a mean divides by.
+# A derivative that is a quotient may come with its divisor as a third result: divided last, as in
+# torch, a target of 0 or 1 costs one rounding less.
 
 
 @triton.jit
@@ -59,7 +58,7 @@ def _bce(x, y):
     log_1_x = clamp_min(log1p_finite(-x), -100.0)
     # 1e-12 as a float32, as in torch.
     divisor = clamp_min((1.0 - x) * x, 9.999999960041972e-13)
-    return (y - 1.0) * log_1_x - y * log_x, x - y, 0.0, divisor
+    return (y - 1.0) * log_1_x - y * log_x, x - y, divisor
 
 
 @triton.jit
@@ -83,29 +82,107 @@ def _bce_with_logits_pos_weight(x, y, p):
 def _log_loss(x, y, eps):
     p = clamp(x, eps, 1.0)
     inside = (x >= eps) & (x <= 1.0)
-    return 0.0 - y * tl.log(p), tl.where(inside, 0.0 - y, tl.where(x == x, 0.0, x)), 0.0, p
+    return 0.0 - y * tl.log(p), tl.where(inside, 0.0 - y, tl.where(x == x, 0.0, x)), p
+
+
+@triton.jit
+def _soft_margin(x, y):
+    z = x * y
+    e = exp_nonpositive(-tl.abs(z))
+    slope = divide(tl.where(z < 0.0, 1.0, e), 1.0 + e)
+    return log1p_finite(e) + tl.where(z < 0.0, -z, 0.0), -y * slope
+
+
+@triton.jit
+def _hinge_embedding(x, y, margin):
+    gap = margin - x
+    similar, different = y == 1.0, y == -1.0
+    value = tl.where(similar, 0.0, clamp_min(gap, 0.0)) + tl.where(different, 0.0, x)
+    slope = tl.where(different, 0.0, 1.0) - tl.where(~similar & (gap >= 0.0), 1.0, 0.0)
+    return value, slope.to(x.dtype)
+
+
+@triton.jit
+def _margin_ranking(a, b, y, margin):
+    gap = margin - y * (a - b)
+    slope = tl.where(gap >= 0.0, y, 0.0)
+    return clamp_min(gap, 0.0), -slope, slope
+
+
+@triton.jit
+def _kl_div(x, y):
+    return xlogy(y, y) - y * x, -y
+
+
+@triton.jit
+def _kl_div_log_target(x, log_y):
+    y = exp(log_y)
+    return y * (log_y - x), -y
+
+
+@triton.jit
+def _stirling(y, full):
+    series = y * log(y) - y + 0.5 * log(6.283185307179586 * y)
+    return tl.where((full != 0.0) & (y > 1.0), series, 0.0)
+
+
+@triton.jit
+def _poisson_nll(x, y, eps, full):
+    rate = x + eps
+    return x - y * log(rate) + _stirling(y, full), 1.0 - divide(y, rate)
+
+
+@triton.jit
+def _poisson_nll_log_input(x, y, eps, full):
+    rate = exp(x)
+    return rate - y * x + _stirling(y, full), rate - y
+
+
+@triton.jit
+def _gaussian_nll(x, y, variance, eps, full):
+    v = clamp_min(variance, eps)
+    d = x - y
+    slope = divide(d, v)
+    value = 0.5 * (log(v) + d * slope) + 0.91893853320467274 * full
+    return value, slope, -slope, divide(0.5 * (1.0 - d * slope), v)
 
 
 @dataclass(frozen=True)
 class PointwiseLoss:
-    """A loss, and what an engine must know of it; as in csrc/math/losses.h."""
+    """A loss, and what an engine must know of it; as in csrc/math/eval.h."""
 
     function: Any
     mean: str = "elements"  # what reduction "mean" divides by: or "weights", or "rows"
-    unit_interval: bool = False  # input and target must lie in [0, 1]
+    inputs: int = 2
+    gradients: int = 1  # for how many of the inputs, from the first on, it gives a derivative
+    symmetric: bool = False  # in input and target: the value is the same, the slope opposite
+    domain: str = ""  # "unit_interval": of input and target; "variance": of the third input
     parameters: int = 0  # how many it takes
     slope_unit: float = 1.0  # what its slopes are to be multiplied by
+    quotient: bool = False  # it also gives the divisor of its slope
 
 
 POINTWISE = {
-    "mse_loss": PointwiseLoss(_mse, mean="weights", slope_unit=2.0),
-    "l1_loss": PointwiseLoss(_l1, mean="weights"),
-    "smooth_l1_loss": PointwiseLoss(_smooth_l1, parameters=1),
-    "huber_loss": PointwiseLoss(_huber, parameters=1),
-    "binary_cross_entropy": PointwiseLoss(_bce, unit_interval=True),
+    "mse_loss": PointwiseLoss(_mse, mean="weights", slope_unit=2.0, symmetric=True),
+    "l1_loss": PointwiseLoss(_l1, mean="weights", symmetric=True),
+    "smooth_l1_loss": PointwiseLoss(_smooth_l1, parameters=1, symmetric=True),
+    "huber_loss": PointwiseLoss(_huber, parameters=1, symmetric=True),
+    "binary_cross_entropy": PointwiseLoss(_bce, domain="unit_interval", quotient=True),
     "binary_cross_entropy_with_logits": PointwiseLoss(_bce_with_logits),
-    "binary_cross_entropy_with_logits_pos_weight": PointwiseLoss(_bce_with_logits_pos_weight),
-    "log_loss": PointwiseLoss(_log_loss, mean="rows", parameters=1),
+    "binary_cross_entropy_with_logits_pos_weight": PointwiseLoss(
+        _bce_with_logits_pos_weight, inputs=3
+    ),
+    "soft_margin_loss": PointwiseLoss(_soft_margin),
+    "hinge_embedding_loss": PointwiseLoss(_hinge_embedding, parameters=1),
+    "margin_ranking_loss": PointwiseLoss(_margin_ranking, inputs=3, gradients=2, parameters=1),
+    "kl_div": PointwiseLoss(_kl_div),
+    "kl_div_log_target": PointwiseLoss(_kl_div_log_target),
+    "poisson_nll_loss": PointwiseLoss(_poisson_nll, parameters=2),
+    "poisson_nll_loss_log_input": PointwiseLoss(_poisson_nll_log_input, parameters=2),
+    "gaussian_nll_loss": PointwiseLoss(
+        _gaussian_nll, inputs=3, gradients=3, parameters=2, domain="variance"
+    ),
+    "log_loss": PointwiseLoss(_log_loss, mean="rows", parameters=1, quotient=True),
 }
 
 
