@@ -234,9 +234,9 @@ def _loss_forward(*args: Any) -> tuple[Tensor | None, Tensor]:
         state = runtime.empty_forward_state(input)
         return _run(Pass(runtime.VALUE, state), *call), state
     prediction = _prediction_of(own, loss, input, reduction)
-    # What other streams update_predictor the prediction meanwhile is not this call's.
-    state, gradients = prediction.clone(), _empty_gradients(input, target, mask)
-    value = _run(Pass(runtime.FORWARD, state, *gradients), *call)
+    state = runtime.empty_forward_state(input)
+    gradients = _empty_gradients(input, target, mask)
+    value = _run(Pass(runtime.FORWARD, state, *gradients, prediction), *call)
     addresses = input.data_ptr(), target.data_ptr()
     attach(state, SavedGradients(gradients, prediction, input.shape, input.dtype, addresses))
     return value, state
