@@ -170,12 +170,11 @@ def pointwise(
 ):  # fmt: skip
     """What is written lies in the order of `sizes`, and so does a source whose strides are ()."""
     UNREDUCED: tl.constexpr = sources.upstream is not None or outputs.value is not None
-    upstream = runtime.begin(scaling, divisor, step, UNREDUCED)
-    write = upstream.write
+    write, factor = runtime.begin(scaling, outputs, divisor, step, UNREDUCED)
     if step >= runtime.IS_BACKWARD:
         if not write:
             return
-    scale = (upstream.factor * SLOPE_UNIT).to(T)
+    scale = (factor * SLOPE_UNIT).to(T)
     numbers = ()
     for k in tl.static_range(len(parameters)):
         numbers = numbers + (runtime.from_halves(parameters[k]).to(T),)  # type: ignore[assignment]
@@ -198,7 +197,8 @@ def pointwise(
     if step < runtime.IS_BACKWARD:
         sum = tl.sum(total)
         if not UNREDUCED:
-            runtime.finish(sum, upstream, outputs, scaling.learned, False)
+            tl.store(outputs.partials + tl.program_id(0), sum)
+            runtime.finish(scaling, outputs, False)
         if UNIT_INTERVAL or CLASS_DIM >= 0:
             # What a loss cannot take has made the sum nan.
             if sum != sum:

@@ -85,23 +85,25 @@ def target_shares(rows, cols, T: tl.constexpr):
 
 
 @triton.jit
-def reduce_tile(rows, x, cols, SUMS_TARGETS: tl.constexpr, T: tl.constexpr):
+def reduce_tile(
+    rows, x, cols, SUMS_TARGETS: tl.constexpr, NARROW: tl.constexpr, T: tl.constexpr
+):  # fmt: skip
     others = x
     if rows.probabilities is None:
         others = tl.where(cols[None, :] == rows.target[:, None], float("-inf"), x)
     if SUMS_TARGETS:
         inside = rows.exists[:, None] & (cols < rows.classes)[None, :]
-        return losses.reduce(x, others, target_shares(rows, cols, T), inside)
+        return losses.reduce(x, others, target_shares(rows, cols, T), inside, NARROW)
     else:
-        return losses.reduce(x, others, None, None)
+        return losses.reduce(x, others, None, None, NARROW)
 
 
 @triton.jit
-def write_gradient(output, rows, x, cols, slope, SUMS_TARGETS: tl.constexpr, T: tl.constexpr):
+def write_gradient(output, rows, e, cols, slope, SUMS_TARGETS: tl.constexpr, T: tl.constexpr):
     if SUMS_TARGETS:
-        g = losses.gradient(slope, x, target_shares(rows, cols, T))
+        g = losses.gradient(slope, e, target_shares(rows, cols, T))
     else:
-        g = losses.gradient(slope, x, None)
+        g = losses.gradient(slope, e, None)
     if rows.probabilities is None:
         g = tl.where(cols[None, :] == rows.target[:, None], slope.target_gradient[:, None], g)
         g = tl.where((rows.target >= 0)[:, None], g, rows.uncounted[:, None])
@@ -163,12 +165,18 @@ def cross_entropy(
     UNREDUCED: tl.constexpr = upstream is not None or outputs.value is not None
     INDICES: tl.constexpr = target.pointer.dtype.element_ty == tl.int64
     SUMS_TARGETS: tl.constexpr = SMOOTH or not INDICES
-    upstream_scale = runtime.begin(scaling, divisor, step, UNREDUCED)
-    write = upstream_scale.write
+    NARROW: tl.constexpr = T == tl.float32 and input.pointer.dtype.element_ty != tl.float32
+    classes = class_units * PLAN.unit
+    number = divisor.to(tl.float64)
+    if INDICES and not UNREDUCED:
+        if divisor == runtime.COUNTED_BY_ALL:
+            number = runtime.sum_class_weights(
+                target.pointer, weight, row_count, classes, ignore_index
+            )
+    write, factor = runtime.begin(scaling, outputs, number, step, UNREDUCED)
     if step >= runtime.IS_BACKWARD:
         if not write:
             return
-    classes = class_units * PLAN.unit
     row = tl.program_id(0).to(tl.int64) * PLAN.rows + tl.arange(0, PLAN.rows)
     exists = row < row_count
     logits = classes_of(input, row, inner, PLAN.unit)
@@ -185,14 +193,15 @@ def cross_entropy(
     cols = tl.arange(0, PLAN.classes).to(CLASS_INDEX)
     if PLAN.whole:
         x = load_logits(rows, cols, T)
-        state = reduce_tile(rows, x, cols, SUMS_TARGETS, T)
+        state, e = reduce_tile(rows, x, cols, SUMS_TARGETS, NARROW, T)
     else:
         state = losses.empty_state(PLAN.rows, SUMS_TARGETS, T)
         for begin in range(0, classes, PLAN.classes):
             x = load_logits(rows, begin + cols, T)
-            state = losses.merge(state, reduce_tile(rows, x, begin + cols, SUMS_TARGETS, T))
+            more, _ = reduce_tile(rows, x, begin + cols, SUMS_TARGETS, NARROW, T)
+            state = losses.merge(state, more)
 
-    scale = tl.full([PLAN.rows], 1.0, tl.float64) * upstream_scale.factor
+    scale = tl.full([PLAN.rows], 1.0, tl.float64) * factor
     if upstream is not None:
         scale = scale * tl.load(upstream + row, mask=exists, other=0.0).to(tl.float64)
     loss, slope = finish_rows(rows, state, scale.to(T), SMOOTH, T)
@@ -207,18 +216,23 @@ def cross_entropy(
         if outputs.value is not None:
             value = runtime.narrow(loss, outputs.value.dtype.element_ty)
             tl.store(outputs.value + row, value, mask=exists)
+        if not UNREDUCED:
+            total = tl.sum(tl.where(exists, loss, 0.0).to(tl.float64))
+            tl.store(outputs.partials + tl.program_id(0), total)
     if write:
         output = classes_of(outputs.gradient, row, inner, PLAN.unit)
         if PLAN.whole:
-            write_gradient(output, rows, x, cols, slope, SUMS_TARGETS, T)
+            # One exponential an element: e has the registers of x.
+            slope = losses.for_exponentials(slope, state.max)
+            write_gradient(output, rows, e, cols, slope, SUMS_TARGETS, T)
         else:
             for begin in range(0, classes, PLAN.classes):
                 x = load_logits(rows, begin + cols, T)
-                write_gradient(output, rows, x, begin + cols, slope, SUMS_TARGETS, T)
+                e = losses.exp_of_logit(x - slope.max[:, None], NARROW)
+                write_gradient(output, rows, e, begin + cols, slope, SUMS_TARGETS, T)
     if step < runtime.IS_BACKWARD:
         if not UNREDUCED:
-            total = tl.sum(tl.where(exists, loss, 0.0).to(tl.float64))
-            runtime.finish(total, upstream_scale, outputs, scaling.learned, True)
+            runtime.finish(scaling, outputs, True)
 
 
 # ---- calls ---------------------------------------------------------------------------------------
@@ -359,7 +373,9 @@ def run(
     divisor = Divisor()
     if do.forward and reduction == 1:
         divisor = Divisor(lies.rows)
-        if indices:
+        if indices and lies.rows <= runtime.MAX_COUNTED_BY_ALL:
+            divisor = Divisor(runtime.COUNTED_BY_ALL.value)
+        elif indices:
             divisor = Divisor.of_classes(y, weight, lies.classes, ignore_index)
     weight_sum = weight.sum(dtype=torch.float64) if weight is not None and smooth else None
     steps_of_x, steps_of_y, steps_of_g = lies.steps

@@ -26,6 +26,7 @@ from ... import backends
 NO_FUSION = {"enable_fp_fusion": False}
 SUM_BLOCK = tl.constexpr(1024)
 MAX_COUNTING, COUNTS_EACH = 256, 4096  # programs that count classes, and what one counts at least
+MAX_COUNTED_BY_ALL = 2048  # so few that every program of a row engine counts them
 
 # ---- passes --------------------------------------------------------------------------------------
 
@@ -123,7 +124,9 @@ class Scaling(NamedTuple):
 
 TRUSTED_CONFIDENCE = tl.constexpr(2.0)
 MAX_CONFIDENCE = tl.constexpr(3.0)
-COUNTED = tl.constexpr(-1)  # a divisor that a kernel has counted
+# Divisors: what a kernel has counted, and the class indices, which every program counts.
+COUNTED = tl.constexpr(-1)
+COUNTED_BY_ALL = tl.constexpr(-2)
 
 
 @triton.jit
@@ -149,43 +152,40 @@ def update_predictor(prediction, upstream):
     tl.store(prediction + 1, tl.where(right, more, tl.maximum(confidence - 1.0, 0.0)))
 
 
-class Scale(NamedTuple):
-    """What a program multiplies the gradient by."""
-
-    write: Any  # whether the gradient must be written
-    factor: Any  # of all its elements
-    upstream: Any  # nan: a forward does not write the gradient
-    normalizer: Any  # what the loss is divided by
-
-
 @triton.jit
-def begin(scaling, divisor, step, UNREDUCED: tl.constexpr):
-    """The first program of a backward updates the prediction.
+def begin(scaling, outputs, divisor, step, UNREDUCED: tl.constexpr):
+    """Returns whether the gradient must be written, and the factor of all its elements. A program of a
+    forward leaves what it takes for the upstream gradient, nan where it writes no gradient; the first
+    one of a backward updates the prediction.
 
     UNREDUCED: every element or row has its own upstream gradient, which no forward predicts.
     """
     one = step.to(tl.float64) * 0.0 + 1.0
+    write = step == IS_FRESH
     if UNREDUCED:
-        return Scale(step == IS_FRESH, one, one, one)
+        return write, one
     else:
-        write = step == IS_FRESH
         upstream = one * float("nan")
         normalizer = one * divisor
         if step < IS_BACKWARD:
             if divisor == COUNTED:
                 normalizer = tl.load(scaling.count)
             if step == IS_FORWARD:
-                # Value and confidence may come from two updates: whatever is predicted, `finish`
-                # says so.
+                # Value and confidence may come from two updates: any number may be predicted, because
+                # forward_state names it.
                 write = read_once(scaling.known + 1) >= TRUSTED_CONFIDENCE
                 upstream = tl.where(write, read_once(scaling.known), upstream)
+            program = tl.program_id(0)
+            tl.store(outputs.partials + tl.num_programs(0) + program.to(tl.int64), upstream)
+            if program == 0:
+                tl.store(scaling.learned + 1, normalizer)
         else:
             upstream = tl.load(scaling.grad_output).to(tl.float64)
             normalizer = tl.load(scaling.known + 1)
             write = write | (same_sign_and_value(tl.load(scaling.known), upstream) == 0)
             if tl.program_id(0) == 0:
                 update_predictor(scaling.learned, upstream)
-        return Scale(write, upstream / normalizer, upstream, normalizer)
+        return write, upstream / normalizer
 
 
 # ---- sums ----------------------------------------------------------------------------------------
@@ -214,48 +214,54 @@ def sum_of(partials, n):
 
 
 @triton.jit
-def finish(x, scale, outputs, learned, NAN_IF_EMPTY: tl.constexpr):
-    """The loss from the programs' sums x, and what backward needs.
+def finish(scaling, outputs, NAN_IF_EMPTY: tl.constexpr):
+    """The loss from the sums in partials, and what backward needs.
 
     Programs may have read different predictions; then the state says that the gradient is not written.
     """
     n = tl.num_programs(0).to(tl.int64)
-    partial = outputs.partials + tl.program_id(0)
-    tl.store(partial, x)
-    tl.store(partial + n, scale.upstream)
     if is_last(outputs.ticket):
-        value = sum_of(outputs.partials, n) / scale.normalizer
+        normalizer = tl.load(scaling.learned + 1, volatile=True)
+        value = sum_of(outputs.partials, n) / normalizer
         if NAN_IF_EMPTY:
-            value = tl.where(scale.normalizer == 0.0, float("nan"), value)
+            value = tl.where(normalizer == 0.0, float("nan"), value)
         if outputs.loss.dtype.element_ty != tl.float64:
             value = value.to(tl.float32)
         tl.store(outputs.loss, narrow(value, outputs.loss.dtype.element_ty))
+        upstream = tl.load(outputs.partials + n, volatile=True)
         i = tl.arange(0, SUM_BLOCK)
         others = tl.zeros([SUM_BLOCK], tl.int32)
         for begin in range(0, n, SUM_BLOCK):
             at = outputs.partials + n + begin + i
-            seen = tl.load(at, mask=begin + i < n, other=scale.upstream, volatile=True)
-            others += tl.where(same_sign_and_value(seen, scale.upstream), 0, 1)
-        tl.store(learned, tl.where(tl.sum(others) == 0, scale.upstream, float("nan")))
-        tl.store(learned + 1, scale.normalizer)
+            seen = tl.load(at, mask=begin + i < n, other=upstream, volatile=True)
+            others += tl.where(same_sign_and_value(seen, upstream), 0, 1)
+        tl.store(scaling.learned, tl.where(tl.sum(others) == 0, upstream, float("nan")))
 
 
-@triton.jit(do_not_specialize=["n", "each", "classes", "ignore_index"])
-def count_classes(indices, weight, counts, ticket, n, each, classes, ignore_index):
-    """How many class indices count, or the sum of their weights, and behind it each program's part.
-    An index out of range counts for nothing."""
-    begin = tl.program_id(0).to(tl.int64) * each
+@triton.jit
+def sum_class_weights(indices, weight, n, classes, ignore_index):
+    """How many class indices count, or the sum of their weights. An index out of range counts for
+    nothing."""
     i = tl.arange(0, SUM_BLOCK)
     total = tl.zeros([SUM_BLOCK], tl.float64)
-    for first in range(0, each, SUM_BLOCK):
-        inside = (first + i < each) & (begin + first + i < n)
-        index = tl.load(indices + begin + first + i, mask=inside, other=-1)
+    for first in range(0, n, SUM_BLOCK):
+        inside = first + i < n
+        index = tl.load(indices + first + i, mask=inside, other=-1)
         counted = inside & (index >= 0) & (index < classes) & (index != ignore_index)
         if weight is None:
             total += counted.to(tl.float64)
         else:
             total += tl.load(weight + index, mask=counted, other=0.0).to(tl.float64)
-    tl.store(counts + 1 + tl.program_id(0), tl.sum(total))
+    return tl.sum(total)
+
+
+@triton.jit(do_not_specialize=["n", "each", "classes", "ignore_index"])
+def count_classes(indices, weight, counts, ticket, n, each, classes, ignore_index):
+    """Leaves the sum, and behind it each program's part."""
+    begin = tl.program_id(0).to(tl.int64) * each
+    share = tl.minimum(n - begin, each)
+    part = sum_class_weights(indices + begin, weight, share, classes, ignore_index)
+    tl.store(counts + 1 + tl.program_id(0), part)
     if is_last(ticket):
         tl.store(counts, sum_of(counts + 1, tl.num_programs(0)))
 
