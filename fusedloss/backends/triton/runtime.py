@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import operator
 import struct
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -292,7 +292,8 @@ class Divisor:
             "ignore_index": ignore_index,
         }
         *tensors, n, each, classes, ignore_index = arguments.values()
-        start(count_classes, programs, arguments, tensors, (n, each, classes, ignore_index))
+        numbers = n, each, classes, ignore_index
+        start(count_classes, programs, indices.device, arguments, tensors, numbers)
         return cls(COUNTED.value, counts)
 
 
@@ -342,43 +343,52 @@ def _observed() -> bool:
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
+def key_of(
+    kernel: Any,
+    device: torch.device,
+    tensors: Iterable[Tensor | None],
+    numbers: Hashable,
+    num_warps: int,
+) -> Hashable:
+    """All that decides which compiled kernel a launch takes. tensors, numbers: as start() has them."""
+    return (kernel.fn, device, numbers, num_warps, *map(_compiled_for, tensors))
+
+
 def start(
     kernel: Any,
     programs: int,
+    device: torch.device,
     arguments: dict[str, Any],
-    tensors: Sequence[Tensor | None],
+    tensors: Iterable[Tensor | None],
     numbers: Hashable,
     num_warps: int = 4,
 ) -> None:
-    """Launches a kernel on the current device and stream.
+    """Launches a kernel on the device's current stream.
 
     Triton finds out at every launch which compiled kernel takes the arguments, which costs more than
     the launch. So the answer is kept, with all that it depends on: tensors are those of the arguments,
     and numbers decide all other arguments; what they leave open must not change the kernel, such as
     numbers that Triton does not specialize, always of the same width.
     """
-    first = tensors[0]
-    assert first is not None
-    key = None
-    if binds_once and first.device.type != "xpu" and not _observed():
-        key = (kernel.fn, num_warps, first.device, numbers, *map(_compiled_for, tensors))
-        known = _launchers.get(key)
-        if known is not None:
-            known.run(
-                programs, 1, 1, stream_of(first.device), known.function, known.metadata,
-                None, None, None, *known.in_order(arguments),
-            )  # fmt: skip
-            return
-    compiled = kernel[(programs,)](**arguments, num_warps=num_warps, **NO_FUSION)
-    if key is not None:
-        if len(_launchers) >= MAX_KNOWN:
-            _launchers.clear()
-        _launchers[key] = Launcher(
-            compiled.run,
-            compiled.function,
-            compiled.packed_metadata,
-            operator.itemgetter(*kernel.arg_names),
-        )
+    # Triton for Intel's GPUs is another package, with a launcher of its own.
+    keeps = binds_once and device.type != "xpu" and not _observed()
+    with on_device(device):
+        if keeps:
+            key = key_of(kernel, device, tensors, numbers, num_warps)
+            known = _launchers.get(key)
+            if known is not None:
+                known.run(
+                    programs, 1, 1, stream_of(device), known.function, known.metadata,
+                    None, None, None, *known.in_order(arguments),
+                )  # fmt: skip
+                return
+        compiled = kernel[(programs,)](**arguments, num_warps=num_warps, **NO_FUSION)
+        if keeps:
+            if len(_launchers) >= MAX_KNOWN:
+                _launchers.clear()
+            in_order = operator.itemgetter(*kernel.arg_names)
+            metadata = compiled.packed_metadata
+            _launchers[key] = Launcher(compiled.run, compiled.function, metadata, in_order)
 
 
 def stream_of(device: torch.device) -> Any:
@@ -410,7 +420,7 @@ def launch(
     device: torch.device,
     result: Tensor | None,
     *,
-    tensors: Sequence[Tensor | None],
+    tensors: Iterable[Tensor | None],
     numbers: Hashable,
     unreduced: bool,
     divisor: Divisor,
@@ -447,8 +457,8 @@ def launch(
         "step": do.step,
     }
     tensors = (*tensors, value, do.target_gradient, loss, partials, ticket, fault, *scaling)
-    with on_device(device):
-        start(kernel, programs, arguments, tensors, (numbers, divisor.number), num_warps)
+    numbers = numbers, divisor.number
+    start(kernel, programs, device, arguments, tensors, numbers, num_warps)
     return result
 
 
