@@ -105,13 +105,20 @@ def calls() -> Iterator[Callable[[], torch.Tensor]]:
         indices = torch.randint(shape[1], shape[:1])
         for options in ({}, {"reduction": "sum"}, {"reduction": "none"}):
             yield lambda: FL.mse_loss(leaf(x), y, **options)
+            yield lambda: FL.l1_loss(leaf(x), y, **options)
             yield lambda: FL.mse_loss(leaf(x), y, weight=LAYOUTS[layout](torch.rand_like(x)), **options)
             yield lambda: FL.huber_loss(leaf(x), y, delta=0.3, **options)
             yield lambda: FL.binary_cross_entropy_with_logits(leaf(x), y, pos_weight=w, **options)
             yield lambda: FL.cross_entropy(leaf(x), indices, **options)
+            yield lambda: FL.cross_entropy(leaf(x), indices, label_smoothing=0.1, **options)
             yield lambda: FL.cross_entropy(leaf(x), y, label_smoothing=0.1, **options)
-            yield lambda: FL.cross_entropy(leaf(x), indices, w, ignore_index=1 << 40, **options)
+            for ignored in (3, 1 << 40):
+                yield lambda: FL.cross_entropy(leaf(x), indices, w, ignore_index=ignored, **options)
             yield lambda: custom_losses.focal(leaf(x), leaf(y), **options)
+            yield lambda: custom_losses.focal(leaf(x), y, **options)
+    for numel in (1 << 16, 1 << 31):  # no page of the larger one is touched
+        large = torch.empty(numel, dtype=torch.bfloat16)
+        yield lambda: FL.mse_loss(leaf(large), large, reduction="sum")
 
 
 def test_a_key_means_one_kernel(target: str, monkeypatch: pytest.MonkeyPatch) -> None:

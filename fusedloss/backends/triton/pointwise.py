@@ -319,6 +319,8 @@ def run(
         tensors=(gradient, *(operand and operand.pointer for operand in space.operands)),
         numbers=(
             loss.function.fn,
+            loss.slope_unit,
+            loss.unit_interval,
             space.sizes,
             *(operand and operand.strides for operand in space.operands),
             numel,
