@@ -170,10 +170,12 @@ def pointwise(
 ):  # fmt: skip
     """What is written lies in the order of `sizes`, and so does a source whose strides are ()."""
     UNREDUCED: tl.constexpr = sources.upstream is not None or outputs.value is not None
-    write, factor = runtime.begin(scaling, outputs, divisor, step, UNREDUCED)
+    write, factor = runtime.begin_backward(scaling, step, UNREDUCED)
     if step >= runtime.IS_BACKWARD:
         if not write:
             return
+    else:
+        write, factor = runtime.begin_forward(scaling, outputs, divisor, step, UNREDUCED)
     scale = (factor * SLOPE_UNIT).to(T)
     numbers = ()
     for k in tl.static_range(len(parameters)):

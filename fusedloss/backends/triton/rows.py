@@ -166,17 +166,11 @@ def cross_entropy(
     INDICES: tl.constexpr = target.pointer.dtype.element_ty == tl.int64
     SUMS_TARGETS: tl.constexpr = SMOOTH or not INDICES
     NARROW: tl.constexpr = T == tl.float32 and input.pointer.dtype.element_ty != tl.float32
-    classes = class_units * PLAN.unit
-    number = divisor.to(tl.float64)
-    if INDICES and not UNREDUCED:
-        if divisor == runtime.COUNTED_BY_ALL:
-            number = runtime.sum_class_weights(
-                target.pointer, weight, row_count, classes, ignore_index
-            )
-    write, factor = runtime.begin(scaling, outputs, number, step, UNREDUCED)
+    write, factor = runtime.begin_backward(scaling, step, UNREDUCED)
     if step >= runtime.IS_BACKWARD:
         if not write:
             return
+    classes = class_units * PLAN.unit
     row = tl.program_id(0).to(tl.int64) * PLAN.rows + tl.arange(0, PLAN.rows)
     exists = row < row_count
     logits = classes_of(input, row, inner, PLAN.unit)
@@ -193,6 +187,15 @@ def cross_entropy(
     cols = tl.arange(0, PLAN.classes).to(CLASS_INDEX)
     if PLAN.whole:
         x = load_logits(rows, cols, T)
+    if step < runtime.IS_BACKWARD:
+        number = divisor.to(tl.float64)
+        if INDICES and not UNREDUCED:
+            if divisor == runtime.COUNTED_BY_ALL:
+                number = runtime.sum_class_weights(
+                    target.pointer, weight, row_count, classes, ignore_index
+                )
+        write, factor = runtime.begin_forward(scaling, outputs, number, step, UNREDUCED)
+    if PLAN.whole:
         state, e = reduce_tile(rows, x, cols, SUMS_TARGETS, NARROW, T)
     else:
         state = losses.empty_state(PLAN.rows, SUMS_TARGETS, T)

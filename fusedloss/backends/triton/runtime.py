@@ -25,7 +25,8 @@ from ... import backends
 
 NO_FUSION = {"enable_fp_fusion": False}
 SUM_BLOCK = tl.constexpr(1024)
-MAX_COUNTING, COUNTS_EACH = 256, 4096  # programs that count classes, and what one counts at least
+MAX_COUNTING = tl.constexpr(256)  # programs that count classes
+COUNTS_EACH = 4096  # indices, at least
 MAX_COUNTED_BY_ALL = 2048  # so few that every program of a row engine counts them
 
 # ---- passes --------------------------------------------------------------------------------------
@@ -153,39 +154,47 @@ def update_predictor(prediction, upstream):
 
 
 @triton.jit
-def begin(scaling, outputs, divisor, step, UNREDUCED: tl.constexpr):
-    """Returns whether the gradient must be written, and the factor of all its elements. A program of a
-    forward leaves what it takes for the upstream gradient, nan where it writes no gradient; the first
-    one of a backward updates the prediction.
+def begin_backward(scaling, step, UNREDUCED: tl.constexpr):
+    """Returns whether the gradient must be written, and the factor of all its elements; in a forward,
+    what begin_forward() replaces. The first program of a backward updates the prediction.
 
     UNREDUCED: every element or row has its own upstream gradient, which no forward predicts.
     """
-    one = step.to(tl.float64) * 0.0 + 1.0
     write = step == IS_FRESH
-    if UNREDUCED:
-        return write, one
-    else:
-        upstream = one * float("nan")
-        normalizer = one * divisor
-        if step < IS_BACKWARD:
-            if divisor == COUNTED:
-                normalizer = tl.load(scaling.count)
-            if step == IS_FORWARD:
-                # Value and confidence may come from two updates: any number may be predicted, because
-                # forward_state names it.
-                write = read_once(scaling.known + 1) >= TRUSTED_CONFIDENCE
-                upstream = tl.where(write, read_once(scaling.known), upstream)
-            program = tl.program_id(0)
-            tl.store(outputs.partials + tl.num_programs(0) + program.to(tl.int64), upstream)
-            if program == 0:
-                tl.store(scaling.learned + 1, normalizer)
-        else:
+    factor = step.to(tl.float64) * 0.0 + 1.0
+    if not UNREDUCED:
+        if step >= IS_BACKWARD:
             upstream = tl.load(scaling.grad_output).to(tl.float64)
-            normalizer = tl.load(scaling.known + 1)
             write = write | (same_sign_and_value(tl.load(scaling.known), upstream) == 0)
+            factor = upstream / tl.load(scaling.known + 1)
             if tl.program_id(0) == 0:
                 update_predictor(scaling.learned, upstream)
-        return write, upstream / normalizer
+    return write, factor
+
+
+@triton.jit
+def begin_forward(scaling, outputs, divisor, step, UNREDUCED: tl.constexpr):
+    """The same; in a backward, nothing of use. What can be loaded meanwhile is loaded before it, for it
+    waits for memory. A program leaves what it takes for the upstream gradient, nan where it writes no
+    gradient."""
+    write = step > IS_BACKWARD
+    factor = step.to(tl.float64) * 0.0 + 1.0
+    if not UNREDUCED:
+        normalizer = factor * divisor
+        upstream = factor * float("nan")
+        if divisor == COUNTED:
+            normalizer = tl.load(scaling.count)
+        if step == IS_FORWARD:
+            # Value and confidence may come from two updates: any number may be predicted, because
+            # forward_state names it.
+            write = read_once(scaling.known + 1) >= TRUSTED_CONFIDENCE
+            upstream = tl.where(write, read_once(scaling.known), upstream)
+        program = tl.program_id(0)
+        tl.store(outputs.partials + tl.num_programs(0) + program.to(tl.int64), upstream)
+        if program == 0:
+            tl.store(scaling.learned + 1, normalizer)
+        factor = upstream / normalizer
+    return write, factor
 
 
 # ---- sums ----------------------------------------------------------------------------------------
@@ -203,17 +212,6 @@ def is_last(ticket):
 
 
 @triton.jit
-def sum_of(partials, n):
-    """Always in the same order."""
-    i = tl.arange(0, SUM_BLOCK)
-    total = tl.zeros([SUM_BLOCK], tl.float64)
-    for begin in range(0, n, SUM_BLOCK):
-        inside = begin + i < n
-        total += tl.load(partials + begin + i, mask=inside, other=0.0, volatile=True)
-    return tl.sum(total)
-
-
-@triton.jit
 def finish(scaling, outputs, NAN_IF_EMPTY: tl.constexpr):
     """The loss from the sums in partials, and what backward needs.
 
@@ -222,19 +220,21 @@ def finish(scaling, outputs, NAN_IF_EMPTY: tl.constexpr):
     n = tl.num_programs(0).to(tl.int64)
     if is_last(outputs.ticket):
         normalizer = tl.load(scaling.learned + 1, volatile=True)
-        value = sum_of(outputs.partials, n) / normalizer
+        upstream = tl.load(outputs.partials + n, volatile=True)
+        i = tl.arange(0, SUM_BLOCK)
+        total = tl.zeros([SUM_BLOCK], tl.float64)
+        others = tl.zeros([SUM_BLOCK], tl.int32)
+        for begin in range(0, n, SUM_BLOCK):
+            at, inside = outputs.partials + begin + i, begin + i < n
+            total += tl.load(at, mask=inside, other=0.0, volatile=True)
+            seen = tl.load(at + n, mask=inside, other=upstream, volatile=True)
+            others += tl.where(same_sign_and_value(seen, upstream), 0, 1)
+        value = tl.sum(total) / normalizer
         if NAN_IF_EMPTY:
             value = tl.where(normalizer == 0.0, float("nan"), value)
         if outputs.loss.dtype.element_ty != tl.float64:
             value = value.to(tl.float32)
         tl.store(outputs.loss, narrow(value, outputs.loss.dtype.element_ty))
-        upstream = tl.load(outputs.partials + n, volatile=True)
-        i = tl.arange(0, SUM_BLOCK)
-        others = tl.zeros([SUM_BLOCK], tl.int32)
-        for begin in range(0, n, SUM_BLOCK):
-            at = outputs.partials + n + begin + i
-            seen = tl.load(at, mask=begin + i < n, other=upstream, volatile=True)
-            others += tl.where(same_sign_and_value(seen, upstream), 0, 1)
         tl.store(scaling.learned, tl.where(tl.sum(others) == 0, upstream, float("nan")))
 
 
@@ -263,7 +263,9 @@ def count_classes(indices, weight, counts, ticket, n, each, classes, ignore_inde
     part = sum_class_weights(indices + begin, weight, share, classes, ignore_index)
     tl.store(counts + 1 + tl.program_id(0), part)
     if is_last(ticket):
-        tl.store(counts, sum_of(counts + 1, tl.num_programs(0)))
+        i = tl.arange(0, MAX_COUNTING)
+        parts = tl.load(counts + 1 + i, mask=i < tl.num_programs(0), other=0.0, volatile=True)
+        tl.store(counts, tl.sum(parts))
 
 
 @dataclass
@@ -279,7 +281,7 @@ class Divisor:
     ) -> Divisor:
         """How many of the class indices count, or the sum of their weights."""
         n = indices.numel()
-        programs = max(1, min(MAX_COUNTING, ceil_divide(n, COUNTS_EACH)))
+        programs = max(1, min(MAX_COUNTING.value, ceil_divide(n, COUNTS_EACH)))
         counts = indices.new_empty(1 + programs, dtype=torch.float64)
         arguments = {
             "indices": indices,
