@@ -52,8 +52,9 @@ def test_custom_function(reduction: int, layout: str, fused: str) -> None:
     def run(do: runtime.Pass) -> torch.Tensor | None:
         return pointwise.run(do, loss, x, y, None, (p,), parameters, 0, reduction, torch.float64)
 
-    state = torch.tensor([0.7, 3.0], dtype=torch.float64)  # as predicted
+    state, right = torch.tensor([[0.0, 0.0], [0.7, 3.0]], dtype=torch.float64).unbind()
     forward = runtime.Pass(runtime.FORWARD if reduction else runtime.VALUE, state)
+    forward.prediction = right
     predicted = [runtime.empty_like(x, x.dtype) for _ in range(2)]
     if reduction:
         forward.gradient, forward.target_gradient = predicted
@@ -61,8 +62,8 @@ def test_custom_function(reduction: int, layout: str, fused: str) -> None:
     gradients = [runtime.empty_like(x, x.dtype) for _ in range(2)]
     prediction = torch.ones(2, dtype=torch.float64)
     run(runtime.Pass(runtime.FRESH, state, *gradients, prediction, upstream))
-    for got, right in zip(gradients, wanted, strict=True):
-        torch.testing.assert_close(got, right)
+    for got, correct in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(got, correct)
     for ahead, got in zip(predicted if reduction else [], gradients, strict=False):
         assert_same_bits(ahead, got, "written by the forward pass, and by the backward pass")
 

@@ -5,7 +5,7 @@ tensors, in Triton's interpreter.
 """
 
 from .custom import load
-from .operators import operators
+from .operators import loss, operators
 from .runtime import raise_faults
 
-__all__ = ["load", "operators", "raise_faults"]
+__all__ = ["load", "loss", "operators", "raise_faults"]

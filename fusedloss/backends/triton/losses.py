@@ -228,20 +228,32 @@ def empty_state(ROWS: tl.constexpr, SUMS_TARGETS: tl.constexpr, T: tl.constexpr)
 
 
 @triton.jit
-def reduce(x, others, q, inside):
-    """others: x, but for class indices -inf for the target, which then stays out of max and sum."""
+def exp_of_logit(x, NARROW: tl.constexpr):
+    """e^x for x in [-inf, 0] or nan. NARROW: for the logits and gradients of a two-byte type, which
+    cannot show an error of |x| roundings of float32."""
+    if NARROW:
+        return tl.exp2(x * 1.4426950408889634)
+    else:
+        return exp_nonpositive(x)
+
+
+@triton.jit
+def reduce(x, others, q, inside, NARROW: tl.constexpr):
+    """The state, and e^(others - max). others: x, but for class indices -inf for the target, which then
+    stays out of max and sum."""
     max = tl.max(others, 1)
     top = finite_max(max)[:, None]
-    e = exp_nonpositive(others - top)
+    e = exp_of_logit(others - top, NARROW)
+    terms = e
     weighted_logits = tl.zeros_like(max)
     target_mass = tl.zeros_like(max)
     if q is not None:
         # The loss of a row that is sure of another class than its target needs the digits of what
         # the others, small beside it, add up to.
-        e = e.to(tl.float64)
+        terms = e.to(tl.float64)
         weighted_logits = tl.sum(tl.where(inside, q * (x - top), 0.0), 1)
         target_mass = tl.sum(q, 1)
-    return SoftmaxState(max, tl.sum(e, 1), weighted_logits, target_mass)
+    return SoftmaxState(max, tl.sum(terms, 1), weighted_logits, target_mass), e
 
 
 @triton.jit
@@ -309,8 +321,16 @@ def finish_indices(state, logit, weight, scale, smoothing, SMOOTH: tl.constexpr)
 
 
 @triton.jit
-def gradient(slope, x, q):
-    g = exp_nonpositive(x - slope.max[:, None]) * slope.factor[:, None]
+def for_exponentials(slope, max):
+    """The slope of a row whose exponentials are e^(x - max), as reduce() leaves them."""
+    factor = slope.factor * exp_nonpositive(max - slope.max)
+    return Slope(max, factor, slope.scale, slope.target_gradient)
+
+
+@triton.jit
+def gradient(slope, e, q):
+    """e: e^(x - slope.max)."""
+    g = e * slope.factor[:, None]
     if q is not None:
         g = g - q * slope.scale[:, None]
     return g

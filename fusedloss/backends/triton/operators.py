@@ -127,9 +127,8 @@ class OnePass(torch.autograd.Function):
         if hooked:
             prediction = input.new_zeros(2, dtype=torch.float64)  # no confidence in it
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            value, state = operators.loss_forward.default(
-                input, target, weight, more, *options, gradients, prediction
-            )
+            forward = _loss_forward if _directly(input, target) else operators.loss_forward.default
+            value, state = forward(input, target, weight, more, *options, gradients, prediction)
         if hooked:
             state = state.clone()
         ctx.save_for_backward(state, input, target, weight, *more)
@@ -145,10 +144,25 @@ class OnePass(torch.autograd.Function):
         if _needs_reference(grad_output):
             found = second_order.loss_reference_gradient(grad_output, *call)
         else:
-            found = operators.loss_backward.default(grad_output, state, *call)
+            direct = _directly(input, target) and _directly(grad_output, state)
+            backward = _loss_backward if direct else operators.loss_backward.default
+            found = backward(grad_output, state, *call)
         left = iter(found)
         given = [next(left) if ctx.options[-1] & bit else None for bit in (1, 2)]
         return *given, *(None,) * (len(ctx.needs_input_grad) - 2)
+
+
+def _directly(*tensors: Tensor) -> bool:
+    """Whether a call goes to the kernels by the shortest way: each operator in between costs as much as
+    a launch. Not where a mode, a subclass, a compiler or a profiler waits for the operators, nor on
+    devices that have none."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.autograd._profiler_enabled()
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        or tensors[0].is_meta
+    )
 
 
 def _differentiable(
@@ -159,7 +173,14 @@ def _differentiable(
         # Autograd looks for tensors among the arguments, not inside of lists.
         return OnePass.apply(input, target, weight, *more, *options)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        return operators.loss.default(input, target, weight, more, *options)  # type: ignore[no-any-return]
+        call = _loss if _directly(input, target) else operators.loss.default
+        return call(input, target, weight, more, *options)  # type: ignore[no-any-return]
+
+
+def loss(input: Tensor, target: Tensor, *call: Any) -> Tensor:
+    """The operator of that name."""
+    function = _differentiable if _directly(input, target) else operators.loss.default
+    return function(input, target, *call)  # type: ignore[no-any-return]
 
 
 # ---- operators -----------------------------------------------------------------------------------
@@ -234,9 +255,9 @@ def _loss_forward(*args: Any) -> tuple[Tensor | None, Tensor]:
         state = runtime.empty_forward_state(input)
         return _run(Pass(runtime.VALUE, state), *call), state
     prediction = _prediction_of(own, loss, input, reduction)
-    # What other streams update_predictor the prediction meanwhile is not this call's.
-    state, gradients = prediction.clone(), _empty_gradients(input, target, mask)
-    value = _run(Pass(runtime.FORWARD, state, *gradients), *call)
+    state = runtime.empty_forward_state(input)
+    gradients = _empty_gradients(input, target, mask)
+    value = _run(Pass(runtime.FORWARD, state, *gradients, prediction), *call)
     addresses = input.data_ptr(), target.data_ptr()
     attach(state, SavedGradients(gradients, prediction, input.shape, input.dtype, addresses))
     return value, state

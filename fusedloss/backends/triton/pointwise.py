@@ -162,18 +162,20 @@ def report_fault(fault, sources, bad, sizes, CLASS_DIM: tl.constexpr):
         runtime.report_error(fault, what, bad, number, 0)
 
 
-@triton.jit(do_not_specialize=["numel", "parts", "divisor", "step"])
+@triton.jit(do_not_specialize=["numel", "divisor", "step"])
 def pointwise(
-    sources, outputs, sizes, numel, parameters, scaling, parts, divisor, step,
+    sources, outputs, sizes, numel, parameters, scaling, divisor, step,
     LOSS: tl.constexpr, SLOPE_UNIT: tl.constexpr, UNIT_INTERVAL: tl.constexpr,
     CLASS_DIM: tl.constexpr, T: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """What is written lies in the order of `sizes`, and so does a source whose strides are ()."""
     UNREDUCED: tl.constexpr = sources.upstream is not None or outputs.value is not None
-    write, factor = runtime.begin(scaling, parts, divisor, step, UNREDUCED)
+    write, factor = runtime.begin_backward(scaling, step, UNREDUCED)
     if step >= runtime.IS_BACKWARD:
         if not write:
             return
+    else:
+        write, factor = runtime.begin_forward(scaling, outputs, divisor, step, UNREDUCED)
     scale = (factor * SLOPE_UNIT).to(T)
     numbers = ()
     for k in tl.static_range(len(parameters)):
@@ -196,7 +198,9 @@ def pointwise(
             )  # fmt: skip
     if step < runtime.IS_BACKWARD:
         sum = tl.sum(total)
-        tl.store(outputs.partials + tl.program_id(0), sum)
+        if not UNREDUCED:
+            tl.store(outputs.partials + tl.program_id(0), sum)
+            runtime.finish(scaling, outputs, False)
         if UNIT_INTERVAL or CLASS_DIM >= 0:
             # What a loss cannot take has made the sum nan.
             if sum != sum:
@@ -307,16 +311,28 @@ def run(
         divisor = _divisor(loss, input, indices, weight, ignore_index)
     numel, of_program = input.numel(), TILE.value * TILES.value
     no_gradient = do.gradient is None and do.target_gradient is None
+    gradient = input if no_gradient else do.gradient
     return runtime.launch(
         pointwise,
-        triton.cdiv(numel, of_program),
+        max(1, runtime.ceil_divide(numel, of_program)),
         do,
         input.device,
         empty_loss(input, reduction, dtype) if do.forward else None,
+        tensors=(gradient, *(operand and operand.pointer for operand in space.operands)),
+        numbers=(
+            loss.function.fn,
+            loss.slope_unit,
+            loss.unit_interval,
+            space.sizes,
+            *(operand and operand.strides for operand in space.operands),
+            numel,
+            space.class_dim,
+            dtype,
+            len(parameters),
+        ),
         unreduced=unreduced,
         divisor=divisor,
-        nan_if_empty=False,
-        gradient=input if no_gradient else do.gradient,
+        gradient=gradient,
         sources=Sources(of_input, of_target, of_weight, of_upstream, tuple(others)),
         sizes=space.sizes,
         numel=numel,
@@ -340,7 +356,7 @@ def _divisor(
 ) -> Divisor:
     """What a mean divides by."""
     if loss.mean == "weights" and weight is not None:
-        return Divisor(counts=weight.sum(dtype=torch.float64).view(1))
+        return Divisor(runtime.COUNTED.value, weight.sum(dtype=torch.float64))
     if loss.mean != "rows":
         return Divisor(input.numel())
     classes = input.shape[runtime.class_dim(input)]

@@ -7,7 +7,10 @@ of the cache.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -82,23 +85,25 @@ def target_shares(rows, cols, T: tl.constexpr):
 
 
 @triton.jit
-def reduce_tile(rows, x, cols, SUMS_TARGETS: tl.constexpr, T: tl.constexpr):
+def reduce_tile(
+    rows, x, cols, SUMS_TARGETS: tl.constexpr, NARROW: tl.constexpr, T: tl.constexpr
+):  # fmt: skip
     others = x
     if rows.probabilities is None:
         others = tl.where(cols[None, :] == rows.target[:, None], float("-inf"), x)
     if SUMS_TARGETS:
         inside = rows.exists[:, None] & (cols < rows.classes)[None, :]
-        return losses.reduce(x, others, target_shares(rows, cols, T), inside)
+        return losses.reduce(x, others, target_shares(rows, cols, T), inside, NARROW)
     else:
-        return losses.reduce(x, others, None, None)
+        return losses.reduce(x, others, None, None, NARROW)
 
 
 @triton.jit
-def write_gradient(output, rows, x, cols, slope, SUMS_TARGETS: tl.constexpr, T: tl.constexpr):
+def write_gradient(output, rows, e, cols, slope, SUMS_TARGETS: tl.constexpr, T: tl.constexpr):
     if SUMS_TARGETS:
-        g = losses.gradient(slope, x, target_shares(rows, cols, T))
+        g = losses.gradient(slope, e, target_shares(rows, cols, T))
     else:
-        g = losses.gradient(slope, x, None)
+        g = losses.gradient(slope, e, None)
     if rows.probabilities is None:
         g = tl.where(cols[None, :] == rows.target[:, None], slope.target_gradient[:, None], g)
         g = tl.where((rows.target >= 0)[:, None], g, rows.uncounted[:, None])
@@ -146,11 +151,11 @@ def finish_rows(rows, state, scale, SMOOTH: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["row_count", "class_units", "ignore_index", "parts", "divisor", "step"]
+    do_not_specialize=["row_count", "class_units", "ignore_index", "divisor", "step"]
 )
 def cross_entropy(
     input, target, weight, weight_sum, upstream, outputs, row_count, class_units, inner,
-    ignore_index, label_smoothing, scaling, parts, divisor, step,
+    ignore_index, label_smoothing, scaling, divisor, step,
     SMOOTH: tl.constexpr, T: tl.constexpr, CLASS_INDEX: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """Rows are the vectors along the middle one of three dimensions: outer, classes and inner.
@@ -160,7 +165,8 @@ def cross_entropy(
     UNREDUCED: tl.constexpr = upstream is not None or outputs.value is not None
     INDICES: tl.constexpr = target.pointer.dtype.element_ty == tl.int64
     SUMS_TARGETS: tl.constexpr = SMOOTH or not INDICES
-    write, factor = runtime.begin(scaling, parts, divisor, step, UNREDUCED)
+    NARROW: tl.constexpr = T == tl.float32 and input.pointer.dtype.element_ty != tl.float32
+    write, factor = runtime.begin_backward(scaling, step, UNREDUCED)
     if step >= runtime.IS_BACKWARD:
         if not write:
             return
@@ -181,12 +187,22 @@ def cross_entropy(
     cols = tl.arange(0, PLAN.classes).to(CLASS_INDEX)
     if PLAN.whole:
         x = load_logits(rows, cols, T)
-        state = reduce_tile(rows, x, cols, SUMS_TARGETS, T)
+    if step < runtime.IS_BACKWARD:
+        number = divisor.to(tl.float64)
+        if INDICES and not UNREDUCED:
+            if divisor == runtime.COUNTED_BY_ALL:
+                number = runtime.sum_class_weights(
+                    target.pointer, weight, row_count, classes, ignore_index
+                )
+        write, factor = runtime.begin_forward(scaling, outputs, number, step, UNREDUCED)
+    if PLAN.whole:
+        state, e = reduce_tile(rows, x, cols, SUMS_TARGETS, NARROW, T)
     else:
         state = losses.empty_state(PLAN.rows, SUMS_TARGETS, T)
         for begin in range(0, classes, PLAN.classes):
             x = load_logits(rows, begin + cols, T)
-            state = losses.merge(state, reduce_tile(rows, x, begin + cols, SUMS_TARGETS, T))
+            more, _ = reduce_tile(rows, x, begin + cols, SUMS_TARGETS, NARROW, T)
+            state = losses.merge(state, more)
 
     scale = tl.full([PLAN.rows], 1.0, tl.float64) * factor
     if upstream is not None:
@@ -203,16 +219,23 @@ def cross_entropy(
         if outputs.value is not None:
             value = runtime.narrow(loss, outputs.value.dtype.element_ty)
             tl.store(outputs.value + row, value, mask=exists)
-        partial = tl.sum(tl.where(exists, loss, 0.0).to(tl.float64))
-        tl.store(outputs.partials + tl.program_id(0), partial)
+        if not UNREDUCED:
+            total = tl.sum(tl.where(exists, loss, 0.0).to(tl.float64))
+            tl.store(outputs.partials + tl.program_id(0), total)
     if write:
         output = classes_of(outputs.gradient, row, inner, PLAN.unit)
         if PLAN.whole:
-            write_gradient(output, rows, x, cols, slope, SUMS_TARGETS, T)
+            # One exponential an element: e has the registers of x.
+            slope = losses.for_exponentials(slope, state.max)
+            write_gradient(output, rows, e, cols, slope, SUMS_TARGETS, T)
         else:
             for begin in range(0, classes, PLAN.classes):
                 x = load_logits(rows, begin + cols, T)
-                write_gradient(output, rows, x, begin + cols, slope, SUMS_TARGETS, T)
+                e = losses.exp_of_logit(x - slope.max[:, None], NARROW)
+                write_gradient(output, rows, e, begin + cols, slope, SUMS_TARGETS, T)
+    if step < runtime.IS_BACKWARD:
+        if not UNREDUCED:
+            runtime.finish(scaling, outputs, True)
 
 
 # ---- calls ---------------------------------------------------------------------------------------
@@ -228,25 +251,86 @@ class Plan(NamedTuple):
 
 
 def plan_for(classes: int, rows: int, element_size: int, contiguous: bool, unit: int) -> Plan:
-    width = triton.next_power_of_2(classes)
+    width = runtime.next_power_of_2(classes)
     whole = width * element_size <= MAX_WHOLE_BYTES if contiguous else width <= STRIDED_CLASSES
     if not whole:
         width = LONG_TILE if contiguous else STRIDED_CLASSES
-    height = min(max(1, TILE // width), triton.next_power_of_2(rows))
+    height = min(max(1, TILE // width), runtime.next_power_of_2(rows))
     return Plan(height, width, whole, unit)
 
 
-def as_rows(tensor: Tensor) -> Tensor:
-    """(outer, classes, inner), without a copy where the inner dimensions step evenly."""
-    if tensor.dim() == 1:
-        return tensor.view(1, -1, 1)
-    return tensor.unsqueeze(2) if tensor.dim() == 2 else tensor.flatten(2)
+class Steps(NamedTuple):
+    """From row to row outside of the classes, from class to class, and from row to row inside of
+    them; 0 where there is nowhere to go."""
+
+    outer: int
+    classes: int
+    inner: int
 
 
-def steps_of(tensor: Tensor) -> tuple[int, ...]:
-    """Strides, 0 where there is nowhere to go."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return tuple(step if size > 1 else 0 for size, step in steps)
+NOWHERE = Steps(0, 0, 0)
+
+
+def steps_of(shape: Sequence[int], strides: Sequence[int]) -> Steps | None:
+    """None: the dimensions behind the classes do not step evenly."""
+    steps = [step if size > 1 else 0 for size, step in zip(shape, strides, strict=True)]
+    if len(steps) == 1:
+        return Steps(0, steps[0], 0)
+    size = step = 0
+    for more, next_step in zip(reversed(shape[2:]), reversed(steps[2:]), strict=True):
+        if more == 1:
+            continue
+        if size == 0:
+            size, step = 1, next_step
+        elif next_step != size * step:
+            return None
+        size *= more
+    return Steps(steps[0], steps[1], step)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What the shapes and strides of a call decide; each is its own key."""
+
+    plan: Plan
+    rows: int
+    classes: int
+    inner: int
+    class_index: tl.dtype
+    num_warps: int
+    steps: tuple[Steps, Steps, Steps]  # of input, target and gradient, in the kernel's units
+
+
+@functools.lru_cache(maxsize=1024)
+def layout_of(
+    shape: tuple[int, ...],
+    element_size: int,
+    input_strides: tuple[int, ...],
+    target_strides: tuple[int, ...] | None,
+    gradient_strides: tuple[int, ...],
+) -> Layout | None:
+    """target_strides: None for class indices. None: the tensors must be copied."""
+    outer, classes = shape[:2] if len(shape) > 1 else (1, *shape)
+    inner = math.prod(shape[2:])
+    rows = outer * inner
+    x, g = steps_of(shape, input_strides), steps_of(shape, gradient_strides)
+    y = NOWHERE if target_strides is None else steps_of(shape, target_strides)
+    if x is None or y is None or g is None:
+        return None
+    contiguous = x.classes <= 1
+    # What a row begins at a multiple of decides how wide its accesses are.
+    unit = math.gcd(16, classes, x.outer, x.inner, g.outer, g.inner) if contiguous else 1
+    plan = plan_for(classes, rows, element_size, contiguous, unit)
+    elements = plan.rows * plan.classes
+    warps = runtime.next_power_of_2(runtime.ceil_divide(elements, 32 * ELEMENTS_PER_THREAD))
+    furthest = (classes + plan.classes) * max(1, x.classes, y.classes, g.classes)
+    in_units = [Steps(t.outer // unit, t.classes, t.inner // unit) for t in (x, g)]
+    return Layout(
+        plan, rows, classes, inner,
+        class_index=tl.int32 if furthest < 1 << 31 else tl.int64,
+        num_warps=min(max(warps, 1), 16),
+        steps=(in_units[0], y, in_units[1]),
+    )  # fmt: skip
 
 
 def empty_loss(input: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
@@ -269,61 +353,59 @@ def run(
     """As pointwise.run()."""
     runtime.check_rows(input, target, weight)
     unreduced = reduction == 0
-    classes = input.shape[runtime.class_dim(input)]
     if weight is not None:
         weight = runtime.aligned(weight.contiguous())
     indices, smooth = target.dtype is torch.int64, label_smoothing != 0
-    x = as_rows(runtime.aligned(input))
-    y = runtime.aligned(target.contiguous()) if indices else as_rows(runtime.aligned(target))
-    g = x if do.gradient is None else as_rows(do.gradient)
-    if do.gradient is not None and g.data_ptr() != do.gradient.data_ptr():
+    x, y = runtime.aligned(input), runtime.aligned(target.contiguous() if indices else target)
+    g = x if do.gradient is None else do.gradient
+
+    def layout() -> Layout | None:
+        strides = x.stride(), None if indices else y.stride(), g.stride()
+        return layout_of(input.shape, input.element_size(), *strides)
+
+    lies = layout()
+    if lies is None:
+        x, y = x.contiguous(), y.contiguous()
+        g = x if do.gradient is None else do.gradient
+        lies = layout()
+    if lies is None:
         raise RuntimeError("fusedloss: the dimensions of input behind the classes must be joinable")
-    rows, inner = x.shape[0] * x.shape[2], x.shape[2]
     upstream = None
     if unreduced and do.grad_output is not None:
         upstream = runtime.aligned(do.grad_output.contiguous())
     divisor = Divisor()
     if do.forward and reduction == 1:
-        divisor = Divisor(rows)
-        if indices:
-            divisor = Divisor.of_classes(y, weight, classes, ignore_index)
-
-    x_steps, y_steps, g_steps = steps_of(x), (0, 0, 0) if indices else steps_of(y), steps_of(g)
-    contiguous = x_steps[1] <= 1
-    # What a row begins at a multiple of decides how wide its accesses are.
-    unit = 1
-    if contiguous:
-        unit = math.gcd(16, classes, x_steps[0], x_steps[2], g_steps[0], g_steps[2])
-    plan = plan_for(classes, rows, input.element_size(), contiguous, unit)
-    warps = triton.next_power_of_2(triton.cdiv(plan.rows * plan.classes, 32 * ELEMENTS_PER_THREAD))
-    furthest = (classes + plan.classes) * max(1, x_steps[1], y_steps[1], g_steps[1])
-
-    def in_units(tensor: Tensor, steps: tuple[int, ...]) -> Operand:
-        return Operand(tensor, (steps[0] // unit, steps[1], steps[2] // unit))
-
+        divisor = Divisor(lies.rows)
+        if indices and lies.rows <= runtime.MAX_COUNTED_BY_ALL:
+            divisor = Divisor(runtime.COUNTED_BY_ALL.value)
+        elif indices:
+            divisor = Divisor.of_classes(y, weight, lies.classes, ignore_index)
+    weight_sum = weight.sum(dtype=torch.float64) if weight is not None and smooth else None
+    steps_of_x, steps_of_y, steps_of_g = lies.steps
     return runtime.launch(
         cross_entropy,
-        triton.cdiv(rows, plan.rows),
+        max(1, runtime.ceil_divide(lies.rows, lies.plan.rows)),
         do,
         input.device,
         empty_loss(input, reduction, dtype) if do.forward else None,
+        tensors=(x, y, g, weight, weight_sum, upstream),
+        numbers=(lies, ignore_index, smooth, dtype),
         unreduced=unreduced,
         divisor=divisor,
-        nan_if_empty=True,
-        gradient=in_units(g, g_steps),
-        input=in_units(x, x_steps),
-        target=Operand(y, y_steps),
+        gradient=Operand(g, steps_of_g),
+        num_warps=lies.num_warps,
+        input=Operand(x, steps_of_x),
+        target=Operand(y, steps_of_y),
         weight=weight,
-        weight_sum=weight.sum(dtype=torch.float64) if weight is not None and smooth else None,
+        weight_sum=weight_sum,
         upstream=upstream,
-        row_count=rows,
-        class_units=classes // unit,
-        inner=inner,
+        row_count=lies.rows,
+        class_units=lies.classes // lies.plan.unit,
+        inner=max(1, lies.inner),
         ignore_index=ignore_index,
         label_smoothing=runtime.halves(label_smoothing),
         SMOOTH=smooth,
         T=tl.float64 if dtype is torch.float64 else tl.float32,
-        CLASS_INDEX=tl.int32 if furthest < 1 << 31 else tl.int64,
-        PLAN=plan,
-        num_warps=min(max(warps, 1), 16),
+        CLASS_INDEX=lies.class_index,
+        PLAN=lies.plan,
     )

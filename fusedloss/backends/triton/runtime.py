@@ -1,15 +1,18 @@
 """What the Triton engines share: the upstream gradient's prediction, the second stage of a sum,
-what a mean divides by, and faults.
+what a mean divides by, launches, and faults.
 
 Kernels are compiled without contraction to fused multiply-add, and one compiled kernel serves every
-pass: a gradient has the same bits whichever of them forms it. A sum's second stage is a kernel of
-one program, for only the end of a kernel orders the memory of its programs on every GPU.
+pass: a gradient has the same bits whichever of them forms it. The program that finishes last adds up
+what all programs leave: a kernel of its own for that would cost the host as much as the first one.
 """
 
 from __future__ import annotations
 
+import ctypes
+import operator
 import struct
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +24,10 @@ from torch import Tensor
 from ... import backends
 
 NO_FUSION = {"enable_fp_fusion": False}
-SUM_BLOCK, COUNTS_EACH = 1024, 4096
+SUM_BLOCK = tl.constexpr(1024)
+MAX_COUNTING = tl.constexpr(256)  # programs that count classes
+COUNTS_EACH = 4096  # indices, at least
+MAX_COUNTED_BY_ALL = 2048  # so few that every program of a row engine counts them
 
 # ---- passes --------------------------------------------------------------------------------------
 
@@ -37,12 +43,12 @@ class Pass:
     """What an engine does with the operands of a call."""
 
     step: int
-    # Two float64. FORWARD finds the prediction there. VALUE and FORWARD leave there the upstream
-    # gradient that the gradient was written for (nan: it was not) and what the loss was divided by.
+    # Two float64. VALUE and FORWARD leave there the upstream gradient that the gradient was written
+    # for (nan: it was not) and what the loss was divided by.
     forward_state: Tensor
     gradient: Tensor | None = None
     target_gradient: Tensor | None = None
-    prediction: Tensor | None = None  # BACKWARD and FRESH update it
+    prediction: Tensor | None = None  # FORWARD reads it, BACKWARD and FRESH update it
     grad_output: Tensor | None = None
 
     @property
@@ -97,24 +103,31 @@ class Outputs(NamedTuple):
     value: Any  # of every element or row: with reduction "none"
     gradient: Any
     target_gradient: Any
-    partials: Any  # a sum of values for each program
+    loss: Any
+    partials: Any  # of each program: its sum of values, and behind all sums what it has predicted
+    ticket: Any
     fault: Any
 
 
 class Scaling(NamedTuple):
-    """Where a kernel finds what the gradient is multiplied by."""
+    """Where a kernel finds what the gradient is multiplied by, and leaves it for the next one.
 
-    forward_state: Any
-    prediction: Any
+    known: the prediction in a forward, forward's state in a backward. learned: the other way round.
+    """
+
+    known: Any
+    learned: Any
     grad_output: Any
-    counts: Any
+    count: Any
 
 
 # ---- the upstream gradient -----------------------------------------------------------------------
 
 TRUSTED_CONFIDENCE = tl.constexpr(2.0)
 MAX_CONFIDENCE = tl.constexpr(3.0)
-MAX_COUNTS = tl.constexpr(256)
+# Divisors: what a kernel has counted, and the class indices, which every program counts.
+COUNTED = tl.constexpr(-1)
+COUNTED_BY_ALL = tl.constexpr(-2)
 
 
 @triton.jit
@@ -124,13 +137,11 @@ def same_sign_and_value(a, b):
 
 
 @triton.jit
-def normalizer_of(counts, parts, divisor):
-    """What the loss is divided by: the sum of `counts`, or where there are none `divisor`."""
-    normalizer = divisor.to(tl.float64)
-    if parts > 0:
-        i = tl.arange(0, MAX_COUNTS)
-        normalizer = tl.sum(tl.load(counts + i, mask=i < parts, other=0.0))
-    return normalizer
+def read_once(pointer):
+    """A float64 that other streams may write meanwhile. An atomic operation reads it once for all
+    threads of the program, which a load does not, and changes nothing."""
+    bits = tl.atomic_or(pointer.to(tl.pointer_type(tl.int64), bitcast=True), 0, sem="relaxed")
+    return bits.to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -143,80 +154,126 @@ def update_predictor(prediction, upstream):
 
 
 @triton.jit
-def begin(scaling, parts, divisor, step, UNREDUCED: tl.constexpr):
-    """Returns whether the gradient must be written, and the factor of all its elements. The first
-    program of a backward updates the prediction.
+def begin_backward(scaling, step, UNREDUCED: tl.constexpr):
+    """Returns whether the gradient must be written, and the factor of all its elements; in a forward,
+    what begin_forward() replaces. The first program of a backward updates the prediction.
 
     UNREDUCED: every element or row has its own upstream gradient, which no forward predicts.
     """
-    if UNREDUCED:
-        return step == IS_FRESH, step.to(tl.float64) * 0.0 + 1.0
-    else:
-        forward = step < IS_BACKWARD
-        first, second = tl.load(scaling.forward_state), tl.load(scaling.forward_state + 1)
-        upstream = tl.where(forward, first, tl.load(scaling.grad_output).to(tl.float64))
-        normalizer = normalizer_of(scaling.counts, parts, divisor)
-        normalizer = tl.where(forward, normalizer, second)
-        trusted = (step == IS_FORWARD) & (second >= TRUSTED_CONFIDENCE)
-        wrong = (step == IS_BACKWARD) & (same_sign_and_value(first, upstream) == 0)
+    write = step == IS_FRESH
+    factor = step.to(tl.float64) * 0.0 + 1.0
+    if not UNREDUCED:
         if step >= IS_BACKWARD:
+            upstream = tl.load(scaling.grad_output).to(tl.float64)
+            write = write | (same_sign_and_value(tl.load(scaling.known), upstream) == 0)
+            factor = upstream / tl.load(scaling.known + 1)
             if tl.program_id(0) == 0:
-                update_predictor(scaling.prediction, upstream)
-        return trusted | wrong | (step == IS_FRESH), upstream / normalizer
+                update_predictor(scaling.learned, upstream)
+    return write, factor
+
+
+@triton.jit
+def begin_forward(scaling, outputs, divisor, step, UNREDUCED: tl.constexpr):
+    """The same; in a backward, nothing of use. What can be loaded meanwhile is loaded before it, for it
+    waits for memory. A program leaves what it takes for the upstream gradient, nan where it writes no
+    gradient."""
+    write = step > IS_BACKWARD
+    factor = step.to(tl.float64) * 0.0 + 1.0
+    if not UNREDUCED:
+        normalizer = factor * divisor
+        upstream = factor * float("nan")
+        if divisor == COUNTED:
+            normalizer = tl.load(scaling.count)
+        if step == IS_FORWARD:
+            # Value and confidence may come from two updates: any number may be predicted, because
+            # forward_state names it.
+            write = read_once(scaling.known + 1) >= TRUSTED_CONFIDENCE
+            upstream = tl.where(write, read_once(scaling.known), upstream)
+        program = tl.program_id(0)
+        tl.store(outputs.partials + tl.num_programs(0) + program.to(tl.int64), upstream)
+        if program == 0:
+            tl.store(scaling.learned + 1, normalizer)
+        factor = upstream / normalizer
+    return write, factor
 
 
 # ---- sums ----------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["n", "parts", "divisor", "step"])
-def finish(
-    partials, n, loss, scaling, parts, divisor, step, NAN_IF_EMPTY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The loss from the programs' sums, always in the same order; and what backward needs."""
-    i = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float64)
-    for begin in range(0, n, BLOCK):
-        total += tl.load(partials + begin + i, mask=begin + i < n, other=0.0)
-    normalizer = normalizer_of(scaling.counts, parts, divisor)
-    value = tl.sum(total) / normalizer
-    if NAN_IF_EMPTY:
-        value = tl.where(normalizer == 0.0, float("nan"), value)
-    if loss.dtype.element_ty != tl.float64:
-        value = value.to(tl.float32)
-    tl.store(loss, narrow(value, loss.dtype.element_ty))
-    state = scaling.forward_state
-    trusted = (step == IS_FORWARD) & (tl.load(state + 1) >= TRUSTED_CONFIDENCE)
-    tl.store(state, tl.where(trusted, tl.load(state), float("nan")))
-    tl.store(state + 1, normalizer)
+@triton.jit
+def is_last(ticket):
+    """Whether all other programs have come here before: what they stored can be loaded, past the
+    caches that only this thread's ticket orders. The ticket is 0 again for the next kernel."""
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    if last:
+        tl.store(ticket, 0)
+    return last
 
 
-@triton.jit(do_not_specialize=["n", "each", "classes", "ignore_index"])
-def count_classes(
-    indices, weight, counts, n, each, classes, ignore_index, BLOCK: tl.constexpr
-):  # fmt: skip
-    """For each program's share of the indices: how many count, or the sum of their weights. An index
-    out of range counts for nothing."""
-    begin = tl.program_id(0).to(tl.int64) * each
-    i = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, each, BLOCK):
-        inside = (first + i < each) & (begin + first + i < n)
-        index = tl.load(indices + begin + first + i, mask=inside, other=-1)
+@triton.jit
+def finish(scaling, outputs, NAN_IF_EMPTY: tl.constexpr):
+    """The loss from the sums in partials, and what backward needs.
+
+    Programs may have read different predictions; then the state says that the gradient is not written.
+    """
+    n = tl.num_programs(0).to(tl.int64)
+    if is_last(outputs.ticket):
+        normalizer = tl.load(scaling.learned + 1, volatile=True)
+        upstream = tl.load(outputs.partials + n, volatile=True)
+        i = tl.arange(0, SUM_BLOCK)
+        total = tl.zeros([SUM_BLOCK], tl.float64)
+        others = tl.zeros([SUM_BLOCK], tl.int32)
+        for begin in range(0, n, SUM_BLOCK):
+            at, inside = outputs.partials + begin + i, begin + i < n
+            total += tl.load(at, mask=inside, other=0.0, volatile=True)
+            seen = tl.load(at + n, mask=inside, other=upstream, volatile=True)
+            others += tl.where(same_sign_and_value(seen, upstream), 0, 1)
+        value = tl.sum(total) / normalizer
+        if NAN_IF_EMPTY:
+            value = tl.where(normalizer == 0.0, float("nan"), value)
+        if outputs.loss.dtype.element_ty != tl.float64:
+            value = value.to(tl.float32)
+        tl.store(outputs.loss, narrow(value, outputs.loss.dtype.element_ty))
+        tl.store(scaling.learned, tl.where(tl.sum(others) == 0, upstream, float("nan")))
+
+
+@triton.jit
+def sum_class_weights(indices, weight, n, classes, ignore_index):
+    """How many class indices count, or the sum of their weights. An index out of range counts for
+    nothing."""
+    i = tl.arange(0, SUM_BLOCK)
+    total = tl.zeros([SUM_BLOCK], tl.float64)
+    for first in range(0, n, SUM_BLOCK):
+        inside = first + i < n
+        index = tl.load(indices + first + i, mask=inside, other=-1)
         counted = inside & (index >= 0) & (index < classes) & (index != ignore_index)
         if weight is None:
             total += counted.to(tl.float64)
         else:
             total += tl.load(weight + index, mask=counted, other=0.0).to(tl.float64)
-    tl.store(counts + tl.program_id(0), tl.sum(total))
+    return tl.sum(total)
+
+
+@triton.jit(do_not_specialize=["n", "each", "classes", "ignore_index"])
+def count_classes(indices, weight, counts, ticket, n, each, classes, ignore_index):
+    """Leaves the sum, and behind it each program's part."""
+    begin = tl.program_id(0).to(tl.int64) * each
+    share = tl.minimum(n - begin, each)
+    part = sum_class_weights(indices + begin, weight, share, classes, ignore_index)
+    tl.store(counts + 1 + tl.program_id(0), part)
+    if is_last(ticket):
+        i = tl.arange(0, MAX_COUNTING)
+        parts = tl.load(counts + 1 + i, mask=i < tl.num_programs(0), other=0.0, volatile=True)
+        tl.store(counts, tl.sum(parts))
 
 
 @dataclass
 class Divisor:
-    """What the loss is divided by: the sum of counts, or without them a number."""
+    """What the loss is divided by: a number, or one that a kernel has counted."""
 
     number: int = 1
-    counts: Tensor | None = None
+    count: Tensor | None = None
 
     @classmethod
     def of_classes(
@@ -224,13 +281,138 @@ class Divisor:
     ) -> Divisor:
         """How many of the class indices count, or the sum of their weights."""
         n = indices.numel()
-        parts = min(MAX_COUNTS.value, triton.cdiv(n, COUNTS_EACH))
-        counts = indices.new_empty(parts, dtype=torch.float64)
-        count_classes[(parts,)](
-            indices, weight, counts, n, triton.cdiv(n, parts), classes, ignore_index,
-            BLOCK=SUM_BLOCK, **NO_FUSION,
-        )  # fmt: skip
-        return cls(counts=counts)
+        programs = max(1, min(MAX_COUNTING.value, ceil_divide(n, COUNTS_EACH)))
+        counts = indices.new_empty(1 + programs, dtype=torch.float64)
+        arguments = {
+            "indices": indices,
+            "weight": weight,
+            "counts": counts,
+            "ticket": ticket_of(indices),
+            "n": n,
+            "each": ceil_divide(n, programs),
+            "classes": classes,
+            "ignore_index": ignore_index,
+        }
+        *tensors, n, each, classes, ignore_index = arguments.values()
+        numbers = n, each, classes, ignore_index
+        start(count_classes, programs, indices.device, arguments, tensors, numbers)
+        return cls(COUNTED.value, counts)
+
+
+# ---- launches ------------------------------------------------------------------------------------
+
+
+def ceil_divide(a: int, b: int) -> int:
+    """Triton's own, and its next power of two, take the host many times as long."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+# The versions whose compiled kernels are known to be called as here.
+_VERSIONS = ("3.7.", "3.8.")
+binds_once = not backends.INTERPRETED and triton.__version__.startswith(_VERSIONS)
+MAX_KNOWN = 4096
+
+
+class Launcher(NamedTuple):
+    """A kernel as Triton has compiled and loaded it for arguments like these."""
+
+    run: Any
+    function: Any
+    metadata: Any
+    in_order: Callable[[dict[str, Any]], tuple[Any, ...]]
+
+
+_launchers: dict[Hashable, Launcher] = {}
+
+
+def _compiled_for(tensor: Tensor | None) -> Hashable:
+    """What Triton looks at of a tensor, to decide which compiled kernel takes it."""
+    if tensor is None:
+        return None
+    aligned = tensor.data_ptr() % 16 == 0
+    if torch.version.hip:
+        return tensor.dtype, aligned, tensor.untyped_storage().size() < 1 << 31
+    return tensor.dtype, aligned
+
+
+def _observed() -> bool:
+    """Whether a profiler listens to Triton's launches."""
+    runtime = triton.knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+def key_of(
+    kernel: Any,
+    device: torch.device,
+    tensors: Iterable[Tensor | None],
+    numbers: Hashable,
+    num_warps: int,
+) -> Hashable:
+    """All that decides which compiled kernel a launch takes. tensors, numbers: as start() has them."""
+    return (kernel.fn, device, numbers, num_warps, *map(_compiled_for, tensors))
+
+
+def start(
+    kernel: Any,
+    programs: int,
+    device: torch.device,
+    arguments: dict[str, Any],
+    tensors: Iterable[Tensor | None],
+    numbers: Hashable,
+    num_warps: int = 4,
+) -> None:
+    """Launches a kernel on the device's current stream.
+
+    Triton finds out at every launch which compiled kernel takes the arguments, which costs more than
+    the launch. So the answer is kept, with all that it depends on: tensors are those of the arguments,
+    and numbers decide all other arguments; what they leave open must not change the kernel, such as
+    numbers that Triton does not specialize, always of the same width.
+    """
+    # Triton for Intel's GPUs is another package, with a launcher of its own.
+    keeps = binds_once and device.type != "xpu" and not _observed()
+    with on_device(device):
+        if keeps:
+            key = key_of(kernel, device, tensors, numbers, num_warps)
+            known = _launchers.get(key)
+            if known is not None:
+                known.run(
+                    programs, 1, 1, stream_of(device), known.function, known.metadata,
+                    None, None, None, *known.in_order(arguments),
+                )  # fmt: skip
+                return
+        compiled = kernel[(programs,)](**arguments, num_warps=num_warps, **NO_FUSION)
+        if keeps:
+            if len(_launchers) >= MAX_KNOWN:
+                _launchers.clear()
+            in_order = operator.itemgetter(*kernel.arg_names)
+            metadata = compiled.packed_metadata
+            _launchers[key] = Launcher(compiled.run, compiled.function, metadata, in_order)
+
+
+def stream_of(device: torch.device) -> Any:
+    """Its current stream, as Triton calls it. The interpreter has none."""
+    if backends.INTERPRETED:
+        return None
+    return triton.runtime.driver.active.get_current_stream(device.index)
+
+
+# A stream's kernels run one after the other, so they share a ticket, which is never freed. A graph
+# that is being captured may run beside its stream later, and has one for each of its kernels.
+_tickets: dict[tuple[torch.device, Any], Tensor] = {}
+
+
+def ticket_of(input: Tensor) -> Tensor:
+    if backends.is_captured(input):
+        return input.new_zeros(1, dtype=torch.int64)
+    key = input.device, stream_of(input.device)
+    ticket = _tickets.get(key)
+    if ticket is None:
+        ticket = _tickets.setdefault(key, input.new_zeros(1, dtype=torch.int64))
+    return ticket
 
 
 def launch(
@@ -240,39 +422,45 @@ def launch(
     device: torch.device,
     result: Tensor | None,
     *,
+    tensors: Iterable[Tensor | None],
+    numbers: Hashable,
     unreduced: bool,
     divisor: Divisor,
-    nan_if_empty: bool,
     gradient: Any,
+    num_warps: int,
     **arguments: Any,
 ) -> Tensor | None:
-    """Launches a kernel and, for a reduced loss, the second stage of its sum.
+    """Launches an engine's kernel. tensors, numbers: as start() takes them, for `arguments` and
+    `gradient`.
 
     What a pass does not use is another tensor of its type: one compiled kernel serves them all.
     """
-    state = do.forward_state
-    partials = state.new_empty(programs) if do.forward else state
-    value = result if unreduced else None
-    counts = divisor.counts
-    common = {
-        "scaling": Scaling(
-            forward_state=state,
-            prediction=state if do.prediction is None else do.prediction,
-            grad_output=do.grad_output if result is None else result,
-            counts=state if counts is None else counts,
-        ),
-        "parts": 0 if counts is None else counts.numel(),
+    state, fault = do.forward_state, fault_of(device)
+    upstream = do.grad_output if result is None else result
+    learned = state if do.forward or do.prediction is None else do.prediction
+    value = loss = partials = ticket = None
+    if unreduced:
+        value, upstream = result, None
+    elif do.forward:
+        loss, partials, ticket = result, state.new_empty(2 * programs), ticket_of(state)
+    else:
+        loss, partials, ticket = upstream, state, fault
+    scaling = Scaling(
+        known=do.prediction if do.step == FORWARD else state,
+        learned=learned,
+        grad_output=upstream,
+        count=state if divisor.count is None else divisor.count,
+    )
+    outputs = Outputs(value, gradient, do.target_gradient, loss, partials, ticket, fault)
+    arguments |= {
+        "outputs": outputs,
+        "scaling": scaling,
         "divisor": divisor.number,
         "step": do.step,
-        **NO_FUSION,
     }
-    outputs = Outputs(value, gradient, do.target_gradient, partials, fault_of(device))
-    with on_device(device):
-        kernel[(programs,)](outputs=outputs, **arguments, **common)
-        if result is not None and not unreduced:
-            finish[(1,)](
-                partials, programs, result, NAN_IF_EMPTY=nan_if_empty, BLOCK=SUM_BLOCK, **common
-            )
+    tensors = (*tensors, value, do.target_gradient, loss, partials, ticket, fault, *scaling)
+    numbers = numbers, divisor.number
+    start(kernel, programs, device, arguments, tensors, numbers, num_warps)
     return result
 
 
@@ -286,6 +474,7 @@ INPUT_OUTSIDE_UNIT = tl.constexpr(1)
 TARGET_OUTSIDE_UNIT = tl.constexpr(2)
 NO_FAULT = tl.constexpr(1 << 62)  # a position behind all others
 _faults: dict[torch.device, Tensor] = {}
+_states: list[Any] = []  # of all of them, the number that says whether there is a fault
 
 
 @triton.jit
@@ -306,11 +495,14 @@ def fault_of(device: torch.device) -> Tensor:
         pinned = device.type != "cpu"
         fault = torch.zeros(5, dtype=torch.int64, device="cpu", pin_memory=pinned)
         fault = _faults.setdefault(device, fault)
+        _states[:] = [ctypes.c_int64.from_address(f.data_ptr()) for f in _faults.values()]
     return fault
 
 
 def raise_faults() -> None:
     """Raises what a kernel has found wrong with its input since the last time, if it is known."""
+    if not any(state.value == _READY for state in _states):
+        return
     when = " (In an earlier call of fusedloss, whose loss and gradient are nan there.)"
     for fault in tuple(_faults.values()):
         state, what, position, value, classes = fault.tolist()
@@ -339,7 +531,10 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
         import numpy as np
 
         return np.errstate(all="ignore")
-    context: AbstractContextManager[Any] = torch.get_device_module(device).device(device)
+    module = torch.get_device_module(device)
+    if device.index == module.current_device():
+        return nullcontext()
+    context: AbstractContextManager[Any] = module.device(device)
     return context
 
 
