@@ -36,7 +36,7 @@ def _saturating(x, y, p, scale, slope):
 @pytest.mark.parametrize("reduction", [0, 1, 2])
 def test_custom_function(reduction: int, layout: str, fused: str) -> None:
     """An operand, two parameters, and a gradient for target: the engine takes a jit function."""
-    loss = PointwiseLoss(_saturating, parameters=2)
+    loss = PointwiseLoss(_saturating, gradients=2, parameters=2)
     shape = (70, 33)
     x, y, p, upstream = torch.randn(4, *shape, dtype=torch.float64).unbind()
     if layout == "transposed":
@@ -57,11 +57,11 @@ def test_custom_function(reduction: int, layout: str, fused: str) -> None:
     forward.prediction = right
     predicted = [runtime.empty_like(x, x.dtype) for _ in range(2)]
     if reduction:
-        forward.gradient, forward.target_gradient = predicted
+        forward.gradients = tuple(predicted)
     torch.testing.assert_close(run(forward), value.detach())
     gradients = [runtime.empty_like(x, x.dtype) for _ in range(2)]
     prediction = torch.ones(2, dtype=torch.float64)
-    run(runtime.Pass(runtime.FRESH, state, *gradients, prediction, upstream))
+    run(runtime.Pass(runtime.FRESH, state, tuple(gradients), prediction, upstream))
     for got, correct in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(got, correct)
     for ahead, got in zip(predicted if reduction else [], gradients, strict=False):

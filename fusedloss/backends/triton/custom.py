@@ -23,7 +23,9 @@ class Loaded:
 _loaded: dict[str, Loaded] = {}
 
 
-def load(name: str, source: str, parameters: int, constants: Callable[[Numbers], Numbers]) -> str:
+def load(
+    name: str, source: str, inputs: int, parameters: int, constants: Callable[[Numbers], Numbers]
+) -> str:
     """Makes a loss known to the operators, once: what they call it.
 
     source: as ``fusedloss.custom.printing.triton`` prints it. Triton compiles it at its first use,
@@ -36,18 +38,25 @@ def load(name: str, source: str, parameters: int, constants: Callable[[Numbers],
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
         namespace: dict[str, Any] = {"__name__": f"{__name__}.{key}"}
         exec(compile(source, file, "exec"), namespace)  # noqa: S102 - of our own print
-        loss = PointwiseLoss(namespace["loss"], mean="weights")
+        function = namespace["loss"]
+        loss = PointwiseLoss(function, mean="weights", inputs=inputs, gradients=inputs)
         _loaded[key] = Loaded(loss, parameters, constants)
     return key
 
 
-def loaded(name: str, parameters: Sequence[float]) -> tuple[PointwiseLoss, Numbers]:
-    """A custom loss, and the numbers that its kernel takes."""
+def known(name: str) -> Loaded:
+    """A custom loss."""
     found = _loaded.get(name)
     if found is None:
         raise RuntimeError(
             f"fusedloss: no loss {name!r} is known: import the module that defines it, and call it once"
         )
+    return found
+
+
+def loaded(name: str, parameters: Sequence[float]) -> tuple[PointwiseLoss, Numbers]:
+    """A custom loss, and the numbers that its kernel takes."""
+    found = known(name)
     if len(parameters) != found.parameters:
         raise ValueError(
             f"fusedloss: {name!r} has {found.parameters} parameters, and the call {len(parameters)}"

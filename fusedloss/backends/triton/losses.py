@@ -98,7 +98,7 @@ def _hinge_embedding(x, y, margin):
     gap = margin - x
     similar, different = y == 1.0, y == -1.0
     value = tl.where(similar, 0.0, clamp_min(gap, 0.0)) + tl.where(different, 0.0, x)
-    slope = tl.where(different, 0.0, 1.0) - tl.where(~similar & (gap >= 0.0), 1.0, 0.0)
+    slope = tl.where(different, 0.0, 1.0) - tl.where(similar, 0.0, tl.where(gap >= 0.0, 1.0, 0.0))
     return value, slope.to(x.dtype)
 
 
@@ -123,7 +123,7 @@ def _kl_div_log_target(x, log_y):
 @triton.jit
 def _stirling(y, full):
     series = y * log(y) - y + 0.5 * log(6.283185307179586 * y)
-    return tl.where((full != 0.0) & (y > 1.0), series, 0.0)
+    return tl.where(y > 1.0, tl.where(full != 0.0, series, 0.0), 0.0)
 
 
 @triton.jit

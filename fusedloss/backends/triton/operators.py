@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import second_order
 from ...backends import is_captured, new_prediction
 from . import custom, pointwise, rows, runtime
-from .losses import POINTWISE
+from .losses import POINTWISE, PointwiseLoss
 from .runtime import Pass
 
 DEVICES = ("CPU", "CUDA", "XPU")  # CPU: in Triton's interpreter
@@ -28,18 +28,18 @@ operators: Any = torch.ops.fusedloss_triton
 # ---- what a forward leaves for its backward ------------------------------------------------------
 
 
-Gradients = tuple[Tensor | None, Tensor | None]  # for input and target; None: is not wanted
+Gradients = tuple[Tensor | None, ...]  # of the inputs that have one; None: is not wanted
 
 
 @dataclass
 class SavedGradients:
     """Lives and dies with the memory of a forward's state, as in csrc/torch/one_pass.h."""
 
-    gradients: Gradients  # (None, None): not written, or handed over already
+    gradients: Gradients  # (): not written, or handed over already
     prediction: Tensor
     input_shape: torch.Size
     input_dtype: torch.dtype
-    addresses: tuple[int, int]  # of input and target
+    addresses: tuple[int, ...]  # of the inputs
 
 
 def attach(state: Tensor, saved: SavedGradients) -> None:
@@ -51,12 +51,12 @@ def saved_in(state: Tensor) -> SavedGradients | None:
     return getattr(state.untyped_storage(), "saved", None)
 
 
-def _drop_gradients_of_other_memory(state: Tensor, input: Tensor, target: Tensor) -> None:
-    """Where input or target has been given other memory since forward (``input.data = ...``),
-    backward must see the numbers there."""
+def _drop_gradients_of_other_memory(state: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Where an input has been given other memory since forward (``input.data = ...``), backward must
+    see the numbers there."""
     saved = saved_in(state)
-    if saved is not None and saved.addresses != (input.data_ptr(), target.data_ptr()):
-        saved.gradients = None, None
+    if saved is not None and saved.addresses != tuple(t.data_ptr() for t in inputs):
+        saved.gradients = ()
 
 
 # A CUDA graph writes to the predictions of its capture at every replay, and nobody knows how long a
@@ -121,8 +121,11 @@ class OnePass(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         input, target, weight, *more = (t for t in args[: -len(OPTIONS)])
         *options, prediction = args[-len(OPTIONS) :]
-        of_input, of_target = ctx.needs_input_grad[:2]
-        gradients = of_input + 2 * (of_target and _is_custom(options[0]))
+        # The weight stands in between, and has none.
+        wanted = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[3 : 3 + len(more)])
+        ctx.wanted = wanted[: _variables(options[0])]
+        gradients = sum(1 << i for i, one in enumerate(ctx.wanted) if one)
+        gradients &= (1 << _row(options[0]).gradients) - 1
         hooked = _saves_through_hooks()
         if hooked:
             prediction = input.new_zeros(2, dtype=torch.float64)  # no confidence in it
@@ -140,16 +143,21 @@ class OnePass(torch.autograd.Function):
         (grad_output,) = grad_outputs
         state, input, target, weight, *more = ctx.saved_tensors
         call = input, target, weight, more, *ctx.options
-        _drop_gradients_of_other_memory(state, input, target)
+        _drop_gradients_of_other_memory(state, (input, target, *more))
         if _needs_reference(grad_output):
-            found = second_order.loss_reference_gradient(grad_output, *call)
+            mask = sum(1 << i for i, one in enumerate(ctx.wanted) if one)
+            found = second_order.loss_reference_gradient(grad_output, *call[:-1], mask)
         else:
             direct = _directly(input, target) and _directly(grad_output, state)
             backward = _loss_backward if direct else operators.loss_backward.default
             found = backward(grad_output, state, *call)
+            if len(found) < sum(ctx.wanted):  # the loss is symmetric
+                found.append(-found[0])
         left = iter(found)
-        given = [next(left) if ctx.options[-1] & bit else None for bit in (1, 2)]
-        return *given, *(None,) * (len(ctx.needs_input_grad) - 2)
+        given = [next(left) if one else None for one in ctx.wanted]
+        given += [None] * (2 + len(more) - len(given))
+        rest = len(ctx.needs_input_grad) - 3 - len(more)
+        return *given[:2], None, *given[2:], *(None,) * rest
 
 
 def _directly(*tensors: Tensor) -> bool:
@@ -168,8 +176,11 @@ def _directly(*tensors: Tensor) -> bool:
 def _differentiable(
     input: Tensor, target: Tensor, weight: Tensor | None, more: list[Tensor], *options: Any
 ) -> Tensor:
-    wanted = input.requires_grad or (target.requires_grad and _is_custom(options[0]))
-    if torch.is_grad_enabled() and wanted:
+    grad = torch.is_grad_enabled()
+    wanted = [t.requires_grad for t in (input, target, *more)] if grad else []
+    if any(wanted[: _variables(options[0])]):
+        if not input.requires_grad and _row(options[0]).symmetric:
+            input, target = target, input
         # Autograd looks for tensors among the arguments, not inside of lists.
         return OnePass.apply(input, target, weight, *more, *options)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -188,24 +199,40 @@ def loss(input: Tensor, target: Tensor, *call: Any) -> Tensor:
 OPTIONS = ("loss", "parameters", "ignore_index", "reduction", "dtype", "prediction")
 
 
-def _is_custom(loss: str) -> bool:
-    return loss not in POINTWISE and loss != "cross_entropy"
+_CROSS_ENTROPY = PointwiseLoss(None)  # as far as gradients go
 
 
-def _empty_gradients(
-    input: Tensor, target: Tensor, mask: int, written: Gradients = (None, None)
-) -> Gradients:
+def _row(loss: str) -> PointwiseLoss:
+    if loss == "cross_entropy":
+        return _CROSS_ENTROPY
+    return POINTWISE.get(loss) or custom.known(loss).loss
+
+
+def _variables(loss: str) -> int:
+    """How many of the inputs, from the first on, can have a gradient."""
+    row = _row(loss)
+    return 2 if row.symmetric else row.gradients
+
+
+def _empty_gradients(call: Sequence[Any], mask: int, written: Gradients = ()) -> Gradients:
     """Those whose bits are set: new ones, but for those written that lie in memory as new ones would.
-    (input and target may have been given other memory: ``input.data = ...``.)"""
+    (An input may have been given other memory: ``input.data = ...``.)"""
+    input, target, _, more, loss, *_ = call
 
-    def gradient(bit: int, dtype: torch.dtype, there: Tensor | None) -> Tensor | None:
-        if not mask & bit:
+    def gradient(i: int, t: Tensor) -> Tensor | None:
+        if not mask >> i & 1:
             return None
-        if there is not None and runtime.lies_like_gradient(there, input, dtype):
+        there = written[i] if written else None
+        if there is not None and runtime.lies_like_gradient(there, input, t.dtype):
             return there
-        return runtime.empty_like(input, dtype)
+        return runtime.empty_like(input, t.dtype)
 
-    return gradient(1, input.dtype, written[0]), gradient(2, target.dtype, written[1])
+    inputs = (input, target, *more)[: _row(loss).gradients]
+    return tuple(gradient(i, t) for i, t in enumerate(inputs))
+
+
+def _none(call: Sequence[Any]) -> Gradients:
+    return (None,) * _row(call[4]).gradients
 
 
 def _listed(gradients: Gradients) -> list[Tensor]:
@@ -244,7 +271,7 @@ def _run(
 def _loss(*args: Any) -> Tensor | None:
     *call, _ = args
     runtime.raise_faults()
-    return _run(Pass(runtime.VALUE, runtime.empty_forward_state(call[0])), *call)
+    return _run(Pass(runtime.VALUE, runtime.empty_forward_state(call[0]), _none(call)), *call)
 
 
 def _loss_forward(*args: Any) -> tuple[Tensor | None, Tensor]:
@@ -253,21 +280,21 @@ def _loss_forward(*args: Any) -> tuple[Tensor | None, Tensor]:
     runtime.raise_faults()
     if reduction == 0:
         state = runtime.empty_forward_state(input)
-        return _run(Pass(runtime.VALUE, state), *call), state
+        return _run(Pass(runtime.VALUE, state, _none(call)), *call), state
     prediction = _prediction_of(own, loss, input, reduction)
     state = runtime.empty_forward_state(input)
-    gradients = _empty_gradients(input, target, mask)
-    value = _run(Pass(runtime.FORWARD, state, *gradients, prediction), *call)
-    addresses = input.data_ptr(), target.data_ptr()
+    gradients = _empty_gradients(call, mask)
+    value = _run(Pass(runtime.FORWARD, state, gradients, prediction), *call)
+    addresses = tuple(t.data_ptr() for t in (input, target, *call[3]))
     attach(state, SavedGradients(gradients, prediction, input.shape, input.dtype, addresses))
     return value, state
 
 
 def _loss_backward(grad_output: Tensor, state: Tensor, *args: Any) -> list[Tensor]:
     *call, mask = args
-    input, target, reduction = call[0], call[1], call[7]
+    input, reduction = call[0], call[7]
     saved = saved_in(state)
-    written: Gradients = None, None
+    written: Gradients = ()
     runtime.check_pair("state", state, input)
     if reduction != 0:
         runtime.check_number(grad_output, input)
@@ -279,12 +306,12 @@ def _loss_backward(grad_output: Tensor, state: Tensor, *args: Any) -> list[Tenso
                 f"{list(input.shape)}, and forward's was a {saved.input_dtype} tensor of shape "
                 f"{list(saved.input_shape)}: between the two, leave input.data as it is"
             )
-        written, saved.gradients = saved.gradients, (None, None)
+        written, saved.gradients = saved.gradients, ()
         prediction = _keep_if_captured(saved.prediction)
-    gradients = _empty_gradients(input, target, mask, written)
-    reused = all(new is old for new, old in zip(gradients, written, strict=True))
+    gradients = _empty_gradients(call, mask, written)
+    reused = all(new is old for new, old in zip(gradients, written or _none(call), strict=True))
     step = runtime.BACKWARD if reused else runtime.FRESH
-    _run(Pass(step, state, *gradients, prediction, grad_output), *call)
+    _run(Pass(step, state, gradients, prediction, grad_output), *call)
     return _listed(gradients)
 
 
@@ -299,7 +326,7 @@ def _loss_forward_meta(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _loss_backward_meta(grad_output: Tensor, state: Tensor, *args: Any) -> list[Tensor]:
-    return _listed(_empty_gradients(args[0], args[1], args[-1]))
+    return _listed(_empty_gradients(args, args[-1]))
 
 
 CALL = (

@@ -32,11 +32,9 @@ MAX_DIMS = 8  # of operands that are not all contiguous; those of more are copie
 class Sources(NamedTuple):
     """What the kernel reads; None where a call has no such operand."""
 
-    input: Any
-    target: Any
+    inputs: Any  # a tuple: input, target ...
     weight: Any
     upstream: Any  # the upstream gradient of every element: in a backward of reduction "none"
-    more: Any
 
 
 @triton.jit
@@ -90,20 +88,37 @@ def is_outside_unit(x):
 
 
 @triton.jit
+def lie_outside(inputs, DOMAIN: tl.constexpr):
+    if DOMAIN == "variance":
+        return inputs[2] < 0.0
+    else:
+        return is_outside_unit(inputs[0]) | is_outside_unit(inputs[1])
+
+
+@triton.jit
+def load_inputs(sources, at, mask, sizes, CLASS_DIM: tl.constexpr, T: tl.constexpr):
+    inputs = (load(sources.inputs[0], at, mask, sizes, T),)
+    for k in tl.static_range(1, len(sources.inputs)):
+        if k == 1:
+            x = load_target(sources.inputs[k], at, mask, sizes, CLASS_DIM, T)
+        else:
+            x = load(sources.inputs[k], at, mask, sizes, T)
+        inputs = inputs + (x,)  # type: ignore[assignment]
+    return inputs
+
+
+@triton.jit
 def tile(
     at, mask, sources, outputs, sizes, parameters, scale, write,
-    LOSS: tl.constexpr, UNIT_INTERVAL: tl.constexpr, CLASS_DIM: tl.constexpr, T: tl.constexpr,
+    LOSS: tl.constexpr, QUOTIENT: tl.constexpr, DOMAIN: tl.constexpr, CLASS_DIM: tl.constexpr,
+    T: tl.constexpr,
 ):  # fmt: skip
     """Writes what the call wants for some elements; returns the sums of GROUPs of values."""
-    x = load(sources.input, at, mask, sizes, T)
-    y = load_target(sources.target, at, mask, sizes, CLASS_DIM, T)
-    more = ()
-    for k in tl.static_range(len(sources.more)):
-        more = more + (load(sources.more[k], at, mask, sizes, T),)  # type: ignore[assignment]
-    result = LOSS(x, y, *more, *parameters)
+    inputs = load_inputs(sources, at, mask, sizes, CLASS_DIM, T)
+    result = LOSS(*inputs, *parameters)
     v, factor = result[0], scale
-    if UNIT_INTERVAL:
-        outside = is_outside_unit(x) | is_outside_unit(y)
+    if DOMAIN != "":
+        outside = lie_outside(inputs, DOMAIN)
         v = tl.where(outside, float("nan"), v)
         factor = tl.where(outside, float("nan"), factor)
     w = 1.0
@@ -112,50 +127,54 @@ def tile(
         v = v * w
     if CLASS_DIM >= 0:
         # The elements of other classes count for nothing, whatever weight they meet.
-        v = tl.where(y == 0.0, 0.0, v)
+        v = tl.where(inputs[1] == 0.0, 0.0, v)
     if outputs.value is not None:
         store(outputs.value + at, v, mask)
     # Not in the branch on `write`: Triton lets no variable leave that with another type.
     if sources.upstream is not None:
         w = w * load(sources.upstream, at, mask, sizes, T)
     if write:
-        if outputs.gradient is not None:
-            g = result[1] * w * factor
-            if len(result) == 4:
-                g = divide(g, result[3])
-            if CLASS_DIM >= 0:
-                g = tl.where(y == 0.0, result[1], g)
-            store(outputs.gradient + at, g, mask)
-        if outputs.target_gradient is not None:
-            store(outputs.target_gradient + at, result[2] * w * factor, mask)
+        for k in tl.static_range(len(outputs.gradients)):
+            if outputs.gradients[k] is not None:
+                g = result[1 + k] * w * factor
+                if QUOTIENT:
+                    g = divide(g, result[2])
+                if CLASS_DIM >= 0:
+                    g = tl.where(inputs[1] == 0.0, result[1], g)
+                store(outputs.gradients[k] + at, g, mask)
     if mask is not None:
         v = tl.where(mask, v, 0.0)
     # Roundings of float32 would add up where many values are equal.
-    if sources.input.pointer.dtype.element_ty == tl.float32:
+    if sources.inputs[0].pointer.dtype.element_ty == tl.float32:
         v = v.to(tl.float64)
     return tl.sum(tl.reshape(v, [v.shape[0] // GROUP, GROUP]), 1).to(tl.float64)
 
 
 @triton.jit
-def first_fault(sources, at, mask, sizes, CLASS_DIM: tl.constexpr, T: tl.constexpr):
+def first_fault(
+    sources, at, mask, sizes, DOMAIN: tl.constexpr, CLASS_DIM: tl.constexpr, T: tl.constexpr
+):  # fmt: skip
     """The position of the first element that a loss cannot take, or NO_FAULT."""
     if CLASS_DIM < 0:
-        bad = is_outside_unit(load(sources.input, at, mask, sizes, T))
-        bad = bad | is_outside_unit(load(sources.target, at, mask, sizes, T))
+        bad = lie_outside(load_inputs(sources, at, mask, sizes, CLASS_DIM, T), DOMAIN)
     else:
-        bad = is_class_fault(load(sources.target, at, mask, sizes, tl.int64), sizes[CLASS_DIM])
+        bad = is_class_fault(load(sources.inputs[1], at, mask, sizes, tl.int64), sizes[CLASS_DIM])
     return tl.min(tl.where(bad & mask, at.to(tl.int64), runtime.NO_FAULT))
 
 
 @triton.jit
-def report_fault(fault, sources, bad, sizes, CLASS_DIM: tl.constexpr):
+def report_fault(fault, sources, bad, sizes, DOMAIN: tl.constexpr, CLASS_DIM: tl.constexpr):
     if CLASS_DIM >= 0:
-        offset = offset_of(bad, sizes, sources.target.strides)
-        index = tl.load(sources.target.pointer + offset)
+        offset = offset_of(bad, sizes, sources.inputs[1].strides)
+        index = tl.load(sources.inputs[1].pointer + offset)
         runtime.report_error(fault, runtime.TARGET_CLASS, offset, index, sizes[CLASS_DIM])
+    elif DOMAIN == "variance":
+        variance = load(sources.inputs[2], bad, None, sizes, tl.float64)
+        number = variance.to(tl.int64, bitcast=True)
+        runtime.report_error(fault, runtime.NEGATIVE_VARIANCE, bad, number, 0)
     else:
-        x = load(sources.input, bad, None, sizes, tl.float64)
-        y = load(sources.target, bad, None, sizes, tl.float64)
+        x = load(sources.inputs[0], bad, None, sizes, tl.float64)
+        y = load(sources.inputs[1], bad, None, sizes, tl.float64)
         in_input = is_outside_unit(x)
         what = tl.where(in_input, runtime.INPUT_OUTSIDE_UNIT, runtime.TARGET_OUTSIDE_UNIT)
         number = tl.where(in_input, x, y).to(tl.int64, bitcast=True)
@@ -165,7 +184,7 @@ def report_fault(fault, sources, bad, sizes, CLASS_DIM: tl.constexpr):
 @triton.jit(do_not_specialize=["numel", "divisor", "step"])
 def pointwise(
     sources, outputs, sizes, numel, parameters, scaling, divisor, step,
-    LOSS: tl.constexpr, SLOPE_UNIT: tl.constexpr, UNIT_INTERVAL: tl.constexpr,
+    LOSS: tl.constexpr, SLOPE_UNIT: tl.constexpr, QUOTIENT: tl.constexpr, DOMAIN: tl.constexpr,
     CLASS_DIM: tl.constexpr, T: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """What is written lies in the order of `sizes`, and so does a source whose strides are ()."""
@@ -188,29 +207,29 @@ def pointwise(
         for t in range(TILES):
             total += tile(
                 at + t * TILE, None, sources, outputs, sizes, numbers, scale, write,
-                LOSS, UNIT_INTERVAL, CLASS_DIM, T,
+                LOSS, QUOTIENT, DOMAIN, CLASS_DIM, T,
             )  # fmt: skip
     else:
         for t in range(tl.cdiv(numel - first, TILE)):
             total += tile(
                 at + t * TILE, at + t * TILE < numel, sources, outputs, sizes, numbers, scale, write,
-                LOSS, UNIT_INTERVAL, CLASS_DIM, T,
+                LOSS, QUOTIENT, DOMAIN, CLASS_DIM, T,
             )  # fmt: skip
     if step < runtime.IS_BACKWARD:
         sum = tl.sum(total)
         if not UNREDUCED:
             tl.store(outputs.partials + tl.program_id(0), sum)
             runtime.finish(scaling, outputs, False)
-        if UNIT_INTERVAL or CLASS_DIM >= 0:
+        if DOMAIN != "" or CLASS_DIM >= 0:
             # What a loss cannot take has made the sum nan.
             if sum != sum:
                 bad = tl.full((), runtime.NO_FAULT, tl.int64)
                 for t in range(TILES):
                     here = at + t * TILE
-                    found = first_fault(sources, here, here < numel, sizes, CLASS_DIM, T)
+                    found = first_fault(sources, here, here < numel, sizes, DOMAIN, CLASS_DIM, T)
                     bad = tl.minimum(bad, found)
                 if bad < runtime.NO_FAULT:
-                    report_fault(outputs.fault, sources, bad, sizes, CLASS_DIM)
+                    report_fault(outputs.fault, sources, bad, sizes, DOMAIN, CLASS_DIM)
 
 
 # ---- calls ---------------------------------------------------------------------------------------
@@ -302,27 +321,28 @@ def run(
     upstream = do.grad_output if unreduced and not do.forward else None
     tensors = [
         None if t is None else runtime.aligned(t).expand(input.shape)
-        for t in (input, target, weight, upstream, *more)
+        for t in (*(input, target, *more)[: loss.inputs], weight, upstream)
     ]
     space = coalesce_dimensions(tensors, class_dim)
-    of_input, of_target, of_weight, of_upstream, *others = space.operands
+    *inputs, of_weight, of_upstream = space.operands
     divisor = Divisor()
     if do.forward and reduction == 1:
         divisor = _divisor(loss, input, indices, weight, ignore_index)
     numel, of_program = input.numel(), TILE.value * TILES.value
-    no_gradient = do.gradient is None and do.target_gradient is None
-    gradient = input if no_gradient else do.gradient
+    no_gradient = all(gradient is None for gradient in do.gradients)
+    gradients = (input, *do.gradients[1:]) if no_gradient else do.gradients
     return runtime.launch(
         pointwise,
         max(1, runtime.ceil_divide(numel, of_program)),
         do,
         input.device,
         empty_loss(input, reduction, dtype) if do.forward else None,
-        tensors=(gradient, *(operand and operand.pointer for operand in space.operands)),
+        tensors=(*gradients, *(operand and operand.pointer for operand in space.operands)),
         numbers=(
             loss.function.fn,
             loss.slope_unit,
-            loss.unit_interval,
+            loss.quotient,
+            loss.domain,
             space.sizes,
             *(operand and operand.strides for operand in space.operands),
             numel,
@@ -332,14 +352,15 @@ def run(
         ),
         unreduced=unreduced,
         divisor=divisor,
-        gradient=gradient,
-        sources=Sources(of_input, of_target, of_weight, of_upstream, tuple(others)),
+        gradients=gradients,
+        sources=Sources(tuple(inputs), of_weight, of_upstream),
         sizes=space.sizes,
         numel=numel,
         parameters=tuple(map(runtime.halves, parameters)),
         LOSS=loss.function,
         SLOPE_UNIT=loss.slope_unit,
-        UNIT_INTERVAL=loss.unit_interval,
+        QUOTIENT=loss.quotient,
+        DOMAIN=loss.domain,
         CLASS_DIM=space.class_dim,
         T=tl.float64 if dtype is torch.float64 else tl.float32,
         INDEX=tl.int32 if numel + of_program < 1 << 31 else tl.int64,

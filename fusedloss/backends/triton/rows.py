@@ -223,7 +223,7 @@ def cross_entropy(
             total = tl.sum(tl.where(exists, loss, 0.0).to(tl.float64))
             tl.store(outputs.partials + tl.program_id(0), total)
     if write:
-        output = classes_of(outputs.gradient, row, inner, PLAN.unit)
+        output = classes_of(outputs.gradients[0], row, inner, PLAN.unit)
         if PLAN.whole:
             # One exponential an element: e has the registers of x.
             slope = losses.for_exponentials(slope, state.max)
@@ -357,7 +357,7 @@ def run(
         weight = runtime.aligned(weight.contiguous())
     indices, smooth = target.dtype is torch.int64, label_smoothing != 0
     x, y = runtime.aligned(input), runtime.aligned(target.contiguous() if indices else target)
-    g = x if do.gradient is None else do.gradient
+    g = x if do.gradients[0] is None else do.gradients[0]
 
     def layout() -> Layout | None:
         strides = x.stride(), None if indices else y.stride(), g.stride()
@@ -366,7 +366,7 @@ def run(
     lies = layout()
     if lies is None:
         x, y = x.contiguous(), y.contiguous()
-        g = x if do.gradient is None else do.gradient
+        g = x if do.gradients[0] is None else do.gradients[0]
         lies = layout()
     if lies is None:
         raise RuntimeError("fusedloss: the dimensions of input behind the classes must be joinable")
@@ -392,7 +392,7 @@ def run(
         numbers=(lies, ignore_index, smooth, dtype),
         unreduced=unreduced,
         divisor=divisor,
-        gradient=Operand(g, steps_of_g),
+        gradients=(Operand(g, steps_of_g),),
         num_warps=lies.num_warps,
         input=Operand(x, steps_of_x),
         target=Operand(y, steps_of_y),

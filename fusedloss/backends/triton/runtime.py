@@ -46,8 +46,7 @@ class Pass:
     # Two float64. VALUE and FORWARD leave there the upstream gradient that the gradient was written
     # for (nan: it was not) and what the loss was divided by.
     forward_state: Tensor
-    gradient: Tensor | None = None
-    target_gradient: Tensor | None = None
+    gradients: tuple[Tensor | None, ...] = (None,)  # of the inputs that have one
     prediction: Tensor | None = None  # FORWARD reads it, BACKWARD and FRESH update it
     grad_output: Tensor | None = None
 
@@ -101,8 +100,7 @@ class Outputs(NamedTuple):
     """What a kernel writes; None: it does not."""
 
     value: Any  # of every element or row: with reduction "none"
-    gradient: Any
-    target_gradient: Any
+    gradients: Any  # a tuple: of the inputs
     loss: Any
     partials: Any  # of each program: its sum of values, and behind all sums what it has predicted
     ticket: Any
@@ -426,12 +424,12 @@ def launch(
     numbers: Hashable,
     unreduced: bool,
     divisor: Divisor,
-    gradient: Any,
+    gradients: tuple[Any, ...],
     num_warps: int,
     **arguments: Any,
 ) -> Tensor | None:
     """Launches an engine's kernel. tensors, numbers: as start() takes them, for `arguments` and
-    `gradient`.
+    `gradients`.
 
     What a pass does not use is another tensor of its type: one compiled kernel serves them all.
     """
@@ -451,14 +449,14 @@ def launch(
         grad_output=upstream,
         count=state if divisor.count is None else divisor.count,
     )
-    outputs = Outputs(value, gradient, do.target_gradient, loss, partials, ticket, fault)
+    outputs = Outputs(value, gradients, loss, partials, ticket, fault)
     arguments |= {
         "outputs": outputs,
         "scaling": scaling,
         "divisor": divisor.number,
         "step": do.step,
     }
-    tensors = (*tensors, value, do.target_gradient, loss, partials, ticket, fault, *scaling)
+    tensors = (*tensors, value, loss, partials, ticket, fault, *scaling)
     numbers = numbers, divisor.number
     start(kernel, programs, device, arguments, tensors, numbers, num_warps)
     return result
@@ -472,6 +470,7 @@ _NONE, _BEING_WRITTEN, _READY = 0, 1, 2
 TARGET_CLASS = tl.constexpr(0)
 INPUT_OUTSIDE_UNIT = tl.constexpr(1)
 TARGET_OUTSIDE_UNIT = tl.constexpr(2)
+NEGATIVE_VARIANCE = tl.constexpr(3)
 NO_FAULT = tl.constexpr(1 << 62)  # a position behind all others
 _faults: dict[torch.device, Tensor] = {}
 _states: list[Any] = []  # of all of them, the number that says whether there is a fault
@@ -514,8 +513,13 @@ def raise_faults() -> None:
                 f"Target {value} is out of bounds. It stands at target.flatten()[{position}]; "
                 f"there are {classes} classes.{when}"
             )
-        name = "input" if what == INPUT_OUTSIDE_UNIT.value else "target"
         number = struct.unpack("<d", struct.pack("<q", value))[0]
+        if what == NEGATIVE_VARIANCE.value:
+            raise ValueError(
+                f"all elements of var should be at least 0, but element {position} in memory order is "
+                f"{number:.9g}{when}"
+            )
+        name = "input" if what == INPUT_OUTSIDE_UNIT.value else "target"
         raise RuntimeError(
             f"all elements of {name} should be between 0 and 1, but element {position} in memory "
             f"order is {number:.9g}{when}"
