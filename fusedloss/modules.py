@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import backends
+from . import _dispatch, backends
 from ._dispatch import NO_TORCHSCRIPT, run, warn_of_mean
 from ._losses import LOSSES
 
@@ -22,10 +25,12 @@ __all__ = [
     "KLDivLoss",
     "L1Loss",
     "LogLoss",
+    "LogSoftmax",
     "MAELoss",
     "MSELoss",
     "MarginRankingLoss",
     "MultiLabelSoftMarginLoss",
+    "NLLLoss",
     "PoissonNLLLoss",
     "SmoothL1Loss",
     "SoftMarginLoss",
@@ -194,6 +199,60 @@ class GaussianNLLLoss(_Predicting, nn.GaussianNLLLoss):
     def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
         args = input, target, var, self.full, self.eps, self.reduction
         return run(LOSSES["gaussian_nll_loss"], args, self._prediction(input))
+
+
+# ---- LogSoftmax and NLLLoss --------------------------------------------------------------------------
+# Torch's nll_loss reads one number a row and writes the gradient once: nothing is left to save. But
+# behind a LogSoftmax the two are cross-entropy, whose gradient reaches the logits without a backward
+# pass through the LogSoftmax.
+
+
+@dataclass
+class _Logits:
+    logits: Tensor
+    versions: tuple[int, int]  # of log probabilities and logits, which change where one is written to
+
+
+_logits: MutableMapping[Tensor, _Logits] = WeakTensorKeyDictionary()  # by log probabilities
+
+
+class LogSoftmax(nn.LogSoftmax):
+    """:class:`torch.nn.LogSoftmax`, which remembers its input for :class:`NLLLoss` as long as its output
+    lives."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = super().forward(input)
+        over_classes = self.dim is not None and self.dim % max(1, input.dim()) == min(1, input.dim() - 1)
+        if over_classes and type(output) is Tensor and not torch.compiler.is_compiling():
+            _logits[output] = _Logits(input, (output._version, input._version))
+        return output
+
+
+class NLLLoss(_Predicting, nn.NLLLoss):
+    """:class:`torch.nn.NLLLoss`. Of the output of :class:`LogSoftmax` it is computed as
+    :func:`fusedloss.functional.cross_entropy` of that one's input; of anything else, by torch."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        logits = self._logits_of(input)
+        if logits is None:
+            if _dispatch._listening():
+                _dispatch._report("nll_loss", "input is not what a fusedloss.LogSoftmax has returned")
+            return super().forward(input, target)
+        args = (
+            *(logits, target, self.weight, None, self.ignore_index, None, self.reduction, 0.0),
+        )
+        return run(LOSSES["cross_entropy"], args, self._prediction(logits))
+
+    def _logits_of(self, input: Any) -> Tensor | None:
+        """The logits of these log probabilities, if nobody would see that no gradient reaches these."""
+        if type(input) is not Tensor or torch.compiler.is_compiling():
+            return None
+        known = _logits.get(input)
+        seen = input.retains_grad or bool(input._backward_hooks)
+        if known is None or seen or input.requires_grad is not known.logits.requires_grad:
+            return None
+        unchanged = known.versions == (input._version, known.logits._version)
+        return known.logits if unchanged else None
 
 
 class LogLoss(_Predicting):

@@ -25,6 +25,19 @@ __all__ = ["patch", "replace", "restore"]
 _MODULES: dict[type[nn.Module], type[nn.Module]] = {
     getattr(nn, name): getattr(modules, name) for name in modules.__all__ if hasattr(nn, name)
 }
+# Only together: NLLLoss alone gains nothing.
+_PAIR = (nn.LogSoftmax, nn.NLLLoss)
+# Why torch's losses without a fused kernel have none.
+_NO_KERNEL = {
+    nn.NLLLoss: "there is no LogSoftmax before it; alone, torch's own leaves nothing to save",
+    nn.CTCLoss: "each step needs the one before, so it is no sum over elements or rows",
+    nn.MultiLabelMarginLoss: "a row's targets are a list of any length",
+    nn.TripletMarginWithDistanceLoss: "its distance is a function of yours",
+    nn.AdaptiveLogSoftmaxWithLoss: "it holds layers of its own",
+    nn.CosineEmbeddingLoss: "it has no fused kernel yet",
+    nn.TripletMarginLoss: "it has no fused kernel yet",
+    nn.MultiMarginLoss: "it has no fused kernel yet",
+}
 _TORCHS = {fused: theirs for theirs, fused in _MODULES.items()}
 _FUNCTIONS = {fused.__name__: fused for fused in _dispatch.TORCHS}
 
@@ -125,6 +138,8 @@ def _why_left(held: Any) -> str | None:
     if isinstance(held, torch.jit.ScriptModule):
         scripted = getattr(held, "original_name", "")
         return "TorchScript" if any(kind.__name__ == scripted for kind in _MODULES) else None
+    if type(held) in _NO_KERNEL:
+        return f"{type(held).__name__}: {_NO_KERNEL[type(held)]}"
     if not isinstance(held, _Loss) or isinstance(held, modules._Predicting):
         return None
     for kind in _MODULES:
@@ -135,6 +150,9 @@ def _why_left(held: Any) -> str | None:
 
 def replace(holder: Any) -> Changed:
     """Replaces every loss of :mod:`torch.nn` in ``holder``, or ``holder`` itself, by the fused one.
+
+    :class:`torch.nn.NLLLoss` is replaced where there is a :class:`torch.nn.LogSoftmax` too, which is
+    replaced with it: the two are computed as cross-entropy of the logits.
 
     In place: each loss keeps its identity, options, buffers and hooks, and only its class changes;
     :func:`restore` undoes it. A subclass of a torch loss is left alone, since it may compute
@@ -155,8 +173,10 @@ def replace(holder: Any) -> Changed:
         UserWarning: there is nothing to replace, or a loss was left.
     """
     changed, left, fused = {}, {}, False
-    for name, held in _held(holder, "replace"):
-        kind = _MODULES.get(type(held))
+    everything = list(_held(holder, "replace"))
+    paired = {type(held) for _, held in everything}.issuperset(_PAIR)
+    for name, held in everything:
+        kind = _MODULES.get(type(held)) if paired or type(held) not in _PAIR else None
         why = None if kind else _why_left(held)
         if kind is not None:
             held.__class__ = kind
@@ -187,7 +207,7 @@ def restore(holder: Any) -> Changed:
     """
     changed = {}
     for name, held in _held(holder, "restore"):
-        if isinstance(held, modules._Predicting) and held.__dict__.pop("_replaced", False):
+        if type(held) in _TORCHS and held.__dict__.pop("_replaced", False):
             held.__dict__.pop("_module_prediction", None)
             held.__class__ = _TORCHS[type(held)]  # type: ignore[assignment]
             changed[name] = held

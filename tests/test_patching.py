@@ -146,7 +146,7 @@ def test_replace_says_what_it_left_and_why() -> None:
     assert list(changed) == ["a"]
     reasons = {
         "b": "a subclass of MSELoss, which may compute something else",
-        "c": "CTCLoss has no fused kernel",
+        "c": "CTCLoss: each step needs the one before, so it is no sum over elements or rows",
         "d": "TorchScript",
         "call": "the function torch.nn.functional.mse_loss: put fusedloss.functional.mse_loss there",
         "reduced.func": (
@@ -159,6 +159,47 @@ def test_replace_says_what_it_left_and_why() -> None:
     lines = str(changed).splitlines()
     assert lines[0].split() == ["a", "fusedloss.MSELoss()"]
     assert [line.split("  left: ")[1] for line in lines[1:]] == list(reasons.values())
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 7), nn.LogSoftmax(1))
+        self.criterion = nn.NLLLoss(weight=torch.linspace(0.5, 2, 7), ignore_index=3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        loss: Tensor = self.criterion(self.net(x), y)
+        return loss
+
+
+def test_log_softmax_and_nll_loss_become_cross_entropy(backend: str) -> None:
+    model, x, y = Classifier(), torch.randn(9, 4), torch.randint(7, (9,))
+
+    def step() -> list[Tensor]:
+        value = model(x, y)
+        return [value.detach(), *torch.autograd.grad(value, list(model.parameters()))]
+
+    expected = step()
+    assert list(fusedloss.replace(model)) == ["net.1", "criterion"]
+    told = fusedloss.explain(model, x, y)
+    assert told.fused is (backend != "reference") and told.backend == backend
+    for mine, theirs in zip(step(), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    # Where a gradient of the log probabilities is asked for, or they have changed, it is torch's.
+    for change in (lambda t: t.retain_grad(), lambda t: t.register_hook(lambda g: g), lambda t: t.add_(0)):
+        log_p = model.net(x)
+        change(log_p)
+        assert not fusedloss.explain(model.criterion, log_p, y).fused
+        torch.testing.assert_close(model.criterion(log_p, y).detach(), expected[0])
+    assert not fusedloss.explain(model.criterion, model.net(x) + 0, y).fused
+    assert list(fusedloss.restore(model)) == ["net.1", "criterion"]
+    assert type(model.net[1]) is nn.LogSoftmax and type(model.criterion) is nn.NLLLoss
+
+
+def test_nll_loss_alone_is_left() -> None:
+    changed, _ = said(lambda: fusedloss.replace({"a": nn.NLLLoss(), "b": nn.MSELoss()}))
+    assert list(changed) == ["b"]
+    assert "no LogSoftmax before it" in changed.left["a"]
 
 
 def test_replace_says_that_there_was_nothing() -> None:

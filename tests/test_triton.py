@@ -36,7 +36,7 @@ def _saturating(x, y, p, scale, slope):
 @pytest.mark.parametrize("reduction", [0, 1, 2])
 def test_custom_function(reduction: int, layout: str, fused: str) -> None:
     """An operand, two parameters, and a gradient for target: the engine takes a jit function."""
-    loss = PointwiseLoss(_saturating, gradients=2, parameters=2)
+    loss = PointwiseLoss(_saturating, inputs=3, gradients=2, parameters=2)
     shape = (70, 33)
     x, y, p, upstream = torch.randn(4, *shape, dtype=torch.float64).unbind()
     if layout == "transposed":
