@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+import fusedloss.functional as fused
+
 Loss = Callable[..., Tensor]
 
 
@@ -101,6 +103,10 @@ MODULES = {
     "binary_cross_entropy_with_logits": "BCEWithLogitsLoss",
     "binary_cross_entropy": "BCELoss",
     "cross_entropy": "CrossEntropyLoss",
+    "soft_margin_loss": "SoftMarginLoss",
+    "hinge_embedding_loss": "HingeEmbeddingLoss",
+    "kl_div": "KLDivLoss",
+    "poisson_nll_loss": "PoissonNLLLoss",
 }
 
 
@@ -108,6 +114,20 @@ def plain_log_loss(x: Tensor, t: Tensor, reduction: str = "mean") -> Tensor:
     """Log loss with torch's functions, since torch has none of that name."""
     log_p = x.clamp(torch.finfo(x.dtype).eps, 1).log()
     return torch.nn.functional.nll_loss(log_p, t, reduction=reduction)
+
+
+def _with_variance(function: Loss) -> Loss:
+    def gaussian_nll(x: Tensor, t: Tensor, **options: str) -> Tensor:
+        return function(x, t[0], t[1], **options)
+
+    return gaussian_nll
+
+
+# Its target holds the variances too.
+GAUSSIAN = {
+    "eager": _with_variance(torch.nn.functional.gaussian_nll_loss),
+    "ours": _with_variance(fused.gaussian_nll_loss),
+}
 
 
 @dataclass(frozen=True)
@@ -154,6 +174,7 @@ class Case:
         """The least that forward and backward must move, as the limit does: input, target and
         gradient. Class indices are next to nothing."""
         tensors = 2 if self.by_rows and not self.probabilities else 3
+        tensors += self.loss == "gaussian_nll_loss"  # the variances
         return tensors * math.prod(self.shape) * self.dtype.itemsize
 
     def inputs(self) -> tuple[Tensor, Tensor]:
@@ -168,12 +189,23 @@ class Case:
         elif self.loss == "log_loss":
             x.uniform_(1e-3, 1, generator=generator)
             x /= x.sum(1, keepdim=True)
+        elif self.loss == "kl_div":
+            x.uniform_(1e-3, 1, generator=generator).log_()
         else:
             x.normal_(generator=generator)
-        if not self.by_rows:
+        if self.loss == "gaussian_nll_loss":
+            t = torch.empty((2, *self.shape), dtype=self.dtype, device=self.device)
+            t.uniform_(0.25, 2, generator=generator)
+        elif not self.by_rows:
             t = torch.empty_like(x)
             if self.loss.startswith("binary") or self.loss == "focal":
                 t.bernoulli_(0.5, generator=generator)
+            elif self.loss in ("soft_margin_loss", "hinge_embedding_loss"):
+                t.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+            elif self.loss == "kl_div":
+                t.uniform_(0, 1, generator=generator)
+            elif self.loss == "poisson_nll_loss":
+                t.uniform_(0, 5, generator=generator).round_()
             else:
                 t.normal_(generator=generator)
         elif self.probabilities:
@@ -213,8 +245,16 @@ _POINTWISE = {
         (5, 2, _TRANSCENDENTAL),
     ),
 }
+# The other losses of torch.nn: label, and the goals at 2^22 and 2^24.
+_OTHERS = {
+    "kl_div": ("kl_div", (3, 1.3, _TRANSCENDENTAL)),
+    "poisson_nll_loss": ("poisson_nll", (4, 1.3, _TRANSCENDENTAL)),
+    "soft_margin_loss": ("soft_margin", (6, 1.3, _TRANSCENDENTAL)),
+    "hinge_embedding_loss": ("hinge_embedding", (6, 1.3, _RATIONAL)),
+    "gaussian_nll_loss": ("gaussian_nll", (6, 1.3, _TRANSCENDENTAL)),
+}
 _POWERS = (18, 22, 24)
-LABELS = {loss: label for loss, (label, *_) in _POINTWISE.items()}
+LABELS = {loss: label for loss, (label, *_) in (_POINTWISE | _OTHERS).items()}
 LABELS |= {"cross_entropy": "cross_entropy", "log_loss": "log_loss"}
 
 _CROSS_ENTROPY: tuple[tuple[tuple[int, ...], tuple[float | None, ...]], ...] = (
@@ -321,9 +361,15 @@ def case(
     )
 
 
-def _with_own_eager(cases: list[Case]) -> tuple[Case, ...]:
+_FUNCTIONS: Mapping[str, Mapping[str, Loss]] = {
+    "log_loss": {"eager": plain_log_loss},
+    "gaussian_nll_loss": GAUSSIAN,
+}
+
+
+def _with_own_functions(cases: list[Case]) -> tuple[Case, ...]:
     return tuple(
-        replace(case, functions={"eager": plain_log_loss}) if case.loss == "log_loss" else case
+        replace(case, functions=_FUNCTIONS[case.loss]) if case.loss in _FUNCTIONS else case
         for case in cases
     )
 
@@ -340,6 +386,12 @@ def _cpu() -> tuple[Case, ...]:
     for shape, (eager, compiled, limit) in _CROSS_ENTROPY:
         reach = bars(eager=eager, compile=compiled, limit=limit)
         cases.append(case("speed", "cross_entropy", shape, reach))
+    for loss, (_, (eager, compiled, limit)) in _OTHERS.items():
+        for power in (22, 24):
+            reach = bars(eager=eager, compile=compiled, limit=limit)
+            cases.append(case("speed", loss, (2**power,), reach))
+        for elements in (32, 16384):
+            cases.append(case("small", loss, (elements,), bars(eager=1)))
     ce = "cross_entropy"
     cases.append(case("speed", ce, (4096, 1000), bars(eager=2), probabilities=True))
     cases.append(case("speed", ce, (512, 32000), bars(eager=4), dtype=bf16, autocast=True))
@@ -389,7 +441,7 @@ def _cpu() -> tuple[Case, ...]:
         cases.append(case("memory", ce, shape, {"memory": 1}))
     cases.append(case("memory", ce, (4096, 1000), {"memory": 1}, probabilities=True))
     cases.append(case("memory", ce, (512, 32000), {"memory": 1}, dtype=bf16, autocast=True))
-    return _with_own_eager(cases)
+    return _with_own_functions(cases)
 
 
 def _cuda() -> tuple[Case, ...]:
@@ -454,7 +506,7 @@ def _cuda() -> tuple[Case, ...]:
         add("none", loss, (2**28,), bars(eager=1), expanded=True)
     for loss in _OWN:
         add("own", loss, (2**28,), {})
-    return _with_own_eager(cases)
+    return _with_own_functions(cases)
 
 
 CASES = {"cpu": _cpu(), "cuda": _cuda()}
