@@ -179,13 +179,20 @@ def test_state_of_another_forward() -> None:
         operators().loss_backward(ONE, state, large, large, *MSE, 1)
 
 
-def test_a_built_in_loss_gives_no_gradient_for_target() -> None:
+def test_gradients_for_target() -> None:
+    """A symmetric loss gives input's, negated, and computes with both swapped where only target's is
+    wanted; another built-in loss gives none."""
     recorded("mse_loss")  # the first use of a backend defines its operators
     x, y = leaf(torch.ones(8)), leaf(torch.zeros(8))
-    value = operators().loss(x, y, *MSE, None)
+    for wanted, expected in (((x, y), (0.25, -0.25)), ((x,), (0.25,)), ((y,), (-0.25,))):
+        inputs = [t if any(t is w for w in wanted) else t.detach() for t in (x, y)]
+        found = torch.autograd.grad(operators().loss(*inputs, *MSE, None), wanted)
+        for gradient, number in zip(found, expected, strict=True):
+            torch.testing.assert_close(gradient, torch.full((8,), number))
+    options = (None, [], "binary_cross_entropy_with_logits", [], 0, 1, torch.float32, None)
+    value = operators().loss(x, y, *options)
     of_input, of_target = torch.autograd.grad(value, (x, y), allow_unused=True)
-    assert of_target is None
-    torch.testing.assert_close(of_input, torch.full((8,), 0.25))
+    assert of_target is None and of_input is not None
 
 
 @pytest.mark.skipif(not EMULATED, reason="asks the emulator what was queued")

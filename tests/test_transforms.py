@@ -477,6 +477,8 @@ def test_make_fx(family: str, backend: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fake_tensors(family: str, backend: str) -> None:
     """Shape, dtype, strides and device without numbers, forward and backward."""
+    if backend == "reference" and family.startswith("gaussian"):
+        pytest.skip("torch's gaussian_nll_loss looks at the numbers of var")
     case = FAMILIES[family][-3]
     sample = case.sample(torch.bfloat16)
     for reduction in ("none", "mean"):
