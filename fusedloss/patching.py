@@ -139,7 +139,7 @@ def _why_left(held: Any) -> str | None:
         scripted = getattr(held, "original_name", "")
         return "TorchScript" if any(kind.__name__ == scripted for kind in _MODULES) else None
     if type(held) in _NO_KERNEL:
-        return f"{type(held).__name__}: {_NO_KERNEL[type(held)]}"
+        return f"{type(held).__name__} stays torch's: {_NO_KERNEL[type(held)]}"
     if not isinstance(held, _Loss) or isinstance(held, modules._Predicting):
         return None
     for kind in _MODULES:

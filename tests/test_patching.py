@@ -146,7 +146,7 @@ def test_replace_says_what_it_left_and_why() -> None:
     assert list(changed) == ["a"]
     reasons = {
         "b": "a subclass of MSELoss, which may compute something else",
-        "c": "CTCLoss: each step needs the one before, so it is no sum over elements or rows",
+        "c": "CTCLoss stays torch's: each step needs the one before, so it is no sum over elements or rows",
         "d": "TorchScript",
         "call": "the function torch.nn.functional.mse_loss: put fusedloss.functional.mse_loss there",
         "reduced.func": (
