@@ -115,7 +115,9 @@ def test_a_prediction_that_changes_meanwhile(
         loss, name, y = FL.cross_entropy, "cross_entropy", torch.randint(3, (20_000,))
     prediction, calls = torch.tensor([1.0, 3.0], dtype=torch.float64), []
     monkeypatch.setattr(
-        sys.modules["fusedloss.backends.triton.operators"], "_prediction_of", lambda *call: prediction
+        sys.modules["fusedloss.backends.triton.operators"],
+        "_prediction_of",
+        lambda *call: prediction,
     )
     began = interpreter_builder.set_grid_idx
 

@@ -159,7 +159,7 @@ def _directly(*tensors: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
         or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
         or tensors[0].is_meta
     )
@@ -180,7 +180,8 @@ def _differentiable(
 def loss(input: Tensor, target: Tensor, *call: Any) -> Tensor:
     """The operator of that name."""
     function = _differentiable if _directly(input, target) else operators.loss.default
-    return function(input, target, *call)  # type: ignore[no-any-return]
+    value: Tensor = function(input, target, *call)
+    return value
 
 
 # ---- operators -----------------------------------------------------------------------------------
@@ -241,13 +242,13 @@ def _run(
     )
 
 
-def _loss(*args: Any) -> Tensor | None:
+def _loss(*args: Any) -> Any:
     *call, _ = args
     runtime.raise_faults()
     return _run(Pass(runtime.VALUE, runtime.empty_forward_state(call[0])), *call)
 
 
-def _loss_forward(*args: Any) -> tuple[Tensor | None, Tensor]:
+def _loss_forward(*args: Any) -> tuple[Any, Tensor]:
     *call, mask, own = args
     input, target, loss, reduction = call[0], call[1], call[4], call[7]
     runtime.raise_faults()

@@ -283,19 +283,26 @@ class Divisor:
         n = indices.numel()
         programs = max(1, min(MAX_COUNTING.value, ceil_divide(n, COUNTS_EACH)))
         counts = indices.new_empty(1 + programs, dtype=torch.float64)
-        arguments = {
+        tensors = {
             "indices": indices,
             "weight": weight,
             "counts": counts,
             "ticket": ticket_of(indices),
+        }
+        numbers = {
             "n": n,
             "each": ceil_divide(n, programs),
             "classes": classes,
             "ignore_index": ignore_index,
         }
-        *tensors, n, each, classes, ignore_index = arguments.values()
-        numbers = n, each, classes, ignore_index
-        start(count_classes, programs, indices.device, arguments, tensors, numbers)
+        start(
+            count_classes,
+            programs,
+            indices.device,
+            {**tensors, **numbers},
+            tensors.values(),
+            tuple(numbers.values()),
+        )
         return cls(COUNTED.value, counts)
 
 
