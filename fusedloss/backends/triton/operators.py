@@ -144,7 +144,7 @@ class OnePass(torch.autograd.Function):
         if _needs_reference(grad_output):
             found = second_order.loss_reference_gradient(grad_output, *call)
         else:
-            direct = _directly(input, target) and _directly(grad_output, state)
+            direct = _directly(input, target, grad_output, state)
             backward = _loss_backward if direct else operators.loss_backward.default
             found = backward(grad_output, state, *call)
         left = iter(found)
@@ -272,7 +272,7 @@ def _loss_backward(grad_output: Tensor, state: Tensor, *args: Any) -> list[Tenso
     runtime.check_pair("state", state, input)
     if reduction != 0:
         runtime.check_number(grad_output, input)
-    prediction = torch.empty_like(state)
+    prediction = None
     if saved is not None:
         if (saved.input_shape, saved.input_dtype) != (input.shape, input.dtype):
             raise RuntimeError(

@@ -300,10 +300,11 @@ def run(
         target = target.unsqueeze(class_dim).expand(input.shape)
     unreduced = reduction == 0
     upstream = do.grad_output if unreduced and not do.forward else None
-    tensors = [
-        None if t is None else runtime.aligned(t).expand(input.shape)
-        for t in (input, target, weight, upstream, *more)
+    shape = input.shape
+    given = [
+        None if t is None else runtime.aligned(t) for t in (input, target, weight, upstream, *more)
     ]
+    tensors = [t if t is None or t.shape == shape else t.expand(shape) for t in given]
     space = coalesce_dimensions(tensors, class_dim)
     of_input, of_target, of_weight, of_upstream, *others = space.operands
     divisor = Divisor()
@@ -318,13 +319,13 @@ def run(
         do,
         input.device,
         empty_loss(input, reduction, dtype) if do.forward else None,
-        tensors=(gradient, *(operand and operand.pointer for operand in space.operands)),
+        tensors=(gradient, *[operand and operand.pointer for operand in space.operands]),
         numbers=(
             loss.function.fn,
             loss.slope_unit,
             loss.unit_interval,
             space.sizes,
-            *(operand and operand.strides for operand in space.operands),
+            *[operand and operand.strides for operand in space.operands],
             numel,
             space.class_dim,
             dtype,
