@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fusedloss
+import fusedloss.functional as FL
 from fusedloss import backends
 from fusedloss import math as fm
 from helpers import FUSED, assert_same_bits, draw_upstream
@@ -96,6 +97,53 @@ def test_numbers_anywhere(p: float, fused: str) -> None:
             upstream = draw_upstream(values[0].shape, x.dtype)
             gradients = [torch.autograd.grad(value, (x, y), upstream) for value in values]
             torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.skipif(not backends.INTERPRETED, reason="changes the prediction between programs")
+@pytest.mark.parametrize("later", [(2.0, 3.0), (1.0, 0.0), (-1.0, 2.0)])
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_prediction_that_changes_meanwhile(
+    rows: bool, later: tuple[float, float], fused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backward on another stream may update the prediction while a forward reads it: then backward
+    computes the whole gradient."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    x, y = torch.randn(20_000, 3), torch.rand(20_000, 3)
+    loss, name = FL.mse_loss, "mse_loss"
+    if rows:
+        loss, name, y = FL.cross_entropy, "cross_entropy", torch.randint(3, (20_000,))
+    prediction, calls = torch.tensor([1.0, 3.0], dtype=torch.float64), []
+    monkeypatch.setattr(
+        sys.modules["fusedloss.backends.triton.operators"],
+        "_prediction_of",
+        lambda *call: prediction,
+    )
+    began = interpreter_builder.set_grid_idx
+
+    def meanwhile(program: int, *others: int) -> None:
+        calls.append(program)
+        if program == 6:  # counting classes takes fewer
+            prediction.copy_(torch.tensor(later))
+        began(program, *others)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", meanwhile)
+    x.requires_grad_()
+    value = loss(x, y)
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", began)
+    assert max(calls) > 6
+    state = value.grad_fn.saved_tensors[0]
+    assert state.isnan().tolist() == [True, False]
+    assert not any(runtime._tickets[key].item() for key in runtime._tickets)
+    expected = x.detach().requires_grad_()
+    right = getattr(torch.nn.functional, name)(expected, y)
+    torch.testing.assert_close(value, right)
+    torch.testing.assert_close(
+        torch.autograd.grad(value, x), torch.autograd.grad(right, expected), msg=name
+    )
+    # Again, with a prediction that stays as it is: the ticket serves the next kernel.
+    prediction.copy_(torch.tensor([1.0, 3.0]))
+    assert loss(x, y).grad_fn.saved_tensors[0][0].item() == 1.0
 
 
 def test_it_takes_what_the_extension_has_no_kernels_for() -> None:

@@ -79,6 +79,7 @@ def test_kernels(target: str, dtype: str, families: list[str], tmp_path: Path) -
             # Bytes per thread: a tile that does not fit the registers would spill far more.
             assert forward["spills"] <= 64, call
             assert forward["load"] == forward["store"] == 16, call
+            assert forward["ordered"], call
 
 
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])

@@ -108,6 +108,8 @@ def of_nvidia(target: GPUTarget, ptx: str) -> dict[str, Any]:
         "spills": number(r"(\d+) bytes spill"),
         "load": widest("ld"),
         "store": widest("st"),
+        # What the program that finishes last needs to see what all have stored.
+        "ordered": "gpu.acq_rel.add" in ptx and "ld.global.cv" in ptx,
     }
 
 

@@ -148,7 +148,7 @@ class OnePass(torch.autograd.Function):
             mask = sum(1 << i for i, one in enumerate(ctx.wanted) if one)
             found = second_order.loss_reference_gradient(grad_output, *call[:-1], mask)
         else:
-            direct = _directly(input, target) and _directly(grad_output, state)
+            direct = _directly(input, target, grad_output, state)
             backward = _loss_backward if direct else operators.loss_backward.default
             found = backward(grad_output, state, *call)
             if len(found) < sum(ctx.wanted):  # the loss is symmetric
@@ -167,7 +167,7 @@ def _directly(*tensors: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
         or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
         or tensors[0].is_meta
     )
@@ -191,7 +191,8 @@ def _differentiable(
 def loss(input: Tensor, target: Tensor, *call: Any) -> Tensor:
     """The operator of that name."""
     function = _differentiable if _directly(input, target) else operators.loss.default
-    return function(input, target, *call)  # type: ignore[no-any-return]
+    value: Tensor = function(input, target, *call)
+    return value
 
 
 # ---- operators -----------------------------------------------------------------------------------
@@ -268,13 +269,13 @@ def _run(
     )
 
 
-def _loss(*args: Any) -> Tensor | None:
+def _loss(*args: Any) -> Any:
     *call, _ = args
     runtime.raise_faults()
     return _run(Pass(runtime.VALUE, runtime.empty_forward_state(call[0]), _none(call)), *call)
 
 
-def _loss_forward(*args: Any) -> tuple[Tensor | None, Tensor]:
+def _loss_forward(*args: Any) -> tuple[Any, Tensor]:
     *call, mask, own = args
     input, target, loss, reduction = call[0], call[1], call[4], call[7]
     runtime.raise_faults()
@@ -298,7 +299,7 @@ def _loss_backward(grad_output: Tensor, state: Tensor, *args: Any) -> list[Tenso
     runtime.check_pair("state", state, input)
     if reduction != 0:
         runtime.check_number(grad_output, input)
-    prediction = torch.empty_like(state)
+    prediction = None
     if saved is not None:
         if (saved.input_shape, saved.input_dtype) != (input.shape, input.dtype):
             raise RuntimeError(

@@ -319,10 +319,10 @@ def run(
         target = target.unsqueeze(class_dim).expand(input.shape)
     unreduced = reduction == 0
     upstream = do.grad_output if unreduced and not do.forward else None
-    tensors = [
-        None if t is None else runtime.aligned(t).expand(input.shape)
-        for t in (*(input, target, *more)[: loss.inputs], weight, upstream)
-    ]
+    shape = input.shape
+    read = *(input, target, *more)[: loss.inputs], weight, upstream
+    given = [None if t is None else runtime.aligned(t) for t in read]
+    tensors = [t if t is None or t.shape == shape else t.expand(shape) for t in given]
     space = coalesce_dimensions(tensors, class_dim)
     *inputs, of_weight, of_upstream = space.operands
     divisor = Divisor()
@@ -337,14 +337,14 @@ def run(
         do,
         input.device,
         empty_loss(input, reduction, dtype) if do.forward else None,
-        tensors=(*gradients, *(operand and operand.pointer for operand in space.operands)),
+        tensors=(*gradients, *[operand and operand.pointer for operand in space.operands]),
         numbers=(
             loss.function.fn,
             loss.slope_unit,
             loss.quotient,
             loss.domain,
             space.sizes,
-            *(operand and operand.strides for operand in space.operands),
+            *[operand and operand.strides for operand in space.operands],
             numel,
             space.class_dim,
             dtype,

@@ -150,9 +150,7 @@ def finish_rows(rows, state, scale, SMOOTH: tl.constexpr, T: tl.constexpr):
         return tl.where(counts, loss, rows.uncounted), slope
 
 
-@triton.jit(
-    do_not_specialize=["row_count", "class_units", "ignore_index", "divisor", "step"]
-)
+@triton.jit(do_not_specialize=["row_count", "class_units", "ignore_index", "divisor", "step"])
 def cross_entropy(
     input, target, weight, weight_sum, upstream, outputs, row_count, class_units, inner,
     ignore_index, label_smoothing, scaling, divisor, step,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import operator
 import struct
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -200,8 +200,9 @@ def begin_forward(scaling, outputs, divisor, step, UNREDUCED: tl.constexpr):
 
 @triton.jit
 def is_last(ticket):
-    """Whether all other programs have come here before: what they stored can be loaded, past the
-    caches that only this thread's ticket orders. The ticket is 0 again for the next kernel."""
+    """Whether all other programs have come here before: what they stored can be loaded. By ".cv", past
+    every cache, since only this thread's are up to date on some GPUs. The ticket is 0 again for the next
+    kernel."""
     tl.debug_barrier()
     last = tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1
     if last:
@@ -217,15 +218,15 @@ def finish(scaling, outputs, NAN_IF_EMPTY: tl.constexpr):
     """
     n = tl.num_programs(0).to(tl.int64)
     if is_last(outputs.ticket):
-        normalizer = tl.load(scaling.learned + 1, volatile=True)
-        upstream = tl.load(outputs.partials + n, volatile=True)
+        normalizer = tl.load(scaling.learned + 1, cache_modifier=".cv")
+        upstream = tl.load(outputs.partials + n, cache_modifier=".cv")
         i = tl.arange(0, SUM_BLOCK)
         total = tl.zeros([SUM_BLOCK], tl.float64)
         others = tl.zeros([SUM_BLOCK], tl.int32)
         for begin in range(0, n, SUM_BLOCK):
             at, inside = outputs.partials + begin + i, begin + i < n
-            total += tl.load(at, mask=inside, other=0.0, volatile=True)
-            seen = tl.load(at + n, mask=inside, other=upstream, volatile=True)
+            total += tl.load(at, mask=inside, other=0.0, cache_modifier=".cv")
+            seen = tl.load(at + n, mask=inside, other=upstream, cache_modifier=".cv")
             others += tl.where(same_sign_and_value(seen, upstream), 0, 1)
         value = tl.sum(total) / normalizer
         if NAN_IF_EMPTY:
@@ -262,7 +263,9 @@ def count_classes(indices, weight, counts, ticket, n, each, classes, ignore_inde
     tl.store(counts + 1 + tl.program_id(0), part)
     if is_last(ticket):
         i = tl.arange(0, MAX_COUNTING)
-        parts = tl.load(counts + 1 + i, mask=i < tl.num_programs(0), other=0.0, volatile=True)
+        parts = tl.load(
+            counts + 1 + i, mask=i < tl.num_programs(0), other=0.0, cache_modifier=".cv"
+        )
         tl.store(counts, tl.sum(parts))
 
 
@@ -281,19 +284,26 @@ class Divisor:
         n = indices.numel()
         programs = max(1, min(MAX_COUNTING.value, ceil_divide(n, COUNTS_EACH)))
         counts = indices.new_empty(1 + programs, dtype=torch.float64)
-        arguments = {
+        tensors = {
             "indices": indices,
             "weight": weight,
             "counts": counts,
             "ticket": ticket_of(indices),
+        }
+        numbers = {
             "n": n,
             "each": ceil_divide(n, programs),
             "classes": classes,
             "ignore_index": ignore_index,
         }
-        *tensors, n, each, classes, ignore_index = arguments.values()
-        numbers = n, each, classes, ignore_index
-        start(count_classes, programs, indices.device, arguments, tensors, numbers)
+        start(
+            count_classes,
+            programs,
+            indices.device,
+            {**tensors, **numbers},
+            tensors.values(),
+            tuple(numbers.values()),
+        )
         return cls(COUNTED.value, counts)
 
 
@@ -327,16 +337,6 @@ class Launcher(NamedTuple):
 _launchers: dict[Hashable, Launcher] = {}
 
 
-def _compiled_for(tensor: Tensor | None) -> Hashable:
-    """What Triton looks at of a tensor, to decide which compiled kernel takes it."""
-    if tensor is None:
-        return None
-    aligned = tensor.data_ptr() % 16 == 0
-    if torch.version.hip:
-        return tensor.dtype, aligned, tensor.untyped_storage().size() < 1 << 31
-    return tensor.dtype, aligned
-
-
 def _observed() -> bool:
     """Whether a profiler listens to Triton's launches."""
     runtime = triton.knobs.runtime
@@ -346,12 +346,16 @@ def _observed() -> bool:
 def key_of(
     kernel: Any,
     device: torch.device,
-    tensors: Iterable[Tensor | None],
+    tensors: Collection[Tensor | None],
     numbers: Hashable,
     num_warps: int,
 ) -> Hashable:
     """All that decides which compiled kernel a launch takes. tensors, numbers: as start() has them."""
-    return (kernel.fn, device, numbers, num_warps, *map(_compiled_for, tensors))
+    # What Triton looks at of a tensor.
+    seen: list[Hashable] = [t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
+    if torch.version.hip:
+        seen += [t if t is None else t.untyped_storage().size() < 1 << 31 for t in tensors]
+    return (kernel.fn, device, numbers, num_warps, *seen)
 
 
 def start(
@@ -359,7 +363,7 @@ def start(
     programs: int,
     device: torch.device,
     arguments: dict[str, Any],
-    tensors: Iterable[Tensor | None],
+    tensors: Collection[Tensor | None],
     numbers: Hashable,
     num_warps: int = 4,
 ) -> None:
@@ -420,7 +424,7 @@ def launch(
     device: torch.device,
     result: Tensor | None,
     *,
-    tensors: Iterable[Tensor | None],
+    tensors: Collection[Tensor | None],
     numbers: Hashable,
     unreduced: bool,
     divisor: Divisor,
@@ -549,8 +553,9 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    dense: bool = torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
-    return dense
+    return tensor.is_contiguous() or bool(
+        torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
+    )
 
 
 def empty_like(input: Tensor, dtype: torch.dtype) -> Tensor:
@@ -575,6 +580,8 @@ def class_dim(input: Tensor) -> int:
 
 
 def check_shapes(input: Tensor, target: Tensor) -> None:
+    if target.shape == input.shape and target.dtype is not torch.int64:
+        return
     expected = list(input.shape)
     if target.dtype is torch.int64:
         if not expected:
