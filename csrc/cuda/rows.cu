@@ -1,9 +1,7 @@
 // The row losses on CUDA.
-#include <map>
-#include <mutex>
-#include <tuple>
 #include <type_traits>
 
+#include "device.h"
 #include "rows_contiguous.cuh"
 #include "rows_held.cuh"
 #include "rows_strided.cuh"
@@ -30,48 +28,6 @@ struct LaunchConfig {
   }
   LaunchConfig(const LaunchConfig&) = delete;
 };
-
-int64_t max_smem() {
-  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStaticSmem;
-}
-
-template <class Kernel>
-cudaError_t allow_smem(Kernel* kernel, const RowsPlan& plan) {
-  if (plan.smem <= kDefaultSmem - kStaticSmem) return cudaSuccess;
-  // Always the maximum, so that no thread lowers what another has asked for.
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(max_smem()));
-}
-
-// What ask() finds out about a kernel with a plan, on the current device. It takes microseconds, so
-// each device is asked once.
-template <class Kernel, class Ask>
-int asked_once(Kernel* kernel, const RowsPlan& plan, Ask&& ask) {
-  static std::mutex mutex;
-  static std::map<std::tuple<Kernel*, int, int64_t, int, int>, int> known;
-  int device = 0;
-  cudaGetDevice(&device);
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto [at, is_new] =
-      known.try_emplace({kernel, device, plan.smem, plan.threads, plan.cluster}, 0);
-  if (is_new) {
-    at->second = ask();
-    cudaGetLastError();  // a refusal counts as an answer
-  }
-  return at->second;
-}
-
-// Blocks of a kernel that an SM holds at once.
-template <class Kernel>
-int blocks_per_sm(Kernel* kernel, const RowsPlan& plan) {
-  return asked_once(kernel, plan, [&] {
-    int blocks = 0;
-    allow_smem(kernel, plan);
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, plan.threads,
-                                                  static_cast<size_t>(plan.smem));
-    return std::max(1, blocks);
-  });
-}
 
 // Calls f with the type of the row loss that serves a call.
 template <class D, class F>
@@ -142,18 +98,18 @@ struct RowsDevice {
   }
   // For a plan of the strided kernels.
   int64_t resident_blocks(const RowsPlan& plan) const {
-    return sms() * with_loss<D>(call, plan, [&]<class Loss>(std::type_identity<Loss>) {
-             return blocks_per_sm(strided_kernel<Loss>(plan), plan);
-           });
+    return with_loss<D>(call, plan, [&]<class Loss>(std::type_identity<Loss>) {
+      return cuda::resident_blocks(strided_kernel<Loss>(plan), plan.threads, plan.smem);
+    });
   }
   // 0 where none fits, as on a slice of a device.
   int64_t active_clusters(const RowsPlan& plan) const {
     return with_loss<D>(call, plan, [&]<class Loss>(std::type_identity<Loss>) {
       const auto kernel = contiguous_kernel<Loss, Scope::kCluster>(plan);
-      return asked_once(kernel, plan, [&] {
+      return asked_once(kernel, {plan.threads, plan.smem, plan.cluster}, [&] {
         int count = 0;
         LaunchConfig launch(plan, nullptr);
-        allow_smem(kernel, plan);
+        allow_smem(kernel, plan.smem);
         cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config);
         return count;
       });
@@ -172,7 +128,7 @@ auto with_plan(const fusedloss::RowsCall& call, F&& f) {
 template <class Kernel, class Call, class... Rest>
 cudaError_t run(Kernel* kernel, const RowsPlan& plan, const Call& call, const Launch& launch,
                 Rest... rest) {
-  if (const cudaError_t error = allow_smem(kernel, plan); error != cudaSuccess) return error;
+  allow_smem(kernel, plan.smem);
   LaunchConfig config(plan, launch.stream);
   return cudaLaunchKernelEx(&config.config, kernel, call, launch, rest...);
 }

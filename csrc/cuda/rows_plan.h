@@ -102,9 +102,6 @@ constexpr bool strided_vectors(int element_bytes, bool hard) { return hard && el
 // Classes that a kernel counts in int.
 constexpr int64_t kMaxClasses = 1 << 30;
 
-// Shared memory that kernels declare and the system reserves, and what a kernel gets unasked.
-constexpr int64_t kStaticSmem = 4 << 10, kDefaultSmem = 48 << 10;
-
 // ---- the plan -----------------------------------------------------------------------------------
 
 constexpr int bytes_of(DType dtype) {
@@ -116,10 +113,11 @@ inline bool has_hard_targets(const fusedloss::RowsCall& call) {
   return call.indices && call.label_smoothing == 0;
 }
 
+inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
+
 // Whether vectors of neighbouring rows are aligned, class after class.
 inline bool has_row_vectors(const Rows& r, int64_t size) {
-  return reinterpret_cast<uintptr_t>(r.data) % kVectorBytes == 0 && r.inner == 1 &&
-         r.outer % size == 0 && r.classes % size == 0;
+  return is_aligned(r.data) && r.inner == 1 && r.outer % size == 0 && r.classes % size == 0;
 }
 
 // Whether class probabilities have no weights and lie as the logits do, and vectors of all operands
@@ -127,12 +125,9 @@ inline bool has_row_vectors(const Rows& r, int64_t size) {
 inline bool has_probability_vectors(const fusedloss::RowsCall& call) {
   const Rows &x = call.input, &y = call.probabilities, &g = call.gradient;
   const int size = kVectorBytes / bytes_of(x.dtype);
-  const auto aligned = [](const void* p) {
-    return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
-  };
   return y.data && y.dtype == x.dtype && !call.weight && y.classes == x.classes &&
-         y.outer == x.outer && y.inner == x.inner && aligned(x.data) && aligned(y.data) &&
-         aligned(g.data) && (g.outer - x.outer) % size == 0 && (g.inner - x.inner) % size == 0;
+         y.outer == x.outer && y.inner == x.inner && is_aligned(x.data) && is_aligned(y.data) &&
+         is_aligned(g.data) && (g.outer - x.outer) % size == 0 && (g.inner - x.inner) % size == 0;
 }
 
 // Slots of rows_strided_smem that hold the class indices of a thread's rows.
@@ -176,8 +171,7 @@ bool set_blocks(RowsPlan& plan, int64_t groups, int64_t threads_per_sm, const De
 
 // Whether all vectors of a matrix's rows are aligned.
 inline bool has_class_vectors(const Rows& r, int64_t size) {
-  return reinterpret_cast<uintptr_t>(r.data) % kVectorBytes == 0 && r.classes == 1 &&
-         r.outer % size == 0;
+  return is_aligned(r.data) && r.classes == 1 && r.outer % size == 0;
 }
 
 // The plan of rows_held, if it can take the call.
