@@ -78,8 +78,7 @@ struct Launcher {
 
 // Those that the current device runs best: compiled for its generation, and no later a model.
 const CustomKernels* of_device(const CustomKernels* kernels) {
-  const int generation = device_attribute(cudaDevAttrComputeCapabilityMajor) * 10;
-  const int model = generation + device_attribute(cudaDevAttrComputeCapabilityMinor);
+  const int model = capability(), generation = model / 10 * 10;
   const CustomKernels* best = nullptr;
   for (; kernels; kernels = kernels->others) {
     const int capability = kernels->capability;

@@ -19,6 +19,12 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+// 90 for 9.0.
+inline int capability() {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
+
 // Dynamic shared memory that a block can have.
 inline int64_t max_smem() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStaticSmem;

@@ -29,6 +29,13 @@ struct LaunchConfig {
   LaunchConfig(const LaunchConfig&) = delete;
 };
 
+// Whether the current device is one like that.
+bool is_gpu(const TunedHeld& tuned) {
+  return tuned.sms == device_attribute(cudaDevAttrMultiProcessorCount) &&
+         tuned.memory_bus == device_attribute(cudaDevAttrGlobalMemoryBusWidth) &&
+         tuned.capability == capability();
+}
+
 // Calls f with the type of the row loss that serves a call.
 template <class D, class F>
 auto with_loss(const fusedloss::RowsCall& call, const RowsPlan& plan, F&& f) {
@@ -50,27 +57,42 @@ auto* strided_kernel(const RowsPlan& plan) {
                                                    : rows_strided<Strided, kVectors>;
 }
 
+// Null where no plan takes it.
+template <class D, Scope kScope, int kHeld, int kThreads>
+auto held_kernel() {
+  using Kernel = decltype(&rows_held<D, kScope, kHeld, kThreads>);
+  if constexpr (has_held_kernel(kHeld, kScope == Scope::kSubWarp ? kThreads : kWarp + 1)) {
+    return Kernel(rows_held<D, kScope, kHeld, kThreads>);
+  } else {
+    return Kernel(nullptr);
+  }
+}
+template <class D, Scope kScope, int kThreads>
+auto held_kernel(const RowsPlan& plan) {
+  return plan.held == kFewHeld ? held_kernel<D, kScope, kFewHeld, kThreads>()
+                               : held_kernel<D, kScope, kManyHeld, kThreads>();
+}
+
 // The others, which all take the same arguments.
 template <class Loss, Scope kScope>
 auto* contiguous_kernel(const RowsPlan& plan) {
   using D = typename Loss::Element;
   if constexpr (!Loss::kSoft && sizeof(D) < 8) {
-    if constexpr (kScope == Scope::kSubWarp) {
-      switch (plan.held * plan.tiling.threads_per_row) {  // classes that a row's threads hold
-#define FUSEDLOSS_HELD(CLASSES, THREADS) \
-  case (CLASSES) * (THREADS):            \
-    return rows_held<D, kScope, CLASSES, THREADS>
-        FUSEDLOSS_HELD(kFewHeld, 1);
-        FUSEDLOSS_HELD(kFewHeld, 2);
-        FUSEDLOSS_HELD(kFewHeld, 4);
-        FUSEDLOSS_HELD(kFewHeld, 8);
-        FUSEDLOSS_HELD(kManyHeld, 8);
-        FUSEDLOSS_HELD(kManyHeld, 16);
-        FUSEDLOSS_HELD(kManyHeld, 32);
+    if (plan.held) {
+      if constexpr (kScope == Scope::kSubWarp) {
+        switch (plan.tiling.threads_per_row) {
+#define FUSEDLOSS_HELD(THREADS) \
+  case THREADS:                 \
+    return held_kernel<D, kScope, THREADS>(plan)
+          FUSEDLOSS_HELD(1);
+          FUSEDLOSS_HELD(2);
+          FUSEDLOSS_HELD(4);
+          FUSEDLOSS_HELD(8);
+          FUSEDLOSS_HELD(16);
 #undef FUSEDLOSS_HELD
+        }
       }
-    } else if (plan.held) {
-      return rows_held<D, kScope, kManyHeld, kWarp>;
+      return held_kernel<D, kScope, kWarp>(plan);
     }
   }
   return rows_contiguous<Loss, kScope>;
@@ -81,6 +103,7 @@ template <class D>
 struct RowsDevice {
   const fusedloss::RowsCall& call;
 
+  bool is_gpu(const TunedHeld& tuned) const { return cuda::is_gpu(tuned); }
   int64_t sms() const { return device_attribute(cudaDevAttrMultiProcessorCount); }
   int64_t max_smem() const { return cuda::max_smem(); }
   int64_t smem_per_sm() const {
