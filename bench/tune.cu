@@ -505,7 +505,7 @@ bool check_pointwise(int number, int64_t rows, int64_t columns, int shift) {
   for (const Ask ask : {Ask::kStep, Ask::kWeightedStep, Ask::kValues, Ask::kGradientsOfValues}) {
     const auto run = [&](bool contiguous) {
       return [&, contiguous] {
-        const double parameter = 1;
+        const double parameter = 0.1;  // a width, or the least probability
         Call call;
         call.parameters = &parameter;
         call.compute_in_double = sizeof(D) == 8;
