@@ -571,7 +571,7 @@ bool check_all() {
                                                      {2, 70'000, 1},
                                                      {2, 70'001, 1},
                                                      {2, 5, 7},
-                                                     {3, 21, 700},
+                                                     {3, 21, 704},
                                                      {3, 100, 64}}) {
     right &= check_rows<D>(outer, classes, inner, false);
     right &= check_rows<D>(outer, classes, inner, true);
