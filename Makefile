@@ -12,10 +12,14 @@ ifeq ($(findstring GPU,$(shell nvidia-smi -L 2>/dev/null)),)
 FUSEDLOSS_CUDA ?= 0
 endif
 INSTALL = $(if $(FUSEDLOSS_CUDA),FUSEDLOSS_CUDA=$(FUSEDLOSS_CUDA)) $(PIP) install --no-build-isolation -e
+# bench/tune.cu as a program, and the GPU that it is for: this machine's, or such as sm_90.
+TUNE ?= build/tune
+ARCH ?= native
+NVCC ?= nvcc
 SOURCES := $(shell find csrc -type f) setup.py fusedloss/_version.py
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cuda-emulated bench gpu gpu-bench figures build docs dist lint clean
+.PHONY: help demo test test-cuda-emulated bench gpu gpu-bench tune figures build docs dist lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
@@ -42,6 +46,13 @@ gpu: ## on an NVIDIA GPU: build, tests, sanitizers and bench, in the environment
 gpu-bench: ## on an NVIDIA GPU: the cases of the bench that match ONLY, beside PEERS; PACKAGE saves the build
 	@test -n "$(ONLY)" || { echo >&2 "make gpu-bench ONLY='speed: cross_entropy' [PEERS=eager,compile]"; exit 2; }
 	PYTHON=$(PYTHON) ONLY='$(ONLY)' PEERS='$(PEERS)' .ci/gpu
+
+tune: $(TUNE) ## compile the program that times and checks CUDA kernels on a GPU; ARCH=sm_90 names one that is not here
+
+$(TUNE): bench/tune.cu $(SOURCES)
+	@mkdir -p $(@D)
+	$(NVCC) $$($(PYTHON) -c 'import runpy; print(*runpy.run_path("fusedloss/_toolkit.py")["NVCC_FLAGS"])') \
+	  -arch=$(ARCH) --threads 0 bench/tune.cu csrc/cuda/pointwise.cu -o $@
 
 figures: $(VENV)/build.stamp ## write the figures of README and docs, from bench/results
 	$(BIN)/python -m bench figures

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -460,22 +461,27 @@ def _cuda() -> tuple[Case, ...]:
         "binary_cross_entropy": 2.7,
         "binary_cross_entropy_with_logits": 6.5,
     }
-    large = bars(eager=2.8, compile=1.45, liger=1.6, quack=1.3, limit=1 / 0.88)
-    other = bars(eager=2.5, compile=1.4, quack=1.3, limit=1 / 0.85)
-    add("speed", "cross_entropy", (8192, 128256), large, dtype=bf16)
-    for shape in ((16384, 32000), (32768, 4096), (65536, 1024), (131072, 256)):
-        add("speed", "cross_entropy", shape, other, dtype=bf16)
+    rows = partial(bars, compile=1.5, liger=1.6, quack=1.3)
+    add("speed", "cross_entropy", (8192, 128256), rows(eager=2.8, limit=1.1), dtype=bf16)
+    for shape, limit in (
+        ((16384, 32000), 1.1),
+        ((32768, 4096), 1.15),
+        ((65536, 1024), 1.18),
+        ((131072, 256), 1.25),
+    ):
+        add("speed", "cross_entropy", shape, rows(eager=2.5, limit=limit), dtype=bf16)
     for loss, eager in aims.items():
         for dtype in (torch.float32, bf16):
-            aim = bars(eager=eager, compile=1.55, limit=1 / 0.92)
+            aim = bars(eager=eager, compile=1.5, limit=1.08)
             add("speed", loss, (2**28,), aim, dtype=dtype)
     for loss in ("smooth_l1_loss", "huber_loss"):
-        add("speed", loss, (2**28,), {})
-    add("speed", "cross_entropy", (8192, 128256), {})
-    add("speed", "cross_entropy", (16384, 32000), {}, dtype=bf16, autocast=True)
-    add("speed", "cross_entropy", (16, 21, 1024, 1024), {})
-    add("speed", "cross_entropy", (16384, 8192), {}, probabilities=True)
-    add("speed", "log_loss", (16384, 8192), {})
+        add("speed", loss, (2**28,), bars(compile=1.5, limit=1.08))
+    add("speed", "cross_entropy", (8192, 128256), rows(limit=1.1))
+    add("speed", "cross_entropy", (16384, 32000), rows(limit=1.1), dtype=bf16, autocast=True)
+    add("speed", "cross_entropy", (16, 21, 1024, 1024), bars(compile=1.5, limit=1.25))
+    soft = bars(compile=1.3, limit=1.3)
+    add("speed", "cross_entropy", (16384, 8192), soft, probabilities=True)
+    add("speed", "log_loss", (16384, 8192), bars(compile=1.5, limit=1.3))
 
     steady = {"unit": 1.03}
     add("upstream", "cross_entropy", (8192, 128256), steady, dtype=bf16, upstream=65536.0)
@@ -505,7 +511,7 @@ def _cuda() -> tuple[Case, ...]:
     for loss in ("mse_loss", "binary_cross_entropy"):
         add("none", loss, (2**28,), bars(eager=1), expanded=True)
     for loss in _OWN:
-        add("own", loss, (2**28,), {})
+        add("own", loss, (2**28,), bars(compile=1.5, limit=1.15))
     return _with_own_functions(cases)
 
 

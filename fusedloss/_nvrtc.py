@@ -12,7 +12,7 @@ from pathlib import Path
 
 # Left empty, since a machine may have none of them: csrc/cuda/nvrtc.h has what the kernels use.
 HEADERS = [
-    *("algorithm", "atomic", "cmath", "cstdint", "limits", "type_traits", "utility"),
+    *("algorithm", "cmath", "cstdint", "limits", "type_traits", "utility"),
     *("cuda_bf16.h", "cuda_fp16.h", "cuda_pipeline.h", "cuda_runtime.h", "cuda_runtime_api.h"),
 ]
 

@@ -925,6 +925,10 @@ GPU = Path(__file__).parent.parent / ".ci" / "gpu"
 # Stand for a machine with a GPU: each stage except the build takes as long as $SLOW, or $SLOW_TESTS.
 STUBS = {
     "nvidia-smi": "case $* in *memory.total*) echo 80000 ;; *) echo GPU 0 ;; esac",
+    # A program that takes as long as a stage.
+    "nvcc": """while [ "$1" != -o ]; do shift; done
+printf '#!/bin/sh\\n%s\\n' "$SLOW" >"$2"
+chmod +x "$2" """,
     "compute-sanitizer": """$SLOW
 case $* in
   *"$ERROR"*) echo '========= COMPUTE-SANITIZER'; echo '========= Error: not here'; exit 1 ;;
@@ -964,12 +968,32 @@ def test_make_gpu_ends_in_time(make_gpu, tmp_path):
     done, stages = make_gpu(SLOW="sleep 100", ERROR="nothing", GPU_SECONDS="28", OUT=str(tmp_path))
     assert done.returncode == 1, done.stderr
     names, results = list(stages), list(stages.values())
-    assert names[:3] == ["build", "bench", "kernels"]
-    assert results[0] == "passed"
-    assert re.fullmatch(r"stopped after [1-3] s", results[1])
-    assert results[2:] == ["skipped: no time left"] * 7
+    assert {*names[:2]} == {"build", "build of tune"}
+    assert names[2:5] == ["tune", "bench", "kernels"]
+    assert results[:2] == ["passed"] * 2
+    assert re.fullmatch(r"stopped after [1-3] s", results[2])
+    assert results[3:] == ["skipped: no time left"] * 8
     # The log is where the results go, as far as it got.
-    assert "== bench: stopped after" in (tmp_path / "log.txt").read_text()
+    assert "== tune: stopped after" in (tmp_path / "log.txt").read_text()
+    assert (tmp_path / "plans.inc").exists()
+
+
+@pytest.mark.skipif(not GPU.exists(), reason="needs .ci/gpu")
+def test_make_gpu_with_a_package(make_gpu, tmp_path):
+    """Nothing is compiled then, and what needs the program is skipped where that is not given."""
+    (tmp_path / "package").mkdir()
+    given = {"PACKAGE": str(tmp_path / "package"), "SLOW": "", "ERROR": "nothing"}
+    done, stages = make_gpu(**given)
+    assert done.returncode == 0, done.stderr
+    assert "build of tune" not in stages
+    for name in ("tune", "memcheck", "racecheck"):
+        assert stages[name] == "skipped: there is no TUNE"
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\necho the program ran\n")
+    program.chmod(0o755)
+    done, stages = make_gpu(TUNE=str(program), **given)
+    assert stages["tune"] == stages["memcheck"] == "passed"
+    assert "the program ran" in done.stdout
 
 
 @pytest.mark.skipif(not GPU.exists(), reason="needs .ci/gpu")
@@ -994,7 +1018,7 @@ REFUSED = "skipped: compute-sanitizer does not run here: ========= Error: not he
     ("error", "result", "status"),
     [
         ("--tool", REFUSED, 0),  # for every program
-        ("cuda_small", "FAILED with status 1", 1),  # for our kernels only
+        ("--check", "FAILED with status 1", 1),  # for our kernels only
         ("nothing", "passed", 0),
     ],
 )

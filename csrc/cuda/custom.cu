@@ -16,7 +16,6 @@ struct CustomKernels {
   int capability;
   const CustomKernels* others;
   const void* handles[kCustomKernels];
-  mutable ResidentBlocks resident[kCustomKernels];
 };
 
 namespace {
@@ -71,8 +70,7 @@ struct Launcher {
   template <class C>
   void launch(int kernel, const C& call, const Launch& l) const {
     const void* const handle = kernels.handles[kernel];
-    const unsigned blocks =
-        pointwise_blocks(call.numel, kernels.resident[kernel].of(handle, kThreads));
+    const unsigned blocks = pointwise_blocks(call.numel, handle);
     const void* arguments[] = {&call, &l, parameters};
     cudaLaunchKernel(handle, blocks, kThreads, const_cast<void**>(arguments), 0, l.stream);
   }
@@ -80,8 +78,7 @@ struct Launcher {
 
 // Those that the current device runs best: compiled for its generation, and no later a model.
 const CustomKernels* of_device(const CustomKernels* kernels) {
-  const int generation = device_attribute(cudaDevAttrComputeCapabilityMajor) * 10;
-  const int model = generation + device_attribute(cudaDevAttrComputeCapabilityMinor);
+  const int model = capability(), generation = model / 10 * 10;
   const CustomKernels* best = nullptr;
   for (; kernels; kernels = kernels->others) {
     const int capability = kernels->capability;

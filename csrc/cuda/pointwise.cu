@@ -23,9 +23,7 @@ struct BuiltInKernels {
  private:
   template <auto kKernel, class C>
   void launch(const C& call, const Launch& l) const {
-    static ResidentBlocks resident;
-    const unsigned blocks = pointwise_blocks(call.numel, resident.of(kKernel, kThreads));
-    kKernel<<<blocks, kThreads, 0, l.stream>>>(loss, call, l);
+    kKernel<<<pointwise_blocks(call.numel, kKernel), kThreads, 0, l.stream>>>(loss, call, l);
   }
 };
 

@@ -13,6 +13,10 @@
 #include "reduce.cuh"
 #include "upstream.cuh"
 
+#if !defined(__CUDACC_RTC__)  // which compiles nothing for the host
+#include "device.h"
+#endif
+
 namespace fusedloss::cuda {
 
 constexpr int kThreads = 256;              // per block
@@ -426,9 +430,11 @@ __global__ void __launch_bounds__(kThreads)
 #if !defined(__CUDACC_RTC__)  // which compiles nothing for the host
 
 // Blocks of a grid: no more than run at once, and than there is work for.
-inline unsigned pointwise_blocks(int64_t numel, int64_t resident) {
+template <class Kernel>
+unsigned pointwise_blocks(int64_t numel, Kernel* kernel) {
   if (numel <= kMaxOneBlock) return 1;
-  return static_cast<unsigned>(std::min(resident, ceil_div(numel, kThreads * kUnroll)));
+  const int64_t most = resident_blocks(kernel, kThreads);
+  return static_cast<unsigned>(std::min(most, ceil_div(numel, kThreads * kUnroll)));
 }
 
 // Whether a factor is one number for all elements.

@@ -3,8 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
-#include <atomic>
 #include <limits>
 
 #include "kernels.h"
@@ -87,38 +85,5 @@ __device__ inline bool grid_sum(double& x, double& tag, const GridWorkspace& w) 
   if (!agreed) tag = std::numeric_limits<double>::quiet_NaN();
   return true;
 }
-
-// ---- before the launch --------------------------------------------------------------------------
-#if !defined(__CUDACC_RTC__)  // which compiles nothing for the host
-
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
-}
-
-// How many blocks of a kernel run at once, by their registers. Each device is asked once.
-class ResidentBlocks {
- public:
-  template <class Kernel>
-  int64_t of(Kernel* kernel, int threads) {
-    int device = 0;
-    cudaGetDevice(&device);
-    std::atomic<int>& known = of_device_[device];
-    if (known == 0) {
-      int per_sm = 0;
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, 0);
-      // Where the device refuses the kernel, the launch says why.
-      known = std::max(1, per_sm * device_attribute(cudaDevAttrMultiProcessorCount));
-    }
-    return known;
-  }
-
- private:
-  std::atomic<int> of_device_[kMaxDevices]{};  // 0: not known yet
-};
-
-#endif  // !defined(__CUDACC_RTC__)
 
 }  // namespace fusedloss::cuda

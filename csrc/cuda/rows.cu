@@ -1,9 +1,7 @@
 // The row losses on CUDA.
-#include <map>
-#include <mutex>
-#include <tuple>
 #include <type_traits>
 
+#include "device.h"
 #include "rows_contiguous.cuh"
 #include "rows_held.cuh"
 #include "rows_strided.cuh"
@@ -31,46 +29,11 @@ struct LaunchConfig {
   LaunchConfig(const LaunchConfig&) = delete;
 };
 
-int64_t max_smem() {
-  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStaticSmem;
-}
-
-template <class Kernel>
-cudaError_t allow_smem(Kernel* kernel, const RowsPlan& plan) {
-  if (plan.smem <= kDefaultSmem - kStaticSmem) return cudaSuccess;
-  // Always the maximum, so that no thread lowers what another has asked for.
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(max_smem()));
-}
-
-// What ask() finds out about a kernel with a plan, on the current device. It takes microseconds, so
-// each device is asked once.
-template <class Kernel, class Ask>
-int asked_once(Kernel* kernel, const RowsPlan& plan, Ask&& ask) {
-  static std::mutex mutex;
-  static std::map<std::tuple<Kernel*, int, int64_t, int, int>, int> known;
-  int device = 0;
-  cudaGetDevice(&device);
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto [at, is_new] =
-      known.try_emplace({kernel, device, plan.smem, plan.threads, plan.cluster}, 0);
-  if (is_new) {
-    at->second = ask();
-    cudaGetLastError();  // a refusal counts as an answer
-  }
-  return at->second;
-}
-
-// Blocks of a kernel that an SM holds at once.
-template <class Kernel>
-int blocks_per_sm(Kernel* kernel, const RowsPlan& plan) {
-  return asked_once(kernel, plan, [&] {
-    int blocks = 0;
-    allow_smem(kernel, plan);
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, plan.threads,
-                                                  static_cast<size_t>(plan.smem));
-    return std::max(1, blocks);
-  });
+// Whether the current device is one like that.
+bool is_gpu(const TunedHeld& tuned) {
+  return tuned.sms == device_attribute(cudaDevAttrMultiProcessorCount) &&
+         tuned.memory_bus == device_attribute(cudaDevAttrGlobalMemoryBusWidth) &&
+         tuned.capability == capability();
 }
 
 // Calls f with the type of the row loss that serves a call.
@@ -94,27 +57,42 @@ auto* strided_kernel(const RowsPlan& plan) {
                                                    : rows_strided<Strided, kVectors>;
 }
 
+// Null where no plan takes it.
+template <class D, Scope kScope, int kHeld, int kThreads>
+auto held_kernel() {
+  using Kernel = decltype(&rows_held<D, kScope, kHeld, kThreads>);
+  if constexpr (has_held_kernel(kHeld, kScope == Scope::kSubWarp ? kThreads : kWarp + 1)) {
+    return Kernel(rows_held<D, kScope, kHeld, kThreads>);
+  } else {
+    return Kernel(nullptr);
+  }
+}
+template <class D, Scope kScope, int kThreads>
+auto held_kernel(const RowsPlan& plan) {
+  return plan.held == kFewHeld ? held_kernel<D, kScope, kFewHeld, kThreads>()
+                               : held_kernel<D, kScope, kManyHeld, kThreads>();
+}
+
 // The others, which all take the same arguments.
 template <class Loss, Scope kScope>
 auto* contiguous_kernel(const RowsPlan& plan) {
   using D = typename Loss::Element;
   if constexpr (!Loss::kSoft && sizeof(D) < 8) {
-    if constexpr (kScope == Scope::kSubWarp) {
-      switch (plan.held * plan.tiling.threads_per_row) {  // classes that a row's threads hold
-#define FUSEDLOSS_HELD(CLASSES, THREADS) \
-  case (CLASSES) * (THREADS):            \
-    return rows_held<D, kScope, CLASSES, THREADS>
-        FUSEDLOSS_HELD(kFewHeld, 1);
-        FUSEDLOSS_HELD(kFewHeld, 2);
-        FUSEDLOSS_HELD(kFewHeld, 4);
-        FUSEDLOSS_HELD(kFewHeld, 8);
-        FUSEDLOSS_HELD(kManyHeld, 8);
-        FUSEDLOSS_HELD(kManyHeld, 16);
-        FUSEDLOSS_HELD(kManyHeld, 32);
+    if (plan.held) {
+      if constexpr (kScope == Scope::kSubWarp) {
+        switch (plan.tiling.threads_per_row) {
+#define FUSEDLOSS_HELD(THREADS) \
+  case THREADS:                 \
+    return held_kernel<D, kScope, THREADS>(plan)
+          FUSEDLOSS_HELD(1);
+          FUSEDLOSS_HELD(2);
+          FUSEDLOSS_HELD(4);
+          FUSEDLOSS_HELD(8);
+          FUSEDLOSS_HELD(16);
 #undef FUSEDLOSS_HELD
+        }
       }
-    } else if (plan.held) {
-      return rows_held<D, kScope, kManyHeld, kWarp>;
+      return held_kernel<D, kScope, kWarp>(plan);
     }
   }
   return rows_contiguous<Loss, kScope>;
@@ -125,6 +103,7 @@ template <class D>
 struct RowsDevice {
   const fusedloss::RowsCall& call;
 
+  bool is_gpu(const TunedHeld& tuned) const { return cuda::is_gpu(tuned); }
   int64_t sms() const { return device_attribute(cudaDevAttrMultiProcessorCount); }
   int64_t max_smem() const { return cuda::max_smem(); }
   int64_t smem_per_sm() const {
@@ -142,18 +121,18 @@ struct RowsDevice {
   }
   // For a plan of the strided kernels.
   int64_t resident_blocks(const RowsPlan& plan) const {
-    return sms() * with_loss<D>(call, plan, [&]<class Loss>(std::type_identity<Loss>) {
-             return blocks_per_sm(strided_kernel<Loss>(plan), plan);
-           });
+    return with_loss<D>(call, plan, [&]<class Loss>(std::type_identity<Loss>) {
+      return cuda::resident_blocks(strided_kernel<Loss>(plan), plan.threads, plan.smem);
+    });
   }
   // 0 where none fits, as on a slice of a device.
   int64_t active_clusters(const RowsPlan& plan) const {
     return with_loss<D>(call, plan, [&]<class Loss>(std::type_identity<Loss>) {
       const auto kernel = contiguous_kernel<Loss, Scope::kCluster>(plan);
-      return asked_once(kernel, plan, [&] {
+      return asked_once(kernel, {plan.threads, plan.smem, plan.cluster}, [&] {
         int count = 0;
         LaunchConfig launch(plan, nullptr);
-        allow_smem(kernel, plan);
+        allow_smem(kernel, plan.smem);
         cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config);
         return count;
       });
@@ -172,7 +151,7 @@ auto with_plan(const fusedloss::RowsCall& call, F&& f) {
 template <class Kernel, class Call, class... Rest>
 cudaError_t run(Kernel* kernel, const RowsPlan& plan, const Call& call, const Launch& launch,
                 Rest... rest) {
-  if (const cudaError_t error = allow_smem(kernel, plan); error != cudaSuccess) return error;
+  allow_smem(kernel, plan.smem);
   LaunchConfig config(plan, launch.stream);
   return cudaLaunchKernelEx(&config.config, kernel, call, launch, rest...);
 }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <initializer_list>
 #include <optional>
 
 #include "../call.h"
@@ -19,6 +20,8 @@ struct RowTiling {
   int vectors_per_thread = 0;   // of each operand
   int stages = 1;               // rows in shared memory: one is computed, the others are prefetched
   bool fits_in_smem = true;     // if not, no row is in shared memory, and each is read twice
+
+  bool operator==(const RowTiling&) const = default;
 };
 
 struct RowsPlan {
@@ -37,6 +40,8 @@ struct RowsPlan {
   int cluster = 1;     // blocks of a cluster
   int64_t blocks = 1;  // of the grid
   int64_t smem = 0;    // bytes of dynamic shared memory per block
+
+  bool operator==(const RowsPlan&) const = default;
 };
 
 // ---- tuning -------------------------------------------------------------------------------------
@@ -102,8 +107,68 @@ constexpr bool strided_vectors(int element_bytes, bool hard) { return hard && el
 // Classes that a kernel counts in int.
 constexpr int64_t kMaxClasses = 1 << 30;
 
-// Shared memory that kernels declare and the system reserves, and what a kernel gets unasked.
-constexpr int64_t kStaticSmem = 4 << 10, kDefaultSmem = 48 << 10;
+// ---- rows_held: what may be chosen --------------------------------------------------------------
+
+struct HeldKnobs {
+  int classes;         // of a thread
+  int threads;         // of a block, at most: a longer row takes several blocks
+  int threads_per_sm;  // at most
+  int stages;          // at most
+
+  bool operator==(const HeldKnobs&) const = default;
+};
+
+constexpr HeldKnobs default_knobs(int64_t classes) {
+  const int held = classes <= kMaxFewHeldClasses ? kFewHeld : kManyHeld;
+  return {held, kRowBlock, held_threads_per_sm(held), kMaxHeldStages};
+}
+
+// What bench/tune.cu found to be faster than the default on one GPU.
+struct TunedHeld {
+  int capability, sms, memory_bus;  // the GPU: 90 for 9.0; bits of its memory bus
+  int element_bytes;
+  int64_t classes;  // a power of two: of rows with as many, or fewer by less than half
+  HeldKnobs knobs;
+};
+constexpr std::initializer_list<TunedHeld> kTunedHeld = {
+#include "plans.inc"
+};
+
+constexpr bool is_valid(const TunedHeld& tuned) {
+  const auto& [classes, threads, threads_per_sm, stages] = tuned.knobs;
+  return (classes == kFewHeld || classes == kManyHeld) && threads >= kWarp &&
+         threads <= kRowBlock && std::has_single_bit(static_cast<unsigned>(threads)) &&
+         threads_per_sm >= threads && threads_per_sm <= held_threads_per_sm(classes) &&
+         stages >= 1 && stages <= kMaxHeldStages &&
+         std::has_single_bit(static_cast<uint64_t>(tuned.classes));
+}
+static_assert(std::all_of(kTunedHeld.begin(), kTunedHeld.end(), is_valid),
+              "plans.inc names a plan that rows_held cannot have");
+
+// Threads of a row of which each holds so many classes: up to a warp, a power of two.
+constexpr int64_t held_row_threads(int64_t classes, int held) {
+  const int64_t threads = ceil_div(classes, held);
+  return threads > kWarp ? threads
+                         : static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(threads)));
+}
+
+#if defined(FUSEDLOSS_TUNE)  // bench/tune.cu compares all plans
+constexpr bool kEveryHeldKernel = true;
+#else
+constexpr bool kEveryHeldKernel = false;
+#endif
+
+// Whether some plan takes the kernel for so many classes of a thread and threads of a row, of which
+// all above a warp are alike. No other one is compiled.
+constexpr bool has_held_kernel(int held, int64_t threads) {
+  const auto takes = [=](const TunedHeld& tuned) {
+    const int64_t tuned_threads = held_row_threads(tuned.classes, held);
+    return tuned.knobs.classes == held &&
+           (tuned_threads == threads || std::min(tuned_threads, threads) > kWarp);
+  };
+  return kEveryHeldKernel || default_knobs(held * threads).classes == held ||
+         std::any_of(kTunedHeld.begin(), kTunedHeld.end(), takes);
+}
 
 // ---- the plan -----------------------------------------------------------------------------------
 
@@ -116,10 +181,11 @@ inline bool has_hard_targets(const fusedloss::RowsCall& call) {
   return call.indices && call.label_smoothing == 0;
 }
 
+inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
+
 // Whether vectors of neighbouring rows are aligned, class after class.
 inline bool has_row_vectors(const Rows& r, int64_t size) {
-  return reinterpret_cast<uintptr_t>(r.data) % kVectorBytes == 0 && r.inner == 1 &&
-         r.outer % size == 0 && r.classes % size == 0;
+  return is_aligned(r.data) && r.inner == 1 && r.outer % size == 0 && r.classes % size == 0;
 }
 
 // Whether class probabilities have no weights and lie as the logits do, and vectors of all operands
@@ -127,12 +193,9 @@ inline bool has_row_vectors(const Rows& r, int64_t size) {
 inline bool has_probability_vectors(const fusedloss::RowsCall& call) {
   const Rows &x = call.input, &y = call.probabilities, &g = call.gradient;
   const int size = kVectorBytes / bytes_of(x.dtype);
-  const auto aligned = [](const void* p) {
-    return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
-  };
   return y.data && y.dtype == x.dtype && !call.weight && y.classes == x.classes &&
-         y.outer == x.outer && y.inner == x.inner && aligned(x.data) && aligned(y.data) &&
-         aligned(g.data) && (g.outer - x.outer) % size == 0 && (g.inner - x.inner) % size == 0;
+         y.outer == x.outer && y.inner == x.inner && is_aligned(x.data) && is_aligned(y.data) &&
+         is_aligned(g.data) && (g.outer - x.outer) % size == 0 && (g.inner - x.inner) % size == 0;
 }
 
 // Slots of rows_strided_smem that hold the class indices of a thread's rows.
@@ -176,26 +239,38 @@ bool set_blocks(RowsPlan& plan, int64_t groups, int64_t threads_per_sm, const De
 
 // Whether all vectors of a matrix's rows are aligned.
 inline bool has_class_vectors(const Rows& r, int64_t size) {
-  return reinterpret_cast<uintptr_t>(r.data) % kVectorBytes == 0 && r.classes == 1 &&
-         r.outer % size == 0;
+  return is_aligned(r.data) && r.classes == 1 && r.outer % size == 0;
+}
+
+// Those for a call.
+template <class Device>
+HeldKnobs held_knobs(const fusedloss::RowsCall& call, const Device& device) {
+  for (const TunedHeld& tuned : kTunedHeld) {
+    if (tuned.element_bytes == bytes_of(call.input.dtype) && call.classes <= tuned.classes &&
+        2 * call.classes > tuned.classes && device.is_gpu(tuned)) {
+      return tuned.knobs;
+    }
+  }
+  return default_knobs(call.classes);
 }
 
 // The plan of rows_held, if it can take the call.
 template <class Device>
-std::optional<RowsPlan> plan_held(const fusedloss::RowsCall& call, const Device& device) {
+std::optional<RowsPlan> plan_held(const fusedloss::RowsCall& call, const Device& device,
+                                  const HeldKnobs& knobs) {
   const int bytes = bytes_of(call.input.dtype), size = kVectorBytes / bytes;
   const bool aligned = call.inner == 1 && call.classes % size == 0 &&
                        has_class_vectors(call.input, size) &&
                        (!call.gradient.data || has_class_vectors(call.gradient, size));
   if (!aligned || bytes == 8 || !has_hard_targets(call)) return {};
   RowsPlan plan;
-  plan.held = call.classes <= kMaxFewHeldClasses ? kFewHeld : kManyHeld;
-  const int64_t threads = ceil_div(call.classes, plan.held);  // of a row
+  plan.held = knobs.classes;
+  const int64_t threads = held_row_threads(call.classes, plan.held);
   int rows_per_block = 1;
   if (threads <= kWarp) {
     plan.kernel = RowsPlan::Kernel::kSubWarp;
-    plan.threads = kRowBlock;
-    plan.tiling.threads_per_row = static_cast<int>(std::bit_ceil(static_cast<unsigned>(threads)));
+    plan.threads = knobs.threads;
+    plan.tiling.threads_per_row = static_cast<int>(threads);
     rows_per_block = plan.threads / plan.tiling.threads_per_row;
     // Smaller blocks where there are too few of them.
     while (plan.threads > kWarp && ceil_div(call.outer, rows_per_block) < device.sms()) {
@@ -203,7 +278,7 @@ std::optional<RowsPlan> plan_held(const fusedloss::RowsCall& call, const Device&
       rows_per_block /= 2;
     }
   } else {
-    const auto blocks = static_cast<unsigned>(ceil_div(threads, kRowBlock));
+    const auto blocks = static_cast<unsigned>(ceil_div(threads, knobs.threads));
     plan.cluster = static_cast<int>(std::bit_ceil(blocks));
     plan.kernel = plan.cluster > 1 ? RowsPlan::Kernel::kCluster : RowsPlan::Kernel::kBlock;
     plan.threads = static_cast<int>(ceil_div(ceil_div(threads, plan.cluster), kWarp) * kWarp);
@@ -211,13 +286,14 @@ std::optional<RowsPlan> plan_held(const fusedloss::RowsCall& call, const Device&
   if (plan.cluster > (device.has_clusters() ? kMaxClusterSize : 1)) return {};
   plan.tiling.vectors_per_thread = plan.held / size;
   const int64_t row_bytes = int64_t{plan.tiling.vectors_per_thread} * plan.threads * kVectorBytes;
-  const int64_t threads_per_sm = held_threads_per_sm(plan.held);
-  const int64_t smem_per_block = device.smem_per_sm() / (threads_per_sm / plan.threads);
+  const int64_t smem_per_block = device.smem_per_sm() / (knobs.threads_per_sm / plan.threads);
   plan.tiling.stages = static_cast<int>(
-      std::clamp<int64_t>((smem_per_block - kStaticSmem) / row_bytes, 1, kMaxHeldStages));
+      std::clamp<int64_t>((smem_per_block - kStaticSmem) / row_bytes, 1, knobs.stages));
   plan.smem = plan.tiling.stages * row_bytes;
   const int64_t groups = ceil_div(call.outer, rows_per_block);
-  if (plan.smem > device.max_smem() || !set_blocks(plan, groups, threads_per_sm, device)) return {};
+  if (plan.smem > device.max_smem() || !set_blocks(plan, groups, knobs.threads_per_sm, device)) {
+    return {};
+  }
   // The kernel counts rows, and the vectors from one row of a thread to its next, in 32 bits.
   const int64_t row_stride = plan.blocks / plan.cluster * rows_per_block;
   if (call.outer + kMaxHeldStages * row_stride > INT32_MAX ||
@@ -276,8 +352,8 @@ RowsPlan plan_contiguous(const fusedloss::RowsCall& call, const Device& device, 
   return plan;
 }
 
-// Device answers for the GPU: sms(), max_smem() of a block without kStaticSmem, smem_per_sm(),
-// has_clusters(), and how much of a plan runs at once: resident_blocks(plan) and
+// Device answers for the GPU: is_gpu(tuned), sms(), max_smem() of a block without kStaticSmem,
+// smem_per_sm(), has_clusters(), and how much of a plan runs at once: resident_blocks(plan) and
 // active_clusters(plan).
 template <class Device>
 RowsPlan plan_rows(const fusedloss::RowsCall& call, const Device& device) {
@@ -285,7 +361,7 @@ RowsPlan plan_rows(const fusedloss::RowsCall& call, const Device& device) {
       (call.gradient.data && call.gradient.classes != 1)) {
     return plan_strided(call, device);
   }
-  if (const auto plan = plan_held(call, device)) return *plan;
+  if (const auto plan = plan_held(call, device, held_knobs(call, device))) return *plan;
   if (has_probability_vectors(call)) {
     const RowsPlan plan = plan_contiguous(call, device, 2);
     if (plan.tiling.fits_in_smem) return plan;

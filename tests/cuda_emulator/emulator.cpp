@@ -556,6 +556,8 @@ void fail(const char* what, ...) {
 
 // For tests: what was queued on streams, launches and memsets.
 static long launches = 0, memsets = 0;
+// What events tell.
+static double passed = 0;
 extern "C" long emulator_queued() { return launches + memsets; }
 
 void run_grid(Kernel kernel, const cudaLaunchConfig_t& config, void (*body)(const void*),
@@ -578,6 +580,7 @@ void run_grid(Kernel kernel, const cudaLaunchConfig_t& config, void (*body)(cons
   launch->arguments = arguments;
   check_limits();
   launch->number = launches++;
+  passed += volume(config.gridDim) * volume(config.blockDim);
   launch->start = new_moment();
   launch->end = new_moment();
   blockDim = config.blockDim;
@@ -901,6 +904,12 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrComputeCapabilityMinor:
       *value = setting("EMULATOR_CAPABILITY", 90) % 10;
       return cudaSuccess;
+    case cudaDevAttrGlobalMemoryBusWidth:
+      *value = 5120;
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = 1 << 10;
+      return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:  // and a block's share for the system
       *value = emulator::kMaxShared + 1024;
       return cudaSuccess;
@@ -950,6 +959,45 @@ cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
   if (capture_mode != cudaStreamCaptureModeRelaxed) return cudaErrorStreamCaptureUnsupported;
   *memory = malloc(bytes);
   return *memory ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  constexpr size_t kAlignment = 256;
+  return posix_memalign(memory, kAlignment, bytes) ? cudaErrorInvalidValue : cudaSuccess;
+}
+cudaError_t cudaFree(void* memory) {
+  free(memory);
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t) {
+  emulator::passed += bytes / sizeof(uint4);
+  return cudaMemcpy(to, from, bytes, kind);
+}
+
+struct CUevent_st {
+  double at;
+};
+cudaError_t cudaEventCreate(cudaEvent_t* event) {
+  *event = new CUevent_st{};
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  event->at = emulator::passed;
+  return cudaSuccess;
+}
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
+  *milliseconds = static_cast<float>(end->at - start->at);
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  strcpy(properties->name, "emulator");
+  return cudaSuccess;
 }
 
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {

@@ -13,6 +13,9 @@ namespace {
 struct Device {
   int64_t smem, max_cluster;
 
+  bool is_gpu(const cuda::TunedHeld& tuned) const {
+    return tuned.capability == 90 && tuned.sms == sms() && tuned.memory_bus == 5120;
+  }
   int64_t sms() const { return 132; }
   int64_t max_smem() const { return smem - (1 << 10) - cuda::kStaticSmem; }
   int64_t smem_per_sm() const { return smem; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 import build
 from engines import DTYPES
+from translate import mirror
 
 KIB_PER_SM = 228
 SMEM_PER_SM = KIB_PER_SM << 10
@@ -30,8 +32,11 @@ class Plan(NamedTuple):
 
 
 @cache
-def program() -> Path:
-    return build.build([Path("tests/cuda_emulator/plans.cpp")], "plain")
+def program(tuned: str = "") -> Path:
+    """tuned: what stands in the table of plans."""
+    folder = build.OUT / "plans"
+    mirror(build.ROOT, build.FOLDERS, folder, {Path("csrc/cuda/plans.inc"): f"{tuned}\n"})
+    return build.build([Path("tests/cuda_emulator/plans.cpp")], "plain", folder)
 
 
 def plan(
@@ -41,12 +46,13 @@ def plan(
     probabilities: tuple[torch.dtype, Sequence[int], int] | None = None,
     kib_per_sm: int = KIB_PER_SM,
     max_cluster: int = 8,
+    tuned: str = "",
 ) -> Plan:
     words: list[int] = [kib_per_sm, max_cluster, DTYPES.index(dtype), *shape, *strides]
     if probabilities is not None:
         of, their_strides, shift = probabilities
         words += [DTYPES.index(of), *their_strides, shift]
-    result = build.run(program(), *map(str, words))
+    result = build.run(program(tuned), *map(str, words))
     assert result.returncode == 0, result.stderr
     kernel, *numbers = result.stdout.split()
     return Plan(kernel, *map(int, numbers))
@@ -171,3 +177,38 @@ def test_rows_that_are_not_held() -> None:
         plan(half, (1000, 1000, 1), (1000, 1, 1), (half, (1000, 1, 1), 0)),
     ):
         assert found.held == 0
+
+
+TUNED = "{90, 132, 5120, 2, 256, {64, 128, 256, 1}}, {90, 132, 5120, 2, 8192, {64, 64, 512, 2}},"
+
+
+def test_tuned_plans() -> None:
+    """They hold for their GPU, element size, and rows of up to so many classes and more than half
+    as many."""
+    half = torch.bfloat16
+
+    def found(classes: int, dtype: torch.dtype = half, tuned: str = TUNED) -> Plan:
+        return plan(dtype, (1 << 15, classes, 1), (classes, 1, 1), tuned=tuned)
+
+    for classes in (136, 256):
+        mine = found(classes)
+        assert (mine.held, mine.threads_per_row, mine.threads, mine.stages) == (64, 4, 128, 1)
+        assert mine.threads * mine.blocks == 256 * 132
+    for classes in (5000, 8192):
+        mine = found(classes)
+        assert (mine.kernel, mine.held, mine.threads, mine.cluster) == ("cluster", 64, 64, 2)
+    for other in (128, 264, 4096, 8200):
+        assert found(other) == found(other, tuned="")
+    assert found(256, torch.float16) == found(256)
+    assert found(256, torch.float32) == found(256, torch.float32, tuned="")
+    for gpu in ("80, 132, 5120", "90, 114, 5120", "90, 132, 6144"):
+        assert found(256, tuned=TUNED.replace("90, 132, 5120", gpu)) == found(256, tuned="")
+
+
+@pytest.mark.parametrize(
+    "knobs", ["48, 128, 256, 1", "64, 96, 256, 1", "64, 512, 512, 1", "64, 128, 768, 1"]
+)
+def test_tuned_plans_that_cannot_be(knobs: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(subprocess.CalledProcessError):
+        program(f"{{90, 132, 5120, 2, 256, {{{knobs}}}}},")
+    assert "plans.inc names a plan that rows_held cannot have" in capfd.readouterr().err

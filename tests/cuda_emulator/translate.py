@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-SUFFIXES = {".cu", ".cuh", ".h", ".cpp"}
+SUFFIXES = {".cu", ".cuh", ".h", ".inc", ".cpp"}
 
 _COMMENT_OR_STRING = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', re.DOTALL)
 _SHARED = re.compile(r"(extern\s+|static\s+)?__shared__\b([^;]*);")

@@ -283,6 +283,9 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks,
   return cudaSuccess;
 }
 // The same for a library's kernel.
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
+  return cudaErrorInvalidValue;
+}
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*,
                                                                  int threads, size_t shared_bytes) {
   *blocks = emulator::blocks_per_multiprocessor(nullptr, threads, shared_bytes);
