@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fusedloss
 import fusedloss.functional as FL
 from cases import LOSSES
-from helpers import assert_same_error, outcome
+from helpers import affordable, assert_same_error, outcome
 
 pytest.importorskip("expecttest", reason="torch.testing._internal imports it")
 
@@ -70,11 +70,13 @@ def compare(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], call: Ca
 TORCHS = [loss for loss in LOSSES if hasattr(F, loss)]
 
 
+@pytest.mark.interpret_all
 @pytest.mark.parametrize("loss", TORCHS)
 def test_functions(loss: str, backend: str) -> None:
     samples = list(op_info(loss).sample_inputs("cpu", torch.float32, requires_grad=True))
     assert samples
-    for sample in samples[::5] if len(samples) > 100 else samples:
+    samples = samples[::5] if len(samples) > 100 else samples
+    for sample in affordable(samples, 6):
         compare(getattr(FL, loss), getattr(F, loss), ((sample.input, *sample.args), sample.kwargs))
 
 
@@ -96,7 +98,7 @@ def test_modules(backend: str) -> None:
     for info in infos:
         kind: type[nn.Module] = getattr(fusedloss, info.module_cls.__name__)
         inputs = info.module_inputs_func(info, "cpu", torch.float32, True, True)
-        for given in inputs:
+        for given in affordable(inputs, 3):
             made, forward = given.constructor_input, given.forward_input
             if forward is None:
                 continue
