@@ -404,6 +404,6 @@ def test_own_loss_without_a_driver(built: str) -> None:
     extension = fusedloss.backends.extension
     assert extension is not None
     with pytest.raises(RuntimeError, match="cubin does not load: CUDA driver version is insuff"):
-        extension.load_custom_kernels("none", 2, 90, compiled(charbonnier, "90"))
+        extension.load_custom_kernels("none", 2, 2, 90, compiled(charbonnier, "90"))
     with pytest.raises(RuntimeError, match="missing does not load: file not found"):
-        extension.load_custom_kernels("none", 2, 90, "missing")
+        extension.load_custom_kernels("none", 2, 2, 90, "missing")

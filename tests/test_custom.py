@@ -926,7 +926,7 @@ def test_kinds_of_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for capability, factor in ((80, 1), (86, 2), (90, 3)):
         file = library(f"times{factor}", times(factor)._struct, against=against)
-        extension.load_custom_kernels("by kind", 1, capability, str(file))
+        extension.load_custom_kernels("by kind", 2, 1, capability, str(file))
     one, nothing = torch.ones(1), torch.zeros(1)
 
     def run(capability: int) -> float:
@@ -951,10 +951,10 @@ def test_kernels_of_another_version(tmp_path: Path) -> None:
     other = tmp_path / "other.so"
     other.write_bytes(whole.read_bytes().replace(b"fusedloss_custom4", b"fusedloss_custom3"))
     with pytest.raises(RuntimeError, match="other.so does not load: named symbol not found"):
-        extension.load_custom_kernels("other", 1, 90, str(other))
+        extension.load_custom_kernels("other", 2, 1, 90, str(other))
     other.write_bytes(b"no library")
     with pytest.raises(RuntimeError, match="other.so does not load: device kernel image"):
-        extension.load_custom_kernels("other", 1, 90, str(other))
+        extension.load_custom_kernels("other", 2, 1, 90, str(other))
 
 
 def test_transforms(backend: str) -> None:

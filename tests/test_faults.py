@@ -93,6 +93,25 @@ def test_probability_outside_unit(which: str, bad: float) -> None:
         fusedloss.check()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "one for all"])
+def test_negative_variance(layout: str) -> None:
+    input = torch.randn(15, 20, device=DEVICE).requires_grad_()
+    var = torch.rand(15, 20, device=DEVICE)
+    var[6, 3] = -0.5
+    if layout == "transposed":
+        var = var.t().contiguous().t()
+    elif layout == "one for all":
+        var = torch.full((1, 1), -0.5, device=DEVICE)
+        input = torch.randn(1, 20, device=DEVICE).requires_grad_()
+    value = FL.gaussian_nll_loss(input, input.detach(), var, reduction="none")
+    (gradient,) = torch.autograd.grad(value.sum(), input)
+    wrong = var.expand_as(input) < 0
+    assert torch.equal(value.isnan(), wrong) and torch.equal(gradient.isnan(), wrong)
+    with pytest.raises(ValueError, match="elements of var should be at least 0, .* is -0.5"):
+        fusedloss.check()
+    fusedloss.check()
+
+
 @pytest.mark.skipif(not EMULATED, reason="asks the emulator for its atomics")
 @pytest.mark.parametrize("strided", [False, True])
 def test_a_block_tells_once(strided: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch
 import formulas
 import fusedloss
 import fusedloss.functional as FL
-from cases import DTYPES, FAMILIES, BASIC, REDUCTIONS, Case, Sample, at_shape
+from cases import BASIC, DTYPES, FAMILIES, REDUCTIONS, Case, Sample, at_shape
 from fusedloss import reference
 from helpers import (
     INTERPRETED,
@@ -22,6 +23,7 @@ from helpers import (
     assert_same_bits,
     draw_upstream,
     drawn,
+    host_sees_errors,
     leaf,
     result_shape,
     sample_truth,
@@ -206,3 +208,45 @@ def test_one_factor_of_all_elements(loss: str, dtype: str, fused: str) -> None:
         weighted = Sample(sample.input, sample.target, {"weight": half})
         for found, whole in zip(value_and_grad(function, weighted, "sum"), expected, strict=True):
             assert_same_bits(found, whole / 2, "weight")
+
+
+# The inputs that have a gradient, as a call's arguments.
+OF_SEVERAL: dict[str, tuple[str, ...]] = {
+    "mse_loss": ("input", "target"),
+    "huber_loss": ("input", "target"),
+    "margin_ranking_loss": ("input1", "input2"),
+    "gaussian_nll_loss": ("input", "target", "var"),
+}
+
+
+@pytest.mark.interpret_all
+@pytest.mark.parametrize("loss", OF_SEVERAL)
+def test_gradients_of_several_inputs(loss: str, fused: str) -> None:
+    """Of every choice of them, as torch's, whether forward has written them or backward does."""
+    sample = at_shape(loss, (9, 13)).sample(torch.float64)
+    names = list(inspect.signature(getattr(FL, loss)).parameters)[:2]
+    call = dict(zip(names, (sample.input, sample.target), strict=True)) | sample.options
+    for count in range(1, len(OF_SEVERAL[loss]) + 1):
+        for wanted in itertools.combinations(OF_SEVERAL[loss], count):
+            for reduction, upstream in itertools.product(REDUCTIONS, (1.0, 0.3)):
+                results = []
+                for function in (getattr(FL, loss), torch_loss(loss)):
+                    leaves = {name: leaf(call[name]) for name in wanted}
+                    value = function(**{**call, **leaves}, reduction=reduction)
+                    seed = torch.full_like(value, upstream)
+                    results.append(torch.autograd.grad(value, list(leaves.values()), seed))
+                told = fusedloss.explain(getattr(FL, loss), **{**call, **leaves})
+                assert told.backend == fused
+                for mine, theirs in zip(*results, strict=True):
+                    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
+@host_sees_errors
+def test_negative_variance(fused: str) -> None:
+    x, var = torch.zeros(2, 3), torch.ones(2, 3)
+    var[1, 2] = -0.5
+    for variances in (var, var.double().t().contiguous().t().float(), var[:, 2:]):
+        with pytest.raises(ValueError, match=r"var should be at least 0, but var\[1, [02]\] is -0.5"):
+            FL.gaussian_nll_loss(x, x, variances)
+    var[1, 2] = float("nan")
+    assert FL.gaussian_nll_loss(x, x, var).isnan()

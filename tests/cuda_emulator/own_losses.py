@@ -58,5 +58,5 @@ def load(loss: custom.PointwiseLoss) -> str:
     against = Path(extension.__file__).resolve()
 
     found = library(loss._traced.identifier, loss._struct, against=against)
-    extension.load_custom_kernels(found.stem, len(loss._names) + 1, 90, str(found))
+    extension.load_custom_kernels(found.stem, loss.inputs, len(loss._names) + 1, 90, str(found))
     return found.stem
