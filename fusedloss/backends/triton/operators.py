@@ -299,8 +299,9 @@ def _loss_backward(grad_output: Tensor, state: Tensor, *args: Any) -> list[Tenso
     runtime.check_pair("state", state, input)
     if reduction != 0:
         runtime.check_number(grad_output, input)
-    prediction = None
-    if saved is not None:
+    if saved is None:
+        prediction = torch.empty_like(state)
+    else:
         if (saved.input_shape, saved.input_dtype) != (input.shape, input.dtype):
             raise RuntimeError(
                 f"fusedloss: backward's input is a {input.dtype} tensor of shape "

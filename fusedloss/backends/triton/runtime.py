@@ -439,7 +439,7 @@ def launch(
     """
     state, fault = do.forward_state, fault_of(device)
     upstream = do.grad_output if result is None else result
-    learned = state if do.forward or do.prediction is None else do.prediction
+    learned = state if do.forward else do.prediction
     value = loss = partials = ticket = None
     if unreduced:
         value, upstream = result, None
