@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import fusedloss
+from fusedloss._toolkit import Toolkit, find_toolkit
 from fusedloss.custom import building
 
 ROOT = Path(__file__).parent.parent
@@ -47,37 +48,52 @@ def insert(tree: Path, snippet: re.Match[str]) -> None:
     path.write_text("".join(lines))
 
 
+def source_of(path: Path) -> Path:
+    """What an object file of the build was compiled from."""
+    inside = path.relative_to(BUILD)
+    if inside.parts[0] == "cuda":
+        return ROOT / "csrc" / inside.with_suffix(".cu")
+    return ROOT.joinpath(*inside.parts[inside.parts.index("csrc") :]).with_suffix(".cpp")
+
+
 def build(tree: Path) -> None:
     """The extension of ``tree``, with the baseline kernels only.
 
     The sources that expand the list of losses are compiled, without optimization to save time. All
-    others compile to the same code as in this checkout, whose object files are linked.
+    others compile to the same code as in this checkout, whose object files are linked: CUDA kernels
+    too, which lack the loss, and which no command of the page runs.
     """
     compiler = building.find_compiler()
     flags = ["-std=c++20", "-O0", "-w", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
     flags += ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"]
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}"]
+    libraries += [f"-l{name}" for name in ("c10", "torch", "torch_cpu", "torch_python")]
+    if cuda := fusedloss.info().build["cuda"]:
+        toolkit = find_toolkit()
+        assert isinstance(toolkit, Toolkit), toolkit
+        flags += [f'-DFUSEDLOSS_CUDA="{cuda}"', *(f"-I{path}" for path in toolkit.includes)]
+        libraries += [f"-L{path}" for path in toolkit.libraries]
+        libraries += ["-lc10_cuda", "-ltorch_cuda", "-lcudart"]
     compiled = []
     for source in ("csrc/losses.cpp", "csrc/cpu/pointwise.cpp"):
         assert "FUSEDLOSS_POINTWISE_LOSSES(" in (tree / source).read_text()
         compiled.append(tree / Path(source).with_suffix(".o").name)
         subprocess.run([compiler, *flags, "-c", tree / source, "-o", compiled[-1]], check=True)
     replaced = {BUILD / "csrc" / "losses.o", BUILD / "DEFAULT" / "csrc" / "cpu" / "pointwise.o"}
-    others = [
-        path
-        for path in sorted(BUILD.rglob("*.o"))
-        # A build folder keeps the objects of sources that are gone.
-        if path not in replaced and any(ROOT.glob(f"csrc/**/{path.stem}.cpp"))
-    ]
+    others = []
+    for path in sorted({*BUILD.rglob("*.o")} - replaced):
+        source = source_of(path)
+        # A build folder keeps the objects of sources that are gone, and of another build.
+        if source.exists() and (cuda or not (source.suffix == ".cu" or source.stem == "cuda")):
+            others.append(path)
     library = Path(fusedloss.backends.extension.__file__).name
-    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}"]
-    libraries += [f"-l{name}" for name in ("c10", "torch", "torch_cpu", "torch_python")]
     command = [compiler, "-shared", *compiled, *others, *libraries]
     subprocess.run([*command, "-o", tree / "fusedloss" / library], check=True)
 
 
 def test_the_page_adds_a_loss(tmp_path: Path, compiled: str) -> None:
-    if not BUILD.is_dir() or fusedloss.info().build["cuda"]:
-        pytest.skip("there are no object files of a build without CUDA kernels")
+    if not BUILD.is_dir():
+        pytest.skip("there are no object files of a build")
     for name in ("csrc", "fusedloss", "tests", "bench", "examples"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so", "results")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
