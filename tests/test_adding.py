@@ -111,6 +111,7 @@ def test_the_page_adds_a_loss(tmp_path: Path, compiled: str) -> None:
         variables = dict(word.split("=") for word in command["variables"].split())
         # Processes that the tests start import the copy too. Its loss is in the baseline kernels.
         variables |= {"PYTHONPATH": str(tmp_path), "ATEN_CPU_CAPABILITY": "default"}
+        variables |= {"FUSEDLOSS_REQUIRE_COMPILED": "1"}
         done = subprocess.run(
             [sys.executable, "-m", *shlex.split(command["pytest"]), "-q", "--tb=short"],
             cwd=tmp_path,
