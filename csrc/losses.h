@@ -29,8 +29,8 @@ struct LossInfo {
   Family family = Family::kPointwise;
   Mean mean = Mean::kElements;
   int parameters = 0;
-  int inputs = 2;     // how many it takes
-  int gradients = 1;  // for how many of them, from the first on, there is a gradient
+  int inputs = 2;          // how many it takes
+  int gradients = 1;       // for how many of them, from the first on, there is a gradient
   bool symmetric = false;  // in input and target: a gradient for target is input's, negated
   Domain domain = Domain::kReal;
   // The loss whose target is class indices; null: it takes none.

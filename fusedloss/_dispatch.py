@@ -180,9 +180,7 @@ def _overrides(value: Any) -> bool:
     return _sees_functions(value) or is_traceable_wrapper_subclass(value)
 
 
-def _why_not_fused(
-    named: Mapping[str, Any], *others: Any, gradients: int = 1
-) -> str | None:
+def _why_not_fused(named: Mapping[str, Any], *others: Any, gradients: int = 1) -> str | None:
     """Why no fused kernel takes these tensors, apart from shapes and dtypes; None: one does.
 
     named: the inputs, mostly input and target, in order. gradients: for how many of them, from the

@@ -77,9 +77,7 @@ _LEGACY = ("size_average", "reduce", "reduction")
 LOSSES: dict[str, Loss] = {
     loss.name: loss
     for loss in (
-        Loss(
-            "mse_loss", reference.mse_loss, ("input", "target", *_LEGACY, "weight"), gradients=2
-        ),
+        Loss("mse_loss", reference.mse_loss, ("input", "target", *_LEGACY, "weight"), gradients=2),
         Loss("l1_loss", reference.l1_loss, ("input", "target", *_LEGACY, "weight"), gradients=2),
         Loss(
             "smooth_l1_loss",

@@ -234,9 +234,7 @@ def poisson_nll_loss(
 
     Source: :func:`torch.nn.functional.poisson_nll_loss`.
     """
-    return run(
-        _POISSON_NLL, (input, target, log_input, full, size_average, eps, reduce, reduction)
-    )
+    return run(_POISSON_NLL, (input, target, log_input, full, size_average, eps, reduce, reduction))
 
 
 def kl_div(
@@ -359,9 +357,7 @@ def margin_ranking_loss(
 
     Source: :func:`torch.nn.functional.margin_ranking_loss`.
     """
-    return run(
-        _MARGIN_RANKING, (input1, input2, target, margin, size_average, reduce, reduction)
-    )
+    return run(_MARGIN_RANKING, (input1, input2, target, margin, size_average, reduce, reduction))
 
 
 # ---- classification ------------------------------------------------------------------------------
@@ -454,9 +450,7 @@ def multilabel_soft_margin_loss(
 
     Source: :func:`torch.nn.functional.multilabel_soft_margin_loss`.
     """
-    return run(
-        _MULTILABEL_SOFT_MARGIN, (input, target, weight, size_average, reduce, reduction)
-    )
+    return run(_MULTILABEL_SOFT_MARGIN, (input, target, weight, size_average, reduce, reduction))
 
 
 def cross_entropy(

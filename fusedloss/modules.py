@@ -210,7 +210,9 @@ class GaussianNLLLoss(_Predicting, nn.GaussianNLLLoss):
 @dataclass
 class _Logits:
     logits: Tensor
-    versions: tuple[int, int]  # of log probabilities and logits, which change where one is written to
+    versions: tuple[
+        int, int
+    ]  # of log probabilities and logits, which change where one is written to
 
 
 _logits: MutableMapping[Tensor, _Logits] = WeakTensorKeyDictionary()  # by log probabilities
@@ -222,7 +224,9 @@ class LogSoftmax(nn.LogSoftmax):
 
     def forward(self, input: Tensor) -> Tensor:
         output = super().forward(input)
-        over_classes = self.dim is not None and self.dim % max(1, input.dim()) == min(1, input.dim() - 1)
+        over_classes = self.dim is not None and self.dim % max(1, input.dim()) == min(
+            1, input.dim() - 1
+        )
         if over_classes and type(output) is Tensor and not torch.compiler.is_compiling():
             _logits[output] = _Logits(input, (output._version, input._version))
         return output
@@ -236,11 +240,11 @@ class NLLLoss(_Predicting, nn.NLLLoss):
         logits = self._logits_of(input)
         if logits is None:
             if _dispatch._listening():
-                _dispatch._report("nll_loss", "input is not what a fusedloss.LogSoftmax has returned")
+                _dispatch._report(
+                    "nll_loss", "input is not what a fusedloss.LogSoftmax has returned"
+                )
             return super().forward(input, target)
-        args = (
-            *(logits, target, self.weight, None, self.ignore_index, None, self.reduction, 0.0),
-        )
+        args = (*(logits, target, self.weight, None, self.ignore_index, None, self.reduction, 0.0),)
         return run(LOSSES["cross_entropy"], args, self._prediction(logits))
 
     def _logits_of(self, input: Any) -> Tensor | None:

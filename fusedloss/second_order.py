@@ -53,7 +53,9 @@ def reference_value(
         options["pos_weight"] = more[0] if is_variant else None
     elif loss.variant:
         options[loss.variant] = is_variant
-    for key, number in zip(loss.parameters, parameters, strict=False):  # log_loss: eps is no argument
+    for key, number in zip(
+        loss.parameters, parameters, strict=False
+    ):  # log_loss: eps is no argument
         options[key] = bool(number) if key == "full" else number
     if loss.over_classes:
         options["ignore_index"] = ignore_index

@@ -374,9 +374,7 @@ CASES: tuple[Case, ...] = tuple(
             POINTWISE_FEWEST,
             {"log_input": False, "full": True},
         ),
-        _family(
-            "gaussian_nll_loss", "", _REGRESSION, POINTWISE_FEWEST, tensors={"var": positive}
-        ),
+        _family("gaussian_nll_loss", "", _REGRESSION, POINTWISE_FEWEST, tensors={"var": positive}),
         _family(
             "gaussian_nll_loss",
             "eps1-full",

@@ -30,5 +30,7 @@ def test_the_page_quotes_the_code() -> None:
     for folder in ("csrc", "fusedloss"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".py") and path.is_file():
-                named = re.search(r"\b(soft_margin_loss|SoftMargin|SoftMarginLoss)\b", path.read_text())
+                named = re.search(
+                    r"\b(soft_margin_loss|SoftMargin|SoftMarginLoss)\b", path.read_text()
+                )
                 assert not named or str(path.relative_to(ROOT)) in quoted, path

@@ -323,9 +323,7 @@ def test_weighted_l1_loss_warns_at_the_call(backend: str) -> None:
     assert "Using a target size" in message
 
 
-@pytest.mark.parametrize(
-    "loss", [loss for loss in BASIC if loss not in ("log_loss", "huber_loss")]
-)
+@pytest.mark.parametrize("loss", [loss for loss in BASIC if loss not in ("log_loss", "huber_loss")])
 def test_a_warning_of_deprecated_options_points_at_the_call(loss: str, backend: str) -> None:
     """They are fused like the reduction that they mean."""
     sample = at_shape(loss, (5, 7)).sample(torch.float32)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fusedloss
 import fusedloss.functional as FL
-from cases import DEVICE, FAMILIES, BASIC, REDUCTIONS, Sample, at_shape
+from cases import BASIC, DEVICE, FAMILIES, REDUCTIONS, Sample, at_shape
 from custom_losses import charbonnier
 from helpers import (
     MODULES,

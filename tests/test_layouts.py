@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedloss.functional as FL
-from cases import DEVICE, DTYPES, BASIC, Sample, at_shape
+from cases import BASIC, DEVICE, DTYPES, Sample, at_shape
 from helpers import (
     FOR_A_GPU,
     assert_close_to_truth,

@@ -58,7 +58,9 @@ def test_the_reference_has_it(name: str) -> None:
     loss, is_variant = OPERATORS[name]
     more = [torch.ones(4)] if is_variant and loss.variant == "pos_weight" else []
     more += [torch.ones(3, 4)] * (loss.inputs - 2)
-    parameters = {"cross_entropy": [0.1], "log_loss": [1e-7]}.get(name, [1.0] * len(loss.parameters))
+    parameters = {"cross_entropy": [0.1], "log_loss": [1e-7]}.get(
+        name, [1.0] * len(loss.parameters)
+    )
     value = second_order.reference_value(
         name, x, x.softmax(1), None, more, parameters, -100, "mean"
     )

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedloss
 import fusedloss.functional as FL
-from cases import DEVICE, DTYPES, BASIC, Sample, at_shape
+from cases import BASIC, DEVICE, DTYPES, Sample, at_shape
 from fusedloss import math as fm
 from helpers import (
     INTERPRETED,

@@ -186,7 +186,11 @@ def test_log_softmax_and_nll_loss_become_cross_entropy(backend: str) -> None:
     for mine, theirs in zip(step(), expected, strict=True):
         torch.testing.assert_close(mine, theirs)
     # Where a gradient of the log probabilities is asked for, or they have changed, it is torch's.
-    for change in (lambda t: t.retain_grad(), lambda t: t.register_hook(lambda g: g), lambda t: t.add_(0)):
+    for change in (
+        lambda t: t.retain_grad(),
+        lambda t: t.register_hook(lambda g: g),
+        lambda t: t.add_(0),
+    ):
         log_p = model.net(x)
         change(log_p)
         assert not fusedloss.explain(model.criterion, log_p, y).fused

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss
 import fusedloss.functional as FL
-from cases import FAMILIES, BASIC, Sample, at_shape
+from cases import BASIC, FAMILIES, Sample, at_shape
 from fusedloss import _dispatch
 from helpers import (
     MODULES,

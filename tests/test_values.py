@@ -246,7 +246,9 @@ def test_negative_variance(fused: str) -> None:
     x, var = torch.zeros(2, 3), torch.ones(2, 3)
     var[1, 2] = -0.5
     for variances in (var, var.double().t().contiguous().t().float(), var[:, 2:]):
-        with pytest.raises(ValueError, match=r"var should be at least 0, but var\[1, [02]\] is -0.5"):
+        with pytest.raises(
+            ValueError, match=r"var should be at least 0, but var\[1, [02]\] is -0.5"
+        ):
             FL.gaussian_nll_loss(x, x, variances)
     var[1, 2] = float("nan")
     assert FL.gaussian_nll_loss(x, x, var).isnan()

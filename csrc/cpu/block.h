@@ -75,9 +75,8 @@ Sum pass(Loss loss, Run<T> run, Scale<T> scale, int64_t begin, int64_t end, Mask
     Vec<T> inputs[Loss::kInputs][kStep], factors[kStep];
     unrolled<kStep>([&](auto u) __attribute__((always_inline)) {
       const int64_t k = i + u * kLanes;
-      unrolled<Loss::kInputs>([&](auto j) __attribute__((always_inline)) {
-        inputs[j][u] = load(run.inputs[j] + k);
-      });
+      unrolled<Loss::kInputs>(
+          [&](auto j) __attribute__((always_inline)) { inputs[j][u] = load(run.inputs[j] + k); });
       if (has_factor) factors[u] = load(run.factor + k);
     });
     Vec<T> value[kStep], gradients[Loss::kGradients][kStep];
@@ -86,9 +85,8 @@ Sum pass(Loss loss, Run<T> run, Scale<T> scale, int64_t begin, int64_t end, Mask
       auto at = evaluate(loss, input);
       if (has_factor) at = at * factors[u];
       value[u] = at.value;
-      unrolled<kComputed>([&](auto j) __attribute__((always_inline)) {
-        gradients[j][u] = at.gradient(scale, j);
-      });
+      unrolled<kComputed>(
+          [&](auto j) __attribute__((always_inline)) { gradients[j][u] = at.gradient(scale, j); });
     });
     unrolled<kStep>([&](auto u) __attribute__((always_inline)) {
       const int64_t k = i + u * kLanes;

@@ -16,7 +16,7 @@ struct Call : fusedloss::Call {
 };
 
 struct Result {
-  Sum sum;              // of value * weight, in an order that no thread count changes
+  Sum sum;                // of value * weight, in an order that no thread count changes
   bool in_domain = true;  // false: inputs lie outside of the loss's domain
 };
 

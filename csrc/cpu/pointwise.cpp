@@ -38,8 +38,7 @@ struct Compiled {
       constants = prepared.data();
     }
     const int outputs = (call.want_sum ? kSum : 0) | (call.value.data ? kValue : 0) |
-                        gradients_of(call) |
-                        (call.weight.data || call.upstream.data ? kFactor : 0);
+                        gradients_of(call) | (call.weight.data || call.upstream.data ? kFactor : 0);
     if constexpr (std::is_same_v<T, float>) {
       block = call.kernel->float_blocks[outputs];
     } else {

@@ -229,8 +229,8 @@ struct VectorizedThread {
     return reinterpret_cast<V*>(p)[v];
   }
 
-  // Vector v, whose inputs have been loaded; adds its values to sum, without what weighs all of them
-  // alike.
+  // Vector v, whose inputs have been loaded; adds its values to sum, without what weighs all of
+  // them alike.
   template <class V>
   __device__ void compute(int64_t v, Inputs<V> in, PartialSum<D>& sum) const {
     const int64_t position = c.head + v * V::kSize;

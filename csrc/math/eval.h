@@ -6,7 +6,8 @@
 //   kGradients      for how many of them, from the first on, it gives a derivative
 //   kSymmetric      whether eval(y, x) has the same value and the opposite slope
 //   kParameters     how many `parameters` it has: beta, delta, eps ...
-//   kDomain         what the inputs must be. The engines check it on the way, by in_domain(inputs) of
+//   kDomain         what the inputs must be. The engines check it on the way, by in_domain(inputs)
+//   of
 //                   the struct, and on a GPU give an input of nan, which makes value and slopes nan
 //   kSlopeUnit      the engine multiplies eval's slopes by it
 //   kIndexed        target is class indices, which eval sees as one-hot rows

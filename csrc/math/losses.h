@@ -214,8 +214,8 @@ FUSEDLOSS_HD T stirling(T y, double full) {
   return select(T(1) < y, y * log(y) - y + half * log(two_pi * y), T(0));
 }
 
-// The rate minus y log(rate), x being the logarithm of the rate. Parameters: eps, which is not used,
-// and full.
+// The rate minus y log(rate), x being the logarithm of the rate. Parameters: eps, which is not
+// used, and full.
 struct PoissonNLLLogInput : PointwiseLoss {
   static constexpr int kParameters = 2;
   template <class T>

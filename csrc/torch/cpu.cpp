@@ -306,7 +306,8 @@ struct CpuEngine {
     for (size_t i = 0; i < gradients.size(); ++i) write_to(call_.gradients[i], gradients[i]);
     call_.scale = scale;
     const bool rows = info.family == Family::kRows;
-    const auto [sum, in_domain] = rows ? kernels().cross_entropy(call_) : kernels().pointwise(call_);
+    const auto [sum, in_domain] =
+        rows ? kernels().cross_entropy(call_) : kernels().pointwise(call_);
     if (!in_domain) throw_outside_domain(a, info);
     return sum;
   }

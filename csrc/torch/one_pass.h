@@ -34,7 +34,8 @@ at::Tensor prediction_of(const OptionalTensor& own, const Arguments& a);
 
 // ---- gradients ----------------------------------------------------------------------------------
 
-// Those for the inputs that have one, undefined where not wanted: bit i of a mask stands for the i-th.
+// Those for the inputs that have one, undefined where not wanted: bit i of a mask stands for the
+// i-th.
 using Gradients = c10::SmallVector<at::Tensor, 2>;
 
 inline bool wants(int64_t mask, size_t i) { return mask >> i & 1; }
@@ -53,7 +54,7 @@ struct SavedGradients {
   at::DimVector input_sizes;
   at::ScalarType input_dtype;
   c10::SmallVector<c10::weak_intrusive_ptr<c10::StorageImpl>, 2> storages;  // of the inputs
-  c10::DataPtr memory;  // of the state
+  c10::DataPtr memory;                                                      // of the state
 };
 
 void attach(const at::Tensor& state, const Arguments& a, Gradients gradients,

@@ -15,8 +15,8 @@ namespace fusedloss {
 using OptionalTensor = std::optional<at::Tensor>;
 
 // What every operator takes, on any device: a loss of the table, its inputs and its options.
-// `more`: its inputs besides input and target. A loss of one input is given it as target too, and does
-// not read that.
+// `more`: its inputs besides input and target. A loss of one input is given it as target too, and
+// does not read that.
 #define FUSEDLOSS_PARAMETERS                                                       \
   const at::Tensor &input, const at::Tensor &target, const OptionalTensor &weight, \
       at::TensorList more, std::string_view loss, at::ArrayRef<double> parameters, \

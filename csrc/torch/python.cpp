@@ -105,8 +105,8 @@ struct PlainCall {
     return ok ? OptionalTensor(*w) : std::nullopt;
   }
 
-  // A loss of elements needs a target like its input. gradients: for how many inputs, from the first
-  // on, there is one.
+  // A loss of elements needs a target like its input. gradients: for how many inputs, from the
+  // first on, there is one.
   void check_elements(int gradients) {
     ok = ok && target->scalar_type() == dtype() && target->sizes() == input->sizes() &&
          (gradients > 1 || !wants_gradient(*target));

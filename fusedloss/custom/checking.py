@@ -64,7 +64,9 @@ class _Probe:
         return (x, y, *(torch.ones_like(x),) * self.loss.inputs)[: self.loss.inputs]
 
     def at(self, inputs: Any, place: int) -> str:
-        numbers = (f"{name} {float(t[place]):.4g}" for name, t in zip(self.names, inputs, strict=True))
+        numbers = (
+            f"{name} {float(t[place]):.4g}" for name, t in zip(self.names, inputs, strict=True)
+        )
         return ", ".join(numbers)
 
 
@@ -255,7 +257,9 @@ def _kink_remarks(probe: _Probe, kinks: list[tuple[sympy.Expr, Tensor, Tensor]])
                 f"{values[1][at].item():.4g} ({probe.at(here, at)}), which no gradient shows"
             )
         elif (at := _first_step(*slopes)) is not None:
-            exact = probe.slopes(*probe.along_input(_exact(x[at : at + 1]), y[at : at + 1]))[0].item()
+            exact = probe.slopes(*probe.along_input(_exact(x[at : at + 1]), y[at : at + 1]))[
+                0
+            ].item()
             yield (
                 f"kink: at {where} the slope steps from {slopes[0][at].item():.4g} to "
                 f"{slopes[1][at].item():.4g} ({probe.at(here, at)}), and is {exact:.4g} there"
