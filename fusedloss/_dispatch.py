@@ -452,7 +452,8 @@ def _unfit(loss: Loss, call: dict[str, Any]) -> str | None:
             fits = isinstance(value, bool)
         else:
             is_number = isinstance(value, float | int) and not isinstance(value, bool)
-            fits = is_number and (loss.low <= value <= loss.high or (loss.at_zero and value == 0))
+            at_zero = bool(loss.at_zero) and value == 0
+            fits = is_number and (loss.low <= value <= loss.high or at_zero)
         if not fits:
             return f"{name} {value!r} is outside of the kernels' domain"
     variant = call.get(loss.variant)

@@ -209,7 +209,7 @@ def restore(holder: Any) -> Changed:
     for name, held in _held(holder, "restore"):
         if type(held) in _TORCHS and held.__dict__.pop("_replaced", False):
             held.__dict__.pop("_module_prediction", None)
-            held.__class__ = _TORCHS[type(held)]  # type: ignore[assignment]
+            held.__class__ = _TORCHS[type(held)]
             changed[name] = held
     if not changed:
         _caller.warn(

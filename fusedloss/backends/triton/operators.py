@@ -145,8 +145,8 @@ class OnePass(torch.autograd.Function):
         call = input, target, weight, more, *ctx.options
         _drop_gradients_of_other_memory(state, (input, target, *more))
         if _needs_reference(grad_output):
-            mask = sum(1 << i for i, one in enumerate(ctx.wanted) if one)
-            found = second_order.loss_reference_gradient(grad_output, *call[:-1], mask)
+            wanted = sum(1 << i for i, one in enumerate(ctx.wanted) if one)
+            found = second_order.loss_reference_gradient(grad_output, *(*call[:-1], wanted))
         else:
             direct = _directly(input, target, grad_output, state)
             backward = _loss_backward if direct else operators.loss_backward.default
