@@ -21,8 +21,10 @@ __all__ = [
     "abs",
     "clamp",
     "cos",
+    "detach",
     "equal",
     "erf",
+    "erfc",
     "exp",
     "expm1",
     "is_nan",
@@ -138,6 +140,16 @@ def softplus(x: Operand) -> Any:
 def erf(x: Operand) -> Any:
     """Gauss's error function."""
     return _call(primitives.Erf, x)
+
+
+def erfc(x: Operand) -> Any:
+    """:math:`1 - \\operatorname{erf}(x)`, without cancellation for a large x."""
+    return _call(primitives.Erfc, x)
+
+
+def detach(x: Operand) -> Any:
+    """x as a number that no gradient passes through, as :meth:`torch.Tensor.detach`."""
+    return _call(primitives.Detach, x)
 
 
 def pow(x: Operand, exponent: Operand) -> Any:

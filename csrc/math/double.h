@@ -164,6 +164,7 @@ FUSEDLOSS_HD Vec<double> tanh(Vec<double> x) {
 FUSEDLOSS_LANES(sin)
 FUSEDLOSS_LANES(cos)
 FUSEDLOSS_LANES(erf)
+FUSEDLOSS_LANES(erfc)
 #undef FUSEDLOSS_LANES
 FUSEDLOSS_HD Vec<double> pow(Vec<double> x, Vec<double> y) {
   return x.map([](double a, double b) { return std::pow(a, b); }, y);

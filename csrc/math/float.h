@@ -221,15 +221,6 @@ FUSEDLOSS_HD Reduced reduce_any(Vec<float> x) {
   return reduce_exp(clamp(x, Vec<float>(-104.0f), Vec<float>(89.0f)));
 }
 
-// e^x (1 + more) for a small |more|. It is scaled in two steps, to reach subnormals and infinity.
-FUSEDLOSS_HD Vec<float> exp_times(Vec<float> x, Vec<float> more) {
-  const Reduced e = reduce_any(x);
-  const Int n = e.n(), half = n >> Int(1);
-  const Vec<float> first = power_of_two(half), second = power_of_two(n - half);
-  const Vec<float> one(1.0f), p = e.r_expm1;
-  return multiply_add(first, multiply_add(more, one + p, p), first) * second;
-}
-
 // The logarithm, which is `result` where x is finite and at least `lowest`.
 FUSEDLOSS_HD Vec<float> log_of_every([[maybe_unused]] Vec<float> x, [[maybe_unused]] float lowest,
                                      Vec<float> result) {
@@ -243,13 +234,23 @@ FUSEDLOSS_HD Vec<float> log_of_every([[maybe_unused]] Vec<float> x, [[maybe_unus
 
 }  // namespace detail
 
+// e^x (1 + more) for a small |more|. It is scaled in two steps, to reach subnormals and infinity.
+FUSEDLOSS_HD Vec<float> exp_times(Vec<float> x, Vec<float> more) {
+  using namespace detail;
+  const Reduced e = reduce_any(x);
+  const Int n = e.n(), half = n >> Int(1);
+  const Vec<float> first = power_of_two(half), second = power_of_two(n - half);
+  const Vec<float> one(1.0f), p = e.r_expm1;
+  return multiply_add(first, multiply_add(more, one + p, p), first) * second;
+}
+
 // e^x. Error 1.1.
 FUSEDLOSS_HD Vec<float> exp(Vec<float> x) {
 #if defined(CPU_CAPABILITY_AVX512)
   const detail::Reduced e = detail::reduce_any(x);
   return _mm512_scalef_ps(Vec<float>(1.0f) + e.r_expm1, e.exponent);
 #else
-  return detail::exp_times(x, Vec<float>(0.0f));
+  return exp_times(x, Vec<float>(0.0f));
 #endif
 }
 
@@ -300,6 +301,22 @@ FUSEDLOSS_HD Vec<float> erf(Vec<float> x) {
   const Vec<float> big = one - exp_nonpositive(-polynomial(size, square, r));
   return select(size < Vec<float>(0.9f), small, select(x < Vec<float>(0.0f), -big, big));
 }
+
+// 1 - erf(x). Error 3.
+FUSEDLOSS_HD Vec<float> erfc(Vec<float> x) {
+  // Beyond 1/2, e^(-x^2) t p(t - 1/2) with t = 1 / (1 + x / 2), minimax up to where it is 0.
+  static constexpr float p[] = {0.510791361f,  0.687160671f,  0.558942437f,
+                                0.14576596f,   -0.171970561f, -0.103522368f,
+                                0.0963139087f, 0.0513126925f, -0.0616230592f};
+  const Vec<float> zero(0.0f), half(0.5f), one(1.0f), size = clamp(abs(x), half, Vec<float>(11.0f));
+  const Vec<float> square = size * size, lost = multiply_add(size, size, -square);
+  const Vec<float> t = one / multiply_add(size, half, one);
+  const Vec<float> more = multiply_add(-t, half * size, one - t);  // t (1 + more) is exact
+  const Vec<float> u = multiply_add(t, more, t - half);
+  const Vec<float> big = exp_times(-square, more - lost) * (t * detail::polynomial(u, u * u, p));
+  return select(abs(x) < half, one - erf(x), select(x < zero, Vec<float>(2.0f) - big, big));
+}
+
 
 namespace detail {
 

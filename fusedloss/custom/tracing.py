@@ -12,7 +12,7 @@ import inspect
 import itertools
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NoReturn
@@ -78,7 +78,8 @@ class Traced:
         """Value and slopes, in primitives that kernels have."""
         with distribute(False):
             # Before _hoist(), which merges parameters, and so could hide common subexpressions.
-            shared, results = _shared(primitives.lowered(self.value), *self._lowered_slopes())
+            value, *slopes = map(primitives.attached, (self.value, *self.slopes))
+            shared, results = _shared(primitives.lowered(value), *self._lowered(slopes))
             # Shared formulas of parameters alone are put back, so that _hoist() finds them.
             of_call: dict[Expr, Expr] = {}
             of_element: dict[Expr, Expr] = {}
@@ -103,11 +104,11 @@ class Traced:
     def reference_slopes(self) -> Program:
         """The slopes, in the form that kernels compute."""
         with distribute(False):
-            constants, results = self._hoist(self._lowered_slopes())
+            constants, results = self._hoist(self._lowered(self.slopes))
         return Program(constants, (), tuple(results))
 
-    def _lowered_slopes(self) -> list[Expr]:
-        slopes = [primitives.lowered(slope) for slope in self.slopes]
+    def _lowered(self, slopes: Iterable[Expr]) -> list[Expr]:
+        slopes = [primitives.lowered(slope) for slope in slopes]
         if max(map(_length, slopes)) > _LONGEST:
             _refuse_depth(self.name)
         return list(map(_factored, slopes))
