@@ -22,12 +22,14 @@ __all__ = [
     "clamp",
     "cos",
     "detach",
+    "digamma",
     "equal",
     "erf",
     "erfc",
     "exp",
     "expm1",
     "is_nan",
+    "lgamma",
     "log",
     "log1p",
     "log_sigmoid",
@@ -145,6 +147,16 @@ def erf(x: Operand) -> Any:
 def erfc(x: Operand) -> Any:
     """:math:`1 - \\operatorname{erf}(x)`, without cancellation for a large x."""
     return _call(primitives.Erfc, x)
+
+
+def lgamma(x: Operand) -> Any:
+    """:math:`\\log |\\Gamma(x)|`: infinite at 0, -1, -2, ..."""
+    return _call(primitives.Lgamma, x)
+
+
+def digamma(x: Operand) -> Any:
+    """The slope of :func:`lgamma`: infinite at 0, nan at -1, -2, ..."""
+    return _call(primitives.Digamma, x)
 
 
 def detach(x: Operand) -> Any:

@@ -246,6 +246,14 @@ Erf: Any = _primitive(
 Erfc: Any = _primitive(
     "erfc", torch.erfc, derivatives=lambda self: (-TWO_BY_ROOT_PI * ExpMinusSquare(self.args[0]),)
 )
+Lgamma: Any = _primitive(
+    "lgamma", torch.lgamma, derivatives=lambda self: (Digamma(self.args[0]),)
+)
+Digamma: Any = _primitive(
+    "digamma", torch.digamma, derivatives=lambda self: (Trigamma(self.args[0]),)
+)
+# Not torch.polygamma(1, x), whose error is 1e-9.
+Trigamma: Any = _primitive("trigamma", lambda x: torch.special.zeta(2.0, x))
 # For derivatives and lowered forms, whose arguments are known to be in the domain.
 ExpNonpositive: Any = _primitive("exp_nonpositive", torch.exp)
 Log1pUnit: Any = _primitive("log1p_unit", torch.log1p)
