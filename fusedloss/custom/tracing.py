@@ -185,13 +185,25 @@ def _shared(
     slopes by other inputs than the first: they share factors with the value and the first slope, but
     add no product to them."""
     symbols = sympy.numbered_symbols("t")
-    terms = [term for other in others for term in sympy.Add.make_args(other)]
+    pieces = [piece for other in others for piece in _pieces(other)]
+    terms = [term for piece in pieces for term in sympy.Add.make_args(piece)]
     factors = [factor for term in terms for factor in sympy.Mul.make_args(term)]
-    bases = [base for base in (factor.as_base_exp()[0] for factor in factors) if base.args]
+    # Conditions have no exponent.
+    bases = [f.as_base_exp()[0] if isinstance(f, sympy.Expr) else f for f in factors]
+    bases = [base for base in bases if base.args]
     shared, [value, slope, *reduced] = _repeated([value, slope, *bases], symbols)
     known = dict(zip(bases, reduced, strict=True))
     more, found = _repeated([other.xreplace(known) for other in others], symbols)
     return shared + more, [value, slope, *found]
+
+
+def _pieces(e: Expr) -> Iterator[Expr]:
+    """What a Where chooses from, and its conditions."""
+    if isinstance(e, primitives.Where):
+        for arg in e.args:
+            yield from _pieces(arg)
+    else:
+        yield e
 
 
 def _repeated(
