@@ -341,8 +341,11 @@ def plot(loss: PointwiseLoss, values: tuple[float, ...], path: str | Path) -> No
     probe = _Probe(loss, values)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)
-    targets = (0.0, 1.0) if _of_two_values(probe) else (0.0,)
+    others = probe.names[1:]
+    targets = (0.0, 1.0) if others and _of_two_values(probe) else (0.0,)
     for target in targets:
+        numbers = zip(others, (target, *(1.0,) * len(others)), strict=False)
+        label = ", ".join(f"{name} {number:g}" for name, number in numbers)
         x = torch.linspace(-4, 4, 1601, dtype=torch.float64).requires_grad_()
         line = probe.along_input(x, target)
         slope = probe.slopes(*line)[0]
@@ -351,11 +354,12 @@ def plot(loss: PointwiseLoss, values: tuple[float, ...], path: str | Path) -> No
             (curvature,) = torch.autograd.grad(slope.sum(), x)
         for axis, line in zip(axes, (probe.value(*line), slope, curvature), strict=True):
             finite = torch.where(line.isfinite(), line, torch.nan)
-            axis.plot(x.detach(), finite.detach(), label=f"target {target:g}")
+            axis.plot(x.detach(), finite.detach(), label=label)
     for axis, title in zip(axes, ("value", "slope by input", "curvature by input"), strict=True):
         axis.set(title=title, xlabel="input")
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    if others:
+        axes[0].legend()
     figure.suptitle(f"{loss.__name__}({probe.numbers})" if probe.numbers else loss.__name__)
     figure.savefig(path, dpi=120)
 
