@@ -152,7 +152,7 @@ GALLERY = [
         r"\alpha_y \left(1 - p_y\right)^\gamma \left(-\log p_y\right), \quad p = \sigma(x), \quad "
         r"p_y = y p + (1 - y)(1 - p), \quad \alpha_y = y \alpha + (1 - y)(1 - \alpha)",
         "The same as `torchvision.ops.sigmoid_focal_loss`, also for targets between 0 and 1 and for a "
-        "negative `alpha`, which leaves out the factor. There the default reduction is `\"none\"`.",
+        'negative `alpha`, which leaves out the factor. There the default reduction is `"none"`.',
         FOCAL,
     ),
     Entry(

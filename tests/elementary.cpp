@@ -13,14 +13,16 @@ long double digamma(long double x) {
   long double sum = 0;
   for (; x < 40; ++x) sum -= 1 / x;
   const long double z = 1 / (x * x);
-  const long double tail = 1 / 12.0L - z * (1 / 120.0L - z * (1 / 252.0L - z * (1 / 240.0L - z / 132)));
+  const long double tail =
+      1 / 12.0L - z * (1 / 120.0L - z * (1 / 252.0L - z * (1 / 240.0L - z / 132)));
   return std::log(x) - 1 / (2 * x) - z * tail + sum;
 }
 long double trigamma(long double x) {
   long double sum = 0;
   for (; x < 40; ++x) sum += 1 / (x * x);
   const long double z = 1 / (x * x);
-  const long double tail = 1 / 6.0L - z * (1 / 30.0L - z * (1 / 42.0L - z * (1 / 30.0L - z * 5 / 66)));
+  const long double tail =
+      1 / 6.0L - z * (1 / 30.0L - z * (1 / 42.0L - z * (1 / 30.0L - z * 5 / 66)));
   return sum + 1 / x + z * (0.5L + tail / x);
 }
 

@@ -43,3 +43,14 @@ def test_page_shows_what_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
         assert f"```python\n{gallery.definition(entry.loss)}\n" in page, name
         assert f"](gallery/{name}.png)" in page
         assert 0 < (gallery.PICTURES / f"{name}.png").stat().st_size < 40_000
+
+
+def test_what_is_masked_does_not_count(fused: str) -> None:
+    masked = next(case for case in CASES if case.name == "masked_focal")
+    x, y, mask = masked.sample(torch.float32, (9, 31))
+    x[mask == 0] = torch.nan
+    x.requires_grad_()
+    value = masked.loss(x, y, mask)
+    value.backward()
+    assert value.isfinite() and x.grad is not None
+    assert not x.grad[mask == 0].any() and x.grad[mask == 1].all()

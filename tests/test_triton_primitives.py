@@ -196,7 +196,9 @@ IN_UNITS_OF_ONE: dict[str, tuple[Callable[[Any], Any], float, float, float, floa
 def test_errors_in_units_of_one(primitive: str, dtype: torch.dtype) -> None:
     truth, *most, low, high = IN_UNITS_OF_ONE[primitive]
     x = spread(dtype, low, high)
-    right = [mpmath.nan if math.isnan(at) else truth(mpmath.mpf(at) if at else at) for at in x.tolist()]
+    right = [
+        mpmath.nan if math.isnan(at) else truth(mpmath.mpf(at) if at else at) for at in x.tolist()
+    ]
     got = apply(getattr(primitives, primitive), x)
     check(got, right, x.tolist(), most[dtype is torch.float64], least=1.0)
 
@@ -206,7 +208,9 @@ def test_errors_in_units_of_one(primitive: str, dtype: torch.dtype) -> None:
 def test_errors(primitive: str, dtype: torch.dtype) -> None:
     truth, *most, low, high = ERRORS[primitive]
     x = spread(dtype, low, high)
-    right = [mpmath.nan if math.isnan(at) else truth(mpmath.mpf(at) if at else at) for at in x.tolist()]
+    right = [
+        mpmath.nan if math.isnan(at) else truth(mpmath.mpf(at) if at else at) for at in x.tolist()
+    ]
     got = apply(getattr(primitives, primitive), x)
     check(got, right, x.tolist(), most[dtype is torch.float64])
 

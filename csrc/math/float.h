@@ -318,7 +318,7 @@ FUSEDLOSS_HD Vec<float> erf(Vec<float> x) {
   return select(size < Vec<float>(0.9f), small, select(x < Vec<float>(0.0f), -big, big));
 }
 
-// 1 - erf(x). Error 3.
+// 1 - erf(x). Error 4.5; without fused multiply-add 69 where the result is small.
 FUSEDLOSS_HD Vec<float> erfc(Vec<float> x) {
   // Beyond 1/2, e^(-x^2) t p(t - 1/2) with t = 1 / (1 + x / 2), minimax up to where it is 0.
   static constexpr float p[] = {0.510791361f,  0.687160671f,  0.558942437f,
@@ -333,8 +333,8 @@ FUSEDLOSS_HD Vec<float> erfc(Vec<float> x) {
   return select(abs(x) < half, one - erf(x), select(x < zero, Vec<float>(2.0f) - big, big));
 }
 
-
-// log|gamma(x)|. Error 3 for positive numbers; the others have glibc's function, whose error is 7.
+// log|gamma(x)|. Error 2.7 for positive numbers; the others have libm's function, lane by lane,
+// with an error of 7.
 FUSEDLOSS_HD Vec<float> lgamma(Vec<float> x) {
   const Vec<float> zero(0.0f), half(0.5f), one(1.0f), infinity(INFINITY);
   const detail::LogInTwo log = detail::log_in_two(x);
@@ -349,11 +349,11 @@ FUSEDLOSS_HD Vec<float> lgamma(Vec<float> x) {
              7.81938579e-05f, -3.87460823e-05f);
   // Stirling's series, minimax from 3 on: (x - 1/2) (log(x) - 1) + (log(2 pi) - 1) / 2 + ...
   const Vec<float> reciprocal = one / x, factor = x - half;
-  Vec<float> rest = horner(reciprocal * reciprocal, 0.0833331645f, -0.00276988791f, 0.000678978511f);
+  Vec<float> rest =
+      horner(reciprocal * reciprocal, 0.0833331645f, -0.00276988791f, 0.000678978511f);
   rest = multiply_add(factor, log.low, multiply_add(reciprocal, rest, Vec<float>(0.418938533f)));
   const Vec<float> far = multiply_add(factor, log.high - one, rest);
-  const Vec<float> result =
-      select(small, near - log.high, select(x < Vec<float>(3.0f), near, far));
+  const Vec<float> result = select(small, near - log.high, select(x < Vec<float>(3.0f), near, far));
   const auto usual = logical_and(x > zero, x < infinity);
   if (__builtin_expect(usual.all(), 1)) return result;
   return select(usual, result, x.map([](float lane) { return fusedloss::lgamma(lane); }));

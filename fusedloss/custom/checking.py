@@ -89,7 +89,9 @@ class _Probe:
         return (x, y, *(torch.ones_like(x),) * self.loss.inputs)[: self.loss.inputs]
 
     def at(self, inputs: Any, place: int) -> str:
-        numbers = (f"{name} {float(t[place]):.4g}" for name, t in zip(self.names, inputs, strict=True))
+        numbers = (
+            f"{name} {float(t[place]):.4g}" for name, t in zip(self.names, inputs, strict=True)
+        )
         return ", ".join(numbers)
 
 
@@ -114,7 +116,9 @@ def check(loss: PointwiseLoss, values: tuple[float, ...]) -> Report:
         into.extend(found)
     if not errors:
         held = ", for which what is detached does not move" if probe.detached else ""
-        remarks.insert(0, f"gradient: agrees with finite differences at {_POINTS} random points{held}")
+        remarks.insert(
+            0, f"gradient: agrees with finite differences at {_POINTS} random points{held}"
+        )
     remarks.extend(_kink_remarks(probe, kinks))
     remarks.extend(_far_slopes(probe))
     name = f"{loss.__name__}({probe.numbers})" if probe.numbers else loss.__name__
@@ -279,7 +283,9 @@ def _kink_remarks(probe: _Probe, kinks: list[tuple[sympy.Expr, Tensor, Tensor]])
                 f"{values[1][at].item():.4g} ({probe.at(here, at)}), which no gradient shows"
             )
         elif (at := _first_step(*slopes)) is not None:
-            exact = probe.slopes(*probe.along_input(_exact(x[at : at + 1]), y[at : at + 1]))[0].item()
+            exact = probe.slopes(*probe.along_input(_exact(x[at : at + 1]), y[at : at + 1]))[
+                0
+            ].item()
             yield (
                 f"kink: at {where} the slope steps from {slopes[0][at].item():.4g} to "
                 f"{slopes[1][at].item():.4g} ({probe.at(here, at)}), and is {exact:.4g} there"
@@ -352,8 +358,8 @@ def plot(loss: PointwiseLoss, values: tuple[float, ...], path: str | Path) -> No
         curvature = torch.zeros_like(x)
         if slope.requires_grad:
             (curvature,) = torch.autograd.grad(slope.sum(), x)
-        for axis, line in zip(axes, (probe.value(*line), slope, curvature), strict=True):
-            finite = torch.where(line.isfinite(), line, torch.nan)
+        for axis, curve in zip(axes, (probe.value(*line), slope, curvature), strict=True):
+            finite = torch.where(curve.isfinite(), curve, torch.nan)
             axis.plot(x.detach(), finite.detach(), label=label)
     for axis, title in zip(axes, ("value", "slope by input", "curvature by input"), strict=True):
         axis.set(title=title, xlabel="input")

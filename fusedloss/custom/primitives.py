@@ -198,7 +198,9 @@ def _slopes(e: Expr, symbol: Expr) -> Iterator[tuple[Expr, Expr]]:
             yield sympy.Mul(*e.args[:i], *e.args[i + 1 :]), factor
     elif e.is_Pow:
         yield e.exp * e.base ** (e.exp - 1), e.base
-    elif isinstance(e, Power) and isinstance(e.args[0], Sigmoid) and not _depends(e.args[1], symbol):
+    elif (
+        isinstance(e, Power) and isinstance(e.args[0], Sigmoid) and not _depends(e.args[1], symbol)
+    ):
         # In terms of the power itself, where nothing can be 0 / 0.
         x = e.args[0].args[0]
         yield e.args[1] * e * Sigmoid(-x), x
@@ -246,9 +248,7 @@ Erf: Any = _primitive(
 Erfc: Any = _primitive(
     "erfc", torch.erfc, derivatives=lambda self: (-TWO_BY_ROOT_PI * ExpMinusSquare(self.args[0]),)
 )
-Lgamma: Any = _primitive(
-    "lgamma", torch.lgamma, derivatives=lambda self: (Digamma(self.args[0]),)
-)
+Lgamma: Any = _primitive("lgamma", torch.lgamma, derivatives=lambda self: (Digamma(self.args[0]),))
 Digamma: Any = _primitive(
     "digamma", torch.digamma, derivatives=lambda self: (Trigamma(self.args[0]),)
 )

@@ -16,7 +16,6 @@ from . import primitives
 from .primitives import INPUT, INPUTS, TARGET, Expr
 from .tracing import Program, Traced
 
-
 # The inputs' names in code.
 _NAMES = dict(zip(INPUTS, ("x", "y", *(f"x{i}" for i in range(2, len(INPUTS)))), strict=True))
 

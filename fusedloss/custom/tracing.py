@@ -178,9 +178,7 @@ def _in_both(a: dict[Expr, Expr], b: dict[Expr, Expr]) -> dict[Expr, Expr]:
     return same if len(same) < min(len(a), len(b)) else {}
 
 
-def _shared(
-    value: Expr, slope: Expr, *others: Expr
-) -> tuple[list[tuple[Expr, Expr]], list[Expr]]:
+def _shared(value: Expr, slope: Expr, *others: Expr) -> tuple[list[tuple[Expr, Expr]], list[Expr]]:
     """Common subexpressions, in order, and the formulas with symbols for them. Few calls need the
     slopes by other inputs than the first: they share factors with the value and the first slope, but
     add no product to them."""
