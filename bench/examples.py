@@ -79,12 +79,24 @@ def gan(module: ModuleType, **quick: int) -> dict[str, Any]:
     return {"steps": len(history), "last": dict(zip(names, history[-1], strict=True))}
 
 
+def uncertain_regression(module: ModuleType, **quick: int) -> dict[str, Any]:
+    columns = ("in 50%", "in 80%", "in 90%", "low in 80%", "high in 80%", "NLL", "RMSE")
+    return {
+        "rows": [
+            {"held out": name, **dict(zip(columns, module.scores(rows), strict=True))}
+            for name, rows in module.train(**quick).items()
+        ]
+    }
+
+
 MEASURE: dict[str, Callable[..., dict[str, Any]]] = {
-    function.__name__: function for function in (asymmetric_forecast, focal_imbalance, vae, gan)
+    function.__name__: function
+    for function in (asymmetric_forecast, uncertain_regression, focal_imbalance, vae, gan)
 }
 # A check of the code, instead of a whole training.
 QUICK = {
     "asymmetric_forecast": {"splits": 1, "steps": 5},
+    "uncertain_regression": {"splits": 1, "steps": 5},
     "focal_imbalance": {"splits": 2, "steps": 5},
     "vae": {"epochs": 2},
     "gan": {"steps": 2},

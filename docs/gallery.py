@@ -30,11 +30,16 @@ BLOCK = re.compile(r"<!-- gallery -->\n(.*?)\n<!-- /gallery -->", re.DOTALL)
 class Entry:
     title: str
     loss: PointwiseLoss
-    formula: str  # LaTeX; d is input - target
+    formula: str  # LaTeX; d is the first input - target
     use: str
     source: str
     shown: dict[str, float] = field(default_factory=dict)  # parameters of check and picture
 
+
+FOCAL = (
+    "T.-Y. Lin, P. Goyal, R. Girshick, K. He and P. Dollár, *Focal Loss for Dense Object Detection*, "
+    "ICCV 2017"
+)
 
 GALLERY = [
     Entry(
@@ -130,8 +135,74 @@ GALLERY = [
         r"p = \sigma(x)",
         "Few positives among many easy negatives: elements that are already classified well count "
         "little. `input` (x) is the logit, `target` (y) is 0 or 1.",
-        "T.-Y. Lin, P. Goyal, R. Girshick, K. He and P. Dollár, *Focal Loss for Dense Object "
-        "Detection*, ICCV 2017",
+        FOCAL,
+    ),
+    Entry(
+        "Focal with a mask",
+        defined.masked_focal,
+        r"\text{the focal loss where the mask is 1}, \quad 0 \text{ elsewhere}",
+        "Pixels without a label, or boxes that are neither object nor background: they count neither in "
+        "value nor in gradient, even where `input` is infinite or nan. The mask has `input`'s dtype, and "
+        "may broadcast. With `weight=mask` too, a mean is one over what counts.",
+        FOCAL,
+    ),
+    Entry(
+        "Sigmoid focal",
+        defined.sigmoid_focal,
+        r"\alpha_y \left(1 - p_y\right)^\gamma \left(-\log p_y\right), \quad p = \sigma(x), \quad "
+        r"p_y = y p + (1 - y)(1 - p), \quad \alpha_y = y \alpha + (1 - y)(1 - \alpha)",
+        "The same as `torchvision.ops.sigmoid_focal_loss`, also for targets between 0 and 1 and for a "
+        'negative `alpha`, which leaves out the factor. There the default reduction is `"none"`.',
+        FOCAL,
+    ),
+    Entry(
+        "Hinge of a GAN",
+        defined.gan_hinge,
+        r"\max(1 - s x,\; 0)",
+        "The discriminator of a generative adversarial network: `sign` (s) is 1 for the scores of real "
+        "samples and -1 for those of generated ones, and there is no target. The generator's loss is "
+        "`-score.mean()`.",
+        "J. H. Lim and J. C. Ye, *Geometric GAN*, 2017",
+    ),
+    Entry(
+        "Gaussian with a predicted variance",
+        defined.gaussian_nll,
+        r"\frac{1}{2} \left(\log v + \frac{d^2}{v}\right)",
+        "Regression that predicts its own uncertainty: the negative log-likelihood of a normal "
+        "distribution, without the constant. `variance` (v) must be positive, such as a `softplus`; it "
+        "may broadcast, as one variance for each row does.",
+        "D. A. Nix and A. S. Weigend, *Estimating the mean and variance of the target probability "
+        "distribution*, ICNN 1994",
+    ),
+    Entry(
+        "Gaussian with a predicted log-variance",
+        defined.log_gaussian_nll,
+        r"\frac{1}{2} \left(\ell + d^2 e^{-\ell}\right)",
+        "The same, for a network whose output `logvar` (ℓ) may be any number.",
+        "A. Kendall and Y. Gal, *What Uncertainties Do We Need in Bayesian Deep Learning for Computer "
+        "Vision?*, NeurIPS 2017",
+    ),
+    Entry(
+        "β-NLL",
+        defined.beta_nll,
+        r"\lfloor v \rfloor^\beta\, \frac{1}{2} \left(\log v + \frac{d^2}{v}\right), \quad "
+        r"\lfloor v \rfloor \text{ without a gradient}",
+        "With the likelihood alone, elements of large variance hardly train the mean, and stay badly "
+        "fitted. This weighs them by a power of their variance: the slope by the mean is that of the "
+        "likelihood for `beta` 0, and of MSE for 1.",
+        "M. Seitzer, A. Tavakoli, D. Antic and G. Martius, *On the Pitfalls of Heteroscedastic "
+        "Uncertainty Estimation with Probabilistic Neural Networks*, ICLR 2022",
+    ),
+    Entry(
+        "Student's t",
+        defined.student_t,
+        r"\frac{\nu + 1}{2} \log\left(1 + \frac{d^2}{\nu s^2}\right) + \log s + "
+        r"\log \frac{\sqrt{\pi \nu}\; \Gamma(\nu / 2)}{\Gamma((\nu + 1) / 2)}",
+        "Uncertainty with outliers: the negative log-likelihood of a t distribution, whose slope is "
+        "bounded. `scale` (s) is predicted and positive; `df` (ν) is small for heavy tails. To learn ν "
+        "as well, make it a tensor: the constant then is no constant, and gets a gradient.",
+        "K. L. Lange, R. J. A. Little and J. M. G. Taylor, *Robust Statistical Modeling Using the t "
+        "Distribution*, JASA 1989",
     ),
 ]
 

@@ -21,11 +21,15 @@ __all__ = [
     "abs",
     "clamp",
     "cos",
+    "detach",
+    "digamma",
     "equal",
     "erf",
+    "erfc",
     "exp",
     "expm1",
     "is_nan",
+    "lgamma",
     "log",
     "log1p",
     "log_sigmoid",
@@ -138,6 +142,26 @@ def softplus(x: Operand) -> Any:
 def erf(x: Operand) -> Any:
     """Gauss's error function."""
     return _call(primitives.Erf, x)
+
+
+def erfc(x: Operand) -> Any:
+    """:math:`1 - \\operatorname{erf}(x)`, without cancellation for a large x."""
+    return _call(primitives.Erfc, x)
+
+
+def lgamma(x: Operand) -> Any:
+    """:math:`\\log |\\Gamma(x)|`: infinite at 0, -1, -2, ..."""
+    return _call(primitives.Lgamma, x)
+
+
+def digamma(x: Operand) -> Any:
+    """The slope of :func:`lgamma`: infinite at 0, nan at -1, -2, ..."""
+    return _call(primitives.Digamma, x)
+
+
+def detach(x: Operand) -> Any:
+    """x as a number that no gradient passes through, as :meth:`torch.Tensor.detach`."""
+    return _call(primitives.Detach, x)
 
 
 def pow(x: Operand, exponent: Operand) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 import fusedloss
 from cases import DEVICE
 from fusedloss import math as fm
-from fusedloss.custom import PointwiseLoss
+from fusedloss.custom import PointwiseLoss, primitives
 
 
 @fusedloss.pointwise_loss
@@ -70,6 +70,49 @@ def focal(input, target, *, gamma=2.0, alpha=0.25):  # type: ignore[no-untyped-d
 
 
 @fusedloss.pointwise_loss
+def masked_focal(input, target, mask, *, gamma=2.0, alpha=0.25):  # type: ignore[no-untyped-def]
+    hit = -alpha * fm.sigmoid(-input) ** gamma * fm.log_sigmoid(input)
+    miss = -(1 - alpha) * fm.sigmoid(input) ** gamma * fm.log_sigmoid(-input)
+    return fm.where(mask > 0.5, target * hit + (1 - target) * miss, 0.0)
+
+
+@fusedloss.pointwise_loss
+def sigmoid_focal(input, target, *, alpha=0.25, gamma=2.0):  # type: ignore[no-untyped-def]
+    entropy = target * fm.softplus(-input) + (1 - target) * fm.softplus(input)
+    missed = target * fm.sigmoid(-input) + (1 - target) * fm.sigmoid(input)
+    share = fm.where(alpha < 0, 1.0, alpha * target + (1 - alpha) * (1 - target))
+    return share * missed**gamma * entropy
+
+
+@fusedloss.pointwise_loss
+def gan_hinge(score, *, sign=1.0):  # type: ignore[no-untyped-def]
+    return fm.relu(1 - sign * score)
+
+
+@fusedloss.pointwise_loss
+def gaussian_nll(mean, target, variance):  # type: ignore[no-untyped-def]
+    return 0.5 * (fm.log(variance) + (target - mean) ** 2 / variance)
+
+
+@fusedloss.pointwise_loss
+def log_gaussian_nll(mean, target, logvar):  # type: ignore[no-untyped-def]
+    return 0.5 * (logvar + (target - mean) ** 2 * fm.exp(-logvar))
+
+
+@fusedloss.pointwise_loss
+def beta_nll(mean, target, variance, *, beta=0.5):  # type: ignore[no-untyped-def]
+    nll = 0.5 * (fm.log(variance) + (target - mean) ** 2 / variance)
+    return fm.detach(variance) ** beta * nll
+
+
+@fusedloss.pointwise_loss
+def student_t(location, target, scale, *, df=4.0):  # type: ignore[no-untyped-def]
+    z = (target - location) / scale
+    normalizer = fm.lgamma(df / 2) - fm.lgamma((df + 1) / 2) + fm.log(math.pi * df) / 2
+    return normalizer + fm.log(scale) + (df + 1) / 2 * fm.log1p(z**2 / df)
+
+
+@fusedloss.pointwise_loss
 def tukey(input, target, *, c=4.685):  # type: ignore[no-untyped-def]
     d = (input - target) / c
     return c**2 / 6 * fm.where(fm.abs(d) <= 1, 1 - (1 - d**2) ** 3, 1.0)
@@ -88,6 +131,7 @@ def every_word(input, target, *, scale=1.5, gamma=2.3):  # type: ignore[no-untyp
     inside = ((x > 0) & (y <= scale)) | ~fm.equal(x, y) | (fm.not_equal(x, 1) & (y < 2))
     inside |= fm.is_nan(x) & (y == scale)
     smooth = fm.exp(-x) + fm.expm1(x) + fm.tanh(x) + fm.erf(x) + fm.sin(x) * fm.cos(y)
+    smooth += fm.erfc(y) * fm.lgamma(x) - fm.detach(x) * fm.digamma(y)
     of_logits = fm.sigmoid(x) + fm.log_sigmoid(y) + fm.softplus(x * y)
     logarithms = fm.log(y) + fm.log1p(x) + fm.xlogy(x, y) / scale
     powers = fm.sqrt(x) + x**gamma + fm.pow(x, y) + x**1.5 / y**2 + fm.sigmoid(y) ** 2.7
@@ -101,25 +145,46 @@ class CustomCase:
     loss: PointwiseLoss
     eager: Callable[..., Tensor]  # the losses of the elements
     options: dict[str, float] = field(default_factory=dict)
-    unit_target: bool = False
+    binary: tuple[int, ...] = ()  # places of inputs that are 0 or 1
+    positive: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
         return self.loss.__name__
 
+    @property
+    def detaches(self) -> bool:
+        """Whether its gradient is not the derivative of its value."""
+        return bool(self.loss._traced.value.atoms(primitives.Detach))
+
     def sample(self, dtype: torch.dtype, shape: Any = (4099,), seed: int = 0) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
+        shape = (self.loss.inputs, *shape)
         with torch.device("cpu"):
-            x, y = torch.randn((2, *shape), generator=generator, dtype=torch.float64) * 2
-        if self.unit_target:
-            y = (y > 0).double()
-        return [x.to(DEVICE, dtype), y.to(DEVICE, dtype)]
+            inputs = list(torch.randn(shape, generator=generator, dtype=torch.float64) * 2)
+        for place in self.binary:
+            inputs[place] = (inputs[place] > 0).double()
+        for place in self.positive:
+            inputs[place] = inputs[place].abs() + 0.1
+        return [t.to(DEVICE, dtype) for t in inputs]
 
 
 def _focal(x: Tensor, y: Tensor, gamma: float, alpha: float) -> Tensor:
     hit = -alpha * torch.sigmoid(-x) ** gamma * F.logsigmoid(x)
     miss = -(1 - alpha) * torch.sigmoid(x) ** gamma * F.logsigmoid(-x)
     return y * hit + (1 - y) * miss
+
+
+def _sigmoid_focal(x: Tensor, y: Tensor, alpha: float, gamma: float) -> Tensor:
+    """As torchvision.ops.sigmoid_focal_loss defines it."""
+    p = torch.sigmoid(x)
+    p_of_target = p * y + (1 - p) * (1 - y)
+    loss = F.binary_cross_entropy_with_logits(x, y, reduction="none") * (1 - p_of_target) ** gamma
+    return loss if alpha < 0 else (alpha * y + (1 - alpha) * (1 - y)) * loss
+
+
+def _gaussian_nll(x: Tensor, y: Tensor, variance: Tensor) -> Tensor:
+    return F.gaussian_nll_loss(x, y, variance, reduction="none", eps=0)
 
 
 def _tukey(x: Tensor, y: Tensor, c: float) -> Tensor:
@@ -147,9 +212,31 @@ CASES = [
         {"under": 3.0, "over": 0.5},
     ),
     CustomCase(poisson, lambda x, y: F.poisson_nll_loss(x, y, reduction="none")),
-    CustomCase(focal, _focal, {"gamma": 1.5, "alpha": 0.3}, unit_target=True),
+    CustomCase(focal, _focal, {"gamma": 1.5, "alpha": 0.3}, binary=(1,)),
     CustomCase(tukey, _tukey, {"c": 3.0}),
     CustomCase(gaussian_kl, lambda x, y: 0.5 * (x**2 + torch.expm1(y) - y)),
+    CustomCase(
+        masked_focal,
+        lambda x, y, mask, **options: torch.where(mask > 0, _focal(x, y, **options), 0.0),
+        {"gamma": 1.5, "alpha": 0.3},
+        binary=(1, 2),
+    ),
+    CustomCase(sigmoid_focal, _sigmoid_focal, {"alpha": -1.0, "gamma": 1.5}, binary=(1,)),
+    CustomCase(gan_hinge, lambda x, sign: F.relu(1 - sign * x), {"sign": -1.0}),
+    CustomCase(gaussian_nll, _gaussian_nll, positive=(2,)),
+    CustomCase(log_gaussian_nll, lambda x, y, log: _gaussian_nll(x, y, log.exp())),
+    CustomCase(
+        beta_nll,
+        lambda x, y, v, beta: v.detach() ** beta * _gaussian_nll(x, y, v),
+        {"beta": 0.8},
+        positive=(2,),
+    ),
+    CustomCase(
+        student_t,
+        lambda x, y, scale, df: -torch.distributions.StudentT(df, x, scale).log_prob(y),
+        {"df": 2.5},
+        positive=(2,),
+    ),
 ]
 
 

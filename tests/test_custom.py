@@ -68,58 +68,72 @@ def compiled_ahead() -> None:
 def gradients(
     loss: Any, x: Tensor, y: Tensor, upstream: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    a, b = leaf(x), leaf(y)
-    value = loss(a, b, **options)
+    value, of_x, of_y = all_gradients(loss, (x, y), upstream, **options)
+    return value, of_x, of_y
+
+
+def all_gradients(
+    loss: Any, inputs: Any, upstream: Tensor | None = None, **options: Any
+) -> list[Tensor]:
+    """The value, and the gradient for each input."""
+    leaves = list(map(leaf, inputs))
+    value = loss(*leaves, **options)
     upstream = torch.ones_like(value) if upstream is None else upstream
-    return value.detach(), *torch.autograd.grad(value, (a, b), upstream)
+    found = torch.autograd.grad(value, leaves, upstream, allow_unused=True, materialize_grads=True)
+    return [value.detach(), *found]
 
 
-def truth(case: CustomCase, x: Tensor, y: Tensor, upstream: Tensor, reduction: str, w: Tensor):  # type: ignore[no-untyped-def]
+def names(case: CustomCase) -> tuple[str, ...]:
+    return ("value", *case.loss._traced.arguments)
+
+
+def truth(case: CustomCase, inputs: Any, upstream: Tensor, reduction: str, w: Tensor):  # type: ignore[no-untyped-def]
     """Value and gradients in float64, by PyTorch's derivatives."""
 
-    def eager(a: Tensor, b: Tensor) -> Tensor:
-        elements = case.eager(a, b, **case.options) * w
+    def eager(*inputs: Tensor) -> Tensor:
+        elements = case.eager(*inputs, **case.options) * w
         if reduction == "none":
             return elements
         return elements.sum() / (w.sum() if reduction == "mean" else 1)
 
-    return gradients(eager, x.double(), y.double(), upstream.double())
+    return all_gradients(eager, [t.double() for t in inputs], upstream.double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @by_case
 def test_value_and_gradients(fused: str, case: CustomCase, dtype: torch.dtype) -> None:
-    """Both gradients for a random upstream gradient, weighted or not, against float64."""
-    x, y = case.sample(dtype)
+    """All gradients for a random upstream gradient, weighted or not, against float64."""
+    inputs = case.sample(dtype)
+    x = inputs[0]
     w = draw_upstream(x.shape, dtype, seed=1).abs()
     for reduction, weight in itertools.product(("none", "mean", "sum"), (None, w)):
         upstream = draw_upstream(x.shape if reduction == "none" else (), dtype)
         options = {**case.options, "reduction": reduction, "weight": weight}
-        assert fusedloss.explain(case.loss, x, y, **options).fused
+        assert fusedloss.explain(case.loss, *inputs, **options).fused
         with poisoned_memory():
-            ours = gradients(case.loss, x, y, upstream, **options)
+            ours = all_gradients(case.loss, inputs, upstream, **options)
         ones = torch.ones_like(x) if weight is None else w
-        expected = truth(case, x, y, upstream, reduction, ones.double())
-        for name, mine, right in zip(("value", "input", "target"), ours, expected, strict=True):
+        expected = truth(case, inputs, upstream, reduction, ones.double())
+        for name, mine, right in zip(names(case), ours, expected, strict=True):
             assert mine.dtype is dtype
             assert_near(mine, right, f"{name}, {reduction}")
 
 
 @by_case
 def test_against_reference(fused: str, case: CustomCase) -> None:
-    """First and second derivatives, in both arguments, of the kernels and the printed PyTorch."""
-    x, y = case.sample(torch.float64, (7,))
-    x, y = leaf(x), leaf(y)
+    """First and second derivatives, in all arguments, of the kernels and the printed PyTorch."""
+    inputs = tuple(map(leaf, case.sample(torch.float64, (7,))))
 
-    def call(a: Tensor, b: Tensor) -> Tensor:
-        return case.loss(a, b, reduction="none", **case.options)
+    def call(*inputs: Tensor) -> Tensor:
+        return case.loss(*inputs, reduction="none", **case.options)
 
-    assert torch.autograd.gradcheck(call, (x, y))
-    assert torch.autograd.gradgradcheck(call, (x, y))
+    if not case.detaches:
+        assert torch.autograd.gradcheck(call, inputs)
+        assert torch.autograd.gradgradcheck(call, inputs)
     clipped = [{"clip_grad": 0.4}, {}]
     for options in clipped:
-        ours = gradients(case.loss, x, y, **case.options, **options)
-        reference = gradients(case.loss.reference, x, y, **case.options, **options)
+        ours = all_gradients(case.loss, inputs, **case.options, **options)
+        reference = all_gradients(case.loss.reference, inputs, **case.options, **options)
         for mine, theirs in zip(ours, reference, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
 
@@ -175,6 +189,37 @@ def or_inf(f: Any) -> Any:
     return safe
 
 
+def at_pole(x: float) -> bool:
+    """Of the gamma function."""
+    return x <= 0 and (math.isinf(x) or x == math.floor(x))
+
+
+def lgamma(x: float) -> float:
+    return torch.lgamma(torch.tensor(x, dtype=torch.float64)).item()  # Python's is less exact
+
+
+def digamma(x: float) -> float:
+    if x <= 0:
+        if at_pole(x):
+            return NAN if x else math.copysign(INF, -x)
+        return digamma(1 - x) - math.pi / math.tan(math.pi * (x - round(x)))
+    below = sum(1 / (x + i) for i in range(20))
+    z = x + 20
+    tail = 1 / 12 - (1 / 120 - (1 / 252 - 1 / 240 / z**2) / z**2) / z**2
+    return math.log(z) - 1 / (2 * z) - tail / z**2 - below
+
+
+def trigamma(x: float) -> float:
+    if x <= 0:
+        if at_pole(x):
+            return INF if x > -INF else NAN
+        return (math.pi / math.sin(math.pi * (x - round(x)))) ** 2 - trigamma(1 - x)
+    below = sum(1 / (x + i) / (x + i) for i in range(20))
+    z = x + 20
+    tail = 1 / 6 - (1 / 30 - (1 / 42 - 1 / 30 / z**2) / z**2) / z**2
+    return below + 1 / z + 1 / (2 * z**2) + tail / z**3
+
+
 # Each function of fusedloss.math, its value and its slope, for one number, in plain Python.
 PRIMITIVES: dict[str, tuple[Any, Any, Any]] = {
     "exp": (fm.exp, math.exp, math.exp),
@@ -195,6 +240,10 @@ PRIMITIVES: dict[str, tuple[Any, Any, Any]] = {
     ),
     "softplus": (fm.softplus, lambda x: max(x, 0) + math.log1p(math.exp(-abs(x))), sigmoid),
     "erf": (fm.erf, math.erf, lambda x: 2 / math.sqrt(math.pi) * math.exp(-x * x)),
+    "erfc": (fm.erfc, math.erfc, lambda x: -2 / math.sqrt(math.pi) * math.exp(-x * x)),
+    "lgamma": (fm.lgamma, lgamma, digamma),
+    "digamma": (fm.digamma, digamma, trigamma),
+    "detach": (fm.detach, lambda x: x, lambda x: 0.0),
     "relu": (fm.relu, lambda x: max(x, 0), lambda x: float(x > 0)),
     "clamp": (lambda x: fm.clamp(x, -1, 2.5), lambda x: min(max(x, -1), 2.5), None),
     "pow": (lambda x: x**2.7, lambda x: x**2.7 if x >= 0 else NAN, None),
@@ -234,9 +283,9 @@ def test_primitives_at_extremes(fused: str, primitive: str, dtype: torch.dtype) 
                     1.0, at if primitive != "sqrt" else 1.0
                 )
             elif math.isnan(at):
-                right = {"sign": 0.0, "abs": NAN, "relu": NAN}.get(primitive, NAN)
-                if results is of_input:
-                    right = {"sign": 0.0, "abs": 0.0, "relu": 0.0}.get(primitive, NAN)
+                right = 0.0 if primitive == "sign" else NAN
+                if results is of_input and primitive in ("sign", "abs", "relu", "detach"):
+                    right = 0.0
             elif at == -INF and primitive == "pow":
                 right = INF  # as in C
             else:
@@ -275,6 +324,44 @@ def test_branch_not_taken(fused: str) -> None:
     (first,) = torch.autograd.grad(guarded(a, y, reduction="sum"), a, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), a)
     assert second.isfinite().all()
+
+
+@fusedloss.pointwise_loss
+def partly_detached(input, target, *, gamma=0.7):  # type: ignore[no-untyped-def]
+    held = fm.detach(fm.where(target > 0, fm.sigmoid(input) + 1, target**2))
+    return held**gamma * (input - fm.detach(input) * target) + fm.exp(input) * fm.detach(input)
+
+
+def _partly_detached(x: Tensor, y: Tensor, gamma: float = 0.7) -> Tensor:
+    held = torch.where(y > 0, x.sigmoid() + 1, y**2).detach()
+    return held**gamma * (x - x.detach() * y) + x.exp() * x.detach()
+
+
+@pytest.mark.interpret_all
+def test_detach(fused: str) -> None:
+    """Value and derivatives of first and second order are PyTorch's, with and without a bound."""
+    x, y = torch.randn(2, 65, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    truth = all_gradients(_partly_detached, (x, y), torch.ones_like(x))
+    for options in ({}, {"clip_grad": 1e300}):
+        for loss in (partly_detached, partly_detached.reference):
+            ours = all_gradients(loss, (x, y), torch.ones_like(x), reduction="none", **options)
+            torch.testing.assert_close(ours, truth, rtol=1e-13, atol=1e-14)
+        seconds = []
+        for loss in (
+            functools.partial(partly_detached, reduction="sum", **options),
+            _partly_detached,
+        ):
+            a, b = leaf(x), leaf(y)
+            first = torch.autograd.grad(loss(a, b).sum(), (a, b), create_graph=True)
+            total = sum(g.square().sum() for g in first)
+            kwargs = {"allow_unused": True, "materialize_grads": True}
+            seconds.append(torch.autograd.grad(total, (a, b), **kwargs))
+        torch.testing.assert_close(*seconds, rtol=1e-12, atol=1e-13)
+    assert partly_detached.check().ok
+    kernel = partly_detached._struct.split("{", 1)[1]
+    assert "etach" not in kernel and len(re.findall(r"\bexp", kernel)) == 2, (
+        "nothing is there twice"
+    )
 
 
 def grid(*points: float) -> tuple[Tensor, Tensor]:
@@ -599,7 +686,8 @@ def test_target_slope_leaves_the_others_alone(case: CustomCase) -> None:
     """Calls that do not need it pay nothing for it."""
     traced = case.loss._traced
     with distribute(False):
-        value, *slopes = primitives.lowered(traced.value), *traced._lowered_slopes()
+        value, *slopes = map(primitives.attached, (traced.value, *traced.slopes))
+        value, slopes = primitives.lowered(value), traced._lowered(slopes)
         alone, results = tracing._repeated([value, slopes[0]], sympy.numbered_symbols("t"))
         shared, all_results = tracing._shared(value, *slopes)
 
@@ -770,13 +858,12 @@ def test_same_bits_on_any_threads(compiled: str) -> None:
 @by_case
 def test_same_bits_on_the_usual_way(fused: str, case: CustomCase) -> None:
     """Calls without weight and clip_grad and with default parameters may take a special path."""
-    x, y = (t.flatten() for t in case.sample(torch.float32))
-    x, y = torch.cat([x] * 9), torch.cat([y] * 9)
-    usual = gradients(case.loss, x, y, reduction="sum")
-    for options in ({"weight": torch.ones_like(x)}, {"clip_grad": 3e38}):
-        other = gradients(case.loss, x, y, reduction="sum", **options)
+    inputs = [torch.cat([t.flatten()] * 9) for t in case.sample(torch.float32)]
+    usual = all_gradients(case.loss, inputs, reduction="sum")
+    for options in ({"weight": torch.ones_like(inputs[0])}, {"clip_grad": 3e38}):
+        other = all_gradients(case.loss, inputs, reduction="sum", **options)
         torch.testing.assert_close(usual[0], other[0], rtol=1e-6, atol=0)
-        for one, two, what in zip(usual[1:], other[1:], ("input", "target"), strict=True):
+        for one, two, what in zip(usual[1:], other[1:], names(case)[1:], strict=True):
             assert_same_bits(one, two, f"gradient of {what}, {options}")
 
 
@@ -1212,14 +1299,14 @@ def definitions() -> dict[str, tuple[Any, type[Exception], str]]:
         ),
         "long": (nested(12), ValueError, "loss nests too many functions"),
         "unknown primitive": (
-            lambda input, target: fm.lgamma(input),
+            lambda input, target: fm.atan(input),
             TypeError,
-            "fusedloss.math has no lgamma; it has abs, clamp",
+            "fusedloss.math has no atan; it has abs, clamp",
         ),
         "unknown torch primitive": (
-            lambda input, target: torch.lgamma(input),
+            lambda input, target: torch.atan(input),
             TypeError,
-            r"torch's lgamma\(\) does not take symbols: fusedloss.math has no lgamma; it has abs",
+            r"torch's atan\(\) does not take symbols: fusedloss.math has no lgamma; it has abs",
         ),
         "row": (lambda input, target: fm.sum(input), TypeError, "sum takes a row or a tensor"),
         "torch's row": (

@@ -26,6 +26,7 @@ NEEDS = {
 # Examples with custom losses: the losses, and arguments for a quick training.
 OWN: dict[str, tuple[list[str], dict[str, int]]] = {
     "asymmetric_forecast": (["bill"], {"splits": 3, "steps": 200}),
+    "uncertain_regression": (["nll"], {"splits": 3, "steps": 200}),
     "focal_imbalance": (["focal"], {"splits": 4, "steps": 200}),
     "vae": (["kl_divergence"], {"epochs": 6}),
     "gan": (["non_saturating"], {"steps": 150}),
@@ -75,6 +76,14 @@ def check_asymmetric_forecast(module: ModuleType, held_out: Any) -> Any:
     return held_out
 
 
+def check_uncertain_regression(module: ModuleType, held_out: Any) -> Any:
+    plain, own = (module.scores(rows) for rows in held_out.values())
+    assert abs(own[1] - 0.8) < 0.06, "the intervals cover what they promise"
+    assert abs(own[3] - own[4]) < abs(plain[3] - plain[4]) - 0.05, "for low and high alike"
+    assert own[5] < plain[5], "the likelihood, which it was trained for"
+    return held_out
+
+
 def check_focal_imbalance(module: ModuleType, held_out: Any) -> Any:
     plain, focal = (module.scores(held_out[name]) for name in ("bce", "focal"))
     assert focal[0] > plain[0], "recall at a probability of one half"
@@ -113,8 +122,9 @@ def test_own_loss(example: str, tmp_path: Path) -> None:
     trained = module.train(**quick)
     drawn = globals()[f"check_{example}"](module, trained)
     for loss in losses:
-        sample = torch.zeros(2, requires_grad=True), torch.ones(2)
-        assert fusedloss.explain(getattr(module, loss), *sample).fused
+        custom = getattr(module, loss)
+        sample = torch.zeros(2, requires_grad=True), *[torch.ones(2)] * (custom.inputs - 1)
+        assert fusedloss.explain(custom, *sample).fused
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     picture = tmp_path / "picture.png"
     module.draw(*(drawn if isinstance(drawn, tuple) else (drawn,)), picture)

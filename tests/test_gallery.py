@@ -18,12 +18,12 @@ DOCS = Path(__file__).parent.parent / "docs"
 def test_against_its_formula(fused: str, case: CustomCase) -> None:
     """With the default parameters, in float64; and check() finds nothing wrong."""
     parameters = case.loss._traced.defaults
-    x, y = (t.requires_grad_() for t in case.sample(torch.float64))
-    ours, formula = case.loss(x, y, reduction="none"), case.eager(x, y, **parameters)
+    inputs = [t.requires_grad_() for t in case.sample(torch.float64)]
+    ours, formula = case.loss(*inputs, reduction="none"), case.eager(*inputs, **parameters)
     torch.testing.assert_close(ours, formula, rtol=1e-12, atol=1e-13)
     for mine, right in zip(
-        torch.autograd.grad(ours.sum(), (x, y)),
-        torch.autograd.grad(formula.sum(), (x, y)),
+        torch.autograd.grad(ours.sum(), inputs),
+        torch.autograd.grad(formula.sum(), inputs, allow_unused=True, materialize_grads=True),
         strict=True,
     ):
         torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-13)
@@ -43,3 +43,14 @@ def test_page_shows_what_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
         assert f"```python\n{gallery.definition(entry.loss)}\n" in page, name
         assert f"](gallery/{name}.png)" in page
         assert 0 < (gallery.PICTURES / f"{name}.png").stat().st_size < 40_000
+
+
+def test_what_is_masked_does_not_count(fused: str) -> None:
+    masked = next(case for case in CASES if case.name == "masked_focal")
+    x, y, mask = masked.sample(torch.float32, (9, 31))
+    x[mask == 0] = torch.nan
+    x.requires_grad_()
+    value = masked.loss(x, y, mask)
+    value.backward()
+    assert value.isfinite() and x.grad is not None
+    assert not x.grad[mask == 0].any() and x.grad[mask == 1].all()

@@ -71,8 +71,11 @@ def near(x: Any) -> float:
         return INF if x > 0 else -INF
 
 
-def check(got: Tensor, right: Sequence[Any], points: Sequence[Any], most: float) -> None:
-    """got is within the given units in the last place, and infinite or nan where the truth is."""
+def check(
+    got: Tensor, right: Sequence[Any], points: Sequence[Any], most: float, least: float = 0.0
+) -> None:
+    """got is within the given units in the last place, and infinite or nan where the truth is. Results
+    below `least` have its units."""
     info = torch.finfo(got.dtype)
     expected = torch.tensor([near(r) for r in right], dtype=torch.float64).to(got.dtype)
     worst, where = 0.0, None
@@ -83,7 +86,8 @@ def check(got: Tensor, right: Sequence[Any], points: Sequence[Any], most: float)
                 f"{mine} at {at}, not {rounded}"
             )
             continue
-        exponent = math.frexp(rounded)[1] - 1 if rounded else -2000
+        size = max(abs(rounded), least)
+        exponent = math.frexp(size)[1] - 1 if size else -2000
         unit = max(2.0**exponent * info.eps, info.smallest_normal * info.eps)
         off = float(abs(mpmath.mpf(mine) - exact) / mpmath.mpf(unit))
         if off > worst:
@@ -125,6 +129,34 @@ def expm1(x: Any) -> Any:
     return mpmath.expm1(x) if abs(x) < 1000 else exp(x) - 1
 
 
+def exp_minus_square(x: Any) -> Any:
+    return mpmath.exp(-x * x) if abs(x) < 100 else mpmath.mpf(0)
+
+
+def erfc(x: Any) -> Any:
+    return mpmath.erfc(x) if abs(x) < 100 else 1 - mpmath.sign(x)
+
+
+def lgamma(x: Any) -> Any:
+    if abs(x) == INF or (x <= 0 and x == mpmath.floor(x)):
+        return mpmath.inf
+    return mpmath.re(mpmath.loggamma(x))
+
+
+def digamma(x: Any) -> Any:
+    if x == 0:
+        return -mpmath.inf * math.copysign(1, x)
+    if x == INF or (x < 0 and x == mpmath.floor(x)):
+        return mpmath.inf if x == INF else mpmath.nan
+    return mpmath.digamma(x)
+
+
+def trigamma(x: Any) -> Any:
+    if x == INF or (x <= 0 and x == mpmath.floor(x)):
+        return mpmath.mpf(0) if x == INF else mpmath.inf
+    return mpmath.psi(1, x)
+
+
 # Each primitive: its truth; the largest errors in float32 and float64, in ULP, and its domain.
 ERRORS: dict[str, tuple[Callable[[Any], Any], float, float, float, float]] = {
     "exp": (exp, 1.1, 1.0, -INF, INF),
@@ -139,10 +171,36 @@ ERRORS: dict[str, tuple[Callable[[Any], Any], float, float, float, float]] = {
     "sqrt": (lambda x: mpmath.sqrt(x) if x >= 0 else mpmath.nan, 0.5, 0.5, -INF, INF),
     "sin": (lambda x: mpmath.sin(x) if abs(x) < INF else mpmath.nan, 1.7, 1.0, -INF, INF),
     "cos": (lambda x: mpmath.cos(x) if abs(x) < INF else mpmath.nan, 1.7, 1.0, -INF, INF),
+    "exp_minus_square": (exp_minus_square, 1.2, 1.2, -INF, INF),
+    "erfc": (erfc, 3.5, 5.0, -INF, INF),
+    # In float64 roots are off: see IN_UNITS_OF_ONE.
+    "lgamma": (lgamma, 2.6, INF, 0.0, INF),
+    "digamma": (digamma, 2.6, INF, 1e-38, INF),
+    "trigamma": (trigamma, 2.8, 2.8, 1e-18, 1e18),
     "exp_nonpositive": (exp, 1.3, 1.0, -87.33, 0.0),
     "log1p_finite": (log1p, 3.3, 1.0, -1.0, 1e30),
     "log1p_unit": (log1p, 2.0, 1.0, 0.0, 1.0),
 }
+
+
+# The largest errors in units of the last place of 1, or of the result if that is larger.
+IN_UNITS_OF_ONE: dict[str, tuple[Callable[[Any], Any], float, float, float, float]] = {
+    "lgamma": (lgamma, 9.0, 50.0, -40.0, 1e6),
+    "digamma": (digamma, 9.0, 9.0, -40.0, 1e6),
+    "trigamma": (trigamma, 9.0, 9.0, -40.0, 1e6),
+}
+
+
+@by_dtype
+@pytest.mark.parametrize("primitive", IN_UNITS_OF_ONE)
+def test_errors_in_units_of_one(primitive: str, dtype: torch.dtype) -> None:
+    truth, *most, low, high = IN_UNITS_OF_ONE[primitive]
+    x = spread(dtype, low, high)
+    right = [
+        mpmath.nan if math.isnan(at) else truth(mpmath.mpf(at) if at else at) for at in x.tolist()
+    ]
+    got = apply(getattr(primitives, primitive), x)
+    check(got, right, x.tolist(), most[dtype is torch.float64], least=1.0)
 
 
 @by_dtype
@@ -150,7 +208,9 @@ ERRORS: dict[str, tuple[Callable[[Any], Any], float, float, float, float]] = {
 def test_errors(primitive: str, dtype: torch.dtype) -> None:
     truth, *most, low, high = ERRORS[primitive]
     x = spread(dtype, low, high)
-    right = [mpmath.nan if math.isnan(at) else truth(mpmath.mpf(at)) for at in x.tolist()]
+    right = [
+        mpmath.nan if math.isnan(at) else truth(mpmath.mpf(at) if at else at) for at in x.tolist()
+    ]
     got = apply(getattr(primitives, primitive), x)
     check(got, right, x.tolist(), most[dtype is torch.float64])
 

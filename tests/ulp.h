@@ -28,6 +28,8 @@ struct Worst {
   using Key = std::conditional_t<std::is_same_v<T, float>, int32_t, int64_t>;
   using Registers = fusedloss::Vec<T>;
 
+  // Smaller results have the spacing of this one; by default of the smallest normal number.
+  T least = Limits::min();
   double error = -1;
   T x = 0, result = 0;
 
@@ -40,7 +42,7 @@ struct Worst {
     return std::bit_cast<T>(key >= 0 ? key : std::numeric_limits<Key>::min() - key);
   }
 
-  static double ulps(T result, Wide truth) {
+  double ulps(T result, Wide truth) const {
     if (std::isnan(result) && std::isnan(truth)) return 0;
     // Half an ULP above the largest number.
     const Wide overflow =
@@ -48,10 +50,8 @@ struct Worst {
     if (std::abs(truth) >= overflow) truth = std::copysign(Limits::infinity(), truth);
     if (result == truth) return 0;
     if (!std::isfinite(result) || !std::isfinite(truth)) return Limits::infinity();
-    // By the largest power of two in truth; below the normal numbers the spacing stays.
-    const int exponent = truth == 0 ? Limits::min_exponent : std::ilogb(truth);
-    const Wide unit =
-        std::ldexp(Wide(1), std::max(exponent, Limits::min_exponent - 1) - Limits::digits + 1);
+    const int exponent = std::ilogb(std::max(std::abs(truth), static_cast<Wide>(least)));
+    const Wide unit = std::ldexp(Wide(1), exponent - Limits::digits + 1);
     return static_cast<double>(std::abs(result - truth) / unit);
   }
 
@@ -96,8 +96,9 @@ struct Worst {
 
 template <class T, class Function, class Truth>
 void measure(const char* name, std::initializer_list<std::type_identity_t<T>> bounds,
-             int64_t points, Function function, Truth truth) {
-  Worst<T> worst;
+             int64_t points, Function function, Truth truth,
+             T least = std::numeric_limits<T>::min()) {
+  Worst<T> worst{.least = least};
   // Between each bound and the next.
   for (auto low = bounds.begin(); low + 1 != bounds.end(); ++low) {
     worst.walk(low[0], low[1], points / static_cast<int64_t>(bounds.size() - 1), function, truth);

@@ -164,7 +164,11 @@ FUSEDLOSS_HD Vec<double> tanh(Vec<double> x) {
 FUSEDLOSS_LANES(sin)
 FUSEDLOSS_LANES(cos)
 FUSEDLOSS_LANES(erf)
+FUSEDLOSS_LANES(erfc)
 #undef FUSEDLOSS_LANES
+FUSEDLOSS_HD Vec<double> lgamma(Vec<double> x) {
+  return x.map([](double lane) { return fusedloss::lgamma(lane); });
+}
 FUSEDLOSS_HD Vec<double> pow(Vec<double> x, Vec<double> y) {
   return x.map([](double a, double b) { return std::pow(a, b); }, y);
 }

@@ -47,8 +47,8 @@ FUSEDLOSS_HD T ratio(T x, T y, T /* reciprocal */) {
 }
 
 // On a GPU these are CUDA's own functions. Their documented errors in ULP are, for float and
-// double: exp 2 and 1, expm1, log and log1p 1, sin, cos and erf 2, tanh 2 and 1, pow 4 and 2; sqrt
-// and quotients are rounded correctly.
+// double: exp 2 and 1, expm1, log and log1p 1, sin, cos and erf 2, tanh 2 and 1, erfc 4 and 5, pow
+// 4 and 2, lgamma of a positive number 6 and 4; sqrt and quotients are rounded correctly.
 #define FUSEDLOSS_SCALAR(NAME, FUNCTION)                        \
   FUSEDLOSS_HD float NAME(float x) { return ::FUNCTION##f(x); } \
   FUSEDLOSS_HD double NAME(double x) { return ::FUNCTION(x); }
@@ -66,6 +66,7 @@ FUSEDLOSS_SCALAR(sin, sin)
 FUSEDLOSS_SCALAR(cos, cos)
 FUSEDLOSS_SCALAR(tanh, tanh)
 FUSEDLOSS_SCALAR(erf, erf)
+FUSEDLOSS_SCALAR(erfc, erfc)
 #undef FUSEDLOSS_SCALAR
 FUSEDLOSS_HD float pow(float x, float y) { return ::powf(x, y); }
 FUSEDLOSS_HD double pow(double x, double y) { return ::pow(x, y); }
@@ -82,6 +83,120 @@ template <class T>
 FUSEDLOSS_HD T like_elements_of(T, double number) {
   return static_cast<T>(number);
 }
+// e^x (1 + more) for a small |more|.
+template <class T>
+FUSEDLOSS_HD T exp_times(T x, T more) {
+  const T e = exp(x);
+  return multiply_add(e, more, e);
+}
+// e^(-x^2). Error 1.3 for floats and 1.5 for doubles. Without fused multiply-add, which finds what
+// x^2 is rounded by, 65 and 520 where the result is small.
+template <class T>
+FUSEDLOSS_HD T exp_minus_square(T x) {
+  const T size = clamp(x, T(-40), T(40)), square = size * size;
+  return exp_times(-square, -multiply_add(size, size, -square));
+}
+
+// log|gamma(x)|. The functions of C that have no suffix write to a variable of the whole process.
+FUSEDLOSS_HD float lgamma(float x) {
+#if defined(__CUDA_ARCH__)
+  return ::lgammaf(x);
+#else
+  int sign;
+  return ::lgammaf_r(x, &sign);
+#endif
+}
+FUSEDLOSS_HD double lgamma(double x) {
+#if defined(__CUDA_ARCH__)
+  return ::lgamma(x);
+#else
+  int sign;
+  return ::lgamma_r(x, &sign);
+#endif
+}
+
+// first + x (second + x (...))
+template <class T, class First, class... More>
+FUSEDLOSS_HD T horner(T x, First first, More... more) {
+  if constexpr (sizeof...(more) == 0) {
+    return T(first);
+  } else {
+    return multiply_add(x, horner(x, more...), T(first));
+  }
+}
+
+// The derivative of lgamma for x > 0, in the precision of float or of double.
+template <class T>
+FUSEDLOSS_HD T digamma_positive(T x, float) {
+  const T one(1), reciprocal = one / x, square = reciprocal * reciprocal;
+  // Its root is at 1 + root + 1.24e-8; beside it the function is a polynomial, minimax on [1, 2].
+  const T root(0.461632133f), from_one = select(x < one, x, x - one);
+  const T slope = horner(from_one - T(0.5f), 0.951055884f, -0.423627466f, 0.240538388f,
+                         -0.148399964f, 0.0951174051f, -0.0620400012f, 0.0393618196f,
+                         -0.0258723572f, 0.0239243302f, -0.0162213296f);
+  const T near = ((from_one - root) - T(1.24381499e-8f)) * slope;
+  // From 2 on minimax.
+  const T tail =
+      square * horner(square, 0.0833323896f, -0.00830013491f, 0.00356146693f, -0.00182888168f);
+  const T far = log(x) - multiply_add(reciprocal, T(0.5f), tail);
+  return select(x < one, near - reciprocal, select(x < T(2), near, far));
+}
+template <class T>
+FUSEDLOSS_HD T digamma_positive(T x, double) {
+  // The asymptotic series is exact from 10 on: 1 / x + ... + 1 / (x + 9) leads there.
+  const T one(1), ten(10);
+  const auto below = x < ten;
+  const T far = select(below, x + ten, x), reciprocal = one / far;
+  const T square = reciprocal * reciprocal;
+  const T tail = square * horner(square, 1.0 / 12, -1.0 / 120, 1.0 / 252, -1.0 / 240, 1.0 / 132,
+                                 -691.0 / 32760, 1.0 / 12);
+  const T result = log(far) - multiply_add(reciprocal, T(0.5), tail);
+  T sum(0);
+  for (int i = 9; i >= 0; --i) sum = sum + one / (x + T(i));
+  return select(below, result - sum, result);
+}
+// The derivative of that.
+template <class T>
+FUSEDLOSS_HD T trigamma_positive(T x) {
+  const T one(1), ten(10);
+  const auto below = x < ten;
+  const T far = select(below, x + ten, x), reciprocal = one / far;
+  const T square = reciprocal * reciprocal;
+  T sum = square * horner(square, 1.0 / 6, -1.0 / 30, 1.0 / 42, -1.0 / 30, 5.0 / 66, -691.0 / 2730,
+                          7.0 / 6, -3617.0 / 510);
+  sum = reciprocal + reciprocal * multiply_add(reciprocal, T(0.5), sum);
+  for (int i = 9; i >= 0; --i) {
+    const T term = one / (x + T(i));
+    sum = select(below, multiply_add(term, term, sum), sum);
+  }
+  return sum;
+}
+
+// For every number, as in torch: at 0 infinite by its sign, nan at the other poles.
+template <class T>
+FUSEDLOSS_HD T digamma_scalar(T x) {
+  constexpr double kPi = 3.14159265358979324;
+  if (x > 0) return digamma_positive(x, x);
+  if (x == 0) return -1 / x;
+  const T rest = x - ::rint(x);
+  return rest == 0 ? rest / rest : digamma_positive(1 - x, x) - T(kPi) / ::tan(T(kPi) * rest);
+}
+// Infinite at the poles.
+template <class T>
+FUSEDLOSS_HD T trigamma_scalar(T x) {
+  constexpr double kPi = 3.14159265358979324;
+  if (x > 0) return trigamma_positive(x);
+  const T root = T(kPi) / ::sin(T(kPi) * (x - ::rint(x)));
+  return root * root - trigamma_positive(1 - x);
+}
+
+// The first and the second derivative of lgamma. Error for positive floats 2.7 and 4.6; for
+// positive doubles 8 units of the last place of 1, or of the result if that is larger, and 4.3. A
+// reflection leads from the others there.
+FUSEDLOSS_HD float digamma(float x) { return digamma_scalar(x); }
+FUSEDLOSS_HD double digamma(double x) { return digamma_scalar(x); }
+FUSEDLOSS_HD float trigamma(float x) { return trigamma_scalar(x); }
+FUSEDLOSS_HD double trigamma(double x) { return trigamma_scalar(x); }
 
 }  // namespace fusedloss
 
@@ -129,6 +244,22 @@ FUSEDLOSS_HD Vec<T> abs(Vec<T> x) {
 template <class T>
 FUSEDLOSS_HD T like_elements_of(Vec<T>, double number) {
   return static_cast<T>(number);
+}
+
+// Scalars replace the lanes that are not positive.
+template <class T>
+FUSEDLOSS_HD Vec<T> digamma(Vec<T> x) {
+  const Vec<T> result = digamma_positive(x, T());
+  const auto positive = x > Vec<T>(0);
+  if (__builtin_expect(positive.all(), 1)) return result;
+  return select(positive, result, x.map([](T lane) { return fusedloss::digamma(lane); }));
+}
+template <class T>
+FUSEDLOSS_HD Vec<T> trigamma(Vec<T> x) {
+  const Vec<T> result = trigamma_positive(x);
+  const auto positive = x > Vec<T>(0);
+  if (__builtin_expect(positive.all(), 1)) return result;
+  return select(positive, result, x.map([](T lane) { return fusedloss::trigamma(lane); }));
 }
 
 // x / y, from reciprocal = 1 / y, which a loop computes once: a product and one correction. Domain

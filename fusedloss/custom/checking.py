@@ -5,7 +5,8 @@ Everything is computed in float64, by the formulas of which the kernels are made
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from . import primitives
+from . import primitives, printing
 
 if TYPE_CHECKING:
     from .loss import PointwiseLoss
@@ -58,6 +59,25 @@ class _Probe:
     def slopes(self, *inputs: Tensor) -> list[Tensor]:
         return list(self.loss._slopes(inputs, self.values))
 
+    @functools.cached_property
+    def detached(self) -> dict[sympy.Expr, sympy.Symbol]:
+        """What the loss detaches, and a symbol for each."""
+        nodes = sorted(self.loss._traced.value.atoms(primitives.Detach), key=str)
+        return {node: sympy.Dummy(f"d{i}", real=True) for i, node in enumerate(nodes)}
+
+    def value_around(self, *inputs: Tensor) -> Callable[..., Tensor]:
+        """The value as a function of the inputs, for which what is detached stays as it is here."""
+        traced, symbols = self.loss._traced, self.detached
+        if not symbols:
+            return self.value
+        run = printing.torch_function
+        at = (replace(traced, value=node.args[0]) for node in symbols)
+        held = [run(each, each.reference)(inputs, self.values)[0] for each in at]
+        of = (*traced.inputs, *symbols.values())
+        around = replace(traced, inputs=of, value=traced.value.xreplace(symbols))
+        function = run(around, around.reference)
+        return lambda *moved: function((*moved, *held), self.values)[0]
+
     def along_input(self, x: Tensor, target: Any) -> tuple[Tensor, ...]:
         """All inputs on a line along the first one: target as it is given, later ones 1."""
         y = torch.as_tensor(target, dtype=x.dtype).expand_as(x)
@@ -90,7 +110,10 @@ def check(loss: PointwiseLoss, values: tuple[float, ...]) -> Report:
     ):
         into.extend(found)
     if not errors:
-        remarks.insert(0, f"gradient: agrees with finite differences at {_POINTS} random points")
+        held = ", for which what is detached does not move" if probe.detached else ""
+        remarks.insert(
+            0, f"gradient: agrees with finite differences at {_POINTS} random points{held}"
+        )
     remarks.extend(_kink_remarks(probe, kinks))
     remarks.extend(_far_slopes(probe))
     name = f"{loss.__name__}({probe.numbers})" if probe.numbers else loss.__name__
@@ -146,11 +169,11 @@ def _exact(x: Tensor) -> Tensor:
 
 def _gradients(probe: _Probe, inputs: list[Tensor]) -> list[str]:
     found = []
-    computed = probe.slopes(*inputs)
+    value, computed = probe.value_around(*inputs), probe.slopes(*inputs)
     for place, (name, slope) in enumerate(zip(probe.names, computed, strict=True)):
 
         def moved(k: int, place: int = place) -> Tensor:
-            return probe.value(*inputs[:place], inputs[place] + k * _STEP, *inputs[place + 1 :])
+            return value(*inputs[:place], inputs[place] + k * _STEP, *inputs[place + 1 :])
 
         sides = [moved(k) for k in (-2, -1, 1, 2)]
         # If the second-order `coarse` differs much from the fourth-order `fine`, a kink is near.
@@ -217,8 +240,6 @@ def _switches(value: sympy.Expr) -> list[sympy.Expr]:
 
 def _kinks(probe: _Probe) -> Iterator[tuple[sympy.Expr, Tensor, Tensor]]:
     """Each switch, and input and target of points where it is 0, found by bisection along input."""
-    from . import printing
-
     traced = probe.loss._traced
     targets = torch.tensor([-1.3, -0.4, 0.0, 0.3, 0.6, 1.0, 1.7], dtype=torch.float64)
     grid = torch.linspace(-10.0013, 9.9987, 4001, dtype=torch.float64)
@@ -321,21 +342,25 @@ def plot(loss: PointwiseLoss, values: tuple[float, ...], path: str | Path) -> No
     probe = _Probe(loss, values)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)
-    targets = (0.0, 1.0) if _of_two_values(probe) else (0.0,)
+    others = probe.names[1:]
+    targets = (0.0, 1.0) if others and _of_two_values(probe) else (0.0,)
     for target in targets:
+        numbers = zip(others, (target, *(1.0,) * len(others)), strict=False)
+        label = ", ".join(f"{name} {number:g}" for name, number in numbers)
         x = torch.linspace(-4, 4, 1601, dtype=torch.float64).requires_grad_()
         line = probe.along_input(x, target)
         slope = probe.slopes(*line)[0]
         curvature = torch.zeros_like(x)
         if slope.requires_grad:
             (curvature,) = torch.autograd.grad(slope.sum(), x)
-        for axis, line in zip(axes, (probe.value(*line), slope, curvature), strict=True):
-            finite = torch.where(line.isfinite(), line, torch.nan)
-            axis.plot(x.detach(), finite.detach(), label=f"target {target:g}")
+        for axis, curve in zip(axes, (probe.value(*line), slope, curvature), strict=True):
+            finite = torch.where(curve.isfinite(), curve, torch.nan)
+            axis.plot(x.detach(), finite.detach(), label=label)
     for axis, title in zip(axes, ("value", "slope by input", "curvature by input"), strict=True):
         axis.set(title=title, xlabel="input")
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    if others:
+        axes[0].legend()
     figure.suptitle(f"{loss.__name__}({probe.numbers})" if probe.numbers else loss.__name__)
     figure.savefig(path, dpi=120)
 

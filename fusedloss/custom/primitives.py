@@ -27,7 +27,7 @@ from sympy.logic.boolalg import Boolean
 from torch import Tensor
 from torch.nn import functional as F
 
-from .loss import INPUTS
+from .loss import INPUTS as INPUTS
 
 Expr = Any  # SymPy is untyped
 INPUT, TARGET = INPUTS[:2]
@@ -165,7 +165,7 @@ def derivative(e: Expr, symbol: Expr, outer: Expr = ONE) -> Expr:
     the symbol off, and infinity times that branch's 0 would be nan. So outer is multiplied inside of the
     branches, as in PyTorch's backward.
     """
-    if symbol not in e.free_symbols:
+    if not _depends(e, symbol):
         return ZERO
     if e == symbol:
         return outer
@@ -199,7 +199,9 @@ def _slopes(e: Expr, symbol: Expr) -> Iterator[tuple[Expr, Expr]]:
             yield sympy.Mul(*e.args[:i], *e.args[i + 1 :]), factor
     elif e.is_Pow:
         yield e.exp * e.base ** (e.exp - 1), e.base
-    elif isinstance(e, Power) and isinstance(e.args[0], Sigmoid) and not e.args[1].has(symbol):
+    elif (
+        isinstance(e, Power) and isinstance(e.args[0], Sigmoid) and not _depends(e.args[1], symbol)
+    ):
         # In terms of the power itself, where nothing can be 0 / 0.
         x = e.args[0].args[0]
         yield e.args[1] * e * Sigmoid(-x), x
@@ -207,14 +209,21 @@ def _slopes(e: Expr, symbol: Expr) -> Iterator[tuple[Expr, Expr]]:
         yield from zip(e.derivatives(), e.args, strict=True)
 
 
+def _depends(e: Expr, symbol: Expr) -> bool:
+    """Whether the symbol is in the formula, and not only inside of a Detach."""
+    if isinstance(e, Detach) or symbol not in e.free_symbols:
+        return False
+    return e == symbol or any(_depends(arg, symbol) for arg in e.args)
+
+
 def _cuts_off(e: Expr, symbol: Expr) -> bool:
     """Whether a branch of a Where in the formula does not depend on the symbol, but another does."""
-    if e == symbol or symbol not in e.free_symbols:
+    if e == symbol or not _depends(e, symbol):
         return False
     chosen = e.pieces() if isinstance(e, Primitive) else None
     if chosen is None:
         return any(_cuts_off(arg, symbol) for arg in e.args)
-    depend = [symbol in branch.free_symbols for branch in chosen.args[1:]]
+    depend = [_depends(branch, symbol) for branch in chosen.args[1:]]
     return depend[0] != depend[1] or any(_cuts_off(branch, symbol) for branch in chosen.args[1:])
 
 
@@ -233,16 +242,24 @@ Sqrt: Any = _primitive("sqrt", torch.sqrt, derivatives=lambda self: (HALF / self
 Sin: Any = _primitive("sin", torch.sin, derivatives=lambda self: (Cos(self.args[0]),))
 Cos: Any = _primitive("cos", torch.cos, derivatives=lambda self: (-Sin(self.args[0]),))
 Tanh: Any = _primitive("tanh", torch.tanh, derivatives=lambda self: (SechSquared(self.args[0]),))
+TWO_BY_ROOT_PI = sympy.Float(1.1283791670955126)
 Erf: Any = _primitive(
-    "erf",
-    torch.erf,
-    derivatives=lambda self: (
-        sympy.Float(1.1283791670955126) * ExpNonpositive(-(self.args[0] ** 2)),
-    ),
+    "erf", torch.erf, derivatives=lambda self: (TWO_BY_ROOT_PI * ExpMinusSquare(self.args[0]),)
 )
+Erfc: Any = _primitive(
+    "erfc", torch.erfc, derivatives=lambda self: (-TWO_BY_ROOT_PI * ExpMinusSquare(self.args[0]),)
+)
+Lgamma: Any = _primitive("lgamma", torch.lgamma, derivatives=lambda self: (Digamma(self.args[0]),))
+Digamma: Any = _primitive(
+    "digamma", torch.digamma, derivatives=lambda self: (Trigamma(self.args[0]),)
+)
+# Not torch.polygamma(1, x), whose error is 1e-9.
+Trigamma: Any = _primitive("trigamma", lambda x: torch.special.zeta(2.0, x))
 # For derivatives and lowered forms, whose arguments are known to be in the domain.
 ExpNonpositive: Any = _primitive("exp_nonpositive", torch.exp)
 Log1pUnit: Any = _primitive("log1p_unit", torch.log1p)
+# e^(-x^2), without the rounding error of x^2.
+ExpMinusSquare: Any = _primitive("exp_minus_square", lambda x: torch.exp(-x * x))
 # 1 / x as one division that powers and quotients share.
 Reciprocal: Any = _primitive("reciprocal", torch.reciprocal)
 
@@ -387,6 +404,26 @@ class PowerSlope(Primitive):
         return torch.where(exponent == 0, 0.0, exponent * base ** (exponent - 1))
 
 
+class Detach(Primitive):
+    """Its argument, without a gradient: another formula until the slopes are known, the same one in a
+    kernel. None is inside of another."""
+
+    nargs = 1
+    torch = staticmethod(torch.detach)
+
+    @classmethod
+    def eval(cls, x: Expr) -> Expr | None:
+        if not inputs_in(x):
+            return x
+        inside = attached(x)
+        return cls(inside) if inside != x else None
+
+
+def attached(e: Expr) -> Expr:
+    """The formula as a kernel computes it: the arguments of Detach instead of it."""
+    return e.xreplace({node: node.args[0] for node in e.atoms(Detach)})
+
+
 class XLogY(Primitive):
     """x log(y), 0 where x is 0 (unless y is nan)."""
 
@@ -511,6 +548,7 @@ _OF_SYMPY: dict[Any, Any] = {
     sympy.cos: Cos,
     sympy.tanh: Tanh,
     sympy.erf: Erf,
+    sympy.erfc: Erfc,
 }
 
 

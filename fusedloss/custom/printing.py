@@ -21,7 +21,7 @@ _NAMES = dict(zip(INPUTS, ("x", "y", *(f"x{i}" for i in range(2, len(INPUTS)))),
 
 
 def _names(traced: Traced) -> list[str]:
-    return [_NAMES[symbol.name] for symbol in traced.inputs]
+    return [_NAMES.get(symbol.name, symbol.name) for symbol in traced.inputs]
 
 
 class Printer:

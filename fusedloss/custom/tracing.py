@@ -12,7 +12,7 @@ import inspect
 import itertools
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NoReturn
@@ -78,7 +78,8 @@ class Traced:
         """Value and slopes, in primitives that kernels have."""
         with distribute(False):
             # Before _hoist(), which merges parameters, and so could hide common subexpressions.
-            shared, results = _shared(primitives.lowered(self.value), *self._lowered_slopes())
+            value, *slopes = map(primitives.attached, (self.value, *self.slopes))
+            shared, results = _shared(primitives.lowered(value), *self._lowered(slopes))
             # Shared formulas of parameters alone are put back, so that _hoist() finds them.
             of_call: dict[Expr, Expr] = {}
             of_element: dict[Expr, Expr] = {}
@@ -103,11 +104,11 @@ class Traced:
     def reference_slopes(self) -> Program:
         """The slopes, in the form that kernels compute."""
         with distribute(False):
-            constants, results = self._hoist(self._lowered_slopes())
+            constants, results = self._hoist(self._lowered(self.slopes))
         return Program(constants, (), tuple(results))
 
-    def _lowered_slopes(self) -> list[Expr]:
-        slopes = [primitives.lowered(slope) for slope in self.slopes]
+    def _lowered(self, slopes: Iterable[Expr]) -> list[Expr]:
+        slopes = [primitives.lowered(slope) for slope in slopes]
         if max(map(_length, slopes)) > _LONGEST:
             _refuse_depth(self.name)
         return list(map(_factored, slopes))
@@ -182,13 +183,25 @@ def _shared(value: Expr, slope: Expr, *others: Expr) -> tuple[list[tuple[Expr, E
     slopes by other inputs than the first: they share factors with the value and the first slope, but
     add no product to them."""
     symbols = sympy.numbered_symbols("t")
-    terms = [term for other in others for term in sympy.Add.make_args(other)]
+    pieces = [piece for other in others for piece in _pieces(other)]
+    terms = [term for piece in pieces for term in sympy.Add.make_args(piece)]
     factors = [factor for term in terms for factor in sympy.Mul.make_args(term)]
-    bases = [base for base in (factor.as_base_exp()[0] for factor in factors) if base.args]
+    # Conditions have no exponent.
+    bases = [f.as_base_exp()[0] if isinstance(f, sympy.Expr) else f for f in factors]
+    bases = [base for base in bases if base.args]
     shared, [value, slope, *reduced] = _repeated([value, slope, *bases], symbols)
     known = dict(zip(bases, reduced, strict=True))
     more, found = _repeated([other.xreplace(known) for other in others], symbols)
     return shared + more, [value, slope, *found]
+
+
+def _pieces(e: Expr) -> Iterator[Expr]:
+    """What a Where chooses from, and its conditions."""
+    if isinstance(e, primitives.Where):
+        for arg in e.args:
+            yield from _pieces(arg)
+    else:
+        yield e
 
 
 def _repeated(
