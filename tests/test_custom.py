@@ -1304,7 +1304,7 @@ def definitions() -> dict[str, tuple[Any, type[Exception], str]]:
         "unknown torch primitive": (
             lambda input, target: torch.atan(input),
             TypeError,
-            r"torch's atan\(\) does not take symbols: fusedloss.math has no lgamma; it has abs",
+            r"torch's atan\(\) does not take symbols: fusedloss.math has no atan; it has abs",
         ),
         "row": (lambda input, target: fm.sum(input), TypeError, "sum takes a row or a tensor"),
         "torch's row": (
