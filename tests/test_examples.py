@@ -26,7 +26,7 @@ NEEDS = {
 # Examples with custom losses: the losses, and arguments for a quick training.
 OWN: dict[str, tuple[list[str], dict[str, int]]] = {
     "asymmetric_forecast": (["bill"], {"splits": 3, "steps": 200}),
-    "uncertain_regression": (["nll"], {"splits": 3, "steps": 200}),
+    "uncertain_regression": (["nll"], {"splits": 5, "steps": 200}),
     "focal_imbalance": (["focal"], {"splits": 4, "steps": 200}),
     "vae": (["kl_divergence"], {"epochs": 6}),
     "gan": (["non_saturating"], {"steps": 150}),
