@@ -41,7 +41,15 @@ NO_TORCHSCRIPT = (
     "torch.export, or torch.nn's own losses where it must be torch.jit"
 )
 _DISABLED = torch._C._disabled_torch_function_impl
-_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+# What an operand may be beside an input of another dtype: see Loss.targets.
+_MOST = {"same": 0, "floating": 1, "signed": 2, "integers": 3, "any": 4}
+_FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_KINDS = {
+    **dict.fromkeys(_FLOATING, 1),
+    **dict.fromkeys((torch.int64, torch.int32, torch.int16, torch.int8), 2),
+    torch.uint8: 3,
+    torch.bool: 4,
+}
 
 # The public functions by name, and the pairs of torch's function, which handlers of torch functions
 # know, and ours. fusedloss.functional fills them in.
@@ -180,9 +188,7 @@ def _overrides(value: Any) -> bool:
     return _sees_functions(value) or is_traceable_wrapper_subclass(value)
 
 
-def _why_not_fused(
-    named: Mapping[str, Any], *others: Any, gradients: int = 1
-) -> str | None:
+def _why_not_fused(named: Mapping[str, Any], *others: Any, gradients: int = 1) -> str | None:
     """Why no fused kernel takes these tensors, apart from shapes and dtypes; None: one does.
 
     named: the inputs, mostly input and target, in order. gradients: for how many of them, from the
@@ -330,20 +336,69 @@ def _autocast_refuses(device: str) -> bool:
     return device != "cpu" and torch.is_autocast_enabled(device)
 
 
-def _result_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype | str:
-    """The dtype of the loss; or, as text, why no fused kernel takes these dtypes."""
-    dtype = input.dtype
-    if dtype not in _DTYPES:
+def _result_dtype(
+    inputs: Sequence[Tensor | None],
+    kinds: Sequence[str],
+    weights: Sequence[tuple[Tensor | None, str]],
+    result: str,
+) -> torch.dtype | str:
+    """The dtype of the loss; or, as text, why no fused kernel takes these dtypes.
+
+    kinds: what each input may be beside a first input of another dtype, as in ``Loss.targets``; None
+    stands for class indices. weights: each with what it may be. result: as in ``Loss.result``; or
+    ``"inputs"``, promoted from all but weights.
+    """
+    first = inputs[0]
+    assert first is not None
+    dtype = first.dtype
+    if dtype not in _FLOATING:
         return f"dtype {dtype} has no fused kernel"
     # Under autocast torch casts the inputs of every loss to float32; our kernels read them as they are.
-    if torch.is_autocast_enabled(input.device.type) and dtype is not torch.float64:
-        for other in others:
-            if other is not None and (other.dtype not in _DTYPES or other.dtype is torch.float64):
-                return f"dtypes {dtype} and {other.dtype} under autocast"
+    autocast = torch.is_autocast_enabled(first.device.type) and dtype is not torch.float64
+    found = {dtype}
+    for place, (t, kind) in enumerate((*zip(inputs, kinds, strict=True), *weights)):
+        if t is None or t.dtype is first.dtype:
+            continue
+        most = max(_MOST[kind], autocast)
+        if _KINDS.get(t.dtype, len(_MOST)) > most:
+            return f"dtypes differ: {first.dtype} and {t.dtype}"
+        if result == "inputs" and place >= len(inputs):
+            continue
+        if result in ("promoted", "inputs"):
+            dtype = torch.promote_types(dtype, t.dtype)
+        elif result == "target" and place == 1:
+            dtype = t.dtype
+        if t.dtype in _FLOATING:
+            found.add(t.dtype)
+    if autocast and torch.float64 not in found:
         return torch.float32
-    for other in others:
-        if other is not None and other.dtype is not dtype:
-            return f"dtypes differ: {dtype} and {other.dtype}"
+    # The kernels compute in float32, or in float64 for a loss of that dtype: no operand may have more
+    # digits than that. Nor may each of two gradients have digits that the other one lacks.
+    digits_stay = dtype in found and (torch.float64 not in found or dtype is torch.float64)
+    if digits_stay and not autocast:
+        return dtype
+    names = " and ".join(sorted(map(str, found)))
+    return f"dtypes {names} under autocast" if autocast else f"dtypes {names} for a loss of {dtype}"
+
+
+def _dtype(loss: Loss, call: dict[str, Any]) -> torch.dtype | str:
+    """:func:`_result_dtype` of a call."""
+    input, target, *more = (call[name] for name in loss.arguments[: loss.inputs])
+    kinds = ["same", *("floating",) * (loss.inputs - 1)]
+    kinds[loss.arguments.index("target")] = loss.targets
+    of_weight = "any"
+    if loss.over_classes:
+        of_weight = "same"
+        if target.dtype is torch.int64:
+            target = None
+    weight = call.get("weight")
+    one_number = weight is not None and weight.dim() == 0 and input.dim() > 0
+    if loss.result == "promoted" and one_number:
+        of_weight = "same"  # torch does not let one number decide
+    weights = (weight, of_weight), (call.get("pos_weight"), "signed")
+    dtype = _result_dtype((input, target, *more), kinds, weights, loss.result)
+    if loss.over_classes and dtype is torch.float64 and input.dtype is not dtype:
+        return f"dtypes differ: {input.dtype} and {dtype}"  # the row engines compute as for input
     return dtype
 
 
@@ -426,9 +481,7 @@ def _run_any(loss: Loss, args: tuple[Any, ...], prediction: Tensor | None) -> Te
     backend, dtype = "", None
     reason = _unfit(loss, call) or _why_not_fused(inputs, *weights, gradients=loss.gradients)
     if reason is None:
-        indices = loss.over_classes and target.dtype is torch.int64
-        others = [None if indices else target, *args[2 : loss.inputs]]
-        dtype = _result_dtype(input, *others, *weights)
+        dtype = _dtype(loss, call)
         if isinstance(dtype, str):
             reason = dtype
         else:

@@ -53,7 +53,9 @@ def reference_value(
         options["pos_weight"] = more[0] if is_variant else None
     elif loss.variant:
         options[loss.variant] = is_variant
-    for key, number in zip(loss.parameters, parameters, strict=False):  # log_loss: eps is no argument
+    for key, number in zip(
+        loss.parameters, parameters, strict=False
+    ):  # log_loss: eps is no argument
         options[key] = bool(number) if key == "full" else number
     if loss.over_classes:
         options["ignore_index"] = ignore_index
@@ -76,7 +78,7 @@ def loss_reference_gradient(
     """The gradients whose bits are set in ``gradients``, with a graph if autograd needs one."""
 
     def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() else t
+        return t.to(torch.promote_types(t.dtype, dtype)) if t.is_floating_point() else t
 
     with torch.enable_grad():
         # Views, since the outer backward runs the hooks of the tensors themselves.

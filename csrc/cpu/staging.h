@@ -26,6 +26,16 @@ inline void with_type(DType dtype, F&& f) {
       return f(Half{});
     case DType::kInt64:
       return f(int64_t{});
+    case DType::kInt32:
+      return f(int32_t{});
+    case DType::kInt16:
+      return f(int16_t{});
+    case DType::kInt8:
+      return f(int8_t{});
+    case DType::kUInt8:
+      return f(uint8_t{});
+    case DType::kBool:
+      return f(bool{});
   }
 }
 

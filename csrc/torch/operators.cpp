@@ -43,7 +43,7 @@ Tensor no_prediction(const Tensor& input) {
 // pointer into the table of losses.
 at::IValue packed(const Arguments& a, const LossInfo& info, int64_t mask, int64_t variables) {
   std::vector<at::IValue> values{reinterpret_cast<int64_t>(&info), a.ignore_index, a.reduction,
-                                 static_cast<int64_t>(a.dtype), mask, variables};
+                                 static_cast<int64_t>(a.dtype),    mask,           variables};
   values.insert(values.end(), a.parameters.begin(), a.parameters.end());
   return c10::ivalue::Tuple::create(std::move(values));
 }
@@ -66,10 +66,11 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     static const auto op = find_operator<ForwardSignature>("fusedloss::loss_forward");
     const bool hooked = saves_through_hooks();
     int64_t mask = 0;
-    for (size_t i = 0; i < variables.size(); ++i) mask |= int64_t{variables[i].requires_grad()} << i;
+    for (size_t i = 0; i < variables.size(); ++i)
+      mask |= int64_t{variables[i].requires_grad()} << i;
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [value, state] =
-        a.call(op, std::tuple<>(), of_kernels(mask, info), hooked ? no_prediction(a.input) : prediction);
+    auto [value, state] = a.call(op, std::tuple<>(), of_kernels(mask, info),
+                                 hooked ? no_prediction(a.input) : prediction);
     if (hooked) drop_gradients(state);
     variable_list inputs{a.input, a.target, a.weight.value_or(Tensor())};
     inputs.insert(inputs.end(), a.more.begin(), a.more.end());
@@ -133,17 +134,27 @@ c10::SmallVector<Tensor, 2> variables_of(const Arguments& a, const LossInfo& inf
   return variables;
 }
 
+// Whether a symmetric loss's kernels must give target's gradient, of which input's is the negative:
+// the only one that is wanted, or the one that has more digits.
+bool other_gradient_comes_first(const Arguments& a) {
+  const at::ScalarType input = a.input.scalar_type(), target = a.target.scalar_type();
+  if (!a.target.requires_grad()) return false;
+  return !a.input.requires_grad() ||
+         (input != target && at::promote_types(input, target) == target);
+}
+
 Tensor differentiable_loss(FUSEDLOSS_PARAMETERS, const OptionalTensor& prediction) {
   const Arguments a{FUSEDLOSS_ARGUMENTS};
   bool wanted = false;
   for (size_t i = 0; i < a.inputs(); ++i) {
-    TORCH_CHECK(!a[i]._fw_grad(0).defined(),
-                "fusedloss: the operator has no forward-mode derivative: call the function instead");
+    TORCH_CHECK(
+        !a[i]._fw_grad(0).defined(),
+        "fusedloss: the operator has no forward-mode derivative: call the function instead");
     wanted = wanted || wants_gradient(a[i]);
   }
   if (wanted) {
     const LossInfo& info = known_loss(loss);
-    if (info.symmetric && !input.requires_grad()) {
+    if (info.symmetric && other_gradient_comes_first(a)) {
       return differentiable_loss(target, input, weight, more, loss, parameters, ignore_index,
                                  reduction, dtype, prediction);
     }

@@ -15,8 +15,8 @@ namespace fusedloss {
 using OptionalTensor = std::optional<at::Tensor>;
 
 // What every operator takes, on any device: a loss of the table, its inputs and its options.
-// `more`: its inputs besides input and target. A loss of one input is given it as target too, and does
-// not read that.
+// `more`: its inputs besides input and target. A loss of one input is given it as target too, and
+// does not read that.
 #define FUSEDLOSS_PARAMETERS                                                       \
   const at::Tensor &input, const at::Tensor &target, const OptionalTensor &weight, \
       at::TensorList more, std::string_view loss, at::ArrayRef<double> parameters, \
@@ -49,7 +49,6 @@ struct Arguments {
     return i == 0 ? input : i == 1 ? target : more[i - 2];
   }
   bool each() const { return reduction == at::Reduction::None; }
-  bool indices() const { return target.scalar_type() == at::kLong; }
   bool in_double() const { return dtype == at::kDouble; }
   int64_t classes() const { return input.dim() > 0 ? input.size(class_dim(input)) : 0; }
   // With each() there is one for every element or row; else it is in the state.
