@@ -525,7 +525,7 @@ def _unfit_elements(loss: Loss, call: dict[str, Any]) -> str | None:
     for name in loss.arguments[1 : loss.inputs]:
         if name == "var" and _expanded_variance(call["var"], input) is not None:
             continue
-        if call[name].shape != input.shape:
+        if call[name].shape != input.shape and not _is_expanded(loss, call):
             return f"shapes differ: {tuple(input.shape)} and {tuple(call[name].shape)}"
     if loss.operator and input.dim() == 0:
         return "input has no class dimension"
@@ -539,6 +539,15 @@ def _unfit_elements(loss: Loss, call: dict[str, Any]) -> str | None:
             continue
         return f"a weight of shape {tuple(w.shape)}"
     return None
+
+
+def _is_expanded(loss: Loss, call: dict[str, Any]) -> bool:
+    """Whether the kernels read the target through an expanded view, which has no gradient of its own."""
+    if not loss.expands or torch.compiler.is_compiling():  # a compiler cannot trace the warning
+        return False
+    input, target = call["input"], call["target"]
+    wanted = torch.is_grad_enabled() and target.requires_grad
+    return not wanted and _broadcasts_to(target, input)
 
 
 def _also(loss: Loss) -> tuple[str, ...]:
@@ -606,6 +615,13 @@ def _run_fused(
     loss: Loss, call: dict[str, Any], backend: str, dtype: torch.dtype, prediction: Tensor | None
 ) -> Tensor:
     input, target, *more = (call[name] for name in loss.arguments[: loss.inputs])
+    if loss.expands and target.shape != input.shape:
+        _caller.warn(
+            f"Using a target size ({target.size()}) that is different to the input size "
+            f"({input.size()}). This will likely lead to incorrect results due to broadcasting. "
+            "Please ensure they have the same size."
+        )
+        target = target.expand_as(input)
     weight = call.get("weight")
     reduction, pos_weight = call["reduction"], call.get("pos_weight")
     name, parameters = loss.operator or loss.name, [float(call[key]) for key in loss.parameters]

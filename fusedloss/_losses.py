@@ -41,6 +41,7 @@ class Loss:
         targets: what the target may be beside an input of another dtype, each including those before:
             the ``"same"`` only, ``"floating"``, ``"signed"`` integers, all ``"integers"`` (torch
             negates some targets, or compares them with -1, and uint8 wraps), ``"any"`` (bool too). torch raises for the rest.
+        expands: a target of another shape is broadcast to input's, with torch's warning.
         few: below that many elements torch.compile gets the loss in plain PyTorch; see
             ``_dispatch._left_to_inductor``.
     """
@@ -59,6 +60,7 @@ class Loss:
     operator: str = ""
     result: str = "promoted"
     targets: str = "same"
+    expands: bool = False
     few: int = 1 << 18
 
     @cached_property
@@ -90,6 +92,7 @@ LOSSES: dict[str, Loss] = {
             ("input", "target", *_LEGACY, "weight"),
             gradients=2,
             targets="any",
+            expands=True,
         ),
         Loss(
             "l1_loss",
@@ -97,6 +100,7 @@ LOSSES: dict[str, Loss] = {
             ("input", "target", *_LEGACY, "weight"),
             gradients=2,
             targets="integers",
+            expands=True,
         ),
         Loss(
             "smooth_l1_loss",
@@ -109,6 +113,7 @@ LOSSES: dict[str, Loss] = {
             high=1e30,
             at_zero="l1_loss",
             targets="integers",
+            expands=True,
         ),
         Loss(
             "huber_loss",
@@ -118,6 +123,7 @@ LOSSES: dict[str, Loss] = {
             parameters=("delta",),
             low=5e-324,
             high=float("inf"),
+            expands=True,
         ),
         Loss(
             "binary_cross_entropy",

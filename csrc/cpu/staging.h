@@ -57,6 +57,10 @@ constexpr bool is_half = std::is_same_v<S, BFloat16> || std::is_same_v<S, Half>;
 template <class S, class D>
 inline void convert(const S* from, int64_t from_stride, D* to, int64_t to_stride, int64_t n) {
   int64_t i = 0;
+  if (from_stride == 0 && to_stride == 1) {  // one number for all
+    std::fill_n(to, n, static_cast<D>(*from));
+    return;
+  }
   if (from_stride != 1 || to_stride != 1) {
     for (; i < n; ++i) to[i * to_stride] = static_cast<D>(from[i * from_stride]);
     return;
