@@ -255,6 +255,26 @@ def _overridden(*tensors: Any) -> bool:
     return not torch.compiler.is_compiling() and has_torch_function(tensors)
 
 
+def _carried_metadata(tensors: Sequence[Any]) -> type | None:
+    """The class of the result, if the only subclass among the tensors has nothing to say about a loss:
+    torch's own __torch_function__ makes the result one of it, torchvision's a plain tensor."""
+    kinds = {type(t) for t in tensors if _sees_functions(t)}
+    if len(kinds) != 1 or torch._C._len_torch_function_stack():
+        return None
+    (kind,) = kinds
+    handler: Any = getattr(kind.__torch_function__, "__func__", None)
+    if handler is Tensor.__torch_function__.__func__:  # type: ignore[attr-defined]
+        return kind
+    vision = sys.modules.get("torchvision.tv_tensors")
+    if vision is None or handler is not vision.TVTensor.__torch_function__.__func__:
+        return None
+    return kind if vision._torch_function_helpers._must_return_subclass() else Tensor
+
+
+def _plain(value: Any) -> Any:
+    return value.as_subclass(Tensor) if _sees_functions(value) else value
+
+
 def _set_modes(modes: Sequence[TorchFunctionMode]) -> None:
     for _ in range(torch._C._len_torch_function_stack()):
         _pop_mode()  # type: ignore[no-untyped-call]
@@ -474,6 +494,10 @@ def _run_any(loss: Loss, args: tuple[Any, ...], prediction: Tensor | None) -> Te
             _report(loss.name, "few elements, which are left to the compiler")
         return loss.reference(*args)
     if _overridden(*inputs.values(), *weights):
+        kind = _carried_metadata((*inputs.values(), *weights))
+        if kind is not None:
+            value = run(loss, tuple(map(_plain, args)), prediction)
+            return value if kind is Tensor else value.as_subclass(kind)
         options = dict(zip(loss.arguments[loss.inputs :], args[loss.inputs :], strict=True))
         again = partial(run, loss, args, prediction)
         tensors = *inputs.values(), *weights
