@@ -153,6 +153,19 @@ def test_weight_of_another_dtype(loss: str, name: str, dtype: torch.dtype, backe
         compare_with_torch(loss, x, y, **options)
 
 
+@pytest.mark.parametrize(("loss", "name"), WEIGHTED)
+def test_a_weight_is_read_as_it_is(loss: str, name: str, fused: str) -> None:
+    """torch rounds a sum of weights, or a weight minus 1, to the weight's dtype."""
+    x, y, _ = drawn(loss, torch.float32, torch.float32)
+    weight = torch.linspace(0.25, 2, 42).view(SHAPE).bfloat16()
+    x = leaf(x)
+    value = getattr(FL, loss)(x, y, **{name: weight})
+    exact = leaf(x.detach().double())
+    truth = torch_loss(loss)(exact, y.double(), **{name: weight.double()})
+    assert_near(value.detach(), truth.detach(), "value")
+    assert_near(torch.autograd.grad(value, x)[0], torch.autograd.grad(truth, exact)[0], "gradient")
+
+
 def test_a_mask_as_weight_is_fused(fused: str) -> None:
     x, y = leaf(torch.randn(SHAPE)), torch.randn(SHAPE)
     for mask in (y > 0, (y > 0).to(torch.uint8), (y > 0).long(), (y > 0).double()):
