@@ -6,7 +6,19 @@
 
 namespace fusedloss {
 
-enum class DType : int8_t { kFloat64, kFloat32, kBFloat16, kFloat16, kInt64 };
+// What is computed and written is one of the first four; the others are only read.
+enum class DType : int8_t {
+  kFloat64,
+  kFloat32,
+  kBFloat16,
+  kFloat16,
+  kInt64,
+  kInt32,
+  kInt16,
+  kInt8,
+  kUInt8,
+  kBool
+};
 
 constexpr int kMaxDims = 8;  // an operand that strides through more dimensions is copied
 constexpr int kMaxInputs = 8;

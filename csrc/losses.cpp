@@ -30,7 +30,8 @@ struct BuiltIn {
     rows.mean = Mean::kRows;
     rows.parameters = 1;  // label_smoothing
     rows.of_classes = &rows;
-    find("log_loss")->of_classes = find("log_loss_of_classes");
+    LossInfo* const of_classes = find("log_loss_of_classes");
+    find("log_loss")->of_classes = of_classes->of_classes = of_classes;
   }
 
   LossInfo* find(std::string_view name) {

@@ -41,7 +41,15 @@ NO_TORCHSCRIPT = (
     "torch.export, or torch.nn's own losses where it must be torch.jit"
 )
 _DISABLED = torch._C._disabled_torch_function_impl
-_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+# What an operand may be beside an input of another dtype: see Loss.targets.
+_MOST = {"same": 0, "floating": 1, "signed": 2, "integers": 3, "any": 4}
+_FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_KINDS = {
+    **dict.fromkeys(_FLOATING, 1),
+    **dict.fromkeys((torch.int64, torch.int32, torch.int16, torch.int8), 2),
+    torch.uint8: 3,
+    torch.bool: 4,
+}
 
 # The public functions by name, and the pairs of torch's function, which handlers of torch functions
 # know, and ours. fusedloss.functional fills them in.
@@ -247,6 +255,26 @@ def _overridden(*tensors: Any) -> bool:
     return not torch.compiler.is_compiling() and has_torch_function(tensors)
 
 
+def _carried_metadata(tensors: Sequence[Any]) -> type | None:
+    """The class of the result, if the only subclass among the tensors has nothing to say about a loss:
+    torch's own __torch_function__ makes the result one of it, torchvision's a plain tensor."""
+    kinds = {type(t) for t in tensors if _sees_functions(t)}
+    if len(kinds) != 1 or torch._C._len_torch_function_stack():
+        return None
+    (kind,) = kinds
+    handler: Any = getattr(kind.__torch_function__, "__func__", None)
+    if handler is Tensor.__torch_function__.__func__:  # type: ignore[attr-defined]
+        return kind
+    vision = sys.modules.get("torchvision.tv_tensors")
+    if vision is None or handler is not vision.TVTensor.__torch_function__.__func__:
+        return None
+    return kind if vision._torch_function_helpers._must_return_subclass() else Tensor
+
+
+def _plain(value: Any) -> Any:
+    return value.as_subclass(Tensor) if _sees_functions(value) else value
+
+
 def _set_modes(modes: Sequence[TorchFunctionMode]) -> None:
     for _ in range(torch._C._len_torch_function_stack()):
         _pop_mode()  # type: ignore[no-untyped-call]
@@ -328,20 +356,69 @@ def _autocast_refuses(device: str) -> bool:
     return device != "cpu" and torch.is_autocast_enabled(device)
 
 
-def _result_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype | str:
-    """The dtype of the loss; or, as text, why no fused kernel takes these dtypes."""
-    dtype = input.dtype
-    if dtype not in _DTYPES:
+def _result_dtype(
+    inputs: Sequence[Tensor | None],
+    kinds: Sequence[str],
+    weights: Sequence[tuple[Tensor | None, str]],
+    result: str,
+) -> torch.dtype | str:
+    """The dtype of the loss; or, as text, why no fused kernel takes these dtypes.
+
+    kinds: what each input may be beside a first input of another dtype, as in ``Loss.targets``; None
+    stands for class indices. weights: each with what it may be. result: as in ``Loss.result``; or
+    ``"inputs"``, promoted from all but weights.
+    """
+    first = inputs[0]
+    assert first is not None
+    dtype = first.dtype
+    if dtype not in _FLOATING:
         return f"dtype {dtype} has no fused kernel"
     # Under autocast torch casts the inputs of every loss to float32; our kernels read them as they are.
-    if torch.is_autocast_enabled(input.device.type) and dtype is not torch.float64:
-        for other in others:
-            if other is not None and (other.dtype not in _DTYPES or other.dtype is torch.float64):
-                return f"dtypes {dtype} and {other.dtype} under autocast"
+    autocast = torch.is_autocast_enabled(first.device.type) and dtype is not torch.float64
+    found = {dtype}
+    for place, (t, kind) in enumerate((*zip(inputs, kinds, strict=True), *weights)):
+        if t is None or t.dtype is first.dtype:
+            continue
+        most = max(_MOST[kind], autocast)
+        if _KINDS.get(t.dtype, len(_MOST)) > most:
+            return f"dtypes differ: {first.dtype} and {t.dtype}"
+        if result == "inputs" and place >= len(inputs):
+            continue
+        if result in ("promoted", "inputs"):
+            dtype = torch.promote_types(dtype, t.dtype)
+        elif result == "target" and place == 1:
+            dtype = t.dtype
+        if t.dtype in _FLOATING:
+            found.add(t.dtype)
+    if autocast and torch.float64 not in found:
         return torch.float32
-    for other in others:
-        if other is not None and other.dtype is not dtype:
-            return f"dtypes differ: {dtype} and {other.dtype}"
+    # The kernels compute in float32, or in float64 for a loss of that dtype: no operand may have more
+    # digits than that. Nor may each of two gradients have digits that the other one lacks.
+    digits_stay = dtype in found and (torch.float64 not in found or dtype is torch.float64)
+    if digits_stay and not autocast:
+        return dtype
+    names = " and ".join(sorted(map(str, found)))
+    return f"dtypes {names} under autocast" if autocast else f"dtypes {names} for a loss of {dtype}"
+
+
+def _dtype(loss: Loss, call: dict[str, Any]) -> torch.dtype | str:
+    """:func:`_result_dtype` of a call."""
+    input, target, *more = (call[name] for name in loss.arguments[: loss.inputs])
+    kinds = ["same", *("floating",) * (loss.inputs - 1)]
+    kinds[loss.arguments.index("target")] = loss.targets
+    of_weight = "any"
+    if loss.over_classes:
+        of_weight = "same"
+        if target.dtype is torch.int64:
+            target = None
+    weight = call.get("weight")
+    one_number = weight is not None and weight.dim() == 0 and input.dim() > 0
+    if loss.result == "promoted" and one_number:
+        of_weight = "same"  # torch does not let one number decide
+    weights = (weight, of_weight), (call.get("pos_weight"), "signed")
+    dtype = _result_dtype((input, target, *more), kinds, weights, loss.result)
+    if loss.over_classes and dtype is torch.float64 and input.dtype is not dtype:
+        return f"dtypes differ: {input.dtype} and {dtype}"  # the row engines compute as for input
     return dtype
 
 
@@ -417,6 +494,10 @@ def _run_any(loss: Loss, args: tuple[Any, ...], prediction: Tensor | None) -> Te
             _report(loss.name, "few elements, which are left to the compiler")
         return loss.reference(*args)
     if _overridden(*inputs.values(), *weights):
+        kind = _carried_metadata((*inputs.values(), *weights))
+        if kind is not None:
+            value = run(loss, tuple(map(_plain, args)), prediction)
+            return value if kind is Tensor else value.as_subclass(kind)
         options = dict(zip(loss.arguments[loss.inputs :], args[loss.inputs :], strict=True))
         again = partial(run, loss, args, prediction)
         tensors = *inputs.values(), *weights
@@ -424,9 +505,7 @@ def _run_any(loss: Loss, args: tuple[Any, ...], prediction: Tensor | None) -> Te
     backend, dtype = "", None
     reason = _unfit(loss, call) or _why_not_fused(inputs, *weights, gradients=loss.gradients)
     if reason is None:
-        indices = loss.over_classes and target.dtype is torch.int64
-        others = [None if indices else target, *args[2 : loss.inputs]]
-        dtype = _result_dtype(input, *others, *weights)
+        dtype = _dtype(loss, call)
         if isinstance(dtype, str):
             reason = dtype
         else:
@@ -471,7 +550,7 @@ def _unfit_elements(loss: Loss, call: dict[str, Any]) -> str | None:
     for name in loss.arguments[1 : loss.inputs]:
         if name == "var" and _expanded_variance(call["var"], input) is not None:
             continue
-        if call[name].shape != input.shape:
+        if call[name].shape != input.shape and not _is_expanded(loss, call):
             return f"shapes differ: {tuple(input.shape)} and {tuple(call[name].shape)}"
     if loss.operator and input.dim() == 0:
         return "input has no class dimension"
@@ -485,6 +564,15 @@ def _unfit_elements(loss: Loss, call: dict[str, Any]) -> str | None:
             continue
         return f"a weight of shape {tuple(w.shape)}"
     return None
+
+
+def _is_expanded(loss: Loss, call: dict[str, Any]) -> bool:
+    """Whether the kernels read the target through an expanded view, which has no gradient of its own."""
+    if not loss.expands or torch.compiler.is_compiling():  # a compiler cannot trace the warning
+        return False
+    input, target = call["input"], call["target"]
+    wanted = torch.is_grad_enabled() and target.requires_grad
+    return not wanted and _broadcasts_to(target, input)
 
 
 def _also(loss: Loss) -> tuple[str, ...]:
@@ -552,6 +640,13 @@ def _run_fused(
     loss: Loss, call: dict[str, Any], backend: str, dtype: torch.dtype, prediction: Tensor | None
 ) -> Tensor:
     input, target, *more = (call[name] for name in loss.arguments[: loss.inputs])
+    if loss.expands and target.shape != input.shape:
+        _caller.warn(
+            f"Using a target size ({target.size()}) that is different to the input size "
+            f"({input.size()}). This will likely lead to incorrect results due to broadcasting. "
+            "Please ensure they have the same size."
+        )
+        target = target.expand_as(input)
     weight = call.get("weight")
     reduction, pos_weight = call["reduction"], call.get("pos_weight")
     name, parameters = loss.operator or loss.name, [float(call[key]) for key in loss.parameters]

@@ -36,6 +36,12 @@ class Loss:
         at_zero: the operators' loss for the number 0, which takes no parameter.
         variant: the argument with which the operators' loss is another one: ``name_variant``.
         operator: the operators' loss, if it has another name.
+        result: where the loss's dtype comes from, as in torch, if its operands have several:
+            ``"promoted"`` from all, or the dtype of ``"input"`` or ``"target"``.
+        targets: what the target may be beside an input of another dtype, each including those before:
+            the ``"same"`` only, ``"floating"``, ``"signed"`` integers, all ``"integers"`` (torch
+            negates some targets, or compares them with -1, and uint8 wraps), ``"any"`` (bool too). torch raises for the rest.
+        expands: a target of another shape is broadcast to input's, with torch's warning.
         few: below that many elements torch.compile gets the loss in plain PyTorch; see
             ``_dispatch._left_to_inductor``.
     """
@@ -52,6 +58,9 @@ class Loss:
     at_zero: str = ""
     variant: str = ""
     operator: str = ""
+    result: str = "promoted"
+    targets: str = "same"
+    expands: bool = False
     few: int = 1 << 18
 
     @cached_property
@@ -59,7 +68,7 @@ class Loss:
         """The loss's number in the short way in C++. There it has no inputs if it is made of another loss."""
         number: int = _C.define(
             self.name, self.arguments, 0 if self.operator else self.inputs, self.gradients, self.weight, self.parameters,
-            self.low, self.high, self.at_zero, self.variant,
+            self.low, self.high, self.at_zero, self.variant, self.result, self.targets,
         )  # fmt: skip
         return number
 
@@ -77,8 +86,22 @@ _LEGACY = ("size_average", "reduce", "reduction")
 LOSSES: dict[str, Loss] = {
     loss.name: loss
     for loss in (
-        Loss("mse_loss", reference.mse_loss, ("input", "target", *_LEGACY, "weight"), gradients=2),
-        Loss("l1_loss", reference.l1_loss, ("input", "target", *_LEGACY, "weight"), gradients=2),
+        Loss(
+            "mse_loss",
+            reference.mse_loss,
+            ("input", "target", *_LEGACY, "weight"),
+            gradients=2,
+            targets="any",
+            expands=True,
+        ),
+        Loss(
+            "l1_loss",
+            reference.l1_loss,
+            ("input", "target", *_LEGACY, "weight"),
+            gradients=2,
+            targets="integers",
+            expands=True,
+        ),
         Loss(
             "smooth_l1_loss",
             reference.smooth_l1_loss,
@@ -89,6 +112,8 @@ LOSSES: dict[str, Loss] = {
             low=1e-30,
             high=1e30,
             at_zero="l1_loss",
+            targets="integers",
+            expands=True,
         ),
         Loss(
             "huber_loss",
@@ -98,12 +123,14 @@ LOSSES: dict[str, Loss] = {
             parameters=("delta",),
             low=5e-324,
             high=float("inf"),
+            expands=True,
         ),
         Loss(
             "binary_cross_entropy",
             reference.binary_cross_entropy,
             ("input", "target", "weight", *_LEGACY),
             weight="broadcasts",
+            result="input",
             few=1 << 12,
         ),
         Loss(
@@ -112,12 +139,16 @@ LOSSES: dict[str, Loss] = {
             ("input", "target", "weight", *_LEGACY, "pos_weight"),
             weight="broadcasts",
             variant="pos_weight",
+            result="target",
+            targets="floating",
             few=1 << 12,
         ),
         Loss(
             "soft_margin_loss",
             reference.soft_margin_loss,
             ("input", "target", *_LEGACY),
+            result="input",
+            targets="signed",
             few=1 << 12,
         ),
         Loss(
@@ -126,6 +157,7 @@ LOSSES: dict[str, Loss] = {
             ("input", "target", "weight", *_LEGACY),
             weight="broadcasts",
             operator="binary_cross_entropy_with_logits",
+            targets="signed",
             few=1 << 12,
         ),
         Loss(
@@ -133,6 +165,8 @@ LOSSES: dict[str, Loss] = {
             reference.hinge_embedding_loss,
             ("input", "target", "margin", *_LEGACY),
             parameters=("margin",),
+            result="input",
+            targets="signed",
         ),
         Loss(
             "margin_ranking_loss",
@@ -141,12 +175,14 @@ LOSSES: dict[str, Loss] = {
             inputs=3,
             gradients=2,
             parameters=("margin",),
+            targets="signed",
         ),
         Loss(
             "kl_div",
             reference.kl_div,
             ("input", "target", *_LEGACY, "log_target"),
             variant="log_target",
+            targets="floating",
             few=1 << 12,
         ),
         Loss(
@@ -156,6 +192,7 @@ LOSSES: dict[str, Loss] = {
             parameters=("eps", "full"),
             low=0.0,
             variant="log_input",
+            targets="integers",
             few=1 << 12,
         ),
         Loss(
@@ -166,6 +203,7 @@ LOSSES: dict[str, Loss] = {
             gradients=3,
             parameters=("eps", "full"),
             low=0.0,
+            targets="integers",
             few=1 << 12,
         ),
         Loss(
@@ -179,6 +217,7 @@ LOSSES: dict[str, Loss] = {
             parameters=("label_smoothing",),
             low=0.0,
             high=1.0,
+            targets="floating",
             few=1 << 14,
         ),
         Loss(

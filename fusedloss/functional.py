@@ -72,8 +72,8 @@ def mse_loss(
 
     Args:
         input: predictions :math:`x`, any shape.
-        target: :math:`y`, of input's shape and dtype; another shape is broadcast, with a warning,
-            as in torch.
+        target: :math:`y`, of input's shape, and of any real dtype; another shape is broadcast, with a
+            warning, as in torch.
         weight: :math:`w`, of input's shape. With it, ``"mean"`` divides by its sum.
 
     Returns:

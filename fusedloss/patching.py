@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as torch_functional
 from torch.nn.modules.loss import _Loss
 
-from . import _caller, _dispatch, modules
+from . import _caller, _dispatch, _others, modules
 from ._dispatch import Call, Explanation
 
 __all__ = ["patch", "replace", "restore"]
@@ -230,9 +230,10 @@ class patch(ContextDecorator):
             trainer.fit(model)
         print(patched)
 
-    torch's modules call these functions, and so are fused as well. The patch does not reach a
-    function that was imported before (``from torch.nn.functional import mse_loss``). It holds for all
-    threads, and patches nest: the last one that ends puts back the functions that the first one found.
+    torch's modules call these functions, and so are fused as well; so are some losses of timm, torchvision,
+    transformers and segmentation_models_pytorch. The patch does not reach a function that was imported
+    before (``from torch.nn.functional import mse_loss``). It holds for all threads, and patches nest: the
+    last one that ends puts back the functions that the first one found.
 
     The patch prints as a table of the calls that it reached: each line outside of torch and fusedloss
     that called a loss (by whatever name), how many calls, and which path they took and why. A graph of
@@ -286,6 +287,7 @@ class patch(ContextDecorator):
                 patch._found = {name: getattr(torch_functional, name) for name in _FUNCTIONS}
                 for name, fused in _FUNCTIONS.items():
                     setattr(torch_functional, name, fused)
+                _others.start()
             patch._active += 1
             if not any(table is self._table for table in _dispatch._counted):
                 _dispatch._counted = (*_dispatch._counted, self._table)
@@ -309,6 +311,7 @@ class patch(ContextDecorator):
             if patch._active == 0:
                 # This stop() ends all patches, whichever patch it belongs to.
                 _dispatch._counted = ()
+                _others.stop()
                 for name, original in patch._found.items():
                     setattr(torch_functional, name, original)
 

@@ -78,7 +78,7 @@ def loss_reference_gradient(
     """The gradients whose bits are set in ``gradients``, with a graph if autograd needs one."""
 
     def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() else t
+        return t.to(torch.promote_types(t.dtype, dtype)) if t.is_floating_point() else t
 
     with torch.enable_grad():
         # Views, since the outer backward runs the hooks of the tensors themselves.

@@ -366,7 +366,8 @@ def compare_with_torch(
         assert mine.shape == expected.shape, f"{what}: {mine.shape}, torch's {expected.shape}"
         if not expected.numel():
             continue
-        floats = [t.dtype for t in (input, target) if t.is_floating_point()]
+        tensors = [t for t in (input, target, *options.values()) if isinstance(t, Tensor)]
+        floats = [t.dtype for t in tensors if t.is_floating_point()]
         eps = max(torch.finfo(dtype).eps for dtype in (*floats, torch.float64))
         finite = expected[expected.isfinite()]
         largest = float(finite.abs().max()) if finite.numel() else 0.0

@@ -402,7 +402,8 @@ class RandomCall:
 
     def tensor(self, shape: tuple[int, ...]) -> Tensor:
         """In (0, 1), in any layout."""
-        dtype = self.maybe(self.dtype, torch.float32, torch.float64, torch.int32)
+        integers = torch.int64, torch.int32, torch.uint8, torch.bool
+        dtype = self.maybe(self.dtype, torch.float32, torch.float64, torch.bfloat16, *integers)
         t = torch.rand(shape) * 0.9 + 0.05
         layout = self.maybe("row-major", "transposed", "stepped", "channels_last")
         if layout == "transposed" and t.dim() > 1:
@@ -481,9 +482,13 @@ def test_the_short_way_decides_as_the_long_way(
         plain = call.context != "autocast"
         is_fused = fused is not None and fused.fused
         assert not any(taken) or (is_fused and plain), f"{what}: {fused}"
-        # Layouts, dimensions and deprecated options that the long way looks into.
+        # Layouts, shapes and deprecated options that the long way looks into.
         rare = call.input.dim() > (3 if call.loss == "cross_entropy" else 8)
         rare = rare or bool({"size_average", "reduce"} & call.options.keys())
+        rare = rare or (
+            call.loss.endswith(("l1_loss", "mse_loss", "huber_loss"))
+            and call.input.shape != call.target.shape
+        )
         assert any(taken) or not (is_fused and plain) or rare, f"{what}: {fused}"
         with monkeypatch.context() as patch:
             patch.setattr(_dispatch, "_plain_calls", lambda: False)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fusedloss
 import fusedloss.functional as FL
 from cases import BASIC, DEVICE, DTYPES, Sample, at_shape
 from helpers import (
@@ -359,6 +360,23 @@ def test_broadcast_between_input_and_target(
     target = at_shape(loss, target_shape).sample(torch.float32, seed=1).target
     for reduction in ("none", "mean", "sum"):
         compare_with_torch(loss, input, target, reduction=reduction)
+
+
+@pytest.mark.parametrize("loss", ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"])
+def test_which_targets_are_expanded(loss: str, fused: str) -> None:
+    """Those that fit input's shape and want no gradient, which would be a sum."""
+    function, x = getattr(FL, loss), torch.randn(2, 5, 7)
+    for shape in ((7,), (5, 1), (2, 1, 7), (1, 1, 1), ()):
+        target = torch.randn(shape)
+        assert fusedloss.explain(function, leaf(x), target).fused, shape
+        assert not fusedloss.explain(function, leaf(x), leaf(target)).fused, shape
+        stepped = x.transpose(0, 2).contiguous().transpose(0, 2)
+        compare_with_torch(loss, stepped, target, reduction="sum")
+        compare_with_torch(loss, x, target, target_wants=True)
+    for shape in ((3, 2, 5, 7), (1, 2, 5, 7)):
+        assert not fusedloss.explain(function, leaf(x), torch.randn(shape)).fused, shape
+    if loss != "huber_loss":
+        compare_with_torch(loss, x, torch.tensor(2.0, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("weight_shape", [(5, 7), (7,), (1, 7), (5, 1), (1,), (), (5,), (3, 5, 7)])

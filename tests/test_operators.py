@@ -137,7 +137,7 @@ EACH_ROW = ([], "cross_entropy", [0.0], -100, 0, torch.float32)
         ("loss", (X, Y, *TWO_WEIGHTS, None), "has 2 inputs, and the call 3"),
         ("loss", (X, Y.to("meta"), *MSE, None), "beside a meta"),
         ("loss", (ROWS, CLASSES, X[:1], *LOG, None), "weight of shape"),
-        ("loss", (ROWS, CLASSES, *MSE, None), "no class indices"),
+        ("loss", (ROWS, CLASSES, *MSE, None), "target of shape"),
         ("loss", (ROWS, CLASSES.to("meta"), None, *SUM_OF_ROWS, None), "beside a meta"),
         ("loss", (ROWS[:, :0], ROWS[:, :0], None, *SUM_OF_ROWS, None), "no classes"),
         ("loss", (ROWS[:, :0], CLASSES, None, *SUM_OF_ROWS, None), "no classes"),

@@ -433,7 +433,7 @@ def test_a_patch_says_why_a_call_is_plain(compiled: str) -> None:
     x = torch.rand(5, 7)
     with fusedloss.patch() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for y in (x, x, x[:1], x.double()):
+        for y in (x, x, x[None], x.to(torch.uint16)):
             F.mse_loss(x, y)  # one line
         F.smooth_l1_loss(x, x, beta=0.0), F.mse_loss(x, x)  # two calls
         nn.Sequential(Pair(nn.HuberLoss()))(x)  # through modules
@@ -441,8 +441,8 @@ def test_a_patch_says_why_a_call_is_plain(compiled: str) -> None:
         FL.log_loss(x, x)  # torch has no such function
     one = [
         "fused, compiled",
-        "plain PyTorch: shapes differ: (5, 7) and (1, 7)",
-        "plain PyTorch: dtypes differ: torch.float32 and torch.float64",
+        "plain PyTorch: shapes differ: (5, 7) and (1, 5, 7)",
+        "plain PyTorch: dtypes differ: torch.float32 and torch.uint16",
     ]
     inner = line_of("within")
     assert rows(patch) == [

@@ -191,6 +191,37 @@ def test_subclass(family: str, which: str, backend: str) -> None:
     both(family, use)
 
 
+def test_a_subclass_that_only_carries_metadata_is_fused(fused: str) -> None:
+    x, y = torch.rand(SHAPE), torch.rand(SHAPE)
+    tagged = leaf(x.as_subclass(Tagged))
+    told = fusedloss.explain(FL.mse_loss, tagged, y)
+    assert told.fused and told.backend == fused
+    value = FL.mse_loss(tagged, y)
+    assert type(value) is Tagged
+    value.backward()
+    expected = leaf(x)
+    FL.mse_loss(expected, y).backward()
+    assert torch.equal(tagged.grad.as_subclass(Tensor), expected.grad)
+    assert type(FL.mse_loss(x, y, weight=y.as_subclass(Tagged))) is Tagged
+    # One that has something to say, or two of which one may.
+    assert not fusedloss.explain(FL.mse_loss, x, y.as_subclass(Counting)).fused
+    assert not fusedloss.explain(FL.mse_loss, tagged, y.as_subclass(Counting)).fused
+
+
+def test_a_mask_of_torchvision_is_fused(fused: str) -> None:
+    vision = pytest.importorskip("torchvision.tv_tensors")
+    x, mask = leaf(torch.rand(SHAPE)), vision.Mask(torch.rand(SHAPE) > 0.5)
+    for target in (mask, vision.Mask(mask.float())):
+        assert fusedloss.explain(FL.mse_loss, x, target).fused
+        for kind in ("Tensor", "TVTensor"):
+            with vision.set_return_type(kind):
+                ours, theirs = FL.mse_loss(x, target), torch.nn.functional.mse_loss(x, target)
+            assert type(ours) is type(theirs)
+            torch.testing.assert_close(ours.as_subclass(Tensor), theirs.as_subclass(Tensor))
+    wide = vision.BoundingBoxes(torch.rand(2, 4), format="XYXY", canvas_size=(9, 9))
+    assert type(FL.l1_loss(torch.rand(2, 4), wide)) is Tensor
+
+
 @pytest.mark.parametrize("loss", TORCH_LOSSES)
 def test_torch_function_protocol(loss: str, backend: str) -> None:
     """A subclass's __torch_function__ is asked."""

@@ -13,6 +13,15 @@
 namespace fusedloss::cpu {
 namespace CPU_CAPABILITY {
 
+// As torch reads it: whatever is not 0 is 1.
+struct Bool {
+  uint8_t byte;
+
+  Bool() = default;
+  explicit Bool(double x) : byte(x != 0) {}
+  operator float() const { return byte != 0; }
+};
+
 template <class F>
 inline void with_type(DType dtype, F&& f) {
   switch (dtype) {
@@ -26,6 +35,16 @@ inline void with_type(DType dtype, F&& f) {
       return f(Half{});
     case DType::kInt64:
       return f(int64_t{});
+    case DType::kInt32:
+      return f(int32_t{});
+    case DType::kInt16:
+      return f(int16_t{});
+    case DType::kInt8:
+      return f(int8_t{});
+    case DType::kUInt8:
+      return f(uint8_t{});
+    case DType::kBool:
+      return f(Bool{});
   }
 }
 
@@ -47,6 +66,10 @@ constexpr bool is_half = std::is_same_v<S, BFloat16> || std::is_same_v<S, Half>;
 template <class S, class D>
 inline void convert(const S* from, int64_t from_stride, D* to, int64_t to_stride, int64_t n) {
   int64_t i = 0;
+  if (from_stride == 0 && to_stride == 1) {  // one number for all
+    std::fill_n(to, n, static_cast<D>(*from));
+    return;
+  }
   if (from_stride != 1 || to_stride != 1) {
     for (; i < n; ++i) to[i * to_stride] = static_cast<D>(from[i * from_stride]);
     return;
@@ -71,6 +94,18 @@ template <class T>
                              int64_t n, T* out) {
   with_type(dtype, [&](auto tag) {
     convert(static_cast<const decltype(tag)*>(data) + offset, stride, out, 1, n);
+  });
+}
+
+// Short rows, of n elements each.
+template <class T>
+[[gnu::noinline]] void widen_rows(DType dtype, const void* data, int64_t offset, int64_t row_stride,
+                                  int64_t stride, int64_t rows, int64_t n, T* out) {
+  with_type(dtype, [&](auto tag) {
+    const auto* from = static_cast<const decltype(tag)*>(data) + offset;
+    for (int64_t row = 0; row < rows; ++row, from += row_stride) {
+      for (int64_t i = 0; i < n; ++i) *out++ = static_cast<T>(from[i * stride]);
+    }
   });
 }
 
@@ -101,7 +136,28 @@ template <class T>
     rest /= space.sizes[d];
     offset += index[d] * op.strides[d];
   }
+  // Goes on by that many elements of a dimension.
+  const auto step = [&](int d, int64_t count) {
+    index[d] += count;
+    offset += count * op.strides[d];
+    for (; d > 0 && index[d] == space.sizes[d]; --d) {
+      offset += op.strides[d - 1] - index[d] * op.strides[d];
+      index[d] = 0;
+      ++index[d - 1];
+    }
+  };
+  constexpr int64_t kShort = 16;
+  const int64_t row = space.sizes[last];
+  const bool short_rows = last > 0 && row < kShort && op.class_dim < 0;
   for (int64_t done = 0; done < n;) {
+    if (short_rows && index[last] == 0 && n - done >= row) {
+      const int64_t rows = std::min((n - done) / row, space.sizes[last - 1] - index[last - 1]);
+      widen_rows(op.dtype, op.data, offset, op.strides[last - 1], op.strides[last], rows, row,
+                 scratch + done);
+      done += rows * row;
+      step(last - 1, rows);
+      continue;
+    }
     const int64_t run = std::min(n - done, space.sizes[last] - index[last]);
     if (op.class_dim < 0) {
       widen(op.dtype, op.data, offset, op.strides[last], run, scratch + done);
@@ -119,14 +175,7 @@ template <class T>
       }
     }
     done += run;
-    // Carry: step to the start of the next run.
-    index[last] += run;
-    offset += run * op.strides[last];
-    for (int d = last; d > 0 && index[d] == space.sizes[d]; --d) {
-      offset += op.strides[d - 1] - index[d] * op.strides[d];
-      index[d] = 0;
-      ++index[d - 1];
-    }
+    step(last, run);
   }
   return scratch;
 }

@@ -63,9 +63,27 @@ __host__ __device__ auto with_type(DType dtype, F&& f) {
 // data: (> i) of dtype
 template <class T>
 __device__ T read(const void* data, DType dtype, int64_t i) {
-  return with_type(dtype, [=](auto tag) {
-    return static_cast<T>(widen(static_cast<const decltype(tag)*>(data)[i]));
-  });
+  const auto at = [=](auto tag) {
+    return static_cast<T>(static_cast<const decltype(tag)*>(data)[i]);
+  };
+  switch (dtype) {
+    case DType::kInt64:
+      return at(int64_t{});
+    case DType::kInt32:
+      return at(int32_t{});
+    case DType::kInt16:
+      return at(int16_t{});
+    case DType::kInt8:
+      return at(int8_t{});
+    case DType::kUInt8:
+      return at(uint8_t{});
+    case DType::kBool:
+      return at(bool{});
+    default:
+      return with_type(dtype, [=](auto tag) {
+        return static_cast<T>(widen(static_cast<const decltype(tag)*>(data)[i]));
+      });
+  }
 }
 template <class T>
 __device__ void write(void* data, DType dtype, int64_t i, T x) {

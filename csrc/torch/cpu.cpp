@@ -204,7 +204,7 @@ double sum_class_weights(const Arguments& a, const Tensor& indices, const Tensor
 [[noreturn]] void throw_outside_unit(const char* name, const Tensor& t, int64_t linear) {
   TORCH_CHECK(false, "all elements of ", name, " should be between 0 and 1, but ",
               element_name(name, t.sizes(), linear), " is ",
-              scalar(t.contiguous().view(-1)[linear]));
+              t.contiguous().view(-1)[linear].item<double>());
 }
 
 void find_outside_unit(const Tensor& input, const Tensor& target) {
@@ -247,7 +247,7 @@ struct CpuEngine {
   void read(const OptionalTensor& upstream) {
     operands_.read(call_, a, info, upstream);
     const Tensor& weight = operands_.class_weight();
-    if (a.indices()) {
+    if (takes_indices(a, info)) {
       class_weights_ = sum_class_weights(a, operands_.indices(), weight);
     }
     if (info.family == Family::kRows) {
@@ -295,7 +295,7 @@ struct CpuEngine {
     if (info.mean == Mean::kWeights && present(a.weight)) return sum_of(*a.weight);
     const auto elements = static_cast<double>(a.input.numel());
     if (info.mean != Mean::kRows) return elements;
-    return a.indices() ? class_weights_ : elements / static_cast<double>(a.classes());
+    return takes_indices(a, info) ? class_weights_ : elements / static_cast<double>(a.classes());
   }
 
   // Returns the sum of the losses, where it is wanted.

@@ -236,7 +236,7 @@ struct CudaEngine {
       launch_.normalizer = std::numeric_limits<double>::quiet_NaN();
     } else if (info.mean == Mean::kRows) {
       launch_.normalizer /= static_cast<double>(a.classes());
-      if (a.indices()) divide_by_class_weights();
+      if (takes_indices(a, info)) divide_by_class_weights();
     }
   }
 

@@ -134,6 +134,15 @@ c10::SmallVector<Tensor, 2> variables_of(const Arguments& a, const LossInfo& inf
   return variables;
 }
 
+// Whether a symmetric loss's kernels must give target's gradient, of which input's is the negative:
+// the only one that is wanted, or the one that has more digits.
+bool other_gradient_comes_first(const Arguments& a) {
+  const at::ScalarType input = a.input.scalar_type(), target = a.target.scalar_type();
+  if (!a.target.requires_grad()) return false;
+  return !a.input.requires_grad() ||
+         (input != target && at::promote_types(input, target) == target);
+}
+
 Tensor differentiable_loss(FUSEDLOSS_PARAMETERS, const OptionalTensor& prediction) {
   const Arguments a{FUSEDLOSS_ARGUMENTS};
   bool wanted = false;
@@ -145,7 +154,7 @@ Tensor differentiable_loss(FUSEDLOSS_PARAMETERS, const OptionalTensor& predictio
   }
   if (wanted) {
     const LossInfo& info = known_loss(loss);
-    if (info.symmetric && !input.requires_grad()) {
+    if (info.symmetric && other_gradient_comes_first(a)) {
       return differentiable_loss(target, input, weight, more, loss, parameters, ignore_index,
                                  reduction, dtype, prediction);
     }

@@ -49,7 +49,6 @@ struct Arguments {
     return i == 0 ? input : i == 1 ? target : more[i - 2];
   }
   bool each() const { return reduction == at::Reduction::None; }
-  bool indices() const { return target.scalar_type() == at::kLong; }
   bool in_double() const { return dtype == at::kDouble; }
   int64_t classes() const { return input.dim() > 0 ? input.size(class_dim(input)) : 0; }
   // With each() there is one for every element or row; else it is in the state.

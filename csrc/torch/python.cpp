@@ -64,11 +64,54 @@ OptionalTensor optional(py::handle object) {
   return object.is_none() ? std::nullopt : OptionalTensor(THPVariable_Unpack(object.ptr()));
 }
 
+// What an operand of another dtype than input's may be; each includes those before it.
+enum Kind { kSame, kFloating, kSigned, kIntegers, kAny, kNone };
+constexpr const char* kKinds[] = {"same", "floating", "signed", "integers", "any"};
+
+Kind kind_of(at::ScalarType dtype) {
+  if (computes(dtype)) return kFloating;
+  switch (dtype) {
+    case at::kLong:
+    case at::kInt:
+    case at::kShort:
+    case at::kChar:
+      return kSigned;
+    case at::kByte:
+      return kIntegers;
+    case at::kBool:
+      return kAny;
+    default:
+      return kNone;
+  }
+}
+
+// Where the dtype of a loss comes from, if its operands have several.
+enum Result { kPromoted, kOfInputs, kOfInput, kOfTarget };
+constexpr const char* kResults[] = {"promoted", "inputs", "input", "target"};
+
+struct Dtypes {
+  Result result = kOfInputs;
+  Kind target = kAny, others = kAny;  // what they may be
+  int target_at = 1;                  // among the inputs
+
+  Kind of_input(int i) const { return i == target_at ? target : others; }
+};
+
+// The place of a text among some.
+template <size_t n>
+int place_of(const std::string& text, const char* const (&all)[n]) {
+  const auto found = std::find(std::begin(all), std::end(all), text);
+  if (found == std::end(all)) throw py::value_error(text);
+  return static_cast<int>(found - std::begin(all));
+}
+
 // The tensors of a call; `ok` while it is a plain one.
 struct PlainCall {
   const Tensor *input = nullptr, *target = nullptr;
   c10::SmallVector<Tensor, 2> more;  // inputs besides those
   bool ok = true, saves = false;
+  at::ScalarType dtype = at::kFloat;           // of the loss
+  c10::SmallVector<at::ScalarType, 4> floats;  // of operands, where not input's
 
   // A loss of one input has it as target too.
   explicit PlainCall(const py::tuple& objects, size_t count) {
@@ -85,38 +128,64 @@ struct PlainCall {
     for (const Tensor* t : inputs) saves = saves || wants_gradient(*t);
     for (const Tensor* t : inputs) ok = ok && joins(*t);
     for (size_t i = 2; ok && i < count; ++i) {
-      ok = inputs[i]->scalar_type() == dtype() && inputs[i]->sizes() == input->sizes();
+      ok = inputs[i]->sizes() == input->sizes();
       more.push_back(*inputs[i]);
     }
+    dtype = input->scalar_type();
   }
 
-  at::ScalarType dtype() const { return input->scalar_type(); }
+  // Takes an operand, of this kind at the most, into the loss's dtype: see _result_dtype() in
+  // fusedloss/_dispatch.py.
+  void combine(const Tensor& t, Kind most, bool counts) {
+    if (t.scalar_type() != input->scalar_type()) combine_other(t.scalar_type(), most, counts);
+  }
+  void combine_other(at::ScalarType other, Kind most, bool counts) {
+    const Kind kind = kind_of(other);
+    ok = ok && kind <= most;
+    if (!ok) return;
+    if (counts) dtype = at::promote_types(dtype, other);
+    if (kind == kFloating) floats.push_back(other);
+  }
+  // Whether the loss is of an operand's dtype, and none has more digits than it is computed with.
+  bool keeps_digits() const {
+    const auto has = [&](at::ScalarType one) {
+      return input->scalar_type() == one ||
+             std::find(floats.begin(), floats.end(), one) != floats.end();
+    };
+    return floats.empty() || (has(dtype) && (dtype == at::kDouble || !has(at::kDouble)));
+  }
 
   // An inference tensor cannot be saved for backward, and torch may do without.
   bool joins(const Tensor& t) const {
     return t.device() == input->device() && !(saves && t.is_inference());
   }
 
-  OptionalTensor weight(py::handle object, at::IntArrayRef sizes, bool broadcasts) {
+  OptionalTensor weight(py::handle object, at::IntArrayRef sizes, bool broadcasts, Kind most,
+                        bool counts) {
     if (!ok || object.is_none()) return std::nullopt;
     const Tensor* w = plain(object);
-    ok = w && joins(*w) && w->scalar_type() == dtype() && !wants_gradient(*w) &&
+    ok = w && joins(*w) && !wants_gradient(*w) &&
          (w->sizes() == sizes || (broadcasts && at::is_expandable_to(w->sizes(), sizes)));
+    if (ok) combine(*w, most, counts);
     return ok ? OptionalTensor(*w) : std::nullopt;
   }
 
-  // A loss of elements needs a target like its input. gradients: for how many inputs, from the
-  // first on, there is one.
-  void check_elements(int gradients) {
-    ok = ok && target->scalar_type() == dtype() && target->sizes() == input->sizes() &&
-         (gradients > 1 || !wants_gradient(*target));
-    for (size_t i = 0; i < more.size(); ++i) {
-      ok = ok && (static_cast<int>(i) + 2 < gradients || !wants_gradient(more[i]));
+  // A loss of elements needs a target of its input's shape. gradients: for how many inputs, from
+  // the first on, there is one.
+  void check_elements(int gradients, const Dtypes& dtypes) {
+    ok = ok && target->sizes() == input->sizes() && (gradients > 1 || !wants_gradient(*target));
+    if (!ok) return;
+    const bool counts = dtypes.result == kPromoted || dtypes.result == kOfInputs;
+    combine(*target, dtypes.of_input(1), counts);
+    if (dtypes.result == kOfTarget) dtype = target->scalar_type();
+    for (int i = 0; i < static_cast<int>(more.size()); ++i) {
+      ok = ok && (i + 2 < gradients || !wants_gradient(more[i]));
+      combine(more[i], dtypes.of_input(i + 2), counts);
     }
   }
 
   // A loss of rows takes class indices, or probabilities, among which no index is ignored.
-  void check_rows(int64_t ignore_index) {
+  void check_rows(int64_t ignore_index, const Dtypes& dtypes) {
     if (!ok || input->dim() == 0 || wants_gradient(*target) || classes() > (1 << 24)) {
       ok = false;
     } else if (target->scalar_type() == at::kLong) {
@@ -124,15 +193,17 @@ struct PlainCall {
       rows.erase(rows.begin() + class_dim(*input));
       ok = target->sizes() == at::IntArrayRef(rows);
     } else {
-      check_elements(1);
-      ok = ok && ignore_index < 0;
+      check_elements(1, dtypes);
+      // The row engines compute in double where input is.
+      ok = ok && ignore_index < 0 && keeps_digits() &&
+           (dtype == input->scalar_type() || dtype != at::kDouble);
     }
   }
 
   int64_t classes() const { return input->size(class_dim(*input)); }
 
   OptionalTensor class_weight(py::handle object) {
-    return ok ? weight(object, {classes()}, false) : std::nullopt;
+    return ok ? weight(object, {classes()}, false, kSame, false) : std::nullopt;
   }
 };
 
@@ -164,15 +235,15 @@ Tensor call_loss(const PlainCall& call, const OptionalTensor& weight, at::Tensor
 py::object custom(const py::tuple& inputs, py::handle weight_object, std::string_view loss,
                   const std::vector<double>& parameters, int64_t reduction, py::handle prediction) {
   PlainCall call(inputs, inputs.size());
-  call.check_elements(static_cast<int>(inputs.size()));
-  if (!call.ok) return py::none();
-  OptionalTensor weight = call.weight(weight_object, call.input->sizes(), true);
+  call.check_elements(static_cast<int>(inputs.size()), Dtypes());
+  if (!call.ok || !call.keeps_digits()) return py::none();
+  OptionalTensor weight = call.weight(weight_object, call.input->sizes(), true, kAny, false);
   if (!call.ok) return py::none();
   const OptionalTensor site = optional(prediction);
   return without_gil([&] {
     // A mean divides by its sum.
     if (weight) weight = weight->expand(call.input->sizes());
-    return call_loss(call, weight, call.more, loss, parameters, 0, reduction, call.dtype(), site);
+    return call_loss(call, weight, call.more, loss, parameters, 0, reduction, call.dtype, site);
   });
 }
 
@@ -187,6 +258,7 @@ struct Signature {
   double low, high;  // of the first parameter; others are bools
   std::vector<int> parameters;
   int weight, size_average, reduce, reduction, variant, ignore_index;
+  Dtypes dtypes;
 };
 
 std::vector<Signature>& signatures() {
@@ -197,19 +269,33 @@ std::vector<Signature>& signatures() {
 size_t define(const std::string& name, const std::vector<std::string>& arguments, int inputs,
               int gradients, const std::string& weight_kind,
               const std::vector<std::string>& parameters, double low, double high,
-              const std::string& at_zero, const std::string& variant) {
+              const std::string& at_zero, const std::string& variant, const std::string& result,
+              const std::string& targets) {
   const auto at = [&](const std::string& argument) {
     const auto found = std::find(arguments.begin(), arguments.end(), argument);
     return found == arguments.end() ? -1 : static_cast<int>(found - arguments.begin());
   };
   std::vector<int> numbers;
   for (const std::string& parameter : parameters) numbers.push_back(at(parameter));
-  signatures().push_back({name, at_zero, name + "_" + variant, inputs, gradients,
+  signatures().push_back({name,
+                          at_zero,
+                          name + "_" + variant,
+                          inputs,
+                          gradients,
                           weight_kind == "class"        ? Signature::kClass
                           : weight_kind == "broadcasts" ? Signature::kBroadcasts
                                                         : Signature::kElement,
-                          low, high, std::move(numbers), at("weight"), at("size_average"),
-                          at("reduce"), at("reduction"), at(variant), at("ignore_index")});
+                          low,
+                          high,
+                          std::move(numbers),
+                          at("weight"),
+                          at("size_average"),
+                          at("reduce"),
+                          at("reduction"),
+                          at(variant),
+                          at("ignore_index"),
+                          {static_cast<Result>(place_of(result, kResults)),
+                           static_cast<Kind>(place_of(targets, kKinds)), kFloating, at("target")}});
   return signatures().size() - 1;
 }
 
@@ -285,30 +371,31 @@ struct Options {
 // A loss of every element.
 py::object elements_loss(const Signature& s, PlainCall& call, const py::tuple& args,
                          const Options& options, const OptionalTensor& prediction) {
-  call.check_elements(s.gradients);
+  call.check_elements(s.gradients, s.dtypes);
   if (!call.ok) return py::none();
   const at::IntArrayRef sizes = call.input->sizes();
   const bool broadcasts = s.weight_kind == Signature::kBroadcasts;
-  const auto weight_at = [&](int i) {
-    return i < 0 ? std::nullopt : call.weight(args[i], sizes, broadcasts);
+  const bool counts = s.dtypes.result == kPromoted;
+  const auto weight_at = [&](int i, Kind most) {
+    return i < 0 ? std::nullopt : call.weight(args[i], sizes, broadcasts, most, counts);
   };
-  const OptionalTensor weight = weight_at(s.weight);
+  const OptionalTensor weight = weight_at(s.weight, kAny);
   const std::string* name = &s.name;
   PyObject* const variant = s.variant < 0 ? Py_None : PyTuple_GET_ITEM(args.ptr(), s.variant);
   if (variant != Py_None && variant != Py_False) {
     name = &s.name_of_variant;
     if (variant != Py_True) {  // a tensor: pos_weight
-      if (const OptionalTensor more = weight_at(s.variant)) call.more.push_back(*more);
+      if (const OptionalTensor more = weight_at(s.variant, kSigned)) call.more.push_back(*more);
     }
   }
-  if (!call.ok) return py::none();
+  if (!call.ok || !call.keeps_digits()) return py::none();
   at::ArrayRef<double> parameters = options.parameters;
   if (!s.at_zero.empty() && parameters[0] == 0) {
     name = &s.at_zero;
     parameters = {};
   }
   return without_gil([&] {
-    return call_loss(call, weight, call.more, *name, parameters, 0, options.reduction, call.dtype(),
+    return call_loss(call, weight, call.more, *name, parameters, 0, options.reduction, call.dtype,
                      prediction);
   });
 }
@@ -316,10 +403,10 @@ py::object elements_loss(const Signature& s, PlainCall& call, const py::tuple& a
 // A loss of every row.
 py::object rows_loss(const Signature& s, PlainCall& call, const py::tuple& args,
                      const Options& options, const OptionalTensor& prediction) {
-  call.check_rows(options.ignore_index);
+  call.check_rows(options.ignore_index, s.dtypes);
   OptionalTensor weight = call.class_weight(args[s.weight]);
   if (!call.ok) return py::none();
-  const at::ScalarType dtype = call.dtype();
+  const at::ScalarType dtype = call.dtype;
   if (!s.parameters.empty()) {  // label_smoothing: cross-entropy
     if (!joins_inner_dimensions(*call.input)) return py::none();
     return without_gil([&] {

@@ -25,6 +25,16 @@ DType dtype_of(const Tensor& t) {
       return DType::kFloat16;
     case at::kLong:
       return DType::kInt64;
+    case at::kInt:
+      return DType::kInt32;
+    case at::kShort:
+      return DType::kInt16;
+    case at::kChar:
+      return DType::kInt8;
+    case at::kByte:
+      return DType::kUInt8;
+    case at::kBool:
+      return DType::kBool;
     default:
       TORCH_CHECK_TYPE(false, "fusedloss: dtype ", t.scalar_type(), " is not supported");
   }
@@ -87,8 +97,12 @@ const LossInfo& checked(const Arguments& a) {
   check_count(a, "inputs", a.inputs(), std::max(info.inputs, 2));
   check_device("target", a.target, a.input);
   at::DimVector expected(a.input.sizes());
-  if (a.indices()) {
-    TORCH_CHECK_VALUE(info.of_classes, "fusedloss: ", a.loss, " takes no class indices");
+  const bool indices = takes_indices(a, info);
+  TORCH_CHECK_TYPE(a.input.is_floating_point(), "fusedloss: input's dtype ", a.input.scalar_type(),
+                   " is not supported");
+  TORCH_CHECK_TYPE(!info.of_classes || indices || a.target.is_floating_point(),
+                   "fusedloss: target's dtype ", a.target.scalar_type(), " is not supported");
+  if (indices) {
     TORCH_CHECK_VALUE(a.input.dim() > 0, "fusedloss: input of shape () has no class dimension");
     expected = row_sizes(a.input);
   }
@@ -98,8 +112,8 @@ const LossInfo& checked(const Arguments& a) {
     TORCH_CHECK_VALUE(a[i].sizes() == a.input.sizes(), "fusedloss: input ", i, " of '", a.loss,
                       "' has shape ", a[i].sizes(), ", and input 0 ", a.input.sizes());
   }
-  if (a.indices() || info.family == Family::kRows) check_class_weight(a);
-  return a.indices() ? *info.of_classes : info;
+  if (indices || info.family == Family::kRows) check_class_weight(a);
+  return indices ? *info.of_classes : info;
 }
 
 void check_pair(const char* name, const Tensor& pair, const Tensor& input) {
@@ -166,9 +180,10 @@ void Operands::read(Call& call, const Arguments& a, const LossInfo& info,
   call.compute_in_double = a.in_double();
   call.ignore_index = a.ignore_index;
   call.numel = a.input.numel();
-  if (a.indices()) indices_ = aligned(a.target.contiguous());
+  const bool indices = takes_indices(a, info);
+  if (indices) indices_ = aligned(a.target.contiguous());
   const bool rows = info.family == Family::kRows;
-  if (present(a.weight) && (rows || a.indices())) {
+  if (present(a.weight) && (rows || indices)) {
     class_weight_ = aligned(a.weight->to(a.in_double() ? at::kDouble : at::kFloat).contiguous());
   }
   if (rows) {
@@ -184,7 +199,7 @@ void Operands::read(Call& call, const Arguments& a, const LossInfo& info,
 
 void Operands::read_elements(Call& call, const Arguments& a, const OptionalTensor& upstream) {
   const Tensor& input = a.input;
-  const bool classes = a.indices();
+  const bool classes = indices_.defined();
   const auto hold = [&](Operand& operand, const char* name, const Tensor& t) {
     check_device(name, t, input);
     held_.push_back({&operand, aligned(t).expand(input.sizes())});
@@ -257,7 +272,8 @@ static Tensor join_inner(const Tensor& t) { return t.dim() <= 3 ? t : t.flatten(
 
 void Operands::read_rows(Call& call, const Arguments& a, const OptionalTensor& upstream) {
   const Tensor all = aligned(a.input), input = join_inner(all);
-  const Tensor target = a.indices() ? indices_ : join_inner(aligned(a.target));
+  const bool indices = indices_.defined();
+  const Tensor target = indices ? indices_ : join_inner(aligned(a.target));
   held_ = {{&call.inputs[0], input}, {&call.inputs[1], target}};
   if (class_weight_.defined()) held_.push_back({&call.weight, class_weight_});
   if (present(upstream)) held_.push_back({&call.upstream, aligned(upstream->contiguous())});
@@ -270,7 +286,7 @@ void Operands::read_rows(Call& call, const Arguments& a, const OptionalTensor& u
   call.space.dims = 3;
   set(call.space.sizes, input.sizes());
   set(call.inputs[0].strides, input.strides());
-  if (!a.indices()) set(call.inputs[1].strides, target.strides());
+  if (!indices) set(call.inputs[1].strides, target.strides());
   const bool dense = all.is_non_overlapping_and_dense();
   TORCH_CHECK(!dense || input.const_data_ptr() == all.const_data_ptr(),
               "fusedloss: the dimensions of input behind the classes must be joinable");

@@ -28,6 +28,10 @@ const LossInfo& known_loss(std::string_view name);
 // The loss that a kernel computes. Throws where the arguments do not fit it: shapes, devices, and
 // how many inputs and parameters there are.
 const LossInfo& checked(const Arguments& a);
+// Whether target is class indices: to other losses an integer is a number.
+inline bool takes_indices(const Arguments& a, const LossInfo& info) {
+  return info.of_classes && a.target.scalar_type() == at::kLong;
+}
 // Throws unless there are two doubles, as in a prediction and a state, on input's device.
 void check_pair(const char* name, const at::Tensor& pair, const at::Tensor& input);
 // Throws unless grad_output is what autograd gives: a number; for each(), one for every element or

@@ -255,7 +255,8 @@ class PointwiseLoss:
         backend = key = why_not = ""
         dtype: torch.dtype | str | None = None
         if reason is None:
-            dtype = _dispatch._result_dtype(*inputs, weight)
+            kinds = ("any",) * len(inputs)
+            dtype = _dispatch._result_dtype(inputs, kinds, ((weight, "any"),), "inputs")
             unfit = [t for i, t in enumerate(inputs[1:], 1) if not self._fits(i, t, input)]
             if isinstance(dtype, str):
                 reason = dtype

@@ -179,13 +179,21 @@ def _differentiable(
     grad = torch.is_grad_enabled()
     wanted = [t.requires_grad for t in (input, target, *more)] if grad else []
     if any(wanted[: _variables(options[0])]):
-        if not input.requires_grad and _row(options[0]).symmetric:
+        if _row(options[0]).symmetric and _other_gradient_comes_first(input, target):
             input, target = target, input
         # Autograd looks for tensors among the arguments, not inside of lists.
         return OnePass.apply(input, target, weight, *more, *options)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowADInplaceOrView():
         call = _loss if _directly(input, target) else operators.loss.default
         return call(input, target, weight, more, *options)  # type: ignore[no-any-return]
+
+
+def _other_gradient_comes_first(input: Tensor, target: Tensor) -> bool:
+    """As in csrc/torch/operators.cpp."""
+    if not target.requires_grad or input.dtype is target.dtype:
+        return target.requires_grad and not input.requires_grad
+    wide = torch.promote_types(input.dtype, target.dtype) is target.dtype
+    return wide or not input.requires_grad
 
 
 def loss(input: Tensor, target: Tensor, *call: Any) -> Tensor:

@@ -145,8 +145,9 @@ def tile(
     if mask is not None:
         v = tl.where(mask, v, 0.0)
     # Roundings of float32 would add up where many values are equal.
-    if sources.inputs[0].pointer.dtype.element_ty == tl.float32:
-        v = v.to(tl.float64)
+    for k in tl.static_range(len(sources.inputs)):
+        if sources.inputs[k].pointer.dtype.element_ty == tl.float32:
+            v = v.to(tl.float64)
     return tl.sum(tl.reshape(v, [v.shape[0] // GROUP, GROUP]), 1).to(tl.float64)
 
 
@@ -308,9 +309,10 @@ def run(
 
     Gradients lie in memory as ``runtime.empty_like(input)`` does.
     """
-    runtime.check_shapes(input, target)
+    of_classes = loss.mean == "rows" and target.dtype is torch.int64
+    runtime.check_shapes(input, target, indices=of_classes)
     class_dim, indices = -1, None
-    if target.dtype is torch.int64:
+    if of_classes:
         runtime.check_rows(input, target, weight)
         class_dim = runtime.class_dim(input)
         indices = runtime.aligned(target.contiguous())

@@ -579,11 +579,11 @@ def class_dim(input: Tensor) -> int:
     return 1 if input.dim() > 1 else 0
 
 
-def check_shapes(input: Tensor, target: Tensor) -> None:
-    if target.shape == input.shape and target.dtype is not torch.int64:
+def check_shapes(input: Tensor, target: Tensor, *, indices: bool) -> None:
+    if not indices and target.shape == input.shape:
         return
     expected = list(input.shape)
-    if target.dtype is torch.int64:
+    if indices:
         if not expected:
             raise ValueError("fusedloss: input of shape () has no class dimension")
         del expected[class_dim(input)]
@@ -596,7 +596,7 @@ def check_shapes(input: Tensor, target: Tensor) -> None:
 
 def check_rows(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
     """The same for losses over rows, which need a class, and one weight for each class."""
-    check_shapes(input, target)
+    check_shapes(input, target, indices=target.dtype is torch.int64)
     classes = input.shape[class_dim(input)] if input.dim() else 0
     if classes == 0:
         raise ValueError(f"fusedloss: input of shape {list(input.shape)} has no classes")
