@@ -202,7 +202,9 @@ void Operands::read_elements(Call& call, const Arguments& a, const OptionalTenso
   const bool classes = indices_.defined();
   const auto hold = [&](Operand& operand, const char* name, const Tensor& t) {
     check_device(name, t, input);
-    held_.push_back({&operand, aligned(t).expand(input.sizes())});
+    const Tensor there = aligned(t);
+    const bool fits = there.sizes() == input.sizes();  // to expand takes time
+    held_.push_back({&operand, fits ? there : there.expand(input.sizes())});
   };
   hold(call.inputs[0], "input", input);
   hold(call.inputs[1], "target", classes ? indices_.unsqueeze(class_dim(input)) : a.target);

@@ -230,9 +230,8 @@ class PointwiseLoss:
             raise ValueError(f"{reduction} is not a valid value for reduction")
         bound = self._bound(clip_grad)
         input = inputs[0]
-        if not all(isinstance(t, Tensor) for t in inputs):
-            self._refuse(inputs)
-        if _dispatch._plain_calls() and not has_torch_function_unary(input):
+        is_tensor = isinstance(input, Tensor)
+        if is_tensor and _dispatch._plain_calls() and not has_torch_function_unary(input):
             known = self._keys.get(input.device.type)
             if known is not None:
                 numbers = (*values, bound)
@@ -241,6 +240,8 @@ class PointwiseLoss:
                     if _dispatch._counted:
                         _dispatch._count(self.__name__)
                     return loss  # type: ignore[no-any-return]
+        if not all(isinstance(t, Tensor) for t in inputs):
+            self._refuse(inputs)
         if _dispatch._overridden(*inputs, weight):
             options = {"reduction": reduction, "weight": weight, "clip_grad": clip_grad}
             return _dispatch._offer(  # type: ignore[no-any-return]

@@ -27,7 +27,7 @@ from sympy.logic.boolalg import Boolean
 from torch import Tensor
 from torch.nn import functional as F
 
-from .loss import INPUTS as INPUTS
+from .loss import INPUTS
 
 Expr = Any  # SymPy is untyped
 INPUT, TARGET = INPUTS[:2]

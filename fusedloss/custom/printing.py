@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import primitives
-from .primitives import INPUT, INPUTS, TARGET, Expr
+from .loss import INPUTS
+from .primitives import INPUT, TARGET, Expr
 from .tracing import Program, Traced
 
 # The inputs' names in code.

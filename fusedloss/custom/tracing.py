@@ -22,8 +22,8 @@ from sympy.core.parameters import distribute
 from torch import Tensor
 
 from . import primitives
-from .loss import as_float
-from .primitives import INPUTS, Expr
+from .loss import INPUTS, as_float
+from .primitives import Expr
 
 # Losses need less than a tenth of either.
 _DEEPEST = 64  # levels of nested primitives and operators
