@@ -5,7 +5,8 @@ errors. A call that the fused kernels cover computes value and gradient in one p
 :mod:`fusedloss.reference`. :func:`explain` says which, and why.
 
 All tensors are unitless. ``reduction`` is ``"mean"``, ``"sum"`` or ``"none"``. ``size_average`` and
-``reduce`` are torch's deprecated forms of it. Low-precision inputs are computed in float32.
+``reduce`` are torch's deprecated forms of it. Low-precision inputs are computed in float32. A target or
+weight may have another dtype than input where torch allows that; the loss has torch's dtype.
 """
 
 from __future__ import annotations

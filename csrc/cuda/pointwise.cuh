@@ -366,7 +366,7 @@ struct Coordinates {
 template <class T>
 __device__ T load(const Operand& op, const Call& c, int64_t linear, const Coordinates& coordinates,
                   const Launch& l) {
-  if (op.contiguous) return read<T>(op.data, op.dtype, linear);
+  if (op.contiguous) return read_any<T>(op.data, op.dtype, linear);
   int64_t offset = 0, class_at = 0;
 #pragma unroll
   for (int d = 0; d < kMaxDims; ++d) {
@@ -374,7 +374,7 @@ __device__ T load(const Operand& op, const Call& c, int64_t linear, const Coordi
     offset += coordinates.at[d] * op.strides[d];
     if (d == op.class_dim) class_at = coordinates.at[d];
   }
-  if (op.class_dim < 0) return read<T>(op.data, op.dtype, offset);
+  if (op.class_dim < 0) return read_any<T>(op.data, op.dtype, offset);
   const int64_t target = static_cast<const int64_t*>(op.data)[offset];
   if (target == c.ignore_index) return T(0);
   if (target == class_at) return T(1);
@@ -437,9 +437,9 @@ unsigned pointwise_blocks(int64_t numel, Kernel* kernel) {
   return static_cast<unsigned>(std::min(most, ceil_div(numel, kThreads * kUnroll)));
 }
 
-// Whether a factor is one number for all elements.
+// Whether a factor is one floating-point number for all elements.
 inline bool is_single(const Operand& op, const Space& space) {
-  if (!op.data || op.contiguous) return false;
+  if (!op.data || op.contiguous || op.dtype > DType::kFloat16) return false;
   for (int d = 0; d < space.dims; ++d) {
     if (space.sizes[d] > 1 && op.strides[d] != 0) return false;
   }

@@ -60,9 +60,16 @@ __host__ __device__ auto with_type(DType dtype, F&& f) {
   }
 }
 
-// data: (> i) of dtype
+// data: (> i) of dtype, a floating-point one
 template <class T>
 __device__ T read(const void* data, DType dtype, int64_t i) {
+  return with_type(dtype, [=](auto tag) {
+    return static_cast<T>(widen(static_cast<const decltype(tag)*>(data)[i]));
+  });
+}
+// The same of any dtype. Only kernels that are not hot have so many branches.
+template <class T>
+__device__ T read_any(const void* data, DType dtype, int64_t i) {
   const auto at = [=](auto tag) {
     return static_cast<T>(static_cast<const decltype(tag)*>(data)[i]);
   };
@@ -78,11 +85,9 @@ __device__ T read(const void* data, DType dtype, int64_t i) {
     case DType::kUInt8:
       return at(uint8_t{});
     case DType::kBool:
-      return at(bool{});
+      return static_cast<T>(static_cast<const uint8_t*>(data)[i] != 0);
     default:
-      return with_type(dtype, [=](auto tag) {
-        return static_cast<T>(widen(static_cast<const decltype(tag)*>(data)[i]));
-      });
+      return read<T>(data, dtype, i);
   }
 }
 template <class T>
