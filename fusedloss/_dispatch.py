@@ -583,7 +583,7 @@ def _also(loss: Loss) -> tuple[str, ...]:
 def _expanded_variance(var: Tensor, input: Tensor) -> Tensor | None:
     """A variance in input's shape; it may lack the last dimension, or be 1 along one. None: it does
     not fit."""
-    if var.shape == input.shape[:-1]:
+    if input.dim() > 0 and var.shape == input.shape[:-1]:
         var = var.unsqueeze(-1)
     if var.dim() != input.dim():
         return None

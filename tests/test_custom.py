@@ -292,7 +292,10 @@ def test_primitives_at_extremes(fused: str, primitive: str, dtype: torch.dtype) 
                 right = or_inf(function)(at)
             right = torch.tensor(right, dtype=torch.float64).to(dtype).item()
             same = mine == right or (math.isnan(mine) and math.isnan(right))
-            near = abs(mine - right) <= 16 * info.eps * abs(right) + info.smallest_normal
+            # Near their roots these two have the error of the numbers they are the difference of.
+            least = 1.0 if primitive in ("lgamma", "digamma") else 0.0
+            scale = max(abs(right), least)
+            near = abs(mine - right) <= 16 * info.eps * scale + info.smallest_normal
             assert same or near, f"{primitive}({at}): {mine}, not {right}"
 
 

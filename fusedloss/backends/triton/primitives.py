@@ -616,4 +616,5 @@ def trigamma(x):
     result = result + tl.where(below, _sum_of_ten(y, True), 0.0)
     sine = tl.sin(3.141592653589793 * _from_pole(x))
     root = 3.141592653589793 * _reciprocal(sine)
-    return tl.where(positive, result, root * root - result)
+    reflected = tl.where(x == float("-inf"), float("nan"), root * root - result)
+    return tl.where(positive, result, reflected)

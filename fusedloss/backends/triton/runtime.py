@@ -65,7 +65,8 @@ _TRUNCATES = tl.constexpr(backends.INTERPRETED)
 def narrow(x, D: tl.constexpr):
     """Rounded to D."""
     if _TRUNCATES and D == tl.bfloat16:
-        b = x.to(tl.float32).to(tl.int32, bitcast=True)
+        x = x.to(tl.float32)
+        b = x.to(tl.int32, bitcast=True)
         even = (b + 0x7FFF + ((b >> 16) & 1)) & -0x10000
         x = tl.where(x == x, even.to(tl.float32, bitcast=True), x)
     return x.to(D)
