@@ -92,9 +92,9 @@ def machine_code(file: str, architecture: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("kind", HOT)
 def test_hot_kernels(kind: str, architecture: str, built: str) -> None:
-    # Three dtypes of each; eight losses, and three groups of threads that share a row, where rows_held
-    # has seven for parts of a warp.
-    counts = {"pointwise": 27, "contiguous rows": 9, "class probabilities": 9, "held rows": 27}
+    # Three dtypes of each; 17 losses, and three groups of threads that share a row, where rows_held has
+    # seven for parts of a warp.
+    counts = {"pointwise": 51, "contiguous rows": 9, "class probabilities": 9, "held rows": 27}
     count = counts.get(kind, 3)
     check_kernels(built, architecture, HOT[kind], count)
 

@@ -3,6 +3,8 @@
 #pragma once
 
 using int8_t = signed char;
+using uint8_t = unsigned char;
+using int16_t = short;
 using int32_t = int;
 using uint32_t = unsigned;
 using int64_t = long;
