@@ -39,8 +39,9 @@ class Loss:
         result: where the loss's dtype comes from, as in torch, if its operands have several:
             ``"promoted"`` from all, or the dtype of ``"input"`` or ``"target"``.
         targets: what the target may be beside an input of another dtype, each including those before:
-            the ``"same"`` only, ``"floating"``, ``"signed"`` integers, all ``"integers"`` (torch
-            negates some targets, or compares them with -1, and uint8 wraps), ``"any"`` (bool too). torch raises for the rest.
+            the ``"same"`` only, ``"floating"``, ``"signed"`` integers, all ``"integers"``, ``"any"``
+            (bool too). Torch raises for the rest, or negates the target or compares it with -1, where
+            uint8 would wrap.
         expands: a target of another shape is broadcast to input's, with torch's warning.
         few: below that many elements torch.compile gets the loss in plain PyTorch; see
             ``_dispatch._left_to_inductor``.
@@ -65,10 +66,11 @@ class Loss:
 
     @cached_property
     def number(self) -> int:
-        """The loss's number in the short way in C++. There it has no inputs if it is made of another loss."""
+        """The loss's number in the short way in C++, where it has no inputs if it is made of another."""
         number: int = _C.define(
-            self.name, self.arguments, 0 if self.operator else self.inputs, self.gradients, self.weight, self.parameters,
-            self.low, self.high, self.at_zero, self.variant, self.result, self.targets,
+            self.name, self.arguments, 0 if self.operator else self.inputs, self.gradients,
+            self.weight, self.parameters, self.low, self.high, self.at_zero, self.variant,
+            self.result, self.targets,
         )  # fmt: skip
         return number
 
