@@ -136,10 +136,11 @@ class PointwiseLoss:
         Args:
             inputs: the tensors of the definition, mostly input (predictions) and target. The first one
                 has any shape, and float32, float64, bfloat16 or float16 as dtype; the latter two are
-                computed in float32. The others have its dtype. The second one has its shape too, and
-                is broadcast with a warning if not; later ones may broadcast to it. Each may require a
-                gradient. As keywords they have their names in the definition; the first two may also
-                be called input and target.
+                computed in float32. The others may have other dtypes; the loss has the one that torch
+                promotes all of them to. The second one has the first one's shape, and is broadcast with
+                a warning if not; later ones may broadcast to it. Each may require a gradient. As
+                keywords they have their names in the definition; the first two may also be called input
+                and target.
             reduction: ``"mean"``, ``"sum"`` or ``"none"``.
             weight: multiplies each element's loss; broadcast to input's shape. With it ``"mean"``
                 divides by its sum, as :func:`torch.nn.functional.mse_loss`'s does: a weighted mean.
@@ -149,7 +150,7 @@ class PointwiseLoss:
                 Parameters get no gradient.
 
         Returns:
-            A 0-d tensor, or one of input's shape for ``"none"``, of input's dtype (float32 under
+            A 0-d tensor, or one of input's shape for ``"none"``, of the inputs' dtype (float32 under
             autocast).
 
         Raises:
