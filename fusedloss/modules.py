@@ -210,9 +210,8 @@ class GaussianNLLLoss(_Predicting, nn.GaussianNLLLoss):
 @dataclass
 class _Logits:
     logits: Tensor
-    versions: tuple[
-        int, int
-    ]  # of log probabilities and logits, which change where one is written to
+    # Of log probabilities and logits; each changes where its tensor is written to.
+    versions: tuple[int, int]
 
 
 _logits: MutableMapping[Tensor, _Logits] = WeakTensorKeyDictionary()  # by log probabilities
@@ -224,9 +223,8 @@ class LogSoftmax(nn.LogSoftmax):
 
     def forward(self, input: Tensor) -> Tensor:
         output = super().forward(input)
-        over_classes = self.dim is not None and self.dim % max(1, input.dim()) == min(
-            1, input.dim() - 1
-        )
+        class_dim = 1 if input.dim() > 1 else 0
+        over_classes = input.dim() > 0 and self.dim in (class_dim, class_dim - input.dim())
         if over_classes and type(output) is Tensor and not torch.compiler.is_compiling():
             _logits[output] = _Logits(input, (output._version, input._version))
         return output
@@ -244,7 +242,8 @@ class NLLLoss(_Predicting, nn.NLLLoss):
                     "nll_loss", "input is not what a fusedloss.LogSoftmax has returned"
                 )
             return super().forward(input, target)
-        args = (*(logits, target, self.weight, None, self.ignore_index, None, self.reduction, 0.0),)
+        weight, ignore_index = self.weight, self.ignore_index
+        args = logits, target, weight, None, ignore_index, None, self.reduction, 0.0
         return run(LOSSES["cross_entropy"], args, self._prediction(logits))
 
     def _logits_of(self, input: Any) -> Tensor | None:

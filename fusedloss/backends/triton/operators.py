@@ -124,8 +124,8 @@ class OnePass(torch.autograd.Function):
         # The weight stands in between, and has none.
         wanted = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[3 : 3 + len(more)])
         ctx.wanted = wanted[: _variables(options[0])]
-        gradients = sum(1 << i for i, one in enumerate(ctx.wanted) if one)
-        gradients &= (1 << _row(options[0]).gradients) - 1
+        ctx.mask = sum(1 << i for i, one in enumerate(ctx.wanted) if one)
+        gradients = ctx.mask & ((1 << _row(options[0]).gradients) - 1)
         hooked = _saves_through_hooks()
         if hooked:
             prediction = input.new_zeros(2, dtype=torch.float64)  # no confidence in it
@@ -145,8 +145,7 @@ class OnePass(torch.autograd.Function):
         call = input, target, weight, more, *ctx.options
         _drop_gradients_of_other_memory(state, (input, target, *more))
         if _needs_reference(grad_output):
-            wanted = sum(1 << i for i, one in enumerate(ctx.wanted) if one)
-            found = second_order.loss_reference_gradient(grad_output, *(*call[:-1], wanted))
+            found = second_order.loss_reference_gradient(grad_output, *(*call[:-1], ctx.mask))
         else:
             direct = _directly(input, target, grad_output, state)
             backward = _loss_backward if direct else operators.loss_backward.default
