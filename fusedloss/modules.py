@@ -210,8 +210,7 @@ class GaussianNLLLoss(_Predicting, nn.GaussianNLLLoss):
 @dataclass
 class _Logits:
     logits: Tensor
-    # Of log probabilities and logits; each changes where its tensor is written to.
-    versions: tuple[int, int]
+    versions: tuple[int, int]  # those of both tensors: a write in place changes one
 
 
 _logits: MutableMapping[Tensor, _Logits] = WeakTensorKeyDictionary()  # by log probabilities
