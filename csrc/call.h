@@ -22,6 +22,7 @@ enum class DType : int8_t {
 
 constexpr int kMaxDims = 8;  // an operand that strides through more dimensions is copied
 constexpr int kMaxInputs = 8;
+constexpr int kMaxAuxiliary = 4;
 
 // The dimensions that a call walks, outermost first. A pointwise call has the gradient's memory
 // order, a call over rows has (outer, classes, inner).
@@ -70,6 +71,7 @@ struct Call {
 
   Output value;                  // of each element or row
   Output gradients[kMaxInputs];  // of the inputs: slope * weight * upstream * the engine's scale
+  Output auxiliary[kMaxAuxiliary];  // of each row: further results of a custom loss, no gradient
 };
 
 // ---- calls over rows ----------------------------------------------------------------------------
@@ -91,7 +93,37 @@ struct Rows {
         inner(side.strides[2]) {}
 };
 
-// A call as the row engines see it.
+// A call of a custom row loss as the engines see it. All operands have (outer, classes, inner): a
+// label, a number of each row and the weight have stride 0 along the classes, and a number of each
+// class has no other stride. The gradient for a number of each row is laid out like it.
+struct CustomRowsCall {
+  bool compute_in_double;
+  int64_t outer, classes, inner;  // sizes
+  int64_t ignore_index;
+  Rows inputs[kMaxInputs], gradients[kMaxInputs];
+  Rows weight;    // of each row; or absent
+  Rows upstream;  // of each row, with reduction "none"; or absent
+  // Contiguous (outer, inner).
+  Output value, auxiliary[kMaxAuxiliary];
+
+  explicit CustomRowsCall(const Call& call)
+      : compute_in_double(call.compute_in_double),
+        outer(call.space.sizes[0]),
+        classes(call.space.sizes[1]),
+        inner(call.space.sizes[2]),
+        ignore_index(call.ignore_index),
+        weight(call.weight),
+        upstream(call.upstream),
+        value(call.value) {
+    for (int i = 0; i < kMaxInputs; ++i) {
+      inputs[i] = Rows(call.inputs[i]);
+      gradients[i] = Rows(call.gradients[i]);
+    }
+    for (int i = 0; i < kMaxAuxiliary; ++i) auxiliary[i] = call.auxiliary[i];
+  }
+};
+
+// A call of cross-entropy as the row engines see it.
 struct RowsCall {
   bool compute_in_double;
   int64_t outer, classes, inner;  // sizes
