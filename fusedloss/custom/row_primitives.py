@@ -1,0 +1,232 @@
+"""The words of row losses, as SymPy functions: reductions over a row's classes, and what is made of them.
+
+An element is a formula that differs from class to class; a row number is the same for all classes of a
+row. Each word's ``torch`` computes it on tensors whose last dimension is the classes; row numbers have
+size 1 there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from .primitives import (
+    HALF,
+    ONE,
+    ZERO,
+    Abs,
+    Equal,
+    Exp,
+    Expr,
+    ExpNonpositive,
+    Log,
+    Log1p,
+    Log1pUnit,
+    Maximum,
+    Primitive,
+    Sigmoid,
+    Sqrt,
+    Where,
+)
+
+
+class Reduction(Primitive):
+    """Takes an element, gives a row number."""
+
+    nargs = 1
+
+
+class Sum(Reduction):
+    @staticmethod
+    def torch(x: Tensor) -> Tensor:
+        return x.sum(-1, keepdim=True)
+
+
+class Max(Reduction):
+    """Its slope goes to the first position of the maximum."""
+
+    @staticmethod
+    def torch(x: Tensor) -> Tensor:
+        return x.max(-1, keepdim=True).values
+
+
+class LogSumExp(Reduction):
+    @staticmethod
+    def torch(x: Tensor) -> Tensor:
+        return torch.logsumexp(x, -1, keepdim=True)
+
+
+class Norm(Reduction):
+    """The root of the sum of squares; slope 0 where all are 0."""
+
+    @staticmethod
+    def torch(x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+class Share(Primitive):
+    """Takes an element and gives one, from all classes of the row."""
+
+    nargs = 1
+
+
+class Softmax(Share):
+    @staticmethod
+    def torch(x: Tensor) -> Tensor:
+        return torch.softmax(x, -1)
+
+
+class LogSoftmax(Share):
+    @staticmethod
+    def torch(x: Tensor) -> Tensor:
+        return torch.log_softmax(x, -1)
+
+
+class OneMinusSoftmax(Share):
+    """1 - softmax without cancellation: at the label, the share of the others."""
+
+    @staticmethod
+    def torch(x: Tensor) -> Tensor:
+        return -torch.expm1(torch.log_softmax(x, -1))
+
+
+class At(Primitive):
+    """An element at the row's label."""
+
+    nargs = 2  # the element, the label
+
+    @staticmethod
+    def torch(x: Tensor, label: Tensor) -> Tensor:
+        shape = (*label.shape[:-1], x.shape[-1])
+        return x.expand(shape).gather(-1, label)
+
+
+class LogAddExp(Primitive):
+    """log(e^a + e^b), never infinite for finite a and b."""
+
+    nargs = 2
+    torch = staticmethod(torch.logaddexp)
+
+    def derivatives(self) -> tuple[Expr, ...]:
+        a, b = self.args
+        tie = Equal(a, b)  # where both are -inf, too
+        return Where(tie, HALF, Sigmoid(a - b)), Where(tie, HALF, Sigmoid(b - a))
+
+    def lowered(self) -> Expr:
+        a, b = self.args
+        far = Maximum(a, b) + Log1pUnit(ExpNonpositive(-Abs(a - b)))
+        return Where(Equal(a, b), a + Log(sympy.Integer(2)), far)
+
+
+class Weighted(Primitive):
+    """weight * x, and 0 where the weight is 0, whatever x is there."""
+
+    nargs = 2
+
+    @staticmethod
+    def torch(weight: Tensor, x: Tensor) -> Tensor:
+        # Both sides of the product are cut off, so that no gradient is 0 * inf.
+        absent = weight == 0
+        return torch.where(absent, 0.0, weight) * torch.where(absent, 0.0, x)
+
+
+# ---- in the level form ---------------------------------------------------------------------------
+
+
+class Origin(Primitive):
+    """A row's maximum, to be subtracted; 0 where that is -inf."""
+
+    nargs = 1
+
+    @staticmethod
+    def torch(x: Tensor) -> Tensor:
+        return torch.where(x == -torch.inf, 0.0, x)
+
+
+class Centered(Primitive):
+    """x minus an origin. The slopes by an origin cancel, so it counts as a number."""
+
+    nargs = 2
+
+    @staticmethod
+    def torch(x: Tensor, origin: Tensor) -> Tensor:
+        return x - origin
+
+    def derivatives(self) -> tuple[Expr, ...]:
+        return ONE, ZERO
+
+
+class Root(Primitive):
+    """The square root, with slope 0 at 0."""
+
+    nargs = 1
+    torch = staticmethod(torch.sqrt)
+
+    def derivatives(self) -> tuple[Expr, ...]:
+        return (Where(Equal(self.args[0], ZERO), ZERO, HALF / self),)
+
+    def lowered(self) -> Expr:
+        return Sqrt(self.args[0])
+
+
+class _OfLabel(Primitive):
+    """Made of o, the sum of e^(u - m) over the other classes, and g = u - m at the label."""
+
+    nargs = 2
+
+    @property
+    def _total(self) -> Expr:
+        return self.args[0] + Exp(self.args[1])
+
+
+class Total(_OfLabel):
+    def derivatives(self) -> tuple[Expr, ...]:
+        return ONE, Exp(self.args[1])
+
+    def lowered(self) -> Expr:
+        return self._total
+
+
+class LogTotal(_OfLabel):
+    """With all digits where the label has nearly everything: then g = 0, and e^g - 1 is exact."""
+
+    def derivatives(self) -> tuple[Expr, ...]:
+        return 1 / Total(*self.args), LabelShare(*self.args)
+
+    def lowered(self) -> Expr:
+        others, gap = self.args
+        return Log1p(others + (Exp(gap) - 1))
+
+
+class LogLabelShare(_OfLabel):
+    def derivatives(self) -> tuple[Expr, ...]:
+        return -1 / Total(*self.args), OtherShare(*self.args)
+
+    def lowered(self) -> Expr:
+        return self.args[1] - LogTotal(*self.args).lowered()
+
+
+class LabelShare(_OfLabel):
+    def derivatives(self) -> tuple[Expr, ...]:
+        return -self / Total(*self.args), self * OtherShare(*self.args)
+
+    def lowered(self) -> Expr:
+        return Exp(self.args[1]) / self._total
+
+
+class OtherShare(_OfLabel):
+    def derivatives(self) -> tuple[Expr, ...]:
+        share = LabelShare(*self.args)
+        return share / Total(*self.args), -share * self
+
+    def lowered(self) -> Expr:
+        return self.args[0] / self._total
+
+
+def words_in(e: Any) -> set[Expr]:
+    """The row words in a formula."""
+    found: set[Expr] = e.atoms(Reduction, Share, At)
+    return found
