@@ -37,9 +37,13 @@ ONE, ZERO, HALF = Integer(1), Integer(0), Rational(1, 2)
 NO_TRUTH_VALUE = "the truth value of a symbol or condition depends on the element"
 
 
+class Input(sympy.Symbol):  # type: ignore[misc]
+    """The symbol of what differs from element to element, or from row to row."""
+
+
 def inputs_in(e: Expr) -> list[Expr]:
-    """The symbols of inputs in a formula: what differs from element to element."""
-    return [symbol for symbol in e.free_symbols if symbol.name in INPUTS]
+    """The symbols of inputs in a formula."""
+    return [symbol for symbol in e.free_symbols if isinstance(symbol, Input)]
 
 
 def overflows(number: Expr) -> bool:

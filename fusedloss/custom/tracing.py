@@ -384,7 +384,7 @@ def trace(function: Callable[..., Any]) -> Traced:
     arguments, defaults = _signature(function, name)
     with distribute(False):
         # The name alone identifies a symbol, so that rewritten expressions compare equal.
-        inputs = tuple(sympy.Symbol(symbol, real=True) for symbol in INPUTS[: len(arguments)])
+        inputs = tuple(primitives.Input(name, real=True) for name in INPUTS[: len(arguments)])
         parameters = {key: sympy.Symbol(key, real=True) for key in defaults}
         given = {key: Formula(symbol) for key, symbol in parameters.items()}
         try:
