@@ -151,7 +151,7 @@ class _Kernel(Printer):
 
 
 def _is_constant(e: Expr) -> bool:
-    return bool(e.is_Symbol and e.name.startswith("c"))
+    return bool(e.is_Symbol and e.name.startswith("c")) and not isinstance(e, primitives.Input)
 
 
 # ---- C++ -----------------------------------------------------------------------------------------

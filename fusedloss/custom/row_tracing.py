@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 
@@ -30,6 +31,14 @@ class TracedRows:
     defaults: dict[str, float]
     value: Expr  # a row number
     auxiliary: dict[str, Expr]  # further row numbers, by name
+
+    @property
+    def identifier(self) -> str:
+        """The name for sources and file names, without characters that could do harm there."""
+        return re.sub(r"\W+", "_", self.name, flags=re.ASCII).strip("_")[:40] or "loss"
+
+    def text(self, e: Expr) -> str:
+        return " ".join(str(e).split())
 
     def of_kind(self, kind: Kind) -> tuple[Expr, ...]:
         return tuple(s for s, k in zip(self.inputs, self.kinds, strict=True) if k is kind)
