@@ -448,9 +448,12 @@ class _Assembly:
         return [self._without_numbers(_centered(e)) for e in lowered]
 
     def number(self, e: Expr) -> Expr:
-        """The symbol of a row number, or of a number of the call."""
+        """The symbol of a row number. What is the same for all rows becomes one, too."""
         e = _centered(primitives.lowered(primitives.attached(e)))
-        return self._symbol(e) if e.free_symbols and not e.is_Symbol else e
+        return e if isinstance(e, Input) else self._number(e)
+
+    def _number(self, e: Expr) -> Expr:
+        return self.numbers.setdefault(e, Input(f"{len(self.numbers)}.computed", real=True))
 
     def _guarded(self, e: Expr) -> Expr:
         """What has no share of a softmax does not count, even where it is infinite: 0 log 0 = 0."""
@@ -467,7 +470,7 @@ class _Assembly:
     def _symbol(self, e: Expr) -> Expr:
         if e in self.parameters or not primitives.inputs_in(e):
             return self.constants.setdefault(e, sympy.Symbol(f"c{len(self.constants)}", real=True))
-        return self.numbers.setdefault(e, Input(f"{len(self.numbers)}.computed", real=True))
+        return self._number(e)
 
     def _without_numbers(self, e: Expr) -> Expr:
         def is_same(e: Expr) -> bool:

@@ -145,7 +145,7 @@ class _Struct:
         names = {**self.names, **{s.name: f"r({i})" for s, i in self.places.items()}}
         printer = _CppRows(names)
         for symbol, formula in walk.named:
-            to = self.names[symbol.name] if isinstance(symbol, Input) else f"const T {symbol}"
+            to = self.names[symbol.name] if isinstance(symbol, Input) else f"const auto {symbol}"
             yield f"{to} = {printer(formula)};"
         for i, formula in enumerate(walk.results):
             yield result(i, printer(formula))
