@@ -234,6 +234,9 @@ class _Levels:
         if not self.is_element(e):
             return [(e, ONE)] if primitives.inputs_in(e) else [(ONE, e)]
         if e.is_Add:
+            # Else the difference of an input and a row number, which an offset of both must not touch.
+            if not all(t.has(Centered) for t in e.args if self.is_element(t)):
+                return [(ONE, e)]
             elements: dict[Expr, list[Expr]] = {}
             alone = []
             for number, x in itertools.chain(*map(self._split, e.args)):
@@ -271,22 +274,23 @@ class _Levels:
         def slope(symbol: Expr) -> Expr:
             """The derivative of the loss by a row number."""
             total = SCALE * _derivative(value, symbol)
+            known: dict[int, list[Expr]] = {}  # by level: terms whose cotangents are there before its walk
             for outer, reduction in first.items():
                 if outer not in cotangents:
                     continue
-                d = _derivative(reduction.formula, symbol)
-                if d == 0:
-                    continue
-                if reduction.kind == SUM:
-                    total += cotangents[outer] * self.separated(d)
-                elif not self.is_element(d):
-                    total += cotangents[outer] * d
-                else:
+                cotangent, d = cotangents[outer], _derivative(reduction.formula, symbol)
+                if not self.is_element(d) and reduction.kind == MAX:
+                    total += cotangent * d
+                elif reduction.kind == MAX:
                     raise CannotLevel(
                         "fm.max of a formula in which a row number multiplies an element has no "
                         "gradient in one walk: take the maximum of the element alone"
                     )
-            return total
+                elif self.level(cotangent) < reduction.level:
+                    known.setdefault(reduction.level, []).append(cotangent * d)
+                else:
+                    total += cotangent * self.separated(d)
+            return total + sympy.Add(*(self.separated(self._collected(ds)) for ds in known.values()))
 
         for symbol in sorted(first, key=lambda s: -first[s].level):
             cotangent = slope(symbol)
@@ -350,24 +354,64 @@ class _Levels:
         )
 
     def _gradient(self, x: Expr, cotangents: Mapping[Expr, Expr]) -> Expr:
-        """Of an element: terms with the same exponentials share them, and each part of an element has
-        one row number as its factor."""
-        by_part: dict[Expr, list[Expr]] = {}
-        for symbol, cotangent in cotangents.items():
-            for number, part in self._split(_derivative(self.reductions[symbol].formula, x)):
-                if part == 0 or number == 0:
-                    continue
-                factor, rest = part.as_independent(*primitives.inputs_in(part), as_Add=False)
-                by_part.setdefault(rest, []).append(cotangent * number * factor)
-        by_exponentials: dict[Expr, list[Expr]] = {}
-        for part, numbers in by_part.items():
-            args = sympy.Mul.make_args(part)
-            exponentials = [a for a in args if _is_weight(a)]
-            rest = sympy.Mul(*(a for a in args if a not in exponentials))
-            number = _simplified(sympy.Add(*numbers))
-            if number != 0:
-                by_exponentials.setdefault(sympy.Mul(*exponentials), []).append(number * rest)
-        return sympy.Add(*(e * sympy.Add(*terms) for e, terms in by_exponentials.items()))
+        return self._collected(
+            cotangent * _derivative(self.reductions[symbol].formula, x)
+            for symbol, cotangent in cotangents.items()
+        )
+
+    def _collected(self, formulas: Iterable[Expr]) -> Expr:
+        """The sum of elements' formulas. Terms with the same exponentials share them, and each part of an
+        element has one row number as its factor."""
+        numbers = self._by_part(itertools.chain(*map(self._terms, formulas)))
+        divisors = {a.base for part in numbers for a in sympy.Mul.make_args(part) if a.is_Pow}
+        for mixture in sorted(filter(lambda d: d.is_Add, divisors), key=str):
+            self._cancel(mixture, numbers)
+        by_weight: dict[Expr, list[Expr]] = {}
+        for part, number in numbers.items():
+            simple = _simplified(number)
+            if simple != 0:
+                args = sympy.Mul.make_args(part)
+                weights = [a for a in args if _is_weight(a)]
+                rest = sympy.Mul(*(a for a in args if a not in weights))
+                by_weight.setdefault(sympy.Mul(*weights), []).append(simple * rest)
+        return sympy.Add(*(weight * sympy.Add(*terms) for weight, terms in by_weight.items()))
+
+    def _terms(self, e: Expr) -> list[Expr]:
+        """The terms that have a share of a softmax as a factor, one by one, and the sum of the others,
+        which may cancel."""
+        if e.is_Add:
+            shares = [t for t in e.args if _has_weight(t)]
+            others = sympy.Add(*(t for t in e.args if t not in shares))
+            return [*itertools.chain(*map(self._terms, shares)), *([others] if others != 0 else [])]
+        for factor in sympy.Mul.make_args(e):
+            if factor.is_Add and any(map(_has_weight, factor.args)):
+                return [e / factor * t for t in self._terms(factor)]
+        return [e] if e != 0 else []
+
+    def _by_part(self, terms: Iterable[Expr]) -> dict[Expr, Expr]:
+        """Row numbers by the element that each multiplies."""
+        numbers: dict[Expr, Expr] = {}
+        for term in terms:
+            args = sympy.Mul.make_args(term)
+            part = sympy.Mul(*(a for a in args if self.is_element(a)))
+            number = sympy.Mul(*(a for a in args if not self.is_element(a)))
+            numbers[part] = numbers.get(part, ZERO) + number
+        return numbers
+
+    def _cancel(self, mixture: Expr, numbers: dict[Expr, Expr]) -> None:
+        """(a e^s + b e^t) g / (a e^s + b e^t) = g, where the numerator is written out."""
+        mixed = self._by_part(mixture.args)
+        for part in list(numbers):
+            rest = _quotient(part * mixture, next(iter(mixed)))
+            if rest is None:
+                continue
+            there = {share: numbers.get(rest * share / mixture) for share in mixed}
+            ratios = [number / mixed[share] for share, number in there.items() if number is not None]
+            if len(ratios) < len(mixed) or any(_written_out(r - ratios[0]) != 0 for r in ratios):
+                continue
+            for share in mixed:
+                del numbers[rest * share / mixture]
+            numbers[rest] = numbers.get(rest, ZERO) + ratios[0]
 
 
 @dataclass(frozen=True)
@@ -404,14 +448,20 @@ def _log_share(e: Expr) -> Expr | None:
     if len(shares) != 1 or primitives.inputs_in(rest):
         return None
     (share,) = shares
-    return Softmax(share.args[0]) * primitives.canonical(Exp(rest) if rest != 0 else ONE)
+    logs = [t for t in sympy.Add.make_args(rest) if isinstance(t, Log)]
+    more = sympy.Add(*(t for t in sympy.Add.make_args(rest) if t not in logs))
+    factor = Exp(more) if more != 0 else ONE
+    return Softmax(share.args[0]) * factor * sympy.Mul(*(log.args[0] for log in logs))
+
+
+def _written_out(number: Expr) -> Expr:
+    return sympy.expand(number, power_exp=False, power_base=False, log=False, multinomial=False,
+                        basic=False)  # fmt: skip
 
 
 def _simplified(number: Expr) -> Expr:
     """A row number with fewer terms, where products cancel when they are written out."""
-    expanded = sympy.expand(number, power_exp=False, power_base=False, log=False, multinomial=False,
-                            basic=False)  # fmt: skip
-    return expanded if _terms(expanded) < _terms(number) else number
+    return min(number, _written_out(number), key=_terms)
 
 
 def _size(e: Expr) -> int:
@@ -424,7 +474,20 @@ def _terms(e: Expr) -> int:
 
 def _is_weight(e: Expr) -> bool:
     """Whether it is a class's share of a softmax, but for a row number: 0 for a logit of -inf."""
-    return isinstance(e, Exp | ExpNonpositive) and isinstance(e.args[0], Centered)
+    base, exponent = e.as_base_exp() if isinstance(e, sympy.Expr) else (e, ONE)
+    is_share = isinstance(base, Exp | ExpNonpositive) and isinstance(base.args[0], Centered)
+    return bool(is_share and exponent.is_positive)
+
+
+def _has_weight(e: Expr) -> bool:
+    return any(map(_is_weight, sympy.Mul.make_args(e)))
+
+
+def _quotient(e: Expr, divisor: Expr) -> Expr | None:
+    """e / divisor, if the divisor's factors are there."""
+    there = e.as_powers_dict()
+    fits = all(there.get(b, 0) >= n for b, n in divisor.as_powers_dict().items())
+    return e / divisor if fits else None
 
 
 # ---- walks -----------------------------------------------------------------------------------------
