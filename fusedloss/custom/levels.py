@@ -99,6 +99,8 @@ class RowProgram:
     at_label: tuple[Expr, ...]
     of_row: tuple[Expr, ...]
     auxiliary: tuple[Expr, ...]
+    text: str  # the walks, for people
+    passes: str  # what is read and written in memory, for people
 
 
 class CannotLevel(ValueError):
@@ -144,7 +146,8 @@ class _Levels:
     def reduce(self, kind: str, formula: Expr) -> Expr:
         found = self.known.get((kind, formula))
         if found is None:
-            found = Input(f"{len(self.reductions)}.", real=True)
+            letter = "m" if kind == MAX else "s"
+            found = Input(f"{letter}{len(self.reductions)}.", real=True)
             self.known[kind, formula] = found
             self.reductions[found] = Reduction(kind, formula, self.level(formula) + 1)
         return found
@@ -274,7 +277,9 @@ class _Levels:
         def slope(symbol: Expr) -> Expr:
             """The derivative of the loss by a row number."""
             total = SCALE * _derivative(value, symbol)
-            known: dict[int, list[Expr]] = {}  # by level: terms whose cotangents are there before its walk
+            known: dict[
+                int, list[Expr]
+            ] = {}  # by level: terms whose cotangents are there before its walk
             for outer, reduction in first.items():
                 if outer not in cotangents:
                     continue
@@ -290,7 +295,9 @@ class _Levels:
                     known.setdefault(reduction.level, []).append(cotangent * d)
                 else:
                     total += cotangent * self.separated(d)
-            return total + sympy.Add(*(self.separated(self._collected(ds)) for ds in known.values()))
+            return total + sympy.Add(
+                *(self.separated(self._collected(ds)) for ds in known.values())
+            )
 
         for symbol in sorted(first, key=lambda s: -first[s].level):
             cotangent = slope(symbol)
@@ -319,7 +326,12 @@ class _Levels:
         made = _Assembly(self, self.traced.parameters.values())
         depth = max((r.level for r in self.reductions.values()), default=0)
         by_level = [
-            [s for kind in (MAX, SUM) for s, r in self.reductions.items() if (r.level, r.kind) == (level, kind)]
+            [
+                s
+                for kind in (MAX, SUM)
+                for s, r in self.reductions.items()
+                if (r.level, r.kind) == (level, kind)
+            ]
             for level in range(1, depth + 1)
         ]
         walks = [made.of_elements(self.reductions[s].formula for s in level) for level in by_level]
@@ -351,7 +363,36 @@ class _Levels:
             tuple(kept.values()),
             results[0][0],
             *map(tuple, results[1:]),
+            self._text(value, by_level),
+            self._passes(),
         )
+
+    def _text(self, value: Expr, by_level: list[list[Expr]]) -> str:
+        """others(x): the sum of x over all classes but the label."""
+        plain: dict[Expr, Expr] = {}
+        for symbol in (*self.reductions, SCALE, self.traced.classes):
+            plain[symbol] = sympy.Symbol(symbol.name.rstrip("."), real=True)
+        for symbol, there in self.at.items():
+            plain[there] = At(symbol, self.traced.label)
+
+        def text(e: Expr) -> str:
+            return self.traced.text(e.xreplace(plain))
+
+        words = {MAX: "max", SUM: "others" if self.at else "sum"}
+        lines = []
+        for number, level in enumerate(by_level, 1):
+            for symbol in level:
+                reduction = self.reductions[symbol]
+                made = f"{text(symbol)} = {words[reduction.kind]}({text(reduction.formula)})"
+                lines.append(f"walk {number}: {made}")
+        lines.append(f"then: the loss = {text(value)}")
+        names = ", ".join(map(str, self.elements))
+        lines.append(f"walk {len(by_level) + 1}: the gradients for {names}")
+        return "\n".join(lines)
+
+    def _passes(self) -> str:
+        names = ", ".join(map(str, self.elements))
+        return f"reads {names} once, and writes the gradient for each of them that wants one, once"
 
     def _gradient(self, x: Expr, cotangents: Mapping[Expr, Expr]) -> Expr:
         return self._collected(
@@ -406,7 +447,9 @@ class _Levels:
             if rest is None:
                 continue
             there = {share: numbers.get(rest * share / mixture) for share in mixed}
-            ratios = [number / mixed[share] for share, number in there.items() if number is not None]
+            ratios = [
+                number / mixed[share] for share, number in there.items() if number is not None
+            ]
             if len(ratios) < len(mixed) or any(_written_out(r - ratios[0]) != 0 for r in ratios):
                 continue
             for share in mixed:
@@ -537,13 +580,17 @@ class _Assembly:
 
     def _without_numbers(self, e: Expr) -> Expr:
         def is_same(e: Expr) -> bool:
-            return isinstance(e, sympy.Expr) and bool(e.free_symbols) and not self.levels.is_element(e)
+            return (
+                isinstance(e, sympy.Expr) and bool(e.free_symbols) and not self.levels.is_element(e)
+            )
 
         return _hoisted(e, is_same, lambda e: e if isinstance(e, Input) else self._symbol(e))
 
     def without_constants(self, e: Expr) -> Expr:
         def is_constant(e: Expr) -> bool:
-            return isinstance(e, sympy.Expr) and bool(e.free_symbols) and not primitives.inputs_in(e)
+            return (
+                isinstance(e, sympy.Expr) and bool(e.free_symbols) and not primitives.inputs_in(e)
+            )
 
         return _hoisted(e, is_constant, self._symbol)
 
@@ -564,7 +611,9 @@ class _Assembly:
 
 def _centered(e: Expr) -> Expr:
     """e^(x - m), which is at most 1."""
-    return e.xreplace({node: ExpNonpositive(*node.args) for node in e.atoms(Exp) if _is_weight(node)})
+    return e.xreplace(
+        {node: ExpNonpositive(*node.args) for node in e.atoms(Exp) if _is_weight(node)}
+    )
 
 
 def _hoisted(e: Expr, is_ours: Callable[[Expr], bool], symbol: Callable[[Expr], Expr]) -> Expr:
@@ -618,7 +667,9 @@ def _subexpressions(e: Expr) -> set[Expr]:
     return set(sympy.preorder_traversal(e))
 
 
-def _keep(walks: list[list[Expr]], is_element: Callable[[Expr], bool]) -> list[tuple[Expr, int, int]]:
+def _keep(
+    walks: list[list[Expr]], is_element: Callable[[Expr], bool]
+) -> list[tuple[Expr, int, int]]:
     """Costly formulas of elements that more than one walk computes: each, its first walk and its last."""
     there = [set().union(*map(_subexpressions, walk)) if walk else set() for walk in walks]
     found: dict[Expr, list[int]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from .levels import RowProgram, Walk, level_form
 from .primitives import Expr, Input
@@ -113,15 +113,28 @@ class _Struct:
             lines = []
             printer = _CppRows(names)
             for symbol, formula in numbers:
-                to = f"r[{self.places[symbol]}]" if symbol in self.places else f"const auto {symbol}"
+                to = (
+                    f"r[{self.places[symbol]}]" if symbol in self.places else f"const auto {symbol}"
+                )
                 lines.append(f"{to} = {printer(formula)};")
             blocks.append([*self._constants(e for _, e in numbers), *lines])
         yield from self._choice(
-            "template <int kLevel, class T>", "row", "[[maybe_unused]] T* r", "kLevel", blocks, first=-1
+            "template <int kLevel, class T>",
+            "row",
+            "[[maybe_unused]] T* r",
+            "kLevel",
+            blocks,
+            first=-1,
         )
 
     def _choice(
-        self, template: str, name: str, arguments: str, which: str, blocks: list[list[str]], first: int = 0
+        self,
+        template: str,
+        name: str,
+        arguments: str,
+        which: str,
+        blocks: list[list[str]],
+        first: int = 0,
     ) -> Iterator[str]:
         """A function of which each number of `which` has a block."""
         yield f"  {template}"
