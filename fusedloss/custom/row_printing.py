@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from .levels import RowProgram, Walk, level_form
 from .primitives import Expr, Input
 from .printing import _Cpp, _CppConstant
 from .row_tracing import Kind, TracedRows
+from .walks import RowProgram, Walk, row_program
 
 _KINDS = {
     Kind.ELEMENT: "kElement",
@@ -41,7 +41,7 @@ def _array(kind: str, name: str, items: Sequence[object], none: str) -> Iterator
 class _Struct:
     def __init__(self, traced: TracedRows) -> None:
         self.traced = traced
-        self.program: RowProgram = level_form(traced)
+        self.program: RowProgram = row_program(traced)
         self.places = self.program.numbers
         of_class = [*traced.of_kind(Kind.ELEMENT)], [*traced.of_kind(Kind.PER_CLASS)]
         self.names = {
