@@ -7,7 +7,8 @@ size 1 there.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from typing import Any, ClassVar
 
 import sympy
 import torch
@@ -22,8 +23,8 @@ from .primitives import (
     Exp,
     Expr,
     ExpNonpositive,
+    Input,
     Log,
-    Log1p,
     Log1pUnit,
     Maximum,
     Primitive,
@@ -33,13 +34,32 @@ from .primitives import (
 )
 
 
-class Reduction(Primitive):
+CLASSES = Input("fm.classes", real=True)  # the number of classes
+# The words in fusedloss.math, those of a mean and a minimum among them.
+WORDS = (
+    *("sum", "mean", "max", "min", "logsumexp", "norm"),
+    *("softmax", "log_softmax", "one_minus_softmax", "at"),
+)
+
+
+class Word(Primitive):
+    """Printed as it is written in fusedloss.math."""
+
+    word: ClassVar[str]
+
+    def _sympystr(self, printer: Any) -> str:
+        return f"{self.word}({', '.join(map(printer._print, self.args))})"
+
+
+class Reduction(Word):
     """Takes an element, gives a row number."""
 
     nargs = 1
 
 
 class Sum(Reduction):
+    word = "sum"
+
     @staticmethod
     def torch(x: Tensor) -> Tensor:
         return x.sum(-1, keepdim=True)
@@ -48,12 +68,16 @@ class Sum(Reduction):
 class Max(Reduction):
     """Its slope goes to the first position of the maximum."""
 
+    word = "max"
+
     @staticmethod
     def torch(x: Tensor) -> Tensor:
         return x.max(-1, keepdim=True).values
 
 
 class LogSumExp(Reduction):
+    word = "logsumexp"
+
     @staticmethod
     def torch(x: Tensor) -> Tensor:
         return torch.logsumexp(x, -1, keepdim=True)
@@ -62,24 +86,30 @@ class LogSumExp(Reduction):
 class Norm(Reduction):
     """The root of the sum of squares; slope 0 where all are 0."""
 
+    word = "norm"
+
     @staticmethod
     def torch(x: Tensor) -> Tensor:
         return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
-class Share(Primitive):
+class Share(Word):
     """Takes an element and gives one, from all classes of the row."""
 
     nargs = 1
 
 
 class Softmax(Share):
+    word = "softmax"
+
     @staticmethod
     def torch(x: Tensor) -> Tensor:
         return torch.softmax(x, -1)
 
 
 class LogSoftmax(Share):
+    word = "log_softmax"
+
     @staticmethod
     def torch(x: Tensor) -> Tensor:
         return torch.log_softmax(x, -1)
@@ -88,14 +118,17 @@ class LogSoftmax(Share):
 class OneMinusSoftmax(Share):
     """1 - softmax without cancellation: at the label, the share of the others."""
 
+    word = "one_minus_softmax"
+
     @staticmethod
     def torch(x: Tensor) -> Tensor:
         return -torch.expm1(torch.log_softmax(x, -1))
 
 
-class At(Primitive):
+class At(Word):
     """An element at the row's label."""
 
+    word = "at"
     nargs = 2  # the element, the label
 
     @staticmethod
@@ -104,9 +137,10 @@ class At(Primitive):
         return x.expand(shape).gather(-1, label)
 
 
-class LogAddExp(Primitive):
+class LogAddExp(Word):
     """log(e^a + e^b), never infinite for finite a and b."""
 
+    word = "logaddexp"
     nargs = 2
     torch = staticmethod(torch.logaddexp)
 
@@ -137,7 +171,8 @@ class Weighted(Primitive):
 
 
 class Origin(Primitive):
-    """A row's maximum, to be subtracted; 0 where that is -inf."""
+    """A row's maximum, to be subtracted; 0 where that is -inf. The slopes by it cancel: it counts as a
+    number."""
 
     nargs = 1
 
@@ -145,9 +180,12 @@ class Origin(Primitive):
     def torch(x: Tensor) -> Tensor:
         return torch.where(x == -torch.inf, 0.0, x)
 
+    def derivatives(self) -> tuple[Expr, ...]:
+        return (ZERO,)
+
 
 class Centered(Primitive):
-    """x minus an origin. The slopes by an origin cancel, so it counts as a number."""
+    """x minus an origin."""
 
     nargs = 2
 
@@ -172,6 +210,16 @@ class Root(Primitive):
         return Sqrt(self.args[0])
 
 
+class LogOfSum(Primitive):
+    """log(others + e), with all digits where others is small and e is 1."""
+
+    nargs = 2
+
+    @staticmethod
+    def torch(others: Tensor, e: Tensor) -> Tensor:
+        return torch.log1p(others + (e - 1))
+
+
 class _OfLabel(Primitive):
     """Made of o, the sum of e^(u - m) over the other classes, and g = u - m at the label."""
 
@@ -191,14 +239,12 @@ class Total(_OfLabel):
 
 
 class LogTotal(_OfLabel):
-    """With all digits where the label has nearly everything: then g = 0, and e^g - 1 is exact."""
 
     def derivatives(self) -> tuple[Expr, ...]:
         return 1 / Total(*self.args), LabelShare(*self.args)
 
     def lowered(self) -> Expr:
-        others, gap = self.args
-        return Log1p(others + (Exp(gap) - 1))
+        return LogOfSum(self.args[0], Exp(self.args[1]))
 
 
 class LogLabelShare(_OfLabel):
@@ -230,3 +276,16 @@ def words_in(e: Any) -> set[Expr]:
     """The row words in a formula."""
     found: set[Expr] = e.atoms(Reduction, Share, At)
     return found
+
+
+def spoken(word: Expr) -> str:
+    """What a definition may have called a word."""
+    also = {"sum": "sum or mean", "max": "max or min"}
+    return also.get(word.word, word.word)
+
+
+def is_element(e: Expr, elements: Collection[Expr]) -> bool:
+    """Whether a formula differs from class to class. elements: the symbols that do."""
+    if isinstance(e, Reduction | At):
+        return False
+    return isinstance(e, Share) or e in elements or any(is_element(arg, elements) for arg in e.args)
