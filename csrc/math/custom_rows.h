@@ -108,6 +108,12 @@ FUSEDLOSS_HD T weighted(T weight, T x) {
   return select(weight == T(0), T(0), weight * x);
 }
 
+// log(others + e), with all digits where others is small and e is 1.
+template <class T>
+FUSEDLOSS_HD T logofsum(T others, T e) {
+  return log1p(others + (e - T(1)));
+}
+
 template <int count>
 struct CustomRows {
   static constexpr int kConstants = count;

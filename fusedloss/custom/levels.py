@@ -1,0 +1,575 @@
+"""From the formula of a row loss to walks over a row: its level form, with the gradient.
+
+A reduction (a sum or a maximum over the classes) makes a row number of elements. Its level is 1 + the
+highest level of a reduction inside of it; a row is walked over once for each level. Three things keep
+the levels few:
+
+- Row numbers leave the sums that are linear in them: sum(e^(t-m) / z * (t - s)) is one sum, divided by z.
+- The gradient needs the derivative of the loss by each reduction, its cotangent. That of a reduction
+  inside of another one needs sums of the outer one's level, which are added up in the same walk. So the
+  gradient takes one more walk, whatever the loss is.
+- With a label, every sum leaves out the label's class, which is added as a row number. So nothing
+  cancels where the label has nearly all of the probability.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+from sympy.core.parameters import distribute
+
+from . import primitives
+from .primitives import ONE, ZERO, Exp, ExpNonpositive, Expr, Input, Log
+from .row_primitives import (
+    At,
+    Centered,
+    LabelShare,
+    LogAddExp,
+    LogLabelShare,
+    LogSoftmax,
+    LogSumExp,
+    LogTotal,
+    Max,
+    Norm,
+    OneMinusSoftmax,
+    Origin,
+    OtherShare,
+    Root,
+    Share,
+    Softmax,
+    Sum,
+    Total,
+    Weighted,
+)
+from .row_tracing import Kind, TracedRows
+from .tracing import _repeated
+
+SCALE = Input("scale.", real=True)  # what the gradients are multiplied by. No argument has a dot.
+MAX, SUM = "max", "sum"
+# What a later walk reads back instead of computing it again.
+_COSTLY = ("exp", "exp_nonpositive", "expm1", "log", "log1p", "log1p_unit", "sin", "cos", "tanh", "erf",
+           "erfc", "lgamma", "digamma", "trigamma", "exp_minus_square", "power")  # fmt: skip
+
+Named = tuple[tuple[Expr, Expr], ...]  # symbols and their formulas, in the order of computation
+
+
+@dataclass(frozen=True)
+class Reduction:
+    kind: str  # MAX or SUM
+    formula: Expr  # of an element
+    level: int  # from 1 on
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What is computed of an element in one walk over the row."""
+
+    named: Named  # what several formulas share, and the values that are kept for later walks
+    results: tuple[Expr, ...]  # the terms of its maxima, then of its sums; or the gradients
+
+
+@dataclass(frozen=True)
+class Peak:
+    """A maximum whose slope counts, and what is added to the gradients at its first position."""
+
+    level: int
+    term: int
+    gradients: Walk
+
+
+@dataclass(frozen=True)
+class RowProgram:
+    """A row loss as a kernel computes it; see csrc/math/custom_rows.h, which has the same parts."""
+
+    constants: Named  # of the call's parameters
+    maxima: tuple[int, ...]  # of each level, how many
+    sums: tuple[int, ...]
+    numbers: dict[Expr, int]  # the places of the row numbers
+    computed: tuple[Named, ...]  # row numbers, by level: before any walk, then after each
+    walks: tuple[Walk, ...]
+    gradients: Walk
+    peaks: tuple[Peak, ...]
+    kept: tuple[tuple[Expr, int, int], ...]  # symbol, and the walks that compute and last read it
+    value: Expr
+    at_label: tuple[Expr, ...]
+    of_row: tuple[Expr, ...]
+    auxiliary: tuple[Expr, ...]
+
+
+class CannotLevel(ValueError):
+    """Why a loss has no level form."""
+
+
+def level_form(traced: TracedRows) -> RowProgram:
+    """
+    Raises:
+        CannotLevel: the message says why, and what to write instead.
+    """
+    with distribute(False):
+        return _Levels(traced).program()
+
+
+# ---- reductions and their cotangents -------------------------------------------------------------
+
+
+class _Levels:
+    def __init__(self, traced: TracedRows) -> None:
+        self.traced = traced
+        self.elements = traced.of_kind(Kind.ELEMENT)
+        self.classwise = {*self.elements, *traced.of_kind(Kind.PER_CLASS)}
+        self.at = {
+            s: Input(f"{s.name}.at", real=True)
+            for s in (*self.elements, *traced.of_kind(Kind.PER_CLASS))
+            if traced.label is not None
+        }
+        self.reductions: dict[Expr, Reduction] = {}
+        self.known: dict[tuple[str, Expr], Expr] = {}
+        self.lowered: dict[tuple[bool, Expr], Expr] = {}
+
+    # ---- formulas --------------------------------------------------------------------------------
+
+    def is_element(self, e: Expr) -> bool:
+        return not self.classwise.isdisjoint(e.free_symbols)
+
+    def level(self, e: Expr) -> int:
+        """The level of the highest reduction in a formula."""
+        there = (self.reductions[s].level for s in e.free_symbols if s in self.reductions)
+        return max(there, default=0)
+
+    def reduce(self, kind: str, formula: Expr) -> Expr:
+        found = self.known.get((kind, formula))
+        if found is None:
+            found = Input(f"{len(self.reductions)}.", real=True)
+            self.known[kind, formula] = found
+            self.reductions[found] = Reduction(kind, formula, self.level(formula) + 1)
+        return found
+
+    def lower(self, e: Expr, at_label: bool = False) -> Expr:
+        """The formula in elements, row numbers and pointwise primitives; at the label, or of an element."""
+        if not e.args:
+            return self.at.get(e, e) if at_label else e
+        key = at_label, e
+        if key not in self.lowered:
+            self.lowered[key] = self._lowered(e, at_label)
+        return self.lowered[key]
+
+    def _lowered(self, e: Expr, at_label: bool) -> Expr:
+        if isinstance(e, At):
+            return self.lower(e.args[0], at_label=True)
+        if isinstance(e, Share):
+            return self._share(e, at_label)
+        if isinstance(e, LogSumExp):
+            return self._softmax(e.args[0]).log_sum_exp
+        if isinstance(e, Norm):
+            return Root(self._sum(e.args[0] ** 2))
+        if isinstance(e, Sum):
+            return self._sum(e.args[0])
+        if isinstance(e, Max):
+            return self.reduce(MAX, self.lower(e.args[0]))
+        if isinstance(e, LogAddExp):
+            # Of two log-probabilities: the logarithm of a mixture, whose exponentials are there.
+            a, b = map(_log_share, e.args)
+            if a is not None and b is not None:
+                return Log(self.lower(a, at_label) + self.lower(b, at_label))
+        return e.func(*(self.lower(arg, at_label) for arg in e.args))
+
+    def _softmax(self, u: Expr) -> _SoftmaxParts:
+        x = self.lower(u)
+        if not self.is_element(x):
+            raise CannotLevel(f"softmax and its like take an element, and {u} is a row number")
+        origin = Origin(self.reduce(MAX, x))
+        gap = None if not self.at else Centered(self.lower(u, at_label=True), origin)
+        centered = Centered(x, origin)
+        return _SoftmaxParts(origin, centered, self.reduce(SUM, Exp(centered)), gap)
+
+    def _share(self, e: Expr, at_label: bool) -> Expr:
+        parts = self._softmax(e.args[0])
+        if at_label:
+            kinds: dict[Any, Any] = {
+                Softmax: LabelShare, LogSoftmax: LogLabelShare, OneMinusSoftmax: OtherShare,
+            }  # fmt: skip
+            return kinds[e.func](parts.sum, parts.gap)
+        if isinstance(e, Softmax):
+            return Exp(parts.centered) / parts.total
+        log = parts.centered - parts.log_total
+        return log if isinstance(e, LogSoftmax) else -primitives.Expm1(log)
+
+    def _sum(self, x: Expr) -> Expr:
+        e = self.lower(x)
+        if not self.is_element(e):
+            return e * self.traced.classes
+        others = self.separated(e)
+        return others + self.lower(x, at_label=True) if self.at else others
+
+    def separated(self, e: Expr) -> Expr:
+        """The sum of an element's formula, without the label, from which row numbers are taken out."""
+        if e == 0:
+            return ZERO
+        parts = self._split(e)
+        if any(self._bare_numbers(x) for _, x in parts):
+            # Not linear in them: a level more, for all of the sum, since its terms may cancel.
+            numbers, rest = self._factors(e)
+            parts = [(numbers, rest)]
+        return sympy.Add(*(number * self._summed(x) for number, x in parts))
+
+    def _summed(self, x: Expr) -> Expr:
+        if not self.is_element(x):
+            return x * (self.traced.classes - 1 if self.at else self.traced.classes)
+        factor, rest = x.as_independent(*primitives.inputs_in(x), as_Add=False)
+        return factor * self.reduce(SUM, rest)
+
+    def _factors(self, e: Expr) -> tuple[Expr, Expr]:
+        """The factors that are row numbers, and the others."""
+        args = sympy.Mul.make_args(e)
+        ours = [a for a in args if not self.is_element(a) and primitives.inputs_in(a)]
+        return sympy.Mul(*ours), sympy.Mul(*(a for a in args if a not in ours))
+
+    def _split(self, e: Expr) -> list[tuple[Expr, Expr]]:
+        """The formula as a sum of products: a row number, and an element without any, where possible."""
+        if not self.is_element(e):
+            return [(e, ONE)] if primitives.inputs_in(e) else [(ONE, e)]
+        if e.is_Add:
+            elements: dict[Expr, list[Expr]] = {}
+            alone = []
+            for number, x in itertools.chain(*map(self._split, e.args)):
+                if x == 1:
+                    alone.append(number)
+                else:
+                    elements.setdefault(number, []).append(x)
+            found = [(number, sympy.Add(*xs)) for number, xs in elements.items()]
+            return [*found, (sympy.Add(*alone), ONE)] if alone else found
+        if e.is_Mul:
+            numbers, rest = self._factors(e)
+            products = [(numbers, ONE)]
+            for factor in sympy.Mul.make_args(rest):
+                parts = self._split(factor) if factor.is_Add else [(ONE, factor)]
+                products = [(n * m, x * y) for n, x in products for m, y in parts]
+            return products
+        return [(ONE, e)]
+
+    def _bare_numbers(self, e: Expr) -> bool:
+        """Whether row numbers are in an element's formula, apart from origins."""
+        if isinstance(e, Centered):
+            return self._bare_numbers(e.args[0])
+        if not e.args:
+            return isinstance(e, Input) and e not in self.classwise
+        return any(map(self._bare_numbers, e.args))
+
+    # ---- gradients -------------------------------------------------------------------------------
+
+    def program(self) -> RowProgram:
+        value = self.lower(self.traced.value)
+        auxiliary = [self.lower(e) for e in self.traced.auxiliary.values()]
+        first = dict(self.reductions)
+        cotangents: dict[Expr, Expr] = {}
+
+        def slope(symbol: Expr) -> Expr:
+            """The derivative of the loss by a row number."""
+            total = SCALE * _derivative(value, symbol)
+            for outer, reduction in first.items():
+                if outer not in cotangents:
+                    continue
+                d = _derivative(reduction.formula, symbol)
+                if d == 0:
+                    continue
+                if reduction.kind == SUM:
+                    total += cotangents[outer] * self.separated(d)
+                elif not self.is_element(d):
+                    total += cotangents[outer] * d
+                else:
+                    raise CannotLevel(
+                        "fm.max of a formula in which a row number multiplies an element has no "
+                        "gradient in one walk: take the maximum of the element alone"
+                    )
+            return total
+
+        for symbol in sorted(first, key=lambda s: -first[s].level):
+            cotangent = slope(symbol)
+            if cotangent != 0:
+                cotangents[symbol] = cotangent
+        at_label = [slope(self.at[x]) for x in self.elements] if self.at else []
+        of_row = [slope(x) for x in self.traced.of_kind(Kind.PER_ROW)]
+        sums = [s for s in cotangents if first[s].kind == SUM]
+        gradients = [self._gradient(x, {s: cotangents[s] for s in sums}) for x in self.elements]
+        peaks = [
+            (s, [cotangents[s] * _derivative(first[s].formula, x) for x in self.elements])
+            for s in cotangents
+            if first[s].kind == MAX
+        ]
+        return self._assembled(value, auxiliary, gradients, at_label, of_row, peaks)
+
+    def _assembled(
+        self,
+        value: Expr,
+        auxiliary: list[Expr],
+        gradients: list[Expr],
+        at_label: list[Expr],
+        of_row: list[Expr],
+        peaks: list[tuple[Expr, list[Expr]]],
+    ) -> RowProgram:
+        made = _Assembly(self, self.traced.parameters.values())
+        depth = max((r.level for r in self.reductions.values()), default=0)
+        by_level = [
+            [s for kind in (MAX, SUM) for s, r in self.reductions.items() if (r.level, r.kind) == (level, kind)]
+            for level in range(1, depth + 1)
+        ]
+        walks = [made.of_elements(self.reductions[s].formula for s in level) for level in by_level]
+        walks.append(made.of_elements(gradients))
+        at_peaks = [made.of_elements(formulas) for _, formulas in peaks]
+        results = [[made.number(e) for e in es] for es in ([value], at_label, of_row, auxiliary)]
+        given = [SCALE, self.traced.classes, *self.traced.of_kind(Kind.PER_ROW), *self.at.values()]
+        order = [*given, *itertools.chain(*by_level), *made.numbers.values()]
+        numbers = {symbol: place for place, symbol in enumerate(order)}
+        computed = made.computed({s: r.level for s, r in self.reductions.items()})
+        kept = {
+            e: (Input(f"{i}.kept", real=True), first, last)
+            for i, (e, first, last) in enumerate(_keep(walks, self.is_element))
+        }
+        found = [_walk(formulas, kept, at) for at, formulas in enumerate(walks)]
+        found_peaks = []
+        for (symbol, _), formulas in zip(peaks, at_peaks, strict=True):
+            level = self.reductions[symbol].level - 1
+            found_peaks.append(Peak(level, by_level[level].index(symbol), _walk(formulas)))
+        return RowProgram(
+            tuple((symbol, e) for e, symbol in made.constants.items()),
+            tuple(sum(self.reductions[s].kind == MAX for s in level) for level in by_level),
+            tuple(sum(self.reductions[s].kind == SUM for s in level) for level in by_level),
+            numbers,
+            computed,
+            tuple(found[:-1]),
+            found[-1],
+            tuple(found_peaks),
+            tuple(kept.values()),
+            results[0][0],
+            *map(tuple, results[1:]),
+        )
+
+    def _gradient(self, x: Expr, cotangents: Mapping[Expr, Expr]) -> Expr:
+        """Of an element: terms with the same exponentials share them, and each part of an element has
+        one row number as its factor."""
+        by_part: dict[Expr, list[Expr]] = {}
+        for symbol, cotangent in cotangents.items():
+            for number, part in self._split(_derivative(self.reductions[symbol].formula, x)):
+                if part == 0 or number == 0:
+                    continue
+                factor, rest = part.as_independent(*primitives.inputs_in(part), as_Add=False)
+                by_part.setdefault(rest, []).append(cotangent * number * factor)
+        by_exponentials: dict[Expr, list[Expr]] = {}
+        for part, numbers in by_part.items():
+            args = sympy.Mul.make_args(part)
+            exponentials = [a for a in args if _is_weight(a)]
+            rest = sympy.Mul(*(a for a in args if a not in exponentials))
+            number = _simplified(sympy.Add(*numbers))
+            if number != 0:
+                by_exponentials.setdefault(sympy.Mul(*exponentials), []).append(number * rest)
+        return sympy.Add(*(e * sympy.Add(*terms) for e, terms in by_exponentials.items()))
+
+
+@dataclass(frozen=True)
+class _SoftmaxParts:
+    origin: Expr
+    centered: Expr
+    sum: Expr  # of e^centered, without the label
+    gap: Expr | None  # centered, at the label
+
+    @property
+    def total(self) -> Expr:
+        return self.sum if self.gap is None else Total(self.sum, self.gap)
+
+    @property
+    def log_total(self) -> Expr:
+        return Log(self.sum) if self.gap is None else LogTotal(self.sum, self.gap)
+
+    @property
+    def log_sum_exp(self) -> Expr:
+        return self.origin + self.log_total
+
+
+def _derivative(e: Expr, symbol: Expr) -> Expr:
+    if symbol not in e.free_symbols:
+        return ZERO
+    return primitives.canonical(primitives.derivative(e, symbol))
+
+
+def _log_share(e: Expr) -> Expr | None:
+    """A probability of which this is the logarithm: log_softmax(u) + numbers."""
+    terms = sympy.Add.make_args(e)
+    shares = [t for t in terms if isinstance(t, LogSoftmax)]
+    rest = sympy.Add(*(t for t in terms if t not in shares))
+    if len(shares) != 1 or primitives.inputs_in(rest):
+        return None
+    (share,) = shares
+    return Softmax(share.args[0]) * primitives.canonical(Exp(rest) if rest != 0 else ONE)
+
+
+def _simplified(number: Expr) -> Expr:
+    """A row number with fewer terms, where products cancel when they are written out."""
+    expanded = sympy.expand(number, power_exp=False, power_base=False, log=False, multinomial=False,
+                            basic=False)  # fmt: skip
+    return expanded if _terms(expanded) < _terms(number) else number
+
+
+def _size(e: Expr) -> int:
+    return 1 + sum(map(_size, e.args))
+
+
+def _terms(e: Expr) -> int:
+    return sum(map(_terms, e.args)) if e.is_Add or e.is_Mul else 1
+
+
+def _is_weight(e: Expr) -> bool:
+    """Whether it is a class's share of a softmax, but for a row number: 0 for a logit of -inf."""
+    return isinstance(e, Exp | ExpNonpositive) and isinstance(e.args[0], Centered)
+
+
+# ---- walks -----------------------------------------------------------------------------------------
+
+
+class _Assembly:
+    """Makes formulas of elements and of rows into what is computed when."""
+
+    def __init__(self, levels: _Levels, parameters: Iterable[Expr]) -> None:
+        self.levels = levels
+        self.parameters = set(parameters)
+        self.constants: dict[Expr, Expr] = {}  # by formula: symbol
+        self.numbers: dict[Expr, Expr] = {}  # the same of row numbers
+
+    def of_elements(self, formulas: Iterable[Expr]) -> list[Expr]:
+        """Formulas of elements as kernels compute them, without what is the same for a whole row."""
+        known: dict[Expr, Expr] = {}
+        lowered = [
+            primitives.lowered(self._guarded(primitives.attached(e)), known) for e in formulas
+        ]
+        return [self._without_numbers(_centered(e)) for e in lowered]
+
+    def number(self, e: Expr) -> Expr:
+        """The symbol of a row number. What is the same for all rows becomes one, too."""
+        e = _centered(primitives.lowered(primitives.attached(e)))
+        return e if isinstance(e, Input) else self._number(e)
+
+    def _number(self, e: Expr) -> Expr:
+        return self.numbers.setdefault(e, Input(f"{len(self.numbers)}.computed", real=True))
+
+    def _guarded(self, e: Expr) -> Expr:
+        """What has no share of a softmax does not count, even where it is infinite: 0 log 0 = 0."""
+        if not e.args:
+            return e
+        args = list(map(self._guarded, e.args))
+        weights = [a for a in args if _is_weight(a)]
+        rest = [a for a in args if a not in weights and self.levels.is_element(a)]
+        if not (e.is_Mul and weights and rest):
+            return e.func(*args)
+        numbers = [a for a in args if a not in weights and a not in rest]
+        return sympy.Mul(*numbers, Weighted(sympy.Mul(*weights), sympy.Mul(*rest)))
+
+    def _symbol(self, e: Expr) -> Expr:
+        if e in self.parameters or not primitives.inputs_in(e):
+            return self.constants.setdefault(e, sympy.Symbol(f"c{len(self.constants)}", real=True))
+        return self._number(e)
+
+    def _without_numbers(self, e: Expr) -> Expr:
+        def is_same(e: Expr) -> bool:
+            return isinstance(e, sympy.Expr) and bool(e.free_symbols) and not self.levels.is_element(e)
+
+        return _hoisted(e, is_same, lambda e: e if isinstance(e, Input) else self._symbol(e))
+
+    def without_constants(self, e: Expr) -> Expr:
+        def is_constant(e: Expr) -> bool:
+            return isinstance(e, sympy.Expr) and bool(e.free_symbols) and not primitives.inputs_in(e)
+
+        return _hoisted(e, is_constant, self._symbol)
+
+    def computed(self, order: Mapping[Expr, int]) -> tuple[Named, ...]:
+        """The row numbers by level, with what several of a level share."""
+        by_level: list[dict[Expr, Expr]] = [{} for _ in range(max(order.values(), default=0) + 1)]
+        for formula, symbol in self.numbers.items():
+            by_level[self.levels.level(formula)][symbol] = formula
+        earlier: dict[Expr, Expr] = {}
+        found = []
+        for numbers in by_level:
+            formulas = [self.without_constants(e.xreplace(earlier)) for e in numbers.values()]
+            shared, formulas = _repeated(formulas, sympy.numbered_symbols("t"))
+            found.append((*shared, *zip(numbers, formulas, strict=True)))
+            earlier |= {formula: symbol for symbol, formula in numbers.items()}
+        return tuple(found)
+
+
+def _centered(e: Expr) -> Expr:
+    """e^(x - m), which is at most 1."""
+    return e.xreplace({node: ExpNonpositive(*node.args) for node in e.atoms(Exp) if _is_weight(node)})
+
+
+def _hoisted(e: Expr, is_ours: Callable[[Expr], bool], symbol: Callable[[Expr], Expr]) -> Expr:
+    """The formula with symbols for its subexpressions that are ours."""
+
+    @functools.cache
+    def rewrite(e: Expr) -> Expr:
+        if is_ours(e):
+            return symbol(e)
+        if not e.args:
+            return e
+        args = list(e.args)
+        if isinstance(e, sympy.Mul | sympy.Add):
+            # Numbers are merged with ours beside them; a sign stays outside.
+            ours = [a for a in args if is_ours(a)]
+            if ours:
+                numbers = [a for a in args if a.is_number and a != -1]
+                args = [a for a in args if a not in ours and a not in numbers]
+                args.append(e.func(*ours, *numbers))
+        return e.func(*map(rewrite, args))
+
+    return rewrite(e)
+
+
+def _walk(
+    formulas: list[Expr], kept: Mapping[Expr, tuple[Expr, int, int]] | None = None, at: int = 0
+) -> Walk:
+    kept = kept or {}
+    symbols = {e: symbol for e, (symbol, _, _) in kept.items()}
+    ours = {symbol: e for e, (symbol, first, _) in kept.items() if first == at}
+    # A kept value may be made of others: each by its arguments.
+    made = [e.func(*(arg.xreplace(symbols) for arg in e.args)) for e in ours.values()]
+    results = [e.xreplace(symbols) for e in formulas]
+    shared, found = _repeated([*made, *results], sympy.numbered_symbols("t"))
+    waiting = dict(shared) | dict(zip(ours, found, strict=False))
+    named: dict[Expr, Expr] = {}
+
+    def name(e: Expr) -> None:
+        for symbol in sorted(e.free_symbols & waiting.keys() - named.keys(), key=str):
+            name(waiting[symbol])
+            named.setdefault(symbol, waiting[symbol])
+
+    for e in found:
+        name(e)
+    for symbol in ours:
+        name(symbol)
+    return Walk(tuple(named.items()), tuple(found[len(ours) :]))
+
+
+def _subexpressions(e: Expr) -> set[Expr]:
+    return set(sympy.preorder_traversal(e))
+
+
+def _keep(walks: list[list[Expr]], is_element: Callable[[Expr], bool]) -> list[tuple[Expr, int, int]]:
+    """Costly formulas of elements that more than one walk computes: each, its first walk and its last."""
+    there = [set().union(*map(_subexpressions, walk)) if walk else set() for walk in walks]
+    found: dict[Expr, list[int]] = {}
+
+    def look(e: Expr, at: int) -> None:
+        if type(e).__name__.lower() in _COSTLY and is_element(e):
+            first = next(w for w in range(at + 1) if e in there[w])
+            if first < at:
+                found.setdefault(e, [first, at])[1] = at
+                return
+        for arg in e.args:
+            look(arg, at)
+
+    for at, walk in enumerate(walks):
+        for e in walk:
+            look(e, at)
+    return [(e, first, last) for e, (first, last) in found.items()]

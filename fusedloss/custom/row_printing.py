@@ -1,0 +1,159 @@
+"""Prints the level form of a row loss as a C++ struct."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from .levels import RowProgram, Walk, level_form
+from .primitives import Expr, Input
+from .printing import _Cpp, _CppConstant
+from .row_tracing import Kind, TracedRows
+
+_KINDS = {
+    Kind.ELEMENT: "kElement",
+    Kind.LABEL: "kLabel",
+    Kind.PER_ROW: "kPerRow",
+    Kind.PER_CLASS: "kPerClass",
+}
+
+
+class _CppRows(_Cpp):
+    """Formulas of elements or of rows, whose symbols are places in arrays."""
+
+    def _Input(self, e: Expr) -> str:
+        return self.names[e.name]
+
+    def _Centered(self, e: Expr) -> str:
+        x, origin = map(self, e.args)
+        return f"({x} - {origin})"
+
+
+def cpp(traced: TracedRows) -> str:
+    """The struct that csrc/math/custom_rows.h describes."""
+    return "\n".join(_Struct(traced).lines()) + "\n"
+
+
+def _array(kind: str, name: str, items: Sequence[object], none: str) -> Iterator[str]:
+    """A constant array. One without items has one that nobody reads, since C++ has no empty arrays."""
+    yield f"  static constexpr {kind} {name}[] = {{{', '.join(map(str, items or [none]))}}};"
+
+
+class _Struct:
+    def __init__(self, traced: TracedRows) -> None:
+        self.traced = traced
+        self.program: RowProgram = level_form(traced)
+        self.places = self.program.numbers
+        of_class = [*traced.of_kind(Kind.ELEMENT)], [*traced.of_kind(Kind.PER_CLASS)]
+        self.names = {
+            **{s.name: f"x[{i}]" for i, s in enumerate(of_class[0])},
+            **{s.name: f"w[{i}]" for i, s in enumerate(of_class[1])},
+            **{s.name: f"kept[{i}]" for i, (s, _, _) in enumerate(self.program.kept)},
+        }
+
+    def lines(self) -> Iterator[str]:
+        program, traced = self.program, self.traced
+        constants = len(program.constants)
+        kinds = [f"Kind::{_KINDS[kind]}" for kind in traced.kinds]
+        yield f"// {traced.identifier}: {traced.text(traced.value)}"
+        yield f"struct Loss : CustomRows<{max(constants, 1)}> {{"
+        yield from _array("Kind", "kKinds", kinds, "")
+        yield f"  static constexpr int kParameters = {len(traced.parameters)};"
+        yield f"  static constexpr int kLevels = {len(program.walks)};"
+        yield from _array("int", "kMaxima", program.maxima, "0")
+        yield from _array("int", "kSums", program.sums, "0")
+        yield f"  static constexpr int kKeptCount = {len(program.kept)};"
+        kept = [f"{{{first}, {last}}}" for _, first, last in program.kept]
+        yield from _array("Kept", "kKept", kept, "{}")
+        yield f"  static constexpr int kNumbers = {len(self.places)};"
+        yield f"  static constexpr int kValue = {self.places[program.value]};"
+        for name, symbols in {"kAtLabel": program.at_label, "kOfRow": program.of_row}.items():
+            yield from _array("int", name, [self.places[s] for s in symbols], "-1")
+        yield f"  static constexpr int kPeakCount = {len(program.peaks)};"
+        peaks = [f"{{{peak.level}, {peak.term}}}" for peak in program.peaks]
+        yield from _array("Peak", "kPeaks", peaks, "{}")
+        yield f"  static constexpr int kAuxiliaryCount = {len(program.auxiliary)};"
+        auxiliary = [self.places[s] for s in program.auxiliary]
+        yield from _array("int", "kAuxiliary", auxiliary, "-1")
+        yield from self._prepare()
+        yield from self._row()
+        of_class = "[[maybe_unused]] const T* x, [[maybe_unused]] const T* w"
+        element = f"{of_class}, [[maybe_unused]] const Row& r"
+        kept_by = "[[maybe_unused]] T* kept"
+        yield from self._choice(
+            "template <int kLevel, class T, class Row>", "terms",
+            f"{element}, {kept_by}, T* out", "kLevel",
+            [list(self._walk(walk, _assign)) for walk in program.walks],
+        )  # fmt: skip
+        yield "  template <bool kAll, class T, class Row>"
+        yield f"  FUSEDLOSS_HD void gradients({element}, [[maybe_unused]] const T* kept, T* out) const {{"
+        yield from ("    " + line for line in self._walk(program.gradients, _first_or_all))
+        yield "  }"
+        yield from self._choice(
+            "template <int kPeak, class T, class Row>", "at_peak",
+            f"{element}, [[maybe_unused]] T* out", "kPeak",
+            [list(self._walk(peak.gradients, _assign)) for peak in program.peaks],
+        )  # fmt: skip
+        yield "};"
+
+    def _prepare(self) -> Iterator[str]:
+        names = {name: f"parameters[{i}]" for i, name in enumerate(self.traced.parameters)}
+        printer = _CppConstant(names)
+        yield (
+            "  FUSEDLOSS_HD static void prepare([[maybe_unused]] const double* parameters, "
+            "[[maybe_unused]] double* constants) {"
+        )
+        for i, (_, formula) in enumerate(self.program.constants):
+            yield f"    constants[{i}] = {printer(formula)};"
+        yield "  }"
+
+    def _row(self) -> Iterator[str]:
+        names = {s.name: f"r[{i}]" for s, i in self.places.items()}
+        blocks = []
+        for numbers in self.program.computed:
+            lines = []
+            printer = _CppRows(names)
+            for symbol, formula in numbers:
+                to = f"r[{self.places[symbol]}]" if symbol in self.places else f"const auto {symbol}"
+                lines.append(f"{to} = {printer(formula)};")
+            blocks.append([*self._constants(e for _, e in numbers), *lines])
+        yield from self._choice(
+            "template <int kLevel, class T>", "row", "[[maybe_unused]] T* r", "kLevel", blocks, first=-1
+        )
+
+    def _choice(
+        self, template: str, name: str, arguments: str, which: str, blocks: list[list[str]], first: int = 0
+    ) -> Iterator[str]:
+        """A function of which each number of `which` has a block."""
+        yield f"  {template}"
+        yield f"  FUSEDLOSS_HD void {name}({arguments}) const {{"
+        for i, lines in enumerate(blocks, first):
+            if lines:
+                yield f"    if constexpr ({which} == {i}) {{"
+                yield from ("      " + line for line in lines)
+                yield "    }"
+        yield "  }"
+
+    def _constants(self, formulas: Iterable[Expr]) -> Iterator[str]:
+        """Those that formulas use, as a T."""
+        there = set().union(*(e.free_symbols for e in formulas))
+        for i, (symbol, _) in enumerate(self.program.constants):
+            if symbol in there:
+                yield f"[[maybe_unused]] const T c{i}(constants[{i}]);"
+
+    def _walk(self, walk: Walk, result: Callable[[int, str], str]) -> Iterator[str]:
+        yield from self._constants([*(e for _, e in walk.named), *walk.results])
+        names = {**self.names, **{s.name: f"r({i})" for s, i in self.places.items()}}
+        printer = _CppRows(names)
+        for symbol, formula in walk.named:
+            to = self.names[symbol.name] if isinstance(symbol, Input) else f"const auto {symbol}"
+            yield f"{to} = {printer(formula)};"
+        for i, formula in enumerate(walk.results):
+            yield result(i, printer(formula))
+
+
+def _assign(i: int, formula: str) -> str:
+    return f"out[{i}] = {formula};"
+
+
+def _first_or_all(i: int, formula: str) -> str:
+    return f"{'if constexpr (kAll) ' if i else ''}out[{i}] = {formula};"
