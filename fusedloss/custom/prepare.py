@@ -14,14 +14,14 @@ from .. import _caller, backends, second_order
 from .building import CUDA, CannotCompile, cpu_library, key_of, load_cuda
 
 if TYPE_CHECKING:
-    from .loss import PointwiseLoss
+    from .loss import CustomLoss
 
 _C: Any = backends.extension
 _count = itertools.count()
-_defined: WeakValueDictionary[int, PointwiseLoss] = WeakValueDictionary()
+_defined: WeakValueDictionary[int, CustomLoss] = WeakValueDictionary()
 
 
-def define(loss: PointwiseLoss) -> int:
+def define(loss: CustomLoss) -> int:
     """The number of a new loss. (A tracing compiler takes a number for a constant, but no loss.)"""
     number = next(_count)
     _defined[number] = loss
@@ -46,7 +46,7 @@ def prepared(number: int, device: str) -> tuple[str, str, str]:
     return found
 
 
-def _prepare(loss: PointwiseLoss, device: str, candidates: tuple[str, ...]) -> tuple[str, str, str]:
+def _prepare(loss: CustomLoss, device: str, candidates: tuple[str, ...]) -> tuple[str, str, str]:
     reasons = []
     for backend in candidates:
         load = _LOADERS.get((backend, device))
@@ -64,14 +64,14 @@ def _prepare(loss: PointwiseLoss, device: str, candidates: tuple[str, ...]) -> t
     return "", "", "; ".join(reasons)
 
 
-def _load_cpu(loss: PointwiseLoss) -> str:
+def _load_cpu(loss: CustomLoss) -> str:
     library = cpu_library(loss._traced.identifier, loss._struct)
     if library.key not in second_order.custom_references:
         library.load(partial(_C.load_custom, library.key))
     return library.key
 
 
-def _load_cuda(loss: PointwiseLoss) -> str:
+def _load_cuda(loss: CustomLoss) -> str:
     name = loss._traced.identifier
     key = key_of(name, CUDA, CUDA.source(loss._struct))
 
@@ -85,7 +85,7 @@ def _load_cuda(loss: PointwiseLoss) -> str:
     return key
 
 
-def _load_triton(loss: PointwiseLoss) -> str:
+def _load_triton(loss: CustomLoss) -> str:
     from ..backends import triton
     from . import printing
 
@@ -98,7 +98,7 @@ def _load_triton(loss: PointwiseLoss) -> str:
 
 # By backend and type of device: a function that loads the kernels of a loss, and returns the name of
 # the loss in the operators. It raises CannotCompile if there are no kernels.
-_LOADERS: dict[tuple[str, str], Callable[[PointwiseLoss], str]] = {
+_LOADERS: dict[tuple[str, str], Callable[[CustomLoss], str]] = {
     ("compiled", "cpu"): _load_cpu,
     ("compiled", "cuda"): _load_cuda,
     **{("triton", device): _load_triton for device in ("cpu", "cuda", "xpu")},

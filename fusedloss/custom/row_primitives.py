@@ -239,7 +239,6 @@ class Total(_OfLabel):
 
 
 class LogTotal(_OfLabel):
-
     def derivatives(self) -> tuple[Expr, ...]:
         return 1 / Total(*self.args), LabelShare(*self.args)
 

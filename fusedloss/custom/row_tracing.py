@@ -18,7 +18,6 @@ from .row_primitives import CLASSES, At, Max, Reduction, Share, Sum, is_element,
 from .tracing import (
     Definition,
     Family,
-    Formula,
     Program,
     called,
     definition,
@@ -131,7 +130,9 @@ def _kinds(function: Callable[..., Any], name: str, arguments: tuple[str, ...]) 
     kinds = tuple(found[argument] for argument in arguments)
     count = kinds.count(Kind.ELEMENT)
     if count == 0 or Kind.ELEMENT in kinds[count:]:
-        early = next(a for a, kind in zip(arguments, kinds, strict=True) if kind is not Kind.ELEMENT)
+        early = next(
+            a for a, kind in zip(arguments, kinds, strict=True) if kind is not Kind.ELEMENT
+        )
         raise TypeError(
             f"{name}: {early!r} stands too early: the tensors with a "
             "value for each class come first, and the others are marked fm.Label, fm.PerRow or fm.PerClass"
@@ -148,8 +149,8 @@ def _resolved(function: Callable[..., Any], annotation: Any) -> Any:
     if not isinstance(annotation, str):
         return annotation
     try:
-        return eval(annotation, getattr(definition(function), "__globals__", {}))  # noqa: S307
-    except Exception:
+        return eval(annotation, getattr(definition(function), "__globals__", {}))
+    except (NameError, AttributeError, SyntaxError, TypeError):
         # fusedloss.math was imported inside of a function, say.
         return getattr(math, annotation.rpartition(".")[2], None)
 
@@ -202,9 +203,7 @@ def _check(traced: TracedRows, key: str, e: Expr) -> None:
     if is_element(e, elements):
         what = f"gives {key!r} as" if key else "returns"
         pointwise = "" if words_in(e) else "; without such a word it is a fusedloss.pointwise_loss"
-        raise TypeError(
-            f"{name} {what} one value a class: wrap it in fm.sum or fm.mean{pointwise}"
-        )
+        raise TypeError(f"{name} {what} one value a class: wrap it in fm.sum or fm.mean{pointwise}")
     if not key and not words_in(e):
         raise TypeError(
             f"{name} sees no row: without a word such as fm.sum or fm.at it is a fusedloss.pointwise_loss"
