@@ -64,6 +64,7 @@ class CustomLoss:
     _aliases: ClassVar[tuple[str, ...]] = ()  # keywords that the inputs have beside their names
 
     _traced: Definition
+    _struct: Any  # of the loss in C++; a text
 
     def __init__(self, function: Callable[..., Any]) -> None:
         from . import tracing

@@ -11,10 +11,10 @@ from weakref import WeakValueDictionary
 import torch
 
 from .. import _caller, backends, second_order
-from .building import CUDA, CannotCompile, cpu_library, key_of, load_cuda
+from .building import CPU, CPU_ROWS, CUDA, CannotCompile, cpu_library, key_of, load_cuda
 
 if TYPE_CHECKING:
-    from .loss import CustomLoss
+    from .loss import CustomLoss, PointwiseLoss
 
 _C: Any = backends.extension
 _count = itertools.count()
@@ -49,7 +49,7 @@ def prepared(number: int, device: str) -> tuple[str, str, str]:
 def _prepare(loss: CustomLoss, device: str, candidates: tuple[str, ...]) -> tuple[str, str, str]:
     reasons = []
     for backend in candidates:
-        load = _LOADERS.get((backend, device))
+        load = _LOADERS[loss._decorator].get((backend, device))
         try:
             if load is None:
                 raise CannotCompile(f"has no kernels of custom losses for {device} tensors")
@@ -65,13 +65,14 @@ def _prepare(loss: CustomLoss, device: str, candidates: tuple[str, ...]) -> tupl
 
 
 def _load_cpu(loss: CustomLoss) -> str:
-    library = cpu_library(loss._traced.identifier, loss._struct)
+    engine = CPU_ROWS if loss._decorator == "row_loss" else CPU
+    library = cpu_library(loss._traced.identifier, loss._struct, engine)
     if library.key not in second_order.custom_references:
         library.load(partial(_C.load_custom, library.key))
     return library.key
 
 
-def _load_cuda(loss: CustomLoss) -> str:
+def _load_cuda(loss: PointwiseLoss) -> str:
     name = loss._traced.identifier
     key = key_of(name, CUDA, CUDA.source(loss._struct))
 
@@ -85,7 +86,7 @@ def _load_cuda(loss: CustomLoss) -> str:
     return key
 
 
-def _load_triton(loss: CustomLoss) -> str:
+def _load_triton(loss: PointwiseLoss) -> str:
     from ..backends import triton
     from . import printing
 
@@ -96,10 +97,13 @@ def _load_triton(loss: CustomLoss) -> str:
     return key
 
 
-# By backend and type of device: a function that loads the kernels of a loss, and returns the name of
-# the loss in the operators. It raises CannotCompile if there are no kernels.
-_LOADERS: dict[tuple[str, str], Callable[[CustomLoss], str]] = {
-    ("compiled", "cpu"): _load_cpu,
-    ("compiled", "cuda"): _load_cuda,
-    **{("triton", device): _load_triton for device in ("cpu", "cuda", "xpu")},
+# By decorator, then by backend and type of device: a function that loads the kernels of a loss, and
+# returns the name of the loss in the operators. It raises CannotCompile if there are no kernels.
+_LOADERS: dict[str, dict[tuple[str, str], Callable[[Any], str]]] = {
+    "pointwise_loss": {
+        ("compiled", "cpu"): _load_cpu,
+        ("compiled", "cuda"): _load_cuda,
+        **{("triton", device): _load_triton for device in ("cpu", "cuda", "xpu")},
+    },
+    "row_loss": {("compiled", "cpu"): _load_cpu},
 }

@@ -21,8 +21,8 @@ from .primitives import (
     Abs,
     Equal,
     Exp,
-    Expr,
     ExpNonpositive,
+    Expr,
     Input,
     Log,
     Log1pUnit,
@@ -32,7 +32,6 @@ from .primitives import (
     Sqrt,
     Where,
 )
-
 
 CLASSES = Input("fm.classes", real=True)  # the number of classes
 # The words in fusedloss.math, those of a mean and a minimum among them.

@@ -284,7 +284,13 @@ def instead_of(name: str) -> str:
     if name in _OF_TENSORS:
         words = ", ".join(row_primitives.WORDS)
         return f"{name} takes a tensor, not a symbol: rows have {words}; {_OF_REDUCTION}"
-    return f"fusedloss.math has no {name}; it has {', '.join(math.__all__)}"
+    return f"fusedloss.math has no {name}; it has {_words()}"
+
+
+def _words() -> str:
+    from fusedloss import math
+
+    return ", ".join(word for word in math.__all__ if word.islower())  # not Label and the like
 
 
 def expression(x: Any) -> Expr:
@@ -505,8 +511,6 @@ def _checked(name: str, result: Any, known: set[Expr]) -> Expr:
 
 def formula(name: str, result: Any, known: set[Expr]) -> Expr:
     """What a definition returns, in primitives."""
-    from fusedloss import math
-
     if result is None:
         raise TypeError(f"{name} returns None: write return in front of the value")
     if isinstance(result, Formula):
@@ -534,8 +538,7 @@ def formula(name: str, result: Any, known: set[Expr]) -> Expr:
             raise ValueError(f"{name}: {sympy.N(node, 3)} is beyond the largest float64, 1.8e308")
         if isinstance(node, sympy.Function) and not isinstance(node, primitives.Primitive):
             raise TypeError(
-                f"{name}: {node.func} is not a function of fusedloss.math, which has "
-                f"{', '.join(math.__all__)}"
+                f"{name}: {node.func} is not a function of fusedloss.math, which has {_words()}"
             )
     return value
 
