@@ -43,6 +43,7 @@ from .row_primitives import (
     Softmax,
     Sum,
     Total,
+    is_element,
 )
 from .row_tracing import Kind, TracedRows
 
@@ -74,7 +75,7 @@ class LevelForm:
     auxiliary: tuple[Expr, ...]
 
     def is_element(self, e: Expr) -> bool:
-        return is_element(e, self.traced)
+        return is_element(e, self.traced.elements)
 
     def level(self, e: Expr) -> int:
         """The level of the highest reduction in a formula."""
@@ -135,12 +136,6 @@ def level_form(traced: TracedRows) -> LevelForm:
         return _Levels(traced).form()
 
 
-def is_element(e: Expr, traced: TracedRows) -> bool:
-    """Whether a formula differs from class to class."""
-    classwise = {*traced.of_kind(Kind.ELEMENT), *traced.of_kind(Kind.PER_CLASS)}
-    return not classwise.isdisjoint(e.free_symbols)
-
-
 # ---- reductions and their cotangents -------------------------------------------------------------
 
 
@@ -148,7 +143,6 @@ class _Levels:
     def __init__(self, traced: TracedRows) -> None:
         self.traced = traced
         self.elements = traced.of_kind(Kind.ELEMENT)
-        self.classwise = {*self.elements, *traced.of_kind(Kind.PER_CLASS)}
         self.at = {
             s: Input(f"{s.name}.at", real=True)
             for s in (*self.elements, *traced.of_kind(Kind.PER_CLASS))
@@ -161,7 +155,7 @@ class _Levels:
     # ---- formulas --------------------------------------------------------------------------------
 
     def is_element(self, e: Expr) -> bool:
-        return is_element(e, self.traced)
+        return is_element(e, self.traced.elements)
 
     def level(self, e: Expr) -> int:
         """The level of the highest reduction in a formula."""
@@ -288,7 +282,7 @@ class _Levels:
         if isinstance(e, Centered):
             return self._bare_numbers(e.args[0])
         if not e.args:
-            return isinstance(e, Input) and e not in self.classwise
+            return isinstance(e, Input) and e not in self.traced.elements
         return any(map(self._bare_numbers, e.args))
 
     # ---- gradients -------------------------------------------------------------------------------
