@@ -172,42 +172,40 @@ struct RowsWalk {
     const RowsTogether r = read_rows();
     Vec<T> maxima[at_least_one(kMaxima)][kAbreast], sums[at_least_one(kSums)][kAbreast];
     RegisterSum<T> totals[at_least_one(kSums)][kTogether];
-    for (auto& of_max : maxima) std::fill_n(of_max, kAbreast, Vec<T>(-kInfinity<T>));
+    const auto fill = []<int n>(Vec<T>(&registers)[n][kAbreast], T number) FUSEDLOSS_INLINE {
+      unrolled<n>([&](auto i) FUSEDLOSS_INLINE {
+        unrolled<kAbreast>([&](auto u) FUSEDLOSS_INLINE { registers[i][u] = Vec<T>(number); });
+      });
+    };
+    fill(maxima, -kInfinity<T>);
 
     // The terms of `count` registers from class c on. kWhole: all lanes count, and no sum leaves
     // one out.
     const auto add = [&](auto count, auto whole, int64_t c) FUSEDLOSS_INLINE {
       constexpr bool kWhole = kTile || whole();
       const int64_t lanes = std::min(kLanes, classes - c);
-      Registers from[count];
-      Vec<T> terms[count][at_least_one(kTerms)];
-      unrolled<count>([&](auto u)
-                          FUSEDLOSS_INLINE { from[u] = read<kLevel, kWhole>(c, u, lanes); });
       unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
-        its.template terms<kLevel>(from[u].x, from[u].weights, r[u], from[u].kept, terms[u]);
-      });
-      unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
+        Registers from = read<kLevel, kWhole>(c, u, lanes);
+        Vec<T> terms[at_least_one(kTerms)];
+        its.template terms<kLevel>(from.x, from.weights, r[u], from.kept, terms);
         unrolled<Loss::kKeptCount>([&](auto k) FUSEDLOSS_INLINE {
-          if constexpr (Loss::kKept[k].from == kLevel) from[u].kept[k].store(kept[k] + at(c, u));
+          if constexpr (Loss::kKept[k].from == kLevel) from.kept[k].store(kept[k] + at(c, u));
         });
         if constexpr (kLevel + 1 == Loss::kLevels) prefetch(c, u);
         const auto counted = [&](Vec<T> term, T none) FUSEDLOSS_INLINE {
           return kWhole ? term : Vec<T>::set(Vec<T>(none), term, lanes);
         };
         unrolled<kMaxima>([&](auto m) FUSEDLOSS_INLINE {
-          maxima[m][u] = maximum(counted(terms[u][m], -kInfinity<T>), maxima[m][u]);
+          maxima[m][u] = maximum(counted(terms[m], -kInfinity<T>), maxima[m][u]);
         });
         unrolled<kSums>([&](auto s) FUSEDLOSS_INLINE {
-          Vec<T> term = counted(terms[u][kMaxima + s], T(0));
+          Vec<T> term = counted(terms[kMaxima + s], T(0));
           if constexpr (kHasLabel && (kTile || !kWhole)) {
             term = select(cast<T>(ids(c, u) == r[u].label), Vec<T>(0), term);
           }
           sums[s][u] = sums[s][u] + term;
         });
       });
-    };
-    const auto clear = [&]() FUSEDLOSS_INLINE {
-      for (auto& of_sum : sums) std::fill_n(of_sum, kAbreast, Vec<T>(0));
     };
     const auto add_up = [&]() FUSEDLOSS_INLINE {
       unrolled<kSums>([&](auto s) FUSEDLOSS_INLINE {
@@ -222,7 +220,7 @@ struct RowsWalk {
     const std::integral_constant<int, 1> one{};
     if constexpr (kTile) {
       for (int64_t c = 0; c < classes;) {
-        clear();
+        fill(sums, 0);
         for (const int64_t end = std::min(c + kBlock, classes); c < end; ++c) {
           add(all, std::true_type(), c);
         }
@@ -236,12 +234,12 @@ struct RowsWalk {
       int64_t c = 0;
       for (const int64_t stop : {alone, classes}) {
         while (c + kStep <= stop) {
-          clear();
+          fill(sums, 0);
           const int64_t end = std::min(stop, c + kBlock * kStep);
           for (; c + kStep <= end; c += kStep) add(all, std::true_type(), c);
           add_up();
         }
-        clear();
+        fill(sums, 0);
         const int64_t end = std::min(stop + kLanes, classes);
         for (; c < end; c += kLanes) add(one, std::false_type(), c);
         add_up();
@@ -346,31 +344,26 @@ struct RowsWalk {
     }
     const auto write = [&](auto count, auto whole, int64_t c) FUSEDLOSS_INLINE {
       constexpr bool kWhole = kTile || whole();
-      Registers from[count];
-      Vec<T> g[count][kElements];
       unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
-        from[u] = read<Loss::kLevels, kWhole>(c, u, end - c);
-      });
-      unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
+        Registers from = read<Loss::kLevels, kWhole>(c, u, end - c);
+        Vec<T> g[kElements];
         if constexpr (!kTile) {
-          its.template gradients<kAll>(from[u].x, from[u].weights, r[u], from[u].kept, g[u]);
+          its.template gradients<kAll>(from.x, from.weights, r[u], from.kept, g);
         } else {
           const Ids here = ids(c, u);
           const auto is_peak = [&](auto p)
                                    FUSEDLOSS_INLINE { return cast<T>(here == peaks[p][u]); };
-          gradients_of<kAll>(its, r[u], from[u], here, is_peak, g[u]);
+          gradients_of<kAll>(its, r[u], from, here, is_peak, g);
           if (any_ignored) {  // 0, whatever the row's numbers are
-            for (Vec<T>& of : g[u]) of = select(cast<T>(r[u].label == none), Vec<T>(0), of);
+            for (Vec<T>& of : g) of = select(cast<T>(r[u].label == none), Vec<T>(0), of);
           }
         }
-      });
-      unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
         const int64_t lanes = kTile    ? std::max<int64_t>(rows_left - u * kLanes, 0)
                               : kWhole ? kLanes
                                        : std::min(kLanes, end - c);
         unrolled<kComputed>([&](auto e) FUSEDLOSS_INLINE {
           T* const to = out.to[e] + (kTile ? c * out.line[e] : c - begin) + u * kLanes;
-          if (kComputed == 1 || out.to[e]) store(g[u][e], to, lanes, kTile && out.streams);
+          if (kComputed == 1 || out.to[e]) store(g[e], to, lanes, kTile && out.streams);
         });
       });
     };
@@ -387,6 +380,17 @@ struct RowsWalk {
   // Calls write(element, class, gradient) for those of a single row at its label and its peaks.
   template <bool kAll, class Write>
   void gradients_apart(const Write& write) const {
+    constexpr int kComputed = kAll ? kElements : 1;
+    if constexpr (kHasLabel) {
+      for (int e = 0; e < kComputed; ++e) {
+        write(e, *label, static_cast<T>(numbers[Loss::kAtLabel[e] * stride]));
+      }
+    }
+    if constexpr (Loss::kPeakCount > 0) gradients_at_peaks<kAll>(write);
+  }
+  template <bool kAll, class Write>
+  void gradients_at_peaks(const Write& write) const {
+    constexpr int kComputed = kAll ? kElements : 1;
     const Row r = read_rows()[0];
     int64_t peaks[at_least_one(Loss::kPeakCount)];
     unrolled<Loss::kPeakCount>([&](auto p) {
@@ -397,21 +401,18 @@ struct RowsWalk {
         if (first != kNone) peaks[p] = std::min<int64_t>(peaks[p], first);
       }
     });
-    const auto write_at = [&](int64_t c) {
+    for (const int64_t c : peaks) {
+      if (c == classes) continue;
       Registers from = read<Loss::kLevels, false>(c, 0, 1);
       Vec<T> g[kElements];
       const Mask<T> all = Vec<T>(0) == Vec<T>(0);
       const auto is_peak = [&](int p) { return peaks[p] == c ? all : ~all; };
       gradients_of<kAll>(*loss, r, from, ids(c, 0), is_peak, g);
-      for (int e = 0; e < (kAll ? kElements : 1); ++e) {
+      for (int e = 0; e < kComputed; ++e) {
         T lanes[kLanes];
         g[e].store(lanes);
         write(e, c, lanes[0]);
       }
-    };
-    if constexpr (kHasLabel) write_at(*label);
-    for (int p = 0; p < Loss::kPeakCount; ++p) {
-      if (peaks[p] < classes) write_at(peaks[p]);
     }
   }
 };
@@ -592,7 +593,7 @@ struct CustomRowWalk : CustomRowsTask<Loss, T, false> {
   using Walk = typename Base::Walk;
   using Base::call, Base::problem, Base::kElements, Base::kLanes, Base::ignored;
   static constexpr int64_t kGroup = Vec<double>::size();
-  static constexpr int64_t kGroupBytes = 64 << 10;  // of a group's lines
+  static constexpr int64_t kGroupBytes = 16 << 10;  // of a group's lines
   static constexpr int64_t kLines = kElements + Loss::kKeptCount;
   static constexpr int64_t kPiece = 1024;  // classes whose gradients are converted together
 
