@@ -82,6 +82,12 @@ struct RowsWalk {
     }
   }
 
+  // A nan must not get lost in a maximum that counts. One that is subtracted may be any number then:
+  // a sum of the row is nan.
+  static FUSEDLOSS_HD Vec<T> larger(Vec<T> x, Vec<T> max_so_far) {
+    return Loss::kPeakCount > 0 ? maximum(x, max_so_far) : max(x, max_so_far);
+  }
+
   // What a register's terms are computed from.
   struct Registers {
     Vec<T> x[kElements], weights[at_least_one(Numbers::kPerClasses)],
@@ -196,7 +202,7 @@ struct RowsWalk {
           return kWhole ? term : Vec<T>::set(Vec<T>(none), term, lanes);
         };
         unrolled<kMaxima>([&](auto m) FUSEDLOSS_INLINE {
-          maxima[m][u] = maximum(counted(terms[m], -kInfinity<T>), maxima[m][u]);
+          maxima[m][u] = larger(counted(terms[m], -kInfinity<T>), maxima[m][u]);
         });
         unrolled<kSums>([&](auto s) FUSEDLOSS_INLINE {
           Vec<T> term = counted(terms[kMaxima + s], T(0));
@@ -252,7 +258,7 @@ struct RowsWalk {
         unrolled<kTogether>([&](auto u) { widen(maxima[m][u]).store(to + u * kLanes); });
       } else {
         Vec<T> max = maxima[m][0];
-        unrolled<kAbreast - 1>([&](auto u) { max = maximum(maxima[m][u + 1], max); });
+        unrolled<kAbreast - 1>([&](auto u) { max = larger(maxima[m][u + 1], max); });
         *to = (max == max).all() ? max_lane(max) : std::numeric_limits<T>::quiet_NaN();
       }
       to += stride;
