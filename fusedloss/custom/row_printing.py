@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from .levels import RowProgram, Walk, level_form
 from .primitives import Expr, Input
 from .printing import _Cpp, _CppConstant
 from .row_tracing import Kind, TracedRows
+from .walks import RowProgram, Walk, row_program
 
 _KINDS = {
     Kind.ELEMENT: "kElement",
@@ -41,7 +41,7 @@ def _array(kind: str, name: str, items: Sequence[object], none: str) -> Iterator
 class _Struct:
     def __init__(self, traced: TracedRows) -> None:
         self.traced = traced
-        self.program: RowProgram = level_form(traced)
+        self.program: RowProgram = row_program(traced)
         self.places = self.program.numbers
         of_class = [*traced.of_kind(Kind.ELEMENT)], [*traced.of_kind(Kind.PER_CLASS)]
         self.names = {
@@ -113,15 +113,28 @@ class _Struct:
             lines = []
             printer = _CppRows(names)
             for symbol, formula in numbers:
-                to = f"r[{self.places[symbol]}]" if symbol in self.places else f"const auto {symbol}"
+                to = (
+                    f"r[{self.places[symbol]}]" if symbol in self.places else f"const auto {symbol}"
+                )
                 lines.append(f"{to} = {printer(formula)};")
             blocks.append([*self._constants(e for _, e in numbers), *lines])
         yield from self._choice(
-            "template <int kLevel, class T>", "row", "[[maybe_unused]] T* r", "kLevel", blocks, first=-1
+            "template <int kLevel, class T>",
+            "row",
+            "[[maybe_unused]] T* r",
+            "kLevel",
+            blocks,
+            first=-1,
         )
 
     def _choice(
-        self, template: str, name: str, arguments: str, which: str, blocks: list[list[str]], first: int = 0
+        self,
+        template: str,
+        name: str,
+        arguments: str,
+        which: str,
+        blocks: list[list[str]],
+        first: int = 0,
     ) -> Iterator[str]:
         """A function of which each number of `which` has a block."""
         yield f"  {template}"
