@@ -6,7 +6,6 @@ import copy
 import pickle
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -16,7 +15,19 @@ from torch import Tensor
 
 import fusedloss
 from fusedloss import math as fm
-from fusedloss.custom import RowLoss
+from row_losses import (
+    ROW_LOSSES,
+    RowCase,
+    _at,
+    cispo,
+    cosine,
+    distillation,
+    focal,
+    grpo,
+    jsd,
+    lk_hybrid,
+    reverse_kl,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -25,112 +36,17 @@ def plain() -> Iterator[None]:
         yield
 
 
-# ---- losses, and the same in PyTorch -------------------------------------------------------------
+# Beside those of the table.
 
 
 @fusedloss.row_loss
-def distillation(student, teacher, *, T=1.0):  # type: ignore[no-untyped-def]
-    q = fm.log_softmax(teacher / T)
-    return T**2 * fm.sum(fm.exp(q) * (q - fm.log_softmax(student / T)))
-
-
-@fusedloss.row_loss
-def jsd(student, teacher, *, beta=0.5):  # type: ignore[no-untyped-def]
-    p, q = fm.log_softmax(student), fm.log_softmax(teacher)
-    m = fm.logaddexp(p + fm.log(1 - beta), q + fm.log(beta))
-    return beta * fm.sum(fm.exp(q) * (q - m)) + (1 - beta) * fm.sum(fm.exp(p) * (p - m))
-
-
-@fusedloss.row_loss
-def focal(logits, label: fm.Label, *, gamma=2.0):  # type: ignore[no-untyped-def]
-    missed = fm.at(fm.one_minus_softmax(logits), label)
-    return -(missed**gamma) * fm.at(fm.log_softmax(logits), label)
-
-
-@fusedloss.row_loss
-def grpo(  # type: ignore[no-untyped-def]
-    logits, label: fm.Label, old: fm.PerRow, advantage: fm.PerRow, *, low=0.2, high=0.2, entropy=0.1
+def logged(  # type: ignore[no-untyped-def]
+    logits, label: fm.Label, old: fm.PerRow, advantage: fm.PerRow, *, low=0.2, high=0.2, entropy=0.0
 ):
+    value = grpo.function(logits, label, old, advantage, low=low, high=high, entropy=entropy)
     logp = fm.log_softmax(logits)
-    r = fm.exp(fm.at(logp, label) - old)
-    h = -fm.sum(fm.exp(logp) * logp)
-    clipped = fm.clamp(r, 1 - low, 1 + high) * advantage
-    return -fm.minimum(r * advantage, clipped) - entropy * h, {"entropy": h, "ratio": r}
-
-
-@fusedloss.row_loss
-def ce_z(logits, label: fm.Label, balance: fm.PerClass, *, z=1e-4):  # type: ignore[no-untyped-def]
-    return -fm.at(balance * fm.log_softmax(logits), label) + z * fm.logsumexp(logits) ** 2
-
-
-@fusedloss.row_loss
-def cosine(a, b):  # type: ignore[no-untyped-def]
-    return 1 - fm.sum(a * b) / (fm.norm(a) * fm.norm(b))
-
-
-@fusedloss.row_loss
-def dice(logit, mask, *, smooth=1.0):  # type: ignore[no-untyped-def]
-    p = fm.sigmoid(logit)
-    return 1 - (2 * fm.sum(p * mask) + smooth) / (fm.sum(p) + fm.sum(mask) + smooth)
-
-
-@fusedloss.row_loss
-def cispo(  # type: ignore[no-untyped-def]
-    logits, label: fm.Label, old: fm.PerRow, advantage: fm.PerRow, *, high=0.2
-):
-    logp = fm.at(fm.log_softmax(logits), label)
-    return -fm.detach(fm.minimum(fm.exp(logp - old), 1 + high)) * advantage * logp
-
-
-@fusedloss.row_loss
-def reverse_kl(student, teacher):  # type: ignore[no-untyped-def]
-    p = fm.softmax(student)
-    return fm.sum(p * (fm.log(p) - fm.log_softmax(teacher)))
-
-
-@fusedloss.row_loss
-def listnet(scores, relevance):  # type: ignore[no-untyped-def]
-    return -fm.sum(fm.softmax(relevance) * fm.log_softmax(scores))
-
-
-@fusedloss.row_loss
-def tv(student, teacher):  # type: ignore[no-untyped-def]
-    return 0.5 * fm.sum(fm.abs(fm.softmax(student) - fm.softmax(teacher)))
-
-
-@fusedloss.row_loss
-def lk_hybrid(student, teacher, *, eta=3.0):  # type: ignore[no-untyped-def]
-    q, p = fm.log_softmax(teacher), fm.log_softmax(student)
-    accepted = fm.sum(fm.minimum(fm.exp(q), fm.exp(p)))
-    share = fm.exp(-eta * fm.detach(accepted))
-    return share * fm.sum(fm.exp(q) * (q - p)) + (1 - share) * (1 - accepted)
-
-
-@fusedloss.row_loss
-def triplet(anchor, positive, negative, *, margin=1.0):  # type: ignore[no-untyped-def]
-    near, far = fm.norm(anchor - positive), fm.norm(anchor - negative)
-    return fm.relu(near - far + margin)
-
-
-@fusedloss.row_loss
-def multi_margin(logits, label: fm.Label, *, margin=1.0):  # type: ignore[no-untyped-def]
-    others = fm.sum(fm.relu(margin - fm.at(logits, label) + logits)) - margin
-    return others / fm.classes
-
-
-@fusedloss.row_loss
-def variance(x):  # type: ignore[no-untyped-def]
-    return fm.mean((x - fm.mean(x)) ** 2)
-
-
-@fusedloss.row_loss
-def hinge_on_largest(logits, target):  # type: ignore[no-untyped-def]
-    return fm.relu(1 + fm.max(logits - 9 * target) - fm.sum(logits * target))
-
-
-@fusedloss.row_loss
-def supcon(scores, mask):  # type: ignore[no-untyped-def]
-    return -fm.sum(mask * fm.log_softmax(scores)) / fm.sum(mask)
+    ratio = fm.exp(fm.at(logp, label) - old)
+    return value, {"entropy": -fm.sum(fm.exp(logp) * logp), "ratio": ratio}
 
 
 @fusedloss.row_loss
@@ -141,50 +57,6 @@ def chosen(x, y):  # type: ignore[no-untyped-def]
     return fm.where(fm.min(x) < -1, total, fm.log1p(fm.relu(total)) + fm.norm(y))
 
 
-def _at(x: Tensor, label: Tensor) -> Tensor:
-    return x.gather(-1, label[..., None]).squeeze(-1)
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """By logarithms."""
-    return (p.exp() * (p - q)).sum(-1)
-
-
-def _jsd(s: Tensor, t: Tensor, beta: float) -> Tensor:
-    p, q = s.log_softmax(-1), t.log_softmax(-1)
-    m = ((1 - beta) * p.exp() + beta * q.exp()).log()
-    return beta * _kl(q, m) + (1 - beta) * _kl(p, m)
-
-
-def _grpo(x: Tensor, y: Tensor, old: Tensor, a: Tensor, low: Any, high: Any, entropy: Any) -> Tensor:
-    p = x.log_softmax(-1)
-    r = (_at(p, y) - old).exp()
-    h = -(p.exp() * p).sum(-1)
-    return -torch.minimum(r * a, r.clamp(1 - low, 1 + high) * a) - entropy * h
-
-
-def _dice(x: Tensor, mask: Tensor, smooth: float) -> Tensor:
-    p = x.sigmoid()
-    return 1 - (2 * (p * mask).sum(-1) + smooth) / (p.sum(-1) + mask.sum(-1) + smooth)
-
-
-def _cispo(x: Tensor, y: Tensor, old: Tensor, a: Tensor, high: float) -> Tensor:
-    p = _at(x.log_softmax(-1), y)
-    return -(p - old).exp().clamp(max=1 + high).detach() * a * p
-
-
-def _lk_hybrid(s: Tensor, t: Tensor, eta: float) -> Tensor:
-    p, q = s.log_softmax(-1), t.log_softmax(-1)
-    accepted = torch.minimum(p.exp(), q.exp()).sum(-1)
-    share = torch.exp(-eta * accepted.detach())
-    return share * _kl(q, p) + (1 - share) * (1 - accepted)
-
-
-def _multi_margin(x: Tensor, y: Tensor, margin: float) -> Tensor:
-    rows = F.multi_margin_loss(x.flatten(0, -2), y.flatten(), margin=margin, reduction="none")
-    return rows.view(y.shape)
-
-
 def _chosen(x: Tensor, y: Tensor) -> Tensor:
     root = torch.where(x > 0, torch.where(x > 0, x, 1.0).sqrt(), 0.0)
     other = root + y.mean(-1, keepdim=True)
@@ -193,83 +65,18 @@ def _chosen(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(x.amin(-1) < -1, total, total.relu().log1p() + y.norm(dim=-1))
 
 
-@dataclass(frozen=True)
-class Case:
-    loss: RowLoss
-    eager: Callable[..., Tensor]  # classes last, one value for each row
-    options: dict[str, float] = field(default_factory=dict)
-    binary: tuple[int, ...] = ()  # places of inputs that are 0 or 1
-
-    def sample(self, shape: tuple[int, ...] = (6, 5)) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(1)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-        made = []
-        for place, kind in enumerate(self.loss._kinds):
-            if kind.value == "label":
-                made.append(torch.randint(shape[-1], shape[:-1], generator=generator))
-            elif place in self.binary:
-                t = (draw(*shape) > 0).double()
-                t[..., 0] = 1 - t[..., 1:].amax(-1)  # at least one in each row
-                made.append(t)
-            else:
-                made.append(
-                    draw(*{"per row": shape[:-1], "per class": shape[-1:]}.get(kind.value, shape))
-                )
-        return made
-
-    def leaves(self, shape: tuple[int, ...] = (6, 5)) -> list[Tensor]:
-        return [t.requires_grad_(t.is_floating_point()) for t in self.sample(shape)]
+(GRPO,) = (case for case in ROW_LOSSES if case.loss is grpo)
+LOGGED = RowCase(logged, GRPO.torch, GRPO.walks, GRPO.parameters)
+CASES = [*ROW_LOSSES, LOGGED, RowCase(chosen, _chosen, 0)]
 
 
-CASES = [
-    Case(
-        distillation,
-        lambda s, t, T: T**2 * _kl((t / T).log_softmax(-1), (s / T).log_softmax(-1)),
-        {"T": 2.0},
-    ),
-    Case(jsd, _jsd, {"beta": 0.3}),
-    Case(
-        focal,
-        lambda x, y, gamma: (
-            -((1 - _at(x.softmax(-1), y)) ** gamma) * _at(x.log_softmax(-1), y)
-        ),
-        {"gamma": 1.5},
-    ),
-    Case(grpo, _grpo, {"low": 0.2, "high": 0.3, "entropy": 0.1}),
-    Case(
-        ce_z,
-        lambda x, y, w, z: -_at(w * x.log_softmax(-1), y) + z * x.logsumexp(-1) ** 2,
-        {"z": 0.1},
-    ),
-    Case(cosine, lambda a, b: 1 - F.cosine_similarity(a, b, dim=-1)),
-    Case(dice, _dice, {"smooth": 0.5}, binary=(1,)),
-    Case(cispo, _cispo, {"high": 0.2}),
-    Case(reverse_kl, lambda s, t: _kl(s.log_softmax(-1), t.log_softmax(-1))),
-    Case(listnet, lambda s, r: -(r.softmax(-1) * s.log_softmax(-1)).sum(-1)),
-    Case(tv, lambda s, t: (s.softmax(-1) - t.softmax(-1)).abs().sum(-1) / 2),
-    Case(lk_hybrid, _lk_hybrid, {"eta": 2.0}),
-    Case(
-        triplet,
-        lambda a, p, n, margin: F.relu((a - p).norm(dim=-1) - (a - n).norm(dim=-1) + margin),
-        {"margin": 0.7},
-    ),
-    Case(multi_margin, _multi_margin, {"margin": 0.8}),
-    Case(variance, lambda x: x.var(-1, correction=0)),
-    Case(
-        hinge_on_largest,
-        lambda x, t: F.relu(1 + (x - 9 * t).amax(-1) - (x * t).sum(-1)),
-        binary=(1,),
-    ),
-    Case(supcon, lambda x, m: -(m * x.log_softmax(-1)).sum(-1) / m.sum(-1), binary=(1,)),
-    Case(chosen, _chosen),
-]
+def named(case: RowCase) -> str:
+    return case.id
 
 
-def named(case: Case) -> str:
-    return case.loss.__name__
+def leaves(case: RowCase, rows: tuple[int, ...] = (6,), classes: int = 5) -> list[Tensor]:
+    inputs = case.inputs(rows, classes, torch.float64, seed=1)
+    return [t.requires_grad_(t.is_floating_point()) for t in inputs]
 
 
 def first(result: Any) -> Tensor:
@@ -281,11 +88,11 @@ def first(result: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES, ids=named)
-def test_value_and_gradients(case: Case) -> None:
-    inputs = case.leaves()
+def test_value_and_gradients(case: RowCase) -> None:
+    inputs = leaves(case)
     wanting = [t for t in inputs if t.requires_grad]
-    ours = first(case.loss(*inputs, reduction="none", **case.options))
-    eager = case.eager(*inputs, **case.options)
+    ours = first(case.loss(*inputs, reduction="none", **case.parameters))
+    eager = case.torch(*inputs, **case.parameters)
     torch.testing.assert_close(ours, eager, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(eager)
     for found, expected in zip(
@@ -297,14 +104,14 @@ def test_value_and_gradients(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=named)
-def test_derivatives(case: Case) -> None:
+def test_derivatives(case: RowCase) -> None:
     """Of first and second order. What detaches has other ones than finite differences say."""
     if case.loss in (cispo, lk_hybrid):
         pytest.skip("detaches")
-    inputs = case.leaves((2, 3))
+    inputs = leaves(case, (2,), 3)
 
     def value(*inputs: Tensor) -> Tensor:
-        return first(case.loss(*inputs, **case.options))
+        return first(case.loss(*inputs, **case.parameters))
 
     assert torch.autograd.gradcheck(value, inputs)
     assert torch.autograd.gradgradcheck(value, inputs)
@@ -312,20 +119,22 @@ def test_derivatives(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=named)
 @pytest.mark.parametrize("dim", [0, 1, -1])
-def test_any_dimension(case: Case, dim: int) -> None:
-    inputs = case.sample((2, 3, 4))
-    expected = case.eager(*inputs, **case.options)
+def test_any_dimension(case: RowCase, dim: int) -> None:
+    inputs = case.inputs((2, 3), 4, torch.float64)
+    expected = case.torch(*inputs, **case.parameters)
     moved = [
         t.movedim(-1, dim).contiguous() if kind.value == "element" else t
         for t, kind in zip(inputs, case.loss._kinds, strict=True)
     ]
-    found = first(case.loss(*moved, reduction="none", dim=dim, **case.options))
+    found = first(case.loss(*moved, reduction="none", dim=dim, **case.parameters))
     torch.testing.assert_close(found, expected)
 
 
 def test_one_row() -> None:
     x = torch.randn(5)
-    torch.testing.assert_close(focal(x, torch.tensor(2), gamma=0.0), F.cross_entropy(x, torch.tensor(2)))
+    torch.testing.assert_close(
+        focal(x, torch.tensor(2), gamma=0.0), F.cross_entropy(x, torch.tensor(2))
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -333,22 +142,28 @@ def test_one_row() -> None:
 @pytest.mark.parametrize("ignored", [0, 2, 6])
 def test_rows_that_do_not_count(reduction: str, weighted: bool, ignored: int) -> None:
     """Whatever is in them; focal with gamma 0 is cross-entropy."""
-    (case,) = (case for case in CASES if case.loss is grpo)
-    x, y, old, advantage = case.leaves()
+    x, y, old, advantage = leaves(LOGGED)
+    rows = LOGGED.torch(x, y, old, advantage, **LOGGED.parameters)
     y[:ignored] = -7
     with torch.no_grad():
         x[:ignored] = torch.nan
     weight = torch.rand(6, dtype=torch.float64) if weighted else None
     counts = y != -7
-    rows = case.eager(x[counts], y[counts], old[counts], advantage[counts], **case.options)
     w = torch.ones(6, dtype=torch.float64) if weight is None else weight
-    expected = torch.zeros(6, dtype=torch.float64).masked_scatter(counts, rows * w[counts])
+    expected = torch.zeros(6, dtype=torch.float64).masked_scatter(counts, (rows * w)[counts])
     if reduction != "none":
         expected = expected.sum()
     if reduction == "mean":
         expected = expected / w[counts].sum()
-    value, extras = grpo(
-        x, y, old, advantage, reduction=reduction, weight=weight, ignore_index=-7, **case.options
+    value, extras = logged(
+        x,
+        y,
+        old,
+        advantage,
+        reduction=reduction,
+        weight=weight,
+        ignore_index=-7,
+        **LOGGED.parameters,
     )
     torch.testing.assert_close(value, expected, equal_nan=True)
     assert not extras["entropy"][:ignored].any()
@@ -358,9 +173,8 @@ def test_rows_that_do_not_count(reduction: str, weighted: bool, ignored: int) ->
 
 
 def test_auxiliary_results() -> None:
-    (case,) = (case for case in CASES if case.loss is grpo)
-    x, y, old, advantage = case.leaves()
-    _, extras = grpo(x, y, old, advantage)
+    x, y, old, advantage = leaves(LOGGED)
+    _, extras = logged(x, y, old, advantage)
     assert list(extras) == ["entropy", "ratio"]
     assert not any(t.requires_grad for t in extras.values())
     p = x.log_softmax(-1)
@@ -445,14 +259,8 @@ def test_loss_object() -> None:
     x = torch.randn(3, 4)
     torch.testing.assert_close(unnamed(x), (x.amax(-1) - x.amin(-1)).mean())
     assert repr(unnamed) == "<fusedloss.row_loss _spread(x) = max(-x) + max(x)>"
-    assert distillation.levels.splitlines() == [
-        "walk 1: 2 maxima",
-        "walk 2: " + distillation.levels.splitlines()[1][8:],
-        "walk 3: the gradients for student, teacher",
-    ]
-    assert distillation.passes == (
-        "reads student, teacher once; writes student's gradient, teacher's gradient once, where wanted"
-    )
+    assert distillation.levels.splitlines()[-1] == "walk 3: the gradients for student, teacher"
+    assert distillation.passes.startswith("reads student, teacher once")
 
 
 def _spread(x):  # type: ignore[no-untyped-def]
@@ -545,7 +353,9 @@ def test_rewrites(name: str) -> None:
 
 
 def test_what_is_no_softmax_stays() -> None:
-    loss = fusedloss.row_loss(lambda x, y: fm.max(fm.exp(y) / fm.sum(fm.exp(x)) - 2 * fm.softmax(x)))
+    loss = fusedloss.row_loss(
+        lambda x, y: fm.max(fm.exp(y) / fm.sum(fm.exp(x)) - 2 * fm.softmax(x))
+    )
     assert not loss._traced.notes
 
 
@@ -631,10 +441,18 @@ MISTAKES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "max of Python": (lambda x, y: fm.sum(max(x, y)), TypeError, "maximum or minimum"),
     "sum of Python": (lambda x: sum(x), TypeError, "takes a slice of a symbol"),
     "slice": (lambda x: fm.sum(x[..., 1:]), TypeError, "takes a slice of a symbol"),
-    "captured tensor": (lambda x: fm.sum(x * A_TENSOR), TypeError, "no tensor is part of a formula"),
+    "captured tensor": (
+        lambda x: fm.sum(x * A_TENSOR),
+        TypeError,
+        "no tensor is part of a formula",
+    ),
     "two labels": (_two_labels, TypeError, "at most one fm.Label, not 2"),
     "label first": (_label_first, TypeError, "'label' stands too early"),
-    "no mark": (_unmarked, TypeError, "'label' stands too early: the tensors with a value for each"),
+    "no mark": (
+        _unmarked,
+        TypeError,
+        "'label' stands too early: the tensors with a value for each",
+    ),
     "marked number": (_marked_number, TypeError, r"'r' is a tensor per row by its mark"),
     "name of an option": (_option, ValueError, "every loss has a keyword 'dim' already"),
     "tensor named weight": (
@@ -672,22 +490,37 @@ def test_bad_calls() -> None:
         (
             lambda: focal(x, y),
             ValueError,
-            "label has shape (4, 8, 8), not (4, 21, 8): the classes of logits (4, 21, 8, 8) lie along "
-            "dim=-1; pass dim=1 if they lie there",
+            "label has shape (4, 8, 8), not (4, 21, 8): the classes of logits (4, 21, 8, 8)",
         ),
-        (lambda: focal(x, out, dim=1), IndexError, "Target 21 is out of bounds. It stands at label[1, 2, 3]"),
-        (lambda: focal(x, y.int(), dim=1), TypeError, "an int64, and not torch.int32: pass label.long()"),
+        (
+            lambda: focal(x, out, dim=1),
+            IndexError,
+            "Target 21 is out of bounds. It stands at label[1, 2, 3]",
+        ),
+        (
+            lambda: focal(x, y.int(), dim=1),
+            TypeError,
+            "an int64, and not torch.int32: pass label.long()",
+        ),
         (lambda: focal(x, y, dim=4), IndexError, "has no dimension 4"),
         (lambda: focal(torch.tensor(1.0), y), IndexError, "has no dimension -1"),
         (lambda: focal(x[:, :0], y, dim=1), ValueError, "has no classes along dim=1"),
-        (lambda: focal(x, y, dim=1, ignore_index=1.0), TypeError, "ignore_index must be an int, not 1.0"),  # type: ignore[arg-type]
+        (
+            lambda: focal(x, y, dim=1, ignore_index=1.0),
+            TypeError,
+            "ignore_index must be an int, not 1.0",
+        ),  # type: ignore[arg-type]
         (
             lambda: focal(x, y, dim=1, weight=torch.ones(21)),
             ValueError,
             "weight has shape (21,), not (4, 8, 8)",
         ),
         (lambda: focal(x, y, dim=1, weight=2.0), TypeError, "weight must be a tensor"),  # type: ignore[arg-type]
-        (lambda: focal(x, y, dim=1, gama=2.0), TypeError, "has no parameter 'gama'; it has gamma, reduction"),
+        (
+            lambda: focal(x, y, dim=1, gama=2.0),
+            TypeError,
+            "has no parameter 'gama'; it has gamma, reduction",
+        ),
         (lambda: focal(x, dim=1), TypeError, "'label' is missing"),
         (lambda: focal(x, 3, dim=1), TypeError, "label must be a tensor"),  # type: ignore[arg-type]
         (lambda: focal(x.long(), y, dim=1), TypeError, "needs floating-point tensors"),
@@ -715,7 +548,9 @@ def test_check() -> None:
 def test_check_finds_wrong_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     from fusedloss.custom import row_primitives
 
-    wrong = staticmethod(lambda x: x.detach().exp().sum(-1, keepdim=True).log() + 0 * x.sum(-1, True))
+    wrong = staticmethod(
+        lambda x: x.detach().exp().sum(-1, keepdim=True).log() + 0 * x.sum(-1, True)
+    )
     monkeypatch.setattr(row_primitives.LogSumExp, "torch", wrong)
     report = fusedloss.row_loss(lambda x: fm.logsumexp(x)).check()
     assert "the gradient for x of class 0 is 0, and finite differences say" in str(report)

@@ -82,9 +82,7 @@ def _cases(loss: RowLoss) -> dict[str, list[Tensor]]:
 
 
 def _wanting(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [
-        t.to(dtype).requires_grad_() if t.is_floating_point() else t.clone() for t in inputs
-    ]
+    return [t.to(dtype).requires_grad_() if t.is_floating_point() else t.clone() for t in inputs]
 
 
 def _differentiated(value: Any, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -63,23 +63,14 @@ class RowLoss(CustomLoss):
         """The walks over a row that a kernel makes on chip, as text."""
         from .levels import level_form
 
-        form = level_form(self._traced)
-        walks = [
-            " and ".join(f"{n} {what}" for n, what in ((m, "maxima"), (s, "sums")) if n)
-            for m, s in zip(form.maxima, form.sums, strict=True)
-        ]
-        walks.append(f"the gradients for {', '.join(self._named(self._element))}")
-        return "\n".join(f"walk {i}: {walk}" for i, walk in enumerate(walks, 1))
+        return level_form(self._traced).text
 
     @property
     def passes(self) -> str:
-        """What a kernel reads and writes in memory, as text, if a row fits on chip."""
-        elements = self._named(self._element)
-        written = [f"{name}'s gradient" for name in elements]
-        return f"reads {', '.join(elements)} once; writes {', '.join(written)} once, where wanted"
+        """What a kernel reads and writes in memory, if a row fits on chip, as text."""
+        from .levels import level_form
 
-    def _named(self, kind: Kind) -> list[str]:
-        return [name for name, k in zip(self._operands, self._kinds, strict=True) if k is kind]
+        return level_form(self._traced).passes
 
     # ---- calls -----------------------------------------------------------------------------------
 
