@@ -132,7 +132,7 @@ def every_word(input, target, *, scale=1.5, gamma=2.3):  # type: ignore[no-untyp
     inside |= fm.is_nan(x) & (y == scale)
     smooth = fm.exp(-x) + fm.expm1(x) + fm.tanh(x) + fm.erf(x) + fm.sin(x) * fm.cos(y)
     smooth += fm.erfc(y) * fm.lgamma(x) - fm.detach(x) * fm.digamma(y)
-    of_logits = fm.sigmoid(x) + fm.log_sigmoid(y) + fm.softplus(x * y)
+    of_logits = fm.sigmoid(x) + fm.log_sigmoid(y) + fm.softplus(x * y) + fm.logaddexp(x, y)
     logarithms = fm.log(y) + fm.log1p(x) + fm.xlogy(x, y) / scale
     powers = fm.sqrt(x) + x**gamma + fm.pow(x, y) + x**1.5 / y**2 + fm.sigmoid(y) ** 2.7
     pieces = fm.abs(x) + fm.sign(y) * fm.relu(x) + fm.clamp(x, -1, y)

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import primitives, printing
 
 if TYPE_CHECKING:
-    from .loss import PointwiseLoss
+    from .loss import CustomLoss, PointwiseLoss
 
 _POINTS = 2000
 _NEAR, _FAR = 3.0, 1e4
@@ -49,9 +49,6 @@ class _Probe:
 
     def __init__(self, loss: PointwiseLoss, values: tuple[float, ...]) -> None:
         self.loss, self.values, self.names = loss, values, loss._operands
-        self.numbers = ", ".join(
-            f"{name}={value:g}" for name, value in zip(loss._names, values, strict=True)
-        )
 
     def value(self, *inputs: Tensor) -> Tensor:
         return self.loss._elements(inputs, self.values)
@@ -116,8 +113,14 @@ def check(loss: PointwiseLoss, values: tuple[float, ...]) -> Report:
         )
     remarks.extend(_kink_remarks(probe, kinks))
     remarks.extend(_far_slopes(probe))
-    name = f"{loss.__name__}({probe.numbers})" if probe.numbers else loss.__name__
-    return Report(name, tuple(errors), tuple(remarks))
+    return Report(_titled(loss, values), tuple(errors), tuple(remarks))
+
+
+def _titled(loss: CustomLoss, values: tuple[float, ...]) -> str:
+    """The name of a loss, with its parameters."""
+    pairs = zip(loss._names, values, strict=True)
+    numbers = ", ".join(f"{name}={value:g}" for name, value in pairs)
+    return f"{loss.__name__}({numbers})" if numbers else loss.__name__
 
 
 def _first(where: Tensor) -> int | None:
@@ -175,19 +178,27 @@ def _gradients(probe: _Probe, inputs: list[Tensor]) -> list[str]:
         def moved(k: int, place: int = place) -> Tensor:
             return value(*inputs[:place], inputs[place] + k * _STEP, *inputs[place + 1 :])
 
-        sides = [moved(k) for k in (-2, -1, 1, 2)]
-        # If the second-order `coarse` differs much from the fourth-order `fine`, a kink is near.
-        coarse = (sides[2] - sides[1]) / (2 * _STEP)
-        fine = (8 * (sides[2] - sides[1]) - (sides[3] - sides[0])) / (12 * _STEP)
-        scale = slope.abs() + probe.value(*inputs).abs() + 1
-        smooth = fine.isfinite() & ((fine - coarse).abs() < 1e-5 * scale)
-        off = smooth & ~((slope - fine).abs() < 1e-5 * scale)
+        size = probe.value(*inputs).abs()
+        fine, off = _differences(moved, slope, size)
         if (at := _first(off)) is not None:
             found.append(
                 f"the slope by {name} at {probe.at(inputs, at)} is {slope[at].item():.6g}, and finite "
                 f"differences say {fine[at].item():.6g}"
             )
     return found
+
+
+def _differences(
+    moved: Callable[[int], Tensor], slope: Tensor, size: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Finite differences of values at steps from a point, and where a slope is off. size: of the values."""
+    sides = [moved(k) for k in (-2, -1, 1, 2)]
+    # If the second-order `coarse` differs much from the fourth-order `fine`, a kink is near.
+    coarse = (sides[2] - sides[1]) / (2 * _STEP)
+    fine = (8 * (sides[2] - sides[1]) - (sides[3] - sides[0])) / (12 * _STEP)
+    scale = slope.abs() + size + 1
+    smooth = fine.isfinite() & ((fine - coarse).abs() < 1e-5 * scale)
+    return fine, smooth & ~((slope - fine).abs() < 1e-5 * scale)
 
 
 def _kernels(probe: _Probe, inputs: list[Tensor]) -> list[str]:
@@ -334,13 +345,8 @@ def _far_slopes(probe: _Probe) -> Iterator[str]:
 
 def plot(loss: PointwiseLoss, values: tuple[float, ...], path: str | Path) -> None:
     """See :meth:`fusedloss.custom.PointwiseLoss.plot`."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a plot needs matplotlib: pip install matplotlib") from error
-
     probe = _Probe(loss, values)
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = _figure()
     axes = figure.subplots(1, 3)
     others = probe.names[1:]
     targets = (0.0, 1.0) if others and _of_two_values(probe) else (0.0,)
@@ -361,8 +367,16 @@ def plot(loss: PointwiseLoss, values: tuple[float, ...], path: str | Path) -> No
         axis.grid(alpha=0.3)
     if others:
         axes[0].legend()
-    figure.suptitle(f"{loss.__name__}({probe.numbers})" if probe.numbers else loss.__name__)
+    figure.suptitle(_titled(loss, values))
     figure.savefig(path, dpi=120)
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("a plot needs matplotlib: pip install matplotlib") from error
+    return Figure(figsize=(12, 3.6), layout="constrained")
 
 
 def _of_two_values(probe: _Probe) -> bool:

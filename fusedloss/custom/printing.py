@@ -476,7 +476,7 @@ def torch_function(traced: Traced, program: Program) -> Compiled:
 
 def torch_rows(traced: TracedRows) -> Compiled:
     """The same of a row loss: its value, then its auxiliary results. The inputs' last dimension is the
-    classes; a label, and what is a number of a row, has size 1 there, as the results do."""
+    classes; a label, and what is a number of a row, has size 1 there, as these results do."""
     program = traced.reference
     names = {symbol: f"x{i}" for i, symbol in enumerate(traced.inputs)}
     printer = _TorchRows(names, traced.elements)
@@ -486,9 +486,9 @@ def torch_rows(traced: TracedRows) -> Compiled:
 
     def run(inputs: Sequence[Tensor], parameters: Numbers) -> Sequence[Tensor]:
         like = inputs[0]
-        shape = (*like.shape[:-1], 1)
         classes = like.new_full((), like.shape[-1])
         values = results(*inputs, classes, *constants(parameters))
-        return [torch.broadcast_to(_tensor(value, like), shape) for value in values]
+        found = (_tensor(value, like) for value in values)
+        return [t.expand(*like.shape[:-1], t.shape[-1] if t.dim() else 1) for t in found]
 
     return run

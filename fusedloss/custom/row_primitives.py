@@ -142,7 +142,13 @@ class LogAddExp(Word):
 
     word = "logaddexp"
     nargs = 2
-    torch = staticmethod(torch.logaddexp)
+
+    @staticmethod
+    def torch(a: Tensor, b: Tensor) -> Tensor:
+        # The slopes of torch's own are nan where both are infinite.
+        same = (a == b) & a.isinf()
+        finite = torch.logaddexp(torch.where(same, 0.0, a), torch.where(same, 0.0, b))
+        return torch.where(same, (a + b) / 2, finite)
 
     def derivatives(self) -> tuple[Expr, ...]:
         a, b = self.args

@@ -151,7 +151,7 @@ def _other_shares(e: Expr) -> Iterator[_Rewrite]:
     for term in e.args:
         sign, x = term.as_coeff_Mul()
         share, place = _placed(x)
-        one = next((t for t in e.args if t.is_Number and t == -sign), None)
+        one = next((t for t in e.args if t.is_Number and float(t) == -float(sign)), None)
         if isinstance(share, Softmax) and abs(sign) == 1 and one is not None:
             by = place(OneMinusSoftmax(*share.args))
             rest = (t for t in e.args if t not in (term, one))

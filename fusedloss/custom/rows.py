@@ -60,14 +60,14 @@ class RowLoss(CustomLoss):
 
     @property
     def levels(self) -> str:
-        """The walks over a row that a kernel makes, and what it computes in each, as text."""
+        """The walks over a row that a kernel makes on chip, as text."""
         from .levels import level_form
 
         return level_form(self._traced).text
 
     @property
     def passes(self) -> str:
-        """What a kernel reads and writes in memory, as text."""
+        """What a kernel reads and writes in memory, if a row fits on chip, as text."""
         from .levels import level_form
 
         return level_form(self._traced).passes
