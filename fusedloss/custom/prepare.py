@@ -89,7 +89,7 @@ def _load_triton(loss: PointwiseLoss) -> str:
     from ..backends import triton
     from . import printing
 
-    constants = printing.host_constants(loss._traced)
+    constants = printing.host_constants(loss._traced, loss._traced.kernel)
     source = printing.triton(loss._traced)
     name = loss._traced.identifier
     key: str = triton.load(name, source, loss.inputs, len(loss._names) + 1, constants)
