@@ -99,6 +99,8 @@ class RowProgram:
     at_label: tuple[Expr, ...]
     of_row: tuple[Expr, ...]
     auxiliary: tuple[Expr, ...]
+    text: str  # the walks, for people
+    passes: str  # what is read and written in memory, for people
 
 
 class CannotLevel(ValueError):
@@ -144,7 +146,8 @@ class _Levels:
     def reduce(self, kind: str, formula: Expr) -> Expr:
         found = self.known.get((kind, formula))
         if found is None:
-            found = Input(f"{len(self.reductions)}.", real=True)
+            letter = "m" if kind == MAX else "s"
+            found = Input(f"{letter}{len(self.reductions)}.", real=True)
             self.known[kind, formula] = found
             self.reductions[found] = Reduction(kind, formula, self.level(formula) + 1)
         return found
@@ -234,6 +237,9 @@ class _Levels:
         if not self.is_element(e):
             return [(e, ONE)] if primitives.inputs_in(e) else [(ONE, e)]
         if e.is_Add:
+            # Else the difference of an input and a row number, which an offset of both must not touch.
+            if not all(t.has(Centered) for t in e.args if self.is_element(t)):
+                return [(ONE, e)]
             elements: dict[Expr, list[Expr]] = {}
             alone = []
             for number, x in itertools.chain(*map(self._split, e.args)):
@@ -271,22 +277,27 @@ class _Levels:
         def slope(symbol: Expr) -> Expr:
             """The derivative of the loss by a row number."""
             total = SCALE * _derivative(value, symbol)
+            known: dict[
+                int, list[Expr]
+            ] = {}  # by level: terms whose cotangents are there before its walk
             for outer, reduction in first.items():
                 if outer not in cotangents:
                     continue
-                d = _derivative(reduction.formula, symbol)
-                if d == 0:
-                    continue
-                if reduction.kind == SUM:
-                    total += cotangents[outer] * self.separated(d)
-                elif not self.is_element(d):
-                    total += cotangents[outer] * d
-                else:
+                cotangent, d = cotangents[outer], _derivative(reduction.formula, symbol)
+                if not self.is_element(d) and reduction.kind == MAX:
+                    total += cotangent * d
+                elif reduction.kind == MAX:
                     raise CannotLevel(
                         "fm.max of a formula in which a row number multiplies an element has no "
                         "gradient in one walk: take the maximum of the element alone"
                     )
-            return total
+                elif self.level(cotangent) < reduction.level:
+                    known.setdefault(reduction.level, []).append(cotangent * d)
+                else:
+                    total += cotangent * self.separated(d)
+            return total + sympy.Add(
+                *(self.separated(self._collected(ds)) for ds in known.values())
+            )
 
         for symbol in sorted(first, key=lambda s: -first[s].level):
             cotangent = slope(symbol)
@@ -315,7 +326,12 @@ class _Levels:
         made = _Assembly(self, self.traced.parameters.values())
         depth = max((r.level for r in self.reductions.values()), default=0)
         by_level = [
-            [s for kind in (MAX, SUM) for s, r in self.reductions.items() if (r.level, r.kind) == (level, kind)]
+            [
+                s
+                for kind in (MAX, SUM)
+                for s, r in self.reductions.items()
+                if (r.level, r.kind) == (level, kind)
+            ]
             for level in range(1, depth + 1)
         ]
         walks = [made.of_elements(self.reductions[s].formula for s in level) for level in by_level]
@@ -347,27 +363,98 @@ class _Levels:
             tuple(kept.values()),
             results[0][0],
             *map(tuple, results[1:]),
+            self._text(value, by_level),
+            self._passes(),
         )
 
+    def _text(self, value: Expr, by_level: list[list[Expr]]) -> str:
+        """others(x): the sum of x over all classes but the label."""
+        plain: dict[Expr, Expr] = {}
+        for symbol in (*self.reductions, SCALE, self.traced.classes):
+            plain[symbol] = sympy.Symbol(symbol.name.rstrip("."), real=True)
+        for symbol, there in self.at.items():
+            plain[there] = At(symbol, self.traced.label)
+
+        def text(e: Expr) -> str:
+            return self.traced.text(e.xreplace(plain))
+
+        words = {MAX: "max", SUM: "others" if self.at else "sum"}
+        lines = []
+        for number, level in enumerate(by_level, 1):
+            for symbol in level:
+                reduction = self.reductions[symbol]
+                made = f"{text(symbol)} = {words[reduction.kind]}({text(reduction.formula)})"
+                lines.append(f"walk {number}: {made}")
+        lines.append(f"then: the loss = {text(value)}")
+        names = ", ".join(map(str, self.elements))
+        lines.append(f"walk {len(by_level) + 1}: the gradients for {names}")
+        return "\n".join(lines)
+
+    def _passes(self) -> str:
+        names = ", ".join(map(str, self.elements))
+        return f"reads {names} once, and writes the gradient for each of them that wants one, once"
+
     def _gradient(self, x: Expr, cotangents: Mapping[Expr, Expr]) -> Expr:
-        """Of an element: terms with the same exponentials share them, and each part of an element has
-        one row number as its factor."""
-        by_part: dict[Expr, list[Expr]] = {}
-        for symbol, cotangent in cotangents.items():
-            for number, part in self._split(_derivative(self.reductions[symbol].formula, x)):
-                if part == 0 or number == 0:
-                    continue
-                factor, rest = part.as_independent(*primitives.inputs_in(part), as_Add=False)
-                by_part.setdefault(rest, []).append(cotangent * number * factor)
-        by_exponentials: dict[Expr, list[Expr]] = {}
-        for part, numbers in by_part.items():
-            args = sympy.Mul.make_args(part)
-            exponentials = [a for a in args if _is_weight(a)]
-            rest = sympy.Mul(*(a for a in args if a not in exponentials))
-            number = _simplified(sympy.Add(*numbers))
-            if number != 0:
-                by_exponentials.setdefault(sympy.Mul(*exponentials), []).append(number * rest)
-        return sympy.Add(*(e * sympy.Add(*terms) for e, terms in by_exponentials.items()))
+        return self._collected(
+            cotangent * _derivative(self.reductions[symbol].formula, x)
+            for symbol, cotangent in cotangents.items()
+        )
+
+    def _collected(self, formulas: Iterable[Expr]) -> Expr:
+        """The sum of elements' formulas. Terms with the same exponentials share them, and each part of an
+        element has one row number as its factor."""
+        numbers = self._by_part(itertools.chain(*map(self._terms, formulas)))
+        divisors = {a.base for part in numbers for a in sympy.Mul.make_args(part) if a.is_Pow}
+        for mixture in sorted(filter(lambda d: d.is_Add, divisors), key=str):
+            self._cancel(mixture, numbers)
+        by_weight: dict[Expr, list[Expr]] = {}
+        for part, number in numbers.items():
+            simple = _simplified(number)
+            if simple != 0:
+                args = sympy.Mul.make_args(part)
+                weights = [a for a in args if _is_weight(a)]
+                rest = sympy.Mul(*(a for a in args if a not in weights))
+                by_weight.setdefault(sympy.Mul(*weights), []).append(simple * rest)
+        return sympy.Add(*(weight * sympy.Add(*terms) for weight, terms in by_weight.items()))
+
+    def _terms(self, e: Expr) -> list[Expr]:
+        """The terms that have a share of a softmax as a factor, one by one, and the sum of the others,
+        which may cancel."""
+        if e.is_Add:
+            shares = [t for t in e.args if _has_weight(t)]
+            others = sympy.Add(*(t for t in e.args if t not in shares))
+            return [*itertools.chain(*map(self._terms, shares)), *([others] if others != 0 else [])]
+        for factor in sympy.Mul.make_args(e):
+            if factor.is_Add and any(map(_has_weight, factor.args)):
+                return [e / factor * t for t in self._terms(factor)]
+        return [e] if e != 0 else []
+
+    def _by_part(self, terms: Iterable[Expr]) -> dict[Expr, Expr]:
+        """Row numbers by the element that each multiplies."""
+        numbers: dict[Expr, Expr] = {}
+        for term in terms:
+            args = sympy.Mul.make_args(term)
+            part = sympy.Mul(*(a for a in args if self.is_element(a)))
+            number = sympy.Mul(*(a for a in args if not self.is_element(a)))
+            numbers[part] = numbers.get(part, ZERO) + number
+        return numbers
+
+    def _cancel(self, mixture: Expr, numbers: dict[Expr, Expr]) -> None:
+        """(a e^s + b e^t) g / (a e^s + b e^t) = g, where the numerator is written out."""
+        mixed = self._by_part(mixture.args)
+        for part in list(numbers):
+            rest = _quotient(part * mixture, next(iter(mixed)))
+            if rest is None:
+                continue
+            there = {share: numbers.get(rest * share / mixture) for share in mixed}
+            ratios = [
+                number / mixed[share] for share, number in there.items() if number is not None
+            ]
+            if len(ratios) < len(mixed) or any(_written_out(r - ratios[0]) != 0 for r in ratios):
+                continue
+            for share in mixed:
+                del numbers[rest * share / mixture]
+            numbers[rest] = numbers.get(rest, ZERO) + ratios[0]
 
 
 @dataclass(frozen=True)
@@ -404,14 +491,20 @@ def _log_share(e: Expr) -> Expr | None:
     if len(shares) != 1 or primitives.inputs_in(rest):
         return None
     (share,) = shares
-    return Softmax(share.args[0]) * primitives.canonical(Exp(rest) if rest != 0 else ONE)
+    logs = [t for t in sympy.Add.make_args(rest) if isinstance(t, Log)]
+    more = sympy.Add(*(t for t in sympy.Add.make_args(rest) if t not in logs))
+    factor = Exp(more) if more != 0 else ONE
+    return Softmax(share.args[0]) * factor * sympy.Mul(*(log.args[0] for log in logs))
+
+
+def _written_out(number: Expr) -> Expr:
+    return sympy.expand(number, power_exp=False, power_base=False, log=False, multinomial=False,
+                        basic=False)  # fmt: skip
 
 
 def _simplified(number: Expr) -> Expr:
     """A row number with fewer terms, where products cancel when they are written out."""
-    expanded = sympy.expand(number, power_exp=False, power_base=False, log=False, multinomial=False,
-                            basic=False)  # fmt: skip
-    return expanded if _terms(expanded) < _terms(number) else number
+    return min(number, _written_out(number), key=_terms)
 
 
 def _size(e: Expr) -> int:
@@ -424,7 +517,20 @@ def _terms(e: Expr) -> int:
 
 def _is_weight(e: Expr) -> bool:
     """Whether it is a class's share of a softmax, but for a row number: 0 for a logit of -inf."""
-    return isinstance(e, Exp | ExpNonpositive) and isinstance(e.args[0], Centered)
+    base, exponent = e.as_base_exp() if isinstance(e, sympy.Expr) else (e, ONE)
+    is_share = isinstance(base, Exp | ExpNonpositive) and isinstance(base.args[0], Centered)
+    return bool(is_share and exponent.is_positive)
+
+
+def _has_weight(e: Expr) -> bool:
+    return any(map(_is_weight, sympy.Mul.make_args(e)))
+
+
+def _quotient(e: Expr, divisor: Expr) -> Expr | None:
+    """e / divisor, if the divisor's factors are there."""
+    there = e.as_powers_dict()
+    fits = all(there.get(b, 0) >= n for b, n in divisor.as_powers_dict().items())
+    return e / divisor if fits else None
 
 
 # ---- walks -----------------------------------------------------------------------------------------
@@ -448,9 +554,12 @@ class _Assembly:
         return [self._without_numbers(_centered(e)) for e in lowered]
 
     def number(self, e: Expr) -> Expr:
-        """The symbol of a row number, or of a number of the call."""
+        """The symbol of a row number. What is the same for all rows becomes one, too."""
         e = _centered(primitives.lowered(primitives.attached(e)))
-        return self._symbol(e) if e.free_symbols and not e.is_Symbol else e
+        return e if isinstance(e, Input) else self._number(e)
+
+    def _number(self, e: Expr) -> Expr:
+        return self.numbers.setdefault(e, Input(f"{len(self.numbers)}.computed", real=True))
 
     def _guarded(self, e: Expr) -> Expr:
         """What has no share of a softmax does not count, even where it is infinite: 0 log 0 = 0."""
@@ -467,17 +576,21 @@ class _Assembly:
     def _symbol(self, e: Expr) -> Expr:
         if e in self.parameters or not primitives.inputs_in(e):
             return self.constants.setdefault(e, sympy.Symbol(f"c{len(self.constants)}", real=True))
-        return self.numbers.setdefault(e, Input(f"{len(self.numbers)}.computed", real=True))
+        return self._number(e)
 
     def _without_numbers(self, e: Expr) -> Expr:
         def is_same(e: Expr) -> bool:
-            return isinstance(e, sympy.Expr) and bool(e.free_symbols) and not self.levels.is_element(e)
+            return (
+                isinstance(e, sympy.Expr) and bool(e.free_symbols) and not self.levels.is_element(e)
+            )
 
         return _hoisted(e, is_same, lambda e: e if isinstance(e, Input) else self._symbol(e))
 
     def without_constants(self, e: Expr) -> Expr:
         def is_constant(e: Expr) -> bool:
-            return isinstance(e, sympy.Expr) and bool(e.free_symbols) and not primitives.inputs_in(e)
+            return (
+                isinstance(e, sympy.Expr) and bool(e.free_symbols) and not primitives.inputs_in(e)
+            )
 
         return _hoisted(e, is_constant, self._symbol)
 
@@ -498,7 +611,9 @@ class _Assembly:
 
 def _centered(e: Expr) -> Expr:
     """e^(x - m), which is at most 1."""
-    return e.xreplace({node: ExpNonpositive(*node.args) for node in e.atoms(Exp) if _is_weight(node)})
+    return e.xreplace(
+        {node: ExpNonpositive(*node.args) for node in e.atoms(Exp) if _is_weight(node)}
+    )
 
 
 def _hoisted(e: Expr, is_ours: Callable[[Expr], bool], symbol: Callable[[Expr], Expr]) -> Expr:
@@ -552,7 +667,9 @@ def _subexpressions(e: Expr) -> set[Expr]:
     return set(sympy.preorder_traversal(e))
 
 
-def _keep(walks: list[list[Expr]], is_element: Callable[[Expr], bool]) -> list[tuple[Expr, int, int]]:
+def _keep(
+    walks: list[list[Expr]], is_element: Callable[[Expr], bool]
+) -> list[tuple[Expr, int, int]]:
     """Costly formulas of elements that more than one walk computes: each, its first walk and its last."""
     there = [set().union(*map(_subexpressions, walk)) if walk else set() for walk in walks]
     found: dict[Expr, list[int]] = {}

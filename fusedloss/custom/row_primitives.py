@@ -20,8 +20,8 @@ from .primitives import (
     Abs,
     Equal,
     Exp,
-    Expr,
     ExpNonpositive,
+    Expr,
     Log,
     Log1pUnit,
     Maximum,
@@ -170,6 +170,9 @@ class Origin(Primitive):
     def torch(x: Tensor) -> Tensor:
         return torch.where(x == -torch.inf, 0.0, x)
 
+    def _sympystr(self, printer: Any) -> str:
+        return str(printer._print(self.args[0]))
+
     def derivatives(self) -> tuple[Expr, ...]:
         return (ZERO,)
 
@@ -182,6 +185,10 @@ class Centered(Primitive):
     @staticmethod
     def torch(x: Tensor, origin: Tensor) -> Tensor:
         return x - origin
+
+    def _sympystr(self, printer: Any) -> str:
+        x, origin = map(printer._print, self.args)
+        return f"({x} - {origin})"
 
     def derivatives(self) -> tuple[Expr, ...]:
         return ONE, ZERO
@@ -215,12 +222,19 @@ class _OfLabel(Primitive):
 
     nargs = 2
 
+    word: ClassVar[str]  # in text, where the gap goes without saying
+
+    def _sympystr(self, printer: Any) -> str:
+        return f"{self.word}({printer._print(self.args[0])})"
+
     @property
     def _total(self) -> Expr:
         return self.args[0] + Exp(self.args[1])
 
 
 class Total(_OfLabel):
+    word = "total"
+
     def derivatives(self) -> tuple[Expr, ...]:
         return ONE, Exp(self.args[1])
 
@@ -229,6 +243,7 @@ class Total(_OfLabel):
 
 
 class LogTotal(_OfLabel):
+    word = "log_total"
 
     def derivatives(self) -> tuple[Expr, ...]:
         return 1 / Total(*self.args), LabelShare(*self.args)
@@ -238,6 +253,8 @@ class LogTotal(_OfLabel):
 
 
 class LogLabelShare(_OfLabel):
+    word = "log_label_share"
+
     def derivatives(self) -> tuple[Expr, ...]:
         return -1 / Total(*self.args), OtherShare(*self.args)
 
@@ -246,6 +263,8 @@ class LogLabelShare(_OfLabel):
 
 
 class LabelShare(_OfLabel):
+    word = "label_share"
+
     def derivatives(self) -> tuple[Expr, ...]:
         return -self / Total(*self.args), self * OtherShare(*self.args)
 
@@ -254,6 +273,8 @@ class LabelShare(_OfLabel):
 
 
 class OtherShare(_OfLabel):
+    word = "other_share"
+
     def derivatives(self) -> tuple[Expr, ...]:
         share = LabelShare(*self.args)
         return share / Total(*self.args), -share * self

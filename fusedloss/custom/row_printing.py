@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import sympy
 from sympy.core.parameters import distribute
@@ -123,15 +123,28 @@ class _Struct:
             lines = []
             printer = _CppRows(names)
             for symbol, formula in numbers:
-                to = f"r[{self.places[symbol]}]" if symbol in self.places else f"const auto {symbol}"
+                to = (
+                    f"r[{self.places[symbol]}]" if symbol in self.places else f"const auto {symbol}"
+                )
                 lines.append(f"{to} = {printer(formula)};")
             blocks.append([*self._constants(e for _, e in numbers), *lines])
         yield from self._choice(
-            "template <int kLevel, class T>", "row", "[[maybe_unused]] T* r", "kLevel", blocks, first=-1
+            "template <int kLevel, class T>",
+            "row",
+            "[[maybe_unused]] T* r",
+            "kLevel",
+            blocks,
+            first=-1,
         )
 
     def _choice(
-        self, template: str, name: str, arguments: str, which: str, blocks: list[list[str]], first: int = 0
+        self,
+        template: str,
+        name: str,
+        arguments: str,
+        which: str,
+        blocks: list[list[str]],
+        first: int = 0,
     ) -> Iterator[str]:
         """A function of which each number of `which` has a block."""
         yield f"  {template}"
@@ -155,7 +168,7 @@ class _Struct:
         names = {**self.names, **{s.name: f"r({i})" for s, i in self.places.items()}}
         printer = _CppRows(names)
         for symbol, formula in walk.named:
-            to = self.names[symbol.name] if isinstance(symbol, Input) else f"const T {symbol}"
+            to = self.names[symbol.name] if isinstance(symbol, Input) else f"const auto {symbol}"
             yield f"{to} = {printer(formula)};"
         for i, formula in enumerate(walk.results):
             yield result(i, printer(formula))
@@ -200,6 +213,7 @@ class _Module:
             order += [*self.levels[-1], *self._numbers(named)]
         kinds = [*traced.of_kind(Kind.ELEMENT)], [*traced.of_kind(Kind.PER_CLASS)], order
         constants = [symbol for symbol, _ in program.constants]
+        self.places = {symbol: place for place, symbol in enumerate(order)}
         self.printer = _TritonRows({
             symbol.name: f"{name}[{i}]"
             for name, symbols in zip("xwrc", (*kinds, constants), strict=True)
@@ -231,14 +245,14 @@ class _Module:
         yield f"SUMS = {program.sums}"
         peaks = sorted(program.peaks, key=lambda peak: peak.level)
         yield f"PEAKS = {tuple((peak.level, peak.term) for peak in peaks)}"
+        results = program.value, *program.at_label, *program.of_row
+        yield f"RESULTS = {tuple(self.places[symbol] for symbol in results)}"
         *walks, gradients = self._without_kept()
-        results = (), (program.value, *program.at_label, *program.of_row)
         yield from self._function("row", "r, c", self.rows, "LEVEL", first=-1)
         yield from self._function("terms", "x, w, r, c", walks, "LEVEL")
         yield from self._function("gradients", "x, w, r, c", [gradients])
         at_peaks = [(peak.gradients.named, peak.gradients.results) for peak in peaks]
         yield from self._function("at_peak", "x, w, r, c", at_peaks, "PEAK")
-        yield from self._function("results", "r, c", [results])
 
     def _is_read(self, maximum: Expr) -> bool:
         """Whether more than an origin is made of it."""

@@ -35,6 +35,8 @@ class RowLoss:
         MAXIMA  by level, its maxima, the first of its terms: whether nan must reach each
         SUMS    by level, how many sums follow
         PEAKS   level and term of the maxima whose gradient goes to their first position, by level
+        RESULTS the places among the row numbers of the loss, of the element inputs' gradients at the
+                label, if there is one, and of the per-row inputs' gradients
 
     and of jit functions of tuples of blocks. x are the element inputs, w the class inputs, c the
     constants, and r the row numbers so far, blocks of rows by 1: the gradients' scale, the number of
@@ -45,17 +47,15 @@ class RowLoss:
         terms(x, w, r, c, LEVEL)  what the maxima and sums of LEVEL are of
         gradients(x, w, r, c)     of the element inputs
         at_peak(x, w, r, c, PEAK) what is added to these where PEAK has its first position
-        results(r, c)             the loss; with a label, the element inputs' gradients there; the
-                                  per-row inputs' gradients
     """
 
     symmetric = False
 
     def __init__(self, printed: dict[str, Any]) -> None:
         self.kinds: tuple[str, ...] = printed["KINDS"]
-        names = "row", "terms", "gradients", "at_peak", "results"
-        self.printed = {name.upper(): printed.get(name) for name in names}
-        self.printed |= {name: printed[name] for name in ("MAXIMA", "SUMS", "PEAKS")}
+        functions, numbers = ("row", "terms", "gradients", "at_peak"), ("MAXIMA", "SUMS", "PEAKS", "RESULTS")
+        self.printed = {name.upper(): printed.get(name) for name in functions}
+        self.printed |= {name: printed[name] for name in numbers}
         self.gradients = len(self.kinds)
 
     def of_kind(self, kind: str, inputs: Sequence[Any]) -> list[Any]:
@@ -271,7 +271,6 @@ def custom_rows(
         r = r + ROW(r, c, LEVEL)
         firsts = firsts + positions
 
-    results = RESULTS(r, c)
     if label is not None:
         # In a backward pass too, since the label may have changed and leads to memory.
         bad = tl.min(tl.where(faulty, row, runtime.NO_FAULT))
@@ -279,7 +278,7 @@ def custom_rows(
             given = tl.load(label + bad)
             runtime.report_error(outputs.fault, runtime.TARGET_CLASS, bad, given, classes)
     if step < runtime.IS_BACKWARD:
-        loss = tl.broadcast_to(results[0], exists.shape)
+        loss = tl.broadcast_to(r[RESULTS[0]], exists.shape)
         if weight is not None:
             loss = loss * of_row
         if label is not None:
@@ -291,11 +290,11 @@ def custom_rows(
             total = tl.sum(tl.where(exists, loss, 0.0).to(tl.float64))
             tl.store(outputs.partials + tl.program_id(0), total)
     if write:
-        FIRST: tl.constexpr = len(results) - len(per_row)  # of their gradients
+        FIRST: tl.constexpr = len(RESULTS) - len(per_row)  # of their gradients
         for k in tl.static_range(len(per_row)):
             if outputs.gradients[len(inputs) + k] is not None:
                 there = rows_of(outputs.gradients[len(inputs) + k], row, sizes, 1)
-                g = tl.broadcast_to(results[FIRST + k], exists.shape)
+                g = tl.broadcast_to(r[RESULTS[FIRST + k]], exists.shape)
                 store(there, rows, g, row * 0, exists, uncounted)
         gradients = ()
         for k in tl.static_range(len(inputs)):
@@ -305,7 +304,7 @@ def custom_rows(
             gradients = gradients + (there,)  # type: ignore[assignment]
         at_label = ()
         for k in tl.static_range(1, FIRST):
-            at_label = at_label + (results[k],)  # type: ignore[assignment]
+            at_label = at_label + (r[RESULTS[k]],)  # type: ignore[assignment]
         peaks = ()
         for p in tl.static_range(len(PEAKS)):
             there = exists & (firsts[p] < classes)
