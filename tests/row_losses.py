@@ -32,15 +32,21 @@ def jsd(student, teacher, *, beta=0.5):
 
 @fusedloss.row_loss
 def focal(logits, label: fm.Label, *, gamma=2.0):
-    return -(fm.at(fm.one_minus_softmax(logits), label) ** gamma) * fm.at(fm.log_softmax(logits), label)
+    return -(fm.at(fm.one_minus_softmax(logits), label) ** gamma) * fm.at(
+        fm.log_softmax(logits), label
+    )
 
 
 @fusedloss.row_loss
-def grpo(logits, label: fm.Label, old: fm.PerRow, advantage: fm.PerRow, *, low=0.2, high=0.2, entropy=0.0):
+def grpo(
+    logits, label: fm.Label, old: fm.PerRow, advantage: fm.PerRow, *, low=0.2, high=0.2, entropy=0.0
+):
     logp = fm.log_softmax(logits)
     ratio = fm.exp(fm.at(logp, label) - old)
     h = -fm.sum(fm.exp(logp) * logp)
-    return -fm.minimum(ratio * advantage, fm.clamp(ratio, 1 - low, 1 + high) * advantage) - entropy * h
+    return (
+        -fm.minimum(ratio * advantage, fm.clamp(ratio, 1 - low, 1 + high) * advantage) - entropy * h
+    )
 
 
 @fusedloss.row_loss
@@ -246,7 +252,9 @@ class RowCase:
         name: str = self.loss.__name__
         return name
 
-    def inputs(self, rows: tuple[int, ...], classes: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    def inputs(
+        self, rows: tuple[int, ...], classes: int, dtype: torch.dtype, seed: int = 0
+    ) -> list[Tensor]:
         """Random ones, classes along the last dimension."""
         g = torch.Generator().manual_seed(seed)
         found: list[Tensor] = []

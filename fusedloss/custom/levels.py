@@ -14,9 +14,8 @@ the levels few:
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,18 +43,11 @@ from .row_primitives import (
     Softmax,
     Sum,
     Total,
-    Weighted,
 )
 from .row_tracing import Kind, TracedRows
-from .tracing import _repeated
 
 SCALE = Input("scale.", real=True)  # what the gradients are multiplied by. No argument has a dot.
 MAX, SUM = "max", "sum"
-# What a later walk reads back instead of computing it again.
-_COSTLY = ("exp", "exp_nonpositive", "expm1", "log", "log1p", "log1p_unit", "sin", "cos", "tanh", "erf",
-           "erfc", "lgamma", "digamma", "trigamma", "exp_minus_square", "power")  # fmt: skip
-
-Named = tuple[tuple[Expr, Expr], ...]  # symbols and their formulas, in the order of computation
 
 
 @dataclass(frozen=True)
@@ -66,54 +58,87 @@ class Reduction:
 
 
 @dataclass(frozen=True)
-class Walk:
-    """What is computed of an element in one walk over the row."""
+class LevelForm:
+    """A row loss in reductions by level. All formulas are of elements and row numbers; symbols of
+    reductions are row numbers."""
 
-    named: Named  # what several formulas share, and the values that are kept for later walks
-    results: tuple[Expr, ...]  # the terms of its maxima, then of its sums; or the gradients
-
-
-@dataclass(frozen=True)
-class Peak:
-    """A maximum whose slope counts, and what is added to the gradients at its first position."""
-
-    level: int
-    term: int
-    gradients: Walk
-
-
-@dataclass(frozen=True)
-class RowProgram:
-    """A row loss as a kernel computes it; see csrc/math/custom_rows.h, which has the same parts."""
-
-    constants: Named  # of the call's parameters
-    maxima: tuple[int, ...]  # of each level, how many
-    sums: tuple[int, ...]
-    numbers: dict[Expr, int]  # the places of the row numbers
-    computed: tuple[Named, ...]  # row numbers, by level: before any walk, then after each
-    walks: tuple[Walk, ...]
-    gradients: Walk
-    peaks: tuple[Peak, ...]
-    kept: tuple[tuple[Expr, int, int], ...]  # symbol, and the walks that compute and last read it
+    traced: TracedRows
+    at: dict[Expr, Expr]  # the symbols of the inputs at the label, if there is one, by input
+    reductions: dict[Expr, Reduction]
     value: Expr
-    at_label: tuple[Expr, ...]
-    of_row: tuple[Expr, ...]
+    gradients: tuple[Expr, ...]  # of the element inputs
+    at_label: tuple[Expr, ...]  # of the element inputs at the label, as row numbers
+    of_row: tuple[Expr, ...]  # of the inputs of kind PER_ROW
+    # By maximum whose slope counts: what is added to the gradients at its first position.
+    peaks: dict[Expr, tuple[Expr, ...]]
     auxiliary: tuple[Expr, ...]
-    text: str  # the walks, for people
-    passes: str  # what is read and written in memory, for people
+
+    def is_element(self, e: Expr) -> bool:
+        return is_element(e, self.traced)
+
+    def level(self, e: Expr) -> int:
+        """The level of the highest reduction in a formula."""
+        there = (self.reductions[s].level for s in e.free_symbols if s in self.reductions)
+        return max(there, default=0)
+
+    @property
+    def by_level(self) -> list[list[Expr]]:
+        """The reductions, of each level the maxima first."""
+        depth = max((r.level for r in self.reductions.values()), default=0)
+        order = [(level, kind) for level in range(1, depth + 1) for kind in (MAX, SUM)]
+        parts = [
+            [s for s, r in self.reductions.items() if (r.level, r.kind) == key] for key in order
+        ]
+        return [maxima + sums for maxima, sums in zip(parts[::2], parts[1::2], strict=True)]
+
+    @property
+    def text(self) -> str:
+        """The walks for people. others(x) is the sum of x over all classes but the label."""
+        plain: dict[Expr, Expr] = {}
+        for symbol in (*self.reductions, SCALE, self.traced.classes):
+            plain[symbol] = sympy.Symbol(symbol.name.rstrip("."), real=True)
+        for symbol, there in self.at.items():
+            plain[there] = At(symbol, self.traced.label)
+
+        def text(e: Expr) -> str:
+            return self.traced.text(e.xreplace(plain))
+
+        words = {MAX: "max", SUM: "others" if self.at else "sum"}
+        lines = []
+        for number, level in enumerate(self.by_level, 1):
+            for symbol in level:
+                reduction = self.reductions[symbol]
+                made = f"{text(symbol)} = {words[reduction.kind]}({text(reduction.formula)})"
+                lines.append(f"walk {number}: {made}")
+        lines.append(f"then: the loss = {text(self.value)}")
+        names = ", ".join(map(str, self.traced.of_kind(Kind.ELEMENT)))
+        lines.append(f"walk {len(self.by_level) + 1}: the gradients for {names}")
+        return "\n".join(lines)
+
+    @property
+    def passes(self) -> str:
+        """What a kernel reads and writes in memory, for people."""
+        names = ", ".join(map(str, self.traced.of_kind(Kind.ELEMENT)))
+        return f"reads {names} once, and writes the gradient for each of them that wants one, once"
 
 
 class CannotLevel(ValueError):
     """Why a loss has no level form."""
 
 
-def level_form(traced: TracedRows) -> RowProgram:
+def level_form(traced: TracedRows) -> LevelForm:
     """
     Raises:
         CannotLevel: the message says why, and what to write instead.
     """
     with distribute(False):
-        return _Levels(traced).program()
+        return _Levels(traced).form()
+
+
+def is_element(e: Expr, traced: TracedRows) -> bool:
+    """Whether a formula differs from class to class."""
+    classwise = {*traced.of_kind(Kind.ELEMENT), *traced.of_kind(Kind.PER_CLASS)}
+    return not classwise.isdisjoint(e.free_symbols)
 
 
 # ---- reductions and their cotangents -------------------------------------------------------------
@@ -136,7 +161,7 @@ class _Levels:
     # ---- formulas --------------------------------------------------------------------------------
 
     def is_element(self, e: Expr) -> bool:
-        return not self.classwise.isdisjoint(e.free_symbols)
+        return is_element(e, self.traced)
 
     def level(self, e: Expr) -> int:
         """The level of the highest reduction in a formula."""
@@ -268,7 +293,7 @@ class _Levels:
 
     # ---- gradients -------------------------------------------------------------------------------
 
-    def program(self) -> RowProgram:
+    def form(self) -> LevelForm:
         value = self.lower(self.traced.value)
         auxiliary = [self.lower(e) for e in self.traced.auxiliary.values()]
         first = dict(self.reductions)
@@ -307,92 +332,15 @@ class _Levels:
         of_row = [slope(x) for x in self.traced.of_kind(Kind.PER_ROW)]
         sums = [s for s in cotangents if first[s].kind == SUM]
         gradients = [self._gradient(x, {s: cotangents[s] for s in sums}) for x in self.elements]
-        peaks = [
-            (s, [cotangents[s] * _derivative(first[s].formula, x) for x in self.elements])
+        peaks = {
+            s: tuple(cotangents[s] * _derivative(first[s].formula, x) for x in self.elements)
             for s in cotangents
             if first[s].kind == MAX
-        ]
-        return self._assembled(value, auxiliary, gradients, at_label, of_row, peaks)
-
-    def _assembled(
-        self,
-        value: Expr,
-        auxiliary: list[Expr],
-        gradients: list[Expr],
-        at_label: list[Expr],
-        of_row: list[Expr],
-        peaks: list[tuple[Expr, list[Expr]]],
-    ) -> RowProgram:
-        made = _Assembly(self, self.traced.parameters.values())
-        depth = max((r.level for r in self.reductions.values()), default=0)
-        by_level = [
-            [
-                s
-                for kind in (MAX, SUM)
-                for s, r in self.reductions.items()
-                if (r.level, r.kind) == (level, kind)
-            ]
-            for level in range(1, depth + 1)
-        ]
-        walks = [made.of_elements(self.reductions[s].formula for s in level) for level in by_level]
-        walks.append(made.of_elements(gradients))
-        at_peaks = [made.of_elements(formulas) for _, formulas in peaks]
-        results = [[made.number(e) for e in es] for es in ([value], at_label, of_row, auxiliary)]
-        given = [SCALE, self.traced.classes, *self.traced.of_kind(Kind.PER_ROW), *self.at.values()]
-        order = [*given, *itertools.chain(*by_level), *made.numbers.values()]
-        numbers = {symbol: place for place, symbol in enumerate(order)}
-        computed = made.computed({s: r.level for s, r in self.reductions.items()})
-        kept = {
-            e: (Input(f"{i}.kept", real=True), first, last)
-            for i, (e, first, last) in enumerate(_keep(walks, self.is_element))
         }
-        found = [_walk(formulas, kept, at) for at, formulas in enumerate(walks)]
-        found_peaks = []
-        for (symbol, _), formulas in zip(peaks, at_peaks, strict=True):
-            level = self.reductions[symbol].level - 1
-            found_peaks.append(Peak(level, by_level[level].index(symbol), _walk(formulas)))
-        return RowProgram(
-            tuple((symbol, e) for e, symbol in made.constants.items()),
-            tuple(sum(self.reductions[s].kind == MAX for s in level) for level in by_level),
-            tuple(sum(self.reductions[s].kind == SUM for s in level) for level in by_level),
-            numbers,
-            computed,
-            tuple(found[:-1]),
-            found[-1],
-            tuple(found_peaks),
-            tuple(kept.values()),
-            results[0][0],
-            *map(tuple, results[1:]),
-            self._text(value, by_level),
-            self._passes(),
-        )
-
-    def _text(self, value: Expr, by_level: list[list[Expr]]) -> str:
-        """others(x): the sum of x over all classes but the label."""
-        plain: dict[Expr, Expr] = {}
-        for symbol in (*self.reductions, SCALE, self.traced.classes):
-            plain[symbol] = sympy.Symbol(symbol.name.rstrip("."), real=True)
-        for symbol, there in self.at.items():
-            plain[there] = At(symbol, self.traced.label)
-
-        def text(e: Expr) -> str:
-            return self.traced.text(e.xreplace(plain))
-
-        words = {MAX: "max", SUM: "others" if self.at else "sum"}
-        lines = []
-        for number, level in enumerate(by_level, 1):
-            for symbol in level:
-                reduction = self.reductions[symbol]
-                made = f"{text(symbol)} = {words[reduction.kind]}({text(reduction.formula)})"
-                lines.append(f"walk {number}: {made}")
-        lines.append(f"then: the loss = {text(value)}")
-        names = ", ".join(map(str, self.elements))
-        lines.append(f"walk {len(by_level) + 1}: the gradients for {names}")
-        return "\n".join(lines)
-
-    def _passes(self) -> str:
-        names = ", ".join(map(str, self.elements))
-        return f"reads {names} once, and writes the gradient for each of them that wants one, once"
+        return LevelForm(
+            self.traced, self.at, self.reductions, value, tuple(gradients), tuple(at_label),
+            tuple(of_row), peaks, tuple(auxiliary),
+        )  # fmt: skip
 
     def _gradient(self, x: Expr, cotangents: Mapping[Expr, Expr]) -> Expr:
         return self._collected(
@@ -412,7 +360,7 @@ class _Levels:
             simple = _simplified(number)
             if simple != 0:
                 args = sympy.Mul.make_args(part)
-                weights = [a for a in args if _is_weight(a)]
+                weights = [a for a in args if is_weight(a)]
                 rest = sympy.Mul(*(a for a in args if a not in weights))
                 by_weight.setdefault(sympy.Mul(*weights), []).append(simple * rest)
         return sympy.Add(*(weight * sympy.Add(*terms) for weight, terms in by_weight.items()))
@@ -507,15 +455,11 @@ def _simplified(number: Expr) -> Expr:
     return min(number, _written_out(number), key=_terms)
 
 
-def _size(e: Expr) -> int:
-    return 1 + sum(map(_size, e.args))
-
-
 def _terms(e: Expr) -> int:
     return sum(map(_terms, e.args)) if e.is_Add or e.is_Mul else 1
 
 
-def _is_weight(e: Expr) -> bool:
+def is_weight(e: Expr) -> bool:
     """Whether it is a class's share of a softmax, but for a row number: 0 for a logit of -inf."""
     base, exponent = e.as_base_exp() if isinstance(e, sympy.Expr) else (e, ONE)
     is_share = isinstance(base, Exp | ExpNonpositive) and isinstance(base.args[0], Centered)
@@ -523,7 +467,7 @@ def _is_weight(e: Expr) -> bool:
 
 
 def _has_weight(e: Expr) -> bool:
-    return any(map(_is_weight, sympy.Mul.make_args(e)))
+    return any(map(is_weight, sympy.Mul.make_args(e)))
 
 
 def _quotient(e: Expr, divisor: Expr) -> Expr | None:
@@ -531,159 +475,3 @@ def _quotient(e: Expr, divisor: Expr) -> Expr | None:
     there = e.as_powers_dict()
     fits = all(there.get(b, 0) >= n for b, n in divisor.as_powers_dict().items())
     return e / divisor if fits else None
-
-
-# ---- walks -----------------------------------------------------------------------------------------
-
-
-class _Assembly:
-    """Makes formulas of elements and of rows into what is computed when."""
-
-    def __init__(self, levels: _Levels, parameters: Iterable[Expr]) -> None:
-        self.levels = levels
-        self.parameters = set(parameters)
-        self.constants: dict[Expr, Expr] = {}  # by formula: symbol
-        self.numbers: dict[Expr, Expr] = {}  # the same of row numbers
-
-    def of_elements(self, formulas: Iterable[Expr]) -> list[Expr]:
-        """Formulas of elements as kernels compute them, without what is the same for a whole row."""
-        known: dict[Expr, Expr] = {}
-        lowered = [
-            primitives.lowered(self._guarded(primitives.attached(e)), known) for e in formulas
-        ]
-        return [self._without_numbers(_centered(e)) for e in lowered]
-
-    def number(self, e: Expr) -> Expr:
-        """The symbol of a row number. What is the same for all rows becomes one, too."""
-        e = _centered(primitives.lowered(primitives.attached(e)))
-        return e if isinstance(e, Input) else self._number(e)
-
-    def _number(self, e: Expr) -> Expr:
-        return self.numbers.setdefault(e, Input(f"{len(self.numbers)}.computed", real=True))
-
-    def _guarded(self, e: Expr) -> Expr:
-        """What has no share of a softmax does not count, even where it is infinite: 0 log 0 = 0."""
-        if not e.args:
-            return e
-        args = list(map(self._guarded, e.args))
-        weights = [a for a in args if _is_weight(a)]
-        rest = [a for a in args if a not in weights and self.levels.is_element(a)]
-        if not (e.is_Mul and weights and rest):
-            return e.func(*args)
-        numbers = [a for a in args if a not in weights and a not in rest]
-        return sympy.Mul(*numbers, Weighted(sympy.Mul(*weights), sympy.Mul(*rest)))
-
-    def _symbol(self, e: Expr) -> Expr:
-        if e in self.parameters or not primitives.inputs_in(e):
-            return self.constants.setdefault(e, sympy.Symbol(f"c{len(self.constants)}", real=True))
-        return self._number(e)
-
-    def _without_numbers(self, e: Expr) -> Expr:
-        def is_same(e: Expr) -> bool:
-            return (
-                isinstance(e, sympy.Expr) and bool(e.free_symbols) and not self.levels.is_element(e)
-            )
-
-        return _hoisted(e, is_same, lambda e: e if isinstance(e, Input) else self._symbol(e))
-
-    def without_constants(self, e: Expr) -> Expr:
-        def is_constant(e: Expr) -> bool:
-            return (
-                isinstance(e, sympy.Expr) and bool(e.free_symbols) and not primitives.inputs_in(e)
-            )
-
-        return _hoisted(e, is_constant, self._symbol)
-
-    def computed(self, order: Mapping[Expr, int]) -> tuple[Named, ...]:
-        """The row numbers by level, with what several of a level share."""
-        by_level: list[dict[Expr, Expr]] = [{} for _ in range(max(order.values(), default=0) + 1)]
-        for formula, symbol in self.numbers.items():
-            by_level[self.levels.level(formula)][symbol] = formula
-        earlier: dict[Expr, Expr] = {}
-        found = []
-        for numbers in by_level:
-            formulas = [self.without_constants(e.xreplace(earlier)) for e in numbers.values()]
-            shared, formulas = _repeated(formulas, sympy.numbered_symbols("t"))
-            found.append((*shared, *zip(numbers, formulas, strict=True)))
-            earlier |= {formula: symbol for symbol, formula in numbers.items()}
-        return tuple(found)
-
-
-def _centered(e: Expr) -> Expr:
-    """e^(x - m), which is at most 1."""
-    return e.xreplace(
-        {node: ExpNonpositive(*node.args) for node in e.atoms(Exp) if _is_weight(node)}
-    )
-
-
-def _hoisted(e: Expr, is_ours: Callable[[Expr], bool], symbol: Callable[[Expr], Expr]) -> Expr:
-    """The formula with symbols for its subexpressions that are ours."""
-
-    @functools.cache
-    def rewrite(e: Expr) -> Expr:
-        if is_ours(e):
-            return symbol(e)
-        if not e.args:
-            return e
-        args = list(e.args)
-        if isinstance(e, sympy.Mul | sympy.Add):
-            # Numbers are merged with ours beside them; a sign stays outside.
-            ours = [a for a in args if is_ours(a)]
-            if ours:
-                numbers = [a for a in args if a.is_number and a != -1]
-                args = [a for a in args if a not in ours and a not in numbers]
-                args.append(e.func(*ours, *numbers))
-        return e.func(*map(rewrite, args))
-
-    return rewrite(e)
-
-
-def _walk(
-    formulas: list[Expr], kept: Mapping[Expr, tuple[Expr, int, int]] | None = None, at: int = 0
-) -> Walk:
-    kept = kept or {}
-    symbols = {e: symbol for e, (symbol, _, _) in kept.items()}
-    ours = {symbol: e for e, (symbol, first, _) in kept.items() if first == at}
-    # A kept value may be made of others: each by its arguments.
-    made = [e.func(*(arg.xreplace(symbols) for arg in e.args)) for e in ours.values()]
-    results = [e.xreplace(symbols) for e in formulas]
-    shared, found = _repeated([*made, *results], sympy.numbered_symbols("t"))
-    waiting = dict(shared) | dict(zip(ours, found, strict=False))
-    named: dict[Expr, Expr] = {}
-
-    def name(e: Expr) -> None:
-        for symbol in sorted(e.free_symbols & waiting.keys() - named.keys(), key=str):
-            name(waiting[symbol])
-            named.setdefault(symbol, waiting[symbol])
-
-    for e in found:
-        name(e)
-    for symbol in ours:
-        name(symbol)
-    return Walk(tuple(named.items()), tuple(found[len(ours) :]))
-
-
-def _subexpressions(e: Expr) -> set[Expr]:
-    return set(sympy.preorder_traversal(e))
-
-
-def _keep(
-    walks: list[list[Expr]], is_element: Callable[[Expr], bool]
-) -> list[tuple[Expr, int, int]]:
-    """Costly formulas of elements that more than one walk computes: each, its first walk and its last."""
-    there = [set().union(*map(_subexpressions, walk)) if walk else set() for walk in walks]
-    found: dict[Expr, list[int]] = {}
-
-    def look(e: Expr, at: int) -> None:
-        if type(e).__name__.lower() in _COSTLY and is_element(e):
-            first = next(w for w in range(at + 1) if e in there[w])
-            if first < at:
-                found.setdefault(e, [first, at])[1] = at
-                return
-        for arg in e.args:
-            look(arg, at)
-
-    for at, walk in enumerate(walks):
-        for e in walk:
-            look(e, at)
-    return [(e, first, last) for e, (first, last) in found.items()]

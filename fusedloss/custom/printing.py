@@ -18,8 +18,8 @@ from .primitives import INPUT, TARGET, Expr
 from .tracing import Program, Traced
 
 if TYPE_CHECKING:
-    from .levels import RowProgram
     from .row_tracing import TracedRows
+    from .walks import RowProgram
 
 # The inputs' names in code.
 _NAMES = dict(zip(INPUTS, ("x", "y", *(f"x{i}" for i in range(2, len(INPUTS)))), strict=True))

@@ -62,7 +62,8 @@ class Max(Reduction):
 
     @staticmethod
     def torch(x: Tensor) -> Tensor:
-        return x.max(-1, keepdim=True).values
+        found: Tensor = x.max(-1, keepdim=True).values
+        return found
 
 
 class LogSumExp(Reduction):

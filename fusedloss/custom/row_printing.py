@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import sympy
 from sympy.core.parameters import distribute
 
-from .levels import Named, RowProgram, Walk, level_form
 from .primitives import Expr, Input
-from .printing import Printer, _Cpp, _CppConstant, _Triton
+from .printing import Numbers, Printer, _Cpp, _CppConstant, _Triton, host_constants
 from .row_primitives import Origin
 from .row_tracing import Kind, TracedRows
 from .tracing import _repeated
+from .walks import Named, RowProgram, Walk, row_program
 
 _KINDS = {
     Kind.ELEMENT: "kElement",
@@ -51,7 +51,7 @@ def _array(kind: str, name: str, items: Sequence[object], none: str) -> Iterator
 class _Struct:
     def __init__(self, traced: TracedRows) -> None:
         self.traced = traced
-        self.program: RowProgram = level_form(traced)
+        self.program: RowProgram = row_program(traced)
         self.places = self.program.numbers
         of_class = [*traced.of_kind(Kind.ELEMENT)], [*traced.of_kind(Kind.PER_CLASS)]
         self.names = {
@@ -189,9 +189,16 @@ class _TritonRows(_Rows, _Triton):
     pass
 
 
-def triton(traced: TracedRows) -> str:
-    """A module for the engine of fusedloss/backends/triton/custom_rows.py, which says what is in it."""
-    return "\n".join(_Module(traced).lines()) + "\n"
+class _TritonElements(_TritonRows):
+    def _exp_nonpositive(self, e: Expr) -> str:
+        return f"losses.exp_of_logit({self(e.args[0])}, NARROW)"
+
+
+def triton(traced: TracedRows) -> tuple[str, Callable[[Numbers], Numbers]]:
+    """A module for the engine of fusedloss/backends/triton/custom_rows.py, which says what is in it, and
+    the constants as a function of the parameters' numbers."""
+    module = _Module(traced)
+    return "\n".join(module.lines()) + "\n", host_constants(traced, module.program)
 
 
 Block = tuple[Named, Sequence[Expr]]  # what its results share, and the results
@@ -200,7 +207,7 @@ Block = tuple[Named, Sequence[Expr]]  # what its results share, and the results
 class _Module:
     def __init__(self, traced: TracedRows) -> None:
         self.traced = traced
-        program = self.program = level_form(traced)
+        program = self.program = row_program(traced)
         self.rows = [self._block(named) for named in program.computed]
         # Row numbers stand where they come: a level's maxima and sums, then what follows from them.
         places = iter(program.numbers)
@@ -214,11 +221,11 @@ class _Module:
         kinds = [*traced.of_kind(Kind.ELEMENT)], [*traced.of_kind(Kind.PER_CLASS)], order
         constants = [symbol for symbol, _ in program.constants]
         self.places = {symbol: place for place, symbol in enumerate(order)}
-        self.printer = _TritonRows({
+        self.names = {
             symbol.name: f"{name}[{i}]"
             for name, symbols in zip("xwrc", (*kinds, constants), strict=True)
             for i, symbol in enumerate(symbols)
-        })  # fmt: skip
+        }
 
     def _numbers(self, named: Named) -> list[Expr]:
         return [symbol for symbol, _ in named if symbol in self.program.numbers]
@@ -234,7 +241,7 @@ class _Module:
         yield "import triton"
         yield "import triton.language as tl"
         yield ""
-        yield "from fusedloss.backends.triton import primitives"
+        yield "from fusedloss.backends.triton import losses, primitives"
         yield ""
         maxima = (
             tuple(self._is_read(symbol) for symbol in symbols[:count])
@@ -248,11 +255,17 @@ class _Module:
         results = program.value, *program.at_label, *program.of_row
         yield f"RESULTS = {tuple(self.places[symbol] for symbol in results)}"
         *walks, gradients = self._without_kept()
-        yield from self._function("row", "r, c", self.rows, "LEVEL", first=-1)
-        yield from self._function("terms", "x, w, r, c", walks, "LEVEL")
-        yield from self._function("gradients", "x, w, r, c", [gradients])
+        of_rows, of_elements = _TritonRows(self.names), _TritonElements(self.names)
+        element = "x, w, r, c, NARROW: tl.constexpr"
         at_peaks = [(peak.gradients.named, peak.gradients.results) for peak in peaks]
-        yield from self._function("at_peak", "x, w, r, c", at_peaks, "PEAK")
+        yield from _function("row", "r, c, LEVEL: tl.constexpr", of_rows, self.rows, "LEVEL", -1)
+        yield from _function(
+            "terms", f"{element}, LEVEL: tl.constexpr", of_elements, walks, "LEVEL"
+        )
+        yield from _function("gradients", element, of_elements, [gradients])
+        yield from _function(
+            "at_peak", f"{element}, PEAK: tl.constexpr", of_elements, at_peaks, "PEAK"
+        )
 
     def _is_read(self, maximum: Expr) -> bool:
         """Whether more than an origin is made of it."""
@@ -280,19 +293,29 @@ class _Module:
             kept = {symbol: e for symbol, e in known.items() if isinstance(symbol, Input)}
             yield tuple(shared), found
 
-    def _function(
-        self, name: str, arguments: str, blocks: Sequence[Block], which: str = "", first: int = 0
-    ) -> Iterator[str]:
-        """A function that returns a block's results; each number of `which` has one."""
-        if not blocks:
-            return
-        choice = f", {which}: tl.constexpr" if which else ""
-        yield from ("", "", "@triton.jit", f"def {name}({arguments}{choice}):")
-        yield "    T: tl.constexpr = r[0].dtype"
-        indent = "    "
-        for i, (shared, results) in enumerate(blocks, first):
-            if which:
-                yield f"    {'if' if i == first else 'elif'} {which} == {i}:"
-                indent = "        "
-            yield from (f"{indent}{symbol} = {self.printer(e)}" for symbol, e in shared)
-            yield f"{indent}return ({''.join(self.printer(e) + ', ' for e in results)})"
+
+def _function(
+    name: str,
+    arguments: str,
+    printer: Printer,
+    blocks: Sequence[Block],
+    which: str = "",
+    first: int = 0,
+) -> Iterator[str]:
+    """A function that returns a block's results; each number of `which` has one."""
+    if not blocks:
+        return
+    yield from (
+        "",
+        "",
+        "@triton.jit",
+        f"def {name}({arguments}):",
+        "    T: tl.constexpr = r[0].dtype",
+    )
+    indent = "    "
+    for i, (shared, results) in enumerate(blocks, first):
+        if which:
+            yield f"    {'if' if i == first else 'elif'} {which} == {i}:"
+            indent = "        "
+        yield from (f"{indent}{symbol} = {printer(e)}" for symbol, e in shared)
+        yield f"{indent}return ({''.join(printer(e) + ', ' for e in results)})"

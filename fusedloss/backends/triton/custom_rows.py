@@ -43,17 +43,22 @@ class RowLoss:
     classes, the per-row inputs, with a label the element and class inputs there, and then by level its
     terms and what row() makes of them.
 
-        row(r, c, LEVEL)          row numbers that follow from LEVEL; with -1, from no level
-        terms(x, w, r, c, LEVEL)  what the maxima and sums of LEVEL are of
-        gradients(x, w, r, c)     of the element inputs
-        at_peak(x, w, r, c, PEAK) what is added to these where PEAK has its first position
+        row(r, c, LEVEL)                   row numbers that follow from LEVEL; with -1, from no level
+        terms(x, w, r, c, NARROW, LEVEL)   what the maxima and sums of LEVEL are of
+        gradients(x, w, r, c, NARROW)      of the element inputs
+        at_peak(x, w, r, c, NARROW, PEAK)  what is added to these where PEAK has its first position
+
+    NARROW: see losses.exp_of_logit().
     """
 
     symmetric = False
 
     def __init__(self, printed: dict[str, Any]) -> None:
         self.kinds: tuple[str, ...] = printed["KINDS"]
-        functions, numbers = ("row", "terms", "gradients", "at_peak"), ("MAXIMA", "SUMS", "PEAKS", "RESULTS")
+        functions, numbers = (
+            ("row", "terms", "gradients", "at_peak"),
+            ("MAXIMA", "SUMS", "PEAKS", "RESULTS"),
+        )
         self.printed = {name.upper(): printed.get(name) for name in functions}
         self.printed |= {name: printed[name] for name in numbers}
         self.gradients = len(self.kinds)
@@ -136,15 +141,15 @@ def empty(rows, MAXIMA: tl.constexpr, SUMS: tl.constexpr, PEAKS: tl.constexpr,
 
 @triton.jit
 def walk(
-    found, firsts, rows, x, w, r, c, cols, TERMS: tl.constexpr, MAXIMA: tl.constexpr,
-    PEAKS: tl.constexpr, LEVEL: tl.constexpr,
+    found, firsts, rows, x, w, r, c, cols, NARROW: tl.constexpr, TERMS: tl.constexpr,
+    MAXIMA: tl.constexpr, PEAKS: tl.constexpr, LEVEL: tl.constexpr,
 ):  # fmt: skip
     """The same with the classes of a tile."""
     inside = rows.exists & (cols < rows.classes)
     counted = inside
     if rows.label is not None:
         counted = inside & (cols != rows.label)
-    terms = TERMS(x, w, r, c, LEVEL)
+    terms = TERMS(x, w, r, c, NARROW, LEVEL)
     sofar = ()
     for i in tl.static_range(len(terms)):
         if i < len(MAXIMA[LEVEL]):
@@ -167,11 +172,12 @@ def walk(
 
 @triton.jit
 def write_gradients(
-    outputs, rows, x, w, r, c, cols, at_label, uncounted, peaks, GRADIENTS: tl.constexpr
+    outputs, rows, x, w, r, c, cols, at_label, uncounted, peaks,
+    NARROW: tl.constexpr, GRADIENTS: tl.constexpr,
 ):  # fmt: skip
     """peaks: of each, its first position and what it adds to the gradients there."""
     inside = rows.exists & (cols < rows.classes)
-    gradients = GRADIENTS(x, w, r, c)
+    gradients = GRADIENTS(x, w, r, c, NARROW)
     for k in tl.static_range(len(gradients)):
         if outputs[k] is not None:
             g = tl.broadcast_to(gradients[k], inside.shape)
@@ -197,7 +203,7 @@ def store(operand, rows, x, cols, mask, uncounted):
 def custom_rows(
     inputs, per_row, classwise, label, weight, upstream, outputs, sizes, row_count, class_units,
     ignore_index, parameters, scaling, divisor, step,
-    ROW: tl.constexpr, TERMS: tl.constexpr, GRADIENTS: tl.constexpr, AT_PEAK: tl.constexpr,
+    NARROW: tl.constexpr, ROW: tl.constexpr, TERMS: tl.constexpr, GRADIENTS: tl.constexpr, AT_PEAK: tl.constexpr,
     RESULTS: tl.constexpr, MAXIMA: tl.constexpr, SUMS: tl.constexpr, PEAKS: tl.constexpr,
     T: tl.constexpr, CLASS_INDEX: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
@@ -256,7 +262,7 @@ def custom_rows(
         found, positions = empty(rows, MAXIMA, SUMS, PEAKS, LEVEL, T)
         if PLAN.whole:
             found, positions = walk(
-                found, positions, rows, x, w, r, c, cols, TERMS, MAXIMA, PEAKS, LEVEL
+                found, positions, rows, x, w, r, c, cols, NARROW, TERMS, MAXIMA, PEAKS, LEVEL
             )
         else:
             for begin in range(0, classes, PLAN.classes):
@@ -264,7 +270,7 @@ def custom_rows(
                 x = elements(rows, at, exists & (at < classes), T)
                 w = per_class(rows, at, at < classes, T)
                 found, positions = walk(
-                    found, positions, rows, x, w, r, c, at, TERMS, MAXIMA, PEAKS, LEVEL
+                    found, positions, rows, x, w, r, c, at, NARROW, TERMS, MAXIMA, PEAKS, LEVEL
                 )
         for i in tl.static_range(len(found)):
             r = r + (found[i].to(T),)  # type: ignore[assignment]
@@ -309,11 +315,11 @@ def custom_rows(
         for p in tl.static_range(len(PEAKS)):
             there = exists & (firsts[p] < classes)
             of_peak = elements(rows, firsts[p], there, T), per_class(rows, firsts[p], there, T)
-            more = AT_PEAK(of_peak[0], of_peak[1], r, c, p)
+            more = AT_PEAK(of_peak[0], of_peak[1], r, c, NARROW, p)
             peaks = peaks + ((firsts[p], more),)  # type: ignore[assignment]
         if PLAN.whole:
             write_gradients(
-                gradients, rows, x, w, r, c, cols, at_label, uncounted, peaks, GRADIENTS
+                gradients, rows, x, w, r, c, cols, at_label, uncounted, peaks, NARROW, GRADIENTS
             )
         else:
             for begin in range(0, classes, PLAN.classes):
@@ -321,7 +327,7 @@ def custom_rows(
                 x = elements(rows, at, exists & (at < classes), T)
                 w = per_class(rows, at, at < classes, T)
                 write_gradients(
-                    gradients, rows, x, w, r, c, at, at_label, uncounted, peaks, GRADIENTS
+                    gradients, rows, x, w, r, c, at, at_label, uncounted, peaks, NARROW, GRADIENTS
                 )
     if step < runtime.IS_BACKWARD:
         if not UNREDUCED:
@@ -471,6 +477,7 @@ def run(
         class_units=lies.classes // lies.plan.unit,
         ignore_index=ignore_index,
         parameters=tuple(map(runtime.halves, parameters)),
+        NARROW=dtype is not torch.float64 and all(t.element_size() == 2 for t in x),
         T=tl.float64 if dtype is torch.float64 else tl.float32,
         CLASS_INDEX=lies.class_index,
         PLAN=lies.plan,
