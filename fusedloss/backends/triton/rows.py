@@ -262,8 +262,8 @@ def plan_for(
 
 
 def warps_for(plan: Plan, inputs: int = 1) -> int:
-    elements = plan.rows * plan.classes * inputs
-    warps = runtime.next_power_of_2(runtime.ceil_divide(elements, 32 * ELEMENTS_PER_THREAD))
+    each = max(ELEMENTS_PER_THREAD // inputs, 8)  # of an input: 16 bytes of half precision
+    warps = runtime.next_power_of_2(runtime.ceil_divide(plan.rows * plan.classes, 32 * each))
     return min(max(warps, 1), 16)
 
 
