@@ -1,10 +1,14 @@
-"""The primitives that custom losses are written in; see :func:`fusedloss.pointwise_loss`.
+"""The primitives that custom losses are written in; see :func:`fusedloss.pointwise_loss` and
+:func:`fusedloss.row_loss`.
 
 Value and slope are stable over the whole domain, and follow PyTorch's convention at kinks. The
 functions take the symbols that a loss is traced with, numbers, and tensors; for tensors they are the
 PyTorch functions of that meaning. Arguments are real numbers, elementwise and unitless. Use Python's
 operators for arithmetic, powers and comparisons, and ``&``, ``|``, ``~`` to join conditions. Conditions
 follow IEEE 754: for nan only ``!=`` holds, and ``~`` negates what holds and what does not.
+
+The words from :func:`sum` on are those of row losses: they see all classes of a row, which for tensors are
+the last dimension. What they give for a row as a whole has size 1 there (``keepdim=True``).
 """
 
 from __future__ import annotations
@@ -15,11 +19,17 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
-from .custom import primitives, tracing
+from .custom import primitives, row_primitives, tracing
+from .custom.row_tracing import Kind
 
 __all__ = [
+    "Label",
+    "PerClass",
+    "PerRow",
     "abs",
+    "at",
     "clamp",
+    "classes",
     "cos",
     "detach",
     "digamma",
@@ -33,16 +43,26 @@ __all__ = [
     "log",
     "log1p",
     "log_sigmoid",
+    "log_softmax",
+    "logaddexp",
+    "logsumexp",
+    "max",
     "maximum",
+    "mean",
+    "min",
     "minimum",
+    "norm",
     "not_equal",
+    "one_minus_softmax",
     "pow",
     "relu",
     "sigmoid",
     "sign",
     "sin",
+    "softmax",
     "softplus",
     "sqrt",
+    "sum",
     "tanh",
     "where",
     "xlogy",
@@ -132,6 +152,11 @@ def sigmoid(x: Operand) -> Any:
 def log_sigmoid(x: Operand) -> Any:
     """:math:`\\log(1 / (1 + e^{-x}))`, never infinite for a finite x."""
     return _call(primitives.LogSigmoid, x)
+
+
+def logaddexp(a: Operand, b: Operand) -> Any:
+    """:math:`\\log(e^a + e^b)`, never infinite for finite a and b."""
+    return _call(row_primitives.LogAddExp, a, b)
 
 
 def softplus(x: Operand) -> Any:
@@ -244,3 +269,90 @@ def not_equal(a: Operand, b: Operand) -> Any:
 def is_nan(x: Operand) -> Any:
     """The condition that x is nan."""
     return not_equal(x, x)
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+class Label:
+    """Marks a tensor of a row loss, by ``label: fm.Label``, as the index of a class for each row, an
+    int64, which :func:`at` takes. Rows whose label is the call's ignore_index do not count."""
+
+    kind = Kind.LABEL
+
+
+class PerRow:
+    """Marks a tensor of a row loss, by ``advantage: fm.PerRow``, as one number for each row."""
+
+    kind = Kind.PER_ROW
+
+
+class PerClass:
+    """Marks a tensor of a row loss, by ``balance: fm.PerClass``, as one number for each class."""
+
+    kind = Kind.PER_CLASS
+
+
+# The number of classes of a row, while a row loss is traced.
+classes: Any = tracing.Formula(row_primitives.CLASSES)
+
+
+def sum(x: Operand) -> Any:
+    """The sum over a row's classes; for tensors over the last dimension, which stays with size 1."""
+    return _call(row_primitives.Sum, x)
+
+
+def mean(x: Operand) -> Any:
+    """The mean over a row's classes: ``sum(x) / classes``. For tensors over the last dimension, which
+    stays with size 1."""
+    return x.mean(-1, keepdim=True) if isinstance(x, Tensor) else sum(x) / classes
+
+
+def max(x: Operand) -> Any:
+    """The largest of a row's classes; the slope goes to the first of equal ones. For tensors over the
+    last dimension, which stays with size 1."""
+    return _call(row_primitives.Max, x)
+
+
+def min(x: Operand) -> Any:
+    """The smallest of a row's classes; the slope goes to the first of equal ones. For tensors over the
+    last dimension, which stays with size 1."""
+    return -_call(row_primitives.Max, -x)
+
+
+def logsumexp(x: Operand) -> Any:
+    """:math:`\\log \\sum_j e^{x_j}` over a row's classes, without overflow. For tensors over the last
+    dimension, which stays with size 1."""
+    return _call(row_primitives.LogSumExp, x)
+
+
+def norm(x: Operand) -> Any:
+    """The root of the sum of squares over a row's classes; the slope is 0 where all are 0. For tensors
+    over the last dimension, which stays with size 1."""
+    return _call(row_primitives.Norm, x)
+
+
+def softmax(x: Operand) -> Any:
+    """:math:`e^{x_i} / \\sum_j e^{x_j}`, for each of a row's classes, which for tensors are the last
+    dimension. In a row loss its product with another element, such as ``p * log(p)``, is 0 where it is
+    0 itself."""
+    return _call(row_primitives.Softmax, x)
+
+
+def log_softmax(x: Operand) -> Any:
+    """``x - logsumexp(x)``, for each of a row's classes, which for tensors are the last dimension."""
+    return _call(row_primitives.LogSoftmax, x)
+
+
+def one_minus_softmax(x: Operand) -> Any:
+    """``1 - softmax(x)`` with all its digits, for each of a row's classes, which for tensors are the
+    last dimension: the share of the other classes, which is tiny where the model is sure."""
+    return _call(row_primitives.OneMinusSoftmax, x)
+
+
+def at(x: Operand, label: Operand) -> Any:
+    """x at the row's label, a tensor that is marked :class:`Label`. For tensors x at these indices of the
+    last dimension, which stays with size 1; the label may lack it."""
+    if isinstance(x, Tensor) and isinstance(label, Tensor) and label.dim() == x.dim() - 1:
+        label = label[..., None]
+    return _call(row_primitives.At, x, label)

@@ -36,7 +36,8 @@ def reference_value(
         ValueError: there is no such loss.
     """
     if name in custom_references:
-        return custom_references[name]((input, target, *more), weight, parameters, reduction)
+        operands = (input, target, *more), weight, parameters
+        return custom_references[name](*operands, ignore_index, reduction)
     if name not in OPERATORS:
         raise ValueError(f"fusedloss: no loss is named {name!r}")
     loss, is_variant = OPERATORS[name]

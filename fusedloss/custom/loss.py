@@ -1,4 +1,5 @@
-"""The object that :func:`pointwise_loss` makes: what the loss is, and how it is called."""
+"""The object that :func:`pointwise_loss` makes, and what it shares with row losses: what the loss is, and
+how it is called."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .checking import Report
+    from .tracing import Definition, Traced
 
 _C: Any = backends.extension
 # The names of the inputs in formulas. (Here, since it takes no SymPy to call a loss.)
@@ -54,34 +56,39 @@ def _shown(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}: a parameter is one number for the whole call"
 
 
-class PointwiseLoss:
-    """A custom loss, as :func:`pointwise_loss` makes it."""
+class CustomLoss:
+    """What custom losses of elements and of rows have in common."""
+
+    _decorator: ClassVar[str]
+    _options: ClassVar[dict[str, Any]]  # of each call, with their defaults
+    _aliases: ClassVar[tuple[str, ...]] = ()  # keywords that the inputs have beside their names
+
+    _traced: Definition
+    _struct: Any  # of the loss in C++; a text
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        from . import printing, tracing
+        from . import tracing
 
-        self._traced = tracing.trace(function)
-        self._struct = printing.cpp(self._traced)
-        self._value = printing.torch_function(self._traced, self._traced.reference)
-        self._slopes = printing.torch_function(self._traced, self._traced.reference_slopes)
+        traced = self._traced
         # Its name in the compiled operators, by type of device, for the short way.
         self._keys: dict[str, str] = {}
         self._prepared: dict[tuple[str, tuple[str, ...]], tuple[str, str, str]] = {}
         self._number = define(self)
-        self.inputs = len(self._traced.inputs)
-        self._operands = (*INPUTS[:2], *self._traced.arguments[2:])[: self.inputs]
-        self._names = tuple(self._traced.parameters)
-        self._defaults = tuple(self._traced.defaults.get(name) for name in self._names)
+        self.inputs = len(traced.inputs)
+        named = self._aliases[:2]
+        self._operands = (*named, *traced.arguments[len(named) :])[: self.inputs]
+        self._names = tuple(traced.parameters)
+        self._defaults = tuple(traced.defaults.get(name) for name in self._names)
         self._default_values = self._values({}) if None not in self._defaults else None
         self.function = function
         self.__wrapped__ = function
         definition = tracing.definition(function)
-        self.__name__: str = self._traced.name
+        self.__name__: str = traced.name
         self.__qualname__: str = getattr(definition, "__qualname__", self.__name__)
         self.__module__: str = getattr(definition, "__module__", "")
         self.__doc__ = definition.__doc__
         arguments = [*inspect.signature(function).parameters.values()]
-        for name, default in {"reduction": "mean", "weight": None, "clip_grad": None}.items():
+        for name, default in self._options.items():
             kind = inspect.Parameter.KEYWORD_ONLY
             arguments.append(inspect.Parameter(name, kind, default=default))
         self.__signature__ = inspect.Signature(arguments)
@@ -94,7 +101,7 @@ class PointwiseLoss:
             for name, default in zip(self._names, self._defaults, strict=True)
         )
         head = f"{self.__name__}({', '.join(self._operands)}{', *' if given else ''}{given})"
-        return f"<fusedloss.pointwise_loss {head} = {self.formula}>"
+        return f"<fusedloss.{self._decorator} {head} = {self.formula}>"
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         """Pickled by name, like a function, if that name leads to it; else by its function."""
@@ -102,17 +109,130 @@ class PointwiseLoss:
             found = operator.attrgetter(self.__qualname__)(sys.modules.get(self.__module__))
         except AttributeError:
             found = None
-        return self.__qualname__ if found is self else (pointwise_loss, (self.function,))
+        return self.__qualname__ if found is self else (type(self), (self.function,))
 
-    def __deepcopy__(self, memo: Any = None) -> PointwiseLoss:
+    def __deepcopy__(self, memo: Any = None) -> CustomLoss:
         return self  # like a function
 
     __copy__ = __deepcopy__
 
     @property
     def formula(self) -> str:
-        """The loss of one element, as text."""
+        """The loss of one element, or of one row, as text."""
         return self._traced.text(self._traced.value)
+
+    # ---- arguments -------------------------------------------------------------------------------
+
+    def _values(self, parameters: Mapping[str, Any]) -> tuple[float, ...]:
+        """The numbers of the parameters, in order."""
+        values = []
+        for name, default in zip(self._names, self._defaults, strict=True):
+            value = parameters.get(name, default)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                if value is None and name not in parameters:
+                    raise TypeError(f"{self.__name__}() needs its parameter {name!r}, a number")
+                raise TypeError(f"{self.__name__}(): {name} must be a number, not {_shown(value)}")
+            values.append(as_float(self._traced.name, name, value))
+        for name in parameters:
+            if name not in self._names:
+                known = ", ".join((*self._names, *self._options))
+                raise TypeError(f"{self.__name__}() has no parameter {name!r}; it has {known}")
+        return tuple(values)
+
+    def _by_name(self, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
+        """The inputs, the later ones from keywords with their names in the definition."""
+        names = self._traced.arguments
+        if len(inputs) > len(names):
+            raise TypeError(
+                f"{self.__name__}() takes {len(names)} tensors, {', '.join(names)}, and was given "
+                f"{len(inputs)}; its parameters are keywords"
+            )
+        found = list(inputs)
+        for place in range(len(inputs), len(names)):
+            also = self._aliases[place : place + 1]
+            known = [name for name in (names[place], *also) if name in keywords]
+            if not known:
+                raise TypeError(
+                    f"{self.__name__}() needs {len(names)} tensors; {names[place]!r} is missing"
+                )
+            found.append(keywords.pop(known[0]))
+        return tuple(found)
+
+    def _refuse(self, inputs: Sequence[Any]) -> None:
+        """Raises the error for an input that is not a tensor."""
+        for operand, name in zip(inputs, self._traced.arguments, strict=True):
+            if not isinstance(operand, Tensor):
+                raise TypeError(
+                    f"{self.__name__}(): {name} must be a tensor, not {_shown(operand)}: "
+                    "torch.full_like makes one of a number"
+                )
+
+    @staticmethod
+    def _reduction(reduction: Any) -> int:
+        """Its number in the operators."""
+        number = REDUCTIONS.get(reduction) if type(reduction) is str else None
+        if number is None:
+            raise ValueError(f"{reduction} is not a valid value for reduction")
+        return number
+
+    def _dtypes(self, inputs: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype]:
+        """The dtype of the result, and the one to compute in."""
+        result = functools.reduce(torch.promote_types, (t.dtype for t in inputs))
+        if not result.is_floating_point:
+            raise TypeError(f"{self.__name__}() needs floating-point tensors, not {result}")
+        if torch.is_autocast_enabled(inputs[0].device.type) and result is not torch.float64:
+            result = torch.float32
+        # Reduced precision is computed in float32, like in the kernels.
+        return result, result if result is torch.float64 else torch.float32
+
+    # ---- kernels ---------------------------------------------------------------------------------
+
+    def compile(self, device: str = "cpu") -> None:
+        """Compiles the kernels now instead of at the first call. Triton still compiles its kernels at
+        their first use, once per dtype and layout.
+
+        Args:
+            device: the type of the tensors' device: ``"cpu"``, or ``"cuda"``, whose kernels NVRTC
+                makes for the GPUs of this machine, or for those of ``TORCH_CUDA_ARCH_LIST``.
+
+        Raises:
+            RuntimeError: they cannot be compiled here; the message says why.
+        """
+        if device not in backends.fused_on:
+            backend, why_not = "", backends.why_not_fused(device)
+        else:
+            backend, _, why_not = prepared(self._number, device)
+        if not backend:
+            raise RuntimeError(f"{self.__name__} cannot be compiled: {why_not}")
+
+    def _reference(
+        self,
+        inputs: Sequence[Tensor],
+        weight: Tensor | None,
+        numbers: Sequence[float],
+        ignore_index: int,
+        reduction: str,
+    ) -> Tensor:
+        """In plain PyTorch, by the arguments of the operators: two inputs where the loss takes one."""
+        raise NotImplementedError
+
+
+class PointwiseLoss(CustomLoss):
+    """A custom loss, as :func:`pointwise_loss` makes it."""
+
+    _decorator = "pointwise_loss"
+    _options: ClassVar[dict[str, Any]] = {"reduction": "mean", "weight": None, "clip_grad": None}
+    _aliases = INPUTS
+    _traced: Traced
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        from . import printing, tracing
+
+        self._traced = tracing.trace(function)
+        super().__init__(function)
+        self._struct = printing.cpp(self._traced)
+        self._value = printing.torch_function(self._traced, self._traced.reference)
+        self._slopes = printing.torch_function(self._traced, self._traced.reference_slopes)
 
     @property
     def slopes(self) -> tuple[str, ...]:
@@ -164,49 +284,6 @@ class PointwiseLoss:
             inputs = self._by_name(inputs, parameters)
         return self._call(inputs, reduction, weight, clip_grad, parameters, None)
 
-    def _values(self, parameters: Mapping[str, Any]) -> tuple[float, ...]:
-        """The numbers of the parameters, in order."""
-        values = []
-        for name, default in zip(self._names, self._defaults, strict=True):
-            value = parameters.get(name, default)
-            if isinstance(value, bool) or not isinstance(value, Real):
-                if value is None and name not in parameters:
-                    raise TypeError(f"{self.__name__}() needs its parameter {name!r}, a number")
-                raise TypeError(f"{self.__name__}(): {name} must be a number, not {_shown(value)}")
-            values.append(as_float(self._traced.name, name, value))
-        for name in parameters:
-            if name not in self._names:
-                known = ", ".join((*self._names, "reduction", "weight", "clip_grad"))
-                raise TypeError(f"{self.__name__}() has no parameter {name!r}; it has {known}")
-        return tuple(values)
-
-    def _by_name(self, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
-        """The inputs, the later ones from keywords with their names in the definition."""
-        names = self._traced.arguments
-        if len(inputs) > len(names):
-            raise TypeError(
-                f"{self.__name__}() takes {len(names)} tensors, {', '.join(names)}, and was given "
-                f"{len(inputs)}; its parameters are keywords"
-            )
-        found = list(inputs)
-        for place in range(len(inputs), len(names)):
-            known = [name for name in (names[place], INPUTS[place]) if name in keywords]
-            if not known:
-                raise TypeError(
-                    f"{self.__name__}() needs {len(names)} tensors; {names[place]!r} is missing"
-                )
-            found.append(keywords.pop(known[0]))
-        return tuple(found)
-
-    def _refuse(self, inputs: Sequence[Any]) -> None:
-        """Raises the error for an input that is not a tensor."""
-        for operand, name in zip(inputs, self._traced.arguments, strict=True):
-            if not isinstance(operand, Tensor):
-                raise TypeError(
-                    f"{self.__name__}(): {name} must be a tensor, not {_shown(operand)}: "
-                    "torch.full_like makes one of a number"
-                )
-
     def _bound(self, clip_grad: float | None) -> float:
         if clip_grad is None:
             return math.inf
@@ -226,9 +303,7 @@ class PointwiseLoss:
         values = self._default_values
         if parameters or values is None:
             values = self._values(parameters)
-        number = REDUCTIONS.get(reduction) if type(reduction) is str else None
-        if number is None:
-            raise ValueError(f"{reduction} is not a valid value for reduction")
+        number = self._reduction(reduction)
         bound = self._bound(clip_grad)
         input = inputs[0]
         is_tensor = isinstance(input, Tensor)
@@ -300,26 +375,6 @@ class PointwiseLoss:
             weight = weight.expand_as(input)
         return weight
 
-    # ---- kernels ---------------------------------------------------------------------------------
-
-    def compile(self, device: str = "cpu") -> None:
-        """Compiles the kernels now instead of at the first call. Triton still compiles its kernels at
-        their first use, once per dtype and layout.
-
-        Args:
-            device: the type of the tensors' device: ``"cpu"``, or ``"cuda"``, whose kernels NVRTC
-                makes for the GPUs of this machine, or for those of ``TORCH_CUDA_ARCH_LIST``.
-
-        Raises:
-            RuntimeError: they cannot be compiled here; the message says why.
-        """
-        if device not in backends.fused_on:
-            backend, why_not = "", backends.why_not_fused(device)
-        else:
-            backend, _, why_not = prepared(self._number, device)
-        if not backend:
-            raise RuntimeError(f"{self.__name__} cannot be compiled: {why_not}")
-
     # ---- plain PyTorch ---------------------------------------------------------------------------
 
     def reference(
@@ -347,27 +402,20 @@ class PointwiseLoss:
                 f"{self.__name__}: {name} of shape {tuple(unfit[0].shape)} differs from input's "
                 f"{tuple(input.shape)}, and is broadcast; make sure that this is intended"
             )
-        return self._reference(inputs, weight, (*values, self._bound(clip_grad)), reduction)
+        return self._reference(inputs, weight, (*values, self._bound(clip_grad)), 0, reduction)
 
     def _reference(
         self,
         inputs: Sequence[Tensor],
         weight: Tensor | None,
         numbers: Sequence[float],
+        ignore_index: int,
         reduction: str,
     ) -> Tensor:
-        """numbers: of the parameters, and the bound of the slopes, as the operators take them. So are
-        the inputs: two where the loss takes one."""
+        """numbers: of the parameters, and the bound of the slopes."""
         inputs = inputs[: self.inputs]
-        input = inputs[0]
         *values, bound = numbers
-        result = functools.reduce(torch.promote_types, (t.dtype for t in inputs))
-        if not result.is_floating_point:
-            raise TypeError(f"{self.__name__}() needs floating-point tensors, not {result}")
-        if torch.is_autocast_enabled(input.device.type) and result is not torch.float64:
-            result = torch.float32
-        # Reduced precision is computed in float32, like in the kernels.
-        compute = result if result is torch.float64 else torch.float32
+        result, compute = self._dtypes(inputs)
         shape = torch.broadcast_shapes(*(t.shape for t in inputs))  # type: ignore[no-untyped-call]
         wide_inputs = [t.to(compute).expand(shape) for t in inputs]
         if bound == math.inf:

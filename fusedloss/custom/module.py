@@ -1,23 +1,69 @@
-"""A custom loss as a module."""
+"""Custom losses as modules."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..modules import _Predicting
-from ..reference import REDUCTIONS
 
 if TYPE_CHECKING:
-    from .loss import PointwiseLoss
+    from .loss import CustomLoss, PointwiseLoss
+    from .rows import RowLoss
 
 
-class PointwiseLossModule(_Predicting):
-    """A custom loss as a module; see :meth:`PointwiseLoss.module`."""
-
+class _CustomLossModule(_Predicting):
     weight: Tensor | None
+
+    def __init__(
+        self,
+        loss: CustomLoss,
+        reduction: str,
+        weight: Tensor | None,
+        parameters: Mapping[str, float],
+    ) -> None:
+        super().__init__()
+        loss._values(parameters)
+        loss._reduction(reduction)
+        self.loss: Any = loss
+        self.reduction = reduction
+        self.register_buffer("weight", weight)
+        self.parameters_of_loss = dict(parameters)
+
+    def _options(self) -> dict[str, Any]:
+        """The options behind reduction and weight, by name, as calls take them."""
+        raise NotImplementedError
+
+    def _get_name(self) -> str:
+        name: str = self.loss.__name__
+        return name
+
+    def extra_repr(self) -> str:
+        values = zip(self.loss._names, self.loss._values(self.parameters_of_loss), strict=True)
+        shown = [f"{name}={value:g}" for name, value in values]
+        shown.append(f"reduction={self.reduction!r}")
+        for name, value in self._options().items():
+            if value != self.loss._options[name]:
+                shown.append(f"{name}={value:g}")
+        return f"{self.loss.formula}, {', '.join(shown)}"
+
+    def forward(self, *inputs: Tensor) -> Any:
+        if len(inputs) != self.loss.inputs:
+            inputs = self.loss._by_name(inputs, {})  # which says what is wrong
+        return self.loss._call(
+            inputs,
+            self.reduction,
+            self.weight,
+            *self._options().values(),
+            self.parameters_of_loss,
+            self._prediction(inputs[0]),
+        )
+
+
+class PointwiseLossModule(_CustomLossModule):
+    """A custom loss as a module; see :meth:`PointwiseLoss.module`."""
 
     def __init__(
         self,
@@ -27,36 +73,29 @@ class PointwiseLossModule(_Predicting):
         clip_grad: float | None,
         parameters: Mapping[str, float],
     ) -> None:
-        super().__init__()
-        loss._values(parameters)
+        super().__init__(loss, reduction, weight, parameters)
         loss._bound(clip_grad)
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"{reduction} is not a valid value for reduction")
-        self.loss = loss
-        self.reduction = reduction
-        self.register_buffer("weight", weight)
         self.clip_grad = clip_grad
-        self.parameters_of_loss = dict(parameters)
 
-    def _get_name(self) -> str:
-        return self.loss.__name__
+    def _options(self) -> dict[str, Any]:
+        return {"clip_grad": self.clip_grad}
 
-    def extra_repr(self) -> str:
-        values = zip(self.loss._names, self.loss._values(self.parameters_of_loss), strict=True)
-        shown = [f"{name}={value:g}" for name, value in values]
-        shown.append(f"reduction={self.reduction!r}")
-        if self.clip_grad is not None:
-            shown.append(f"clip_grad={self.clip_grad:g}")
-        return f"{self.loss.formula}, {', '.join(shown)}"
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        if len(inputs) != self.loss.inputs:
-            inputs = self.loss._by_name(inputs, {})  # which says what is wrong
-        return self.loss._call(
-            inputs,
-            self.reduction,
-            self.weight,
-            self.clip_grad,
-            self.parameters_of_loss,
-            self._prediction(inputs[0]),
-        )
+class RowLossModule(_CustomLossModule):
+    """A custom loss of rows as a module; see :meth:`RowLoss.module`."""
+
+    def __init__(
+        self,
+        loss: RowLoss,
+        reduction: str,
+        weight: Tensor | None,
+        dim: int,
+        ignore_index: int,
+        parameters: Mapping[str, float],
+    ) -> None:
+        super().__init__(loss, reduction, weight, parameters)
+        self.dim = dim
+        self.ignore_index = ignore_index
+
+    def _options(self) -> dict[str, Any]:
+        return {"dim": self.dim, "ignore_index": self.ignore_index}

@@ -11,17 +11,18 @@ from weakref import WeakValueDictionary
 import torch
 
 from .. import _caller, backends, second_order
-from .building import CUDA, CannotCompile, cpu_library, key_of, load_cuda
+from .building import CPU, CPU_ROWS, CUDA, CannotCompile, cpu_library, key_of, load_cuda
 
 if TYPE_CHECKING:
-    from .loss import PointwiseLoss
+    from .loss import CustomLoss, PointwiseLoss
+    from .rows import RowLoss
 
 _C: Any = backends.extension
 _count = itertools.count()
-_defined: WeakValueDictionary[int, PointwiseLoss] = WeakValueDictionary()
+_defined: WeakValueDictionary[int, CustomLoss] = WeakValueDictionary()
 
 
-def define(loss: PointwiseLoss) -> int:
+def define(loss: CustomLoss) -> int:
     """The number of a new loss. (A tracing compiler takes a number for a constant, but no loss.)"""
     number = next(_count)
     _defined[number] = loss
@@ -46,10 +47,10 @@ def prepared(number: int, device: str) -> tuple[str, str, str]:
     return found
 
 
-def _prepare(loss: PointwiseLoss, device: str, candidates: tuple[str, ...]) -> tuple[str, str, str]:
+def _prepare(loss: CustomLoss, device: str, candidates: tuple[str, ...]) -> tuple[str, str, str]:
     reasons = []
     for backend in candidates:
-        load = _LOADERS.get((backend, device))
+        load = _LOADERS[loss._decorator].get((backend, device))
         try:
             if load is None:
                 raise CannotCompile(f"has no kernels of custom losses for {device} tensors")
@@ -64,8 +65,9 @@ def _prepare(loss: PointwiseLoss, device: str, candidates: tuple[str, ...]) -> t
     return "", "", "; ".join(reasons)
 
 
-def _load_cpu(loss: PointwiseLoss) -> str:
-    library = cpu_library(loss._traced.identifier, loss._struct)
+def _load_cpu(loss: CustomLoss) -> str:
+    engine = CPU_ROWS if loss._decorator == "row_loss" else CPU
+    library = cpu_library(loss._traced.identifier, loss._struct, engine)
     if library.key not in second_order.custom_references:
         library.load(partial(_C.load_custom, library.key))
     return library.key
@@ -96,10 +98,29 @@ def _load_triton(loss: PointwiseLoss) -> str:
     return key
 
 
-# By backend and type of device: a function that loads the kernels of a loss, and returns the name of
-# the loss in the operators. It raises CannotCompile if there are no kernels.
-_LOADERS: dict[tuple[str, str], Callable[[PointwiseLoss], str]] = {
-    ("compiled", "cpu"): _load_cpu,
-    ("compiled", "cuda"): _load_cuda,
-    **{("triton", device): _load_triton for device in ("cpu", "cuda", "xpu")},
+def _load_triton_rows(loss: RowLoss) -> str:
+    from ..backends import triton
+    from .levels import CannotLevel
+    from .row_printing import triton as printed
+
+    try:
+        source, constants = printed(loss._traced)
+    except CannotLevel as error:
+        raise CannotCompile(str(error)) from error
+    key: str = triton.load_rows(loss._traced.identifier, source, len(loss._names), constants)
+    return key
+
+
+# By decorator, then by backend and type of device: a function that loads the kernels of a loss, and
+# returns the name of the loss in the operators. It raises CannotCompile if there are no kernels.
+_LOADERS: dict[str, dict[tuple[str, str], Callable[[Any], str]]] = {
+    "pointwise_loss": {
+        ("compiled", "cpu"): _load_cpu,
+        ("compiled", "cuda"): _load_cuda,
+        **{("triton", device): _load_triton for device in ("cpu", "cuda", "xpu")},
+    },
+    "row_loss": {
+        ("compiled", "cpu"): _load_cpu,
+        **{("triton", device): _load_triton_rows for device in ("cpu", "cuda", "xpu")},
+    },
 }

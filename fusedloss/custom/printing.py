@@ -5,20 +5,21 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
+from sympy.core.parameters import distribute
 from torch import Tensor
 
-from . import primitives
+from . import primitives, row_primitives
 from .loss import INPUTS
 from .primitives import INPUT, TARGET, Expr
-from .tracing import Program, Traced
+from .row_tracing import TracedRows
+from .tracing import Definition, Program, Traced
 
 if TYPE_CHECKING:
-    from .row_tracing import TracedRows
     from .walks import RowProgram
 
 # The inputs' names in code.
@@ -295,7 +296,7 @@ def triton(traced: Traced) -> str:
 class _Torch(Printer):
     """Formulas of tensors, with Python numbers as constants."""
 
-    def __init__(self, names: Mapping[str, str], inputs: Sequence[str] = ()) -> None:
+    def __init__(self, names: Mapping[str, str], inputs: Iterable[str] = ()) -> None:
         super().__init__(names)
         self.inputs = ", ".join(inputs)
 
@@ -309,6 +310,42 @@ class _Torch(Printer):
         condition, yes, no = e.args
         branches = ", ".join(f"lambda {self.inputs}: {self(branch)}" for branch in (yes, no))
         return f"where({self(condition)}, {branches}, {self.inputs})"
+
+
+class _TorchRows(_Torch):
+    """Formulas of tensors whose last dimension is the classes. Row numbers have size 1 there."""
+
+    def __init__(self, inputs: Mapping[Expr, str], elements: Collection[Expr]) -> None:
+        super().__init__({}, inputs.values())
+        self.of_input, self.elements = inputs, elements
+
+    def _Input(self, e: Expr) -> str:
+        return self.of_input.get(e, "classes")
+
+    def _Where(self, e: Expr) -> str:
+        """A branch gets its elements cut off where it is not taken. But its words are of all elements:
+        where classes choose for themselves, it gets these as tensors too."""
+        condition, *branches = e.args
+        if not row_primitives.is_element(condition, self.elements):
+            return super()._Where(e)
+        words = [word for branch in branches for word in _outermost_words(branch)]
+        held = {word: primitives.Input(f"{word}.", real=True) for word in words}
+        names = {symbol: f"w{len(self.of_input) + i}" for i, symbol in enumerate(held.values())}
+        shares = [s for word, s in held.items() if isinstance(word, row_primitives.Share)]
+        inside = _TorchRows({**self.of_input, **names}, [*self.elements, *shares])
+        with distribute(False):
+            bodies = [inside(branch.xreplace(held)) for branch in branches]
+        yes, no = (f"lambda {inside.inputs}: {body}" for body in bodies)
+        given = ", ".join([*self.of_input.values(), *map(self, held)])
+        return f"where({self(condition)}, {yes}, {no}, {given})"
+
+
+def _outermost_words(e: Expr) -> Iterator[Expr]:
+    if isinstance(e, row_primitives.Reduction | row_primitives.Share | row_primitives.At):
+        yield e
+    else:
+        for arg in e.args:
+            yield from _outermost_words(arg)
 
 
 class _TorchConstant(_Torch):
@@ -346,9 +383,7 @@ def _where(condition: Any, yes: Branch, no: Branch, *inputs: Any) -> Any:
 
 
 def _tensor(value: Any, like: Tensor) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    return torch.full_like(like, value, requires_grad=False)
+    return value if isinstance(value, Tensor) else like.new_full((), value)
 
 
 def _cut(taken: Tensor, branch: Branch, inputs: Sequence[Any]) -> Any:
@@ -377,31 +412,32 @@ _NAMESPACE: dict[str, Any] = {
     "logical_not": _logical_not,
     **{
         primitive.__name__: primitive
-        for primitive in vars(primitives).values()
+        for primitive in (*vars(primitives).values(), *vars(row_primitives).values())
         if isinstance(primitive, type) and issubclass(primitive, primitives.Primitive)
     },
 }
 
 
-def _constants_source(traced: Traced | TracedRows, program: Program | RowProgram) -> str:
+def _constants_source(traced: Definition, program: Program | RowProgram) -> str:
     # Numbered, since a parameter may have the name of a function in the printed formula.
     names = {name: f"p{i}" for i, name in enumerate(traced.parameters)}
     formulas = map(_TorchConstant(names), (e for _, e in program.constants))
     return f"def constants({', '.join(names.values())}):\n    return [{', '.join(formulas)}]\n"
 
 
-def _torch_source(traced: Traced, program: Program) -> str:
+def _torch_source(
+    traced: Definition, program: Program, inputs: Sequence[str], printer: _Torch
+) -> str:
     """Two functions: ``constants(parameters...)`` and ``results(inputs..., constants...)``."""
-    inputs = _names(traced)
     arguments = ", ".join([*inputs, *(str(symbol) for symbol, _ in program.constants)])
-    results = map(_Torch(_NAMES, inputs), program.results)
+    results = map(printer, program.results)
     return (
         f"{_constants_source(traced, program)}\n"
         f"def results({arguments}):\n    return {', '.join(results)},\n"
     )
 
 
-def _executed(traced: Traced | TracedRows, source: str) -> dict[str, Any]:
+def _executed(traced: Definition, source: str) -> dict[str, Any]:
     namespace = dict(_NAMESPACE)
     exec(compile(source, f"<{traced.identifier}>", "exec"), namespace)  # noqa: S102 - printed above
     return namespace
@@ -421,7 +457,7 @@ def _cached(constants: Callable[..., list[Any]]) -> Callable[[Numbers], Numbers]
 
 
 def host_constants(
-    traced: Traced | TracedRows, program: Program | RowProgram
+    traced: Definition, program: Program | RowProgram
 ) -> Callable[[Numbers], Numbers]:
     """The constants of a kernel as a function of the parameters' numbers, computed in float64."""
     return _cached(_executed(traced, _constants_source(traced, program))["constants"])
@@ -430,12 +466,34 @@ def host_constants(
 def torch_function(traced: Traced, program: Program) -> Compiled:
     """The formulas as a function of the inputs and the parameters' numbers. Its results have input's
     shape."""
-    namespace = _executed(traced, _torch_source(traced, program))
+    names = _names(traced)
+    source = _torch_source(traced, program, names, _Torch(_NAMES, names))
+    namespace = _executed(traced, source)
     constants, results = _cached(namespace["constants"]), namespace["results"]
 
     def run(inputs: Sequence[Tensor], parameters: Numbers) -> Sequence[Tensor]:
         input = inputs[0]
         values = results(*inputs, *constants(parameters))
         return [torch.broadcast_to(_tensor(value, input), input.shape) for value in values]
+
+    return run
+
+
+def torch_rows(traced: TracedRows) -> Compiled:
+    """The same of a row loss: its value, then its auxiliary results. The inputs' last dimension is the
+    classes; a label, and what is a number of a row, has size 1 there, as the results do."""
+    program = traced.reference
+    names = {symbol: f"x{i}" for i, symbol in enumerate(traced.inputs)}
+    printer = _TorchRows(names, traced.elements)
+    source = _torch_source(traced, program, [*names.values(), "classes"], printer)
+    namespace = _executed(traced, source)
+    constants, results = _cached(namespace["constants"]), namespace["results"]
+
+    def run(inputs: Sequence[Tensor], parameters: Numbers) -> Sequence[Tensor]:
+        like = inputs[0]
+        shape = (*like.shape[:-1], 1)
+        classes = like.new_full((), like.shape[-1])
+        values = results(*inputs, classes, *constants(parameters))
+        return [torch.broadcast_to(_tensor(value, like), shape) for value in values]
 
     return run

@@ -7,6 +7,7 @@ size 1 there.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import sympy
@@ -22,6 +23,7 @@ from .primitives import (
     Exp,
     ExpNonpositive,
     Expr,
+    Input,
     Log,
     Log1pUnit,
     Maximum,
@@ -29,6 +31,13 @@ from .primitives import (
     Sigmoid,
     Sqrt,
     Where,
+)
+
+CLASSES = Input("fm.classes", real=True)  # the number of classes
+# The words in fusedloss.math, those of a mean and a minimum among them.
+WORDS = (
+    *("sum", "mean", "max", "min", "logsumexp", "norm"),
+    *("softmax", "log_softmax", "one_minus_softmax", "at"),
 )
 
 
@@ -288,3 +297,16 @@ def words_in(e: Any) -> set[Expr]:
     """The row words in a formula."""
     found: set[Expr] = e.atoms(Reduction, Share, At)
     return found
+
+
+def spoken(word: Expr) -> str:
+    """What a definition may have called a word."""
+    also = {"sum": "sum or mean", "max": "max or min"}
+    return also.get(word.word, word.word)
+
+
+def is_element(e: Expr, elements: Collection[Expr]) -> bool:
+    """Whether a formula differs from class to class. elements: the symbols that do."""
+    if isinstance(e, Reduction | At):
+        return False
+    return isinstance(e, Share) or e in elements or any(is_element(arg, elements) for arg in e.args)

@@ -21,14 +21,32 @@ import sympy
 from sympy.core.parameters import distribute
 from torch import Tensor
 
-from . import primitives
+from . import primitives, row_primitives
 from .loss import INPUTS, as_float
 from .primitives import Expr
+from .row_primitives import CLASSES
 
 # Losses need less than a tenth of either.
 _DEEPEST = 64  # levels of nested primitives and operators
 _LONGEST = 100_000  # primitives and operators of a slope, written out
-RESERVED = ("reduction", "weight", "clip_grad")  # keywords that every loss has
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the definitions of a kind of losses have in common."""
+
+    decorator: str
+    signature: str  # an example
+    reserved: tuple[str, ...]  # keywords of each call
+    names: tuple[str, ...]  # further keywords of the tensors, in order
+
+
+POINTWISE = Family(
+    "pointwise_loss",
+    "input, target, *, scale=1.0",
+    ("reduction", "weight", "clip_grad"),
+    INPUTS,
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +60,8 @@ class Program:
 
 
 @dataclass(frozen=True)
-class Traced:
-    """A loss as formulas."""
+class Definition:
+    """What a custom loss's function has defined."""
 
     name: str
     arguments: tuple[str, ...]  # the function's names for its inputs
@@ -58,11 +76,51 @@ class Traced:
         return re.sub(r"\W+", "_", self.name, flags=re.ASCII).strip("_")[:40] or "loss"
 
     def text(self, e: Expr) -> str:
+        return " ".join(str(e).split())
+
+    def _hoist(self, results: list[Expr]) -> tuple[tuple[tuple[Expr, Expr], ...], list[Expr]]:
+        """Replaces subexpressions of parameters alone by constants."""
+        parameters = set(self.parameters.values())
+        constants: dict[Expr, Expr] = {}  # formula: symbol
+
+        def is_constant(e: Expr) -> bool:
+            return (
+                isinstance(e, sympy.Expr) and bool(e.free_symbols) and e.free_symbols <= parameters
+            )
+
+        def constant(e: Expr) -> Expr:
+            return constants.setdefault(e, sympy.Symbol(f"c{len(constants)}", real=True))
+
+        @functools.cache
+        def rewrite(e: Expr) -> Expr:
+            if is_constant(e):
+                return constant(e)
+            if not e.args:
+                return e
+            args = list(e.args)
+            if isinstance(e, sympy.Mul | sympy.Add):
+                # Numbers are merged with the parameters beside them; a sign stays outside.
+                ours = [a for a in args if is_constant(a)]
+                if ours:
+                    numbers = [a for a in args if a.is_number and a != -1]
+                    args = [a for a in args if a not in ours and a not in numbers]
+                    args.append(e.func(*ours, *numbers))
+            return e.func(*map(rewrite, args))
+
+        rewritten = [rewrite(e) for e in results]
+        return tuple((symbol, e) for e, symbol in constants.items()), rewritten
+
+
+@dataclass(frozen=True)
+class Traced(Definition):
+    """A loss as formulas."""
+
+    def text(self, e: Expr) -> str:
         """The first two inputs have the names input and target in it."""
         later = zip(self.inputs[2:], self.arguments[2:], strict=True)
         with distribute(False):
             named = e.xreplace({symbol: sympy.Symbol(name, real=True) for symbol, name in later})
-        return " ".join(str(named).split())
+        return super().text(named)
 
     @functools.cached_property
     def slopes(self) -> tuple[Expr, ...]:
@@ -112,38 +170,6 @@ class Traced:
         if max(map(_length, slopes)) > _LONGEST:
             _refuse_depth(self.name)
         return list(map(_factored, slopes))
-
-    def _hoist(self, results: list[Expr]) -> tuple[tuple[tuple[Expr, Expr], ...], list[Expr]]:
-        """Replaces subexpressions of parameters alone by constants."""
-        parameters = set(self.parameters.values())
-        constants: dict[Expr, Expr] = {}  # formula: symbol
-
-        def is_constant(e: Expr) -> bool:
-            return (
-                isinstance(e, sympy.Expr) and bool(e.free_symbols) and e.free_symbols <= parameters
-            )
-
-        def constant(e: Expr) -> Expr:
-            return constants.setdefault(e, sympy.Symbol(f"c{len(constants)}", real=True))
-
-        @functools.cache
-        def rewrite(e: Expr) -> Expr:
-            if is_constant(e):
-                return constant(e)
-            if not e.args:
-                return e
-            args = list(e.args)
-            if isinstance(e, sympy.Mul | sympy.Add):
-                # Numbers are merged with the parameters beside them; a sign stays outside.
-                ours = [a for a in args if is_constant(a)]
-                if ours:
-                    numbers = [a for a in args if a.is_number and a != -1]
-                    args = [a for a in args if a not in ours and a not in numbers]
-                    args.append(e.func(*ours, *numbers))
-            return e.func(*map(rewrite, args))
-
-        rewritten = [rewrite(e) for e in results]
-        return tuple((symbol, e) for e, symbol in constants.items()), rewritten
 
 
 def _factored(e: Expr) -> Expr:
@@ -223,30 +249,19 @@ def definition(function: Callable[..., Any]) -> Any:
     return function
 
 
-def _name(function: Callable[..., Any]) -> str:
+def name_of(function: Callable[..., Any]) -> str:
     name = getattr(definition(function), "__name__", None)
     return name if isinstance(name, str) else type(function).__name__
 
 
 # ---- the arguments while tracing -----------------------------------------------------------------
 
-# Names that PyTorch has for tensors, and that make no sense for one element.
+# Names that PyTorch has for tensors, and that make no sense for a symbol.
 _OF_TENSORS = frozenset(
     (
         *("all", "amax", "amin", "any", "argmax", "argmin", "cumsum", "dim", "dtype", "item"),
-        *(
-            "logsumexp",
-            "log_softmax",
-            "max",
-            "mean",
-            "median",
-            "min",
-            "nansum",
-            "norm",
-            "normalize",
-        ),
-        *("numel", "prod", "reshape", "shape", "size", "softmax", "softmin", "sort", "std", "sum"),
-        *("T", "topk", "view", "var"),
+        *("median", "nansum", "normalize", "numel", "prod", "reshape", "shape", "size", "softmin"),
+        *("sort", "std", "T", "topk", "view", "var"),
     )
 )
 _NO_TENSOR = (
@@ -255,20 +270,27 @@ _NO_TENSOR = (
 _NOT_OF_SYMBOLS = (
     "a function of math or numpy does not take symbols: use the functions of fusedloss.math"
 )
+_OF_REDUCTION = "a pointwise_loss returns one element's value, and the caller passes reduction="
 
 
 def instead_of(name: str) -> str:
     """What to write instead of a function of that name."""
     from fusedloss import math
 
+    if name in row_primitives.WORDS:
+        return f"in a row_loss write fusedloss.math.{name}; {_OF_REDUCTION}"
     if name in math.__all__:
         return f"write fusedloss.math.{name}"
     if name in _OF_TENSORS:
-        return (
-            f"{name} takes a row or a tensor, and a loss sees one element: return the element's value; "
-            "the caller passes reduction="
-        )
-    return f"fusedloss.math has no {name}; it has {', '.join(math.__all__)}"
+        words = ", ".join(row_primitives.WORDS)
+        return f"{name} takes a tensor, not a symbol: rows have {words}; {_OF_REDUCTION}"
+    return f"fusedloss.math has no {name}; it has {_words()}"
+
+
+def _words() -> str:
+    from fusedloss import math
+
+    return ", ".join(word for word in math.__all__ if word.islower())  # not Label and the like
 
 
 def expression(x: Any) -> Expr:
@@ -351,8 +373,8 @@ class Formula:
 
     def __getitem__(self, index: Any) -> Any:
         raise TypeError(
-            f"{self}[{index}] takes an element of a single element: a loss sees no rows or "
-            "channels, so pass the slices as input and target"
+            f"[{index}] takes a slice of a symbol, which stands for each element alike: pass the "
+            "slices as tensors; in a row_loss fusedloss.math.at takes an element at the label"
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -380,31 +402,39 @@ def trace(function: Callable[..., Any]) -> Traced:
         TypeError, ValueError: the function does not define a loss; the message says why, and what to
             write instead.
     """
-    name = _name(function)
-    arguments, defaults = _signature(function, name)
+    name = name_of(function)
+    arguments, defaults = signature(function, name, POINTWISE)
     with distribute(False):
         # The name alone identifies a symbol, so that rewritten expressions compare equal.
         inputs = tuple(primitives.Input(name, real=True) for name in INPUTS[: len(arguments)])
-        parameters = {key: sympy.Symbol(key, real=True) for key in defaults}
-        given = {key: Formula(symbol) for key, symbol in parameters.items()}
-        try:
-            result = function(*map(Formula, inputs), **given)
-        except RecursionError:
-            _refuse_depth(name)
-        except Exception as error:
-            raise _explained(name, error) from error
+        parameters, result = called(function, name, inputs, defaults)
         value = _checked(name, result, {*inputs, *parameters.values()})
     known = {key: default for key, default in defaults.items() if default is not None}
     return Traced(name, arguments, inputs, parameters, known, value)
 
 
-def _signature(
-    function: Callable[..., Any], name: str
+def called(
+    function: Callable[..., Any], name: str, inputs: Iterable[Expr], names: Iterable[str]
+) -> tuple[dict[str, Expr], Any]:
+    """The symbols of the parameters, by name, and what the function returns for symbols."""
+    parameters = {key: sympy.Symbol(key, real=True) for key in names}
+    given = {key: Formula(symbol) for key, symbol in parameters.items()}
+    try:
+        return parameters, function(*map(Formula, inputs), **given)
+    except RecursionError:
+        _refuse_depth(name)
+    except Exception as error:
+        raise _explained(name, error) from error
+
+
+def signature(
+    function: Callable[..., Any], name: str, family: Family
 ) -> tuple[tuple[str, ...], dict[str, float | None]]:
     """The names of the inputs, and the parameters' defaults by name; None: no default."""
     if not callable(function):
-        raise TypeError(f"pointwise_loss takes a function, not {function!r}")
-    form = f"def {name}(input, target, *, scale=1.0)"
+        raise TypeError(f"{family.decorator} takes a function, not {function!r}")
+    form = f"def {name}({family.signature})"
+    taken = (*family.reserved, *family.names)
     positional: list[str] = []
     defaults: dict[str, float | None] = {}
     for parameter in inspect.signature(function).parameters.values():
@@ -420,7 +450,7 @@ def _signature(
                     f"default; numbers are keywords, behind a *: {form}"
                 )
             continue
-        if parameter.name in (*RESERVED, *INPUTS):
+        if parameter.name in taken:
             raise ValueError(
                 f"{name}: every loss has a keyword {parameter.name!r} already; name yours otherwise"
             )
@@ -437,10 +467,12 @@ def _signature(
             f"{name}: a loss takes 1 to {len(INPUTS)} tensors, not {len(positional)} of them: {form}"
         )
     for place, argument in enumerate(positional):
-        if argument in (*RESERVED, *INPUTS) and argument != INPUTS[place]:
+        if argument in taken and family.names[place : place + 1] != (argument,):
+            first = "input comes first, then target, and " if family.names else ""
+            *most, last = family.reserved
             raise ValueError(
-                f"{name}: {argument!r} cannot be the name of tensor {place}: input comes first, then "
-                f"target, and reduction, weight and clip_grad are options of every loss: {form}"
+                f"{name}: {argument!r} cannot be the name of tensor {place}: {first}"
+                f"{', '.join(most)} and {last} are options of every loss: {form}"
             )
     return tuple(positional), defaults
 
@@ -463,12 +495,24 @@ def _explained(name: str, error: Exception) -> Exception:
 
 def _checked(name: str, result: Any, known: set[Expr]) -> Expr:
     """The value, in primitives."""
-    from fusedloss import math
-
-    if result is None:
-        raise TypeError(f"{name} returns None: write return in front of the value")
     if isinstance(result, tuple | list):
         raise TypeError(f"{name} returns {len(result)} values: return one, the element's loss")
+    value = formula(name, result, {*known, CLASSES})
+    of_rows = sorted(map(row_primitives.spoken, row_primitives.words_in(value)))
+    if value.has(CLASSES):
+        of_rows.append("classes")
+    if of_rows:
+        raise TypeError(
+            f"{name}: {of_rows[0]} takes a row of classes, and a pointwise loss sees one element: "
+            "write it as a fusedloss.row_loss"
+        )
+    return value
+
+
+def formula(name: str, result: Any, known: set[Expr]) -> Expr:
+    """What a definition returns, in primitives."""
+    if result is None:
+        raise TypeError(f"{name} returns None: write return in front of the value")
     if isinstance(result, Formula):
         result = result.expression
     if isinstance(result, sympy.logic.boolalg.Boolean) and not isinstance(result, sympy.Symbol):
@@ -476,7 +520,7 @@ def _checked(name: str, result: Any, known: set[Expr]) -> Expr:
             f"{name} returns a condition: write fusedloss.math.where({result}, 1.0, 0.0)"
         )
     if not isinstance(result, sympy.Expr | int | float):
-        raise TypeError(f"{name} returns {result!r}: return a formula of input and target")
+        raise TypeError(f"{name} returns {result!r}: return a formula of its tensors")
     if _depth(result) > _DEEPEST:
         _refuse_depth(name)
     value = primitives.canonical(sympy.sympify(result))
@@ -486,7 +530,7 @@ def _checked(name: str, result: Any, known: set[Expr]) -> Expr:
             f"{name}: unknown symbol {', '.join(sorted(map(str, strange)))}; make it a parameter"
         )
     if not primitives.inputs_in(value):
-        raise ValueError(f"{name} is {value}, for any input and target: it has nothing to learn")
+        raise ValueError(f"{name} is {value}, for any tensors: it has nothing to learn")
     for node in sympy.preorder_traversal(value):
         if node.has(sympy.I, sympy.zoo, sympy.nan):
             raise ValueError(f"{name} is no real number: {value}")
@@ -494,8 +538,7 @@ def _checked(name: str, result: Any, known: set[Expr]) -> Expr:
             raise ValueError(f"{name}: {sympy.N(node, 3)} is beyond the largest float64, 1.8e308")
         if isinstance(node, sympy.Function) and not isinstance(node, primitives.Primitive):
             raise TypeError(
-                f"{name}: {node.func} is not a function of fusedloss.math, which has "
-                f"{', '.join(math.__all__)}"
+                f"{name}: {node.func} is not a function of fusedloss.math, which has {_words()}"
             )
     return value
 
