@@ -77,7 +77,7 @@ struct Loaded {
 
 // The custom loss of this name, which is changed under the lock. kinds: of a row loss.
 LossInfo& custom_loss(const std::string& name, int inputs, int parameters,
-                      std::vector<Kind> kinds = {}) {
+                      std::vector<Kind> kinds = {}, int auxiliary = 0) {
   const auto [found, is_new] = Loaded::instance().losses.try_emplace(name);
   LossInfo& info = found->second;
   if (is_new) {
@@ -88,6 +88,7 @@ LossInfo& custom_loss(const std::string& name, int inputs, int parameters,
     info.inputs = info.gradients = inputs;
     info.custom = true;
     info.kinds = std::move(kinds);
+    info.auxiliary = auxiliary;
   }
   return info;
 }
@@ -133,7 +134,8 @@ void load_custom(const std::string& name, const std::string& library) {
       handle, FUSEDLOSS_NAME(FUSEDLOSS_CUSTOM_ROWS_ENTRY), cpu::kCustomRowsVersion, library);
   if (rows) {
     const std::unique_lock lock(Loaded::instance().mutex);
-    custom_loss(name, rows->inputs, rows->parameters, {rows->kinds, rows->kinds + rows->inputs})
+    custom_loss(name, rows->inputs, rows->parameters, {rows->kinds, rows->kinds + rows->inputs},
+                rows->auxiliary)
         .cpu_rows = rows;
     return;
   }

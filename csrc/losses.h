@@ -39,6 +39,7 @@ struct LossInfo {
   const LossInfo* of_classes = nullptr;
   bool custom = false;
   std::vector<Kind> kinds;  // of a custom row loss's inputs
+  int auxiliary = 0;        // how many further results a row of it has
 
   // Null for a built-in loss, and where no kernels are loaded; there are those of its family.
   std::atomic<const cpu::PointwiseKernel*> cpu = nullptr;

@@ -267,7 +267,11 @@ struct CpuEngine {
     }
   }
 
-  void compute(const Tensor& loss, const Gradients& gradients, const Tensor& state) {
+  void compute(const Tensor& result, const Gradients& gradients, const Tensor& state) {
+    const Tensor loss = loss_in(result, info);
+    for (int k = 0; k < info.auxiliary; ++k) {
+      write_to(call_.auxiliary[k], auxiliary_in(result, a, info, k));
+    }
     const double divisor = a.reduction == at::Reduction::Mean ? mean_divisor() : 1;
     call_.want_sum = !a.each();
     if (a.each()) {

@@ -92,7 +92,7 @@ struct Operators {
     const Arguments a{FUSEDLOSS_ARGUMENTS};
     Engine engine(a, Pass::kValue);
     engine.read({});
-    at::Tensor value = empty_loss(a, engine.info.family);
+    at::Tensor value = empty_loss(a, engine.info);
     engine.compute(value, {}, {});
     return value;
   }
@@ -111,7 +111,7 @@ struct Operators {
       if (engine.predicts(prediction)) gradients = empty_gradients(a, engine.info, mask);
     }
     engine.read({});
-    at::Tensor value = empty_loss(a, engine.info.family), state = empty_state(input);
+    at::Tensor value = empty_loss(a, engine.info), state = empty_state(input);
     engine.compute(value, gradients, state);
     attach(state, a, std::move(gradients), std::move(prediction));
     return {std::move(value), std::move(state)};

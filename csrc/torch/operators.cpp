@@ -82,7 +82,6 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list inputs = ctx->get_saved_variables();
-    const Tensor& grad_output = grad_outputs[0];
     const OptionalTensor weight = inputs[2].defined() ? OptionalTensor(inputs[2]) : std::nullopt;
     const Tensor state = ctx->saved_data["state"].toTensor();
     const at::ArrayRef<at::IValue> options =
@@ -90,6 +89,7 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     c10::SmallVector<double, 4> parameters;
     for (size_t i = 6; i < options.size(); ++i) parameters.push_back(options[i].toDouble());
     const LossInfo& info = *reinterpret_cast<const LossInfo*>(options[0].toInt());
+    const Tensor grad_output = loss_in(grad_outputs[0], info);
     const Arguments a{inputs[0],
                       inputs[1],
                       weight,
@@ -185,7 +185,7 @@ const LossInfo& checked_meta(const Arguments& a) {
 
 Tensor loss_meta(FUSEDLOSS_PARAMETERS, const OptionalTensor&) {
   const Arguments a{FUSEDLOSS_ARGUMENTS};
-  return empty_loss(a, checked_meta(a).family);
+  return empty_loss(a, checked_meta(a));
 }
 
 std::tuple<Tensor, Tensor> loss_forward_meta(FUSEDLOSS_PARAMETERS, int64_t,

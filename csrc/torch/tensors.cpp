@@ -189,15 +189,27 @@ Tensor empty_state(const Tensor& input) {
   return at::empty({2}, input.options().dtype(at::kDouble));
 }
 
-Tensor empty_loss(const Arguments& a, Family family) {
-  if (a.each() && family == Family::kPointwise) return empty_like_input(a.input, a.dtype);
+Tensor empty_loss(const Arguments& a, const LossInfo& info) {
+  if (a.each() && info.family == Family::kPointwise) return empty_like_input(a.input, a.dtype);
   c10::SymDimVector sizes;
-  if (a.each()) {
-    for (int64_t d = 0; d < a.input.dim(); ++d) {
-      if (d != class_dim(a.input)) sizes.push_back(a.input.sym_size(d));
-    }
+  c10::SymInt rows = 1;
+  for (int64_t d = 0; d < a.input.dim(); ++d) {
+    if (d == class_dim(a.input)) continue;
+    rows *= a.input.sym_size(d);
+    if (a.each()) sizes.push_back(a.input.sym_size(d));
   }
+  if (info.auxiliary) sizes.insert(sizes.begin(), 1 + info.auxiliary * (a.each() ? 1 : rows));
   return at::empty_symint(sizes, a.input.options().dtype(a.dtype));
+}
+
+Tensor loss_in(const Tensor& result, const LossInfo& info) {
+  return info.auxiliary ? result.select(0, 0) : result;
+}
+
+Tensor auxiliary_in(const Tensor& result, const Arguments& a, const LossInfo& info, int k) {
+  if (a.each()) return result.select(0, 1 + k);
+  const int64_t rows = (result.numel() - 1) / info.auxiliary;
+  return result.narrow(0, 1 + k * rows, rows);
 }
 
 // ---- operands -----------------------------------------------------------------------------------

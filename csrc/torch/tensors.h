@@ -45,8 +45,13 @@ at::Tensor empty_like_input(const at::Tensor& input, at::ScalarType dtype);
 bool lies_like_input(const at::Tensor& gradient, const at::Tensor& input, at::ScalarType dtype);
 // What a forward leaves for its backward: see operators.cpp.
 at::Tensor empty_state(const at::Tensor& input);
-// A number, or for each() the loss of every element or every row.
-at::Tensor empty_loss(const Arguments& a, Family family);
+// A number, or for each() the loss of every element or every row. Auxiliary results lie behind it:
+// (1 + n * rows) numbers in all, or (1 + n, ...) for each().
+at::Tensor empty_loss(const Arguments& a, const LossInfo& info);
+// The loss alone, and auxiliary result k, in what empty_loss() makes. The former serves for the
+// gradient of such a result, too.
+at::Tensor loss_in(const at::Tensor& result, const LossInfo& info);
+at::Tensor auxiliary_in(const at::Tensor& result, const Arguments& a, const LossInfo& info, int k);
 
 // A call's operands, and the tensors that hold them.
 class Operands {

@@ -162,17 +162,22 @@ class RowLoss(CustomLoss):
         input, *others = map(_joined, laid)
         # A loss of one input has it as target too.
         target, *more = others or [input]
-        return _dispatch.operator(backend)(
+        result: Tensor = _dispatch.operator(backend)(
             input, target, weight, more, key, [*values], ignore_index, number, dtype, prediction
         )
+        if not self._auxiliary:
+            return result
+        # The loss, and behind it the numbers of the rows.
+        dim = min(1, input.dim() - 1)
+        shape = (*input.shape[:dim], *input.shape[dim + 1 :])
+        extras = result.detach()[1:].reshape(len(self._auxiliary), *shape)
+        return result[0], dict(zip(self._auxiliary, extras, strict=True))
 
     def _why_not_fused(self, inputs: Sequence[Tensor], weight: Tensor | None) -> str | None:
         named = dict(zip(self._operands, inputs, strict=True))
         reason = _dispatch._why_not_fused(named, weight, gradients=len(inputs))
         if reason is not None:
             return reason
-        if self._auxiliary:
-            return "the kernels give no auxiliary results"
         for (name, t), kind in zip(named.items(), self._kinds, strict=True):
             if kind is self._per_class and t.requires_grad and torch.is_grad_enabled():
                 return f"a gradient for {name} is wanted"

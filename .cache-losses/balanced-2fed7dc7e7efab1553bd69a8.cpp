@@ -1,0 +1,69 @@
+#include "cpu/custom_rows_kernel.h"
+
+namespace fusedloss {
+namespace {
+
+// balanced: z*logsumexp(logits)**2 - at(balance*log_softmax(logits), label)
+struct Loss : CustomRows<2> {
+  static constexpr Kind kKinds[] = {Kind::kElement, Kind::kLabel, Kind::kPerClass};
+  static constexpr int kParameters = 1;
+  static constexpr int kLevels = 2;
+  static constexpr int kMaxima[] = {1, 0};
+  static constexpr int kSums[] = {0, 1};
+  static constexpr int kKeptCount = 1;
+  static constexpr Kept kKept[] = {{1, 2}};
+  static constexpr int kNumbers = 10;
+  static constexpr int kValue = 8;
+  static constexpr int kAtLabel[] = {9};
+  static constexpr int kOfRow[] = {-1};
+  static constexpr int kPeakCount = 0;
+  static constexpr Peak kPeaks[] = {{}};
+  static constexpr int kAuxiliaryCount = 0;
+  static constexpr int kAuxiliary[] = {-1};
+  FUSEDLOSS_HD static void prepare([[maybe_unused]] const double* parameters, [[maybe_unused]] double* constants) {
+    constants[0] = (double(2.0) * parameters[0]);
+    constants[1] = parameters[0];
+  }
+  template <int kLevel, class T>
+  FUSEDLOSS_HD void row([[maybe_unused]] T* r) const {
+    if constexpr (kLevel == 0) {
+      r[6] = origin(r[4]);
+    }
+    if constexpr (kLevel == 1) {
+      [[maybe_unused]] const T c0(constants[0]);
+      [[maybe_unused]] const T c1(constants[1]);
+      const auto t0 = (r[2] - r[6]);
+      const auto t1 = exp_nonpositive(t0);
+      const auto t2 = ((T(1.0)) / ((r[5] + t1)));
+      const auto t3 = (t2 * r[3]);
+      const auto t4 = logofsum(r[5], t1);
+      const auto t5 = (r[6] + t4);
+      const auto t6 = (t2 * t5 * c0);
+      r[7] = ((t3 + t6) * r[0]);
+      r[8] = ((c1 * (t5 * t5)) - ((t0 - t4) * r[3]));
+      r[9] = (((t1 * t6) - (t3 * r[5])) * r[0]);
+    }
+  }
+  template <int kLevel, class T, class Row>
+  FUSEDLOSS_HD void terms([[maybe_unused]] const T* x, [[maybe_unused]] const T* w, [[maybe_unused]] const Row& r, [[maybe_unused]] T* kept, T* out) const {
+    if constexpr (kLevel == 0) {
+      out[0] = x[0];
+    }
+    if constexpr (kLevel == 1) {
+      kept[0] = exp_nonpositive((x[0] - r(6)));
+      out[0] = kept[0];
+    }
+  }
+  template <bool kAll, class T, class Row>
+  FUSEDLOSS_HD void gradients([[maybe_unused]] const T* x, [[maybe_unused]] const T* w, [[maybe_unused]] const Row& r, [[maybe_unused]] const T* kept, T* out) const {
+    out[0] = (kept[0] * r(7));
+  }
+  template <int kPeak, class T, class Row>
+  FUSEDLOSS_HD void at_peak([[maybe_unused]] const T* x, [[maybe_unused]] const T* w, [[maybe_unused]] const Row& r, [[maybe_unused]] T* out) const {
+  }
+};
+
+}  // namespace
+}  // namespace fusedloss
+
+FUSEDLOSS_CUSTOM_ROWS(fusedloss::Loss)

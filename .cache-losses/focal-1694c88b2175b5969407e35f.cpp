@@ -1,0 +1,68 @@
+#include "cpu/custom_rows_kernel.h"
+
+namespace fusedloss {
+namespace {
+
+// focal: -at(log_softmax(logits), label)*Power(at(one_minus_softmax(logits), label), gamma)
+struct Loss : CustomRows<1> {
+  static constexpr Kind kKinds[] = {Kind::kElement, Kind::kLabel};
+  static constexpr int kParameters = 1;
+  static constexpr int kLevels = 2;
+  static constexpr int kMaxima[] = {1, 0};
+  static constexpr int kSums[] = {0, 1};
+  static constexpr int kKeptCount = 1;
+  static constexpr Kept kKept[] = {{1, 2}};
+  static constexpr int kNumbers = 9;
+  static constexpr int kValue = 7;
+  static constexpr int kAtLabel[] = {8};
+  static constexpr int kOfRow[] = {-1};
+  static constexpr int kPeakCount = 0;
+  static constexpr Peak kPeaks[] = {{}};
+  static constexpr int kAuxiliaryCount = 0;
+  static constexpr int kAuxiliary[] = {-1};
+  FUSEDLOSS_HD static void prepare([[maybe_unused]] const double* parameters, [[maybe_unused]] double* constants) {
+    constants[0] = parameters[0];
+  }
+  template <int kLevel, class T>
+  FUSEDLOSS_HD void row([[maybe_unused]] T* r) const {
+    if constexpr (kLevel == 0) {
+      r[5] = origin(r[3]);
+    }
+    if constexpr (kLevel == 1) {
+      [[maybe_unused]] const T c0(constants[0]);
+      const auto t0 = (r[2] - r[5]);
+      const auto t1 = exp_nonpositive(t0);
+      const auto t2 = (r[4] + t1);
+      const auto t3 = ((T(1.0)) / (t2));
+      const auto t4 = (t3 * r[4]);
+      const auto t5 = power(t4, constants[0]);
+      const auto t6 = (t0 - logofsum(r[4], t1));
+      const auto t7 = (((t1 * t6 * power_slope(t4, t5, constants[0])) / ((t2 * t2))));
+      r[6] = (((t3 * t5) - t7) * r[0]);
+      r[7] = (-(t5 * t6));
+      r[8] = (((t7 * r[4]) - (t4 * t5)) * r[0]);
+    }
+  }
+  template <int kLevel, class T, class Row>
+  FUSEDLOSS_HD void terms([[maybe_unused]] const T* x, [[maybe_unused]] const T* w, [[maybe_unused]] const Row& r, [[maybe_unused]] T* kept, T* out) const {
+    if constexpr (kLevel == 0) {
+      out[0] = x[0];
+    }
+    if constexpr (kLevel == 1) {
+      kept[0] = exp_nonpositive((x[0] - r(5)));
+      out[0] = kept[0];
+    }
+  }
+  template <bool kAll, class T, class Row>
+  FUSEDLOSS_HD void gradients([[maybe_unused]] const T* x, [[maybe_unused]] const T* w, [[maybe_unused]] const Row& r, [[maybe_unused]] const T* kept, T* out) const {
+    out[0] = (kept[0] * r(6));
+  }
+  template <int kPeak, class T, class Row>
+  FUSEDLOSS_HD void at_peak([[maybe_unused]] const T* x, [[maybe_unused]] const T* w, [[maybe_unused]] const Row& r, [[maybe_unused]] T* out) const {
+  }
+};
+
+}  // namespace
+}  // namespace fusedloss
+
+FUSEDLOSS_CUSTOM_ROWS(fusedloss::Loss)

@@ -1,0 +1,73 @@
+#include "cpu/custom_rows_kernel.h"
+
+namespace fusedloss {
+namespace {
+
+// soft_cap: -at(log_softmax(cap*tanh(logits/cap)), label)
+struct Loss : CustomRows<2> {
+  static constexpr Kind kKinds[] = {Kind::kElement, Kind::kLabel};
+  static constexpr int kParameters = 1;
+  static constexpr int kLevels = 2;
+  static constexpr int kMaxima[] = {1, 0};
+  static constexpr int kSums[] = {0, 1};
+  static constexpr int kKeptCount = 2;
+  static constexpr Kept kKept[] = {{0, 1}, {1, 2}};
+  static constexpr int kNumbers = 9;
+  static constexpr int kValue = 7;
+  static constexpr int kAtLabel[] = {8};
+  static constexpr int kOfRow[] = {-1};
+  static constexpr int kPeakCount = 0;
+  static constexpr Peak kPeaks[] = {{}};
+  static constexpr int kAuxiliaryCount = 0;
+  static constexpr int kAuxiliary[] = {-1};
+  FUSEDLOSS_HD static void prepare([[maybe_unused]] const double* parameters, [[maybe_unused]] double* constants) {
+    constants[0] = ((double(1.0)) / (parameters[0]));
+    constants[1] = parameters[0];
+  }
+  template <int kLevel, class T>
+  FUSEDLOSS_HD void row([[maybe_unused]] T* r) const {
+    if constexpr (kLevel == 0) {
+      r[5] = origin(r[3]);
+    }
+    if constexpr (kLevel == 1) {
+      [[maybe_unused]] const T c0(constants[0]);
+      [[maybe_unused]] const T c1(constants[1]);
+      const auto t0 = (c0 * r[2]);
+      const auto t1 = ((c1 * tanh(t0)) - r[5]);
+      const auto t2 = exp_nonpositive(t1);
+      const auto t3 = (((r[0]) / ((r[4] + t2))));
+      const auto t4 = exp_nonpositive((T(-2.0) * abs(t0)));
+      r[6] = t3;
+      r[7] = (-((t1 - logofsum(r[4], t2))));
+      r[8] = (T(-4.0) * t3 * t4 * (((T(1.0)) / ((T(1.0) + t4))) * ((T(1.0)) / ((T(1.0) + t4)))) * r[4]);
+    }
+  }
+  template <int kLevel, class T, class Row>
+  FUSEDLOSS_HD void terms([[maybe_unused]] const T* x, [[maybe_unused]] const T* w, [[maybe_unused]] const Row& r, [[maybe_unused]] T* kept, T* out) const {
+    if constexpr (kLevel == 0) {
+      [[maybe_unused]] const T c0(constants[0]);
+      [[maybe_unused]] const T c1(constants[1]);
+      kept[0] = tanh((c0 * x[0]));
+      out[0] = (c1 * kept[0]);
+    }
+    if constexpr (kLevel == 1) {
+      [[maybe_unused]] const T c1(constants[1]);
+      kept[1] = exp_nonpositive(((c1 * kept[0]) - r(5)));
+      out[0] = kept[1];
+    }
+  }
+  template <bool kAll, class T, class Row>
+  FUSEDLOSS_HD void gradients([[maybe_unused]] const T* x, [[maybe_unused]] const T* w, [[maybe_unused]] const Row& r, [[maybe_unused]] const T* kept, T* out) const {
+    [[maybe_unused]] const T c0(constants[0]);
+    const auto t0 = exp_nonpositive((T(-2.0) * abs((c0 * x[0]))));
+    out[0] = (r(6) * weighted(kept[1], (T(4.0) * t0 * (((T(1.0)) / ((T(1.0) + t0))) * ((T(1.0)) / ((T(1.0) + t0)))))));
+  }
+  template <int kPeak, class T, class Row>
+  FUSEDLOSS_HD void at_peak([[maybe_unused]] const T* x, [[maybe_unused]] const T* w, [[maybe_unused]] const Row& r, [[maybe_unused]] T* out) const {
+  }
+};
+
+}  // namespace
+}  // namespace fusedloss
+
+FUSEDLOSS_CUSTOM_ROWS(fusedloss::Loss)
