@@ -29,8 +29,8 @@ constexpr int place_of(Kind kind, int n) {
   return -1;
 }
 
-// How many registers a walk has beside each other, of each of so many results: results that stay in
-// registers, and whose additions need not wait for one another.
+// How many registers of a row a walk has beside each other, of each of so many results: results that
+// stay in registers, and whose additions need not wait for one another.
 constexpr int abreast(int results) {
 #if defined(CPU_CAPABILITY_AVX512)
   return results <= 4 ? 4 : 2;
@@ -41,16 +41,18 @@ constexpr int abreast(int results) {
 
 // ---- walks --------------------------------------------------------------------------------------
 
-// One row whose classes lie side by side, a register of them at a time; or, kTile, registers of
-// neighbouring rows, class by class, from lines of `width` rows each.
+// One row whose classes lie side by side, some registers of them at a time; or, kTile, two registers
+// of neighbouring rows at a time, class by class, from lines of `width` rows each.
 template <class Loss, class T, bool kTile>
 struct RowsWalk {
   using Numbers = RowNumbers<Loss>;
   using Ids = Vec<Integer<T>>;
   static constexpr int kElements = Numbers::kElements;
   static constexpr bool kHasLabel = Numbers::kHasLabel;
-  static constexpr int64_t kLanes = Vec<T>::size(), kStep = kTile ? 1 : kLanes;
-  static constexpr int64_t kBlock = 128;  // registers whose floats are added up as floats
+  static constexpr int64_t kLanes = Vec<T>::size();
+  static constexpr int kTogether = kTile ? 2 : 1;            // registers of rows
+  static constexpr int64_t kRows = kTile ? 2 * kLanes : 1;  // their rows
+  static constexpr int64_t kBlock = 32;  // floats that are added up as floats
   static constexpr Integer<T> kNone = -1;
 
   const Loss* loss;
@@ -69,15 +71,21 @@ struct RowsWalk {
   };
   Prefetched next[kElements], out[kElements];
 
-  // To the next register of rows.
+  // To the next rows.
   FUSEDLOSS_HD void advance() {
-    for (auto& line : x) line += kLanes;
-    for (auto& line : kept) line += kLanes;
-    numbers += kLanes;
-    label += kLanes;
-    for (auto& lines : {&next, &out}) {
-      for (Prefetched& p : *lines) p.from += kLanes * p.by_row;
+    for (auto& line : x) line += kRows;
+    for (auto& line : kept) line += kRows;
+    numbers += kRows;
+    label += kRows;
+    for (auto* places : {next, out}) {
+      for (int e = 0; e < kElements; ++e) places[e].from += kRows * places[e].by_row;
     }
+  }
+
+  // A nan must not get lost in a maximum that counts. One that is subtracted may be any number then:
+  // a sum of the row is nan.
+  static FUSEDLOSS_HD Vec<T> larger(Vec<T> x, Vec<T> max_so_far) {
+    return Loss::kPeakCount > 0 ? maximum(x, max_so_far) : max(x, max_so_far);
   }
 
   // What a register's terms are computed from.
@@ -85,58 +93,74 @@ struct RowsWalk {
     Vec<T> x[kElements], weights[at_least_one(Numbers::kPerClasses)],
         kept[at_least_one(Loss::kKeptCount)];
   };
+  // The numbers and labels of one row, or of each register of rows.
   struct Row {
     Vec<T> number[Loss::kNumbers];
+    Ids label;
     FUSEDLOSS_HD Vec<T> operator()(int i) const { return number[i]; }
   };
+  struct RowsTogether {
+    Row rows[kTogether];
+    // Those of register u of a step.
+    FUSEDLOSS_HD const Row& operator[](int u) const { return rows[kTile ? u : 0]; }
+  };
 
-  FUSEDLOSS_HD Row row() const {
-    Row row;
-    unrolled<Loss::kNumbers>([&](auto i) FUSEDLOSS_INLINE {
-      const double* const from = numbers + i * stride;
-      if constexpr (kTile) {
-        row.number[i] = narrow(Wide<T>::load(from));
+  FUSEDLOSS_HD RowsTogether read_rows() const {
+    RowsTogether all;
+    unrolled<kTogether>([&](auto u) FUSEDLOSS_INLINE {
+      Row& row = all.rows[u];
+      unrolled<Loss::kNumbers>([&](auto i) FUSEDLOSS_INLINE {
+        const double* const from = numbers + i * stride + u * kLanes;
+        if constexpr (kTile) {
+          row.number[i] = narrow(Wide<T>::load(from));
+        } else {
+          row.number[i] = Vec<T>(static_cast<T>(*from));
+        }
+      });
+      if constexpr (kHasLabel) {
+        row.label = kTile ? Ids::loadu(label + u * kLanes) : Ids(*label);
       } else {
-        row.number[i] = Vec<T>(static_cast<T>(*from));
+        row.label = Ids(kNone);
       }
     });
-    return row;
-  }
-  FUSEDLOSS_HD Ids labels() const {
-    if constexpr (!kHasLabel) return Ids(kNone);
-    return kTile ? Ids::loadu(label) : Ids(*label);
-  }
-  // The classes in the lanes of the register of class c.
-  static FUSEDLOSS_HD Ids ids(int64_t c) {
-    const Ids first(static_cast<Integer<T>>(c));
-    if constexpr (kTile) return first;
-    return [&]<int... i>(std::integer_sequence<int, i...>) FUSEDLOSS_INLINE {
-      return first + Ids(typename Ids::Type{i...});
-    }(std::make_integer_sequence<int, kLanes>());
+    return all;
   }
 
-  FUSEDLOSS_HD int64_t at(int64_t c) const { return kTile ? c * width : c; }
+  // Register u of the step to class c: where it lies in a line, and the classes in its lanes.
+  FUSEDLOSS_HD int64_t at(int64_t c, int u) const { return (kTile ? c * width : c) + u * kLanes; }
+  static FUSEDLOSS_HD Ids ids(int64_t c, int u) {
+    if constexpr (kTile) return Ids(static_cast<Integer<T>>(c));
+    return [&]<int... i>(std::integer_sequence<int, i...>) FUSEDLOSS_INLINE {
+      return Ids(static_cast<Integer<T>>(c + u * kLanes)) + Ids(typename Ids::Type{i...});
+    }(std::make_integer_sequence<int, kLanes>());
+  }
   // For the walk of kLevel. kWhole: all lanes of the register count, else `count`.
   template <int kLevel, bool kWhole>
-  FUSEDLOSS_HD Registers read(int64_t c, int64_t count) const {
+  FUSEDLOSS_HD Registers read(int64_t c, int u, int64_t count) const {
     Registers from;
+    const int64_t there = at(c, u);
     unrolled<kElements>([&](auto e) FUSEDLOSS_INLINE {
-      from.x[e] = kWhole ? Vec<T>::loadu(x[e] + at(c)) : Vec<T>::loadu(x[e] + at(c), count);
+      from.x[e] = kWhole ? Vec<T>::loadu(x[e] + there) : Vec<T>::loadu(x[e] + there, count);
     });
     unrolled<Numbers::kPerClasses>([&](auto q) FUSEDLOSS_INLINE {
-      from.weights[q] = kTile ? Vec<T>(weights[q][c]) : Vec<T>::loadu(weights[q] + c);
+      from.weights[q] = kTile ? Vec<T>(weights[q][c]) : Vec<T>::loadu(weights[q] + there);
     });
     unrolled<Loss::kKeptCount>([&](auto k) FUSEDLOSS_INLINE {
       if constexpr (Loss::kKept[k].from < kLevel && kLevel <= Loss::kKept[k].until) {
-        from.kept[k] = Vec<T>::loadu(kept[k] + at(c));
+        from.kept[k] = Vec<T>::loadu(kept[k] + there);
       }
     });
     return from;
   }
-  FUSEDLOSS_HD void prefetch(int64_t c) const {
+  FUSEDLOSS_HD void prefetch(int64_t c, int u) const {
+    if (u * sizeof(Vec<T>) % sizeof(CacheLine) != 0) return;
+    const int64_t row = kTile ? u * kLanes : 0, at = kTile ? c : c + u * kLanes;
     unrolled<kElements>([&](auto e) FUSEDLOSS_INLINE {
-      __builtin_prefetch(next[e].from + c * next[e].by_class, 0, 2);
-      __builtin_prefetch(out[e].from + c * out[e].by_class, 1, 2);
+      const auto address = [&](const Prefetched& p) FUSEDLOSS_INLINE {
+        return p.from + at * p.by_class + row * p.by_row;
+      };
+      __builtin_prefetch(address(next[e]), 0, 2);
+      __builtin_prefetch(address(out[e]), 1, 2);
     });
   }
 
@@ -145,93 +169,105 @@ struct RowsWalk {
   [[gnu::noinline]] void level() const {
     RowsWalk walk = *this;  // copies: members would be loaded again after each store
     const Loss its = *loss;
-    for (int64_t i = 0; i < rows; i += kLanes, walk.advance()) walk.template level<kLevel>(its);
+    for (int64_t i = 0; i < rows; i += kRows, walk.advance()) walk.template level<kLevel>(its);
   }
   template <int kLevel>
   FUSEDLOSS_HD void level(const Loss& its) const {
     constexpr int kMaxima = Loss::kMaxima[kLevel], kSums = Loss::kSums[kLevel],
-                  kTerms = kMaxima + kSums, kAbreast = abreast(kTerms);
-    const Row r = row();
-    const Ids target = labels();
+                  kTerms = kMaxima + kSums, kAbreast = kTile ? kTogether : abreast(kTerms);
+    const RowsTogether r = read_rows();
     Vec<T> maxima[at_least_one(kMaxima)][kAbreast], sums[at_least_one(kSums)][kAbreast];
-    RegisterSum<T> totals[at_least_one(kSums)];
-    for (auto& of_max : maxima) std::fill_n(of_max, kAbreast, Vec<T>(-kInfinity<T>));
+    RegisterSum<T> totals[at_least_one(kSums)][kTogether];
+    const auto fill = []<int n>(Vec<T>(&registers)[n][kAbreast], T number) FUSEDLOSS_INLINE {
+      unrolled<n>([&](auto i) FUSEDLOSS_INLINE {
+        unrolled<kAbreast>([&](auto u) FUSEDLOSS_INLINE { registers[i][u] = Vec<T>(number); });
+      });
+    };
+    fill(maxima, -kInfinity<T>);
 
     // The terms of `count` registers from class c on. kWhole: all lanes count, and no sum leaves
     // one out.
     const auto add = [&](auto count, auto whole, int64_t c) FUSEDLOSS_INLINE {
       constexpr bool kWhole = kTile || whole();
       const int64_t lanes = std::min(kLanes, classes - c);
-      Registers from[count];
-      Vec<T> terms[count][at_least_one(kTerms)];
-      unrolled<count>([&](auto u)
-                          FUSEDLOSS_INLINE { from[u] = read<kLevel, kWhole>(c + u * kStep, lanes); });
       unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
-        its.template terms<kLevel>(from[u].x, from[u].weights, r, from[u].kept, terms[u]);
-      });
-      unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
-        const int64_t there = c + u * kStep;
+        Registers from = read<kLevel, kWhole>(c, u, lanes);
+        Vec<T> terms[at_least_one(kTerms)];
+        its.template terms<kLevel>(from.x, from.weights, r[u], from.kept, terms);
         unrolled<Loss::kKeptCount>([&](auto k) FUSEDLOSS_INLINE {
-          if constexpr (Loss::kKept[k].from == kLevel) from[u].kept[k].store(kept[k] + at(there));
+          if constexpr (Loss::kKept[k].from == kLevel) from.kept[k].store(kept[k] + at(c, u));
         });
-        if constexpr (kLevel + 1 == Loss::kLevels) prefetch(there);
+        if constexpr (kLevel + 1 == Loss::kLevels) prefetch(c, u);
         const auto counted = [&](Vec<T> term, T none) FUSEDLOSS_INLINE {
           return kWhole ? term : Vec<T>::set(Vec<T>(none), term, lanes);
         };
         unrolled<kMaxima>([&](auto m) FUSEDLOSS_INLINE {
-          maxima[m][u] = maximum(counted(terms[u][m], -kInfinity<T>), maxima[m][u]);
+          maxima[m][u] = larger(counted(terms[m], -kInfinity<T>), maxima[m][u]);
         });
         unrolled<kSums>([&](auto s) FUSEDLOSS_INLINE {
-          Vec<T> term = counted(terms[u][kMaxima + s], T(0));
+          Vec<T> term = counted(terms[kMaxima + s], T(0));
           if constexpr (kHasLabel && (kTile || !kWhole)) {
-            term = select(cast<T>(ids(there) == target), Vec<T>(0), term);
+            term = select(cast<T>(ids(c, u) == r[u].label), Vec<T>(0), term);
           }
           sums[s][u] = sums[s][u] + term;
         });
       });
     };
-    const auto clear = [&]() FUSEDLOSS_INLINE {
-      for (auto& of_sum : sums) std::fill_n(of_sum, kAbreast, Vec<T>(0));
-    };
     const auto add_up = [&]() FUSEDLOSS_INLINE {
-      unrolled<kSums>([&](auto s) FUSEDLOSS_INLINE { totals[s].add(sums[s]); });
+      unrolled<kSums>([&](auto s) FUSEDLOSS_INLINE {
+        if constexpr (kTile) {
+          unrolled<kTogether>([&](auto u) FUSEDLOSS_INLINE { totals[s][u].add(sums[s][u]); });
+        } else {
+          totals[s][0].add(sums[s]);
+        }
+      });
     };
-    // The register with the label goes alone.
-    const bool goes_alone = !kTile && kHasLabel && *label >= 0;
-    const int64_t alone = goes_alone ? *label / kLanes * kLanes : classes;
-    int64_t c = 0;
-    for (const int64_t stop : {alone, classes}) {
-      while (c + kAbreast * kStep <= stop) {
-        clear();
-        const int64_t end = std::min(stop, c + kBlock * kStep);
-        for (; c + kAbreast * kStep <= end; c += kAbreast * kStep) {
-          add(std::integral_constant<int, kAbreast>(), std::true_type(), c);
+    const std::integral_constant<int, kAbreast> all{};
+    const std::integral_constant<int, 1> one{};
+    if constexpr (kTile) {
+      for (int64_t c = 0; c < classes;) {
+        fill(sums, 0);
+        for (const int64_t end = std::min(c + kBlock, classes); c < end; ++c) {
+          add(all, std::true_type(), c);
         }
         add_up();
       }
-      clear();
-      for (const int64_t end = std::min(stop + kStep, classes); c < end; c += kStep) {
-        add(std::integral_constant<int, 1>(), std::false_type(), c);
+    } else {
+      // The register with the label goes alone.
+      constexpr int64_t kStep = kAbreast * kLanes;
+      const bool goes_alone = kHasLabel && *label >= 0;
+      const int64_t alone = goes_alone ? *label / kLanes * kLanes : classes;
+      int64_t c = 0;
+      for (const int64_t stop : {alone, classes}) {
+        while (c + kStep <= stop) {
+          fill(sums, 0);
+          const int64_t end = std::min(stop, c + kBlock * kStep);
+          for (; c + kStep <= end; c += kStep) add(all, std::true_type(), c);
+          add_up();
+        }
+        fill(sums, 0);
+        const int64_t end = std::min(stop + kLanes, classes);
+        for (; c < end; c += kLanes) add(one, std::false_type(), c);
+        add_up();
       }
-      add_up();
     }
 
     double* to = numbers + Numbers::of_level(kLevel) * stride;
     unrolled<kMaxima>([&](auto m) FUSEDLOSS_INLINE {
-      Vec<T> max = maxima[m][0];
-      unrolled<kAbreast - 1>([&](auto u) { max = maximum(maxima[m][u + 1], max); });
       if constexpr (kTile) {
-        widen(max).store(to);
+        unrolled<kTogether>([&](auto u) { widen(maxima[m][u]).store(to + u * kLanes); });
       } else {
+        Vec<T> max = maxima[m][0];
+        unrolled<kAbreast - 1>([&](auto u) { max = larger(maxima[m][u + 1], max); });
         *to = (max == max).all() ? max_lane(max) : std::numeric_limits<T>::quiet_NaN();
       }
       to += stride;
     });
     unrolled<kSums>([&](auto s) FUSEDLOSS_INLINE {
-      const Wide<T> lanes = totals[s].lanes();
       if constexpr (kTile) {
-        lanes.store(to);
+        unrolled<kTogether>([&](auto u) { totals[s][u].lanes().store(to + u * kLanes); });
       } else {
+        const Wide<T> lanes = totals[s][0].lanes();
         Vec<double> sum = lanes.part[0];
         unrolled<Wide<T>::kParts - 1>([&](auto p) { sum = sum + lanes.part[p + 1]; });
         *to = sum_of_lanes(sum);
@@ -242,39 +278,42 @@ struct RowsWalk {
 
   // The first class of each lane at which a peak's term is its maximum, or kNone.
   template <int kPeak>
-  FUSEDLOSS_HD Ids first_maximum(const Loss& its, const Row& r) const {
+  FUSEDLOSS_HD Ids first_maximum(const Loss& its, const Row& r, int u) const {
     constexpr Peak peak = Loss::kPeaks[kPeak];
     constexpr int kTerms = Loss::kMaxima[peak.level] + Loss::kSums[peak.level];
+    constexpr int64_t kStep = kTile ? 1 : kLanes;
     const Vec<T> max = r(Numbers::of_level(peak.level) + peak.term);
     Ids first(kNone);
     for (int64_t c = (classes - 1) / kStep * kStep; c >= 0; c -= kStep) {
-      Registers from = read<peak.level, kTile>(c, std::min(kLanes, classes - c));
+      Registers from = read<peak.level, kTile>(c, u, std::min(kLanes, classes - c));
       Vec<T> terms[kTerms];
       its.template terms<peak.level>(from.x, from.weights, r, from.kept, terms);
-      const Mask<T> here = (terms[peak.term] == max) & cast<T>(ids(c) < Ids(classes));
-      first = cast<Integer<T>>(select(here, cast<T>(ids(c)), cast<T>(first)));
+      const Ids here = ids(c, u);
+      const Mask<T> is_max = (terms[peak.term] == max) & cast<T>(here < Ids(classes));
+      first = cast<Integer<T>>(select(is_max, cast<T>(here), cast<T>(first)));
     }
     return first;
   }
-  // Adds to the gradients of class c what the peaks there add.
-  template <class Is>
-  FUSEDLOSS_HD void add_peaks(const Loss& its, const Row& r, const Registers& from, const Is& is_peak,
-                              Vec<T>* gradients) const {
+  // The gradients of a register of classes, with what belongs to the label and to peaks.
+  template <bool kAll, class IsPeak>
+  FUSEDLOSS_HD void gradients_of(const Loss& its, const Row& r, Registers& from, Ids here,
+                                 const IsPeak& is_peak, Vec<T>* g) const {
+    its.template gradients<kAll>(from.x, from.weights, r, from.kept, g);
+    if constexpr (kHasLabel) {
+      const Mask<T> is_label = cast<T>(here == r.label);
+      unrolled<kElements>([&](auto e) FUSEDLOSS_INLINE {
+        g[e] = select(is_label, r(Loss::kAtLabel[e]), g[e]);
+      });
+    }
     unrolled<Loss::kPeakCount>([&](auto p) FUSEDLOSS_INLINE {
       Vec<T> more[kElements];
       std::fill_n(more, kElements, Vec<T>(0));
       its.template at_peak<p>(from.x, from.weights, r, more);
+      const Mask<T> is_here = is_peak(p);
       unrolled<kElements>([&](auto e) FUSEDLOSS_INLINE {
-        gradients[e] = select(is_peak(p), gradients[e] + more[e], gradients[e]);
+        g[e] = select(is_here, g[e] + more[e], g[e]);
       });
     });
-  }
-  FUSEDLOSS_HD void set_at_label(const Row& r, Mask<T> is_label, Vec<T>* gradients) const {
-    if constexpr (kHasLabel) {
-      unrolled<kElements>([&](auto e) FUSEDLOSS_INLINE {
-        gradients[e] = select(is_label, r(Loss::kAtLabel[e]), gradients[e]);
-      });
-    }
   }
 
   // Where the gradients go: null for one that is not wanted. kTile: in lines.
@@ -283,93 +322,103 @@ struct RowsWalk {
     int64_t line[kElements];
     bool streams;
   };
-  // Those of the classes [begin, end), a multiple of a register's unless it is the last. Of a single
-  // row those of the label and of peaks are left to gradients_apart().
+  // Those of the classes [begin, end). Those of a single row's label and peaks are left to
+  // gradients_apart().
   template <bool kAll>
   [[gnu::noinline]] void gradients(Gradients out, int64_t begin, int64_t end) const {
     RowsWalk walk = *this;
     const Loss its = *loss;
-    for (int64_t i = 0; i < rows; i += kLanes, walk.advance()) {
+    for (int64_t i = 0; i < rows; i += kRows, walk.advance()) {
       walk.template gradients<kAll>(its, out, begin, end, rows - i);
-      for (T*& to : out.to) to += to ? kLanes : 0;
+      for (T*& to : out.to) to += to ? kRows : 0;
     }
   }
   template <bool kAll>
   FUSEDLOSS_HD void gradients(const Loss& its, const Gradients& out, int64_t begin, int64_t end,
                               int64_t rows_left) const {
-    constexpr int kComputed = kAll ? kElements : 1, kAbreast = abreast(2 * kComputed);
-    constexpr int kPeaks = kTile ? Loss::kPeakCount : 0;
-    const Row r = row();
-    const Ids target = labels(), none(kNone);
-    const bool any_ignored = kTile && kHasLabel && (target == none).any();
-    Ids peaks[at_least_one(kPeaks)];
-    unrolled<kPeaks>([&](auto p) { peaks[p] = first_maximum<p>(its, r); });
+    constexpr int kComputed = kAll ? kElements : 1,
+                  kAbreast = kTile ? kTogether : abreast(2 * kComputed);
+    const RowsTogether r = read_rows();
+    const Ids none(kNone);
+    bool any_ignored = false;
+    Ids peaks[at_least_one(Loss::kPeakCount)][kTogether];
+    if constexpr (kTile) {
+      unrolled<kTogether>([&](auto u) {
+        any_ignored = any_ignored || (kHasLabel && (r[u].label == none).any());
+        unrolled<Loss::kPeakCount>([&](auto p) { peaks[p][u] = first_maximum<p>(its, r[u], u); });
+      });
+    }
     const auto write = [&](auto count, auto whole, int64_t c) FUSEDLOSS_INLINE {
       constexpr bool kWhole = kTile || whole();
-      const int64_t lanes = kTile ? rows_left : kWhole ? kLanes : std::min(kLanes, end - c);
-      Registers from[count];
-      Vec<T> g[count][kElements];
       unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
-        from[u] = read<Loss::kLevels, kWhole>(c + u * kStep, lanes);
-      });
-      unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
-        its.template gradients<kAll>(from[u].x, from[u].weights, r, from[u].kept, g[u]);
-        if constexpr (kTile) {
-          const Ids id = ids(c + u);
-          set_at_label(r, cast<T>(id == target), g[u]);
-          const auto is_peak = [&](auto p) FUSEDLOSS_INLINE { return cast<T>(id == peaks[p]); };
-          add_peaks(its, r, from[u], is_peak, g[u]);
-          // 0 in an ignored row, whatever its numbers are.
-          if (any_ignored) {
-            for (Vec<T>& of : g[u]) of = select(cast<T>(target == none), Vec<T>(0), of);
+        Registers from = read<Loss::kLevels, kWhole>(c, u, end - c);
+        Vec<T> g[kElements];
+        if constexpr (!kTile) {
+          its.template gradients<kAll>(from.x, from.weights, r[u], from.kept, g);
+        } else {
+          const Ids here = ids(c, u);
+          const auto is_peak = [&](auto p)
+                                   FUSEDLOSS_INLINE { return cast<T>(here == peaks[p][u]); };
+          gradients_of<kAll>(its, r[u], from, here, is_peak, g);
+          if (any_ignored) {  // 0, whatever the row's numbers are
+            for (Vec<T>& of : g) of = select(cast<T>(r[u].label == none), Vec<T>(0), of);
           }
         }
-      });
-      unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
-        const int64_t there = c + u * kStep;
+        const int64_t lanes = kTile    ? std::max<int64_t>(rows_left - u * kLanes, 0)
+                              : kWhole ? kLanes
+                                       : std::min(kLanes, end - c);
         unrolled<kComputed>([&](auto e) FUSEDLOSS_INLINE {
-          T* const to = out.to[e] + (kTile ? there * out.line[e] : there - begin);
-          if (kComputed == 1 || out.to[e]) store(g[u][e], to, lanes, kTile && out.streams);
+          T* const to = out.to[e] + (kTile ? c * out.line[e] : c - begin) + u * kLanes;
+          if (kComputed == 1 || out.to[e]) store(g[e], to, lanes, kTile && out.streams);
         });
       });
     };
     int64_t c = begin;
-    for (; c + kAbreast * kStep <= end; c += kAbreast * kStep) {
+    constexpr int64_t kStep = kTile ? 1 : kAbreast * kLanes;
+    for (; c + kStep <= end; c += kStep) {
       write(std::integral_constant<int, kAbreast>(), std::true_type(), c);
     }
-    for (; c < end; c += kStep) write(std::integral_constant<int, 1>(), std::false_type(), c);
+    for (; !kTile && c < end; c += kLanes) {
+      write(std::integral_constant<int, 1>(), std::false_type(), c);
+    }
   }
 
   // Calls write(element, class, gradient) for those of a single row at its label and its peaks.
   template <bool kAll, class Write>
   void gradients_apart(const Write& write) const {
     constexpr int kComputed = kAll ? kElements : 1;
-    const Row r = row();
-    std::array<int64_t, at_least_one(Loss::kPeakCount)> peaks;
+    if constexpr (kHasLabel) {
+      for (int e = 0; e < kComputed; ++e) {
+        write(e, *label, static_cast<T>(numbers[Loss::kAtLabel[e] * stride]));
+      }
+    }
+    if constexpr (Loss::kPeakCount > 0) gradients_at_peaks<kAll>(write);
+  }
+  template <bool kAll, class Write>
+  void gradients_at_peaks(const Write& write) const {
+    constexpr int kComputed = kAll ? kElements : 1;
+    const Row r = read_rows()[0];
+    int64_t peaks[at_least_one(Loss::kPeakCount)];
     unrolled<Loss::kPeakCount>([&](auto p) {
       Integer<T> lanes[kLanes];
-      first_maximum<p>(*loss, r).store(lanes);
+      first_maximum<p>(*loss, r, 0).store(lanes);
       peaks[p] = classes;
       for (const Integer<T> first : lanes) {
         if (first != kNone) peaks[p] = std::min<int64_t>(peaks[p], first);
       }
     });
-    const auto write_at = [&](int64_t c) {
-      Registers from = read<Loss::kLevels, false>(c, 1);
+    for (const int64_t c : peaks) {
+      if (c == classes) continue;
+      Registers from = read<Loss::kLevels, false>(c, 0, 1);
       Vec<T> g[kElements];
-      loss->template gradients<kAll>(from.x, from.weights, r, from.kept, g);
-      set_at_label(r, cast<T>(Ids(static_cast<Integer<T>>(c)) == labels()), g);
       const Mask<T> all = Vec<T>(0) == Vec<T>(0);
-      add_peaks(*loss, r, from, [&](int p) { return peaks[p] == c ? all : ~all; }, g);
+      const auto is_peak = [&](int p) { return peaks[p] == c ? all : ~all; };
+      gradients_of<kAll>(*loss, r, from, ids(c, 0), is_peak, g);
       for (int e = 0; e < kComputed; ++e) {
         T lanes[kLanes];
         g[e].store(lanes);
         write(e, c, lanes[0]);
       }
-    };
-    if constexpr (kHasLabel) write_at(*label);
-    for (int p = 0; p < Loss::kPeakCount; ++p) {
-      if (peaks[p] < classes) write_at(peaks[p]);
     }
   }
 };
@@ -518,7 +567,7 @@ struct CustomRowsTask {
   }
 
   // A walk over the rows from `row` on of a tile. Prefetches the row `ahead` of it.
-  Walk walk_at(const Tile& tile, int64_t row, int64_t ahead) const {
+  Walk walk_at(const Tile& tile, int64_t row, int64_t ahead, bool streams) const {
     Walk walk{};
     walk.loss = &problem.loss;
     walk.classes = call.classes;
@@ -536,7 +585,7 @@ struct CustomRowsTask {
       };
       const Rows& out = problem.gradient(e);
       walk.next[e] = place(problem.element(e), row + ahead);
-      walk.out[e] = out.data ? place(out, row) : walk.next[e];
+      walk.out[e] = out.data && !streams ? place(out, row) : walk.next[e];
     }
     return walk;
   }
@@ -550,7 +599,7 @@ struct CustomRowWalk : CustomRowsTask<Loss, T, false> {
   using Walk = typename Base::Walk;
   using Base::call, Base::problem, Base::kElements, Base::kLanes, Base::ignored;
   static constexpr int64_t kGroup = Vec<double>::size();
-  static constexpr int64_t kGroupBytes = 64 << 10;  // of a group's lines
+  static constexpr int64_t kGroupBytes = 16 << 10;  // of a group's lines
   static constexpr int64_t kLines = kElements + Loss::kKeptCount;
   static constexpr int64_t kPiece = 1024;  // classes whose gradients are converted together
 
@@ -566,7 +615,7 @@ struct CustomRowWalk : CustomRowsTask<Loss, T, false> {
   double process(const Tile& tile) {
     Base::read_rows(tile);
     for (int64_t k = 0; k < tile.n; ++k) {
-      Walk& walk = walks[k] = Base::walk_at(tile, k, tile.n);
+      Walk& walk = walks[k] = Base::walk_at(tile, k, tile.n, false);
       T* line = &lines[k * kLines * problem.line];
       for (int e = 0; e < kElements; ++e, line += problem.line) {
         const Rows& from = problem.element(e);
@@ -653,7 +702,8 @@ struct CustomTileWalk : CustomRowsTask<Loss, T, true> {
 
   double process(const Tile& tile) const {
     Base::read_rows(tile);
-    Walk walk = Base::walk_at(tile, 0, width);
+    const bool streams = streams_to(tile);
+    Walk walk = Base::walk_at(tile, 0, width, streams);
     for (int e = 0; e < kElements; ++e) {
       copier.template copy<false>(problem.element(e), tile, &lines[e * size]);
       walk.x[e] = &lines[e * size];
@@ -667,34 +717,43 @@ struct CustomTileWalk : CustomRowsTask<Loss, T, true> {
     Base::walk_levels(tile.n, [&](auto level) { walk.template level<level>(); });
     if (problem.wants_elements) {
       if (kElements > 1 && problem.wants_others) {
-        write_gradients<(kElements > 1)>(tile, walk);
+        write_gradients<(kElements > 1)>(tile, walk, streams);
       } else {
-        write_gradients<false>(tile, walk);
+        write_gradients<false>(tile, walk, streams);
       }
     }
     return Base::write_rows(tile);
   }
 
-  template <bool kAll>
-  void write_gradients(const Tile& tile, const Walk& walk) const {
-    typename Walk::Gradients to{};
-    bool direct = true, streams = size * call.outer * call.inner / width * sizeof(T) >= kStreamed;
+  bool lies_ready(const Rows& out) const { return out.inner == 1 && is_dtype<T>(out.dtype); }
+  // Whether stores go past the caches: if a gradient is too large for them. The first line must be
+  // aligned, and all lines whole registers apart.
+  bool streams_to(const Tile& tile) const {
+    if (call.outer * call.classes * call.inner * sizeof(T) < kStreamed) return false;
     for (int e = 0; e < kElements; ++e) {
       const Rows& out = problem.gradient(e);
-      direct = direct && (!out.data || (out.inner == 1 && is_dtype<T>(out.dtype)));
+      const bool aligned = lies_ready(out) && out.classes % kLanes == 0 &&
+                           is_streamable(elements<T>(out, tile.offset(out)));
+      if (out.data && !aligned) return false;
     }
+    return true;
+  }
+
+  template <bool kAll>
+  void write_gradients(const Tile& tile, const Walk& walk, bool streams) const {
+    typename Walk::Gradients to{};
+    to.streams = streams;
     for (int e = 0; e < kElements; ++e) {
       const Rows& out = problem.gradient(e);
       if (!out.data) continue;
-      // In place of the elements, which a register of rows has read by then.
-      to.to[e] = direct ? elements<T>(out, tile.offset(out)) : &lines[e * size];
-      to.line[e] = direct ? out.classes : width;
-      streams = streams && to.line[e] % kLanes == 0 && is_streamable(to.to[e]);
+      // In place of the elements, which have been read by then.
+      to.to[e] = lies_ready(out) ? elements<T>(out, tile.offset(out)) : &lines[e * size];
+      to.line[e] = lies_ready(out) ? out.classes : width;
     }
-    to.streams = direct && streams;
     walk.template gradients<kAll>(to, 0, call.classes);
-    for (int e = 0; e < kElements && !direct; ++e) {
-      if (to.to[e]) copier.template copy<true>(problem.gradient(e), tile, to.to[e]);
+    for (int e = 0; e < kElements; ++e) {
+      const Rows& out = problem.gradient(e);
+      if (out.data && !lies_ready(out)) copier.template copy<true>(out, tile, to.to[e]);
     }
   }
 };
@@ -713,7 +772,6 @@ double run_custom_rows(const CustomRowsCall& call, const double* parameters, dou
                        ParallelFor threads) {
   const CustomRowsProblem<Loss, T> problem(call, parameters, scale);
   constexpr int64_t kTask = 32768;  // elements a task, at least
-  constexpr int64_t kLanes = Vec<T>::size();
   const auto run = [&](auto make, int64_t rows, auto&& width_of) {
     using Walk = typename decltype(make())::element_type;
     const int64_t tiles = (call.inner + rows - 1) / rows;
@@ -740,10 +798,10 @@ double run_custom_rows(const CustomRowsCall& call, const double* parameters, dou
     return bytes / (Walk::kLines * call.classes * static_cast<int64_t>(sizeof(T)));
   };
   const int64_t least = std::clamp<int64_t>(fit(256 << 10), 32, 128);
-  // An odd number of registers, so that the lines of a column fall on different places in the
-  // cache.
-  const int64_t full = (std::clamp<int64_t>(fit(32 << 10), least, 4096) / kLanes | 1) * kLanes;
-  const int64_t width = std::min(full, (call.inner + kLanes - 1) / kLanes * kLanes);
+  // An odd number of steps, so that the lines of a column fall on different places in the cache.
+  constexpr int64_t kRows = Walk::Walk::kRows;
+  const int64_t full = (std::clamp<int64_t>(fit(32 << 10), least, 4096) / kRows | 1) * kRows;
+  const int64_t width = std::min(full, (call.inner + kRows - 1) / kRows * kRows);
   return run([&] { return std::make_unique<Walk>(problem, width); }, width,
              [&](const Walk&) { return width; });
 }

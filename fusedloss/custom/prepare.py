@@ -15,6 +15,7 @@ from .building import CPU, CPU_ROWS, CUDA, CannotCompile, cpu_library, key_of, l
 
 if TYPE_CHECKING:
     from .loss import CustomLoss, PointwiseLoss
+    from .rows import RowLoss
 
 _C: Any = backends.extension
 _count = itertools.count()
@@ -90,10 +91,23 @@ def _load_triton(loss: PointwiseLoss) -> str:
     from ..backends import triton
     from . import printing
 
-    constants = printing.host_constants(loss._traced)
+    constants = printing.host_constants(loss._traced, loss._traced.kernel)
     source = printing.triton(loss._traced)
     name = loss._traced.identifier
     key: str = triton.load(name, source, loss.inputs, len(loss._names) + 1, constants)
+    return key
+
+
+def _load_triton_rows(loss: RowLoss) -> str:
+    from ..backends import triton
+    from .levels import CannotLevel
+    from .row_printing import triton as printed
+
+    try:
+        source, constants = printed(loss._traced)
+    except CannotLevel as error:
+        raise CannotCompile(str(error)) from error
+    key: str = triton.load_rows(loss._traced.identifier, source, len(loss._names), constants)
     return key
 
 
@@ -105,5 +119,8 @@ _LOADERS: dict[str, dict[tuple[str, str], Callable[[Any], str]]] = {
         ("compiled", "cuda"): _load_cuda,
         **{("triton", device): _load_triton for device in ("cpu", "cuda", "xpu")},
     },
-    "row_loss": {("compiled", "cpu"): _load_cpu},
+    "row_loss": {
+        ("compiled", "cpu"): _load_cpu,
+        **{("triton", device): _load_triton_rows for device in ("cpu", "cuda", "xpu")},
+    },
 }

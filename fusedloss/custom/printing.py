@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
@@ -18,6 +18,9 @@ from .loss import INPUTS
 from .primitives import INPUT, TARGET, Expr
 from .row_tracing import TracedRows
 from .tracing import Definition, Program, Traced
+
+if TYPE_CHECKING:
+    from .walks import RowProgram
 
 # The inputs' names in code.
 _NAMES = dict(zip(INPUTS, ("x", "y", *(f"x{i}" for i in range(2, len(INPUTS)))), strict=True))
@@ -230,7 +233,7 @@ def _usual_exponents(traced: Traced) -> Iterator[str]:
     if traced.defaults.keys() != traced.parameters.keys():
         return
     program = traced.kernel
-    numbers = host_constants(traced)(tuple(traced.defaults.values()))
+    numbers = host_constants(traced, program)(tuple(traced.defaults.values()))
     formulas = [*(e for _, e in program.shared), *program.results]
     powers = sympy.Tuple(*formulas).atoms(primitives.Power)
     for i, (symbol, _) in enumerate(program.constants):
@@ -415,7 +418,7 @@ _NAMESPACE: dict[str, Any] = {
 }
 
 
-def _constants_source(traced: Definition, program: Program) -> str:
+def _constants_source(traced: Definition, program: Program | RowProgram) -> str:
     # Numbered, since a parameter may have the name of a function in the printed formula.
     names = {name: f"p{i}" for i, name in enumerate(traced.parameters)}
     formulas = map(_TorchConstant(names), (e for _, e in program.constants))
@@ -453,9 +456,11 @@ def _cached(constants: Callable[..., list[Any]]) -> Callable[[Numbers], Numbers]
     return of
 
 
-def host_constants(traced: Traced) -> Callable[[Numbers], Numbers]:
-    """The constants of the kernel as a function of the parameters' numbers, computed in float64."""
-    return _cached(_executed(traced, _constants_source(traced, traced.kernel))["constants"])
+def host_constants(
+    traced: Definition, program: Program | RowProgram
+) -> Callable[[Numbers], Numbers]:
+    """The constants of a kernel as a function of the parameters' numbers, computed in float64."""
+    return _cached(_executed(traced, _constants_source(traced, program))["constants"])
 
 
 def torch_function(traced: Traced, program: Program) -> Compiled:

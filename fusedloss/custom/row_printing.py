@@ -1,13 +1,19 @@
-"""Prints the level form of a row loss as a C++ struct."""
+"""Prints the level form of a row loss: a C++ struct, and a module for the Triton backend."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import sympy
+from sympy.core.parameters import distribute
+
 from .primitives import Expr, Input
-from .printing import _Cpp, _CppConstant
+from .printing import Numbers, Printer, _Cpp, _CppConstant, _Triton, host_constants
+from .row_primitives import Origin
 from .row_tracing import Kind, TracedRows
-from .walks import RowProgram, Walk, row_program
+from .tracing import _repeated
+from .walks import Named, RowProgram, Walk, row_program
 
 _KINDS = {
     Kind.ELEMENT: "kElement",
@@ -17,7 +23,7 @@ _KINDS = {
 }
 
 
-class _CppRows(_Cpp):
+class _Rows(Printer):
     """Formulas of elements or of rows, whose symbols are places in arrays."""
 
     def _Input(self, e: Expr) -> str:
@@ -26,6 +32,10 @@ class _CppRows(_Cpp):
     def _Centered(self, e: Expr) -> str:
         x, origin = map(self, e.args)
         return f"({x} - {origin})"
+
+
+class _CppRows(_Rows, _Cpp):
+    pass
 
 
 def cpp(traced: TracedRows) -> str:
@@ -170,3 +180,142 @@ def _assign(i: int, formula: str) -> str:
 
 def _first_or_all(i: int, formula: str) -> str:
     return f"{'if constexpr (kAll) ' if i else ''}out[{i}] = {formula};"
+
+
+# ---- Triton --------------------------------------------------------------------------------------
+
+
+class _TritonRows(_Rows, _Triton):
+    pass
+
+
+class _TritonElements(_TritonRows):
+    def _exp_nonpositive(self, e: Expr) -> str:
+        return f"losses.exp_of_logit({self(e.args[0])}, NARROW)"
+
+
+def triton(traced: TracedRows) -> tuple[str, Callable[[Numbers], Numbers]]:
+    """A module for the engine of fusedloss/backends/triton/custom_rows.py, which says what is in it, and
+    the constants as a function of the parameters' numbers."""
+    module = _Module(traced)
+    return "\n".join(module.lines()) + "\n", host_constants(traced, module.program)
+
+
+Block = tuple[Named, Sequence[Expr]]  # what its results share, and the results
+
+
+class _Module:
+    def __init__(self, traced: TracedRows) -> None:
+        self.traced = traced
+        program = self.program = row_program(traced)
+        self.rows = [self._block(named) for named in program.computed]
+        # Row numbers stand where they come: a level's maxima and sums, then what follows from them.
+        places = iter(program.numbers)
+        count = len(program.numbers) - sum(len(results) for _, results in self.rows)
+        self.levels: list[list[Expr]] = []
+        given = count - sum(len(walk.results) for walk in program.walks)
+        order = [*itertools.islice(places, given), *self._numbers(program.computed[0])]
+        for walk, named in zip(program.walks, program.computed[1:], strict=True):
+            self.levels.append([*itertools.islice(places, len(walk.results))])
+            order += [*self.levels[-1], *self._numbers(named)]
+        kinds = [*traced.of_kind(Kind.ELEMENT)], [*traced.of_kind(Kind.PER_CLASS)], order
+        constants = [symbol for symbol, _ in program.constants]
+        self.places = {symbol: place for place, symbol in enumerate(order)}
+        self.names = {
+            symbol.name: f"{name}[{i}]"
+            for name, symbols in zip("xwrc", (*kinds, constants), strict=True)
+            for i, symbol in enumerate(symbols)
+        }
+
+    def _numbers(self, named: Named) -> list[Expr]:
+        return [symbol for symbol, _ in named if symbol in self.program.numbers]
+
+    def _block(self, named: Named) -> Block:
+        numbers = self._numbers(named)
+        shared = tuple((symbol, e) for symbol, e in named if symbol not in numbers)
+        return shared, [e for symbol, e in named if symbol in numbers]
+
+    def lines(self) -> Iterator[str]:
+        program, traced = self.program, self.traced
+        yield f"# {traced.identifier}: {traced.text(traced.value)}"
+        yield "import triton"
+        yield "import triton.language as tl"
+        yield ""
+        yield "from fusedloss.backends.triton import losses, primitives"
+        yield ""
+        maxima = (
+            tuple(self._is_read(symbol) for symbol in symbols[:count])
+            for symbols, count in zip(self.levels, program.maxima, strict=True)
+        )
+        yield f"KINDS = {tuple(kind.value for kind in traced.kinds)}"
+        yield f"MAXIMA = {tuple(maxima)}"
+        yield f"SUMS = {program.sums}"
+        peaks = sorted(program.peaks, key=lambda peak: peak.level)
+        yield f"PEAKS = {tuple((peak.level, peak.term) for peak in peaks)}"
+        results = program.value, *program.at_label, *program.of_row
+        yield f"RESULTS = {tuple(self.places[symbol] for symbol in results)}"
+        *walks, gradients = self._without_kept()
+        of_rows, of_elements = _TritonRows(self.names), _TritonElements(self.names)
+        element = "x, w, r, c, NARROW: tl.constexpr"
+        at_peaks = [(peak.gradients.named, peak.gradients.results) for peak in peaks]
+        yield from _function("row", "r, c, LEVEL: tl.constexpr", of_rows, self.rows, "LEVEL", -1)
+        yield from _function(
+            "terms", f"{element}, LEVEL: tl.constexpr", of_elements, walks, "LEVEL"
+        )
+        yield from _function("gradients", element, of_elements, [gradients])
+        yield from _function(
+            "at_peak", f"{element}, PEAK: tl.constexpr", of_elements, at_peaks, "PEAK"
+        )
+
+    def _is_read(self, maximum: Expr) -> bool:
+        """Whether more than an origin is made of it."""
+        program = self.program
+        walks = *program.walks, program.gradients, *(peak.gradients for peak in program.peaks)
+        named = itertools.chain(*program.computed, *(walk.named for walk in walks))
+
+        def reads(e: Expr) -> bool:
+            return e == maximum or not isinstance(e, Origin) and any(map(reads, e.args))
+
+        formulas = itertools.chain((e for _, e in named), *(walk.results for walk in walks))
+        return any(map(reads, (*formulas, program.value, *program.at_label, *program.of_row)))
+
+    def _without_kept(self) -> Iterator[Block]:
+        """The walks, the gradients' as the last, which compute again what others keep. Where a row is
+        in registers, Triton finds that it is there already."""
+        kept: dict[Expr, Expr] = {}
+        for walk in (*self.program.walks, self.program.gradients):
+            known = dict(kept)
+            with distribute(False):
+                for symbol, e in walk.named:
+                    known[symbol] = e.xreplace(known)
+                results = [e.xreplace(known) for e in walk.results]
+                shared, found = _repeated(results, sympy.numbered_symbols("t"))
+            kept = {symbol: e for symbol, e in known.items() if isinstance(symbol, Input)}
+            yield tuple(shared), found
+
+
+def _function(
+    name: str,
+    arguments: str,
+    printer: Printer,
+    blocks: Sequence[Block],
+    which: str = "",
+    first: int = 0,
+) -> Iterator[str]:
+    """A function that returns a block's results; each number of `which` has one."""
+    if not blocks:
+        return
+    yield from (
+        "",
+        "",
+        "@triton.jit",
+        f"def {name}({arguments}):",
+        "    T: tl.constexpr = r[0].dtype",
+    )
+    indent = "    "
+    for i, (shared, results) in enumerate(blocks, first):
+        if which:
+            yield f"    {'if' if i == first else 'elif'} {which} == {i}:"
+            indent = "        "
+        yield from (f"{indent}{symbol} = {printer(e)}" for symbol, e in shared)
+        yield f"{indent}return ({''.join(printer(e) + ', ' for e in results)})"

@@ -4,8 +4,8 @@ Needs no compiled extension. Where the environment says TRITON_INTERPRET=1, its 
 tensors, in Triton's interpreter.
 """
 
-from .custom import load
+from .custom import load, load_rows
 from .operators import loss, operators
 from .runtime import raise_faults
 
-__all__ = ["load", "loss", "operators", "raise_faults"]
+__all__ = ["load", "load_rows", "loss", "operators", "raise_faults"]

@@ -1,4 +1,4 @@
-"""Custom losses: printed functions, made jit functions for the pointwise engine."""
+"""Custom losses: printed functions, made jit functions for the pointwise and the row engine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .custom_rows import RowLoss
 from .losses import PointwiseLoss
 
 Numbers = tuple[float, ...]
@@ -15,9 +16,9 @@ Numbers = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Loaded:
-    loss: PointwiseLoss
-    parameters: int  # of a call: the loss's own, and the bound of the slopes
-    constants: Callable[[Numbers], Numbers]  # of the kernel, from the loss's own parameters
+    loss: PointwiseLoss | RowLoss
+    parameters: int  # of a call
+    numbers: Callable[[Numbers], Numbers]  # that the kernel takes, from a call's parameters
 
 
 _loaded: dict[str, Loaded] = {}
@@ -28,9 +29,36 @@ def load(
 ) -> str:
     """Makes a loss known to the operators, once: what they call it.
 
-    source: as ``fusedloss.custom.printing.triton`` prints it. Triton compiles it at its first use,
-    and keeps what it has compiled by the source.
+    source: as ``fusedloss.custom.printing.triton`` prints it.
+    parameters: of a call: the loss's own, from which the kernel's constants follow, and the bound of
+        the slopes.
     """
+
+    def loss(printed: dict[str, Any]) -> PointwiseLoss:
+        return PointwiseLoss(printed["loss"], mean="weights", inputs=inputs, gradients=inputs)
+
+    def numbers(given: Numbers) -> Numbers:
+        *own, bound = given
+        return (*constants(tuple(own)), bound)
+
+    return _load(name, source, loss, parameters, numbers)
+
+
+def load_rows(
+    name: str, source: str, parameters: int, constants: Callable[[Numbers], Numbers]
+) -> str:
+    """The same for a row loss, as ``fusedloss.custom.row_printing.triton`` prints it."""
+    return _load(name, source, RowLoss, parameters, constants)
+
+
+def _load(
+    name: str,
+    source: str,
+    loss: Callable[[dict[str, Any]], PointwiseLoss | RowLoss],
+    parameters: int,
+    numbers: Callable[[Numbers], Numbers],
+) -> str:
+    """Triton compiles the source at its first use, and keeps what it has compiled by the source."""
     key = f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:24]}"
     if key not in _loaded:
         # Triton asks inspect for the source. There is no file that might be lost, or half written.
@@ -38,9 +66,7 @@ def load(
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
         namespace: dict[str, Any] = {"__name__": f"{__name__}.{key}"}
         exec(compile(source, file, "exec"), namespace)  # noqa: S102 - of our own print
-        function = namespace["loss"]
-        loss = PointwiseLoss(function, mean="weights", inputs=inputs, gradients=inputs)
-        _loaded[key] = Loaded(loss, parameters, constants)
+        _loaded[key] = Loaded(loss(namespace), parameters, numbers)
     return key
 
 
@@ -54,12 +80,11 @@ def known(name: str) -> Loaded:
     return found
 
 
-def loaded(name: str, parameters: Sequence[float]) -> tuple[PointwiseLoss, Numbers]:
+def loaded(name: str, parameters: Sequence[float]) -> tuple[PointwiseLoss | RowLoss, Numbers]:
     """A custom loss, and the numbers that its kernel takes."""
     found = known(name)
     if len(parameters) != found.parameters:
         raise ValueError(
             f"fusedloss: {name!r} has {found.parameters} parameters, and the call {len(parameters)}"
         )
-    *own, bound = parameters
-    return found.loss, (*found.constants(tuple(own)), bound)
+    return found.loss, found.numbers(tuple(parameters))

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ... import second_order
 from ...backends import is_captured, new_prediction
-from . import custom, pointwise, rows, runtime
+from . import custom, custom_rows, pointwise, rows, runtime
+from .custom_rows import RowLoss
 from .losses import POINTWISE, PointwiseLoss
 from .runtime import Pass
 
@@ -210,7 +211,7 @@ OPTIONS = ("loss", "parameters", "ignore_index", "reduction", "dtype", "predicti
 _CROSS_ENTROPY = PointwiseLoss(None)  # as far as gradients go
 
 
-def _row(loss: str) -> PointwiseLoss:
+def _row(loss: str) -> PointwiseLoss | RowLoss:
     if loss == "cross_entropy":
         return _CROSS_ENTROPY
     return POINTWISE.get(loss) or custom.known(loss).loss
@@ -226,14 +227,15 @@ def _empty_gradients(call: Sequence[Any], mask: int, written: Gradients = ()) ->
     """Those whose bits are set: new ones, but for those written that lie in memory as new ones would.
     (An input may have been given other memory: ``input.data = ...``.)"""
     input, target, _, more, loss, *_ = call
+    of_rows = isinstance(_row(loss), RowLoss)  # whose inputs have several shapes
 
     def gradient(i: int, t: Tensor) -> Tensor | None:
         if not mask >> i & 1:
             return None
-        there = written[i] if written else None
-        if there is not None and runtime.lies_like_gradient(there, input, t.dtype):
+        there, like = written[i] if written else None, t if of_rows else input
+        if there is not None and runtime.lies_like_gradient(there, like, t.dtype):
             return there
-        return runtime.empty_like(input, t.dtype)
+        return runtime.empty_like(like, t.dtype)
 
     inputs = (input, target, *more)[: _row(loss).gradients]
     return tuple(gradient(i, t) for i, t in enumerate(inputs))
@@ -263,7 +265,7 @@ def _run(
     if loss == "cross_entropy":
         (label_smoothing,) = parameters
         return rows.run(do, input, target, weight, ignore_index, label_smoothing, reduction, dtype)
-    known = POINTWISE.get(loss)
+    known: PointwiseLoss | RowLoss | None = POINTWISE.get(loss)
     numbers = tuple(parameters)
     if known is None:
         known, numbers = custom.loaded(loss, parameters)
@@ -271,6 +273,9 @@ def _run(
         raise ValueError(
             f"fusedloss: {loss!r} has {known.parameters} parameters, and the call {len(numbers)}"
         )
+    if isinstance(known, RowLoss):
+        inputs = (input, target, *more) if known.gradients > 1 else (input,)
+        return custom_rows.run(do, known, inputs, weight, numbers, ignore_index, reduction, dtype)
     return pointwise.run(
         do, known, input, target, weight, more, numbers, ignore_index, reduction, dtype
     )
@@ -326,7 +331,8 @@ def _loss_backward(grad_output: Tensor, state: Tensor, *args: Any) -> list[Tenso
 
 def _loss_meta(*args: Any) -> Tensor:
     input, loss, reduction, dtype = args[0], args[4], args[7], args[8]
-    empty_loss = rows.empty_loss if loss == "cross_entropy" else pointwise.empty_loss
+    of_rows = loss == "cross_entropy" or isinstance(_row(loss), RowLoss)
+    empty_loss = rows.empty_loss if of_rows else pointwise.empty_loss
     return empty_loss(input, reduction, dtype)
 
 

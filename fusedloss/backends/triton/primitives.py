@@ -323,6 +323,28 @@ def erf(x):
         return tl.where(size < 0.9, tl.fma(x, p, x), big)
 
 
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def origin(max):
+    """The max to subtract from a row: 0 where all of it is -inf, and x - max would be nan."""
+    return tl.where(max == float("-inf"), 0.0, max)
+
+
+@triton.jit
+def weighted(weight, x):
+    """weight * x, and 0 where the weight is 0: a class of probability 0 does not count, whatever the
+    logarithm of that is."""
+    return tl.where(weight == 0.0, 0.0, weight * x)
+
+
+@triton.jit
+def logofsum(others, e):
+    """log(others + e), with all digits where others is small and e is 1."""
+    return log1p(others + (e - 1.0))
+
+
 # ---- powers --------------------------------------------------------------------------------------
 
 

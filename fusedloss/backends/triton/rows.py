@@ -248,13 +248,23 @@ class Plan(NamedTuple):
     unit: int  # divides what strides count and the number of classes, so that Triton knows it
 
 
-def plan_for(classes: int, rows: int, element_size: int, contiguous: bool, unit: int) -> Plan:
+def plan_for(
+    classes: int, rows: int, element_size: int, contiguous: bool, unit: int, inputs: int = 1
+) -> Plan:
+    """element_size: of all inputs together, which share the registers."""
+    each = runtime.next_power_of_2(inputs)
     width = runtime.next_power_of_2(classes)
     whole = width * element_size <= MAX_WHOLE_BYTES if contiguous else width <= STRIDED_CLASSES
     if not whole:
-        width = LONG_TILE if contiguous else STRIDED_CLASSES
-    height = min(max(1, TILE // width), runtime.next_power_of_2(rows))
+        width = LONG_TILE // each if contiguous else STRIDED_CLASSES
+    height = min(max(1, TILE // each // width), runtime.next_power_of_2(rows))
     return Plan(height, width, whole, unit)
+
+
+def warps_for(plan: Plan, inputs: int = 1) -> int:
+    each = max(ELEMENTS_PER_THREAD // inputs, 8)  # of an input: 16 bytes of half precision
+    warps = runtime.next_power_of_2(runtime.ceil_divide(plan.rows * plan.classes, 32 * each))
+    return min(max(warps, 1), 16)
 
 
 class Steps(NamedTuple):
@@ -319,14 +329,12 @@ def layout_of(
     # What a row begins at a multiple of decides how wide its accesses are.
     unit = math.gcd(16, classes, x.outer, x.inner, g.outer, g.inner) if contiguous else 1
     plan = plan_for(classes, rows, element_size, contiguous, unit)
-    elements = plan.rows * plan.classes
-    warps = runtime.next_power_of_2(runtime.ceil_divide(elements, 32 * ELEMENTS_PER_THREAD))
     furthest = (classes + plan.classes) * max(1, x.classes, y.classes, g.classes)
     in_units = [Steps(t.outer // unit, t.classes, t.inner // unit) for t in (x, g)]
     return Layout(
         plan, rows, classes, inner,
         class_index=tl.int32 if furthest < 1 << 31 else tl.int64,
-        num_warps=min(max(warps, 1), 16),
+        num_warps=warps_for(plan),
         steps=(in_units[0], y, in_units[1]),
     )  # fmt: skip
 

@@ -1,0 +1,499 @@
+"""The engine of custom row losses: a program has a tile of rows by classes, in one kernel for every
+pass.
+
+A row is walked over once a level, and once more for its gradient: csrc/math/custom_rows.h says what a
+level is. Rows that fit a tile whole, with all inputs, are read once and stay in registers for every
+walk. Longer ones, and those whose classes lie apart, go by in tiles, once a walk.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import runtime
+from .primitives import maximum
+from .rows import Plan, empty_loss, load_targets, plan_for, warps_for
+from .runtime import Divisor, Operand, Pass
+
+ELEMENT, LABEL, PER_ROW, PER_CLASS = "element", "label", "per row", "per class"
+
+
+class RowLoss:
+    """A loss as fusedloss/custom/row_printing.py prints it: a module of
+
+        KINDS   of the inputs, in their order
+        MAXIMA  by level, its maxima, the first of its terms: whether nan must reach each
+        SUMS    by level, how many sums follow
+        PEAKS   level and term of the maxima whose gradient goes to their first position, by level
+        RESULTS the places among the row numbers of the loss, of the element inputs' gradients at the
+                label, if there is one, and of the per-row inputs' gradients
+
+    and of jit functions of tuples of blocks. x are the element inputs, w the class inputs, c the
+    constants, and r the row numbers so far, blocks of rows by 1: the gradients' scale, the number of
+    classes, the per-row inputs, with a label the element and class inputs there, and then by level its
+    terms and what row() makes of them.
+
+        row(r, c, LEVEL)                   row numbers that follow from LEVEL; with -1, from no level
+        terms(x, w, r, c, NARROW, LEVEL)   what the maxima and sums of LEVEL are of
+        gradients(x, w, r, c, NARROW)      of the element inputs
+        at_peak(x, w, r, c, NARROW, PEAK)  what is added to these where PEAK has its first position
+
+    NARROW: see losses.exp_of_logit().
+    """
+
+    symmetric = False
+
+    def __init__(self, printed: dict[str, Any]) -> None:
+        self.kinds: tuple[str, ...] = printed["KINDS"]
+        functions, numbers = (
+            ("row", "terms", "gradients", "at_peak"),
+            ("MAXIMA", "SUMS", "PEAKS", "RESULTS"),
+        )
+        self.printed = {name.upper(): printed.get(name) for name in functions}
+        self.printed |= {name: printed[name] for name in numbers}
+        self.gradients = len(self.kinds)
+
+    def of_kind(self, kind: str, inputs: Sequence[Any]) -> list[Any]:
+        return [x for x, k in zip(inputs, self.kinds, strict=True) if k == kind]
+
+
+class Rows(NamedTuple):
+    """The rows of a program; blocks of rows by 1."""
+
+    exists: Any
+    elements: Any  # Operands: the first class of each row, and the stride to the next
+    per_class: Any  # pointers
+    classes: Any
+    label: Any  # -1 where it does not count; None: the loss has none
+
+
+# ---- tiles ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rows_of(operand, row, sizes, UNIT: tl.constexpr):
+    """The rows' first classes, and the stride to the next. sizes: of the dimensions of rows, but for
+    the outermost one; their strides are followed by that of the classes."""
+    strides = operand.strides
+    offset = row * 0
+    for d in tl.static_range(len(sizes), 0, -1):
+        outer = row // sizes[d - 1]
+        offset += (row - outer * sizes[d - 1]) * strides[d]
+        row = outer
+    offset += row * strides[0]
+    return Operand(operand.pointer + offset * UNIT, strides[len(sizes) + 1])
+
+
+@triton.jit
+def elements(rows, cols, mask, T: tl.constexpr):
+    x = ()
+    for k in tl.static_range(len(rows.elements)):
+        operand = rows.elements[k]
+        number = tl.load(operand.pointer + cols * operand.strides, mask=mask, other=0.0)
+        x = x + (number.to(T),)  # type: ignore[assignment]
+    return x
+
+
+@triton.jit
+def per_class(rows, cols, mask, T: tl.constexpr):
+    w = ()
+    for k in tl.static_range(len(rows.per_class)):
+        number = tl.load(rows.per_class[k] + cols, mask=mask, other=0.0)
+        w = w + (number.to(T),)  # type: ignore[assignment]
+    return w
+
+
+@triton.jit
+def largest(x, PASSES_NAN: tl.constexpr):
+    if PASSES_NAN:
+        nan = tl.max((x != x).to(tl.int32), 1, keep_dims=True) != 0
+        return tl.where(nan, float("nan"), tl.max(x, 1, keep_dims=True))
+    else:
+        return tl.max(x, 1, keep_dims=True)
+
+
+@triton.jit
+def empty(rows, MAXIMA: tl.constexpr, SUMS: tl.constexpr, PEAKS: tl.constexpr,
+          LEVEL: tl.constexpr, T: tl.constexpr):  # fmt: skip
+    """What no class adds up to: the maxima and sums of a level, and the first positions of its peaks."""
+    found = ()
+    for _ in tl.static_range(len(MAXIMA[LEVEL])):
+        found = found + (tl.full(rows.exists.shape, float("-inf"), T),)  # type: ignore[assignment]
+    for _ in tl.static_range(SUMS[LEVEL]):
+        found = found + (tl.full(rows.exists.shape, 0.0, tl.float64),)  # type: ignore[assignment]
+    firsts = ()
+    for p in tl.static_range(len(PEAKS)):
+        if PEAKS[p][0] == LEVEL:
+            nowhere = tl.where(rows.exists, rows.classes, rows.classes)
+            firsts = firsts + (nowhere,)  # type: ignore[assignment]
+    return found, firsts
+
+
+@triton.jit
+def walk(
+    found, firsts, rows, x, w, r, c, cols, NARROW: tl.constexpr, TERMS: tl.constexpr,
+    MAXIMA: tl.constexpr, PEAKS: tl.constexpr, LEVEL: tl.constexpr,
+):  # fmt: skip
+    """The same with the classes of a tile."""
+    inside = rows.exists & (cols < rows.classes)
+    counted = inside
+    if rows.label is not None:
+        counted = inside & (cols != rows.label)
+    terms = TERMS(x, w, r, c, NARROW, LEVEL)
+    sofar = ()
+    for i in tl.static_range(len(terms)):
+        if i < len(MAXIMA[LEVEL]):
+            more = largest(tl.where(inside, terms[i], float("-inf")), MAXIMA[LEVEL][i])
+            sofar = sofar + (maximum(found[i], more),)  # type: ignore[assignment]
+        else:
+            more = tl.sum(tl.where(counted, terms[i], 0.0), 1, keep_dims=True)
+            sofar = sofar + (found[i] + more,)  # type: ignore[assignment]
+    positions = ()
+    for p in tl.static_range(len(PEAKS)):
+        if PEAKS[p][0] == LEVEL:
+            old, new = found[PEAKS[p][1]], sofar[PEAKS[p][1]]
+            here = inside & (terms[PEAKS[p][1]] == new)
+            first = tl.min(tl.where(here, cols, rows.classes), 1, keep_dims=True)
+            before = firsts[len(positions)]
+            first = tl.where((old == new) & (before < rows.classes), before, first)
+            positions = positions + (first,)  # type: ignore[assignment]
+    return sofar, positions
+
+
+@triton.jit
+def write_gradients(
+    outputs, rows, x, w, r, c, cols, at_label, uncounted, peaks,
+    NARROW: tl.constexpr, GRADIENTS: tl.constexpr,
+):  # fmt: skip
+    """peaks: of each, its first position and what it adds to the gradients there."""
+    inside = rows.exists & (cols < rows.classes)
+    gradients = GRADIENTS(x, w, r, c, NARROW)
+    for k in tl.static_range(len(gradients)):
+        if outputs[k] is not None:
+            g = tl.broadcast_to(gradients[k], inside.shape)
+            if rows.label is not None:
+                g = tl.where(cols == rows.label, at_label[k], g)
+            for p in tl.static_range(len(peaks)):
+                g = tl.where(cols == peaks[p][0], g + peaks[p][1][k], g)
+            store(outputs[k], rows, g, cols, inside, uncounted)
+
+
+@triton.jit
+def store(operand, rows, x, cols, mask, uncounted):
+    if rows.label is not None:
+        x = tl.where(rows.label >= 0, x, uncounted)
+    D: tl.constexpr = operand.pointer.dtype.element_ty
+    tl.store(operand.pointer + cols * operand.strides, runtime.narrow(x, D), mask=mask)
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["row_count", "class_units", "ignore_index", "divisor", "step"])
+def custom_rows(
+    inputs, per_row, classwise, label, weight, upstream, outputs, sizes, row_count, class_units,
+    ignore_index, parameters, scaling, divisor, step,
+    NARROW: tl.constexpr, ROW: tl.constexpr, TERMS: tl.constexpr, GRADIENTS: tl.constexpr, AT_PEAK: tl.constexpr,
+    RESULTS: tl.constexpr, MAXIMA: tl.constexpr, SUMS: tl.constexpr, PEAKS: tl.constexpr,
+    T: tl.constexpr, CLASS_INDEX: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """inputs, per_row, classwise: the inputs of each kind. sizes: see rows_of().
+
+    outputs.gradients: those of the element inputs, then those of the per-row inputs.
+    upstream: the upstream gradient of every row, in a backward of reduction "none".
+    """
+    UNREDUCED: tl.constexpr = upstream is not None or outputs.value is not None
+    write, factor = runtime.begin_backward(scaling, step, UNREDUCED)
+    if step >= runtime.IS_BACKWARD:
+        if not write:
+            return
+    classes = class_units * PLAN.unit
+    row = tl.program_id(0).to(tl.int64) * PLAN.rows + tl.arange(0, PLAN.rows)[:, None]
+    exists = row < row_count
+    operands = ()
+    for k in tl.static_range(len(inputs)):
+        operands = operands + (rows_of(inputs[k], row, sizes, PLAN.unit),)  # type: ignore[assignment]
+    index, uncounted = None, None
+    if label is not None:
+        index, faulty = load_targets(label, row, exists, classes, ignore_index)
+        uncounted = tl.where(faulty, float("nan"), 0.0).to(T)
+        index = index.to(CLASS_INDEX)
+    rows = Rows(exists, operands, classwise, classes, index)
+    cols = tl.arange(0, PLAN.classes).to(CLASS_INDEX)[None, :]
+    if PLAN.whole:
+        x = elements(rows, cols, exists & (cols < classes), T)
+        w = per_class(rows, cols, cols < classes, T)
+    if step < runtime.IS_BACKWARD:
+        number = divisor.to(tl.float64)
+        if label is not None and not UNREDUCED:
+            if divisor == runtime.COUNTED_BY_ALL:
+                number = runtime.sum_class_weights(label, None, row_count, classes, ignore_index)
+        write, factor = runtime.begin_forward(scaling, outputs, number, step, UNREDUCED)
+
+    # The row numbers.
+    scale = tl.full([PLAN.rows, 1], 1.0, tl.float64) * factor
+    if upstream is not None:
+        scale = scale * tl.load(upstream + row, mask=exists, other=0.0).to(tl.float64)
+    if weight is not None:
+        of_row = tl.load(weight + row, mask=exists, other=0.0).to(T)
+        scale = scale * of_row
+    r = (scale.to(T), classes.to(T))
+    for k in tl.static_range(len(per_row)):
+        here = rows_of(per_row[k], row, sizes, 1).pointer
+        r = r + (tl.load(here, mask=exists, other=0.0).to(T),)  # type: ignore[assignment]
+    if label is not None:
+        r = r + elements(rows, index, index >= 0, T) + per_class(rows, index, index >= 0, T)
+    c = ()
+    for k in tl.static_range(len(parameters)):
+        c = c + (runtime.from_halves(parameters[k]).to(T),)  # type: ignore[assignment]
+    r = r + ROW(r, c, -1)
+    firsts = ()
+    for LEVEL in tl.static_range(len(SUMS)):
+        found, positions = empty(rows, MAXIMA, SUMS, PEAKS, LEVEL, T)
+        if PLAN.whole:
+            found, positions = walk(
+                found, positions, rows, x, w, r, c, cols, NARROW, TERMS, MAXIMA, PEAKS, LEVEL
+            )
+        else:
+            for begin in range(0, classes, PLAN.classes):
+                at = begin + cols
+                x = elements(rows, at, exists & (at < classes), T)
+                w = per_class(rows, at, at < classes, T)
+                found, positions = walk(
+                    found, positions, rows, x, w, r, c, at, NARROW, TERMS, MAXIMA, PEAKS, LEVEL
+                )
+        for i in tl.static_range(len(found)):
+            r = r + (found[i].to(T),)  # type: ignore[assignment]
+        r = r + ROW(r, c, LEVEL)
+        firsts = firsts + positions
+
+    if label is not None:
+        # In a backward pass too, since the label may have changed and leads to memory.
+        bad = tl.min(tl.where(faulty, row, runtime.NO_FAULT))
+        if bad < runtime.NO_FAULT:
+            given = tl.load(label + bad)
+            runtime.report_error(outputs.fault, runtime.TARGET_CLASS, bad, given, classes)
+    if step < runtime.IS_BACKWARD:
+        loss = tl.broadcast_to(r[RESULTS[0]], exists.shape)
+        if weight is not None:
+            loss = loss * of_row
+        if label is not None:
+            loss = tl.where(index >= 0, loss, uncounted)
+        if outputs.value is not None:
+            value = runtime.narrow(loss, outputs.value.dtype.element_ty)
+            tl.store(outputs.value + row, value, mask=exists)
+        if not UNREDUCED:
+            total = tl.sum(tl.where(exists, loss, 0.0).to(tl.float64))
+            tl.store(outputs.partials + tl.program_id(0), total)
+    if write:
+        FIRST: tl.constexpr = len(RESULTS) - len(per_row)  # of their gradients
+        for k in tl.static_range(len(per_row)):
+            if outputs.gradients[len(inputs) + k] is not None:
+                there = rows_of(outputs.gradients[len(inputs) + k], row, sizes, 1)
+                g = tl.broadcast_to(r[RESULTS[FIRST + k]], exists.shape)
+                store(there, rows, g, row * 0, exists, uncounted)
+        gradients = ()
+        for k in tl.static_range(len(inputs)):
+            there = None
+            if outputs.gradients[k] is not None:
+                there = rows_of(outputs.gradients[k], row, sizes, PLAN.unit)
+            gradients = gradients + (there,)  # type: ignore[assignment]
+        at_label = ()
+        for k in tl.static_range(1, FIRST):
+            at_label = at_label + (r[RESULTS[k]],)  # type: ignore[assignment]
+        peaks = ()
+        for p in tl.static_range(len(PEAKS)):
+            there = exists & (firsts[p] < classes)
+            of_peak = elements(rows, firsts[p], there, T), per_class(rows, firsts[p], there, T)
+            more = AT_PEAK(of_peak[0], of_peak[1], r, c, NARROW, p)
+            peaks = peaks + ((firsts[p], more),)  # type: ignore[assignment]
+        if PLAN.whole:
+            write_gradients(
+                gradients, rows, x, w, r, c, cols, at_label, uncounted, peaks, NARROW, GRADIENTS
+            )
+        else:
+            for begin in range(0, classes, PLAN.classes):
+                at = begin + cols
+                x = elements(rows, at, exists & (at < classes), T)
+                w = per_class(rows, at, at < classes, T)
+                write_gradients(
+                    gradients, rows, x, w, r, c, at, at_label, uncounted, peaks, NARROW, GRADIENTS
+                )
+    if step < runtime.IS_BACKWARD:
+        if not UNREDUCED:
+            runtime.finish(scaling, outputs, True)
+
+
+# ---- calls ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What the shapes and strides of a call decide; each is its own key."""
+
+    plan: Plan
+    rows: int
+    classes: int
+    sizes: tuple[int, ...]  # of the dimensions of rows, but for the outermost one
+    class_index: tl.dtype
+    num_warps: int
+    steps: tuple[tuple[int, ...], ...]  # of each tensor, as rows_of() takes them
+
+
+@functools.lru_cache(maxsize=1024)
+def layout_of(
+    shape: tuple[int, ...],
+    strides: tuple[tuple[int, ...], ...],
+    classwise: int,
+    inputs: int,
+    element_size: int,
+) -> Layout:
+    """strides: of each tensor; the first ones, `classwise`, have classes, and the others are of rows.
+    element_size: of all inputs together."""
+    dim = 1 if len(shape) > 1 else 0
+    classes, sizes, steps = shape[dim], [1], [[0] * len(strides)]
+    for d, size in enumerate(shape):
+        if d == dim or size == 1:
+            continue
+        step = [of[d] for of in strides]
+        # It continues the dimension outside it where every tensor steps evenly over both.
+        if sizes[-1] == 1 or steps[-1] == [s * size for s in step]:
+            sizes[-1] *= size
+            steps[-1] = step
+        else:
+            sizes.append(size)
+            steps.append(step)
+    of_class = [of[dim] if classes > 1 else 0 for of in strides]
+    contiguous = of_class[0] <= 1
+    # What a row begins at a multiple of decides how wide its accesses are.
+    begins = itertools.chain(*(step[:classwise] for step in steps))
+    unit = math.gcd(16, classes, *begins) if contiguous else 1
+    rows = math.prod(sizes)
+    plan = plan_for(classes, rows, element_size, contiguous, unit, inputs)
+    furthest = (classes + plan.classes) * max(1, *of_class)
+    return Layout(
+        plan, rows, classes, tuple(sizes[1:]),
+        class_index=tl.int32 if furthest < 1 << 31 else tl.int64,
+        num_warps=warps_for(plan, inputs),
+        steps=tuple(
+            (*(step[k] // (unit if k < classwise else 1) for step in steps), of_class[k])
+            for k in range(len(strides))
+        ),
+    )  # fmt: skip
+
+
+def check(loss: RowLoss, inputs: Sequence[Tensor], weight: Tensor | None) -> None:
+    input = inputs[0]
+    if len(inputs) != len(loss.kinds):
+        raise ValueError(f"fusedloss: {len(loss.kinds)} inputs, not {len(inputs)}")
+    runtime.check_rows(input, input, None)
+    shape, dim = list(input.shape), runtime.class_dim(input)
+    of_rows = shape[:dim] + shape[dim + 1 :]
+    expected = {ELEMENT: shape, LABEL: of_rows, PER_ROW: of_rows, PER_CLASS: shape[dim : dim + 1]}
+    given = [*zip(loss.kinds, inputs, strict=True)]
+    given += [] if weight is None else [(PER_ROW, weight)]
+    for kind, tensor in given:
+        integral = tensor.dtype is torch.int64
+        if list(tensor.shape) != expected[kind] or (kind == LABEL and not integral):
+            raise ValueError(
+                f"fusedloss: a {kind} input of shape {list(tensor.shape)} and dtype {tensor.dtype} "
+                f"does not fit the first input's shape {shape}"
+            )
+
+
+def run(
+    do: Pass,
+    loss: RowLoss,
+    inputs: Sequence[Tensor],
+    weight: Tensor | None,
+    parameters: Sequence[float],
+    ignore_index: int,
+    reduction: int,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """As pointwise.run(). inputs: all of them, in the loss's order. A gradient lies in memory as
+    ``runtime.empty_like()`` of its input does."""
+    check(loss, inputs, weight)
+    input, dim = inputs[0], runtime.class_dim(inputs[0])
+
+    def in_order(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else runtime.aligned(tensor.contiguous())
+
+    x = [runtime.aligned(t) for t in loss.of_kind(ELEMENT, inputs)]
+    per_row = [runtime.aligned(t) for t in loss.of_kind(PER_ROW, inputs)]
+    classwise = [in_order(t) for t in loss.of_kind(PER_CLASS, inputs)]
+    (label,) = map(in_order, loss.of_kind(LABEL, inputs) or [None])
+    weight = in_order(weight)
+    upstream = in_order(do.grad_output) if reduction == 0 else None
+    of_x = loss.of_kind(ELEMENT, do.gradients)
+    of_rows = loss.of_kind(PER_ROW, do.gradients)
+    if all(gradient is None for gradient in do.gradients):
+        of_x[0] = x[0]
+    of_classes = [t for t in (*x, *of_x) if t is not None]
+    strides = [t.stride() for t in of_classes]
+    for t in (*per_row, *of_rows):
+        if t is not None:
+            strides.append((*t.stride()[:dim], 0, *t.stride()[dim:]))
+    element_size = sum(t.element_size() for t in x)
+    lies = layout_of(input.shape, tuple(strides), len(of_classes), len(x), element_size)
+    steps = iter(lies.steps)
+    tensors = *x, *of_x, *per_row, *of_rows
+    operands = tuple(None if t is None else Operand(t, next(steps)) for t in tensors)
+    rows_from = 2 * len(x)
+    gradients = *operands[len(x) : rows_from], *operands[rows_from + len(per_row) :]
+    divisor = Divisor()
+    if do.forward and reduction == 1:
+        divisor = _divisor(lies, label, weight, ignore_index)
+    return runtime.launch(
+        custom_rows,
+        max(1, runtime.ceil_divide(lies.rows, lies.plan.rows)),
+        do,
+        input.device,
+        empty_loss(input, reduction, dtype) if do.forward else None,
+        tensors=(*tensors, *classwise, label, weight, upstream),
+        numbers=(loss, lies, ignore_index, dtype),
+        unreduced=reduction == 0,
+        divisor=divisor,
+        gradients=gradients,
+        num_warps=lies.num_warps,
+        inputs=operands[: len(x)],
+        per_row=operands[rows_from : rows_from + len(per_row)],
+        classwise=tuple(classwise),
+        label=label,
+        weight=weight,
+        upstream=upstream,
+        sizes=lies.sizes,
+        row_count=lies.rows,
+        class_units=lies.classes // lies.plan.unit,
+        ignore_index=ignore_index,
+        parameters=tuple(map(runtime.halves, parameters)),
+        NARROW=dtype is not torch.float64 and all(t.element_size() == 2 for t in x),
+        T=tl.float64 if dtype is torch.float64 else tl.float32,
+        CLASS_INDEX=lies.class_index,
+        PLAN=lies.plan,
+        **loss.printed,
+    )
+
+
+def _divisor(
+    lies: Layout, label: Tensor | None, weight: Tensor | None, ignore_index: int
+) -> Divisor:
+    """What a mean divides by."""
+    if weight is not None:
+        counted = weight if label is None else weight.masked_fill(label == ignore_index, 0.0)
+        return Divisor(runtime.COUNTED.value, counted.sum(dtype=torch.float64))
+    if label is None:
+        return Divisor(lies.rows)
+    if lies.rows <= runtime.MAX_COUNTED_BY_ALL:
+        return Divisor(runtime.COUNTED_BY_ALL.value)
+    return Divisor.of_classes(label, None, lies.classes, ignore_index)

@@ -1,0 +1,306 @@
+"""The Triton engine of custom row losses: values and gradients against torch in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedloss
+from cases import DTYPES
+from helpers import COMPUTE, FUSED, assert_same_bits, draw_upstream, operators, poisoned_memory
+from row_losses import ROW_LOSSES, RowCase
+
+pytest.importorskip("triton")
+
+from fusedloss.backends.triton import custom, custom_rows, runtime
+
+pytestmark = pytest.mark.skipif(FUSED != "triton", reason="FUSEDLOSS_TEST_BACKEND is not triton")
+
+CASES = {case.id: case for case in ROW_LOSSES}
+# Together these have each kind of input, up to three levels, maxima with a slope, and powers.
+LOSSES = [
+    *("distillation", "jsd", "focal", "grpo", "balanced", "dice", "triplet", "variance"),
+    *("structured_hinge", "lk_hybrid", "scaled", "renyi", "spread"),
+]
+Layout = Callable[[Tensor], Tensor]
+
+
+def truth_of(
+    case: RowCase, inputs: list[Tensor], reduction: str, weight: Tensor | None = None
+) -> Tensor:
+    value = case.torch(*inputs, **case.parameters)
+    if weight is not None:
+        value = value * weight
+    if reduction == "mean":
+        return value.sum() / (value.numel() if weight is None else weight.sum())
+    return value if reduction == "none" else value.sum()
+
+
+def compare(
+    case: RowCase,
+    inputs: list[Tensor],
+    reduction: str = "mean",
+    dim: int = -1,
+    weight: Tensor | None = None,
+) -> None:
+    """The value and all gradients with torch's; classes are along the last dimension."""
+
+    def wants(t: Tensor) -> bool:
+        return t.is_floating_point() and t.dim() >= inputs[0].dim() - 1
+
+    wide = [t.double().requires_grad_() if wants(t) else t for t in inputs]
+    ours = [t.detach().requires_grad_() if wants(t) else t for t in inputs]
+    classes = inputs[0].dim()
+    laid = [t.movedim(-1, dim) if t.dim() == classes else t for t in ours]
+    value = case.loss(*laid, reduction=reduction, dim=dim, weight=weight, **case.parameters)
+    wide_weight = None if weight is None else weight.double()
+    truth = truth_of(
+        case, [t.double() if t.is_floating_point() else t for t in wide], reduction, wide_weight
+    )
+    terms = 1.0 if inputs[0].shape[-1] == 1 else 0.0  # all cancels
+    assert_near(value, truth, "value", terms)
+    upstream = draw_upstream(truth.shape, torch.float64).to(value.dtype)
+    ours, wide = ([t for t in ts if t.requires_grad] for ts in (ours, wide))
+    expected = torch.autograd.grad(truth, wide, upstream.double(), allow_unused=True)
+    for i, (got, of, right) in enumerate(
+        zip(torch.autograd.grad(value, ours, upstream), ours, expected, strict=True)
+    ):
+        assert got.dtype == of.dtype
+        right = torch.zeros_like(of).double() if right is None else right
+        assert_near(got, right, f"gradient {i}", terms)
+
+
+def assert_near(got: Tensor, truth: Tensor, what: str, terms: float = 0.0) -> None:
+    """Off by some roundings of the largest number, or of its terms, and one of each."""
+    assert got.shape == truth.shape, what
+    compute = torch.finfo(COMPUTE[got.dtype]).eps
+    largest = truth.abs().max().clamp_min(terms)
+    allowed = 100 * compute * largest + torch.finfo(got.dtype).eps * truth.abs()
+    error = (got.double() - truth).abs()
+    assert (error <= allowed + torch.finfo(got.dtype).smallest_normal).all(), (
+        f"{what}: off by {error.max():.3g} of {truth.abs().max():.3g}"
+    )
+
+
+@pytest.mark.interpret_all
+@pytest.mark.parametrize("classes", [1, 7, 300])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_values(loss: str, classes: int, fused: str) -> None:
+    case = CASES[loss]
+    with poisoned_memory():
+        compare(case, case.inputs((3, 5), classes, torch.float64))
+
+
+@pytest.mark.interpret_all
+@pytest.mark.parametrize("loss", LOSSES)
+def test_long_rows(loss: str, fused: str) -> None:
+    """In float64 they go by in tiles, with one input in several."""
+    case = CASES[loss]
+    with poisoned_memory():
+        compare(case, case.inputs((2,), 9000, torch.float64), reduction="none")
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("classes", [33, 5000])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_dtypes(loss: str, classes: int, dtype: torch.dtype, fused: str) -> None:
+    case = CASES[loss]
+    compare(case, case.inputs((3,), classes, dtype), reduction="sum")
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("classes", [5, 40])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_classes_lie_apart(loss: str, classes: int, dim: int, fused: str) -> None:
+    case = CASES[loss]
+    inputs = case.inputs((2, 3, 4), classes, torch.float64)
+    inputs = [
+        t.movedim(-1, dim).contiguous().movedim(dim, -1) if t.dim() == 4 else t for t in inputs
+    ]
+    compare(case, inputs, dim=dim)
+
+
+@pytest.mark.interpret_all
+@pytest.mark.parametrize("loss", ["grpo", "distillation"])
+def test_strides(loss: str, fused: str) -> None:
+    """Of each input others, which no two dimensions share; and numbers that are the same for many rows."""
+    case = CASES[loss]
+    inputs = case.inputs((2, 3, 4), 6, torch.float64)
+    inputs[0] = inputs[0].permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    inputs[-1] = (
+        inputs[-1].transpose(0, 2).contiguous().transpose(0, 2)[:, :1].expand_as(inputs[-1])
+    )
+    inputs[1] = inputs[1][:, :, :1].clone().expand_as(inputs[1])
+    for reduction in ("none", "mean"):
+        compare(case, inputs, reduction)
+        compare(case, inputs, reduction, dim=2)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("loss", ["distillation", "variance", "spread"])
+def test_reductions(loss: str, reduction: str, weighted: bool, fused: str) -> None:
+    case = CASES[loss]
+    weight = torch.rand(70, 3) if weighted else None
+    compare(case, case.inputs((70, 3), 9, torch.float32), reduction, weight=weight)
+
+
+@pytest.mark.interpret_all
+@pytest.mark.parametrize("rows", [50, 5000])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_ignored_rows(reduction: str, weighted: bool, rows: int, fused: str) -> None:
+    """Whatever is in them: their loss and gradients are 0, and they do not count."""
+    case, counts = CASES["grpo"], torch.rand(rows) < 0.8
+    x, label, old, advantage = case.inputs((rows,), 5, torch.float64)
+    weight = torch.rand(rows, dtype=torch.float64) if weighted else None
+    for t in (x, old, advantage, *([] if weight is None else [weight])):
+        t[~counts] = torch.nan
+    label[~counts] = 3
+    ignored = torch.where(counts, label, 11)
+    ours = [t.clone().requires_grad_() for t in (x, old, advantage)]
+    options: dict[str, Any] = {"reduction": reduction, **case.parameters}
+    value = case.loss(ours[0], ignored, *ours[1:], weight=weight, ignore_index=11, **options)
+    theirs = [t[counts].requires_grad_() for t in (x, old, advantage)]
+    of_rows = None if weight is None else weight[counts]
+    truth = truth_of(case, [theirs[0], label[counts], *theirs[1:]], reduction, of_rows)
+    if reduction == "none":
+        assert not value[~counts].count_nonzero()
+    assert_near(value[counts] if reduction == "none" else value, truth, "value")
+    upstream = draw_upstream(value.shape, torch.float64)
+    expected = torch.autograd.grad(
+        truth, theirs, upstream[counts] if reduction == "none" else upstream
+    )
+    for got, right in zip(torch.autograd.grad(value, ours, upstream), expected, strict=True):
+        assert_near(got[counts], right, "gradient")
+        assert not got[~counts].count_nonzero()
+
+
+@pytest.mark.interpret_all
+def test_nothing_counts(fused: str) -> None:
+    x, label = CASES["focal"].inputs((4,), 5, torch.float64)
+    x.requires_grad_()
+    value = CASES["focal"].loss(x, torch.full_like(label, -100))
+    assert value.isnan()
+    (gradient,) = torch.autograd.grad(value, x)
+    assert not gradient.count_nonzero()
+    assert (
+        CASES["variance"].loss(x[:0]).isnan()
+        and CASES["variance"].loss(x[:0], reduction="sum") == 0
+    )
+
+
+@pytest.mark.interpret_all
+@pytest.mark.parametrize("bad", [-1, 5, 10**15, -(1 << 63)])
+def test_label_out_of_range(bad: int, fused: str) -> None:
+    """nan for its row, in its loss and all its gradients, and the host hears of it."""
+    case = CASES["grpo"]
+    x, label, old, advantage = case.inputs((30,), 5, torch.float64)
+    x, old, advantage = (t.requires_grad_() for t in (x, old, advantage))
+    label[7] = bad
+    value = case.loss(x, label, old, advantage, reduction="none", **case.parameters)
+    assert value.isnan().nonzero().tolist() == [[7]]
+    gradients = torch.autograd.grad(value.sum(), (x, old, advantage))
+    assert gradients[0].isnan().all(1).nonzero().tolist() == [[7]]
+    for gradient in gradients:
+        assert gradient.isnan().nonzero()[:, 0].unique().tolist() == [7]
+    with pytest.raises(IndexError, match=rf"Target {bad} is out of .*\[7\]; there are 5 classes"):
+        fusedloss.check()
+    fusedloss.check()
+
+
+@pytest.mark.interpret_all
+@pytest.mark.parametrize("classes", [12, 5000])
+def test_nan_and_infinity(classes: int, fused: str) -> None:
+    """nan reaches a maximum. Classes whose logit is -inf have no share, and no gradient."""
+    (x,) = CASES["spread"].inputs((3,), classes, torch.float64)
+    x[1, 2] = torch.nan
+    value = CASES["spread"].loss(x, reduction="none")
+    assert value.isnan().tolist() == [False, True, False]
+    for loss in ("distillation", "jsd", "lk_hybrid"):
+        inputs = CASES[loss].inputs((3,), classes, torch.float64)
+        for t in inputs:
+            t[:, 3:7] = -torch.inf
+        some = [torch.cat([t[:, :3], t[:, 7:]], 1) for t in inputs]
+        wide, ours = ([t.requires_grad_() for t in ts] for ts in (some, inputs))
+        truth = truth_of(CASES[loss], wide, "none")
+        value = CASES[loss].loss(*ours, reduction="none", **CASES[loss].parameters)
+        assert_near(value, truth, loss)
+        right, got = (torch.autograd.grad(v.sum(), t) for v, t in ((truth, wide), (value, ours)))
+        for gradient, expected in zip(got, right, strict=True):
+            assert not gradient[:, 3:7].count_nonzero()
+            assert_near(torch.cat([gradient[:, :3], gradient[:, 7:]], 1), expected, loss)
+
+
+@pytest.mark.interpret_all
+@pytest.mark.parametrize("classes", [6, 40])
+def test_ties(classes: int, fused: str) -> None:
+    """A maximum's gradient goes to its first position."""
+    x = torch.zeros(3, classes, dtype=torch.float64)
+    x[0, 2:] = 1
+    x[1, [4, classes - 1]] = -torch.inf
+    for layout in (x, x.t().contiguous().t()):
+        ours = layout.requires_grad_()
+        (gradient,) = torch.autograd.grad(CASES["spread"].loss(ours, reduction="sum"), ours)
+        expected = torch.zeros_like(x)
+        expected[0, 2], expected[0, 0] = 1, -1
+        expected[1, 0], expected[1, 4] = 1, -1
+        assert torch.equal(gradient, expected)
+
+
+@pytest.mark.interpret_all
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", ["jsd", "grpo", "structured_hinge", "variance"])
+def test_one_pass(loss: str, dtype: torch.dtype, fused: str) -> None:
+    """The forward pass writes the gradients where its prediction is trusted, with the same bits as the
+    backward pass; only those that are wanted."""
+    case = CASES[loss]
+    inputs = case.inputs((5,), 70, dtype)
+    wanted = [t.is_floating_point() and (i != 1 or loss != "jsd") for i, t in enumerate(inputs)]
+    _, key, _ = fusedloss.custom.prepare.prepared(case.loss._number, "cpu")
+    numbers = tuple({**case.loss._traced.defaults, **case.parameters}.values())
+    known, constants = custom.loaded(key, numbers)
+    assert isinstance(known, custom_rows.RowLoss)
+
+    def run(do: runtime.Pass) -> Tensor | None:
+        assert isinstance(known, custom_rows.RowLoss)
+        return custom_rows.run(do, known, inputs, None, constants, -100, 1, torch.float32)
+
+    def empty() -> tuple[Tensor | None, ...]:
+        return tuple(
+            torch.empty_like(t) if w else None for t, w in zip(inputs, wanted, strict=True)
+        )
+
+    state, right = torch.tensor([[0.0, 0.0], [0.7, 3.0]], dtype=torch.float64).unbind()
+    ahead, later = empty(), empty()
+    value = run(runtime.Pass(runtime.FORWARD, state, ahead, right))
+    assert value is not None
+    plain = runtime.Pass(runtime.VALUE, torch.empty_like(state), (None,) * len(inputs))
+    assert_same_bits(value, run(plain), "the value alone")  # type: ignore[arg-type]
+    upstream = torch.tensor(0.7, dtype=torch.float64)
+    run(runtime.Pass(runtime.FRESH, state, later, torch.ones_like(right), upstream))
+    for before, after in zip(ahead, later, strict=True):
+        if before is not None and after is not None:
+            assert_same_bits(before, after, "written by the forward pass, and by the backward pass")
+
+
+@pytest.mark.interpret_all
+def test_shapes(fused: str) -> None:
+    """The operators refuse what does not fit."""
+    case = CASES["grpo"]
+    _, key, _ = fusedloss.custom.prepare.prepared(case.loss._number, "cpu")
+    inputs = case.inputs((4,), 5, torch.float32)
+    for place in range(1, 4):
+        given = list(inputs)
+        given[place] = given[place][:3]
+        x, label, *more = given
+        with pytest.raises(ValueError, match="does not fit the first input's shape"):
+            operators().loss(
+                x, label, None, more, key, [0.2, 0.2, 0.1], -100, 1, torch.float32, None
+            )
+    with pytest.raises(ValueError, match="4 inputs, not 2"):
+        operators().loss(*inputs[:2], None, [], key, [0.2, 0.2, 0.1], -100, 1, torch.float32, None)
