@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .rows import RowLoss
 
 _ROWS, _CLASSES = 64, 7
-# Of the largest gradient of a row, or of its value: float32's digits, and those that a row of 7 loses.
+# How far off a result may be, relative to the largest: its dtype's digits but for what a row loses.
 _SMALL = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
