@@ -968,7 +968,7 @@ def test_told_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
     """Plain PyTorch runs, with one warning."""
     monkeypatch.setattr(fusedloss.backends, "fused_on", {DEVICE: "compiled"})
     monkeypatch.setattr(fusedloss.backends, "candidates", lambda device: ("compiled",))
-    monkeypatch.setattr(prepare, "_LOADERS", {})
+    monkeypatch.setitem(prepare._LOADERS, "pointwise_loss", {})
 
     @fusedloss.pointwise_loss
     def squared(input: Any, target: Any) -> Any:
@@ -994,7 +994,7 @@ def test_next_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fusedloss.backends, "fused_on", {"cuda": "compiled"})
     loaders = {("compiled", "cuda"): refuses, ("triton", "cuda"): lambda loss: "its key"}
-    monkeypatch.setattr(prepare, "_LOADERS", loaders)
+    monkeypatch.setitem(prepare._LOADERS, "pointwise_loss", loaders)
     loss = fusedloss.pointwise_loss(lambda input, target: input - target)
     order = ("compiled", "triton")
     monkeypatch.setattr(fusedloss.backends, "candidates", lambda device: order)

@@ -5,9 +5,9 @@
         return fm.sqrt((input - target) ** 2 + eps ** 2)
 
 The function is called once, with SymPy symbols (tracing.py), and SymPy differentiates the formula
-(primitives.py). A loss of rows (row_tracing.py) takes the form of walks over a row instead (levels.py). The
-formulas are printed (printing.py) as C++ or Triton code, which is compiled where
-it runs (prepare.py, building.py), and as plain PyTorch for calls that the kernels do not cover.
+(primitives.py). A loss of rows (row_tracing.py) takes the form of walks over a row instead
+(levels.py). The formulas are printed (printing.py) as C++ or Triton code, which is compiled where it
+runs (prepare.py, building.py), and as plain PyTorch for calls that the kernels do not cover.
 """
 
 from .loss import PointwiseLoss, pointwise_loss

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .rows import RowLoss
 
 _ROWS, _CLASSES = 64, 7
-# Of the largest gradient of a row, or of its value: float32's digits, and those that a row of 7 loses.
+# How far off a result may be, relative to the largest: its dtype's digits but for what a row loses.
 _SMALL = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -175,7 +175,7 @@ def _value_around(
 def _gradients(loss: RowLoss, values: tuple[float, ...]) -> Iterator[str]:
     drawn = _draw(loss)
     leaves = _wanting(drawn, torch.float64)
-    given = dict(zip(loss._names, values, strict=True))
+    given: dict[str, Any] = dict(zip(loss._names, values, strict=True))
     found = _differentiated(loss.reference(*leaves, reduction="none", **given), leaves)
     size, gradients = found[0].abs(), iter(found[1:])
     laid = [
@@ -227,7 +227,7 @@ def plot(loss: RowLoss, values: tuple[float, ...], path: str | Path) -> None:
     generator = torch.Generator().manual_seed(0)
     many = torch.randn(1, 24, generator=generator, dtype=torch.float64).sort(descending=True)[0]
     _, slope = _at(loss, values, 2 * many, 5)
-    classes_axis.bar(range(many.shape[1]), slope[0])
+    classes_axis.bar(range(many.shape[1]), slope[0].tolist())
     classes_axis.set(
         title=f"gradient for {name} of 24 classes", xlabel=f"class, by falling {name}; 5 is wanted"
     )
@@ -249,7 +249,7 @@ def _at(
         Kind.PER_ROW: torch.ones(rows, dtype=torch.float64),
         Kind.PER_CLASS: torch.ones(classes, dtype=torch.float64),
     }
-    given = dict(zip(loss._names, values, strict=True))
+    given: dict[str, Any] = dict(zip(loss._names, values, strict=True))
     others = (of_kind[kind] for kind in loss._kinds[1:])
     found = loss.reference(first, *others, reduction="none", **given)
     value, slope = _differentiated(found, [first])

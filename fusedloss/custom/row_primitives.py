@@ -90,7 +90,8 @@ class Norm(Reduction):
 
     @staticmethod
     def torch(x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        found: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return found
 
 
 class Share(Word):
@@ -307,8 +308,8 @@ def words_in(e: Any) -> set[Expr]:
 
 def spoken(word: Expr) -> str:
     """What a definition may have called a word."""
-    also = {"sum": "sum or mean", "max": "max or min"}
-    return also.get(word.word, word.word)
+    name: str = word.word
+    return {"sum": "sum or mean", "max": "max or min"}.get(name, name)
 
 
 def is_element(e: Expr, elements: Collection[Expr]) -> bool:
