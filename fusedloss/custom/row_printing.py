@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import sympy
 from sympy.core.parameters import distribute
@@ -24,10 +24,15 @@ _KINDS = {
 
 
 class _Rows(Printer):
-    """Formulas of elements or of rows, whose symbols are places in arrays."""
+    """Formulas of elements or of rows, whose symbols are places in arrays. An argument may have the name
+    of another symbol."""
 
-    def _Input(self, e: Expr) -> str:
-        return self.names[e.name]
+    def __init__(self, places: Mapping[Expr, str]) -> None:
+        super().__init__({})
+        self.places = places
+
+    def _Symbol(self, e: Expr) -> str:
+        return self.places.get(e, str(e.name))
 
     def _Centered(self, e: Expr) -> str:
         x, origin = map(self, e.args)
@@ -55,9 +60,9 @@ class _Struct:
         self.places = self.program.numbers
         of_class = [*traced.of_kind(Kind.ELEMENT)], [*traced.of_kind(Kind.PER_CLASS)]
         self.names = {
-            **{s.name: f"x[{i}]" for i, s in enumerate(of_class[0])},
-            **{s.name: f"w[{i}]" for i, s in enumerate(of_class[1])},
-            **{s.name: f"kept[{i}]" for i, (s, _, _) in enumerate(self.program.kept)},
+            **{s: f"x[{i}]" for i, s in enumerate(of_class[0])},
+            **{s: f"w[{i}]" for i, s in enumerate(of_class[1])},
+            **{s: f"kept[{i}]" for i, (s, _, _) in enumerate(self.program.kept)},
         }
 
     def lines(self) -> Iterator[str]:
@@ -117,7 +122,7 @@ class _Struct:
         yield "  }"
 
     def _row(self) -> Iterator[str]:
-        names = {s.name: f"r[{i}]" for s, i in self.places.items()}
+        names = {s: f"r[{i}]" for s, i in self.places.items()}
         blocks = []
         for numbers in self.program.computed:
             lines = []
@@ -165,10 +170,10 @@ class _Struct:
 
     def _walk(self, walk: Walk, result: Callable[[int, str], str]) -> Iterator[str]:
         yield from self._constants([*(e for _, e in walk.named), *walk.results])
-        names = {**self.names, **{s.name: f"r({i})" for s, i in self.places.items()}}
+        names = {**self.names, **{s: f"r({i})" for s, i in self.places.items()}}
         printer = _CppRows(names)
         for symbol, formula in walk.named:
-            to = self.names[symbol.name] if isinstance(symbol, Input) else f"const auto {symbol}"
+            to = self.names[symbol] if isinstance(symbol, Input) else f"const auto {symbol}"
             yield f"{to} = {printer(formula)};"
         for i, formula in enumerate(walk.results):
             yield result(i, printer(formula))
@@ -222,7 +227,7 @@ class _Module:
         constants = [symbol for symbol, _ in program.constants]
         self.places = {symbol: place for place, symbol in enumerate(order)}
         self.names = {
-            symbol.name: f"{name}[{i}]"
+            symbol: f"{name}[{i}]"
             for name, symbols in zip("xwrc", (*kinds, constants), strict=True)
             for i, symbol in enumerate(symbols)
         }
