@@ -52,7 +52,7 @@ struct RowsWalk {
   static constexpr int64_t kLanes = Vec<T>::size();
   static constexpr int kTogether = kTile ? 2 : 1;           // registers of rows
   static constexpr int64_t kRows = kTile ? 2 * kLanes : 1;  // their rows
-  static constexpr int64_t kBlock = 32;                     // floats that are added up as floats
+  static constexpr int64_t kBlock = 8;                      // floats that are added up as floats
   static constexpr Integer<T> kNone = -1;
 
   const Loss* loss;
