@@ -170,9 +170,7 @@ def architectures() -> list[str]:
 
 
 CPU = Engine("CPU", "cpu", "pointwise_kernel.h", "FUSEDLOSS_CUSTOM", ".cpp", ".so")
-CPU_ROWS = Engine(
-    "CPU", "cpu", "custom_rows_kernel.h", "FUSEDLOSS_CUSTOM_ROWS", ".cpp", ".so"
-)
+CPU_ROWS = Engine("CPU", "cpu", "custom_rows_kernel.h", "FUSEDLOSS_CUSTOM_ROWS", ".cpp", ".so")
 CUDA = Engine("GPU", "cuda", "custom.cuh", "FUSEDLOSS_CUSTOM_CUDA", ".cu", ".cubin")
 
 
