@@ -21,6 +21,7 @@ from triton.compiler import CompiledKernel
 
 import custom_losses
 import fusedloss.functional as FL
+import row_losses
 from fusedloss.backends.triton import runtime
 from fusedloss.backends.triton.runtime import Divisor
 from helpers import leaf
@@ -116,6 +117,15 @@ def values() -> Iterator[torch.Tensor]:
                 yield FL.cross_entropy(leaf(x), indices, w, ignore_index=ignored, **options)
             yield custom_losses.focal(leaf(x), leaf(y), **options)
             yield custom_losses.focal(leaf(x), y, **options)
+            yield row_losses.distillation(leaf(x), y, **options)
+            yield row_losses.balanced(
+                leaf(x), indices, w, weight=LAYOUTS[layout](y)[:, 0], **options
+            )
+            for ignored in (3, 1 << 40):
+                old = LAYOUTS[layout](y)[:, -1]
+                yield row_losses.scaled(
+                    leaf(x), indices, leaf(old), ignore_index=ignored, **options
+                )
     for numel in (1 << 16, 1 << 31):  # no page of the larger one is touched
         large = torch.empty(numel, dtype=torch.bfloat16)
         yield FL.mse_loss(leaf(large), large, reduction="sum")

@@ -265,17 +265,18 @@ def _run(
     if loss == "cross_entropy":
         (label_smoothing,) = parameters
         return rows.run(do, input, target, weight, ignore_index, label_smoothing, reduction, dtype)
-    known: PointwiseLoss | RowLoss | None = POINTWISE.get(loss)
+    known = POINTWISE.get(loss)
     numbers = tuple(parameters)
     if known is None:
-        known, numbers = custom.loaded(loss, parameters)
+        own, numbers = custom.loaded(loss, parameters)
+        if isinstance(own, RowLoss):
+            inputs = (input, target, *more) if own.gradients > 1 else (input,)
+            return custom_rows.run(do, own, inputs, weight, numbers, ignore_index, reduction, dtype)
+        known = own
     elif len(numbers) != known.parameters:
         raise ValueError(
             f"fusedloss: {loss!r} has {known.parameters} parameters, and the call {len(numbers)}"
         )
-    if isinstance(known, RowLoss):
-        inputs = (input, target, *more) if known.gradients > 1 else (input,)
-        return custom_rows.run(do, known, inputs, weight, numbers, ignore_index, reduction, dtype)
     return pointwise.run(
         do, known, input, target, weight, more, numbers, ignore_index, reduction, dtype
     )
