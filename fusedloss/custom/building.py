@@ -187,8 +187,9 @@ class Library:
 
     @functools.cached_property
     def key(self) -> str:
-        """A name that no other library has."""
-        return key_of(self.name, self.engine, self.source, self.version, shlex.join(self.command))
+        """A name that no other library has. Where the headers are is not in it, since their text is."""
+        command = shlex.join(self.command).replace(str(headers()), "")
+        return key_of(self.name, self.engine, self.source, self.version, command)
 
     def load(self, loader: Callable[[str], object]) -> None:
         """Calls loader(path) for the library in the cache, compiled if it is not there yet. If the cache
