@@ -11,19 +11,6 @@
 
 namespace fusedloss::cuda {
 
-// The threads that share a row in rows_contiguous and rows_held.
-enum class Scope { kSubWarp, kBlock, kCluster };
-
-// How a row's vectors are laid over its threads and over shared memory.
-struct RowTiling {
-  int threads_per_row = kWarp;  // kSubWarp alone; the others use the whole block or cluster
-  int vectors_per_thread = 0;   // of each operand
-  int stages = 1;               // rows in shared memory: one is computed, the others are prefetched
-  bool fits_in_smem = true;     // if not, no row is in shared memory, and each is read twice
-
-  bool operator==(const RowTiling&) const = default;
-};
-
 struct RowsPlan {
   enum class Kernel {
     kStrided,
@@ -47,7 +34,7 @@ struct RowsPlan {
 // ---- tuning -------------------------------------------------------------------------------------
 
 // Threads of a block.
-constexpr int kRowBlock = 256, kStridedBlock = 128, kStridedSmemBlock = 64;
+constexpr int kStridedBlock = 128, kStridedSmemBlock = 64;
 
 // Blocks that an SM should hold at least, so that some move data while others compute.
 constexpr int64_t kMinBlocksPerSM = 3;
@@ -80,7 +67,6 @@ constexpr RowThreads kRowThreads[] = {
     {4 * kRowBlock * kMaxVectorsPerThread, RowsPlan::Kernel::kCluster, kWarp, 4},
     {INT64_MAX, RowsPlan::Kernel::kCluster, kWarp, 8},
 };
-constexpr int kMaxClusterSize = 8;  // more than 8 blocks are not portable
 
 // Classes per thread in rows_held. Many spread a thread's work per row over more of them; 8 threads
 // read whole cache lines.
