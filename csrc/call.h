@@ -121,6 +121,16 @@ struct CustomRowsCall {
     }
     for (int i = 0; i < kMaxAuxiliary; ++i) auxiliary[i] = call.auxiliary[i];
   }
+
+  // Makes the rows of a matrix neighbours: (1, N) instead of (N, 1) rows outside and inside.
+  void lay_rows_inside() {
+    std::swap(outer, inner);
+    const auto lay = [](Rows& rows) { rows.inner = std::exchange(rows.outer, 0); };
+    for (Rows& input : inputs) lay(input);
+    for (Rows& gradient : gradients) lay(gradient);
+    lay(weight);
+    lay(upstream);
+  }
 };
 
 // A call of cross-entropy as the row engines see it.

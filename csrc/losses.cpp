@@ -9,6 +9,7 @@
 #include <shared_mutex>
 #include <stdexcept>
 
+#include "cpu/custom_rows.h"
 #include "cpu/pointwise.h"
 #if defined(FUSEDLOSS_CUDA)
 #include "cuda/kernels.h"
@@ -74,22 +75,40 @@ struct Loaded {
   }
 };
 
-// The custom loss of this name, which is changed under the lock.
-LossInfo& custom_loss(const std::string& name, int inputs, int parameters) {
+// The custom loss of this name, which is changed under the lock. kinds: of a row loss.
+LossInfo& custom_loss(const std::string& name, int inputs, int parameters,
+                      std::vector<Kind> kinds = {}) {
   const auto [found, is_new] = Loaded::instance().losses.try_emplace(name);
   LossInfo& info = found->second;
   if (is_new) {
     info.name = name;
-    info.mean = Mean::kWeights;
+    info.family = kinds.empty() ? Family::kPointwise : Family::kRows;
+    info.mean = kinds.empty() ? Mean::kWeights : Mean::kRows;
     info.parameters = parameters;
     info.inputs = info.gradients = inputs;
     info.custom = true;
+    info.kinds = std::move(kinds);
   }
   return info;
 }
 
 #define FUSEDLOSS_TEXT(X) #X
 #define FUSEDLOSS_NAME(X) FUSEDLOSS_TEXT(X)
+
+// What the library's function of this name returns; null: it has none. Throws where that is of
+// another version.
+template <class Kernel>
+const Kernel* kernel_of(void* handle, const char* symbol, int32_t version,
+                        const std::string& library) {
+  const auto entry = reinterpret_cast<const Kernel* (*)()>(dlsym(handle, symbol));
+  const Kernel* const kernel = entry ? entry() : nullptr;
+  if (kernel && kernel->version != version) {
+    throw std::runtime_error("fusedloss: " + library + " is of interface version " +
+                             std::to_string(kernel->version) + ", and this fusedloss of " +
+                             std::to_string(version));
+  }
+  return kernel;
+}
 
 }  // namespace
 
@@ -110,16 +129,18 @@ std::vector<const LossInfo*> built_in_losses() {
 void load_custom(const std::string& name, const std::string& library) {
   void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!handle) throw std::runtime_error("fusedloss: " + library + " does not load: " + dlerror());
-  const auto entry = reinterpret_cast<const cpu::PointwiseKernel* (*)()>(
-      dlsym(handle, FUSEDLOSS_NAME(FUSEDLOSS_CUSTOM_ENTRY)));
-  if (!entry) {
-    throw std::runtime_error("fusedloss: " + library + " is no compiled loss: " + dlerror());
+  const auto* const rows = kernel_of<cpu::CustomRowsKernel>(
+      handle, FUSEDLOSS_NAME(FUSEDLOSS_CUSTOM_ROWS_ENTRY), cpu::kCustomRowsVersion, library);
+  if (rows) {
+    const std::unique_lock lock(Loaded::instance().mutex);
+    custom_loss(name, rows->inputs, rows->parameters, {rows->kinds, rows->kinds + rows->inputs})
+        .cpu_rows = rows;
+    return;
   }
-  const cpu::PointwiseKernel* kernel = entry();
-  if (kernel->version != cpu::kPointwiseVersion) {
-    throw std::runtime_error("fusedloss: " + library + " is of interface version " +
-                             std::to_string(kernel->version) + ", and this fusedloss of " +
-                             std::to_string(cpu::kPointwiseVersion));
+  const auto* const kernel = kernel_of<cpu::PointwiseKernel>(
+      handle, FUSEDLOSS_NAME(FUSEDLOSS_CUSTOM_ENTRY), cpu::kPointwiseVersion, library);
+  if (!kernel) {
+    throw std::runtime_error("fusedloss: " + library + " is no compiled loss: " + dlerror());
   }
   const std::unique_lock lock(Loaded::instance().mutex);
   custom_loss(name, kernel->inputs, kernel->parameters).cpu = kernel;

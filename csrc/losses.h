@@ -7,12 +7,14 @@
 #include <string_view>
 #include <vector>
 
+#include "math/custom_rows.h"
 #include "math/losses.h"
 
 namespace fusedloss {
 
 namespace cpu {
 struct PointwiseKernel;
+struct CustomRowsKernel;
 }
 namespace cuda {
 struct CustomKernels;
@@ -30,16 +32,22 @@ struct LossInfo {
   Mean mean = Mean::kElements;
   int parameters = 0;
   int inputs = 2;          // how many it takes
-  int gradients = 1;       // for how many of them, from the first on, there is a gradient
+  int gradients = 1;       // for how many of them, from the first on, there may be a gradient
   bool symmetric = false;  // in input and target: a gradient for target is input's, negated
   Domain domain = Domain::kReal;
   // The loss whose target is class indices; null: it takes none.
   const LossInfo* of_classes = nullptr;
   bool custom = false;
+  std::vector<Kind> kinds;  // of a custom row loss's inputs
 
-  // The kernels of a custom loss; null for a built-in one, and where none is loaded.
+  // Null for a built-in loss, and where no kernels are loaded; there are those of its family.
   std::atomic<const cpu::PointwiseKernel*> cpu = nullptr;
+  std::atomic<const cpu::CustomRowsKernel*> cpu_rows = nullptr;
   std::atomic<const cuda::CustomKernels*> cuda = nullptr;
+
+  bool custom_rows() const { return custom && family == Family::kRows; }
+  // The kind of input i, which is also there where a loss has one input and is given it twice.
+  Kind kind(size_t i) const { return i < kinds.size() ? kinds[i] : Kind::kElement; }
 };
 
 // Null: there is no loss of this name. What it points to lives for ever.

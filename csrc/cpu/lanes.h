@@ -1,4 +1,4 @@
-// Operations across the lanes of a register: the largest lane, and transposes.
+// Operations across the lanes of a register: their largest, their sum, and transposes.
 #pragma once
 
 #include <algorithm>
@@ -23,6 +23,15 @@ FUSEDLOSS_HD T max_lane(Vec<T> v) {
   T lanes[Vec<T>::size()];
   v.store(lanes);
   return *std::max_element(std::begin(lanes), std::end(lanes));
+}
+
+template <class T>
+double sum_of_lanes(Vec<T> v) {
+  T lanes[Vec<T>::size()];
+  v.store(lanes);
+  double sums[4] = {};  // so that additions need not wait
+  unrolled<Vec<T>::size()>([&](auto i) { sums[i % 4] += lanes[i]; });
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 #if defined(CPU_CAPABILITY_AVX512)

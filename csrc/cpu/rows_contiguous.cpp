@@ -32,14 +32,6 @@ FUSEDLOSS_HD void for_registers(int64_t n, F&& f) {
 }
 
 template <class T>
-double sum_of_lanes(Vec<T> v) {
-  T lanes[Vec<T>::size()];
-  v.store(lanes);
-  double sums[4] = {};  // so that additions need not wait
-  unrolled<Vec<T>::size()>([&](auto i) { sums[i % 4] += lanes[i]; });
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-template <class T>
 double total(RegisterSum<T> sum) {
   Sum total;
   sum.add_to(total);

@@ -12,66 +12,12 @@ namespace fusedloss::cpu {
 namespace CPU_CAPABILITY {
 namespace {
 
-// An output of this many bytes does not stay in the caches until it is read.
-constexpr size_t kStreamed = 16 << 20;
 constexpr int kUnroll = 4;  // classes whose sum goes to double together
 
 template <class T>
 FUSEDLOSS_HD Vec<T> at(const T* line, int64_t i) {
   return Vec<T>::loadu(line + i);
 }
-
-// The rows [begin, begin + n) of the inner dimension, at one place of the outer one.
-struct Tile {
-  int64_t outer, begin, n;
-  int64_t offset(const Rows& rows, int64_t c = 0, int64_t row = 0) const {
-    return outer * rows.outer + c * rows.classes + (begin + row) * rows.inner;
-  }
-};
-
-// Copies tiles to and from (classes, width) arrays, a line a class.
-template <class T>
-struct TileCopier {
-  static constexpr int64_t kLanes = Vec<T>::size();
-  const int64_t classes, width;
-  const Buffer<T> row_buffer{kLanes * classes};  // rows with classes side by side, in another dtype
-
-  // Whether rows are transposed on the way: if their classes lie side by side and fill a register.
-  bool transposes(const Rows& rows) const { return rows.classes == 1 && classes >= kLanes; }
-
-  template <bool kWrite>
-  void copy(const Rows& rows, const Tile& tile, T* lines) const {
-    void* const data = const_cast<void*>(rows.data);
-    const auto convert = [&](int64_t offset, int64_t stride, int64_t n, T* numbers) {
-      if constexpr (kWrite) {
-        narrow(numbers, n, rows.dtype, data, offset, stride);
-      } else {
-        widen(rows.dtype, data, offset, stride, n, numbers);
-      }
-    };
-    if (!kWrite && tile.n < width) std::fill_n(lines, classes * width, T(0));
-    for (int64_t c = 0; !transposes(rows) && c < classes; ++c) {
-      convert(tile.offset(rows, c), rows.inner, tile.n, lines + c * width);
-    }
-    const bool direct = is_dtype<T>(rows.dtype);
-    for (int64_t i = 0; transposes(rows) && i < tile.n; i += kLanes) {
-      const int64_t count = std::min(kLanes, tile.n - i), stride = direct ? rows.inner : classes;
-      T* const by_row = direct ? elements<T>(rows, tile.offset(rows, 0, i)) : row_buffer.data();
-      const auto convert_rows = [&] {
-        for (int64_t k = 0; !direct && k < count; ++k) {
-          convert(tile.offset(rows, 0, i + k), 1, classes, by_row + k * classes);
-        }
-      };
-      if constexpr (kWrite) {
-        transpose(lines + i, width, by_row, stride, classes, count);
-        convert_rows();
-      } else {
-        convert_rows();
-        transpose(by_row, stride, lines + i, width, count, classes);
-      }
-    }
-  }
-};
 
 // The arrays of a tile. Loops copy these pointers: members would be loaded again after each store.
 template <class T>

@@ -16,6 +16,7 @@
 #include <limits>
 #include <optional>
 
+#include "../cpu/custom_rows.h"
 #include "../cpu/kernels.h"
 #include "../math/sum.h"
 #include "one_pass.h"
@@ -133,14 +134,14 @@ void update_prediction(const Tensor& prediction, double upstream) {
 
 // ---- class indices ------------------------------------------------------------------------------
 
-[[noreturn]] void throw_out_of_range(const Tensor& target, const Tensor& indices, int64_t classes,
+[[noreturn]] void throw_out_of_range(const Tensor& indices, int64_t classes,
                                      int64_t ignore_index) {
   const int64_t* index = indices.const_data_ptr<int64_t>();
   const int64_t* bad = std::find_if(index, index + indices.numel(), [=](int64_t t) {
     return (t < 0 || t >= classes) && t != ignore_index;
   });
   TORCH_CHECK_INDEX(false, "Target ", *bad, " is out of bounds. It stands at ",
-                    element_name("target", target.sizes(), bad - index), "; there are ", classes,
+                    element_name("target", indices.sizes(), bad - index), "; there are ", classes,
                     " classes.");
 }
 
@@ -164,8 +165,9 @@ double sum_of(const Tensor& t) {
   return sum.value();
 }
 
-// The weights of the targets that are not ignored; throws where a target is no class.
-double sum_class_weights(const Arguments& a, const Tensor& indices, const Tensor& weight) {
+// The sum of the weights, of classes or `of_rows`, of the targets that are not ignored; throws where
+// a target is no class.
+double sum_weights(const Arguments& a, const Tensor& indices, const Tensor& weight, bool of_rows) {
   const int64_t* index = indices.const_data_ptr<int64_t>();
   const int64_t n = indices.numel(), classes = a.classes();
   constexpr int64_t kChunk = 32768;
@@ -184,7 +186,8 @@ double sum_class_weights(const Arguments& a, const Tensor& indices, const Tensor
         Sum sum;
         with_numbers(weight, [&](const auto* number) {
           for (const int64_t* t = begin; t != end; ++t) {
-            sum.add(*t == a.ignore_index ? 0 : static_cast<double>(number[*t]));
+            const int64_t i = of_rows ? t - index : *t;
+            sum.add(*t == a.ignore_index ? 0 : static_cast<double>(number[i]));
           }
         });
         sums[c] = sum.value();
@@ -193,7 +196,7 @@ double sum_class_weights(const Arguments& a, const Tensor& indices, const Tensor
   });
   Sum total;
   for (const std::optional<double> sum : sums) {
-    if (!sum) throw_out_of_range(a.target, indices, classes, a.ignore_index);
+    if (!sum) throw_out_of_range(indices, classes, a.ignore_index);
     total.add(*sum);
   }
   return total.value();
@@ -246,19 +249,21 @@ struct CpuEngine {
 
   void read(const OptionalTensor& upstream) {
     operands_.read(call_, a, info, upstream);
-    const Tensor& weight = operands_.class_weight();
-    if (takes_indices(a, info)) {
-      class_weights_ = sum_class_weights(a, operands_.indices(), weight);
+    const Tensor& weight = operands_.weight();
+    if (const Tensor& indices = operands_.indices(); indices.defined()) {
+      weights_ = sum_weights(a, indices, weight, info.custom);
     }
-    if (info.family == Family::kRows) {
+    if (info.custom_rows()) {
+      rows_kernel_ = info.cpu_rows;
+      check_loaded(rows_kernel_);
+    } else if (info.family == Family::kRows) {
       if (weight.defined() && a.parameters[0] != 0) {
         smoothing_weight_ = sum_of(weight);
         call_.weight_sum = &smoothing_weight_;
       }
     } else {
       call_.kernel = info.custom ? info.cpu.load() : &kernels().losses[info.number];
-      TORCH_CHECK(call_.kernel, "fusedloss: no CPU kernel of the loss '", a.loss,
-                  "' is loaded: call it once on the CPU");
+      check_loaded(call_.kernel);
     }
   }
 
@@ -291,11 +296,18 @@ struct CpuEngine {
   }
 
  private:
+  void check_loaded(const void* kernel) const {
+    TORCH_CHECK(kernel, "fusedloss: no CPU kernel of the loss '", a.loss,
+                "' is loaded: call it once on the CPU");
+  }
+
   double mean_divisor() const {
     if (info.mean == Mean::kWeights && present(a.weight)) return sum_of(*a.weight);
     const auto elements = static_cast<double>(a.input.numel());
     if (info.mean != Mean::kRows) return elements;
-    return takes_indices(a, info) ? class_weights_ : elements / static_cast<double>(a.classes());
+    if (operands_.indices().defined()) return weights_;
+    if (info.custom && present(a.weight)) return sum_of(*a.weight);
+    return elements / static_cast<double>(a.classes());
   }
 
   // Returns the sum of the losses, where it is wanted.
@@ -305,6 +317,11 @@ struct CpuEngine {
     }
     for (size_t i = 0; i < gradients.size(); ++i) write_to(call_.gradients[i], gradients[i]);
     call_.scale = scale;
+    if (rows_kernel_) {
+      Sum sum;
+      sum.add(rows_kernel_->run(CustomRowsCall(call_), call_.parameters, scale, call_.threads));
+      return sum;
+    }
     const bool rows = info.family == Family::kRows;
     const auto [sum, in_domain] =
         rows ? kernels().cross_entropy(call_) : kernels().pointwise(call_);
@@ -314,10 +331,11 @@ struct CpuEngine {
 
   double predicted_ = kNaN;      // the upstream gradient that forward writes gradients for
   double upstream_ = 1;          // the true one
-  double class_weights_ = 0;     // of the targets that are not ignored
+  double weights_ = 0;           // of the targets that are not ignored
   double smoothing_weight_ = 0;  // of all classes
   Operands operands_;
   cpu::Call call_;
+  const cpu::CustomRowsKernel* rows_kernel_ = nullptr;  // of a custom row loss
 };
 
 }  // namespace

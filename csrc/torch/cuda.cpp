@@ -194,8 +194,8 @@ struct CudaEngine {
 
   void read(const OptionalTensor& upstream) {
     operands_.read(call_, a, info, upstream);
-    const Tensor& weight = operands_.class_weight();
-    if (info.family == Family::kRows && weight.defined() && a.parameters[0] != 0) {
+    const Tensor& weight = operands_.weight();
+    if (info.family == Family::kRows && !info.custom && weight.defined() && a.parameters[0] != 0) {
       smoothing_weight_ = weight.sum(at::kDouble);
       call_.weight_sum = smoothing_weight_.const_data_ptr<double>();
     }
@@ -246,7 +246,7 @@ struct CudaEngine {
     count.n = operands_.indices().numel();
     count.classes = a.classes();
     count.ignore_index = a.ignore_index;
-    if (const Tensor& weight = operands_.class_weight(); weight.defined()) {
+    if (const Tensor& weight = operands_.weight(); weight.defined()) {
       count.weight = weight.const_data_ptr();
       count.weight_is_double = a.in_double();
     }

@@ -93,16 +93,27 @@ Tensor prediction_of(const OptionalTensor& own, const Arguments& a) {
 // ---- gradients ----------------------------------------------------------------------------------
 
 void check_mask(int64_t mask, const LossInfo& info) {
-  TORCH_CHECK_VALUE(mask >= 0 && mask < int64_t{1} << info.gradients, "fusedloss: '", info.name,
+  bool known = mask >= 0 && mask < int64_t{1} << info.gradients;
+  for (size_t i = 0; i < info.kinds.size(); ++i) {
+    const bool differentiable = info.kinds[i] == Kind::kElement || info.kinds[i] == Kind::kPerRow;
+    known = known && (differentiable || !wants(mask, i));
+  }
+  TORCH_CHECK_VALUE(known, "fusedloss: '", info.name,
                     "' has no gradients for the mask ", mask, ": it has ", info.gradients,
                     ", of which bit 0 is input's and bit 1 target's");
+}
+
+// What the gradient for an input lies in memory like: input, for an engine writes those of all
+// elements alike; for a number of each row the rows, in order.
+static Tensor like_gradient(const Arguments& a, const LossInfo& info, size_t i) {
+  return info.kind(i) == Kind::kElement ? a.input : a[i].contiguous();
 }
 
 Gradients empty_gradients(const Arguments& a, const LossInfo& info, int64_t mask) {
   Gradients gradients(info.gradients);
   for (size_t i = 0; i < gradients.size(); ++i) {
-    // All in input's order, for an engine writes them alike.
-    if (wants(mask, i)) gradients[i] = empty_like_input(a.input, a[i].scalar_type());
+    if (!wants(mask, i)) continue;
+    gradients[i] = empty_like_input(like_gradient(a, info, i), a[i].scalar_type());
   }
   return gradients;
 }
@@ -166,8 +177,11 @@ BackwardGradients::BackwardGradients(SavedGradients* saved, const Arguments& a,
     const at::ScalarType dtype = a[i].scalar_type();
     if (!wants(mask, i)) {
       gradients[i].reset();
-    } else if (!lies_like_input(gradients[i], input, dtype)) {
-      gradients[i] = empty_like_input(input, dtype);
+      continue;
+    }
+    const Tensor like = like_gradient(a, info, i);
+    if (!lies_like_input(gradients[i], like, dtype)) {
+      gradients[i] = empty_like_input(like, dtype);
       fresh = true;
     }
   }

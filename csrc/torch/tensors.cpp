@@ -74,6 +74,11 @@ static void check_count(const Arguments& a, const char* what, size_t there, int 
                     " ", what, ", and the call ", there);
 }
 
+static void check_floating(const Arguments& a) {
+  TORCH_CHECK_TYPE(a.input.is_floating_point(), "fusedloss: input's dtype ", a.input.scalar_type(),
+                   " is not supported");
+}
+
 // One weight for each class.
 static void check_class_weight(const Arguments& a) {
   TORCH_CHECK_VALUE(a.classes() > 0, "fusedloss: input of shape ", a.input.sizes(),
@@ -91,15 +96,44 @@ const LossInfo& known_loss(std::string_view name) {
   return *info;
 }
 
+// The tensors of a custom row loss: each has the shape of its kind, and the weight that of the rows.
+static void check_custom_rows(const Arguments& a, const LossInfo& info) {
+  TORCH_CHECK_VALUE(a.classes() > 0, "fusedloss: input of shape ", a.input.sizes(),
+                    " has no classes");
+  const at::DimVector rows = row_sizes(a.input);
+  const int64_t classes = a.classes();
+  for (size_t i = 0; i < a.inputs(); ++i) {
+    const Kind kind = info.kind(i);
+    const at::IntArrayRef expected = kind == Kind::kElement    ? a.input.sizes()
+                                     : kind == Kind::kPerClass ? at::IntArrayRef(classes)
+                                                               : at::IntArrayRef(rows);
+    TORCH_CHECK_VALUE(a[i].sizes() == expected, "fusedloss: input ", i, " of '", a.loss,
+                      "' has shape ", a[i].sizes(), ", and with input 0 of shape ", a.input.sizes(),
+                      " it needs ", expected);
+    TORCH_CHECK_TYPE(kind != Kind::kLabel || a[i].scalar_type() == at::kLong, "fusedloss: input ",
+                     i, " of '", a.loss, "' has dtype ", a[i].scalar_type(),
+                     ", and a label needs int64");
+    check_device("another input", a[i], a.input);
+  }
+  if (!present(a.weight)) return;
+  TORCH_CHECK_VALUE(a.weight->sizes() == at::IntArrayRef(rows), "fusedloss: weight of shape ",
+                    a.weight->sizes(), " does not fit input of shape ", a.input.sizes());
+  check_device("weight", *a.weight, a.input);
+}
+
 const LossInfo& checked(const Arguments& a) {
   const LossInfo& info = known_loss(a.loss);
   check_count(a, "parameters", a.parameters.size(), info.parameters);
   check_count(a, "inputs", a.inputs(), std::max(info.inputs, 2));
+  if (info.custom_rows()) {
+    check_floating(a);
+    check_custom_rows(a, info);
+    return info;
+  }
   check_device("target", a.target, a.input);
   at::DimVector expected(a.input.sizes());
   const bool indices = takes_indices(a, info);
-  TORCH_CHECK_TYPE(a.input.is_floating_point(), "fusedloss: input's dtype ", a.input.scalar_type(),
-                   " is not supported");
+  check_floating(a);
   TORCH_CHECK_TYPE(!info.of_classes || indices || a.target.is_floating_point(),
                    "fusedloss: target's dtype ", a.target.scalar_type(), " is not supported");
   if (indices) {
@@ -184,9 +218,11 @@ void Operands::read(Call& call, const Arguments& a, const LossInfo& info,
   if (indices) indices_ = aligned(a.target.contiguous());
   const bool rows = info.family == Family::kRows;
   if (present(a.weight) && (rows || indices)) {
-    class_weight_ = aligned(a.weight->to(a.in_double() ? at::kDouble : at::kFloat).contiguous());
+    weight_ = aligned(a.weight->to(a.in_double() ? at::kDouble : at::kFloat).contiguous());
   }
-  if (rows) {
+  if (info.custom_rows()) {
+    read_custom_rows(call, a, info, upstream);
+  } else if (rows) {
     read_rows(call, a, upstream);
   } else {
     read_elements(call, a, upstream);
@@ -272,28 +308,73 @@ void Operands::copy_in(at::IntArrayRef order, Space& space, int64_t classes) {
 // (N, C, d1, ...) as (N, C, d), without a copy where the inner dimensions step evenly.
 static Tensor join_inner(const Tensor& t) { return t.dim() <= 3 ? t : t.flatten(2); }
 
+// The sizes or strides of (C), (N, C) or (N, C, d). Nothing reads a missing dimension's stride.
+static void set_numbers(int64_t* numbers, at::IntArrayRef of) {
+  const auto dims = of.size();
+  numbers[0] = dims > 1 ? of[0] : 1;
+  numbers[1] = of[dims > 1 ? 1 : 0];
+  numbers[2] = dims > 2 ? of[2] : 1;
+}
+
+// joined: what join_inner() makes of input. Gradients lie as empty_like_input() lays them out.
+static void set_gradient_strides(Output& gradient, const Tensor& input, const Tensor& joined) {
+  const bool dense = input.is_non_overlapping_and_dense();
+  TORCH_CHECK(!dense || joined.const_data_ptr() == input.const_data_ptr(),
+              "fusedloss: the dimensions of input behind the classes must be joinable");
+  set_numbers(gradient.strides,
+              dense ? joined.strides() : at::IntArrayRef(c10::contiguous_strides(joined.sizes())));
+}
+
 void Operands::read_rows(Call& call, const Arguments& a, const OptionalTensor& upstream) {
   const Tensor all = aligned(a.input), input = join_inner(all);
   const bool indices = indices_.defined();
   const Tensor target = indices ? indices_ : join_inner(aligned(a.target));
   held_ = {{&call.inputs[0], input}, {&call.inputs[1], target}};
-  if (class_weight_.defined()) held_.push_back({&call.weight, class_weight_});
+  if (weight_.defined()) held_.push_back({&call.weight, weight_});
   if (present(upstream)) held_.push_back({&call.upstream, aligned(upstream->contiguous())});
-  // The sizes or strides of (C), (N, C) or (N, C, d). Nothing reads a missing dimension's stride.
-  const auto set = [&](int64_t* numbers, at::IntArrayRef of) {
-    numbers[0] = input.dim() > 1 ? of[0] : 1;
-    numbers[1] = of[class_dim(input)];
-    numbers[2] = input.dim() > 2 ? of[2] : 1;
-  };
   call.space.dims = 3;
-  set(call.space.sizes, input.sizes());
-  set(call.inputs[0].strides, input.strides());
-  if (!indices) set(call.inputs[1].strides, target.strides());
-  const bool dense = all.is_non_overlapping_and_dense();
-  TORCH_CHECK(!dense || input.const_data_ptr() == all.const_data_ptr(),
-              "fusedloss: the dimensions of input behind the classes must be joinable");
-  set(call.gradients[0].strides,
-      dense ? input.strides() : at::IntArrayRef(c10::contiguous_strides(input.sizes())));
+  set_numbers(call.space.sizes, input.sizes());
+  set_numbers(call.inputs[0].strides, input.strides());
+  if (!indices) set_numbers(call.inputs[1].strides, target.strides());
+  set_gradient_strides(call.gradients[0], all, input);
+}
+
+void Operands::read_custom_rows(Call& call, const Arguments& a, const LossInfo& info,
+                                const OptionalTensor& upstream) {
+  const int64_t dim = class_dim(a.input);
+  const auto hold = [&](Operand& operand, const Tensor& t, Kind kind) {
+    const bool element = kind == Kind::kElement;
+    const Tensor there = element                   ? join_inner(t)
+                         : kind == Kind::kPerClass ? t
+                                                   : join_inner(t.unsqueeze(dim));
+    held_.push_back({&operand, there});
+    if (kind == Kind::kPerClass) {
+      std::copy_n(std::array{int64_t{0}, there.stride(0), int64_t{0}}.begin(), 3, operand.strides);
+    } else {
+      set_numbers(operand.strides, there.strides());
+      if (!element) operand.strides[1] = 0;
+    }
+  };
+  const Tensor input = aligned(a.input);
+  for (size_t i = 0; i < a.inputs(); ++i) {
+    const Kind kind = info.kind(i);
+    const Tensor t = i == 0 ? input : aligned(kind == Kind::kLabel ? a[i].contiguous() : a[i]);
+    if (kind == Kind::kLabel) indices_ = t;
+    hold(call.inputs[i], t, kind);
+  }
+  if (weight_.defined()) hold(call.weight, weight_, Kind::kPerRow);
+  if (present(upstream)) hold(call.upstream, aligned(*upstream), Kind::kPerRow);
+  const Tensor joined = held_[0].tensor;
+  call.space.dims = 3;
+  set_numbers(call.space.sizes, joined.sizes());
+  for (size_t i = 0; i < a.inputs(); ++i) {
+    if (info.kind(i) == Kind::kElement) {
+      set_gradient_strides(call.gradients[i], input, joined);
+    } else {  // contiguous, as of a number of each row
+      std::copy_n(std::array{call.space.sizes[2], int64_t{0}, int64_t{1}}.begin(), 3,
+                  call.gradients[i].strides);
+    }
+  }
 }
 
 }  // namespace fusedloss

@@ -54,14 +54,17 @@ class Operands {
   // Fills in the call, but for its outputs. upstream: with reduction "none" alone.
   void read(Call& call, const Arguments& a, const LossInfo& info, const OptionalTensor& upstream);
 
-  // Contiguous; undefined where the target is not class indices.
+  // Contiguous; undefined where neither target is class indices nor an input is a label.
   const at::Tensor& indices() const { return indices_; }
-  // The classes' weight, contiguous and of the type that the call computes in; undefined: none.
-  const at::Tensor& class_weight() const { return class_weight_; }
+  // The weight of the classes, or of the rows of a custom loss: contiguous and of the type that the
+  // call computes in; undefined: none.
+  const at::Tensor& weight() const { return weight_; }
 
  private:
   void read_elements(Call& call, const Arguments& a, const OptionalTensor& upstream);
   void read_rows(Call& call, const Arguments& a, const OptionalTensor& upstream);
+  void read_custom_rows(Call& call, const Arguments& a, const LossInfo& info,
+                        const OptionalTensor& upstream);
   void coalesce_dimensions(Space& space, int64_t classes);
   void copy_in(at::IntArrayRef order, Space& space, int64_t classes);
 
@@ -71,7 +74,7 @@ class Operands {
     at::Tensor tensor;
   };
   c10::SmallVector<Held, 4> held_;
-  at::Tensor indices_, class_weight_;
+  at::Tensor indices_, weight_;
 };
 
 // Has a call write a tensor: empty, and laid out as empty_like_input() does.

@@ -170,6 +170,9 @@ def architectures() -> list[str]:
 
 
 CPU = Engine("CPU", "cpu", "pointwise_kernel.h", "FUSEDLOSS_CUSTOM", ".cpp", ".so")
+CPU_ROWS = Engine(
+    "CPU", "cpu", "custom_rows_kernel.h", "FUSEDLOSS_CUSTOM_ROWS", ".cpp", ".so"
+)
 CUDA = Engine("GPU", "cuda", "custom.cuh", "FUSEDLOSS_CUSTOM_CUDA", ".cu", ".cubin")
 CUDA_ROWS = Engine(
     "GPU", "cuda", "custom_rows.cuh", "FUSEDLOSS_CUSTOM_ROWS_CUDA", ".cu", ".cubin"
@@ -279,13 +282,14 @@ def key_of(name: str, engine: Engine, source: str, *more: str) -> str:
     return f"{name}-{digest.hexdigest()[:24]}"
 
 
-def cpu_library(name: str, struct: str) -> Library:
-    """
+def cpu_library(name: str, struct: str, engine: Engine = CPU) -> Library:
+    """``engine``: CPU_ROWS for a row loss.
+
     Raises:
         CannotCompile, OSError: there is no compiler.
     """
     command = cpu_command()
-    return Library(name, CPU, CPU.source(struct), command, version_of(command[0]))
+    return Library(name, engine, engine.source(struct), command, version_of(command[0]))
 
 
 def cuda_library(

@@ -1,0 +1,774 @@
+// Makes a custom row loss's struct (math/custom_rows.h) into its engine. It is compiled with this
+// file on the machine it runs on.
+//
+// Fewest bytes for value and gradients: read each input, write each gradient. A row, or a tile of
+// neighbouring rows, is read from memory once and walked over, a level at a time, in the cache.
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <iterator>
+#include <numeric>
+#include <vector>
+
+#include "../math/custom_rows.h"
+#include "custom_rows.h"
+#include "row_walks.h"
+
+namespace fusedloss::cpu {
+namespace CPU_CAPABILITY {
+
+constexpr int at_least_one(int n) { return n < 1 ? 1 : n; }  // an array has no size 0
+
+// The place of the n-th input of a kind; -1: there is none.
+template <class Loss>
+constexpr int place_of(Kind kind, int n) {
+  for (int i = 0; i < int(std::size(Loss::kKinds)); ++i) {
+    if (Loss::kKinds[i] == kind && n-- == 0) return i;
+  }
+  return -1;
+}
+
+// How many registers a walk has beside each other, of each of so many results: results that stay in
+// registers, and whose additions need not wait for one another.
+constexpr int abreast(int results) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return results <= 4 ? 4 : 2;
+#else
+  return results <= 2 ? 4 : 2;
+#endif
+}
+
+// ---- walks --------------------------------------------------------------------------------------
+
+// One row whose classes lie side by side, a register of them at a time; or, kTile, registers of
+// neighbouring rows, class by class, from lines of `width` rows each.
+template <class Loss, class T, bool kTile>
+struct RowsWalk {
+  using Numbers = RowNumbers<Loss>;
+  using Ids = Vec<Integer<T>>;
+  static constexpr int kElements = Numbers::kElements;
+  static constexpr bool kHasLabel = Numbers::kHasLabel;
+  static constexpr int64_t kLanes = Vec<T>::size(), kStep = kTile ? 1 : kLanes;
+  static constexpr int64_t kBlock = 128;  // registers whose floats are added up as floats
+  static constexpr Integer<T> kNone = -1;
+
+  const Loss* loss;
+  int64_t classes, width, rows;
+  const T* x[kElements];
+  const T* weights[at_least_one(Numbers::kPerClasses)];  // of the classes
+  T* kept[at_least_one(Loss::kKeptCount)];               // in lines like x's
+  double* numbers;                                       // of the first row,
+  int64_t stride;                                        // from one of its numbers to the next
+  const Integer<T>* label;                               // of each row; kNone: it has none
+  // What the last level's walk prefetches: inputs of a later walk, and gradients of this one. Bytes
+  // from a class to the next, and from a row.
+  struct Prefetched {
+    const char* from;
+    int64_t by_class, by_row;
+  };
+  Prefetched next[kElements], out[kElements];
+
+  // To the next register of rows.
+  FUSEDLOSS_HD void advance() {
+    for (auto& line : x) line += kLanes;
+    for (auto& line : kept) line += kLanes;
+    numbers += kLanes;
+    label += kLanes;
+    for (auto& lines : {&next, &out}) {
+      for (Prefetched& p : *lines) p.from += kLanes * p.by_row;
+    }
+  }
+
+  // What a register's terms are computed from.
+  struct Registers {
+    Vec<T> x[kElements], weights[at_least_one(Numbers::kPerClasses)],
+        kept[at_least_one(Loss::kKeptCount)];
+  };
+  struct Row {
+    Vec<T> number[Loss::kNumbers];
+    FUSEDLOSS_HD Vec<T> operator()(int i) const { return number[i]; }
+  };
+
+  FUSEDLOSS_HD Row row() const {
+    Row row;
+    unrolled<Loss::kNumbers>([&](auto i) FUSEDLOSS_INLINE {
+      const double* const from = numbers + i * stride;
+      if constexpr (kTile) {
+        row.number[i] = narrow(Wide<T>::load(from));
+      } else {
+        row.number[i] = Vec<T>(static_cast<T>(*from));
+      }
+    });
+    return row;
+  }
+  FUSEDLOSS_HD Ids labels() const {
+    if constexpr (!kHasLabel) return Ids(kNone);
+    return kTile ? Ids::loadu(label) : Ids(*label);
+  }
+  // The classes in the lanes of the register of class c.
+  static FUSEDLOSS_HD Ids ids(int64_t c) {
+    const Ids first(static_cast<Integer<T>>(c));
+    if constexpr (kTile) return first;
+    return [&]<int... i>(std::integer_sequence<int, i...>) FUSEDLOSS_INLINE {
+      return first + Ids(typename Ids::Type{i...});
+    }(std::make_integer_sequence<int, kLanes>());
+  }
+
+  FUSEDLOSS_HD int64_t at(int64_t c) const { return kTile ? c * width : c; }
+  // For the walk of kLevel. kWhole: all lanes of the register count, else `count`.
+  template <int kLevel, bool kWhole>
+  FUSEDLOSS_HD Registers read(int64_t c, int64_t count) const {
+    Registers from;
+    unrolled<kElements>([&](auto e) FUSEDLOSS_INLINE {
+      from.x[e] = kWhole ? Vec<T>::loadu(x[e] + at(c)) : Vec<T>::loadu(x[e] + at(c), count);
+    });
+    unrolled<Numbers::kPerClasses>([&](auto q) FUSEDLOSS_INLINE {
+      from.weights[q] = kTile ? Vec<T>(weights[q][c]) : Vec<T>::loadu(weights[q] + c);
+    });
+    unrolled<Loss::kKeptCount>([&](auto k) FUSEDLOSS_INLINE {
+      if constexpr (Loss::kKept[k].from < kLevel && kLevel <= Loss::kKept[k].until) {
+        from.kept[k] = Vec<T>::loadu(kept[k] + at(c));
+      }
+    });
+    return from;
+  }
+  FUSEDLOSS_HD void prefetch(int64_t c) const {
+    unrolled<kElements>([&](auto e) FUSEDLOSS_INLINE {
+      __builtin_prefetch(next[e].from + c * next[e].by_class, 0, 2);
+      __builtin_prefetch(out[e].from + c * out[e].by_class, 1, 2);
+    });
+  }
+
+  // Walks over all classes, for the maxima and sums of kLevel.
+  template <int kLevel>
+  [[gnu::noinline]] void level() const {
+    RowsWalk walk = *this;  // copies: members would be loaded again after each store
+    const Loss its = *loss;
+    for (int64_t i = 0; i < rows; i += kLanes, walk.advance()) walk.template level<kLevel>(its);
+  }
+  template <int kLevel>
+  FUSEDLOSS_HD void level(const Loss& its) const {
+    constexpr int kMaxima = Loss::kMaxima[kLevel], kSums = Loss::kSums[kLevel],
+                  kTerms = kMaxima + kSums, kAbreast = abreast(kTerms);
+    const Row r = row();
+    const Ids target = labels();
+    Vec<T> maxima[at_least_one(kMaxima)][kAbreast], sums[at_least_one(kSums)][kAbreast];
+    RegisterSum<T> totals[at_least_one(kSums)];
+    for (auto& of_max : maxima) std::fill_n(of_max, kAbreast, Vec<T>(-kInfinity<T>));
+
+    // The terms of `count` registers from class c on. kWhole: all lanes count, and no sum leaves
+    // one out.
+    const auto add = [&](auto count, auto whole, int64_t c) FUSEDLOSS_INLINE {
+      constexpr bool kWhole = kTile || whole();
+      const int64_t lanes = std::min(kLanes, classes - c);
+      Registers from[count];
+      Vec<T> terms[count][at_least_one(kTerms)];
+      unrolled<count>([&](auto u)
+                          FUSEDLOSS_INLINE { from[u] = read<kLevel, kWhole>(c + u * kStep, lanes); });
+      unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
+        its.template terms<kLevel>(from[u].x, from[u].weights, r, from[u].kept, terms[u]);
+      });
+      unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
+        const int64_t there = c + u * kStep;
+        unrolled<Loss::kKeptCount>([&](auto k) FUSEDLOSS_INLINE {
+          if constexpr (Loss::kKept[k].from == kLevel) from[u].kept[k].store(kept[k] + at(there));
+        });
+        if constexpr (kLevel + 1 == Loss::kLevels) prefetch(there);
+        const auto counted = [&](Vec<T> term, T none) FUSEDLOSS_INLINE {
+          return kWhole ? term : Vec<T>::set(Vec<T>(none), term, lanes);
+        };
+        unrolled<kMaxima>([&](auto m) FUSEDLOSS_INLINE {
+          maxima[m][u] = maximum(counted(terms[u][m], -kInfinity<T>), maxima[m][u]);
+        });
+        unrolled<kSums>([&](auto s) FUSEDLOSS_INLINE {
+          Vec<T> term = counted(terms[u][kMaxima + s], T(0));
+          if constexpr (kHasLabel && (kTile || !kWhole)) {
+            term = select(cast<T>(ids(there) == target), Vec<T>(0), term);
+          }
+          sums[s][u] = sums[s][u] + term;
+        });
+      });
+    };
+    const auto clear = [&]() FUSEDLOSS_INLINE {
+      for (auto& of_sum : sums) std::fill_n(of_sum, kAbreast, Vec<T>(0));
+    };
+    const auto add_up = [&]() FUSEDLOSS_INLINE {
+      unrolled<kSums>([&](auto s) FUSEDLOSS_INLINE { totals[s].add(sums[s]); });
+    };
+    // The register with the label goes alone.
+    const bool goes_alone = !kTile && kHasLabel && *label >= 0;
+    const int64_t alone = goes_alone ? *label / kLanes * kLanes : classes;
+    int64_t c = 0;
+    for (const int64_t stop : {alone, classes}) {
+      while (c + kAbreast * kStep <= stop) {
+        clear();
+        const int64_t end = std::min(stop, c + kBlock * kStep);
+        for (; c + kAbreast * kStep <= end; c += kAbreast * kStep) {
+          add(std::integral_constant<int, kAbreast>(), std::true_type(), c);
+        }
+        add_up();
+      }
+      clear();
+      for (const int64_t end = std::min(stop + kStep, classes); c < end; c += kStep) {
+        add(std::integral_constant<int, 1>(), std::false_type(), c);
+      }
+      add_up();
+    }
+
+    double* to = numbers + Numbers::of_level(kLevel) * stride;
+    unrolled<kMaxima>([&](auto m) FUSEDLOSS_INLINE {
+      Vec<T> max = maxima[m][0];
+      unrolled<kAbreast - 1>([&](auto u) { max = maximum(maxima[m][u + 1], max); });
+      if constexpr (kTile) {
+        widen(max).store(to);
+      } else {
+        *to = (max == max).all() ? max_lane(max) : std::numeric_limits<T>::quiet_NaN();
+      }
+      to += stride;
+    });
+    unrolled<kSums>([&](auto s) FUSEDLOSS_INLINE {
+      const Wide<T> lanes = totals[s].lanes();
+      if constexpr (kTile) {
+        lanes.store(to);
+      } else {
+        Vec<double> sum = lanes.part[0];
+        unrolled<Wide<T>::kParts - 1>([&](auto p) { sum = sum + lanes.part[p + 1]; });
+        *to = sum_of_lanes(sum);
+      }
+      to += stride;
+    });
+  }
+
+  // The first class of each lane at which a peak's term is its maximum, or kNone.
+  template <int kPeak>
+  FUSEDLOSS_HD Ids first_maximum(const Loss& its, const Row& r) const {
+    constexpr Peak peak = Loss::kPeaks[kPeak];
+    constexpr int kTerms = Loss::kMaxima[peak.level] + Loss::kSums[peak.level];
+    const Vec<T> max = r(Numbers::of_level(peak.level) + peak.term);
+    Ids first(kNone);
+    for (int64_t c = (classes - 1) / kStep * kStep; c >= 0; c -= kStep) {
+      Registers from = read<peak.level, kTile>(c, std::min(kLanes, classes - c));
+      Vec<T> terms[kTerms];
+      its.template terms<peak.level>(from.x, from.weights, r, from.kept, terms);
+      const Mask<T> here = (terms[peak.term] == max) & cast<T>(ids(c) < Ids(classes));
+      first = cast<Integer<T>>(select(here, cast<T>(ids(c)), cast<T>(first)));
+    }
+    return first;
+  }
+  // Adds to the gradients of class c what the peaks there add.
+  template <class Is>
+  FUSEDLOSS_HD void add_peaks(const Loss& its, const Row& r, const Registers& from, const Is& is_peak,
+                              Vec<T>* gradients) const {
+    unrolled<Loss::kPeakCount>([&](auto p) FUSEDLOSS_INLINE {
+      Vec<T> more[kElements];
+      std::fill_n(more, kElements, Vec<T>(0));
+      its.template at_peak<p>(from.x, from.weights, r, more);
+      unrolled<kElements>([&](auto e) FUSEDLOSS_INLINE {
+        gradients[e] = select(is_peak(p), gradients[e] + more[e], gradients[e]);
+      });
+    });
+  }
+  FUSEDLOSS_HD void set_at_label(const Row& r, Mask<T> is_label, Vec<T>* gradients) const {
+    if constexpr (kHasLabel) {
+      unrolled<kElements>([&](auto e) FUSEDLOSS_INLINE {
+        gradients[e] = select(is_label, r(Loss::kAtLabel[e]), gradients[e]);
+      });
+    }
+  }
+
+  // Where the gradients go: null for one that is not wanted. kTile: in lines.
+  struct Gradients {
+    T* to[kElements];
+    int64_t line[kElements];
+    bool streams;
+  };
+  // Those of the classes [begin, end), a multiple of a register's unless it is the last. Of a single
+  // row those of the label and of peaks are left to gradients_apart().
+  template <bool kAll>
+  [[gnu::noinline]] void gradients(Gradients out, int64_t begin, int64_t end) const {
+    RowsWalk walk = *this;
+    const Loss its = *loss;
+    for (int64_t i = 0; i < rows; i += kLanes, walk.advance()) {
+      walk.template gradients<kAll>(its, out, begin, end, rows - i);
+      for (T*& to : out.to) to += to ? kLanes : 0;
+    }
+  }
+  template <bool kAll>
+  FUSEDLOSS_HD void gradients(const Loss& its, const Gradients& out, int64_t begin, int64_t end,
+                              int64_t rows_left) const {
+    constexpr int kComputed = kAll ? kElements : 1, kAbreast = abreast(2 * kComputed);
+    constexpr int kPeaks = kTile ? Loss::kPeakCount : 0;
+    const Row r = row();
+    const Ids target = labels(), none(kNone);
+    const bool any_ignored = kTile && kHasLabel && (target == none).any();
+    Ids peaks[at_least_one(kPeaks)];
+    unrolled<kPeaks>([&](auto p) { peaks[p] = first_maximum<p>(its, r); });
+    const auto write = [&](auto count, auto whole, int64_t c) FUSEDLOSS_INLINE {
+      constexpr bool kWhole = kTile || whole();
+      const int64_t lanes = kTile ? rows_left : kWhole ? kLanes : std::min(kLanes, end - c);
+      Registers from[count];
+      Vec<T> g[count][kElements];
+      unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
+        from[u] = read<Loss::kLevels, kWhole>(c + u * kStep, lanes);
+      });
+      unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
+        its.template gradients<kAll>(from[u].x, from[u].weights, r, from[u].kept, g[u]);
+        if constexpr (kTile) {
+          const Ids id = ids(c + u);
+          set_at_label(r, cast<T>(id == target), g[u]);
+          const auto is_peak = [&](auto p) FUSEDLOSS_INLINE { return cast<T>(id == peaks[p]); };
+          add_peaks(its, r, from[u], is_peak, g[u]);
+          // 0 in an ignored row, whatever its numbers are.
+          if (any_ignored) {
+            for (Vec<T>& of : g[u]) of = select(cast<T>(target == none), Vec<T>(0), of);
+          }
+        }
+      });
+      unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
+        const int64_t there = c + u * kStep;
+        unrolled<kComputed>([&](auto e) FUSEDLOSS_INLINE {
+          T* const to = out.to[e] + (kTile ? there * out.line[e] : there - begin);
+          if (kComputed == 1 || out.to[e]) store(g[u][e], to, lanes, kTile && out.streams);
+        });
+      });
+    };
+    int64_t c = begin;
+    for (; c + kAbreast * kStep <= end; c += kAbreast * kStep) {
+      write(std::integral_constant<int, kAbreast>(), std::true_type(), c);
+    }
+    for (; c < end; c += kStep) write(std::integral_constant<int, 1>(), std::false_type(), c);
+  }
+
+  // Calls write(element, class, gradient) for those of a single row at its label and its peaks.
+  template <bool kAll, class Write>
+  void gradients_apart(const Write& write) const {
+    constexpr int kComputed = kAll ? kElements : 1;
+    const Row r = row();
+    std::array<int64_t, at_least_one(Loss::kPeakCount)> peaks;
+    unrolled<Loss::kPeakCount>([&](auto p) {
+      Integer<T> lanes[kLanes];
+      first_maximum<p>(*loss, r).store(lanes);
+      peaks[p] = classes;
+      for (const Integer<T> first : lanes) {
+        if (first != kNone) peaks[p] = std::min<int64_t>(peaks[p], first);
+      }
+    });
+    const auto write_at = [&](int64_t c) {
+      Registers from = read<Loss::kLevels, false>(c, 1);
+      Vec<T> g[kElements];
+      loss->template gradients<kAll>(from.x, from.weights, r, from.kept, g);
+      set_at_label(r, cast<T>(Ids(static_cast<Integer<T>>(c)) == labels()), g);
+      const Mask<T> all = Vec<T>(0) == Vec<T>(0);
+      add_peaks(*loss, r, from, [&](int p) { return peaks[p] == c ? all : ~all; }, g);
+      for (int e = 0; e < kComputed; ++e) {
+        T lanes[kLanes];
+        g[e].store(lanes);
+        write(e, c, lanes[0]);
+      }
+    };
+    if constexpr (kHasLabel) write_at(*label);
+    for (int p = 0; p < Loss::kPeakCount; ++p) {
+      if (peaks[p] < classes) write_at(peaks[p]);
+    }
+  }
+};
+
+// Fills in the numbers that follow from level kLevel, of `rows` rows.
+template <class Loss, int kLevel>
+[[gnu::noinline]] void compute_numbers(const Loss& loss, double* numbers, int64_t rows,
+                                       int64_t stride) {
+  const Loss its = loss;
+  for (int64_t i = 0; i < rows; i += Vec<double>::size()) {
+    Vec<double> r[Loss::kNumbers];
+    unrolled<Loss::kNumbers>([&](auto k) { r[k] = Vec<double>::loadu(numbers + k * stride + i); });
+    its.template row<kLevel>(r);
+    unrolled<Loss::kNumbers>([&](auto k) { r[k].store(numbers + k * stride + i); });
+  }
+}
+
+// ---- a call -------------------------------------------------------------------------------------
+
+template <class Loss, class T>
+struct CustomRowsProblem {
+  using Numbers = RowNumbers<Loss>;
+  static constexpr int64_t kLanes = Vec<T>::size();
+  const CustomRowsCall& call;
+  const double scale;
+  // Of a line of all classes: registers may be loaded from every class on.
+  const int64_t line = (call.classes / kLanes + 2) * kLanes;
+  const Buffer<T> weights{Numbers::kPerClasses * line};
+  Loss loss;
+  bool wants_elements = false, wants_others = false;  // gradients for elements; besides the first's
+
+  CustomRowsProblem(const CustomRowsCall& c, const double* parameters, double s) : call(c), scale(s) {
+    Loss::prepare(parameters, loss.constants);
+    for (int q = 0; q < Numbers::kPerClasses; ++q) {
+      const Rows& from = call.inputs[place_of<Loss>(Kind::kPerClass, q)];
+      widen(from.dtype, from.data, 0, from.classes, call.classes, &weights[q * line]);
+    }
+    for (int e = 0; e < Numbers::kElements; ++e) {
+      wants_elements = wants_elements || gradient(e).data;
+      wants_others = wants_others || (e > 0 && gradient(e).data);
+    }
+  }
+  const Rows& element(int e) const { return call.inputs[place_of<Loss>(Kind::kElement, e)]; }
+  const Rows& gradient(int e) const { return call.gradients[place_of<Loss>(Kind::kElement, e)]; }
+};
+
+// The rows of one task, whose numbers and lines are kept: `width` of them at most, a multiple of a
+// register's.
+template <class Loss, class T, bool kTile>
+struct CustomRowsTask {
+  using Problem = CustomRowsProblem<Loss, T>;
+  using Walk = RowsWalk<Loss, T, kTile>;
+  using Numbers = RowNumbers<Loss>;
+  static constexpr int kElements = Numbers::kElements;
+  static constexpr int64_t kLanes = Vec<T>::size();
+
+  const Problem& problem;
+  const CustomRowsCall& call = problem.call;
+  const int64_t width;
+  const Buffer<double> numbers{(Loss::kNumbers + 2) * width};
+  double* const weight = numbers.data() + Loss::kNumbers * width;  // of each row
+  double* const values = weight + width;                           // its loss
+  const Buffer<Integer<T>> labels{width};
+
+  CustomRowsTask(const Problem& p, int64_t w) : problem(p), width(w) {
+    std::fill_n(numbers.data(), (Loss::kNumbers + 2) * width, 0.0);
+    std::fill_n(number(Numbers::kClasses), width, double(call.classes));
+    std::fill_n(labels.data(), width, Integer<T>(0));
+  }
+  double* number(int i) const { return numbers.data() + i * width; }
+  bool ignored(int64_t row) const { return Numbers::kHasLabel && labels[row] == Walk::kNone; }
+
+  // The numbers of each row that are there before the first walk, but for those at its label.
+  void read_rows(const Tile& tile) const {
+    const auto read = [&](const Rows& rows, double* to) {
+      widen(rows.dtype, rows.data, tile.offset(rows), rows.inner, tile.n, to);
+    };
+    double* const scales = number(Numbers::kScale);
+    std::fill_n(weight, tile.n, 1.0);
+    std::fill_n(scales, tile.n, 1.0);
+    if (call.weight.data) read(call.weight, weight);
+    if (call.upstream.data) read(call.upstream, scales);
+    for (int64_t i = 0; i < tile.n; ++i) scales[i] *= problem.scale * weight[i];
+    for (int p = 0; p < Numbers::kPerRows; ++p) {
+      read(call.inputs[place_of<Loss>(Kind::kPerRow, p)], number(Numbers::kOfRow + p));
+    }
+    if constexpr (Numbers::kHasLabel) {
+      const Rows& from = call.inputs[place_of<Loss>(Kind::kLabel, 0)];
+      const auto* const label = static_cast<const int64_t*>(from.data) + tile.offset(from);
+      for (int64_t i = 0; i < tile.n; ++i) {
+        const int64_t c = label[i * from.inner];
+        labels[i] = c == call.ignore_index ? Walk::kNone : static_cast<Integer<T>>(c);
+      }
+    }
+  }
+  // Those of a row at its label, from its elements, a class `step` behind the one before.
+  template <class X>
+  void read_at_label(int64_t row, const X& x, int64_t step) const {
+    if constexpr (Numbers::kHasLabel) {
+      const int64_t c = std::max<int64_t>(labels[row], 0);
+      for (int e = 0; e < kElements; ++e) number(Numbers::kAtLabel + e)[row] = x[e][c * step];
+      for (int q = 0; q < Numbers::kPerClasses; ++q) {
+        number(Numbers::kAtLabel + kElements + q)[row] = problem.weights[q * problem.line + c];
+      }
+    }
+  }
+
+  // Calls walk(level) for each level, and has what follows from it computed.
+  template <class Each>
+  void walk_levels(int64_t n, const Each& walk) const {
+    compute_numbers<Loss, -1>(problem.loss, numbers.data(), n, width);
+    unrolled<Loss::kLevels>([&](auto level) {
+      walk(level);
+      compute_numbers<Loss, level>(problem.loss, numbers.data(), n, width);
+    });
+  }
+
+  // Writes each row's own results; returns the sum of the losses.
+  double write_rows(const Tile& tile) const {
+    const int64_t first = tile.outer * call.inner + tile.begin;
+    RegisterSum<double> sums;
+    for (int64_t i = 0; i < tile.n; ++i) {
+      values[i] = ignored(i) ? 0 : weight[i] * number(Loss::kValue)[i];
+    }
+    constexpr int64_t kStep = Vec<double>::size();
+    for (int64_t i = 0; i < tile.n; i += kStep) {
+      sums.add(Vec<double>::loadu(values + i, std::min(kStep, tile.n - i)));
+    }
+    const auto write = [&](double* from, const auto& to, int64_t offset, int64_t step) {
+      if (!to.data) return;
+      for (int64_t i = 0; i < tile.n; ++i) from[i] = ignored(i) ? 0 : from[i];
+      narrow(from, tile.n, to.dtype, const_cast<void*>(static_cast<const void*>(to.data)), offset,
+             step);
+    };
+    write(values, call.value, first, 1);
+    for (int k = 0; k < Loss::kAuxiliaryCount; ++k) {
+      write(number(Loss::kAuxiliary[k]), call.auxiliary[k], first, 1);
+    }
+    for (int p = 0; p < Numbers::kPerRows; ++p) {
+      const Rows& to = call.gradients[place_of<Loss>(Kind::kPerRow, p)];
+      if (to.data) write(number(Loss::kOfRow[p]), to, tile.offset(to), to.inner);
+    }
+    Sum sum;
+    sums.add_to(sum);
+    return sum.value();
+  }
+
+  // A walk over the rows from `row` on of a tile. Prefetches the row `ahead` of it.
+  Walk walk_at(const Tile& tile, int64_t row, int64_t ahead) const {
+    Walk walk{};
+    walk.loss = &problem.loss;
+    walk.classes = call.classes;
+    walk.width = walk.stride = width;
+    walk.rows = kTile ? tile.n : 1;
+    walk.numbers = numbers.data() + row;
+    walk.label = labels.data() + row;
+    for (int q = 0; q < Numbers::kPerClasses; ++q) {
+      walk.weights[q] = problem.weights.data() + q * problem.line;
+    }
+    for (int e = 0; e < kElements; ++e) {
+      const auto place = [&](const Rows& rows, int64_t i) -> typename Walk::Prefetched {
+        const int64_t bytes = bytes_of(rows.dtype);
+        return {address(rows, tile.offset(rows, 0, i)), rows.classes * bytes, rows.inner * bytes};
+      };
+      const Rows& out = problem.gradient(e);
+      walk.next[e] = place(problem.element(e), row + ahead);
+      walk.out[e] = out.data ? place(out, row) : walk.next[e];
+    }
+    return walk;
+  }
+};
+
+// Rows one by one. Short ones end together, a register of them: logarithms and quotients of a row
+// alone cost as much as a few hundred of its classes.
+template <class Loss, class T>
+struct CustomRowWalk : CustomRowsTask<Loss, T, false> {
+  using Base = CustomRowsTask<Loss, T, false>;
+  using Walk = typename Base::Walk;
+  using Base::call, Base::problem, Base::kElements, Base::kLanes, Base::ignored;
+  static constexpr int64_t kGroup = Vec<double>::size();
+  static constexpr int64_t kGroupBytes = 64 << 10;  // of a group's lines
+  static constexpr int64_t kLines = kElements + Loss::kKeptCount;
+  static constexpr int64_t kPiece = 1024;  // classes whose gradients are converted together
+
+  const int64_t group = std::clamp<int64_t>(
+      kGroupBytes / (kLines * problem.line * static_cast<int64_t>(sizeof(T))), 1, kGroup);
+  // Of each row the elements that are not read in place, and the kept values.
+  const Buffer<T> lines{group * kLines * problem.line};
+  const Buffer<T> pieces{kElements * kPiece};
+  Walk walks[kGroup];
+
+  explicit CustomRowWalk(const CustomRowsProblem<Loss, T>& p) : Base(p, kGroup) {}
+
+  double process(const Tile& tile) {
+    Base::read_rows(tile);
+    for (int64_t k = 0; k < tile.n; ++k) {
+      Walk& walk = walks[k] = Base::walk_at(tile, k, tile.n);
+      T* line = &lines[k * kLines * problem.line];
+      for (int e = 0; e < kElements; ++e, line += problem.line) {
+        const Rows& from = problem.element(e);
+        const int64_t offset = tile.offset(from, 0, k);
+        if (from.classes == 1 && is_dtype<T>(from.dtype)) {
+          walk.x[e] = elements<T>(from, offset);
+        } else {
+          if (!ignored(k)) widen(from.dtype, from.data, offset, from.classes, call.classes, line);
+          walk.x[e] = line;
+        }
+      }
+      for (int j = 0; j < Loss::kKeptCount; ++j) walk.kept[j] = line + j * problem.line;
+      Base::read_at_label(k, walk.x, 1);
+    }
+    Base::walk_levels(tile.n, [&](auto level) {
+      for (int64_t k = 0; k < tile.n; ++k) {
+        if (!ignored(k)) walks[k].template level<level>();
+      }
+    });
+    for (int64_t k = 0; k < tile.n && problem.wants_elements; ++k) {
+      if (ignored(k)) {
+        clear_gradients(tile, k);
+      } else if (kElements > 1 && problem.wants_others) {
+        write_gradients<(kElements > 1)>(tile, k);
+      } else {
+        write_gradients<false>(tile, k);
+      }
+    }
+    return Base::write_rows(tile);
+  }
+
+  template <bool kAll>
+  void write_gradients(const Tile& tile, int64_t k) const {
+    typename Walk::Gradients to{};
+    bool direct = true;
+    for (int e = 0; e < kElements; ++e) {
+      const Rows& out = problem.gradient(e);
+      direct = direct && (!out.data || (out.classes == 1 && is_dtype<T>(out.dtype)));
+    }
+    const int64_t step = direct ? call.classes : kPiece;
+    for (int64_t begin = 0; begin < call.classes; begin += step) {
+      const int64_t n = std::min(step, call.classes - begin);
+      for (int e = 0; e < kElements; ++e) {
+        const Rows& out = problem.gradient(e);
+        if (!out.data) continue;
+        to.to[e] = direct ? elements<T>(out, tile.offset(out, 0, k)) : &pieces[e * kPiece];
+      }
+      walks[k].template gradients<kAll>(to, begin, begin + n);
+      for (int e = 0; e < kElements && !direct; ++e) {
+        if (to.to[e]) write(e, tile, k, begin, n, to.to[e]);
+      }
+    }
+    walks[k].template gradients_apart<kAll>([&](int e, int64_t c, T gradient) {
+      if (to.to[e]) write(e, tile, k, c, 1, &gradient);
+    });
+  }
+  void write(int e, const Tile& tile, int64_t k, int64_t begin, int64_t n, const T* from) const {
+    const Rows& out = problem.gradient(e);
+    narrow(from, n, out.dtype, const_cast<void*>(out.data), tile.offset(out, begin, k), out.classes);
+  }
+  void clear_gradients(const Tile& tile, int64_t k) const {
+    std::fill_n(pieces.data(), kPiece, T(0));
+    for (int e = 0; e < kElements; ++e) {
+      for (int64_t c = 0; c < call.classes && problem.gradient(e).data; c += kPiece) {
+        write(e, tile, k, c, std::min(kPiece, call.classes - c), pieces.data());
+      }
+    }
+  }
+};
+
+// Tiles of neighbouring rows, a row a lane.
+template <class Loss, class T>
+struct CustomTileWalk : CustomRowsTask<Loss, T, true> {
+  using Base = CustomRowsTask<Loss, T, true>;
+  using Walk = typename Base::Walk;
+  using Base::call, Base::problem, Base::kElements, Base::kLanes, Base::width, Base::labels;
+  static constexpr int64_t kLines = kElements + Loss::kKeptCount;
+
+  const int64_t size = call.classes * width;
+  const TileCopier<T> copier{call.classes, width};
+  const Buffer<T> lines{kLines * size};  // the elements, then the kept values
+
+  CustomTileWalk(const CustomRowsProblem<Loss, T>& p, int64_t w) : Base(p, w) {}
+
+  double process(const Tile& tile) const {
+    Base::read_rows(tile);
+    Walk walk = Base::walk_at(tile, 0, width);
+    for (int e = 0; e < kElements; ++e) {
+      copier.template copy<false>(problem.element(e), tile, &lines[e * size]);
+      walk.x[e] = &lines[e * size];
+    }
+    for (int j = 0; j < Loss::kKeptCount; ++j) walk.kept[j] = &lines[(kElements + j) * size];
+    for (int64_t i = 0; i < tile.n; ++i) {
+      std::array<const T*, kElements> x;
+      for (int e = 0; e < kElements; ++e) x[e] = walk.x[e] + i;
+      Base::read_at_label(i, x, width);
+    }
+    Base::walk_levels(tile.n, [&](auto level) { walk.template level<level>(); });
+    if (problem.wants_elements) {
+      if (kElements > 1 && problem.wants_others) {
+        write_gradients<(kElements > 1)>(tile, walk);
+      } else {
+        write_gradients<false>(tile, walk);
+      }
+    }
+    return Base::write_rows(tile);
+  }
+
+  template <bool kAll>
+  void write_gradients(const Tile& tile, const Walk& walk) const {
+    typename Walk::Gradients to{};
+    bool direct = true, streams = size * call.outer * call.inner / width * sizeof(T) >= kStreamed;
+    for (int e = 0; e < kElements; ++e) {
+      const Rows& out = problem.gradient(e);
+      direct = direct && (!out.data || (out.inner == 1 && is_dtype<T>(out.dtype)));
+    }
+    for (int e = 0; e < kElements; ++e) {
+      const Rows& out = problem.gradient(e);
+      if (!out.data) continue;
+      // In place of the elements, which a register of rows has read by then.
+      to.to[e] = direct ? elements<T>(out, tile.offset(out)) : &lines[e * size];
+      to.line[e] = direct ? out.classes : width;
+      streams = streams && to.line[e] % kLanes == 0 && is_streamable(to.to[e]);
+    }
+    to.streams = direct && streams;
+    walk.template gradients<kAll>(to, 0, call.classes);
+    for (int e = 0; e < kElements && !direct; ++e) {
+      if (to.to[e]) copier.template copy<true>(problem.gradient(e), tile, to.to[e]);
+    }
+  }
+};
+
+// Whether to go row by row, and not by tiles of neighbouring rows. Fixed by the first input, so that
+// every call on it gives the same bits.
+inline bool goes_by_row(const CustomRowsCall& call) {
+  constexpr int64_t kFew = 128, kRows = 16;
+  const Rows& input = call.inputs[0];
+  if (call.inner < kRows) return true;
+  return call.classes > kFew && input.classes < input.inner;
+}
+
+template <class Loss, class T>
+double run_custom_rows(const CustomRowsCall& call, const double* parameters, double scale,
+                       ParallelFor threads) {
+  const CustomRowsProblem<Loss, T> problem(call, parameters, scale);
+  constexpr int64_t kTask = 32768;  // elements a task, at least
+  constexpr int64_t kLanes = Vec<T>::size();
+  const auto run = [&](auto make, int64_t rows, auto&& width_of) {
+    using Walk = typename decltype(make())::element_type;
+    const int64_t tiles = (call.inner + rows - 1) / rows;
+    return sum_tasks<Walk>(threads, call.outer * tiles, make, [&](auto& walk, int64_t task) {
+      const int64_t begin = task % tiles * rows, end = std::min(call.inner, begin + rows);
+      const int64_t width = width_of(walk);
+      Sum sum;
+      for (int64_t row = begin; row < end; row += width) {
+        sum.add(walk.process({task / tiles, row, std::min(width, end - row)}));
+      }
+      return sum.value();
+    });
+  };
+  if (goes_by_row(call)) {
+    using Walk = CustomRowWalk<Loss, T>;
+    return run([&] { return std::make_unique<Walk>(problem); },
+               std::max<int64_t>(Walk::kGroup, kTask / call.classes / Walk::kGroup * Walk::kGroup),
+               [](const Walk& walk) { return walk.group; });
+  }
+  using Walk = CustomTileWalk<Loss, T>;
+  // 32 KiB of lines stay in the L1 cache between their uses. Lines of fewer than 128 rows cost more
+  // than a tile that only the L2 cache holds; and no line has fewer than 32.
+  const auto fit = [&](int64_t bytes) {
+    return bytes / (Walk::kLines * call.classes * static_cast<int64_t>(sizeof(T)));
+  };
+  const int64_t least = std::clamp<int64_t>(fit(256 << 10), 32, 128);
+  // An odd number of registers, so that the lines of a column fall on different places in the
+  // cache.
+  const int64_t full = (std::clamp<int64_t>(fit(32 << 10), least, 4096) / kLanes | 1) * kLanes;
+  const int64_t width = std::min(full, (call.inner + kLanes - 1) / kLanes * kLanes);
+  return run([&] { return std::make_unique<Walk>(problem, width); }, width,
+             [&](const Walk&) { return width; });
+}
+
+template <class Loss>
+double run_custom_rows_of(const CustomRowsCall& call, const double* parameters, double scale,
+                          ParallelFor threads) {
+  CustomRowsCall laid = call;
+  if (call.inner == 1) laid.lay_rows_inside();
+  return call.compute_in_double ? run_custom_rows<Loss, double>(laid, parameters, scale, threads)
+                                : run_custom_rows<Loss, float>(laid, parameters, scale, threads);
+}
+
+template <class Loss>
+constexpr CustomRowsKernel custom_rows_kernel() {
+  return {kCustomRowsVersion, static_cast<int32_t>(std::size(Loss::kKinds)), Loss::kParameters,
+          Loss::kAuxiliaryCount, Loss::kKinds, &run_custom_rows_of<Loss>};
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fusedloss::cpu
+
+#define FUSEDLOSS_CUSTOM_ROWS(LOSS)                                                             \
+  extern "C" __attribute__((visibility("default"))) const fusedloss::cpu::CustomRowsKernel*     \
+  FUSEDLOSS_CUSTOM_ROWS_ENTRY() {                                                               \
+    static constexpr auto kernel = fusedloss::cpu::CPU_CAPABILITY::custom_rows_kernel<LOSS>();  \
+    return &kernel;                                                                             \
+  }
