@@ -121,7 +121,7 @@ struct RowPlace {
   int64_t outer, inner;
 
   __device__ RowPlace(const CustomRowsCall& c, int64_t row) : outer(row), inner(0) {
-    if (c.inner == 1) return;
+    if (c.inner <= 1) return;
     outer = quotient(row, c.inner, c.outer * c.inner);
     inner = row - outer * c.inner;
   }
@@ -249,9 +249,13 @@ struct RowWalk {
 
   // ---- slots ----
 
-  __device__ V& slot(int i, int k) const {
-    return smem[((stage * kElements + i) * tiling.vectors_per_thread + k) *
-                static_cast<int>(blockDim.x)];
+  // Input i's slot at a place of the first one's.
+  __device__ V& slot(int i, int place) const {
+    return smem[(place + i * tiling.vectors_per_thread) * static_cast<int>(blockDim.x)];
+  }
+  // Where slot k of a row in shared memory is.
+  __device__ int place_in_smem(int k) const {
+    return stage * kElements * tiling.vectors_per_thread + k;
   }
   __device__ Part& kept_slot(int j, int k, int part) const {
     const int lines = tiling.stages * kElements + j * kParts + part;
@@ -278,51 +282,46 @@ struct RowWalk {
   __device__ const Rows& element_input() const {
     return c.inputs[place_of<Loss>(Kind::kElement, i)];
   }
-  // Reads slot v of input i into `to`, or begins to.
-  template <int i, bool kAsync>
-  __device__ void fetch(const Line& line, int v, V& to) const {
+  // Begins to copy slot v of input i.
+  template <int i>
+  __device__ void prefetch(const Line& line, int v, V& to) const {
     const Rows& r = element_input<i>();
     const int first = line.first_class(v);
     const unsigned valid = lanes(first);
     const D* const from = static_cast<const D*>(r.data) + line.begin[i];
     if ((line.vectors >> i & 1) && valid == kAllLanes) {
-      const V& whole = *reinterpret_cast<const V*>(from + first);
-      if constexpr (kAsync) {
-        cp_async(to, &whole);
-      } else {
-        to = whole;
-      }
+      cp_async(to, reinterpret_cast<const V*>(from + first));
       return;
     }
-    if (r.dtype == kDType<D>) {
-      each<kSize>([&](auto e) {
-        if (!(valid >> e & 1)) return;
-        const D& x = from[(first + e) * r.classes];
-        if constexpr (kAsync && sizeof(D) >= 4) {
-          cp_async(to.element[e], &x);
+    // There are no asynchronous copies of two bytes: a few loads are in flight together. All inputs
+    // have this type then.
+    constexpr int kTogether = sizeof(D) == 2 ? 4 : 1;
+#pragma unroll 1
+    for (int lane = 0; lane < kSize; lane += kTogether) {
+      const int64_t at = (first + lane) * r.classes;
+      D x[kTogether];
+      each<kTogether>([&](auto e) {
+        if (!(valid >> (lane + e) & 1)) return;
+        if constexpr (sizeof(D) == 2) {
+          x[e] = from[at + e * r.classes];
+        } else if (r.dtype == kDType<D>) {
+          cp_async(to.element[lane], from + at);
         } else {
-          to.element[e] = x;
+          to.element[lane] = read<T>(r.data, r.dtype, line.begin[i] + at);
         }
       });
-      return;
-    }
-#pragma unroll 1
-    for (int e = 0; e < kSize; ++e) {
-      if (!(valid >> e & 1)) continue;
-      const D x = narrow<D>(read<T>(r.data, r.dtype, line.begin[i] + (first + e) * r.classes));
-      if constexpr (kAsync) {
-        to.element[e] = x;
-      } else {
-        set_lane(to, e, x);
+      if constexpr (sizeof(D) == 2) {
+        each<kTogether>([&](auto e) { to.element[lane + e] = x[e]; });
       }
     }
   }
-  __device__ void prefetch(const Line& line, int v, int k) const {
-    each<kElements>([&](auto i) { this->template fetch<i, true>(line, v, this->slot(i, k)); });
+  __device__ void prefetch(const Line& line, int v, int place) const {
+    each<kElements>([&](auto i) { this->template prefetch<i>(line, v, this->slot(i, place)); });
   }
-  // ... v and this thread's slots behind it.
+  // ... v and this thread's slots behind it, of a row that is to be in shared memory.
   __device__ void prefetch_row(const Line& line, int v, int k) const {
-    for (; v < line.slots; v += group.size, ++k) prefetch(line, v, k);
+#pragma unroll 1
+    for (; v < line.slots; v += group.size, ++k) prefetch(line, v, place_in_smem(k));
   }
   __device__ void prefetch_row(const Line& line) const { prefetch_row(line, group.rank, 0); }
 
@@ -342,19 +341,6 @@ struct RowWalk {
     T x[kElements], w[at_least_one(Numbers::kPerClasses)], kept[at_least_one(Loss::kKeptCount)];
   };
 
-  // This thread's slot k, which is slot v of the row.
-  __device__ Slots load(const Line& line, int v, int k) const {
-    Slots s;
-    s.first = line.first_class(v);
-    each<kElements>([&](auto i) {
-      if (tiling.fits_in_smem) {
-        s.x[i] = this->slot(i, k);
-      } else {
-        this->template fetch<i, false>(line, v, s.x[i]);
-      }
-    });
-    return s;
-  }
   __device__ Class class_at(const Slots& s, int e) const {
     Class one;
     each<kElements>([&](auto i) { one.x[i] = T(widen(s.x[i], e)); });
@@ -402,11 +388,39 @@ struct RowWalk {
 
   // ---- walks ----
 
+  // Calls f(slots, k) for each slot k of this thread. Where the row is in shared memory, kPrefetches
+  // says whether row `next` takes the place of what has been read. Else `next` is the row itself,
+  // and slots of it are copied there a few ahead.
+  template <bool kPrefetches, class F>
+  __device__ void for_each_slot(const Line& line, const Line& next, F&& f) const {
+    const bool in_smem = tiling.fits_in_smem;
+    const int ahead = in_smem ? 0 : tiling.stages;
+    int v = group.rank - ahead * group.size, stage = 0;
+#pragma unroll 1
+    for (int k = -ahead; v < line.slots; ++k, v += group.size) {
+      const int place = in_smem ? place_in_smem(k) : stage * kElements;
+      if (k >= 0) {
+        if (!in_smem) cp_async_wait(tiling.stages - 1);
+        Slots s;
+        s.first = line.first_class(v);
+        each<kElements>([&](auto i) { s.x[i] = this->slot(i, place); });
+        f(s, k);
+      }
+      if (kPrefetches || !in_smem) {
+        if (v + ahead * group.size < next.slots) prefetch(next, v + ahead * group.size, place);
+      }
+      if (!in_smem) {
+        cp_async_commit();
+        stage = stage + 1 < tiling.stages ? stage + 1 : 0;
+      }
+    }
+    if (kPrefetches && in_smem) prefetch_row(next, v, (v - group.rank) / group.size);
+  }
+
   template <int kLevel>
   __device__ void add(Terms<kLevel>& total, const Line& line) const {
     constexpr int kMaxima = Loss::kMaxima[kLevel], kSums = Loss::kSums[kLevel];
-    for (int v = group.rank, k = 0; v < line.slots; v += group.size, ++k) {
-      const Slots s = load(line, v, k);
+    for_each_slot<false>(line, line, [&](const Slots& s, int k) {
       const unsigned counted = lanes(s.first), summed = summed_lanes(s.first);
       T sums[at_least_one(kSums)];
       each<kSums>([&](auto j) { sums[j] = T(-0.0); });  // -0 + x is x
@@ -434,7 +448,7 @@ struct RowWalk {
         });
       });
       each<kSums>([&](auto j) { total.sum[j] += sums[j]; });
-    }
+    });
   }
   // Walks all levels and computes the row numbers. A row without slots takes part in what threads
   // do together.
@@ -454,8 +468,7 @@ struct RowWalk {
   __device__ Peaks peaks(const Line& line, bool live) const {
     Peaks found;
     if constexpr (Loss::kPeakCount > 0) {
-      for (int v = group.rank, k = 0; live && v < line.slots; v += group.size, ++k) {
-        const Slots s = load(line, v, k);
+      const auto look = [&](const Slots& s, int) {
         const unsigned counted = lanes(s.first);
         each<kSize>([&](auto e) {
           each<Loss::kPeakCount>([&](auto p) {
@@ -468,7 +481,8 @@ struct RowWalk {
             if (is_peak && (counted >> e & 1)) found.first[p] = min(found.first[p], s.first + e);
           });
         });
-      }
+      };
+      if (live) for_each_slot<false>(line, line, look);
       group.all_reduce(found);
     }
     return found;
@@ -496,7 +510,7 @@ struct RowWalk {
     const Rows& r = gradient<i>();
     void* const data = const_cast<void*>(r.data);
     const int64_t at = to.begin[i] + place * r.classes;
-    if (r.dtype == kDType<D>) {
+    if (sizeof(D) == 2 || r.dtype == kDType<D>) {
       static_cast<D*>(data)[at] = x;
     } else {
       write(data, r.dtype, at, widen(x));
@@ -539,7 +553,7 @@ struct RowWalk {
     });
   }
 
-  // Writes this thread's part of the gradients, and prefetches row `next` into the slots it frees.
+  // Writes this thread's part of the gradients; next: see for_each_slot().
   __device__ void write_gradients(const Line& line, const RowPlace& place, bool live, T filler,
                                   const Peaks& peaks, const Line& next) const {
     Gradients to;
@@ -550,10 +564,7 @@ struct RowWalk {
       to.vectors |= unsigned{Line::misaligned(r, to.begin[i]) == line.before} << i;
       if (i > 0) later = later || r.data;
     });
-    int v = group.rank, k = 0;
-    for (; v < line.slots; v += group.size, ++k) {
-      const Slots s = load(line, v, k);
-      if (v < next.slots) prefetch(next, v, k);
+    for_each_slot<true>(line, next, [&](const Slots& s, int k) {
       if (!live) {
         V g;
         each<kSize>([&](auto e) { g.element[e] = narrow<D>(filler); });
@@ -565,8 +576,7 @@ struct RowWalk {
       } else {
         store_slot<kElements == 1>(to, s, k, peaks);
       }
-    }
-    prefetch_row(next, v, k);
+    });
     if constexpr (Numbers::kHasLabel) {
       // Behind the vector that held it, by the same thread.
       if (!live || group.owner((label + line.before) / kSize) != group.rank) return;
@@ -591,6 +601,17 @@ struct RowWalk {
 template <class D>
 constexpr int kMinCustomRowBlocks = sizeof(D) == 8 ? 1 : 2;
 
+// Shared memory of what threads merge: see all_reduce_block() and the states of a cluster's blocks.
+template <class Walk, int kLevels>
+constexpr int reduction_bytes() {
+  if constexpr (kLevels == 0) {
+    return sizeof(typename Walk::Peaks) * 2 * (kRowBlock / kWarp + 1);
+  } else {
+    return sizeof(typename Walk::template Terms<kLevels - 1>) * 2 * (kRowBlock / kWarp + 1) +
+           reduction_bytes<Walk, kLevels - 1>();
+  }
+}
+
 template <class Loss, class D>
 __device__ void compute_rows(const CustomParameters<Loss>& given, const CustomRowsCall& c,
                              const Launch& l, const RowTiling& tiling) {
@@ -598,16 +619,19 @@ __device__ void compute_rows(const CustomParameters<Loss>& given, const CustomRo
   using Numbers = RowNumbers<Loss>;
   using Head = RowHead<Loss, T>;
   using Line = RowLine<Loss, D>;
+  using Group = ThreadGroup<Scope::kAny>;
+  using Walk = RowWalk<Loss, D, Group>;
+  static_assert(reduction_bytes<Walk, Loss::kLevels>() + sizeof(Loss) + 2048 <= kCustomStaticSmem,
+                "the loss has too many sums");
   extern __shared__ uint4 smem[];
   const Loss& made = prepared(given);
   const GradientScale& s = GradientScale::of_block<Numbers::kHasLabel>(l);
   update_predictor(l, s);
   if (can_skip(l, s)) return;
   const Loss loss = made;  // a copy, which stays in registers
-  ThreadGroup<Scope::kAny> group(tiling.threads_per_row);
+  Group group(tiling.threads_per_row);
   const int64_t rows = c.outer * c.inner, step = group.row_stride();
-  RowWalk<Loss, D, ThreadGroup<Scope::kAny>> walk{
-      loss, c, tiling, group, reinterpret_cast<Vector16<D>*>(smem) + threadIdx.x};
+  Walk walk{loss, c, tiling, group, reinterpret_cast<Vector16<D>*>(smem) + threadIdx.x};
   int64_t row = group.first_row() + group.row_in_block();
   for (; walk.stage < tiling.stages; ++walk.stage) {
     if (tiling.fits_in_smem) walk.prefetch_row(Line(c, row + walk.stage * step));
@@ -642,12 +666,12 @@ __device__ void compute_rows(const CustomParameters<Loss>& given, const CustomRo
       });
     }
     // The blocks of a cluster may have read different predictions.
-    typename decltype(walk)::Peaks peaks;
+    typename Walk::Peaks peaks;
     if (l.pass != Pass::kValue) peaks = walk.peaks(line, head.live);
-    const Line next(c, tiling.fits_in_smem ? row + tiling.stages * step : rows);
+    const Line next(c, tiling.fits_in_smem ? row + tiling.stages * step : row);
     if (s.write) {
       walk.write_gradients(line, place, head.live, head.filler(), peaks, next);
-    } else {
+    } else if (tiling.fits_in_smem) {
       walk.prefetch_row(next);
     }
     cp_async_commit();
@@ -668,5 +692,5 @@ __device__ void compute_rows(const CustomParameters<Loss>& given, const CustomRo
 #define FUSEDLOSS_CUSTOM_ROWS_CUDA(LOSS)                   \
   namespace fusedloss::cuda {                              \
   using Given = LOSS;                                      \
-  FUSEDLOSS_CUSTOM_ROWS(FUSEDLOSS_CUSTOM_ROWS_KERNEL)      \
+  FUSEDLOSS_CUSTOM_ROWS_KERNELS(FUSEDLOSS_CUSTOM_ROWS_KERNEL)      \
   }

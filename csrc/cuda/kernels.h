@@ -101,7 +101,7 @@ Kernel cross_entropy;
 constexpr int kCustomKernels = 9;
 // Those of a custom row loss, with the type that the first input has; float and double also serve
 // inputs of several types. The number is the version of this file, of call.h and of sizes.h.
-#define FUSEDLOSS_CUSTOM_ROWS(X)                   \
+#define FUSEDLOSS_CUSTOM_ROWS_KERNELS(X)                   \
   X(fusedloss_custom_rows1_float64, double)          \
   X(fusedloss_custom_rows1_float32, float)           \
   X(fusedloss_custom_rows1_bfloat16, __nv_bfloat16)  \
@@ -113,5 +113,11 @@ struct CustomKernels;
 // the same loss's for other devices. Throws std::runtime_error where that cannot be done.
 const CustomKernels* load_custom(const char* file, int capability, const CustomKernels* others);
 cudaError_t run_custom(const CustomKernels& kernels, const Call& call, const Launch& launch);
+
+// The same of a custom row loss. elements: bit i says that input i has a number for each class;
+// kept: how many values of a class walks keep.
+const CustomKernels* load_custom_rows(const char* file, int capability, unsigned elements, int kept,
+                                      const CustomKernels* others);
+cudaError_t run_custom_rows(const CustomKernels& kernels, const Call& call, const Launch& launch);
 
 }  // namespace fusedloss::cuda

@@ -14,6 +14,7 @@ constexpr int64_t kMaxSlices = 512;
 
 // Shared memory that kernels declare and the system reserves, and what a kernel gets unasked.
 constexpr int64_t kStaticSmem = 4 << 10, kDefaultSmem = 48 << 10;
+constexpr int64_t kCustomStaticSmem = 8 << 10;  // the former of a custom row loss's kernel, at most
 
 // ---- rows that threads share --------------------------------------------------------------------
 
