@@ -152,7 +152,9 @@ cudaError_t run_custom_rows(const CustomKernels& kernels, const Call& call, cons
   const RowsPlan plan = plan_custom_rows(rows, mine->rows, device);
   allow_smem(kernel, plan.smem);
   const LaunchConfig config(plan, launch.stream);
-  const void* arguments[] = {&rows, &launch, call.parameters, &plan.tiling};
+  const double none = 0;  // in the place of a loss's parameters that has none
+  const void* const parameters = call.parameters ? call.parameters : &none;
+  const void* arguments[] = {&rows, &launch, parameters, &plan.tiling};
   return cudaLaunchKernelExC(&config.config, kernel, const_cast<void**>(arguments));
 }
 

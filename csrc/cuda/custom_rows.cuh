@@ -244,8 +244,8 @@ struct RowWalk {
   Group& group;
   V* const smem;  // this thread's: (stages, elements, vectors_per_thread), then those of kept values
   int stage = 0;
-  T r[Loss::kNumbers];
-  int label;
+  T r[Loss::kNumbers] = {};
+  int label = -1;
 
   // ---- slots ----
 
@@ -341,15 +341,14 @@ struct RowWalk {
     T x[kElements], w[at_least_one(Numbers::kPerClasses)], kept[at_least_one(Loss::kKeptCount)];
   };
 
-  __device__ Class class_at(const Slots& s, int e) const {
-    Class one;
+  // All but the kept values.
+  __device__ void read_class(Class& one, const Slots& s, int e) const {
     each<kElements>([&](auto i) { one.x[i] = T(widen(s.x[i], e)); });
     each<Numbers::kPerClasses>([&](auto i) {
       const Rows& r = c.inputs[place_of<Loss>(Kind::kPerClass, i)];
       const int place = min(max(s.first + e, 0), static_cast<int>(c.classes) - 1);
       one.w[i] = read<T>(r.data, r.dtype, place * r.classes);
     });
-    return one;
   }
   template <int kLevel, int kCount>
   __device__ void terms(Class& one, T (&out)[kCount]) const {
@@ -373,7 +372,7 @@ struct RowWalk {
   template <int kLevel>
   __device__ void read_part(const Slots& s, int k, int part, Class (&classes)[Part::kSize]) const {
     each<Part::kSize>(
-        [&](auto e) { classes[e] = this->class_at(s, part * Part::kSize + e); });
+        [&](auto e) { this->read_class(classes[e], s, part * Part::kSize + e); });
     if (tiling.keeps) {
       each<Loss::kKeptCount>([&](auto j) {
         if constexpr (reads_kept<Loss>(kLevel, j)) {
@@ -473,7 +472,8 @@ struct RowWalk {
         each<kSize>([&](auto e) {
           each<Loss::kPeakCount>([&](auto p) {
             constexpr Peak kPeak = Loss::kPeaks[p];
-            Class one = this->class_at(s, e);
+            Class one;
+            this->read_class(one, s, e);
             this->template recompute_kept<kPeak.level>(one);
             T out[kTerms<kPeak.level>];
             this->template terms<kPeak.level>(one, out);

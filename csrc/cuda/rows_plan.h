@@ -37,7 +37,7 @@ struct RowsPlan {
 constexpr int kStridedBlock = 128, kStridedSmemBlock = 64;
 
 // Blocks that an SM should hold at least, so that some move data while others compute.
-constexpr int64_t kMinBlocksPerSM = 3;
+constexpr int64_t kMinRowBlocksPerSM = 3;
 
 // Those of rows_strided_smem by its registers: 512 threads.
 constexpr int kMinStridedSmemBlocks = 512 / kStridedSmemBlock;
@@ -199,7 +199,7 @@ RowsPlan plan_strided(const fusedloss::RowsCall& call, const Device& device) {
   plan.kernel = vectorized ? RowsPlan::Kernel::kStridedVectorized : RowsPlan::Kernel::kStrided;
   plan.threads = kStridedBlock;
   const int64_t smem = (call.classes + index_vectors(size)) * kStridedSmemBlock * kVectorBytes;
-  if (vectorized && kMinBlocksPerSM * (smem + kStaticSmem) <= device.smem_per_sm()) {
+  if (vectorized && kMinRowBlocksPerSM * (smem + kStaticSmem) <= device.smem_per_sm()) {
     plan.kernel = RowsPlan::Kernel::kStridedSmem;
     plan.threads = kStridedSmemBlock;
     plan.smem = smem;
@@ -319,7 +319,7 @@ RowsPlan plan_contiguous(const RowsDemand& demand, const Device& device,
     tiling.vectors_per_thread = static_cast<int>(ceil_div(vectors, tiling.threads_per_row));
     plan.threads = kRowBlock;
     // Smaller blocks where there are too few of them, or where shared memory is too small for some.
-    const int64_t smem = device.smem_per_sm() / kMinBlocksPerSM - kStaticSmem;
+    const int64_t smem = device.smem_per_sm() / kMinRowBlocksPerSM - kStaticSmem;
     while (plan.threads > kWarp &&
            (ceil_div(rows, plan.threads / tiling.threads_per_row) < sms ||
             tiling.vectors_per_thread * lines * plan.threads * kVectorBytes > smem)) {
@@ -338,7 +338,7 @@ RowsPlan plan_contiguous(const RowsDemand& demand, const Device& device,
   const int64_t line_bytes = int64_t{tiling.vectors_per_thread} * plan.threads * kVectorBytes;
   const int64_t row_bytes = operands * line_bytes;
   // One warp alone, whatever it holds, would not keep memory busy.
-  const int64_t smem_for = one_thread ? device.smem_per_sm() / kMinBlocksPerSM - kStaticSmem
+  const int64_t smem_for = one_thread ? device.smem_per_sm() / kMinRowBlocksPerSM - kStaticSmem
                                       : device.max_smem();
   tiling.fits_in_smem = lines * line_bytes <= smem_for;
   if (tiling.fits_in_smem) {

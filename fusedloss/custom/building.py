@@ -293,15 +293,22 @@ def cpu_library(name: str, struct: str, engine: Engine = CPU) -> Library:
 
 
 def cuda_library(
-    name: str, struct: str, architecture: str, command_for: Callable[[str], list[str]]
+    name: str,
+    struct: str,
+    architecture: str,
+    command_for: Callable[[str], list[str]],
+    engine: Engine = CUDA,
 ) -> Library:
-    """``command_for``: nvrtc_command or nvcc_command. Raises as they do."""
+    """``command_for``: nvrtc_command or nvcc_command; ``engine``: CUDA_ROWS for a row loss. Raises as
+    the command does."""
     command = command_for(architecture)
     compiler = command[: command.index(NVCC_FLAGS[0])]
-    return Library(name, CUDA, CUDA.source(struct), command, version_of(*compiler))
+    return Library(name, engine, engine.source(struct), command, version_of(*compiler))
 
 
-def load_cuda(name: str, struct: str, loader: Callable[[str, str], object]) -> None:
+def load_cuda(
+    name: str, struct: str, loader: Callable[[str, str], object], engine: Engine = CUDA
+) -> None:
     """Calls loader(architecture, path) for the library of each architecture, as Library.load() does.
     NVRTC compiles it, or where that cannot, nvcc.
 
@@ -312,7 +319,7 @@ def load_cuda(name: str, struct: str, loader: Callable[[str, str], object]) -> N
         reasons = []
         for command_for in (nvrtc_command, nvcc_command):
             try:
-                library = cuda_library(name, struct, architecture, command_for)
+                library = cuda_library(name, struct, architecture, command_for, engine)
                 library.load(partial(loader, architecture))
                 break
             except (CannotCompile, OSError) as error:

@@ -82,7 +82,6 @@ class Calls {
   std::vector<Buffer> buffers_;
   static constexpr int kCapability = 90;
   static inline const cuda::Fault* fault_ = nullptr;  // of the call that runs
-  bool rows_ = false;                                 // ... which is of a custom row loss
 
   std::string word() {
     std::string text;
@@ -131,7 +130,7 @@ class Calls {
     count.ignore_index = integer();
     count.weight = pointer<void>();
     count.weight_is_double = integer();
-    count.weight_is_of_rows = rows_;
+    count.weight_is_of_rows = integer();
     count.divide_into_slices();
     return launch;
   }
@@ -266,11 +265,10 @@ class Calls {
     call.value = output();
     const int64_t auxiliary = integer();
     for (int64_t i = 0; i < auxiliary; ++i) call.auxiliary[i] = output();
-    rows_ = true;
-    const cuda::Launch launch = this->launch();
-    rows_ = false;
-    run([&](const Call& c, const cuda::Launch& l) { return cuda::run_custom_rows(*kernels, c, l); },
-        call, launch);
+    const auto kernel = [&](const Call& c, const cuda::Launch& launch) {
+      return cuda::run_custom_rows(*kernels, c, launch);
+    };
+    run(kernel, call, launch());
   }
   Output strided_output() {
     Output output = this->output();
