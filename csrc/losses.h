@@ -15,7 +15,7 @@ namespace fusedloss {
 namespace cpu {
 struct PointwiseKernel;
 struct CustomRowsKernel;
-}
+}  // namespace cpu
 namespace cuda {
 struct CustomKernels;
 }

@@ -102,14 +102,12 @@ struct FirstClasses {
   int first[at_least_one(count)];
 
   __device__ FirstClasses() {
-    each<at_least_one(count)>(
-        [&](auto p) { first[p] = std::numeric_limits<int32_t>::max(); });
+    each<at_least_one(count)>([&](auto p) { first[p] = std::numeric_limits<int32_t>::max(); });
   }
   __device__ void reduce_warp(int threads) {
     for (int step = threads / 2; step > 0; step /= 2) {
-      each<count>([&](auto p) {
-        first[p] = min(first[p], __shfl_xor_sync(kFullWarp, first[p], step));
-      });
+      each<count>(
+          [&](auto p) { first[p] = min(first[p], __shfl_xor_sync(kFullWarp, first[p], step)); });
     }
   }
 };
@@ -242,7 +240,8 @@ struct RowWalk {
   const CustomRowsCall& c;
   const RowTiling& tiling;
   Group& group;
-  V* const smem;  // this thread's: (stages, elements, vectors_per_thread), then those of kept values
+  V* const
+      smem;  // this thread's: (stages, elements, vectors_per_thread), then those of kept values
   int stage = 0;
   T r[Loss::kNumbers] = {};
   int label = -1;
@@ -371,8 +370,7 @@ struct RowWalk {
   // The classes of a part of a slot, with the kept values that the walk of kLevel reads.
   template <int kLevel>
   __device__ void read_part(const Slots& s, int k, int part, Class (&classes)[Part::kSize]) const {
-    each<Part::kSize>(
-        [&](auto e) { this->read_class(classes[e], s, part * Part::kSize + e); });
+    each<Part::kSize>([&](auto e) { this->read_class(classes[e], s, part * Part::kSize + e); });
     if (tiling.keeps) {
       each<Loss::kKeptCount>([&](auto j) {
         if constexpr (reads_kept<Loss>(kLevel, j)) {
@@ -387,9 +385,9 @@ struct RowWalk {
 
   // ---- walks ----
 
-  // Calls f(slots, k) for each slot k of this thread. Where the row is in shared memory, kPrefetches
-  // says whether row `next` takes the place of what has been read. Else `next` is the row itself,
-  // and slots of it are copied there a few ahead.
+  // Calls f(slots, k) for each slot k of this thread. Where the row is in shared memory,
+  // kPrefetches says whether row `next` takes the place of what has been read. Else `next` is the
+  // row itself, and slots of it are copied there a few ahead.
   template <bool kPrefetches, class F>
   __device__ void for_each_slot(const Line& line, const Line& next, F&& f) const {
     const bool in_smem = tiling.fits_in_smem;
@@ -427,14 +425,14 @@ struct RowWalk {
         Class classes[Part::kSize];
         this->template read_part<kLevel>(s, k, part, classes);
         each<Part::kSize>([&](auto e) {
-          constexpr int kLane = part * Part::kSize + e;
+          const int lane = part * Part::kSize + e;
           T out[kTerms<kLevel>];
           this->template terms<kLevel>(classes[e], out);
           each<kMaxima>([&](auto j) {
-            if (counted >> kLane & 1) total.max[j] = larger(total.max[j], out[j]);
+            if (counted >> lane & 1) total.max[j] = larger(total.max[j], out[j]);
           });
           each<kSums>([&](auto j) {
-            if (summed >> kLane & 1) sums[j] += out[kMaxima + j];
+            if (summed >> lane & 1) sums[j] += out[kMaxima + j];
           });
         });
         if (!tiling.keeps) return;
@@ -545,7 +543,8 @@ struct RowWalk {
       });
       each<kCount>([&](auto i) {
         const auto packed = pack<D>(parts[i]);
-        each<Part::kSize>([&](auto e) { g[i].element[part * Part::kSize + e] = packed.element[e]; });
+        each<Part::kSize>(
+            [&](auto e) { g[i].element[part * Part::kSize + e] = packed.element[e]; });
       });
     });
     each<kCount>([&](auto i) {
@@ -586,11 +585,11 @@ struct RowWalk {
         one.x[i] = r[Numbers::kAtLabel + i];
         out[i] = r[Loss::kAtLabel[i]];
       });
-      each<Numbers::kPerClasses>(
-          [&](auto i) { one.w[i] = r[Numbers::kAtLabel + kElements + i]; });
+      each<Numbers::kPerClasses>([&](auto i) { one.w[i] = r[Numbers::kAtLabel + kElements + i]; });
       add_at_peaks(one, label, peaks, out);
       each<kElements>([&](auto i) {
-        if (this->template gradient<i>().data) this->template store_lane<i>(to, label, narrow<D>(out[i]));
+        if (this->template gradient<i>().data)
+          this->template store_lane<i>(to, label, narrow<D>(out[i]));
       });
     }
   }
@@ -683,14 +682,14 @@ __device__ void compute_rows(const CustomParameters<Loss>& given, const CustomRo
 
 }  // namespace fusedloss::cuda
 
-#define FUSEDLOSS_CUSTOM_ROWS_KERNEL(NAME, D)                                        \
-  extern "C" __global__ void __launch_bounds__(kRowBlock, kMinCustomRowBlocks<D>)    \
-      NAME(const CustomRowsCall c, const Launch l, const CustomParameters<Given> p,  \
-           const RowTiling tiling) {                                                 \
-    compute_rows<Given, D>(p, c, l, tiling);                                         \
+#define FUSEDLOSS_CUSTOM_ROWS_KERNEL(NAME, D)                                       \
+  extern "C" __global__ void __launch_bounds__(kRowBlock, kMinCustomRowBlocks<D>)   \
+      NAME(const CustomRowsCall c, const Launch l, const CustomParameters<Given> p, \
+           const RowTiling tiling) {                                                \
+    compute_rows<Given, D>(p, c, l, tiling);                                        \
   }
-#define FUSEDLOSS_CUSTOM_ROWS_CUDA(LOSS)                   \
-  namespace fusedloss::cuda {                              \
-  using Given = LOSS;                                      \
-  FUSEDLOSS_CUSTOM_ROWS_KERNELS(FUSEDLOSS_CUSTOM_ROWS_KERNEL)      \
+#define FUSEDLOSS_CUSTOM_ROWS_CUDA(LOSS)                      \
+  namespace fusedloss::cuda {                                 \
+  using Given = LOSS;                                         \
+  FUSEDLOSS_CUSTOM_ROWS_KERNELS(FUSEDLOSS_CUSTOM_ROWS_KERNEL) \
   }

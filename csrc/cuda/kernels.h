@@ -101,10 +101,10 @@ Kernel cross_entropy;
 constexpr int kCustomKernels = 9;
 // Those of a custom row loss, with the type that the first input has; float and double also serve
 // inputs of several types. The number is the version of this file, of call.h and of sizes.h.
-#define FUSEDLOSS_CUSTOM_ROWS_KERNELS(X)                   \
-  X(fusedloss_custom_rows1_float64, double)          \
-  X(fusedloss_custom_rows1_float32, float)           \
-  X(fusedloss_custom_rows1_bfloat16, __nv_bfloat16)  \
+#define FUSEDLOSS_CUSTOM_ROWS_KERNELS(X)            \
+  X(fusedloss_custom_rows1_float64, double)         \
+  X(fusedloss_custom_rows1_float32, float)          \
+  X(fusedloss_custom_rows1_bfloat16, __nv_bfloat16) \
   X(fusedloss_custom_rows1_float16, __half)
 
 // The kernels of a loss, for all devices that they were compiled for.

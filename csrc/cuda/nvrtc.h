@@ -60,6 +60,13 @@ constexpr void swap(T& a, T& b) {
   b = before;
 }
 
+template <class T, class Next>
+constexpr T exchange(T& x, Next next) {
+  const T before = x;
+  x = next;
+  return before;
+}
+
 }  // namespace std
 
 // ---- two-byte floats ----------------------------------------------------------------------------

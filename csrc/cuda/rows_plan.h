@@ -338,8 +338,8 @@ RowsPlan plan_contiguous(const RowsDemand& demand, const Device& device,
   const int64_t line_bytes = int64_t{tiling.vectors_per_thread} * plan.threads * kVectorBytes;
   const int64_t row_bytes = operands * line_bytes;
   // One warp alone, whatever it holds, would not keep memory busy.
-  const int64_t smem_for = one_thread ? device.smem_per_sm() / kMinRowBlocksPerSM - kStaticSmem
-                                      : device.max_smem();
+  const int64_t smem_for =
+      one_thread ? device.smem_per_sm() / kMinRowBlocksPerSM - kStaticSmem : device.max_smem();
   tiling.fits_in_smem = lines * line_bytes <= smem_for;
   if (tiling.fits_in_smem) {
     const int64_t most = (smem_for - kept * line_bytes) / row_bytes;
@@ -385,8 +385,8 @@ struct CustomRowsInfo {
   unsigned elements = 0;  // bit i: input i has a number for each class
   int kept = 0;           // values of a class that walks keep
 
-  // The type that the kernel reads: that of these inputs. Where they have several it is the one that
-  // is computed in, which the kernel makes of each.
+  // The type that the kernel reads: that of these inputs. Where they have several it is the one
+  // that is computed in, which the kernel makes of each.
   DType dtype(const CustomRowsCall& call) const {
     for (int i = 1; i < kMaxInputs; ++i) {
       if ((elements >> i & 1) && call.inputs[i].dtype != call.inputs[0].dtype) {

@@ -537,7 +537,9 @@ class RowLoss(Loss):
 
     def _renew_gradients(self) -> None:
         self.places = tuple(
-            self.calls.empty_like(self._gradient_like(i), self.shift) if t.requires_grad else NOWHERE
+            self.calls.empty_like(self._gradient_like(i), self.shift)
+            if t.requires_grad
+            else NOWHERE
             for i, t in enumerate(self.call.inputs)
         )
 

@@ -173,7 +173,10 @@ def test_inputs_of_several_types() -> None:
     def asked() -> Iterator[Question]:
         for shape in ((9, 21), (5, 1000), (2, 7, 33)):
             student, teacher = draw(BY_NAME["distillation"], shape, torch.bfloat16)
-            for inputs in ((student, teacher.detach().float()), (student.detach().float(), teacher)):
+            for inputs in (
+                (student, teacher.detach().float()),
+                (student.detach().float(), teacher),
+            ):
                 yield Question(BY_NAME["distillation"], [t.requires_grad_() for t in inputs])
 
     check_all("plain", asked())
@@ -218,7 +221,9 @@ def test_nothing_counts() -> None:
     inputs = draw(BY_NAME["cross_entropy"], (5, 30), torch.float32)
     inputs[1].fill_(4)
     calls = Calls()
-    loss = RowLoss(calls, Question(BY_NAME["cross_entropy"], inputs, ignore_index=4).call("plain"), "mean")
+    loss = RowLoss(
+        calls, Question(BY_NAME["cross_entropy"], inputs, ignore_index=4).call("plain"), "mean"
+    )
     loss.value()
     calls.run(program("plain"))
     assert loss.value_found().isnan()
