@@ -201,7 +201,11 @@ struct CudaEngine {
     }
   }
 
-  void compute(const Tensor& loss, const Gradients& gradients, Tensor state) {
+  void compute(const Tensor& result, const Gradients& gradients, Tensor state) {
+    const Tensor loss = loss_in(result, info);
+    for (int k = 0; k < info.auxiliary; ++k) {
+      write_to(call_.auxiliary[k], auxiliary_in(result, a, info, k));
+    }
     if (!state.defined()) state = empty_state(a.input);
     launch_.forward_state = state.mutable_data_ptr<double>();
     if (a.reduction == at::Reduction::Mean) divide_by_mean(state);
