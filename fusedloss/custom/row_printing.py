@@ -259,7 +259,7 @@ class _Module:
         yield f"PEAKS = {tuple((peak.level, peak.term) for peak in peaks)}"
         results = program.value, *program.at_label, *program.of_row
         yield f"RESULTS = {tuple(self.places[symbol] for symbol in results)}"
-        yield f"AUXILIARY = {tuple(self.places[symbol] for symbol in program.auxiliary)}"
+        yield f"EXTRAS = {tuple(self.places[symbol] for symbol in program.auxiliary)}"
         *walks, gradients = self._without_kept()
         of_rows, of_elements = _TritonRows(self.names), _TritonElements(self.names)
         element = "x, w, r, c, NARROW: tl.constexpr"

@@ -37,6 +37,7 @@ class RowLoss:
         PEAKS   level and term of the maxima whose gradient goes to their first position, by level
         RESULTS the places among the row numbers of the loss, of the element inputs' gradients at the
                 label, if there is one, and of the per-row inputs' gradients
+        EXTRAS  the places of the auxiliary results
 
     and of jit functions of tuples of blocks. x are the element inputs, w the class inputs, c the
     constants, and r the row numbers so far, blocks of rows by 1: the gradients' scale, the number of
@@ -57,7 +58,8 @@ class RowLoss:
         self.kinds: tuple[str, ...] = printed["KINDS"]
         self.gradients = len(self.kinds)
         functions = "row", "terms", "gradients", "at_peak"
-        numbers = "MAXIMA", "SUMS", "PEAKS", "RESULTS"
+        self.auxiliary = len(printed["EXTRAS"])
+        numbers = "MAXIMA", "SUMS", "PEAKS", "RESULTS", "EXTRAS"
         # As the kernel takes them. A module without peaks has no function for them.
         self.printed = {name.upper(): printed.get(name) for name in functions}
         self.printed |= {name: printed[name] for name in numbers}
@@ -206,16 +208,18 @@ def store(operand, rows, x, cols, mask, uncounted):
 
 @triton.jit(do_not_specialize=["row_count", "class_units", "ignore_index", "divisor", "step"])
 def custom_rows(
-    elements, per_row, per_class, label, weight, upstream, outputs, sizes, row_count, class_units,
-    ignore_index, parameters, scaling, divisor, step,
+    elements, per_row, per_class, label, weight, upstream, outputs, auxiliary, sizes, row_count,
+    class_units, ignore_index, parameters, scaling, divisor, step,
     ROW: tl.constexpr, TERMS: tl.constexpr, GRADIENTS: tl.constexpr, AT_PEAK: tl.constexpr,
     MAXIMA: tl.constexpr, SUMS: tl.constexpr, PEAKS: tl.constexpr, RESULTS: tl.constexpr,
+    EXTRAS: tl.constexpr,
     NARROW: tl.constexpr, T: tl.constexpr, CLASS_INDEX: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """elements, per_row, per_class: the inputs of these kinds. sizes: see rows_of().
 
     outputs.gradients: those of the element inputs, then those of the per-row inputs.
     upstream: the upstream gradient of every row, in a backward of reduction "none".
+    auxiliary: the results of EXTRAS, each of all rows.
     """
     UNREDUCED: tl.constexpr = upstream is not None or outputs.value is not None
     write, factor = runtime.begin_backward(scaling, step, UNREDUCED)
@@ -297,6 +301,12 @@ def custom_rows(
         if outputs.value is not None:
             value = runtime.narrow(loss, outputs.value.dtype.element_ty)
             tl.store(outputs.value + row, value, mask=exists)
+        for k in tl.static_range(len(EXTRAS)):
+            extra = tl.broadcast_to(r[EXTRAS[k]], exists.shape)
+            if label is not None:
+                extra = tl.where(rows.label >= 0, extra, uncounted)
+            extra = runtime.narrow(extra, auxiliary.dtype.element_ty)
+            tl.store(auxiliary + k * row_count + row, extra, mask=exists)
         if not UNREDUCED:
             total = tl.sum(tl.where(exists, loss, 0.0).to(tl.float64))
             tl.store(outputs.partials + tl.program_id(0), total)
@@ -415,6 +425,17 @@ def check(loss: RowLoss, inputs: Sequence[Tensor], weight: Tensor | None) -> Non
             )
 
 
+def empty_result(loss: RowLoss, input: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
+    """As empty_loss() in csrc/torch/tensors.h: auxiliary results lie behind the loss."""
+    if not loss.auxiliary:
+        return empty_loss(input, reduction, dtype)
+    of_rows = empty_loss(input, 0, dtype).shape
+    shape = (1 + loss.auxiliary, *of_rows)
+    if reduction != 0:
+        shape = (1 + loss.auxiliary * math.prod(of_rows),)
+    return input.new_empty(shape, dtype=dtype)
+
+
 def run(
     do: Pass,
     loss: RowLoss,
@@ -458,13 +479,19 @@ def run(
     divisor = Divisor()
     if do.forward and reduction == 1:
         divisor = _divisor(lies, label, weight, ignore_index)
-    return runtime.launch(
+    result = value = None
+    auxiliary = do.grad_output
+    if do.forward:
+        result = empty_result(loss, input, reduction, dtype)
+        value = result[0] if loss.auxiliary else result
+        auxiliary = result.view(-1)[value.numel() :]
+    runtime.launch(
         custom_rows,
         max(1, runtime.ceil_divide(lies.rows, lies.plan.rows)),
         do,
         input.device,
-        empty_loss(input, reduction, dtype) if do.forward else None,
-        tensors=(*tensors, *per_class, label, weight, upstream),
+        value,
+        tensors=(*tensors, *per_class, label, weight, upstream, auxiliary),
         numbers=(loss, lies, ignore_index, dtype),
         unreduced=reduction == 0,
         divisor=divisor,
@@ -476,6 +503,7 @@ def run(
         label=label,
         weight=weight,
         upstream=upstream,
+        auxiliary=auxiliary if loss.auxiliary else None,
         sizes=lies.sizes,
         row_count=lies.rows,
         class_units=lies.classes // lies.plan.unit,
@@ -487,6 +515,7 @@ def run(
         PLAN=lies.plan,
         **loss.printed,
     )
+    return result
 
 
 def _divisor(

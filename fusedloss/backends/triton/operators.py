@@ -142,6 +142,8 @@ class OnePass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (grad_output,) = grad_outputs
+        if isinstance(row := _row(ctx.options[0]), RowLoss) and row.auxiliary:
+            grad_output = grad_output[0]
         state, input, target, weight, *more = ctx.saved_tensors
         call = input, target, weight, more, *ctx.options
         _drop_gradients_of_other_memory(state, (input, target, *more))
@@ -332,8 +334,9 @@ def _loss_backward(grad_output: Tensor, state: Tensor, *args: Any) -> list[Tenso
 
 def _loss_meta(*args: Any) -> Tensor:
     input, loss, reduction, dtype = args[0], args[4], args[7], args[8]
-    of_rows = loss == "cross_entropy" or isinstance(_row(loss), RowLoss)
-    empty_loss = rows.empty_loss if of_rows else pointwise.empty_loss
+    if isinstance(row := _row(loss), RowLoss):
+        return custom_rows.empty_result(row, input, reduction, dtype)
+    empty_loss = rows.empty_loss if loss == "cross_entropy" else pointwise.empty_loss
     return empty_loss(input, reduction, dtype)
 
 
