@@ -170,7 +170,7 @@ def test_layouts(dtype: str, layout: Callable[[Sequence[int]], Tensor]) -> None:
 def test_unaligned(shifts: tuple[int, int]) -> None:
     """Memory that begins between two vectors: all alike, or the first input apart."""
     for dtype in (torch.float32, torch.bfloat16):
-        check_all("plain", questions("distillation", dtype, ((2,), (9, 21), (5, 1000))), shifts)
+        check_all("plain", questions("triplet", dtype, ((2,), (9, 21), (5, 1000))), shifts)
 
 
 def test_inputs_of_several_types() -> None:
