@@ -22,6 +22,7 @@ import fusedloss
 from custom_losses import CASES, CustomCase, charbonnier, focal, gaussian_kl
 from fusedloss._toolkit import find_nvrtc, find_toolkit, run
 from fusedloss.custom import PointwiseLoss, building
+from test_custom_rows_engine import LOSSES
 
 REQUIRED = os.environ.get("FUSEDLOSS_REQUIRE_CUDA") == "1"
 
@@ -365,10 +366,34 @@ def test_nvrtc_compiles(case: CustomCase) -> None:
     assert len(resources(compiled(case.loss, "90"))) == 9
 
 
+ROW_LOSSES = {loss.name: loss for loss in LOSSES if loss.name in ("cross_entropy", "distillation")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("name", ROW_LOSSES)
+def test_own_row_loss(name: str, compiler: str) -> None:
+    find, command_for = COMPILERS[compiler]
+    need(not isinstance(find(), str), str(find()))
+    files: list[str] = []
+    own = (name, ROW_LOSSES[name].struct, "90", command_for, building.CUDA_ROWS)
+    building.cuda_library(*own).load(files.append)
+    check_kernels(files[0], "sm_90", r"^fusedloss_custom_rows\d+_b?float(16|32)$", 3)
+    if name == "cross_entropy":
+        # An exponential is computed where it is kept, and where there is no room for that once more
+        # for the gradient; and one for the label.
+        for kernel, code in machine_code(files[0], "sm_90").items():
+            lanes = {"float32": 4, "bfloat16": 8, "float16": 8}.get(kernel.rpartition("_")[2], 0)
+            found = sum("MUFU.EX2" in line for line in code)
+            assert not lanes or found == 2 * lanes + 1, f"{kernel}: {found}"
+
+
 # What csrc/cuda/nvrtc.h has in place of the headers of CUDA and of the C++ library.
 STAND_INS = """
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline.h>
 
 #include <cmath>
 #include <limits>
@@ -388,6 +413,18 @@ extern "C" __global__ void stand_ins(const float2* x, __half* half, __nv_bfloat1
   limits[0] = std::numeric_limits<double>::infinity();
   limits[1] = std::numeric_limits<double>::quiet_NaN();
   limits[2] = std::numeric_limits<int>::max();
+
+  __shared__ uint4 copies[3];
+  __pipeline_memcpy_async(&copies[0], x, 16);
+  __pipeline_memcpy_async(&copies[1], x, 8);
+  __pipeline_memcpy_async(&copies[2], x, 4);
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+  auto cluster = cooperative_groups::this_cluster();
+  cluster.sync();
+  const unsigned block = (cluster.block_rank() + 1) % cluster.num_blocks();
+  wide[5] = cluster.map_shared_rank(copies, block)->x;
+  cluster.sync();
 }
 """
 

@@ -166,12 +166,11 @@ def walk(
     positions = ()
     for p in tl.static_range(len(PEAKS)):
         if PEAKS[p][0] == LEVEL:
-            i = PEAKS[p][1]
-            here = inside & (terms[i] == sofar[i])
+            here = inside & (terms[PEAKS[p][1]] == sofar[PEAKS[p][1]])
             first = tl.min(tl.where(here, cols, rows.classes), 1, keep_dims=True)
             before = firsts[len(positions)]
-            is_before = (found[i] == sofar[i]) & (before < rows.classes)
-            first = tl.where(is_before, before, first)
+            stays = (found[PEAKS[p][1]] == sofar[PEAKS[p][1]]) & (before < rows.classes)
+            first = tl.where(stays, before, first)
             positions = positions + (first,)  # type: ignore[assignment]
     return sofar, positions
 
