@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def distillation(student, teacher, *, T=1.0):
 
 def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
     network = nn.Sequential()
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in pairwise(sizes):
         network.extend([nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)])
     return network[:-2]
 

@@ -96,7 +96,7 @@ def train(steps: int = 150, seeds: int = 3, entropy: float = 0.003) -> list[Hist
     return histories
 
 
-def scores(histories: list[History], first: int, last: int) -> tuple[float, float, float]:
+def scores(histories: list[History], first: int, last: int | None) -> tuple[float, float, float]:
     """Reward, entropy and probability over these steps and all seeds."""
     return tuple(np.mean([history[first:last] for history in histories], (0, 1)).tolist())
 

@@ -98,7 +98,7 @@ def draw(held_out: dict[str, Predicted], path: Path) -> None:
         axes.bar(np.arange(10) + 0.2 * place - 0.3, each.mean(0), 0.2, yerr=error, label=name)
     axes.axvline(RARE - 0.5, color="grey", ls=":")
     axes.set(xlabel="digit; from 5 on they are rare", ylabel="recall, held out", xticks=range(10))
-    axes.legend(frameon=False, loc="lower left")
+    figure.legend(frameon=False, loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=80)
 
 
