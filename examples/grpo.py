@@ -57,7 +57,7 @@ def sample(policy: nn.Module, question: Tensor) -> tuple[Tensor, Tensor]:
     return answer, old
 
 
-History = list[tuple[float, float, float]]
+History = list[tuple[float, ...]]
 
 
 def train(steps: int = 150, seeds: int = 3, entropy: float = 0.003) -> list[History]:
@@ -75,9 +75,8 @@ def train(steps: int = 150, seeds: int = 3, entropy: float = 0.003) -> list[Hist
             answer, old = sample(policy, question)
             reward = (answer.sum(1) == question).float().view(QUESTIONS, ANSWERS)
             advantage = reward - reward.mean(1, keepdim=True)
-            advantage = (
-                (advantage / (reward.std(1, keepdim=True) + 1e-4)).view(-1, 1).expand_as(answer)
-            )
+            advantage /= reward.std(1, keepdim=True) + 1e-4
+            advantage = advantage.view(-1, 1).expand_as(answer)
             for _ in range(4):
                 loss, more = grpo(
                     policy(state(question, answer)), answer, old, advantage, entropy=entropy
@@ -85,13 +84,8 @@ def train(steps: int = 150, seeds: int = 3, entropy: float = 0.003) -> list[Hist
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            history.append(
-                (
-                    reward.mean().item(),
-                    more["entropy"].mean().item(),
-                    more["logprob"].mean().exp().item(),
-                )
-            )
+            watched = (reward, more["entropy"], more["logprob"].exp())
+            history.append(tuple(t.mean().item() for t in watched))
         histories.append(history)
     return histories
 
@@ -117,11 +111,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the picture")
     out = parser.parse_args().out
+    one = torch.zeros(1)
+    sample = torch.zeros(1, 10, requires_grad=True), one.long(), one, one
+    print("grpo:", fusedloss.explain(grpo, *sample))
     histories = train()
-    for step in range(0, len(histories[0]), len(histories[0]) // 6):
-        print(
-            "steps {:3}-: reward {:.2f}, entropy {:.2f}, probability {:.2f}".format(
-                step, *scores(histories, step, step + 10)
-            )
-        )
+    for step in range(0, len(histories[0]), 30):
+        print(f"steps {step:3} to {step + 30:3}:", end=" ")
+        numbers = scores(histories, step, step + 30)
+        print("right {:.1%}, entropy {:.2f}, probability {:.2f}".format(*numbers))
     draw(histories, out / "grpo.png")
