@@ -97,7 +97,7 @@ def draw(held_out: dict[str, Held], path: Path) -> None:
     for axes, (row, (name, values)) in zip(
         figure.subplots(2, len(columns)).flat, ((r, c) for r in (0, 1) for c in columns.items()), strict=True
     ):  # fmt: skip
-        axes.imshow(values[row], cmap="gray_r", vmin=0, vmax=1)
+        axes.imshow(values[row].numpy(), cmap="gray_r", vmin=0, vmax=1)
         axes.set(title="" if row else name, xticks=[], yticks=[])
     figure.savefig(path, dpi=80)
 

@@ -112,8 +112,8 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the picture")
     out = parser.parse_args().out
     one = torch.zeros(1)
-    sample = torch.zeros(1, 10, requires_grad=True), one.long(), one, one
-    print("grpo:", fusedloss.explain(grpo, *sample))
+    row = torch.zeros(1, 10, requires_grad=True), one.long(), one, one
+    print("grpo:", fusedloss.explain(grpo, *row))
     histories = train()
     for step in range(0, len(histories[0]), 30):
         print(f"steps {step:3} to {step + 30:3}:", end=" ")
