@@ -19,7 +19,7 @@ NVCC ?= nvcc
 SOURCES := $(shell find csrc -type f) setup.py fusedloss/_version.py
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cuda-emulated bench gpu gpu-bench tune figures build docs dist lint clean
+.PHONY: help demo test test-compiled test-triton test-cuda-emulated bench gpu gpu-bench tune figures build docs dist lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
@@ -28,8 +28,12 @@ demo: $(VENV)/build.stamp ## train with torch's losses and with ours, then a sho
 	$(BIN)/python -m bench.demo
 	$(BIN)/python -m bench --quick
 
-test: $(VENV)/build.stamp ## all tests
+test: test-compiled test-triton ## all tests
+
+test-compiled: $(VENV)/build.stamp
 	$(BIN)/python -m pytest tests
+
+test-triton: $(VENV)/build.stamp
 	TRITON_INTERPRET=1 FUSEDLOSS_TEST_BACKEND=triton $(BIN)/python -m pytest tests
 
 test-cuda-emulated: $(VENV)/torch.stamp ## the CUDA kernels on the CPU, plain and under sanitizers

@@ -3,6 +3,9 @@
 FUSEDLOSS_CUDA=0|1 chooses whether CUDA kernels are built. By default they are if torch is a CUDA
 build and its nvcc is found (NVCC, CUDA_HOME/bin/nvcc, nvcc). TORCH_CUDA_ARCH_LIST picks the
 architectures.
+
+FUSEDLOSS_CPU_CAPABILITIES, such as "AVX2", names the CPU kernels that are built beside DEFAULT's,
+which every CPU runs. By default all are.
 """
 
 from __future__ import annotations
@@ -129,6 +132,15 @@ def installed_torch() -> tuple[str | None, bool]:
     return found, TORCH.specifier.contains(found, prereleases=True)
 
 
+def wanted_capabilities() -> list[str]:
+    chosen = os.environ.get("FUSEDLOSS_CPU_CAPABILITIES")
+    names = list(CPU_CAPABILITIES) if chosen is None else re.findall(r"\w+", chosen)
+    if not set(names) <= CPU_CAPABILITIES.keys():
+        known = ", ".join(CPU_CAPABILITIES)
+        sys.exit(f"FUSEDLOSS_CPU_CAPABILITIES={chosen!r}: the names are {known}")
+    return [name for name in CPU_CAPABILITIES if name in ("DEFAULT", *names)]
+
+
 def wanted_toolkit() -> toolkits.Toolkit | None:
     choice = os.environ.get("FUSEDLOSS_CUDA")
     if choice not in (None, "0", "1"):
@@ -210,6 +222,7 @@ def build_kernels() -> type[build_ext]:
     flags += [word for path in torch_includes for word in ("-isystem", path)]
     flags += last_flags
     toolkit = wanted_toolkit()
+    capabilities = wanted_capabilities()
 
     class BuildKernels(BuildExtension):
         def finalize_options(self) -> None:
@@ -257,8 +270,8 @@ def build_kernels() -> type[build_ext]:
             ext.extra_compile_args += [
                 *flags,
                 *(
-                    f'-DFUSEDLOSS_BUILT_{name}="{" ".join(flags)}"'
-                    for name, flags in CPU_CAPABILITIES.items()
+                    f'-DFUSEDLOSS_BUILT_{name}="{" ".join(CPU_CAPABILITIES[name])}"'
+                    for name in capabilities
                 ),
                 f'-DFUSEDLOSS_VERSION="{self.distribution.get_version()}"',
                 f'-DFUSEDLOSS_TORCH_VERSION="{torch.__version__}"',
@@ -278,12 +291,12 @@ def build_kernels() -> type[build_ext]:
             left = min(ext.sources, key=lambda source: Path(source).stat().st_size)
             operators, ext.sources = [s for s in ext.sources if s != left], [left]
             cuda_sources = sorted(Path("csrc/cuda").glob("*.cu")) if toolkit else []
-            groups = len(cuda_sources) + 1 + len(CPU_CAPABILITIES)
+            groups = len(cuda_sources) + 1 + len(capabilities)
             workers = min(groups, os.cpu_count() or 1) if self.use_ninja else 1
             with ThreadPoolExecutor(workers) as pool:
                 cuda_objects = pool.map(compile_cuda, cuda_sources)
                 operator_objects = pool.map(compile_operators, [operators])
-                objects = pool.map(compile_for, CPU_CAPABILITIES)
+                objects = pool.map(compile_for, capabilities)
             # The baseline first: if several objects hold an inline function, the linker keeps the
             # first, and that one must run on every CPU.
             ext.extra_objects += chain.from_iterable([*operator_objects, *objects, cuda_objects])

@@ -12,6 +12,8 @@ from torch import Tensor
 
 import fusedloss.functional as fused
 
+from . import row_losses
+
 Loss = Callable[..., Tensor]
 
 
@@ -58,6 +60,12 @@ TABLES = {
     ),
     "own": Table(
         "Forward + backward, custom losses",
+        ("eager", "compile", "ours", "limit", "copy"),
+        ("eager", "compile", "limit"),
+        peers=True,
+    ),
+    "rows": Table(
+        "Forward + backward, custom losses over rows",
         ("eager", "compile", "ours", "limit", "copy"),
         ("eager", "compile", "limit"),
         peers=True,
@@ -138,7 +146,8 @@ class Case:
     A loss that is in neither torch.nn.functional nor fusedloss.functional brings its own callables
     in `functions`, called as ``function(x, t, reduction=...)``: "eager" (which is also compiled for
     "compile" and gives the expected result in float64) and "ours"; and `draw`, which returns the
-    leaf and its target. The custom losses, in the table "own", are in bench/own.py.
+    leaf and its target. The custom losses, in the tables "own" and "rows", are in bench/own.py and
+    bench/row_losses.py.
     """
 
     name: str
@@ -168,14 +177,22 @@ class Case:
     def by_rows(self) -> bool:
         """Whether a row of classes has one target: a class index, or a distribution over
         classes."""
+        if self.table == "rows":
+            return row_losses.LOSSES[self.loss][0]
         return self.loss in ("cross_entropy", "log_loss")
+
+    @property
+    def gradients(self) -> int:
+        """For how many inputs, leaf and target, there is a gradient."""
+        return row_losses.LOSSES[self.loss][1] if self.table == "rows" else 1
 
     @property
     def least_bytes(self) -> int:
         """The least that forward and backward must move, as the limit does: input, target and
         gradient. Class indices are next to nothing."""
         tensors = 2 if self.by_rows and not self.probabilities else 3
-        tensors += self.loss == "gaussian_nll_loss"  # the variances
+        tensors += self.loss in ("gaussian_nll_loss", "triplet")  # the variances, the negatives
+        tensors += self.gradients - 1
         return tensors * math.prod(self.shape) * self.dtype.itemsize
 
     def inputs(self) -> tuple[Tensor, Tensor]:
@@ -216,7 +233,7 @@ class Case:
             rows = self.shape[:1] + self.shape[2:]
             t = torch.empty(rows, dtype=torch.int64, device=self.device)
             t.random_(self.shape[1], generator=generator)
-        return x.requires_grad_(), t
+        return x.requires_grad_(), t.requires_grad_(self.gradients > 1)
 
 
 def bars(**named: float | None) -> dict[str, float]:
@@ -279,6 +296,17 @@ _OWN = {
     "focal": _TRANSCENDENTAL,
 }
 
+# Losses over rows, and their goals on `eager` and `compile`.
+_ROWS = {
+    "distillation": (6, 2.0),
+    "jsd": (10, 1.8),
+    "focal": (2.5, 1.5),
+    "grpo": (6, 1.8),
+    "cosine": (6, 1.3),
+    "triplet": (3, 1.3),
+    "cross_entropy": (None, None),
+}
+
 # A first look: something of each table, and the losses whose costs differ most.
 _QUICK = {
     "speed: mse 2^22",
@@ -287,6 +315,7 @@ _QUICK = {
     "speed: cross_entropy 512x32000",
     "own: charbonnier 2^20",
     "own: focal 2^20",
+    "rows: distillation 4096x1000",
     "curve: mse 2^12",
     "curve: mse 2^16",
     "curve: mse 2^20",
@@ -406,6 +435,10 @@ def _cpu() -> tuple[Case, ...]:
             reach = bars(eager=3, compile=1.3, limit=limit if power == 24 else None)
             cases.append(case("own", loss, (2**power,), reach))
 
+    for loss, (eager, compiled) in _ROWS.items():
+        for shape in ((4096, 1000), (512, 32000)):
+            cases.append(case("rows", loss, shape, bars(eager=eager, compile=compiled)))
+
     for loss in _POINTWISE:
         for power in range(10, 25, 2):
             cases.append(case("curve", loss, (2**power,), {}))
@@ -512,6 +545,10 @@ def _cuda() -> tuple[Case, ...]:
         add("none", loss, (2**28,), bars(eager=1), expanded=True)
     for loss in _OWN:
         add("own", loss, (2**28,), bars(compile=1.5, limit=1.15))
+    for shape in ((8192, 128256), (16384, 32000), (65536, 1024)):
+        add("rows", "distillation", shape, bars(compile=2, limit=1.3), dtype=bf16)
+    for loss in ("cross_entropy", "focal", "grpo", "jsd"):
+        add("rows", loss, (16384, 32000), bars(compile=1.5), dtype=bf16)
     return _with_own_functions(cases)
 
 

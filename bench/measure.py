@@ -23,7 +23,7 @@ from tqdm import tqdm
 import fusedloss
 import fusedloss.functional as FL
 
-from . import limit, own
+from . import limit, own, row_losses
 from .cases import COLUMNS, MODULES, TABLES, Case, Loss
 from .peers import PEERS
 
@@ -195,6 +195,8 @@ def contestants(case: Case, wanted: Collection[str] | None = None) -> list[str]:
         names += [second] if second and not case.functions else []
         names += [p.name for p in PEERS.values() if p.covers(case) and p.version is not None]
     always = ("ours", "unit", "limit", "copy")
+    if case.gradients > 1:  # a copy of one tensor is no limit then
+        names = [name for name in names if name not in ("limit", "copy")]
     return [name for name in names if wanted is None or name in wanted or name in always]
 
 
@@ -206,12 +208,16 @@ def running(contestant: str) -> AbstractContextManager[None]:
 def eager_loss(case: Case) -> Loss:
     if case.table == "own":
         return own.eager(case.loss)
+    if case.table == "rows":
+        return row_losses.eager(case)
     return case.functions.get("eager") or getattr(F, case.loss)
 
 
 def our_loss(case: Case) -> Loss:
     if case.table == "own":
         return own.ours(case.loss)
+    if case.table == "rows":
+        return row_losses.ours(case)
     return case.functions.get("ours") or getattr(FL, case.loss)
 
 
@@ -335,7 +341,7 @@ def make_step(case: Case, contestant: str, x: Tensor, t: Tensor) -> Step:
         upstream = upstream_of(case, contestant, x, t)
 
         def step() -> Tensor:
-            x.grad = None
+            x.grad = t.grad = None
             value = loss(x, t)
             value.backward(upstream)
             return value
@@ -383,7 +389,7 @@ def path(case: Case, x: Tensor, t: Tensor) -> str | None:
 def expected(case: Case, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
     """Loss and gradient in float64 (no gradient: forward only)."""
     x64 = x.detach().double().requires_grad_(case.table != "forward")
-    t64 = t.double() if t.is_floating_point() else t
+    t64 = t.detach().double() if t.is_floating_point() else t
     loss = eager_loss(case)(x64, t64, reduction=case.reduction)
     if case.table != "forward":
         upstream = upstream_of(case, "ours", x, t)

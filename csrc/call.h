@@ -69,8 +69,8 @@ struct Call {
   // Label smoothing with a weight: the weight's sum, in the engine's memory.
   const double* weight_sum = nullptr;
 
-  Output value;                  // of each element or row
-  Output gradients[kMaxInputs];  // of the inputs: slope * weight * upstream * the engine's scale
+  Output value;                     // of each element or row
+  Output gradients[kMaxInputs];     // of the inputs: slope * weight * upstream * the engine's scale
   Output auxiliary[kMaxAuxiliary];  // of each row: further results of a custom loss, no gradient
 };
 

@@ -149,15 +149,44 @@ void load_custom(const std::string& name, const std::string& library) {
 }
 
 #if defined(FUSEDLOSS_CUDA)
-void load_custom_kernels(const std::string& name, int inputs, int parameters, int capability,
-                         const std::string& file) {
+namespace {
+
+// load: a function of the kernels that are there already, for other devices.
+template <class Load>
+void load_kernels(const std::string& name, int inputs, int parameters, std::vector<Kind> kinds,
+                  int auxiliary, Load&& load) {
   const std::unique_lock lock(Loaded::instance().mutex);
   const auto& losses = Loaded::instance().losses;
   const auto known = losses.find(name);
   const cuda::CustomKernels* others = nullptr;
   if (known != losses.end()) others = known->second.cuda;
-  const cuda::CustomKernels* const kernels = cuda::load_custom(file.c_str(), capability, others);
-  custom_loss(name, inputs, parameters).cuda = kernels;
+  const cuda::CustomKernels* const kernels = load(others);
+  custom_loss(name, inputs, parameters, std::move(kinds), auxiliary).cuda = kernels;
+}
+
+}  // namespace
+
+void load_custom_kernels(const std::string& name, int inputs, int parameters, int capability,
+                         const std::string& file) {
+  load_kernels(name, inputs, parameters, {}, 0, [&](const cuda::CustomKernels* others) {
+    return cuda::load_custom(file.c_str(), capability, others);
+  });
+}
+
+void load_custom_rows_kernels(const std::string& name, const std::vector<int>& kinds,
+                              int parameters, int kept, int auxiliary, int capability,
+                              const std::string& file) {
+  std::vector<Kind> of_inputs;
+  unsigned elements = 0;
+  for (size_t i = 0; i < kinds.size(); ++i) {
+    of_inputs.push_back(static_cast<Kind>(kinds[i]));
+    elements |= unsigned{of_inputs[i] == Kind::kElement} << i;
+  }
+  const int inputs = static_cast<int>(kinds.size());
+  const auto load = [&](const cuda::CustomKernels* others) {
+    return cuda::load_custom_rows(file.c_str(), capability, elements, kept, others);
+  };
+  load_kernels(name, inputs, parameters, of_inputs, auxiliary, load);
 }
 #endif
 

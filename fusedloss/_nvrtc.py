@@ -13,7 +13,8 @@ from pathlib import Path
 # Left empty, since a machine may have none of them: csrc/cuda/nvrtc.h has what the kernels use.
 HEADERS = [
     *("algorithm", "cmath", "cstdint", "limits", "type_traits", "utility"),
-    *("cuda_bf16.h", "cuda_fp16.h", "cuda_pipeline.h", "cuda_runtime.h", "cuda_runtime_api.h"),
+    *("cooperative_groups.h", "cuda_bf16.h", "cuda_fp16.h", "cuda_pipeline.h"),
+    *("cuda_runtime.h", "cuda_runtime_api.h"),
 ]
 
 

@@ -159,9 +159,11 @@ def unchanged_settings() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Every test run compiles its losses anew."""
+    """Every test run compiles its losses anew, but the runs of CI share a folder: those for another
+    torch, or under sanitizers, compile the same text with the same command."""
+    folder = os.environ.get("FUSEDLOSS_TEST_CACHE") or tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FUSEDLOSS_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("FUSEDLOSS_CACHE_DIR", str(folder))
         yield
 
 

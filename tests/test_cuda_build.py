@@ -22,6 +22,7 @@ import fusedloss
 from custom_losses import CASES, CustomCase, charbonnier, focal, gaussian_kl
 from fusedloss._toolkit import find_nvrtc, find_toolkit, run
 from fusedloss.custom import PointwiseLoss, building
+from test_custom_rows_engine import LOSSES
 
 REQUIRED = os.environ.get("FUSEDLOSS_REQUIRE_CUDA") == "1"
 
@@ -325,8 +326,9 @@ PLAIN, OTHER = r"^fusedloss_custom\d+_(?!float64)\w+_plain$", r"^fusedloss_custo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["80", "90"])
-@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize(
+    "compiler, architecture", [("NVRTC", "80"), ("NVRTC", "90"), ("nvcc", "90")]
+)
 @pytest.mark.parametrize("loss", [charbonnier, gaussian_kl, focal], ids=lambda x: x.__name__)
 def test_own_loss(loss: PointwiseLoss, compiler: str, architecture: str) -> None:
     file = compiled(loss, architecture, compiler)
@@ -346,16 +348,52 @@ def test_nvrtc_is_as_good_as_nvcc(loss: PointwiseLoss) -> None:
         assert resources(by_nvrtc)[name] <= resources(by_nvcc)[name] + 2, name
 
 
+def with_all_words() -> list[CustomCase]:
+    """Enough of the losses for every function that any of them calls, and every number of inputs."""
+    kept, seen = [], set[str | int]()
+    for case in sorted(CASES, key=lambda case: len(case.loss._struct), reverse=True):
+        words = {case.loss.inputs, *re.findall(r"\b[a-z]\w+(?=\()", case.loss._struct)}
+        words -= {f"c{i}" for i in range(10)}  # members
+        if not words <= seen:
+            kept.append(case)
+        seen |= words
+    return kept
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", with_all_words(), ids=lambda case: case.name)
 def test_nvrtc_compiles(case: CustomCase) -> None:
     assert len(resources(compiled(case.loss, "90"))) == 9
 
 
+ROW_LOSSES = {loss.name: loss for loss in LOSSES if loss.name in ("cross_entropy", "distillation")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("name", ROW_LOSSES)
+def test_own_row_loss(name: str, compiler: str) -> None:
+    find, command_for = COMPILERS[compiler]
+    need(not isinstance(find(), str), str(find()))
+    files: list[str] = []
+    own = (name, ROW_LOSSES[name].struct, "90", command_for, building.CUDA_ROWS)
+    building.cuda_library(*own).load(files.append)
+    check_kernels(files[0], "sm_90", r"^fusedloss_custom_rows\d+_b?float(16|32)$", 3)
+    if name == "cross_entropy":
+        # An exponential is computed where it is kept, and where there is no room for that once more
+        # for the gradient; and one for the label.
+        for kernel, code in machine_code(files[0], "sm_90").items():
+            lanes = {"float32": 4, "bfloat16": 8, "float16": 8}.get(kernel.rpartition("_")[2], 0)
+            found = sum("MUFU.EX2" in line for line in code)
+            assert not lanes or found == 2 * lanes + 1, f"{kernel}: {found}"
+
+
 # What csrc/cuda/nvrtc.h has in place of the headers of CUDA and of the C++ library.
 STAND_INS = """
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline.h>
 
 #include <cmath>
 #include <limits>
@@ -375,6 +413,18 @@ extern "C" __global__ void stand_ins(const float2* x, __half* half, __nv_bfloat1
   limits[0] = std::numeric_limits<double>::infinity();
   limits[1] = std::numeric_limits<double>::quiet_NaN();
   limits[2] = std::numeric_limits<int>::max();
+
+  __shared__ uint4 copies[3];
+  __pipeline_memcpy_async(&copies[0], x, 16);
+  __pipeline_memcpy_async(&copies[1], x, 8);
+  __pipeline_memcpy_async(&copies[2], x, 4);
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+  auto cluster = cooperative_groups::this_cluster();
+  cluster.sync();
+  const unsigned block = (cluster.block_rank() + 1) % cluster.num_blocks();
+  wide[5] = cluster.map_shared_rank(copies, block)->x;
+  cluster.sync();
 }
 """
 

@@ -642,7 +642,13 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_headers_are_there() -> None:
     """With the package itself, or beside it in a source tree."""
-    for header in ("cpu/pointwise_kernel.h", "cuda/custom.cuh", "cuda/kernels.h", "call.h"):
+    for header in (
+        "cpu/pointwise_kernel.h",
+        "cpu/custom_rows_kernel.h",
+        "cuda/custom.cuh",
+        "cuda/kernels.h",
+        "call.h",
+    ):
         assert (building.headers() / header).is_file()
     package = Path(fusedloss.__file__).parent
     assert building.headers() in (package / "include", package.parent / "csrc")

@@ -15,7 +15,7 @@ from fusedloss.custom.levels import SCALE, CannotLevel, level_form
 from fusedloss.custom.primitives import Expr
 from fusedloss.custom.row_primitives import At
 from fusedloss.custom.row_tracing import Kind
-from fusedloss.custom.walks import RowProgram, Walk, row_program
+from fusedloss.custom.walks import RowProgram, Walk
 from row_losses import ROW_LOSSES, RowCase, balanced, distillation, jsd
 
 # mypy: disable-error-code="no-untyped-def"
@@ -48,7 +48,7 @@ class Machine:
 
     def __init__(self, case: RowCase, inputs: list[Tensor], scale: Tensor) -> None:
         traced = case.loss._traced
-        self.program: RowProgram = row_program(traced)
+        self.program: RowProgram = case.loss._program
         program = self.program
         self.order = [s for s, _ in sorted(program.numbers.items(), key=lambda item: item[1])]
         self.values: Values = {SCALE: scale}
@@ -132,17 +132,17 @@ def test_value_and_gradients(case: RowCase) -> None:
 
 @pytest.mark.parametrize("case", ROW_LOSSES, ids=lambda case: case.id)
 def test_walks(case: RowCase) -> None:
-    assert len(row_program(case.loss._traced).walks) + 1 == case.walks <= 4
+    assert len(case.loss._program.walks) + 1 == case.walks <= 4
 
 
 def test_sums_that_cancel_are_not_made() -> None:
     """The slopes by the mixture cancel in JSD's gradient, so no sum of them is needed."""
-    assert row_program(jsd._traced).sums == (0, 2, 2)
-    assert row_program(distillation._traced).sums == (0, 3)
+    assert jsd._program.sums == (0, 2, 2)
+    assert distillation._program.sums == (0, 3)
 
 
 def test_one_sum_for_the_softmax_of_a_label() -> None:
-    assert row_program(balanced._traced).sums == (0, 1)
+    assert balanced._program.sums == (0, 1)
 
 
 def test_differences_with_a_row_number_stay_whole() -> None:
@@ -182,7 +182,7 @@ def test_names_of_arguments_do_not_collide() -> None:
         p = fm.softmax(t0)
         return c1**2 * fm.sum(p * c0) + fm.sum(p * fm.exp(c0 * c1) + fm.exp(c0 * c1))
 
-    struct = row_printing.cpp(named._traced)
+    struct = row_printing.cpp(named._traced, named._program)
     assert "exp((c0 * x[1]))" in struct
-    module, _ = row_printing.triton(named._traced)
+    module, _ = row_printing.triton(named._traced, named._program)
     assert "primitives.exp((c[0] * x[1]))" in module

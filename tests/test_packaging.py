@@ -40,15 +40,13 @@ def test_version_stands_in_one_place() -> None:
 
 
 @pytest.fixture
-def requirement(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], str]:
-    """setup.py's torch_requirement(), without the rest of the file's effects."""
+def build(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """setup.py's definitions, without the rest of the file's effects."""
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     # It adds to both.
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    made: dict[str, Any] = runpy.run_path(str(ROOT / "setup.py"))
-    found: Callable[[bool], str] = made["torch_requirement"]
-    return found
+    return runpy.run_path(str(ROOT / "setup.py"))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +60,7 @@ def requirement(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], str]:
     ],
 )
 def test_requirement_of_torch(
-    requirement: Callable[[bool], str],
+    build: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     torch: str | None,
     command: str,
@@ -76,7 +74,24 @@ def test_requirement_of_torch(
 
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(sys, "argv", ["setup.py", command])
-    assert requirement(compiled) == asks
+    assert build["torch_requirement"](compiled) == asks
+
+
+def test_chosen_capabilities(build: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    known = build["CPU_CAPABILITIES"]
+    known.update(AVX2=["-mavx2"], AVX512=["-mavx512f"])
+    wanted: Callable[[], list[str]] = build["wanted_capabilities"]
+    assert wanted() == ["DEFAULT", "AVX2", "AVX512"]
+    for chosen, names in (
+        ("", ["DEFAULT"]),
+        ("AVX512", ["DEFAULT", "AVX512"]),
+        ("AVX2;DEFAULT", ["DEFAULT", "AVX2"]),
+    ):
+        monkeypatch.setenv("FUSEDLOSS_CPU_CAPABILITIES", chosen)
+        assert wanted() == names
+    monkeypatch.setenv("FUSEDLOSS_CPU_CAPABILITIES", "AVX2;AVX3")
+    with pytest.raises(SystemExit, match="'AVX2;AVX3': the names are DEFAULT, AVX2, AVX512"):
+        wanted()
 
 
 def test_cpu_kernels_stand_alone() -> None:

@@ -33,7 +33,7 @@ def compiled(*options: str, cache: Path) -> dict[str, list[dict[str, Any]]]:
     assert done.returncode == 0, done.stderr
     calls: dict[str, list[dict[str, Any]]] = {}
     for row in map(json.loads, done.stdout.splitlines()):
-        if row["kernel"] in ("pointwise", "cross_entropy"):
+        if row["kernel"] in ("pointwise", "cross_entropy", "custom_rows"):
             calls.setdefault(row["call"], []).append(row)
     return calls
 
@@ -126,3 +126,27 @@ def test_custom_losses(target: str, dtype: str, loss: str, tmp_path: Path) -> No
         if target.startswith("sm"):
             assert rows[0]["load"] == rows[0]["store"] == 16, call
             assert loss == "every_word" or rows[0]["spills"] <= 64, call
+
+
+# Together these have each kind of input, three levels, powers, and maxima with a slope.
+@pytest.mark.parametrize(
+    ("target", "dtype", "losses"),
+    [
+        ("sm_90", "bf16", ["distillation", "jsd", "grpo"]),
+        ("sm_90", "fp32", ["renyi", "triplet", "balanced"]),
+        ("sm_80", "fp16", ["spread"]),
+        ("gfx942", "fp64", ["grpo", "spread"]),
+    ],
+)
+def test_row_losses(target: str, dtype: str, losses: list[str], tmp_path: Path) -> None:
+    options = ["--target", target, "--dtype", dtype, "--classes", "32", "32000"]
+    for loss in losses:
+        options += ["--own-rows", loss]
+    calls = compiled(*options, cache=tmp_path)
+    assert len(calls) == 2 * len(losses)
+    for call, (forward, backward) in calls.items():
+        assert forward["binary"] == backward["binary"], call
+        if target.startswith("sm"):
+            assert call.startswith("renyi") or forward["spills"] <= 64, call
+            assert forward["load"] == forward["store"] == 16, call
+            assert forward["ordered"], call

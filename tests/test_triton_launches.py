@@ -21,6 +21,7 @@ from triton.compiler import CompiledKernel
 
 import custom_losses
 import fusedloss.functional as FL
+import row_losses
 from fusedloss.backends.triton import runtime
 from fusedloss.backends.triton.runtime import Divisor
 from helpers import leaf
@@ -116,9 +117,25 @@ def values() -> Iterator[torch.Tensor]:
                 yield FL.cross_entropy(leaf(x), indices, w, ignore_index=ignored, **options)
             yield custom_losses.focal(leaf(x), leaf(y), **options)
             yield custom_losses.focal(leaf(x), y, **options)
+            yield row_losses.distillation(leaf(x), y, **options)
+            yield row_losses.balanced(
+                leaf(x), indices, w, weight=LAYOUTS[layout](y)[:, 0], **options
+            )
+            for ignored in (3, 1 << 40):
+                old = LAYOUTS[layout](y)[:, -1]
+                yield row_losses.scaled(
+                    leaf(x), indices, leaf(old), ignore_index=ignored, **options
+                )
     for numel in (1 << 16, 1 << 31):  # no page of the larger one is touched
         large = torch.empty(numel, dtype=torch.bfloat16)
         yield FL.mse_loss(leaf(large), large, reduction="sum")
+
+
+def leaves_of(node: Any) -> Iterator[torch.Tensor]:
+    for following, _ in node.next_functions if node else ():
+        if hasattr(following, "variable"):
+            yield following.variable
+        yield from leaves_of(following)
 
 
 def test_a_key_means_one_kernel(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +143,7 @@ def test_a_key_means_one_kernel(target: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(runtime, "start", keys)
     for value in values():
         for upstream in (torch.ones_like(value), unaligned(torch.ones_like(value), 1)):
-            leaves = [node.variable for node, _ in value.grad_fn.next_functions if node]
+            leaves = [*leaves_of(value.grad_fn)]
             torch.autograd.grad(value, leaves, upstream, retain_graph=True)
     # Sharing a key is what it is for.
     assert len(set(keys.known.values())) > 100

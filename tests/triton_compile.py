@@ -27,15 +27,16 @@ import custom_losses
 import fusedloss.functional as FL
 from cases import DTYPES, FAMILIES, REDUCTIONS, at_shape
 from fusedloss import backends
-from fusedloss.backends.triton import pointwise, rows, runtime
+from fusedloss.backends.triton import custom_rows, pointwise, rows, runtime
 from helpers import leaf
+from row_losses import ROW_LOSSES
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = [(pointwise, "pointwise"), (rows, "cross_entropy")]
+KERNELS = [(pointwise, "pointwise"), (rows, "cross_entropy"), (custom_rows, "custom_rows")]
 KERNELS += [(runtime, "count_classes")]
 
 
@@ -132,11 +133,12 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILIES, action="append")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     parser.add_argument("--own", action="append", help="a loss of custom_losses.py, not a family")
+    parser.add_argument("--own-rows", action="append", help="a loss of row_losses.py")
     parser.add_argument("--reduction", choices=REDUCTIONS, default="mean")
     parser.add_argument("--classes", type=int, nargs="+", default=[32, 1000, 32000])
     asked = parser.parse_args()
     reduction = asked.reduction
-    families = asked.family or (() if asked.own else FAMILIES)
+    families = asked.family or (() if asked.own or asked.own_rows else FAMILIES)
     for target, name, dtype in itertools.product(
         asked.target or TARGETS, asked.own or (), asked.dtype or DTYPES
     ):
@@ -148,6 +150,16 @@ def main() -> None:
             with compiling(TARGETS[target], tell):
                 value = loss(x, y, clip_grad=clip_grad, reduction=reduction)
                 value.backward(torch.ones_like(value))
+    for target, name, dtype, classes in itertools.product(
+        asked.target or TARGETS, asked.own_rows or (), asked.dtype or DTYPES, asked.classes
+    ):
+        (case,) = (case for case in ROW_LOSSES if case.id == name)
+        inputs = case.inputs((64,), classes, DTYPES[dtype])
+        tell = functools.partial(report, target, f"{name} {dtype} {classes}")
+        with compiling(TARGETS[target], tell):
+            of_rows = (leaf(t) if t.is_floating_point() and len(t) == 64 else t for t in inputs)
+            value = case.loss(*of_rows, reduction=reduction)
+            value.backward(torch.ones_like(value))
     for target, family, dtype in itertools.product(
         asked.target or TARGETS, families, asked.dtype or DTYPES
     ):

@@ -29,8 +29,8 @@ constexpr int place_of(Kind kind, int n) {
   return -1;
 }
 
-// How many registers of a row a walk has beside each other, of each of so many results: results that
-// stay in registers, and whose additions need not wait for one another.
+// How many registers of a row a walk takes at a time, each with results of its own: these stay in
+// registers, and no addition waits for the one before.
 constexpr int abreast(int results) {
 #if defined(CPU_CAPABILITY_AVX512)
   return results <= 4 ? 4 : 2;
@@ -41,8 +41,8 @@ constexpr int abreast(int results) {
 
 // ---- walks --------------------------------------------------------------------------------------
 
-// One row whose classes lie side by side, some registers of them at a time; or, kTile, two registers
-// of neighbouring rows at a time, class by class, from lines of `width` rows each.
+// One row whose classes lie side by side, some registers of them at a time; or, kTile, two
+// registers of neighbouring rows at a time, class by class, from lines of `width` rows each.
 template <class Loss, class T, bool kTile>
 struct RowsWalk {
   using Numbers = RowNumbers<Loss>;
@@ -50,9 +50,9 @@ struct RowsWalk {
   static constexpr int kElements = Numbers::kElements;
   static constexpr bool kHasLabel = Numbers::kHasLabel;
   static constexpr int64_t kLanes = Vec<T>::size();
-  static constexpr int kTogether = kTile ? 2 : 1;            // registers of rows
+  static constexpr int kTogether = kTile ? 2 : 1;           // registers of rows
   static constexpr int64_t kRows = kTile ? 2 * kLanes : 1;  // their rows
-  static constexpr int64_t kBlock = 32;  // floats that are added up as floats
+  static constexpr int64_t kBlock = 8;                      // floats that are added up as floats
   static constexpr Integer<T> kNone = -1;
 
   const Loss* loss;
@@ -82,8 +82,8 @@ struct RowsWalk {
     }
   }
 
-  // A nan must not get lost in a maximum that counts. One that is subtracted may be any number then:
-  // a sum of the row is nan.
+  // A nan must not get lost in a maximum that has a slope. Any other may be any number then: it is
+  // subtracted from the row, a sum of which is nan.
   static FUSEDLOSS_HD Vec<T> larger(Vec<T> x, Vec<T> max_so_far) {
     return Loss::kPeakCount > 0 ? maximum(x, max_so_far) : max(x, max_so_far);
   }
@@ -301,18 +301,16 @@ struct RowsWalk {
     its.template gradients<kAll>(from.x, from.weights, r, from.kept, g);
     if constexpr (kHasLabel) {
       const Mask<T> is_label = cast<T>(here == r.label);
-      unrolled<kElements>([&](auto e) FUSEDLOSS_INLINE {
-        g[e] = select(is_label, r(Loss::kAtLabel[e]), g[e]);
-      });
+      unrolled<kElements>(
+          [&](auto e) FUSEDLOSS_INLINE { g[e] = select(is_label, r(Loss::kAtLabel[e]), g[e]); });
     }
     unrolled<Loss::kPeakCount>([&](auto p) FUSEDLOSS_INLINE {
       Vec<T> more[kElements];
       std::fill_n(more, kElements, Vec<T>(0));
       its.template at_peak<p>(from.x, from.weights, r, more);
       const Mask<T> is_here = is_peak(p);
-      unrolled<kElements>([&](auto e) FUSEDLOSS_INLINE {
-        g[e] = select(is_here, g[e] + more[e], g[e]);
-      });
+      unrolled<kElements>([&](auto e)
+                              FUSEDLOSS_INLINE { g[e] = select(is_here, g[e] + more[e], g[e]); });
     });
   }
 
@@ -322,7 +320,7 @@ struct RowsWalk {
     int64_t line[kElements];
     bool streams;
   };
-  // Those of the classes [begin, end). Those of a single row's label and peaks are left to
+  // Those of the classes [begin, end). In a single row, those of the label and of peaks are left to
   // gradients_apart().
   template <bool kAll>
   [[gnu::noinline]] void gradients(Gradients out, int64_t begin, int64_t end) const {
@@ -450,7 +448,8 @@ struct CustomRowsProblem {
   Loss loss;
   bool wants_elements = false, wants_others = false;  // gradients for elements; besides the first's
 
-  CustomRowsProblem(const CustomRowsCall& c, const double* parameters, double s) : call(c), scale(s) {
+  CustomRowsProblem(const CustomRowsCall& c, const double* parameters, double s)
+      : call(c), scale(s) {
     Loss::prepare(parameters, loss.constants);
     for (int q = 0; q < Numbers::kPerClasses; ++q) {
       const Rows& from = call.inputs[place_of<Loss>(Kind::kPerClass, q)];
@@ -674,7 +673,8 @@ struct CustomRowWalk : CustomRowsTask<Loss, T, false> {
   }
   void write(int e, const Tile& tile, int64_t k, int64_t begin, int64_t n, const T* from) const {
     const Rows& out = problem.gradient(e);
-    narrow(from, n, out.dtype, const_cast<void*>(out.data), tile.offset(out, begin, k), out.classes);
+    narrow(from, n, out.dtype, const_cast<void*>(out.data), tile.offset(out, begin, k),
+           out.classes);
   }
   void clear_gradients(const Tile& tile, int64_t k) const {
     std::fill_n(pieces.data(), kPiece, T(0));
@@ -758,8 +758,8 @@ struct CustomTileWalk : CustomRowsTask<Loss, T, true> {
   }
 };
 
-// Whether to go row by row, and not by tiles of neighbouring rows. Fixed by the first input, so that
-// every call on it gives the same bits.
+// Whether to go row by row, and not by tiles of neighbouring rows. Fixed by the first input, so
+// that every call on it gives the same bits.
 inline bool goes_by_row(const CustomRowsCall& call) {
   constexpr int64_t kFew = 128, kRows = 16;
   const Rows& input = call.inputs[0];
@@ -817,16 +817,17 @@ double run_custom_rows_of(const CustomRowsCall& call, const double* parameters, 
 
 template <class Loss>
 constexpr CustomRowsKernel custom_rows_kernel() {
-  return {kCustomRowsVersion, static_cast<int32_t>(std::size(Loss::kKinds)), Loss::kParameters,
-          Loss::kAuxiliaryCount, Loss::kKinds, &run_custom_rows_of<Loss>};
+  return {kCustomRowsVersion, static_cast<int32_t>(std::size(Loss::kKinds)),
+          Loss::kParameters,  Loss::kAuxiliaryCount,
+          Loss::kKinds,       &run_custom_rows_of<Loss>};
 }
 
 }  // namespace CPU_CAPABILITY
 }  // namespace fusedloss::cpu
 
-#define FUSEDLOSS_CUSTOM_ROWS(LOSS)                                                             \
-  extern "C" __attribute__((visibility("default"))) const fusedloss::cpu::CustomRowsKernel*     \
-  FUSEDLOSS_CUSTOM_ROWS_ENTRY() {                                                               \
-    static constexpr auto kernel = fusedloss::cpu::CPU_CAPABILITY::custom_rows_kernel<LOSS>();  \
-    return &kernel;                                                                             \
+#define FUSEDLOSS_CUSTOM_ROWS(LOSS)                                                            \
+  extern "C" __attribute__((visibility("default"))) const fusedloss::cpu::CustomRowsKernel*    \
+  FUSEDLOSS_CUSTOM_ROWS_ENTRY() {                                                              \
+    static constexpr auto kernel = fusedloss::cpu::CPU_CAPABILITY::custom_rows_kernel<LOSS>(); \
+    return &kernel;                                                                            \
   }

@@ -1,5 +1,5 @@
-// What the walks over rows share: reading and writing operands, tiles, and tasks with their sums. T is
-// the type that a loss is computed in.
+// What the walks over rows share: reading and writing operands, tiles, and tasks with their sums. T
+// is the type that a loss is computed in.
 #pragma once
 
 #include <algorithm>
@@ -118,7 +118,7 @@ double sum_tasks(ParallelFor threads, int64_t tasks, Make&& make, Task&& task) {
   return sum.value();
 }
 
-// ---- tiles -----------------------------------------------------------------------------------------
+// ---- tiles --------------------------------------------------------------------------------------
 
 // An output of this many bytes does not stay in the caches until it is read.
 constexpr size_t kStreamed = 16 << 20;

@@ -1,5 +1,5 @@
-// A call of cross-entropy, and its two walks. Loss is a struct of row_losses.h, T the type that it is
-// computed in.
+// A call of cross-entropy, and its two walks. Loss is a struct of row_losses.h, T the type that it
+// is computed in.
 #pragma once
 
 #include "../math/row_losses.h"

@@ -1,5 +1,5 @@
 // What a mean over class indices divides by: how many indices are not ignored, or the sum of their
-// classes' weights. The forward kernel adds them up itself, before its first row.
+// weights. The forward kernel adds them up itself, before its first row.
 #pragma once
 
 #include "reduce.cuh"
@@ -11,7 +11,7 @@ template <class W>
 __device__ double class_weight_at(const ClassWeights& c, int64_t i) {
   const int64_t t = c.indices[i];
   if (t < 0 || t >= c.classes || t == c.ignore_index) return 0;
-  return c.weight ? static_cast<const W*>(c.weight)[t] : W(1);
+  return c.weight ? static_cast<const W*>(c.weight)[c.weight_is_of_rows ? i : t] : W(1);
 }
 
 // The sum, in thread 0; nan in place of 0. The grid's blocks share the work: each takes slices of

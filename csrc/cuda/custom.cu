@@ -1,4 +1,4 @@
-// Loads and launches the kernels of custom losses, which custom.cuh makes.
+// Loads and launches the kernels of custom losses, which custom.cuh and custom_rows.cuh make.
 #include <cuda.h>
 
 #include <fstream>
@@ -9,12 +9,14 @@
 
 #include "../math/custom.h"
 #include "pointwise.cuh"
+#include "rows_launch.h"
 
 namespace fusedloss::cuda {
 
 struct CustomKernels {
   int capability;
   const CustomKernels* others;
+  CustomRowsInfo rows;
   const void* handles[kCustomKernels];
 };
 
@@ -23,6 +25,7 @@ namespace {
 #define FUSEDLOSS_KERNEL_NAME(NAME, ...) #NAME,
 constexpr const char* kNames[] = {FUSEDLOSS_CUSTOM_VECTORIZED(FUSEDLOSS_KERNEL_NAME)
                                       FUSEDLOSS_CUSTOM_STRIDED(FUSEDLOSS_KERNEL_NAME)};
+constexpr const char* kRowNames[] = {FUSEDLOSS_CUSTOM_ROWS_KERNELS(FUSEDLOSS_KERNEL_NAME)};
 #undef FUSEDLOSS_KERNEL_NAME
 static_assert(std::size(kNames) == kCustomKernels);
 
@@ -88,9 +91,21 @@ const CustomKernels* of_device(const CustomKernels* kernels) {
   return best;
 }
 
-}  // namespace
+// What plan_custom_rows() asks of the current device.
+struct CustomRowsDevice : CurrentDevice {
+  const void* kernel;
+  int compiled_for;  // capability
 
-const CustomKernels* load_custom(const char* file, int capability, const CustomKernels* others) {
+  int64_t max_smem() const { return cuda::max_smem() - (kCustomStaticSmem - kStaticSmem); }
+  bool has_clusters() const { return compiled_for >= 90; }
+  int64_t active_clusters(const RowsPlan& plan) const {
+    return cuda::active_clusters(kernel, plan);
+  }
+};
+
+template <size_t count>
+const CustomKernels* load(const char* file, int capability, const CustomKernels* others,
+                          const CustomRowsInfo& rows, const char* const (&names)[count]) {
   std::ifstream in(file, std::ios::binary);
   const std::string code{std::istreambuf_iterator<char>(in), {}};
   if (code.empty()) check(cudaErrorFileNotFound, file);
@@ -102,18 +117,45 @@ const CustomKernels* load_custom(const char* file, int capability, const CustomK
   auto loaded = std::make_unique<CustomKernels>();
   loaded->capability = capability;
   loaded->others = others;
-  for (int i = 0; i < kCustomKernels; ++i) {
+  loaded->rows = rows;
+  for (size_t i = 0; i < count; ++i) {
     CUkernel kernel;
-    check(get_kernel(&kernel, library, kNames[i]), file);
+    check(get_kernel(&kernel, library, names[i]), file);
     loaded->handles[i] = kernel;
   }
   return loaded.release();
+}
+
+}  // namespace
+
+const CustomKernels* load_custom(const char* file, int capability, const CustomKernels* others) {
+  return load(file, capability, others, {}, kNames);
+}
+const CustomKernels* load_custom_rows(const char* file, int capability, unsigned elements, int kept,
+                                      const CustomKernels* others) {
+  return load(file, capability, others, {elements, kept}, kRowNames);
 }
 
 cudaError_t run_custom(const CustomKernels& kernels, const Call& call, const Launch& launch) {
   const CustomKernels* const mine = of_device(&kernels);
   if (!mine) return cudaErrorNoKernelImageForDevice;
   return run_pointwise(Launcher{*mine, call.parameters}, call, launch);
+}
+
+cudaError_t run_custom_rows(const CustomKernels& kernels, const Call& call, const Launch& launch) {
+  const CustomKernels* const mine = of_device(&kernels);
+  if (!mine) return cudaErrorNoKernelImageForDevice;
+  const CustomRowsCall rows(call);
+  if (rows.classes > kMaxClasses) return cudaErrorInvalidValue;
+  const void* const kernel = mine->handles[static_cast<int>(mine->rows.dtype(rows))];
+  const CustomRowsDevice device{{}, kernel, mine->capability};
+  const RowsPlan plan = plan_custom_rows(rows, mine->rows, device);
+  allow_smem(kernel, plan.smem);
+  const LaunchConfig config(plan, launch.stream);
+  const double none = 0;  // in the place of a loss's parameters that has none
+  const void* const parameters = call.parameters ? call.parameters : &none;
+  const void* arguments[] = {&rows, &launch, parameters, &plan.tiling};
+  return cudaLaunchKernelExC(&config.config, kernel, const_cast<void**>(arguments));
 }
 
 }  // namespace fusedloss::cuda

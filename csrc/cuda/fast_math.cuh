@@ -9,7 +9,7 @@ constexpr float kLog2e = 1.44269504f;
 
 // 2^x. Relative error 2^-22; a subnormal result is 0.
 __device__ inline float quick_exp2(float x) {
-#if defined(__NVCC__)
+#if defined(__NVCC__) || defined(__CUDACC_RTC__)
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
@@ -21,7 +21,7 @@ __device__ inline float quick_exp2(float x) {
 __device__ inline float quick_exp(float x) { return quick_exp2(x * kLog2e); }
 
 // Single instructions, for which a subnormal number is 0.
-#if defined(__NVCC__)
+#if defined(__NVCC__) || defined(__CUDACC_RTC__)
 __device__ inline float log2_ftz(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -27,12 +27,13 @@ struct Fault {
 };
 
 // What the divisor of a mean over class indices is made of: the number of indices that are not
-// ignored, or the sum of their weights. An index out of range counts as ignored.
+// ignored, or the sum of the weights of their classes or, in a custom loss, of their rows. An index
+// out of range counts as ignored.
 struct ClassWeights {
   const int64_t* indices = nullptr;  // (n); null: the divisor is known
   int64_t n = 0, classes = 0, ignore_index = -100;
-  const void* weight = nullptr;  // (classes), float or double; null: 1
-  bool weight_is_double = false;
+  const void* weight = nullptr;  // (classes) or (n), float or double; null: 1
+  bool weight_is_double = false, weight_is_of_rows = false;
   int64_t slices = 0, slice_size = 0;  // the units of work; divide_into_slices() sets them
 
   // A slice is what a block reads in one go, and there are no more than a block can add up so.
@@ -98,6 +99,13 @@ Kernel cross_entropy;
   X(fusedloss_custom4_strided_in_float64, double) \
   X(fusedloss_custom4_strided_in_float32, float)
 constexpr int kCustomKernels = 9;
+// Those of a custom row loss, with the type that the first input has; float and double also serve
+// inputs of several types. The number is the version of this file, of call.h and of sizes.h.
+#define FUSEDLOSS_CUSTOM_ROWS_KERNELS(X)            \
+  X(fusedloss_custom_rows1_float64, double)         \
+  X(fusedloss_custom_rows1_float32, float)          \
+  X(fusedloss_custom_rows1_bfloat16, __nv_bfloat16) \
+  X(fusedloss_custom_rows1_float16, __half)
 
 // The kernels of a loss, for all devices that they were compiled for.
 struct CustomKernels;
@@ -105,5 +113,11 @@ struct CustomKernels;
 // the same loss's for other devices. Throws std::runtime_error where that cannot be done.
 const CustomKernels* load_custom(const char* file, int capability, const CustomKernels* others);
 cudaError_t run_custom(const CustomKernels& kernels, const Call& call, const Launch& launch);
+
+// The same of a custom row loss. elements: bit i says that input i has a number for each class;
+// kept: how many values of a class walks keep.
+const CustomKernels* load_custom_rows(const char* file, int capability, unsigned elements, int kept,
+                                      const CustomKernels* others);
+cudaError_t run_custom_rows(const CustomKernels& kernels, const Call& call, const Launch& launch);
 
 }  // namespace fusedloss::cuda

@@ -60,6 +60,13 @@ constexpr void swap(T& a, T& b) {
   b = before;
 }
 
+template <class T, class Next>
+constexpr T exchange(T& x, Next next) {
+  const T before = x;
+  x = next;
+  return before;
+}
+
 }  // namespace std
 
 // ---- two-byte floats ----------------------------------------------------------------------------
@@ -108,8 +115,61 @@ inline __nv_bfloat162 __float22bfloat162_rn(float2 x) {
   return narrow;
 }
 
-// ---- declared alone: kernels of custom losses use none of it ------------------------------------
+// ---- copies to shared memory --------------------------------------------------------------------
 
-void __pipeline_memcpy_async(void* to, const void* from, size_t bytes);
-void __pipeline_commit();
-void __pipeline_wait_prior(size_t groups);
+#if __CUDA_ARCH__ >= 800
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if (bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+  } else if (bytes == 8) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(from) : "memory");
+  }
+}
+inline void __pipeline_commit() { asm volatile("cp.async.commit_group;"); }
+inline void __pipeline_wait_prior(size_t groups) {
+  if (groups == 0) {
+    asm volatile("cp.async.wait_group 0;");
+  } else if (groups == 1) {
+    asm volatile("cp.async.wait_group 1;");
+  } else {
+    asm volatile("cp.async.wait_group 2;");
+  }
+}
+#else
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  if (bytes == 16) {
+    *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+  } else if (bytes == 8) {
+    *static_cast<uint2*>(to) = *static_cast<const uint2*>(from);
+  } else {
+    *static_cast<unsigned*>(to) = *static_cast<const unsigned*>(from);
+  }
+}
+inline void __pipeline_commit() {}
+inline void __pipeline_wait_prior(size_t) {}
+#endif
+
+// ---- clusters -----------------------------------------------------------------------------------
+
+#if __CUDA_ARCH__ >= 900
+namespace cooperative_groups {
+
+struct cluster_group {
+  static void sync() {
+    __cluster_barrier_arrive();
+    __cluster_barrier_wait();
+  }
+  static unsigned block_rank() { return __clusterRelativeBlockRank(); }
+  static unsigned num_blocks() { return __clusterSizeInBlocks(); }
+  template <class T>
+  static T* map_shared_rank(T* pointer, int rank) {
+    return static_cast<T*>(__cluster_map_shared_rank(pointer, rank));
+  }
+};
+inline cluster_group this_cluster() { return {}; }
+
+}  // namespace cooperative_groups
+#endif

@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "../math/eval.h"
+#include "custom_parameters.cuh"
 #include "fast_math.cuh"
 #include "reduce.cuh"
 #include "upstream.cuh"
@@ -82,32 +83,6 @@ __device__ void check_variance(Vector<D, kSize>& x, const Variance& variance, co
     x.element[i] = narrow<D>(kNan<float>);
     report_error(l, Fault::kNegativeVariance, position + i, static_cast<double>(number), 0);
   }
-}
-
-// a / b, neither above bound: a 64-bit division takes four times as long as one of 32 bits.
-__device__ inline int64_t quotient(int64_t a, int64_t b, int64_t bound) {
-  if (bound > std::numeric_limits<int32_t>::max()) return a / b;
-  return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-}
-
-// A custom loss as a kernel is given it. Nothing of it need be known where a kernel is launched but
-// the address of its parameters.
-template <class Loss>
-struct CustomParameters {
-  double numbers[Loss::kParameters];
-};
-
-// The loss that a kernel was given. A custom one is made in shared memory, and is there after the
-// block's next barrier: a thread computes its constants while the first one reads the prediction.
-template <class Loss>
-__device__ const Loss& prepared(const Loss& given) {
-  return given;
-}
-template <class Loss>
-__device__ const Loss& prepared(const CustomParameters<Loss>& given) {
-  __shared__ Loss loss;
-  if (threadIdx.x == kWarp) Loss::prepare(given.numbers, loss.constants);
-  return loss;
 }
 
 // ---- contiguous operands of one dtype -----------------------------------------------------------
@@ -461,12 +436,6 @@ inline bool has_contiguous_indices(const Call& call, int64_t min_classes) {
   }
   return true;
 }
-
-template <class D>
-constexpr DType kDType = std::is_same_v<D, double>          ? DType::kFloat64
-                         : std::is_same_v<D, float>         ? DType::kFloat32
-                         : std::is_same_v<D, __nv_bfloat16> ? DType::kBFloat16
-                                                            : DType::kFloat16;
 
 // Fills c and returns true if all operands are contiguous, of type D and equally misaligned.
 template <class Loss, class D>

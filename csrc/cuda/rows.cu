@@ -1,33 +1,14 @@
 // The row losses on CUDA.
 #include <type_traits>
 
-#include "device.h"
 #include "rows_contiguous.cuh"
 #include "rows_held.cuh"
+#include "rows_launch.h"
 #include "rows_strided.cuh"
 #include "rows_strided_smem.cuh"
 
 namespace fusedloss::cuda {
 namespace {
-
-// A plan as the argument of cudaLaunchKernelEx.
-struct LaunchConfig {
-  cudaLaunchAttribute cluster{};
-  cudaLaunchConfig_t config{};
-
-  LaunchConfig(const RowsPlan& plan, cudaStream_t stream) {
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = plan.cluster;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
-    config.blockDim = dim3(plan.threads);
-    config.dynamicSmemBytes = static_cast<size_t>(plan.smem);
-    config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = plan.kernel == RowsPlan::Kernel::kCluster ? 1 : 0;
-  }
-  LaunchConfig(const LaunchConfig&) = delete;
-};
 
 // Whether the current device is one like that.
 bool is_gpu(const TunedHeld& tuned) {
@@ -100,15 +81,10 @@ auto* contiguous_kernel(const RowsPlan& plan) {
 
 // What plan_rows asks of the current device.
 template <class D>
-struct RowsDevice {
+struct RowsDevice : CurrentDevice {
   const fusedloss::RowsCall& call;
 
   bool is_gpu(const TunedHeld& tuned) const { return cuda::is_gpu(tuned); }
-  int64_t sms() const { return device_attribute(cudaDevAttrMultiProcessorCount); }
-  int64_t max_smem() const { return cuda::max_smem(); }
-  int64_t smem_per_sm() const {
-    return device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  }
   // Both the device and the code that runs there: a driver may have compiled it from the PTX for an
   // older device.
   bool has_clusters() const {
@@ -125,17 +101,9 @@ struct RowsDevice {
       return cuda::resident_blocks(strided_kernel<Loss>(plan), plan.threads, plan.smem);
     });
   }
-  // 0 where none fits, as on a slice of a device.
   int64_t active_clusters(const RowsPlan& plan) const {
     return with_loss<D>(call, plan, [&]<class Loss>(std::type_identity<Loss>) {
-      const auto kernel = contiguous_kernel<Loss, Scope::kCluster>(plan);
-      return asked_once(kernel, {plan.threads, plan.smem, plan.cluster}, [&] {
-        int count = 0;
-        LaunchConfig launch(plan, nullptr);
-        allow_smem(kernel, plan.smem);
-        cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config);
-        return count;
-      });
+      return cuda::active_clusters(contiguous_kernel<Loss, Scope::kCluster>(plan), plan);
     });
   }
 };
@@ -144,7 +112,7 @@ struct RowsDevice {
 template <class F>
 auto with_plan(const fusedloss::RowsCall& call, F&& f) {
   return with_type(call.input.dtype, [&](auto tag) {
-    return f(tag, plan_rows(call, RowsDevice<decltype(tag)>{call}));
+    return f(tag, plan_rows(call, RowsDevice<decltype(tag)>{{}, call}));
   });
 }
 

@@ -21,6 +21,7 @@
 #include <algorithm>
 
 #include "rows.cuh"
+#include "rows_plan.h"
 #include "thread_groups.cuh"
 
 namespace fusedloss::cuda {

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "rows.cuh"
+#include "rows_plan.h"
 #include "thread_groups.cuh"
 
 namespace fusedloss::cuda {

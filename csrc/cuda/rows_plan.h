@@ -11,19 +11,6 @@
 
 namespace fusedloss::cuda {
 
-// The threads that share a row in rows_contiguous and rows_held.
-enum class Scope { kSubWarp, kBlock, kCluster };
-
-// How a row's vectors are laid over its threads and over shared memory.
-struct RowTiling {
-  int threads_per_row = kWarp;  // kSubWarp alone; the others use the whole block or cluster
-  int vectors_per_thread = 0;   // of each operand
-  int stages = 1;               // rows in shared memory: one is computed, the others are prefetched
-  bool fits_in_smem = true;     // if not, no row is in shared memory, and each is read twice
-
-  bool operator==(const RowTiling&) const = default;
-};
-
 struct RowsPlan {
   enum class Kernel {
     kStrided,
@@ -47,10 +34,10 @@ struct RowsPlan {
 // ---- tuning -------------------------------------------------------------------------------------
 
 // Threads of a block.
-constexpr int kRowBlock = 256, kStridedBlock = 128, kStridedSmemBlock = 64;
+constexpr int kStridedBlock = 128, kStridedSmemBlock = 64;
 
 // Blocks that an SM should hold at least, so that some move data while others compute.
-constexpr int64_t kMinBlocksPerSM = 3;
+constexpr int64_t kMinRowBlocksPerSM = 3;
 
 // Those of rows_strided_smem by its registers: 512 threads.
 constexpr int kMinStridedSmemBlocks = 512 / kStridedSmemBlock;
@@ -80,7 +67,6 @@ constexpr RowThreads kRowThreads[] = {
     {4 * kRowBlock * kMaxVectorsPerThread, RowsPlan::Kernel::kCluster, kWarp, 4},
     {INT64_MAX, RowsPlan::Kernel::kCluster, kWarp, 8},
 };
-constexpr int kMaxClusterSize = 8;  // more than 8 blocks are not portable
 
 // Classes per thread in rows_held. Many spread a thread's work per row over more of them; 8 threads
 // read whole cache lines.
@@ -213,7 +199,7 @@ RowsPlan plan_strided(const fusedloss::RowsCall& call, const Device& device) {
   plan.kernel = vectorized ? RowsPlan::Kernel::kStridedVectorized : RowsPlan::Kernel::kStrided;
   plan.threads = kStridedBlock;
   const int64_t smem = (call.classes + index_vectors(size)) * kStridedSmemBlock * kVectorBytes;
-  if (vectorized && kMinBlocksPerSM * (smem + kStaticSmem) <= device.smem_per_sm()) {
+  if (vectorized && kMinRowBlocksPerSM * (smem + kStaticSmem) <= device.smem_per_sm()) {
     plan.kernel = RowsPlan::Kernel::kStridedSmem;
     plan.threads = kStridedSmemBlock;
     plan.smem = smem;
@@ -303,18 +289,29 @@ std::optional<RowsPlan> plan_held(const fusedloss::RowsCall& call, const Device&
   return plan;
 }
 
+// What rows_contiguous and the kernels of custom losses need of a device.
+struct RowsDemand {
+  int64_t rows;
+  int64_t vectors;         // of a row of each operand
+  int operands;            // which are copied to shared memory
+  int kept;                // vectors beside each of those, of what is kept there
+  bool one_thread;         // has a row of its own
+  int64_t threads_per_sm;  // at most
+};
+
 template <class Device>
-RowsPlan plan_contiguous(const fusedloss::RowsCall& call, const Device& device, int operands,
+RowsPlan plan_contiguous(const RowsDemand& demand, const Device& device,
                          int max_cluster = kMaxClusterSize) {
   using Kernel = RowsPlan::Kernel;
-  const int64_t sms = device.sms(), rows = call.outer * call.inner;
-  const int bytes = bytes_of(call.input.dtype);
-  const int64_t vectors = std::max<int64_t>(1, call.classes * bytes / kVectorBytes);
+  const auto& [rows, vectors, operands, kept, one_thread, threads_per_sm] = demand;
+  const int64_t sms = device.sms();
+  const int lines = operands + kept;
   const RowThreads* shared_by = kRowThreads;
-  while (shared_by->vectors < vectors * operands) ++shared_by;
+  while (!one_thread && shared_by->vectors < vectors * lines) ++shared_by;
   RowsPlan plan;
   plan.operands = operands;
   RowTiling& tiling = plan.tiling;
+  tiling.keeps = kept > 0;
   plan.kernel = shared_by->kernel;
   tiling.threads_per_row = shared_by->threads_per_row;
   int64_t groups = rows;  // of threads that share a row, as many as there is work for
@@ -322,10 +319,10 @@ RowsPlan plan_contiguous(const fusedloss::RowsCall& call, const Device& device, 
     tiling.vectors_per_thread = static_cast<int>(ceil_div(vectors, tiling.threads_per_row));
     plan.threads = kRowBlock;
     // Smaller blocks where there are too few of them, or where shared memory is too small for some.
-    const int64_t smem = device.smem_per_sm() / kMinBlocksPerSM - kStaticSmem;
+    const int64_t smem = device.smem_per_sm() / kMinRowBlocksPerSM - kStaticSmem;
     while (plan.threads > kWarp &&
            (ceil_div(rows, plan.threads / tiling.threads_per_row) < sms ||
-            tiling.vectors_per_thread * operands * plan.threads * kVectorBytes > smem)) {
+            tiling.vectors_per_thread * lines * plan.threads * kVectorBytes > smem)) {
       plan.threads /= 2;
     }
     groups = ceil_div(rows, plan.threads / tiling.threads_per_row);
@@ -334,22 +331,34 @@ RowsPlan plan_contiguous(const fusedloss::RowsCall& call, const Device& device, 
     if (plan.cluster > 1 && !device.has_clusters()) plan.cluster = 1;
     if (plan.cluster == 1) plan.kernel = Kernel::kBlock;
     const int64_t share = ceil_div(vectors, plan.cluster);  // vectors of a block
-    const int64_t threads = ceil_div(share * operands, kMaxVectorsPerThread * kWarp) * kWarp;
+    const int64_t threads = ceil_div(share * lines, kMaxVectorsPerThread * kWarp) * kWarp;
     plan.threads = static_cast<int>(std::min<int64_t>(threads, kRowBlock));
     tiling.vectors_per_thread = static_cast<int>(ceil_div(share, plan.threads));
   }
-  const int64_t row_bytes =
-      int64_t{tiling.vectors_per_thread} * operands * plan.threads * kVectorBytes;
-  tiling.fits_in_smem = row_bytes <= device.max_smem();
+  const int64_t line_bytes = int64_t{tiling.vectors_per_thread} * plan.threads * kVectorBytes;
+  const int64_t row_bytes = operands * line_bytes;
+  // One warp alone, whatever it holds, would not keep memory busy.
+  const int64_t smem_for =
+      one_thread ? device.smem_per_sm() / kMinRowBlocksPerSM - kStaticSmem : device.max_smem();
+  tiling.fits_in_smem = lines * line_bytes <= smem_for;
   if (tiling.fits_in_smem) {
-    tiling.stages =
-        static_cast<int>(std::clamp<int64_t>(kPrefetchBytes / row_bytes, 1, kMaxStages));
-    plan.smem = tiling.stages * row_bytes;
+    const int64_t most = (smem_for - kept * line_bytes) / row_bytes;
+    tiling.stages = static_cast<int>(
+        std::clamp<int64_t>(kPrefetchBytes / row_bytes, 1, std::min(most, kMaxStages)));
+    plan.smem = tiling.stages * row_bytes + kept * line_bytes;
   }
-  if (!set_blocks(plan, groups, threads_per_sm(bytes, has_hard_targets(call)), device)) {
-    return plan_contiguous(call, device, operands, plan.cluster / 2);
+  if (!set_blocks(plan, groups, threads_per_sm, device)) {
+    return plan_contiguous(demand, device, plan.cluster / 2);
   }
   return plan;
+}
+template <class Device>
+RowsPlan plan_contiguous(const fusedloss::RowsCall& call, const Device& device, int operands) {
+  const int bytes = bytes_of(call.input.dtype);
+  const int64_t vectors = std::max<int64_t>(1, call.classes * bytes / kVectorBytes);
+  return plan_contiguous({call.outer * call.inner, vectors, operands, 0, false,
+                          threads_per_sm(bytes, has_hard_targets(call))},
+                         device);
 }
 
 // Device answers for the GPU: is_gpu(tuned), sms(), max_smem() of a block without kStaticSmem,
@@ -367,6 +376,62 @@ RowsPlan plan_rows(const fusedloss::RowsCall& call, const Device& device) {
     if (plan.tiling.fits_in_smem) return plan;
   }
   return plan_contiguous(call, device, 1);
+}
+
+// ---- custom losses ------------------------------------------------------------------------------
+
+// What a plan must know of a custom loss.
+struct CustomRowsInfo {
+  unsigned elements = 0;  // bit i: input i has a number for each class
+  int kept = 0;           // values of a class that walks keep
+
+  // The type that the kernel reads: that of these inputs. Where they have several it is the one
+  // that is computed in, which the kernel makes of each.
+  DType dtype(const CustomRowsCall& call) const {
+    for (int i = 1; i < kMaxInputs; ++i) {
+      if ((elements >> i & 1) && call.inputs[i].dtype != call.inputs[0].dtype) {
+        return call.compute_in_double ? DType::kFloat64 : DType::kFloat32;
+      }
+    }
+    return call.inputs[0].dtype;
+  }
+};
+
+constexpr int custom_threads_per_sm(int element_bytes) { return element_bytes == 8 ? 256 : 512; }
+
+// The plan of the one kernel. Kept values are in shared memory if a cluster has room for them.
+template <class Device>
+RowsPlan plan_custom_rows(const CustomRowsCall& call, const CustomRowsInfo& loss,
+                          const Device& device) {
+  const DType dtype = loss.dtype(call);
+  const int bytes = bytes_of(dtype), size = kVectorBytes / bytes;
+  const Rows& x = call.inputs[0];
+  const int64_t rows = call.outer * call.inner;
+  const bool in_vectors = x.classes == 1 && x.dtype == dtype;
+  const bool aligned =
+      is_aligned(x.data) && x.outer % size == 0 && (x.inner % size == 0 || call.inner == 1);
+  const int64_t before = in_vectors && !aligned ? size - 1 : 0;  // lanes that are not the row's
+  // A thread has a row where its neighbours' rows are nearer than its own next class.
+  const int64_t neighbour = call.inner > 1 ? x.inner : x.outer;
+  RowsDemand demand{rows,
+                    ceil_div(before + call.classes, size),
+                    std::popcount(loss.elements),
+                    loss.kept * (bytes == 2 ? 2 : 1),
+                    rows > 1 && neighbour < x.classes,
+                    custom_threads_per_sm(bytes)};
+  RowsPlan plan = plan_contiguous(demand, device);
+  if (!plan.tiling.fits_in_smem && demand.kept > 0) {
+    demand.kept = 0;
+    plan = plan_contiguous(demand, device);
+  }
+  if (!plan.tiling.fits_in_smem) {  // vectors of a row instead of rows
+    plan.tiling.vectors_per_thread = 1;
+    plan.tiling.stages = kMaxStages;
+    plan.tiling.keeps = false;
+    plan.smem = kMaxStages * demand.operands * plan.threads * kVectorBytes;
+  }
+  if (plan.kernel != RowsPlan::Kernel::kSubWarp) plan.tiling.threads_per_row = 0;
+  return plan;
 }
 
 }  // namespace fusedloss::cuda

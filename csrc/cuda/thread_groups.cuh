@@ -3,7 +3,8 @@
 
 #include <cooperative_groups.h>
 
-#include "rows_plan.h"
+#include "reduce.cuh"
+#include "sizes.h"
 
 namespace fusedloss::cuda {
 
@@ -12,8 +13,9 @@ namespace fusedloss::cuda {
 // overwrites a set has passed the barrier after its last reading.
 template <class State>
 __device__ void all_reduce_block(State& state, int set) {
-  __shared__ alignas(16) unsigned char bytes[2 * kWarp * sizeof(State)];
-  State* const warp_states = reinterpret_cast<State*>(bytes) + set * kWarp;
+  constexpr int kMaxWarps = kRowBlock / kWarp;
+  __shared__ alignas(16) unsigned char bytes[2 * kMaxWarps * sizeof(State)];
+  State* const warp_states = reinterpret_cast<State*>(bytes) + set * kMaxWarps;
   const unsigned lane = threadIdx.x % kWarp;
   state.reduce_warp(kWarp);
   if (lane == 0) warp_states[threadIdx.x / kWarp] = state;
@@ -37,53 +39,68 @@ __device__ auto this_cluster() {
 
 template <Scope kScope>
 struct ThreadGroup {
-  static constexpr bool kSubWarp = kScope == Scope::kSubWarp;
-  static constexpr bool kCluster = kHasClusters && kScope == Scope::kCluster;
-  const int size, rank;  // the group's threads, a power of two in a warp, and this one among them
+  static constexpr bool kAny = kScope == Scope::kAny;
+  static constexpr bool kCluster = kHasClusters && (kAny || kScope == Scope::kCluster);
+  const bool shares_warp;  // kAny: whether it is kSubWarp
+  const int size, rank;    // the group's threads, a power of two in a warp, and this one among them
   int set = 0;
 
+  // kAny: 0 threads stand for all of the block or cluster.
   __device__ explicit ThreadGroup(int threads)
-      : size(kSubWarp ? threads : blocks() * blockDim.x),
-        rank(kSubWarp ? threadIdx.x % threads : block_rank() * blockDim.x + threadIdx.x) {}
+      : shares_warp(threads > 0),
+        size(in_warp() ? threads : blocks() * blockDim.x),
+        rank(in_warp() ? threadIdx.x % threads : block_rank() * blockDim.x + threadIdx.x) {}
 
+  __device__ bool in_warp() const {
+    if constexpr (kAny) return shares_warp;
+    return kScope == Scope::kSubWarp;
+  }
   // The rank of the thread that has vector v of a row. A remainder takes twenty instructions.
-  __device__ int owner(int v) const { return kSubWarp ? v & (size - 1) : v % size; }
+  __device__ int owner(int v) const { return in_warp() ? v & (size - 1) : v % size; }
 
   // The groups of a block have neighbouring rows, and stay together: a group's rows are first_row +
   // row_in_block, and from there on every row_stride-th.
   __device__ int64_t first_row() const {
-    return kSubWarp ? int64_t{blockIdx.x} * blockDim.x / size : blockIdx.x / blocks();
+    return in_warp() ? int64_t{blockIdx.x} * blockDim.x / size : blockIdx.x / blocks();
   }
   __device__ int64_t row_stride() const {
-    return kSubWarp ? int64_t{gridDim.x} * blockDim.x / size : gridDim.x / blocks();
+    return in_warp() ? int64_t{gridDim.x} * blockDim.x / size : gridDim.x / blocks();
   }
-  __device__ int row_in_block() const { return kSubWarp ? threadIdx.x / size : 0; }
+  __device__ int row_in_block() const { return in_warp() ? threadIdx.x / size : 0; }
 
   // Merges the states of the group's threads; all get the result.
   template <class State>
   __device__ void all_reduce(State& state) {
-    if constexpr (kSubWarp) return state.reduce_warp(size);
+    if constexpr (kScope == Scope::kSubWarp) return state.reduce_warp(size);
+    if (in_warp()) return state.reduce_warp(size);
     all_reduce_block(state, set);
     if constexpr (kCluster) {
-      __shared__ alignas(16) unsigned char bytes[2 * sizeof(State)];
-      State* const block_state = reinterpret_cast<State*>(bytes) + set;
-      if (threadIdx.x == 0) *block_state = state;
-      cluster().sync();
-      // Eight lanes read the states of all blocks at once. The asm keeps a loop from finding the
-      // addresses beforehand, in registers that it lacks then.
-      unsigned block = threadIdx.x % kMaxClusterSize;
-      asm volatile("" : "+r"(block));
-      state = block < blocks() ? *cluster().map_shared_rank(block_state, block) : State();
-      state.reduce_warp(kMaxClusterSize);
+      if (!kAny || blocks() > 1) all_reduce_cluster(state);
     }
     set ^= 1;
   }
   // A block's shared memory ends with it: none may exit while another reads there.
   __device__ void sync_before_exit() const {
-    if constexpr (kCluster) cluster().sync();
+    if constexpr (kCluster) {
+      if (!kAny || blocks() > 1) cluster().sync();
+    }
   }
 
  private:
+  // ... of its blocks, whose own threads have merged theirs.
+  template <class State>
+  __device__ void all_reduce_cluster(State& state) const {
+    __shared__ alignas(16) unsigned char bytes[2 * sizeof(State)];
+    State* const block_state = reinterpret_cast<State*>(bytes) + set;
+    if (threadIdx.x == 0) *block_state = state;
+    cluster().sync();
+    // Eight lanes read the states of all blocks at once. The asm keeps a loop from finding the
+    // addresses beforehand, in registers that it lacks then.
+    unsigned block = threadIdx.x % kMaxClusterSize;
+    asm volatile("" : "+r"(block));
+    state = block < blocks() ? *cluster().map_shared_rank(block_state, block) : State();
+    state.reduce_warp(kMaxClusterSize);
+  }
   __device__ static auto cluster() { return this_cluster<kScope>(); }
   __device__ static unsigned blocks() {
     if constexpr (kCluster) return cluster().num_blocks();

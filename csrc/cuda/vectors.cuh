@@ -45,6 +45,13 @@ __device__ D narrow(T x) {
   }
 }
 
+// Floating-point types alone.
+template <class D>
+constexpr DType kDType = std::is_same_v<D, double>          ? DType::kFloat64
+                         : std::is_same_v<D, float>         ? DType::kFloat32
+                         : std::is_same_v<D, __nv_bfloat16> ? DType::kBFloat16
+                                                            : DType::kFloat16;
+
 // Calls f with a value of the floating-point type that dtype names.
 template <class F>
 __host__ __device__ auto with_type(DType dtype, F&& f) {
@@ -96,6 +103,12 @@ __device__ void write(void* data, DType dtype, int64_t i, T x) {
     using D = decltype(tag);
     static_cast<D*>(data)[i] = narrow<D>(x);
   });
+}
+
+// a / b, neither above bound: a 64-bit division takes four times as long as one of 32 bits.
+__device__ inline int64_t quotient(int64_t a, int64_t b, int64_t bound) {
+  if (bound > std::numeric_limits<int32_t>::max()) return a / b;
+  return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
 }
 
 // ---- vectors ------------------------------------------------------------------------------------

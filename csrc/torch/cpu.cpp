@@ -134,8 +134,7 @@ void update_prediction(const Tensor& prediction, double upstream) {
 
 // ---- class indices ------------------------------------------------------------------------------
 
-[[noreturn]] void throw_out_of_range(const Tensor& indices, int64_t classes,
-                                     int64_t ignore_index) {
+[[noreturn]] void throw_out_of_range(const Tensor& indices, int64_t classes, int64_t ignore_index) {
   const int64_t* index = indices.const_data_ptr<int64_t>();
   const int64_t* bad = std::find_if(index, index + indices.numel(), [=](int64_t t) {
     return (t < 0 || t >= classes) && t != ignore_index;
@@ -165,8 +164,8 @@ double sum_of(const Tensor& t) {
   return sum.value();
 }
 
-// The sum of the weights, of classes or `of_rows`, of the targets that are not ignored; throws where
-// a target is no class.
+// The weights, of classes or `of_rows`, of the targets that are not ignored; throws where a target
+// is no class.
 double sum_weights(const Arguments& a, const Tensor& indices, const Tensor& weight, bool of_rows) {
   const int64_t* index = indices.const_data_ptr<int64_t>();
   const int64_t n = indices.numel(), classes = a.classes();

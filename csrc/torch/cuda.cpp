@@ -201,7 +201,11 @@ struct CudaEngine {
     }
   }
 
-  void compute(const Tensor& loss, const Gradients& gradients, Tensor state) {
+  void compute(const Tensor& result, const Gradients& gradients, Tensor state) {
+    const Tensor loss = loss_in(result, info);
+    for (int k = 0; k < info.auxiliary; ++k) {
+      write_to(call_.auxiliary[k], auxiliary_in(result, a, info, k));
+    }
     if (!state.defined()) state = empty_state(a.input);
     launch_.forward_state = state.mutable_data_ptr<double>();
     if (a.reduction == at::Reduction::Mean) divide_by_mean(state);
@@ -231,12 +235,14 @@ struct CudaEngine {
  private:
   void divide_by_mean(const Tensor& state) {
     launch_.normalizer = static_cast<double>(a.input.numel());
-    if (info.mean == Mean::kWeights && present(a.weight)) {
+    const bool counts = operands_.indices().defined() && info.mean == Mean::kRows;
+    const bool weighted = info.mean == Mean::kWeights || (info.custom_rows() && !counts);
+    if (weighted && present(a.weight)) {
       state.select(0, 1).copy_(a.weight->sum(at::kDouble));
       launch_.normalizer = std::numeric_limits<double>::quiet_NaN();
     } else if (info.mean == Mean::kRows) {
       launch_.normalizer /= static_cast<double>(a.classes());
-      if (takes_indices(a, info)) divide_by_class_weights();
+      if (counts) divide_by_class_weights();
     }
   }
 
@@ -249,6 +255,7 @@ struct CudaEngine {
     if (const Tensor& weight = operands_.weight(); weight.defined()) {
       count.weight = weight.const_data_ptr();
       count.weight_is_double = a.in_double();
+      count.weight_is_of_rows = info.custom;
     }
     count.divide_into_slices();
   }
@@ -259,7 +266,9 @@ struct CudaEngine {
     const cuda::CustomKernels* custom = info.cuda;
     TORCH_CHECK(custom, "fusedloss: no CUDA kernel of the loss '", a.loss,
                 "' is loaded: call it once on the GPU");
-    return cuda::run_custom(*custom, call_, launch_);
+    if (a.parameters.empty()) call_.parameters = nullptr;
+    const auto run = info.custom_rows() ? cuda::run_custom_rows : cuda::run_custom;
+    return run(*custom, call_, launch_);
   }
 
   void run(const Gradients& gradients) {

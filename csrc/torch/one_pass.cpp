@@ -98,9 +98,8 @@ void check_mask(int64_t mask, const LossInfo& info) {
     const bool differentiable = info.kinds[i] == Kind::kElement || info.kinds[i] == Kind::kPerRow;
     known = known && (differentiable || !wants(mask, i));
   }
-  TORCH_CHECK_VALUE(known, "fusedloss: '", info.name,
-                    "' has no gradients for the mask ", mask, ": it has ", info.gradients,
-                    ", of which bit 0 is input's and bit 1 target's");
+  TORCH_CHECK_VALUE(known, "fusedloss: '", info.name, "' has no gradients for the mask ", mask,
+                    ": it has ", info.gradients, ", of which bit 0 is input's and bit 1 target's");
 }
 
 // What the gradient for an input lies in memory like: input, for an engine writes those of all

@@ -507,6 +507,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("load_custom", &load_custom, "Loads a compiled loss under a name.");
 #if defined(FUSEDLOSS_CUDA)
   m.def("load_custom_kernels", &load_custom_kernels, "Loads its kernels for a kind of GPU.");
+  m.def("load_custom_rows_kernels", &load_custom_rows_kernels, "The same of a row loss.");
   m.def("raise_faults", &raise_faults,
         "Raises what a kernel found wrong with its input, if known.");
 #endif

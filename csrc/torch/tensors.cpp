@@ -96,7 +96,7 @@ const LossInfo& known_loss(std::string_view name) {
   return *info;
 }
 
-// The tensors of a custom row loss: each has the shape of its kind, and the weight that of the rows.
+// Each tensor of a custom row loss has the shape of its kind, and the weight that of the rows.
 static void check_custom_rows(const Arguments& a, const LossInfo& info) {
   TORCH_CHECK_VALUE(a.classes() > 0, "fusedloss: input of shape ", a.input.sizes(),
                     " has no classes");

@@ -172,6 +172,7 @@ def architectures() -> list[str]:
 CPU = Engine("CPU", "cpu", "pointwise_kernel.h", "FUSEDLOSS_CUSTOM", ".cpp", ".so")
 CPU_ROWS = Engine("CPU", "cpu", "custom_rows_kernel.h", "FUSEDLOSS_CUSTOM_ROWS", ".cpp", ".so")
 CUDA = Engine("GPU", "cuda", "custom.cuh", "FUSEDLOSS_CUSTOM_CUDA", ".cu", ".cubin")
+CUDA_ROWS = Engine("GPU", "cuda", "custom_rows.cuh", "FUSEDLOSS_CUSTOM_ROWS_CUDA", ".cu", ".cubin")
 
 
 @dataclass(frozen=True)
@@ -187,8 +188,9 @@ class Library:
 
     @functools.cached_property
     def key(self) -> str:
-        """A name that no other library has."""
-        return key_of(self.name, self.engine, self.source, self.version, shlex.join(self.command))
+        """A name that no other library has. Where the headers are is not in it, since their text is."""
+        command = shlex.join(self.command).replace(str(headers()), "")
+        return key_of(self.name, self.engine, self.source, self.version, command)
 
     def load(self, loader: Callable[[str], object]) -> None:
         """Calls loader(path) for the library in the cache, compiled if it is not there yet. If the cache
@@ -288,15 +290,22 @@ def cpu_library(name: str, struct: str, engine: Engine = CPU) -> Library:
 
 
 def cuda_library(
-    name: str, struct: str, architecture: str, command_for: Callable[[str], list[str]]
+    name: str,
+    struct: str,
+    architecture: str,
+    command_for: Callable[[str], list[str]],
+    engine: Engine = CUDA,
 ) -> Library:
-    """``command_for``: nvrtc_command or nvcc_command. Raises as they do."""
+    """``command_for``: nvrtc_command or nvcc_command; ``engine``: CUDA_ROWS for a row loss. Raises as
+    the command does."""
     command = command_for(architecture)
     compiler = command[: command.index(NVCC_FLAGS[0])]
-    return Library(name, CUDA, CUDA.source(struct), command, version_of(*compiler))
+    return Library(name, engine, engine.source(struct), command, version_of(*compiler))
 
 
-def load_cuda(name: str, struct: str, loader: Callable[[str, str], object]) -> None:
+def load_cuda(
+    name: str, struct: str, loader: Callable[[str, str], object], engine: Engine = CUDA
+) -> None:
     """Calls loader(architecture, path) for the library of each architecture, as Library.load() does.
     NVRTC compiles it, or where that cannot, nvcc.
 
@@ -307,7 +316,7 @@ def load_cuda(name: str, struct: str, loader: Callable[[str, str], object]) -> N
         reasons = []
         for command_for in (nvrtc_command, nvcc_command):
             try:
-                library = cuda_library(name, struct, architecture, command_for)
+                library = cuda_library(name, struct, architecture, command_for, engine)
                 library.load(partial(loader, architecture))
                 break
             except (CannotCompile, OSError) as error:

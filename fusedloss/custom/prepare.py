@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakValueDictionary
 
 import torch
 
 from .. import _caller, backends, second_order
-from .building import CPU, CPU_ROWS, CUDA, CannotCompile, cpu_library, key_of, load_cuda
+from .building import CPU, CPU_ROWS, CUDA, CUDA_ROWS, CannotCompile, cpu_library, key_of, load_cuda
 
 if TYPE_CHECKING:
     from .loss import CustomLoss, PointwiseLoss
@@ -73,18 +73,29 @@ def _load_cpu(loss: CustomLoss) -> str:
     return library.key
 
 
-def _load_cuda(loss: PointwiseLoss) -> str:
-    name = loss._traced.identifier
-    key = key_of(name, CUDA, CUDA.source(loss._struct))
+def _load_cuda(loss: CustomLoss) -> str:
+    name, of_rows = loss._traced.identifier, loss._decorator == "row_loss"
+    engine = CUDA_ROWS if of_rows else CUDA
+    key = key_of(name, engine, engine.source(loss._struct))
 
     def load(architecture: str, path: str) -> None:
-        if torch.cuda.is_available():  # else it is for the cache alone
-            capability = int(architecture.rstrip("af"))  # of 90a and 100f, say
+        if not torch.cuda.is_available():  # it is for the cache alone
+            return
+        capability = int(architecture.rstrip("af"))  # of 90a and 100f, say
+        if of_rows:
+            _load_cuda_rows(cast("RowLoss", loss), key, capability, path)
+        else:
             _C.load_custom_kernels(key, loss.inputs, len(loss._names) + 1, capability, path)
 
     if key not in second_order.custom_references:
-        load_cuda(name, loss._struct, load)
+        load_cuda(name, loss._struct, load, engine)
     return key
+
+
+def _load_cuda_rows(loss: RowLoss, key: str, capability: int, path: str) -> None:
+    kinds = [[*type(kind)].index(kind) for kind in loss._kinds]
+    kept, auxiliary = len(loss._program.kept), len(loss._program.auxiliary)
+    _C.load_custom_rows_kernels(key, kinds, len(loss._names), kept, auxiliary, capability, path)
 
 
 def _load_triton(loss: PointwiseLoss) -> str:
@@ -100,13 +111,9 @@ def _load_triton(loss: PointwiseLoss) -> str:
 
 def _load_triton_rows(loss: RowLoss) -> str:
     from ..backends import triton
-    from .levels import CannotLevel
     from .row_printing import triton as printed
 
-    try:
-        source, constants = printed(loss._traced)
-    except CannotLevel as error:
-        raise CannotCompile(str(error)) from error
+    source, constants = printed(loss._traced, loss._program)
     key: str = triton.load_rows(loss._traced.identifier, source, len(loss._names), constants)
     return key
 
@@ -121,6 +128,7 @@ _LOADERS: dict[str, dict[tuple[str, str], Callable[[Any], str]]] = {
     },
     "row_loss": {
         ("compiled", "cpu"): _load_cpu,
+        ("compiled", "cuda"): _load_cuda,
         **{("triton", device): _load_triton_rows for device in ("cpu", "cuda", "xpu")},
     },
 }

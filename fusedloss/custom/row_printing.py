@@ -13,7 +13,7 @@ from .printing import Numbers, Printer, _Cpp, _CppConstant, _Triton, host_consta
 from .row_primitives import Origin
 from .row_tracing import Kind, TracedRows
 from .tracing import _repeated
-from .walks import Named, RowProgram, Walk, row_program
+from .walks import Named, RowProgram, Walk
 
 _KINDS = {
     Kind.ELEMENT: "kElement",
@@ -43,9 +43,9 @@ class _CppRows(_Rows, _Cpp):
     pass
 
 
-def cpp(traced: TracedRows) -> str:
+def cpp(traced: TracedRows, program: RowProgram) -> str:
     """The struct that csrc/math/custom_rows.h describes."""
-    return "\n".join(_Struct(traced).lines()) + "\n"
+    return "\n".join(_Struct(traced, program).lines()) + "\n"
 
 
 def _array(kind: str, name: str, items: Sequence[object], none: str) -> Iterator[str]:
@@ -54,9 +54,9 @@ def _array(kind: str, name: str, items: Sequence[object], none: str) -> Iterator
 
 
 class _Struct:
-    def __init__(self, traced: TracedRows) -> None:
+    def __init__(self, traced: TracedRows, program: RowProgram) -> None:
         self.traced = traced
-        self.program: RowProgram = row_program(traced)
+        self.program = program
         self.places = self.program.numbers
         of_class = [*traced.of_kind(Kind.ELEMENT)], [*traced.of_kind(Kind.PER_CLASS)]
         self.names = {
@@ -199,10 +199,10 @@ class _TritonElements(_TritonRows):
         return f"losses.exp_of_logit({self(e.args[0])}, NARROW)"
 
 
-def triton(traced: TracedRows) -> tuple[str, Callable[[Numbers], Numbers]]:
+def triton(traced: TracedRows, program: RowProgram) -> tuple[str, Callable[[Numbers], Numbers]]:
     """A module for the engine of fusedloss/backends/triton/custom_rows.py, which says what is in it, and
     the constants as a function of the parameters' numbers."""
-    module = _Module(traced)
+    module = _Module(traced, program)
     return "\n".join(module.lines()) + "\n", host_constants(traced, module.program)
 
 
@@ -210,9 +210,9 @@ Block = tuple[Named, Sequence[Expr]]  # what its results share, and the results
 
 
 class _Module:
-    def __init__(self, traced: TracedRows) -> None:
+    def __init__(self, traced: TracedRows, program: RowProgram) -> None:
         self.traced = traced
-        program = self.program = row_program(traced)
+        self.program = program
         self.rows = [self._block(named) for named in program.computed]
         # Row numbers stand where they come: a level's maxima and sums, then what follows from them.
         places = iter(program.numbers)
@@ -259,6 +259,7 @@ class _Module:
         yield f"PEAKS = {tuple((peak.level, peak.term) for peak in peaks)}"
         results = program.value, *program.at_label, *program.of_row
         yield f"RESULTS = {tuple(self.places[symbol] for symbol in results)}"
+        yield f"EXTRAS = {tuple(self.places[symbol] for symbol in program.auxiliary)}"
         *walks, gradients = self._without_kept()
         of_rows, of_elements = _TritonRows(self.names), _TritonElements(self.names)
         element = "x, w, r, c, NARROW: tl.constexpr"
@@ -282,7 +283,8 @@ class _Module:
             return e == maximum or not isinstance(e, Origin) and any(map(reads, e.args))
 
         formulas = itertools.chain((e for _, e in named), *(walk.results for walk in walks))
-        return any(map(reads, (*formulas, program.value, *program.at_label, *program.of_row)))
+        results = program.value, *program.at_label, *program.of_row, *program.auxiliary
+        return any(map(reads, (*formulas, *results)))
 
     def _without_kept(self) -> Iterator[Block]:
         """The walks, the gradients' as the last, which compute again what others keep. Where a row is

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from .checking import Report
     from .row_tracing import Kind, TracedRows
+    from .walks import RowProgram
 
 Auxiliary = dict[str, Tensor]
 
@@ -49,14 +50,20 @@ class RowLoss(CustomLoss):
         self._auxiliary = tuple(self._traced.auxiliary)
 
     @functools.cached_property
-    def _struct(self) -> str:
+    def _program(self) -> RowProgram:
         from .levels import CannotLevel
-        from .row_printing import cpp
+        from .walks import row_program
 
         try:
-            return cpp(self._traced)
+            return row_program(self._traced)
         except CannotLevel as error:
             raise CannotCompile(str(error)) from error
+
+    @functools.cached_property
+    def _struct(self) -> str:
+        from .row_printing import cpp
+
+        return cpp(self._traced, self._program)
 
     @property
     def levels(self) -> str:

@@ -50,6 +50,7 @@ class Place:
 
 
 NOWHERE = Place(-1)
+NOTHING_COUNTED: list[object] = [NOWHERE, 0, 0, 0, NOWHERE, 0, 0]  # ClassWeights of kernels.h
 
 
 def _number(dtype: torch.dtype) -> int:
@@ -156,7 +157,7 @@ class Loss:
         self._engine = self._make_engine(loss, options)
         self.loss = calls.empty_like(torch.empty((), dtype=input.dtype))
         self._renew_gradients()
-        self.class_weights: list[object] = [NOWHERE, 0, 0, 0, NOWHERE, 0]  # what forward counts
+        self.class_weights: list[object] = NOTHING_COUNTED  # what forward counts
         self.normalizer = self._divide(loss, options)
 
     def _make_engine(self, loss: str, options: dict[str, Any]) -> Any:
@@ -184,7 +185,7 @@ class Loss:
                 *(self.calls.put(target.contiguous()), target.numel(), classes),
                 options.get("ignore_index", -100),
                 NOWHERE if weight is None else self.calls.put(weight.to(dtype)),
-                int(wide),
+                *(int(wide), 0),
             ]
         if self._mean_over_weights(loss) and weight is not None:
             both = torch.stack([torch.tensor(math.nan).double(), weight.double().sum()])
@@ -195,7 +196,7 @@ class Loss:
     def _mean_over_weights(self, loss: str) -> bool:
         return loss in ("mse_loss", "l1_loss")
 
-    def _gradients(self) -> tuple[Place, Place]:
+    def _gradients(self) -> tuple[Place, ...]:
         """Of input, and of target."""
         return self.gradient, NOWHERE
 
@@ -212,7 +213,7 @@ class Loss:
         return [
             *(int(stage), loss, dtype, self.forward_state, normalizer, prediction),
             *(grad_output, dtype, int(fresh), self.fault),
-            *([NOWHERE, 0, 0, 0, NOWHERE, 0] if stage is Pass.BACKWARD else self.class_weights),
+            *(NOTHING_COUNTED if stage is Pass.BACKWARD else self.class_weights),
         ]
 
     def value(self) -> None:
@@ -222,7 +223,9 @@ class Loss:
         self._compute(Pass.FORWARD)
 
     def _compute(self, stage: Pass) -> None:
-        gradients = (NOWHERE, NOWHERE) if stage is Pass.VALUE else self._gradients()
+        gradients = self._gradients()
+        if stage is Pass.VALUE:
+            gradients = tuple(NOWHERE for _ in gradients)
         loss = NOWHERE if self.each else self.loss
         values = self._engine.value if self.each else NOWHERE
         self._engine.add(values, gradients, None, self._launch(stage, self.normalizer, loss))
@@ -284,7 +287,7 @@ class _Engine:
     def add(
         self,
         value: Place,
-        gradients: tuple[Place, Place],
+        gradients: tuple[Place, ...],
         upstream: Tensor | None,
         launch: list[object],
     ) -> None:
@@ -408,7 +411,7 @@ class OwnLoss(Loss):
     def _mean_over_weights(self, loss: str) -> bool:
         return True
 
-    def _gradients(self) -> tuple[Place, Place]:
+    def _gradients(self) -> tuple[Place, ...]:
         of_input, of_target = self.wants
         return (
             self.gradient if of_input else NOWHERE,
@@ -469,3 +472,158 @@ class _CrossEntropy(_Engine):
 
     def values_found(self) -> Tensor:
         return self.of.calls.get(self.value, self.values)
+
+
+# ---- custom row losses ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowsCall:
+    """What a custom row loss is asked. ``kinds`` are names of Kind in csrc/math/custom_rows.h."""
+
+    library: Path
+    kinds: Sequence[str]
+    kept: int
+    parameters: Sequence[float]
+    inputs: Sequence[Tensor]
+    weight: Tensor | None = None  # of each row
+    ignore_index: int = -100
+
+    def of_kind(self, kind: str) -> list[Tensor]:
+        return [t for t, its in zip(self.inputs, self.kinds, strict=True) if its == kind]
+
+
+class RowLoss(Loss):
+    """One call of a custom row loss; gradients are wanted where inputs require them."""
+
+    def __init__(
+        self,
+        calls: Calls,
+        call: RowsCall,
+        reduction: str,
+        prediction: tuple[float, float] = (1.0, 0.0),
+        shifts: tuple[int, int] = (0, 0),
+    ) -> None:
+        self.call = call
+        first, options = call.inputs[0].detach(), {"weight": call.weight}
+        super().__init__(calls, "", Sample(first, first, options), reduction, prediction, shifts)
+
+    def _make_engine(self, loss: str, options: dict[str, Any]) -> Any:
+        return _CustomRows(self)
+
+    def _divide(self, loss: str, options: dict[str, Any]) -> float:
+        input, weight = self.sample.input, self.weight
+        if self.reduction != "mean":
+            return 1
+        classes, labels = input.shape[_class_dim(input)], self.call.of_kind("kLabel")
+        if labels:
+            self.class_weights = [
+                *(self.calls.put(labels[0]), labels[0].numel(), classes, self.call.ignore_index),
+                NOWHERE if weight is None else self._engine.weight,
+                *(int(input.dtype is torch.float64), 1),
+            ]
+        elif weight is not None:
+            both = torch.stack([torch.tensor(math.nan).double(), weight.double().sum()])
+            self.forward_state = self.calls.put(both)
+            return math.nan
+        return input.numel() / classes
+
+    def _gradient_like(self, i: int) -> Tensor:
+        """An element's lies like the first input, a row's in order."""
+        t = self.call.inputs[i].detach()
+        if self.call.kinds[i] == "kElement":
+            return _dense_like(self.sample.input, t.dtype)
+        return torch.full(t.shape, math.nan, dtype=t.dtype)
+
+    def _renew_gradients(self) -> None:
+        self.places = tuple(
+            self.calls.empty_like(self._gradient_like(i), self.shift)
+            if t.requires_grad
+            else NOWHERE
+            for i, t in enumerate(self.call.inputs)
+        )
+
+    def _gradients(self) -> tuple[Place, ...]:
+        return self.places
+
+    def gradients_found(self) -> list[Tensor]:
+        return [
+            self.calls.get(place, self._gradient_like(i))
+            for i, place in enumerate(self.places)
+            if place is not NOWHERE
+        ]
+
+
+class _CustomRows(_Engine):
+    def __init__(self, of: RowLoss) -> None:
+        self.of, self.input = of, of.sample.input
+        call, self.calls = of.call, of.calls
+        self.kinds = call.kinds
+        bits = sum(1 << i for i, kind in enumerate(call.kinds) if kind == "kElement")
+        compute = torch.float64 if self.input.dtype is torch.float64 else torch.float32
+        self.head = [
+            *("custom_rows", call.library, bits, call.kept),
+            *(len(call.parameters), *call.parameters),
+            *(int(compute is torch.float64), call.ignore_index, *self._rows(self.input).shape),
+        ]
+        shifts = [of.input_shift, *(of.shift for _ in call.inputs[1:])]
+        self.inputs = [
+            self._seen(t.detach(), kind, 0 if kind == "kLabel" else shift)
+            for t, kind, shift in zip(call.inputs, call.kinds, shifts, strict=True)
+        ]
+        self.weight = NOWHERE
+        self.weight_words = self._absent()
+        if call.weight is not None:
+            self.weight_words = self._seen(call.weight.to(compute), "kPerRow", 0)
+            self.weight = self.weight_words[0]
+        d = _class_dim(self.input)
+        shape = [n for i, n in enumerate(self.input.shape) if i != d]
+        self.values = torch.full(shape, math.nan, dtype=self.input.dtype)
+        self.value = of.calls.empty_like(self.values)
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """(outer, classes, inner)"""
+        if tensor.dim() == 1:
+            return tensor[None, :, None]
+        return tensor.unsqueeze(2) if tensor.dim() == 2 else tensor.flatten(2)
+
+    def _strides(self, tensor: Tensor, kind: str) -> list[int]:
+        if kind == "kPerClass":
+            return [0, *tensor.stride(), 0]
+        if kind == "kElement":
+            return list(self._rows(tensor).stride())
+        outer, _, inner = self._rows(tensor.unsqueeze(_class_dim(self.input))).stride()
+        return [outer, 0, inner]
+
+    def _seen(self, tensor: Tensor, kind: str, shift: int) -> list[Any]:
+        place = self.calls.put(tensor, shift)
+        return [place, _number(tensor.dtype), 1, -1, *self._strides(tensor, kind)]
+
+    def _absent(self) -> list[Any]:
+        return [NOWHERE, 0, 1, -1, 0, 0, 0]
+
+    def add(
+        self,
+        value: Place,
+        gradients: tuple[Place, ...],
+        upstream: Tensor | None,
+        launch: list[object],
+    ) -> None:
+        outputs = []
+        for i, (place, kind) in enumerate(zip(gradients, self.kinds, strict=True)):
+            if place is NOWHERE:
+                outputs.append([NOWHERE, 0, 0, 0, 0])
+                continue
+            like = self.of._gradient_like(i)
+            outputs.append([place, _number(like.dtype), *self._strides(like, kind)])
+        self.calls.add(
+            *(*self.head, len(self.inputs)),
+            *(w for pair in zip(self.inputs, outputs, strict=True) for side in pair for w in side),
+            *self.weight_words,
+            *(self._absent() if upstream is None else self._seen(upstream, "kPerRow", 0)),
+            *(value, _number(self.values.dtype), 0),
+            *launch,
+        )
+
+    def values_found(self) -> Tensor:
+        return self.calls.get(self.value, self.values)

@@ -11,16 +11,18 @@ from pathlib import Path
 import build
 import fusedloss
 from fusedloss import custom
-from fusedloss.custom.building import CUDA
+from fusedloss.custom.building import CUDA, CUDA_ROWS, Engine
 from translate import mirror
 
 # For the emulator's loader: see cuda.h there.
 EXPORTS = """
 #define FUSEDLOSS_EXPORT(NAME, ...) EMULATOR_LIBRARY_KERNEL(NAME)
 using namespace fusedloss::cuda;
-FUSEDLOSS_CUSTOM_VECTORIZED(FUSEDLOSS_EXPORT)
-FUSEDLOSS_CUSTOM_STRIDED(FUSEDLOSS_EXPORT)
 """
+KERNELS = {
+    CUDA: "FUSEDLOSS_CUSTOM_VECTORIZED(FUSEDLOSS_EXPORT)\nFUSEDLOSS_CUSTOM_STRIDED(FUSEDLOSS_EXPORT)\n",
+    CUDA_ROWS: "FUSEDLOSS_CUSTOM_ROWS_KERNELS(FUSEDLOSS_EXPORT)\n",
+}
 
 
 @cache
@@ -30,10 +32,16 @@ def _headers() -> Path:
     return folder
 
 
-def library(name: str, struct: str, variant: str = "plain", against: Path | None = None) -> Path:
+def library(
+    name: str,
+    struct: str,
+    variant: str = "plain",
+    against: Path | None = None,
+    engine: Engine = CUDA,
+) -> Path:
     """The library of a struct, as printing.cpp() prints it, for a program of that variant, which
     has the emulator; or for the extension ``against``, which has it."""
-    text = CUDA.source(struct) + EXPORTS
+    text = engine.source(struct) + EXPORTS + KERNELS[engine]
     key = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     source = build.OUT / "own_losses" / f"{key}.cu"
     source.parent.mkdir(parents=True, exist_ok=True)

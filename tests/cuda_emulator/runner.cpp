@@ -57,6 +57,8 @@ class Calls {
         run_built_in();
       } else if (engine == "custom") {
         run_custom();
+      } else if (engine == "custom_rows") {
+        run_custom_rows();
       } else if (engine == "teach") {
         teach();
       } else {
@@ -128,6 +130,7 @@ class Calls {
     count.ignore_index = integer();
     count.weight = pointer<void>();
     count.weight_is_double = integer();
+    count.weight_is_of_rows = integer();
     count.divide_into_slices();
     return launch;
   }
@@ -233,6 +236,44 @@ class Calls {
       return cuda::run_custom(*kernels, call, launch);
     };
     run(kernel, parameters());
+  }
+
+  // A custom row loss, by its library.
+  void run_custom_rows() {
+    const std::string library = word();
+    const auto elements = static_cast<unsigned>(integer());
+    const int kept = static_cast<int>(integer());
+    static auto& loaded = *new std::map<std::string, const cuda::CustomKernels*>;
+    const cuda::CustomKernels*& kernels = loaded[library];
+    if (!kernels) {
+      kernels = cuda::load_custom_rows(library.c_str(), kCapability, elements, kept, nullptr);
+    }
+    const std::vector<double> parameters = this->parameters();
+    Call call;
+    call.parameters = parameters.data();
+    call.compute_in_double = integer();
+    call.ignore_index = integer();
+    call.space.dims = 3;
+    for (int d = 0; d < 3; ++d) call.space.sizes[d] = integer();
+    const int64_t inputs = integer();
+    for (int64_t i = 0; i < inputs; ++i) {
+      call.inputs[i] = operand(3);
+      call.gradients[i] = strided_output();
+    }
+    call.weight = operand(3);
+    call.upstream = operand(3);
+    call.value = output();
+    const int64_t auxiliary = integer();
+    for (int64_t i = 0; i < auxiliary; ++i) call.auxiliary[i] = output();
+    const auto kernel = [&](const Call& c, const cuda::Launch& launch) {
+      return cuda::run_custom_rows(*kernels, c, launch);
+    };
+    run(kernel, call, launch());
+  }
+  Output strided_output() {
+    Output output = this->output();
+    for (int64_t& stride : output.strides) stride = integer();
+    return output;
   }
 };
 

@@ -37,6 +37,7 @@ class RowLoss:
         PEAKS   level and term of the maxima whose gradient goes to their first position, by level
         RESULTS the places among the row numbers of the loss, of the element inputs' gradients at the
                 label, if there is one, and of the per-row inputs' gradients
+        EXTRAS  the places of the auxiliary results
 
     and of jit functions of tuples of blocks. x are the element inputs, w the class inputs, c the
     constants, and r the row numbers so far, blocks of rows by 1: the gradients' scale, the number of
@@ -55,13 +56,13 @@ class RowLoss:
 
     def __init__(self, printed: dict[str, Any]) -> None:
         self.kinds: tuple[str, ...] = printed["KINDS"]
-        functions, numbers = (
-            ("row", "terms", "gradients", "at_peak"),
-            ("MAXIMA", "SUMS", "PEAKS", "RESULTS"),
-        )
+        self.gradients = len(self.kinds)
+        functions = "row", "terms", "gradients", "at_peak"
+        self.auxiliary = len(printed["EXTRAS"])
+        numbers = "MAXIMA", "SUMS", "PEAKS", "RESULTS", "EXTRAS"
+        # As the kernel takes them. A module without peaks has no function for them.
         self.printed = {name.upper(): printed.get(name) for name in functions}
         self.printed |= {name: printed[name] for name in numbers}
-        self.gradients = len(self.kinds)
 
     def of_kind(self, kind: str, inputs: Sequence[Any]) -> list[Any]:
         return [x for x, k in zip(inputs, self.kinds, strict=True) if k == kind]
@@ -95,7 +96,7 @@ def rows_of(operand, row, sizes, UNIT: tl.constexpr):
 
 
 @triton.jit
-def elements(rows, cols, mask, T: tl.constexpr):
+def load_elements(rows, cols, mask, T: tl.constexpr):
     x = ()
     for k in tl.static_range(len(rows.elements)):
         operand = rows.elements[k]
@@ -105,12 +106,18 @@ def elements(rows, cols, mask, T: tl.constexpr):
 
 
 @triton.jit
-def per_class(rows, cols, mask, T: tl.constexpr):
+def load_per_class(rows, cols, mask, T: tl.constexpr):
     w = ()
     for k in tl.static_range(len(rows.per_class)):
         number = tl.load(rows.per_class[k] + cols, mask=mask, other=0.0)
         w = w + (number.to(T),)  # type: ignore[assignment]
     return w
+
+
+@triton.jit
+def load_tile(rows, cols, T: tl.constexpr):
+    inside = cols < rows.classes
+    return load_elements(rows, cols, rows.exists & inside, T), load_per_class(rows, cols, inside, T)
 
 
 @triton.jit
@@ -161,11 +168,11 @@ def walk(
     positions = ()
     for p in tl.static_range(len(PEAKS)):
         if PEAKS[p][0] == LEVEL:
-            old, new = found[PEAKS[p][1]], sofar[PEAKS[p][1]]
-            here = inside & (terms[PEAKS[p][1]] == new)
+            here = inside & (terms[PEAKS[p][1]] == sofar[PEAKS[p][1]])
             first = tl.min(tl.where(here, cols, rows.classes), 1, keep_dims=True)
             before = firsts[len(positions)]
-            first = tl.where((old == new) & (before < rows.classes), before, first)
+            stays = (found[PEAKS[p][1]] == sofar[PEAKS[p][1]]) & (before < rows.classes)
+            first = tl.where(stays, before, first)
             positions = positions + (first,)  # type: ignore[assignment]
     return sofar, positions
 
@@ -201,16 +208,18 @@ def store(operand, rows, x, cols, mask, uncounted):
 
 @triton.jit(do_not_specialize=["row_count", "class_units", "ignore_index", "divisor", "step"])
 def custom_rows(
-    inputs, per_row, classwise, label, weight, upstream, outputs, sizes, row_count, class_units,
-    ignore_index, parameters, scaling, divisor, step,
-    NARROW: tl.constexpr, ROW: tl.constexpr, TERMS: tl.constexpr, GRADIENTS: tl.constexpr, AT_PEAK: tl.constexpr,
-    RESULTS: tl.constexpr, MAXIMA: tl.constexpr, SUMS: tl.constexpr, PEAKS: tl.constexpr,
-    T: tl.constexpr, CLASS_INDEX: tl.constexpr, PLAN: tl.constexpr,
+    elements, per_row, per_class, label, weight, upstream, outputs, auxiliary, sizes, row_count,
+    class_units, ignore_index, parameters, scaling, divisor, step,
+    ROW: tl.constexpr, TERMS: tl.constexpr, GRADIENTS: tl.constexpr, AT_PEAK: tl.constexpr,
+    MAXIMA: tl.constexpr, SUMS: tl.constexpr, PEAKS: tl.constexpr, RESULTS: tl.constexpr,
+    EXTRAS: tl.constexpr,
+    NARROW: tl.constexpr, T: tl.constexpr, CLASS_INDEX: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """inputs, per_row, classwise: the inputs of each kind. sizes: see rows_of().
+    """elements, per_row, per_class: the inputs of these kinds. sizes: see rows_of().
 
     outputs.gradients: those of the element inputs, then those of the per-row inputs.
     upstream: the upstream gradient of every row, in a backward of reduction "none".
+    auxiliary: the results of EXTRAS, each of all rows.
     """
     UNREDUCED: tl.constexpr = upstream is not None or outputs.value is not None
     write, factor = runtime.begin_backward(scaling, step, UNREDUCED)
@@ -221,18 +230,18 @@ def custom_rows(
     row = tl.program_id(0).to(tl.int64) * PLAN.rows + tl.arange(0, PLAN.rows)[:, None]
     exists = row < row_count
     operands = ()
-    for k in tl.static_range(len(inputs)):
-        operands = operands + (rows_of(inputs[k], row, sizes, PLAN.unit),)  # type: ignore[assignment]
-    index, uncounted = None, None
+    for k in tl.static_range(len(elements)):
+        operands = operands + (rows_of(elements[k], row, sizes, PLAN.unit),)  # type: ignore[assignment]
+    uncounted = None
     if label is not None:
         index, faulty = load_targets(label, row, exists, classes, ignore_index)
         uncounted = tl.where(faulty, float("nan"), 0.0).to(T)
-        index = index.to(CLASS_INDEX)
-    rows = Rows(exists, operands, classwise, classes, index)
+        rows = Rows(exists, operands, per_class, classes, index.to(CLASS_INDEX))
+    else:
+        rows = Rows(exists, operands, per_class, classes, None)
     cols = tl.arange(0, PLAN.classes).to(CLASS_INDEX)[None, :]
     if PLAN.whole:
-        x = elements(rows, cols, exists & (cols < classes), T)
-        w = per_class(rows, cols, cols < classes, T)
+        x, w = load_tile(rows, cols, T)
     if step < runtime.IS_BACKWARD:
         number = divisor.to(tl.float64)
         if label is not None and not UNREDUCED:
@@ -252,7 +261,8 @@ def custom_rows(
         here = rows_of(per_row[k], row, sizes, 1).pointer
         r = r + (tl.load(here, mask=exists, other=0.0).to(T),)  # type: ignore[assignment]
     if label is not None:
-        r = r + elements(rows, index, index >= 0, T) + per_class(rows, index, index >= 0, T)
+        r = r + load_elements(rows, rows.label, rows.label >= 0, T)
+        r = r + load_per_class(rows, rows.label, rows.label >= 0, T)
     c = ()
     for k in tl.static_range(len(parameters)):
         c = c + (runtime.from_halves(parameters[k]).to(T),)  # type: ignore[assignment]
@@ -267,13 +277,12 @@ def custom_rows(
         else:
             for begin in range(0, classes, PLAN.classes):
                 at = begin + cols
-                x = elements(rows, at, exists & (at < classes), T)
-                w = per_class(rows, at, at < classes, T)
+                x, w = load_tile(rows, at, T)
                 found, positions = walk(
                     found, positions, rows, x, w, r, c, at, NARROW, TERMS, MAXIMA, PEAKS, LEVEL
                 )
         for i in tl.static_range(len(found)):
-            r = r + (found[i].to(T),)  # type: ignore[assignment]
+            r = r + (found[i].to(T),)
         r = r + ROW(r, c, LEVEL)
         firsts = firsts + positions
 
@@ -288,22 +297,28 @@ def custom_rows(
         if weight is not None:
             loss = loss * of_row
         if label is not None:
-            loss = tl.where(index >= 0, loss, uncounted)
+            loss = tl.where(rows.label >= 0, loss, uncounted)
         if outputs.value is not None:
             value = runtime.narrow(loss, outputs.value.dtype.element_ty)
             tl.store(outputs.value + row, value, mask=exists)
+        for k in tl.static_range(len(EXTRAS)):
+            extra = tl.broadcast_to(r[EXTRAS[k]], exists.shape)
+            if label is not None:
+                extra = tl.where(rows.label >= 0, extra, uncounted)
+            extra = runtime.narrow(extra, auxiliary.dtype.element_ty)
+            tl.store(auxiliary + k * row_count + row, extra, mask=exists)
         if not UNREDUCED:
             total = tl.sum(tl.where(exists, loss, 0.0).to(tl.float64))
             tl.store(outputs.partials + tl.program_id(0), total)
     if write:
         FIRST: tl.constexpr = len(RESULTS) - len(per_row)  # of their gradients
         for k in tl.static_range(len(per_row)):
-            if outputs.gradients[len(inputs) + k] is not None:
-                there = rows_of(outputs.gradients[len(inputs) + k], row, sizes, 1)
+            if outputs.gradients[len(elements) + k] is not None:
+                there = rows_of(outputs.gradients[len(elements) + k], row, sizes, 1)
                 g = tl.broadcast_to(r[RESULTS[FIRST + k]], exists.shape)
                 store(there, rows, g, row * 0, exists, uncounted)
         gradients = ()
-        for k in tl.static_range(len(inputs)):
+        for k in tl.static_range(len(elements)):
             there = None
             if outputs.gradients[k] is not None:
                 there = rows_of(outputs.gradients[k], row, sizes, PLAN.unit)
@@ -313,9 +328,9 @@ def custom_rows(
             at_label = at_label + (r[RESULTS[k]],)  # type: ignore[assignment]
         peaks = ()
         for p in tl.static_range(len(PEAKS)):
-            there = exists & (firsts[p] < classes)
-            of_peak = elements(rows, firsts[p], there, T), per_class(rows, firsts[p], there, T)
-            more = AT_PEAK(of_peak[0], of_peak[1], r, c, NARROW, p)
+            inside = exists & (firsts[p] < classes)
+            at_peak = load_elements(rows, firsts[p], inside, T)
+            more = AT_PEAK(at_peak, load_per_class(rows, firsts[p], inside, T), r, c, NARROW, p)
             peaks = peaks + ((firsts[p], more),)  # type: ignore[assignment]
         if PLAN.whole:
             write_gradients(
@@ -324,8 +339,7 @@ def custom_rows(
         else:
             for begin in range(0, classes, PLAN.classes):
                 at = begin + cols
-                x = elements(rows, at, exists & (at < classes), T)
-                w = per_class(rows, at, at < classes, T)
+                x, w = load_tile(rows, at, T)
                 write_gradients(
                     gradients, rows, x, w, r, c, at, at_label, uncounted, peaks, NARROW, GRADIENTS
                 )
@@ -411,6 +425,17 @@ def check(loss: RowLoss, inputs: Sequence[Tensor], weight: Tensor | None) -> Non
             )
 
 
+def empty_result(loss: RowLoss, input: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
+    """As empty_loss() in csrc/torch/tensors.h: auxiliary results lie behind the loss."""
+    if not loss.auxiliary:
+        return empty_loss(input, reduction, dtype)
+    of_rows = empty_loss(input, 0, dtype).shape
+    shape = (1 + loss.auxiliary, *of_rows)
+    if reduction != 0:
+        shape = (1 + loss.auxiliary * math.prod(of_rows),)
+    return input.new_empty(shape, dtype=dtype)
+
+
 def run(
     do: Pass,
     loss: RowLoss,
@@ -431,7 +456,7 @@ def run(
 
     x = [runtime.aligned(t) for t in loss.of_kind(ELEMENT, inputs)]
     per_row = [runtime.aligned(t) for t in loss.of_kind(PER_ROW, inputs)]
-    classwise = [in_order(t) for t in loss.of_kind(PER_CLASS, inputs)]
+    per_class = [in_order(t) for t in loss.of_kind(PER_CLASS, inputs)]
     (label,) = map(in_order, loss.of_kind(LABEL, inputs) or [None])
     weight = in_order(weight)
     upstream = in_order(do.grad_output) if reduction == 0 else None
@@ -454,24 +479,31 @@ def run(
     divisor = Divisor()
     if do.forward and reduction == 1:
         divisor = _divisor(lies, label, weight, ignore_index)
-    return runtime.launch(
+    result = value = None
+    auxiliary = do.grad_output
+    if do.forward:
+        result = empty_result(loss, input, reduction, dtype)
+        value = result[0] if loss.auxiliary else result
+        auxiliary = result.view(-1)[value.numel() :]
+    runtime.launch(
         custom_rows,
         max(1, runtime.ceil_divide(lies.rows, lies.plan.rows)),
         do,
         input.device,
-        empty_loss(input, reduction, dtype) if do.forward else None,
-        tensors=(*tensors, *classwise, label, weight, upstream),
+        value,
+        tensors=(*tensors, *per_class, label, weight, upstream, auxiliary),
         numbers=(loss, lies, ignore_index, dtype),
         unreduced=reduction == 0,
         divisor=divisor,
         gradients=gradients,
         num_warps=lies.num_warps,
-        inputs=operands[: len(x)],
+        elements=operands[: len(x)],
         per_row=operands[rows_from : rows_from + len(per_row)],
-        classwise=tuple(classwise),
+        per_class=tuple(per_class),
         label=label,
         weight=weight,
         upstream=upstream,
+        auxiliary=auxiliary if loss.auxiliary else None,
         sizes=lies.sizes,
         row_count=lies.rows,
         class_units=lies.classes // lies.plan.unit,
@@ -483,6 +515,7 @@ def run(
         PLAN=lies.plan,
         **loss.printed,
     )
+    return result
 
 
 def _divisor(

@@ -142,6 +142,8 @@ class OnePass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (grad_output,) = grad_outputs
+        if isinstance(row := _row(ctx.options[0]), RowLoss) and row.auxiliary:
+            grad_output = grad_output[0]
         state, input, target, weight, *more = ctx.saved_tensors
         call = input, target, weight, more, *ctx.options
         _drop_gradients_of_other_memory(state, (input, target, *more))
@@ -265,17 +267,18 @@ def _run(
     if loss == "cross_entropy":
         (label_smoothing,) = parameters
         return rows.run(do, input, target, weight, ignore_index, label_smoothing, reduction, dtype)
-    known: PointwiseLoss | RowLoss | None = POINTWISE.get(loss)
+    known = POINTWISE.get(loss)
     numbers = tuple(parameters)
     if known is None:
-        known, numbers = custom.loaded(loss, parameters)
+        own, numbers = custom.loaded(loss, parameters)
+        if isinstance(own, RowLoss):
+            inputs = (input, target, *more) if own.gradients > 1 else (input,)
+            return custom_rows.run(do, own, inputs, weight, numbers, ignore_index, reduction, dtype)
+        known = own
     elif len(numbers) != known.parameters:
         raise ValueError(
             f"fusedloss: {loss!r} has {known.parameters} parameters, and the call {len(numbers)}"
         )
-    if isinstance(known, RowLoss):
-        inputs = (input, target, *more) if known.gradients > 1 else (input,)
-        return custom_rows.run(do, known, inputs, weight, numbers, ignore_index, reduction, dtype)
     return pointwise.run(
         do, known, input, target, weight, more, numbers, ignore_index, reduction, dtype
     )
@@ -331,8 +334,9 @@ def _loss_backward(grad_output: Tensor, state: Tensor, *args: Any) -> list[Tenso
 
 def _loss_meta(*args: Any) -> Tensor:
     input, loss, reduction, dtype = args[0], args[4], args[7], args[8]
-    of_rows = loss == "cross_entropy" or isinstance(_row(loss), RowLoss)
-    empty_loss = rows.empty_loss if of_rows else pointwise.empty_loss
+    if isinstance(row := _row(loss), RowLoss):
+        return custom_rows.empty_result(row, input, reduction, dtype)
+    empty_loss = rows.empty_loss if loss == "cross_entropy" else pointwise.empty_loss
     return empty_loss(input, reduction, dtype)
 
 

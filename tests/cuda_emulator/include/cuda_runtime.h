@@ -283,8 +283,22 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks,
   return cudaSuccess;
 }
 // The same for a library's kernel.
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
-  return cudaErrorInvalidValue;
+inline const emulator::LibraryKernel& in_library(const void* kernel) {
+  return *static_cast<const emulator::LibraryKernel*>(kernel);
+}
+inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel,
+                                       void** arguments) {
+  in_library(kernel).launch(*config, arguments);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute,
+                                        int value) {
+  return emulator::set_attribute(in_library(kernel).kernel, attribute, value);
+}
+inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
+                                                  const cudaLaunchConfig_t* config) {
+  *clusters = emulator::active_clusters(in_library(kernel).kernel, *config);
+  return cudaSuccess;
 }
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*,
                                                                  int threads, size_t shared_bytes) {
@@ -303,6 +317,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(Paramet
   extern "C" __attribute__((visibility("default")))            \
   const emulator::LibraryKernel NAME##_in_library;             \
   const emulator::LibraryKernel NAME##_in_library = {          \
+      reinterpret_cast<emulator::Kernel>(&NAME),               \
       [](const cudaLaunchConfig_t& config, void** arguments) { \
         cudaLaunchKernelExC(&config, NAME, arguments);         \
       }};

@@ -27,6 +27,7 @@ int active_clusters(Kernel kernel, const cudaLaunchConfig_t& config);
 
 // What a library that is loaded at run time exports for each of its kernels.
 struct LibraryKernel {
+  Kernel kernel;
   void (*launch)(const cudaLaunchConfig_t& config, void** arguments);
 };
 

@@ -1,0 +1,695 @@
+// The kernel of a custom row loss, compiled where it is used: by NVRTC or nvcc, without headers of
+// torch. custom.cu loads and launches it.
+//
+// Fewest bytes for value and gradients: read each element input, write each gradient that is
+// wanted. The threads that share a row copy its element inputs into shared memory, side by side,
+// and walk over them there: once a level, and once for the gradients, while the next row is copied
+// into the slots that this one frees. What a level adds up goes through all of these threads, and
+// each of them computes the row numbers that follow. Kept values have slots of their own where
+// there is room, else they are computed again. A row that no cluster can hold is read once a walk.
+// One kernel serves every pass, so that a gradient has the same bits from each.
+//
+// A slot is 16 bytes of an input, and begins where a vector of the first input does: a row that
+// begins behind a multiple of 16 bytes has a first slot that is not whole, and its last one need
+// not be. Where vectors of an input lie otherwise, its elements are copied one at a time. So are
+// those of rows whose classes are not neighbours; there a thread has a row of its own, and
+// neighbouring threads read neighbouring rows.
+#pragma once
+
+#include "../math/custom_rows.h"
+#include "custom_parameters.cuh"
+#include "fast_math.cuh"
+#include "thread_groups.cuh"
+#include "upstream.cuh"
+
+namespace fusedloss::cuda {
+
+// ---- what is known of a loss --------------------------------------------------------------------
+
+// A number that the compiler knows.
+template <int i>
+struct Constant {
+  static constexpr int value = i;
+  __device__ constexpr operator int() const { return i; }
+};
+// Calls f(Constant<0>()) to f(Constant<count - 1>()).
+template <int count, class F>
+__device__ __forceinline__ void each(F&& f) {
+  if constexpr (count > 0) {
+    each<count - 1>(f);
+    f(Constant<count - 1>());
+  }
+}
+
+constexpr int at_least_one(int count) { return count > 0 ? count : 1; }  // C++ has no empty arrays
+
+// The place among a loss's inputs of the one that is number i of a kind.
+template <class Loss>
+constexpr int place_of(Kind kind, int i) {
+  int place = 0;
+  for (const Kind of : Loss::kKinds) {
+    if (of == kind && i-- == 0) return place;
+    ++place;
+  }
+  return -1;
+}
+
+// Whether the walk of a level reads kept value j, or the walk of `from` leaves one for later.
+template <class Loss>
+constexpr bool reads_kept(int level, int j) {
+  return j < Loss::kKeptCount && Loss::kKept[j].from < level && Loss::kKept[j].until >= level;
+}
+template <class Loss>
+constexpr bool leaves_kept(int from, int j) {
+  return j < Loss::kKeptCount && Loss::kKept[j].from == from;
+}
+template <class Loss>
+constexpr bool leaves_kept(int from) {
+  for (int j = 0; j < Loss::kKeptCount; ++j) {
+    if (leaves_kept<Loss>(from, j)) return true;
+  }
+  return false;
+}
+
+// ---- what threads merge -------------------------------------------------------------------------
+
+// The larger one; nan where either is.
+__device__ inline float larger(float a, float b) { return max_nan(a, b); }
+__device__ inline double larger(double a, double b) { return a < b || b != b ? b : a; }
+
+// The maxima and sums of a level over some of a row's classes.
+template <class T, class Sum, int kMaxima, int kSums>
+struct LevelTerms {
+  T max[at_least_one(kMaxima)];
+  Sum sum[at_least_one(kSums)];
+
+  __device__ LevelTerms() {
+    each<at_least_one(kMaxima)>([&](auto j) { max[j] = -kInfinity<T>; });
+    each<at_least_one(kSums)>([&](auto j) { sum[j] = 0; });
+  }
+  __device__ void reduce_warp(int threads) {
+    for (int step = threads / 2; step > 0; step /= 2) {
+      each<kMaxima>(
+          [&](auto j) { max[j] = larger(max[j], __shfl_xor_sync(kFullWarp, max[j], step)); });
+      each<kSums>([&](auto j) { sum[j] += __shfl_xor_sync(kFullWarp, sum[j], step); });
+    }
+  }
+};
+
+// The classes where peaks are first.
+template <int count>
+struct FirstClasses {
+  int first[at_least_one(count)];
+
+  __device__ FirstClasses() {
+    each<at_least_one(count)>([&](auto p) { first[p] = std::numeric_limits<int32_t>::max(); });
+  }
+  __device__ void reduce_warp(int threads) {
+    for (int step = threads / 2; step > 0; step /= 2) {
+      each<count>(
+          [&](auto p) { first[p] = min(first[p], __shfl_xor_sync(kFullWarp, first[p], step)); });
+    }
+  }
+};
+
+// ---- a row --------------------------------------------------------------------------------------
+
+// Where a row is: position of (outer, inner).
+struct RowPlace {
+  int64_t outer, inner;
+
+  __device__ RowPlace(const CustomRowsCall& c, int64_t row) : outer(row), inner(0) {
+    if (c.inner <= 1) return;
+    outer = quotient(row, c.inner, c.outer * c.inner);
+    inner = row - outer * c.inner;
+  }
+  __device__ int64_t operator()(const Rows& r) const { return outer * r.outer + inner * r.inner; }
+};
+
+// What is known of a row before its first walk.
+template <class Loss, class T>
+struct RowHead {
+  using Numbers = RowNumbers<Loss>;
+  T numbers[Numbers::kFirst];
+  T weight = 1;
+  int label = -1;       // -1: there is none, or the row does not count
+  bool live = false;    // whether the row has a loss and a gradient
+  bool faulty = false;  // if not live: both are nan; else they are 0, or there is no such row
+
+  // Reads nothing that depends on a label but for label_at().
+  __device__ static int64_t label_at(const CustomRowsCall& c, int64_t row) {
+    if constexpr (Numbers::kHasLabel) {
+      constexpr int kInput = place_of<Loss>(Kind::kLabel, 0);
+      if (row < c.outer * c.inner) {
+        const Rows& labels = c.inputs[kInput];
+        return static_cast<const int64_t*>(labels.data)[RowPlace(c, row)(labels)];
+      }
+    }
+    return -1;
+  }
+  __device__ RowHead(const CustomRowsCall& c, const Launch& l, double scale, int64_t row,
+                     int64_t index) {
+    each<Numbers::kFirst>([&](auto i) { numbers[i] = T(0); });
+    if (row >= c.outer * c.inner) return;
+    live = true;
+    if constexpr (Numbers::kHasLabel) {
+      live = index >= 0 && index < c.classes && index != c.ignore_index;
+      faulty = !live && index != c.ignore_index;
+      if (faulty) report_error(l, Fault::kTargetClass, row, index, c.classes);
+      if (!live) return;
+      label = static_cast<int>(index);
+    }
+    const RowPlace place(c, row);
+    const auto number = [&](const Rows& r) { return read<T>(r.data, r.dtype, place(r)); };
+    if (c.weight.data) weight = number(c.weight);
+    scale *= weight;
+    if (c.upstream.data) scale *= number(c.upstream);
+    numbers[Numbers::kScale] = static_cast<T>(scale);
+    numbers[Numbers::kClasses] = static_cast<T>(c.classes);
+    each<Numbers::kPerRows>([&](auto i) {
+      constexpr int kInput = place_of<Loss>(Kind::kPerRow, i);
+      numbers[Numbers::kOfRow + i] = number(c.inputs[kInput]);
+    });
+    if constexpr (Numbers::kHasLabel) {
+      const auto at_label = [&](const Rows& r) {
+        return read<T>(r.data, r.dtype, place(r) + label * r.classes);
+      };
+      each<Numbers::kElements>([&](auto i) {
+        constexpr int kInput = place_of<Loss>(Kind::kElement, i);
+        numbers[Numbers::kAtLabel + i] = at_label(c.inputs[kInput]);
+      });
+      each<Numbers::kPerClasses>([&](auto i) {
+        constexpr int kInput = place_of<Loss>(Kind::kPerClass, i);
+        numbers[Numbers::kAtLabel + Numbers::kElements + i] = at_label(c.inputs[kInput]);
+      });
+    }
+  }
+  // The loss and every gradient element of a row that is not live.
+  __device__ T filler() const { return faulty ? kNan<T> : T(0); }
+};
+
+// Where the elements of a row lie, and how they are divided into slots.
+template <class Loss, class D>
+struct RowLine {
+  using V = Vector16<D>;
+  static constexpr int kElements = RowNumbers<Loss>::kElements;
+  int64_t begin[kElements];  // of the row in each input
+  unsigned vectors = 0;      // bit i: input i has vectors where the slots are
+  int before = 0;            // lanes of the first slot before the row
+  int slots = 0;
+
+  // Past the last row there are no slots.
+  __device__ RowLine(const CustomRowsCall& c, int64_t row) {
+    const bool exists = row < c.outer * c.inner;
+    const RowPlace place(c, exists ? row : 0);
+    each<kElements>([&](auto i) {
+      constexpr int kInput = place_of<Loss>(Kind::kElement, i);
+      begin[i] = place(c.inputs[kInput]);
+      if (i == 0) before = max(misaligned(c.inputs[kInput], begin[0]), 0);
+      vectors |= unsigned{misaligned(c.inputs[kInput], begin[i]) == before} << i;
+    });
+    if (exists) slots = (before + static_cast<int>(c.classes) + V::kSize - 1) / V::kSize;
+  }
+  // Elements between the last multiple of 16 bytes and the row; -1 where there are no vectors.
+  __device__ static int misaligned(const Rows& r, int64_t begin) {
+    if (r.dtype != kDType<D> || r.classes != 1) return -1;
+    return misalignment(static_cast<const D*>(r.data) + begin);
+  }
+  __device__ int first_class(int slot) const { return slot * V::kSize - before; }
+};
+
+// A walk of one thread of those that share a row.
+template <class Loss, class D, class Group>
+struct RowWalk {
+  using T = Compute<D>;
+  using V = Vector16<D>;
+  using Numbers = RowNumbers<Loss>;
+  using Line = RowLine<Loss, D>;
+  // Float roundings would build up over long rows.
+  using Sum = std::conditional_t<sizeof(D) == 4, double, T>;
+  template <int kLevel>
+  using Terms = LevelTerms<T, Sum, Loss::kMaxima[kLevel], Loss::kSums[kLevel]>;
+  using Peaks = FirstClasses<Loss::kPeakCount>;
+  static constexpr int kElements = Numbers::kElements, kSize = V::kSize;
+  static constexpr unsigned kAllLanes = (1u << kSize) - 1;
+  // Lanes that are computed together: as many as fit into 16 bytes as T.
+  using Part = Vector16<T>;
+  static constexpr int kParts = kSize / Part::kSize;
+
+  const Loss& loss;
+  const CustomRowsCall& c;
+  const RowTiling& tiling;
+  Group& group;
+  V* const
+      smem;  // this thread's: (stages, elements, vectors_per_thread), then those of kept values
+  int stage = 0;
+  T r[Loss::kNumbers] = {};
+  int label = -1;
+
+  // ---- slots ----
+
+  // Input i's slot at a place of the first one's.
+  __device__ V& slot(int i, int place) const {
+    return smem[(place + i * tiling.vectors_per_thread) * static_cast<int>(blockDim.x)];
+  }
+  // Where slot k of a row in shared memory is.
+  __device__ int place_in_smem(int k) const {
+    return stage * kElements * tiling.vectors_per_thread + k;
+  }
+  __device__ Part& kept_slot(int j, int k, int part) const {
+    const int lines = tiling.stages * kElements + j * kParts + part;
+    return reinterpret_cast<Part&>(
+        smem[(lines * tiling.vectors_per_thread + k) * static_cast<int>(blockDim.x)]);
+  }
+
+  // The lanes of a slot that are classes of the row, as bits.
+  __device__ unsigned lanes(int first) const {
+    const int behind = first + kSize - static_cast<int>(c.classes);
+    return (kAllLanes << max(-first, 0)) & (kAllLanes >> max(behind, 0));
+  }
+  // Those but for the label.
+  __device__ unsigned summed_lanes(int first) const {
+    unsigned bits = lanes(first);
+    if constexpr (Numbers::kHasLabel) {
+      const auto lane = static_cast<unsigned>(label - first);
+      if (lane < unsigned{kSize}) bits &= ~(1u << lane);
+    }
+    return bits;
+  }
+
+  template <int i>
+  __device__ const Rows& element_input() const {
+    return c.inputs[place_of<Loss>(Kind::kElement, i)];
+  }
+  // Begins to copy slot v of input i.
+  template <int i>
+  __device__ void prefetch(const Line& line, int v, V& to) const {
+    const Rows& r = element_input<i>();
+    const int first = line.first_class(v);
+    const unsigned valid = lanes(first);
+    const D* const from = static_cast<const D*>(r.data) + line.begin[i];
+    if ((line.vectors >> i & 1) && valid == kAllLanes) {
+      cp_async(to, reinterpret_cast<const V*>(from + first));
+      return;
+    }
+    // There are no asynchronous copies of two bytes: a few loads are in flight together. All inputs
+    // have this type then.
+    constexpr int kTogether = sizeof(D) == 2 ? 4 : 1;
+#pragma unroll 1
+    for (int lane = 0; lane < kSize; lane += kTogether) {
+      const int64_t at = (first + lane) * r.classes;
+      D x[kTogether];
+      each<kTogether>([&](auto e) {
+        if (!(valid >> (lane + e) & 1)) return;
+        if constexpr (sizeof(D) == 2) {
+          x[e] = from[at + e * r.classes];
+        } else if (r.dtype == kDType<D>) {
+          cp_async(to.element[lane], from + at);
+        } else {
+          to.element[lane] = read<T>(r.data, r.dtype, line.begin[i] + at);
+        }
+      });
+      if constexpr (sizeof(D) == 2) {
+        each<kTogether>([&](auto e) { to.element[lane + e] = x[e]; });
+      }
+    }
+  }
+  __device__ void prefetch(const Line& line, int v, int place) const {
+    each<kElements>([&](auto i) { this->template prefetch<i>(line, v, this->slot(i, place)); });
+  }
+  // ... v and this thread's slots behind it, of a row that is to be in shared memory.
+  __device__ void prefetch_row(const Line& line, int v, int k) const {
+#pragma unroll 1
+    for (; v < line.slots; v += group.size, ++k) prefetch(line, v, place_in_smem(k));
+  }
+  __device__ void prefetch_row(const Line& line) const { prefetch_row(line, group.rank, 0); }
+
+  // ---- the terms of a slot's classes ----
+
+  struct RowAccess {
+    const T* r;
+    __device__ T operator()(int i) const { return r[i]; }
+  };
+  // A slot of each input.
+  struct Slots {
+    V x[kElements];
+    int first;  // class
+  };
+  // A class's numbers, as the loss takes them.
+  struct Class {
+    T x[kElements], w[at_least_one(Numbers::kPerClasses)], kept[at_least_one(Loss::kKeptCount)];
+  };
+
+  // All but the kept values.
+  __device__ void read_class(Class& one, const Slots& s, int e) const {
+    each<kElements>([&](auto i) { one.x[i] = T(widen(s.x[i], e)); });
+    each<Numbers::kPerClasses>([&](auto i) {
+      const Rows& r = c.inputs[place_of<Loss>(Kind::kPerClass, i)];
+      const int place = min(max(s.first + e, 0), static_cast<int>(c.classes) - 1);
+      one.w[i] = read<T>(r.data, r.dtype, place * r.classes);
+    });
+  }
+  template <int kLevel, int kCount>
+  __device__ void terms(Class& one, T (&out)[kCount]) const {
+    loss.template terms<kLevel>(one.x, one.w, RowAccess{r}, one.kept, out);
+  }
+  template <int kLevel>
+  static constexpr int kTerms = at_least_one(Loss::kMaxima[kLevel] + Loss::kSums[kLevel]);
+
+  // The kept values that the walk of kLevel reads. The compiler drops what it does not need of the
+  // terms.
+  template <int kLevel>
+  __device__ void recompute_kept(Class& one) const {
+    each<kLevel>([&](auto level) {
+      if constexpr (leaves_kept<Loss>(level)) {
+        T out[kTerms<level>];
+        this->template terms<level>(one, out);
+      }
+    });
+  }
+  // The classes of a part of a slot, with the kept values that the walk of kLevel reads.
+  template <int kLevel>
+  __device__ void read_part(const Slots& s, int k, int part, Class (&classes)[Part::kSize]) const {
+    each<Part::kSize>([&](auto e) { this->read_class(classes[e], s, part * Part::kSize + e); });
+    if (tiling.keeps) {
+      each<Loss::kKeptCount>([&](auto j) {
+        if constexpr (reads_kept<Loss>(kLevel, j)) {
+          const Part kept = this->kept_slot(j, k, part);
+          each<Part::kSize>([&](auto e) { classes[e].kept[j] = kept.element[e]; });
+        }
+      });
+    } else {
+      each<Part::kSize>([&](auto e) { this->template recompute_kept<kLevel>(classes[e]); });
+    }
+  }
+
+  // ---- walks ----
+
+  // Calls f(slots, k) for each slot k of this thread. Where the row is in shared memory,
+  // kPrefetches says whether row `next` takes the place of what has been read. Else `next` is the
+  // row itself, and slots of it are copied there a few ahead.
+  template <bool kPrefetches, class F>
+  __device__ void for_each_slot(const Line& line, const Line& next, F&& f) const {
+    const bool in_smem = tiling.fits_in_smem;
+    const int ahead = in_smem ? 0 : tiling.stages;
+    int v = group.rank - ahead * group.size, stage = 0;
+#pragma unroll 1
+    for (int k = -ahead; v < line.slots; ++k, v += group.size) {
+      const int place = in_smem ? place_in_smem(k) : stage * kElements;
+      if (k >= 0) {
+        if (!in_smem) cp_async_wait(tiling.stages - 1);
+        Slots s;
+        s.first = line.first_class(v);
+        each<kElements>([&](auto i) { s.x[i] = this->slot(i, place); });
+        f(s, k);
+      }
+      if (kPrefetches || !in_smem) {
+        if (v + ahead * group.size < next.slots) prefetch(next, v + ahead * group.size, place);
+      }
+      if (!in_smem) {
+        cp_async_commit();
+        stage = stage + 1 < tiling.stages ? stage + 1 : 0;
+      }
+    }
+    if (kPrefetches && in_smem) prefetch_row(next, v, (v - group.rank) / group.size);
+  }
+
+  template <int kLevel>
+  __device__ void add(Terms<kLevel>& total, const Line& line) const {
+    constexpr int kMaxima = Loss::kMaxima[kLevel], kSums = Loss::kSums[kLevel];
+    for_each_slot<false>(line, line, [&](const Slots& s, int k) {
+      const unsigned counted = lanes(s.first), summed = summed_lanes(s.first);
+      T sums[at_least_one(kSums)];
+      each<kSums>([&](auto j) { sums[j] = T(-0.0); });  // -0 + x is x
+      each<kParts>([&](auto part) {
+        Class classes[Part::kSize];
+        this->template read_part<kLevel>(s, k, part, classes);
+        each<Part::kSize>([&](auto e) {
+          const int lane = part * Part::kSize + e;
+          T out[kTerms<kLevel>];
+          this->template terms<kLevel>(classes[e], out);
+          each<kMaxima>([&](auto j) {
+            if (counted >> lane & 1) total.max[j] = larger(total.max[j], out[j]);
+          });
+          each<kSums>([&](auto j) {
+            if (summed >> lane & 1) sums[j] += out[kMaxima + j];
+          });
+        });
+        if (!tiling.keeps) return;
+        each<Loss::kKeptCount>([&](auto j) {
+          if constexpr (leaves_kept<Loss>(kLevel, j)) {
+            Part kept;
+            each<Part::kSize>([&](auto e) { kept.element[e] = classes[e].kept[j]; });
+            this->kept_slot(j, k, part) = kept;
+          }
+        });
+      });
+      each<kSums>([&](auto j) { total.sum[j] += sums[j]; });
+    });
+  }
+  // Walks all levels and computes the row numbers. A row without slots takes part in what threads
+  // do together.
+  __device__ void compute_row(const Line& line, bool live) {
+    loss.template row<-1>(r);
+    each<Loss::kLevels>([&](auto level) {
+      Terms<level> total;
+      if (live) this->template add<level>(total, line);
+      group.all_reduce(total);
+      constexpr int kAt = Numbers::of_level(level), kMaxima = Loss::kMaxima[level];
+      each<kMaxima>([&](auto j) { r[kAt + j] = total.max[j]; });
+      each<Loss::kSums[level]>([&](auto j) { r[kAt + kMaxima + j] = T(total.sum[j]); });
+      loss.template row<level>(r);
+    });
+  }
+
+  __device__ Peaks peaks(const Line& line, bool live) const {
+    Peaks found;
+    if constexpr (Loss::kPeakCount > 0) {
+      const auto look = [&](const Slots& s, int) {
+        const unsigned counted = lanes(s.first);
+        each<kSize>([&](auto e) {
+          each<Loss::kPeakCount>([&](auto p) {
+            constexpr Peak kPeak = Loss::kPeaks[p];
+            Class one;
+            this->read_class(one, s, e);
+            this->template recompute_kept<kPeak.level>(one);
+            T out[kTerms<kPeak.level>];
+            this->template terms<kPeak.level>(one, out);
+            const bool is_peak = out[kPeak.term] == r[Numbers::of_level(kPeak.level) + kPeak.term];
+            if (is_peak && (counted >> e & 1)) found.first[p] = min(found.first[p], s.first + e);
+          });
+        });
+      };
+      if (live) for_each_slot<false>(line, line, look);
+      group.all_reduce(found);
+    }
+    return found;
+  }
+  __device__ void add_at_peaks(const Class& one, int place, const Peaks& peaks, T* out) const {
+    each<Loss::kPeakCount>([&](auto p) {
+      if (place != peaks.first[p]) return;
+      T more[kElements] = {};
+      loss.template at_peak<p>(one.x, one.w, RowAccess{r}, more);
+      each<kElements>([&](auto i) { out[i] += more[i]; });
+    });
+  }
+
+  // Where the gradients of a row lie.
+  struct Gradients {
+    int64_t begin[kElements];
+    unsigned vectors = 0;
+  };
+  template <int i>
+  __device__ const Rows& gradient() const {
+    return c.gradients[place_of<Loss>(Kind::kElement, i)];
+  }
+  template <int i>
+  __device__ void store_lane(const Gradients& to, int place, D x) const {
+    const Rows& r = gradient<i>();
+    void* const data = const_cast<void*>(r.data);
+    const int64_t at = to.begin[i] + place * r.classes;
+    if (sizeof(D) == 2 || r.dtype == kDType<D>) {
+      static_cast<D*>(data)[at] = x;
+    } else {
+      write(data, r.dtype, at, widen(x));
+    }
+  }
+  template <int i>
+  __device__ void store(const Gradients& to, int first, const V& g) const {
+    const unsigned valid = lanes(first);
+    if ((to.vectors >> i & 1) && valid == kAllLanes) {
+      D* const row = static_cast<D*>(const_cast<void*>(gradient<i>().data)) + to.begin[i];
+      *reinterpret_cast<V*>(row + first) = g;
+      return;
+    }
+    each<kSize>([&](auto e) {
+      if (valid >> e & 1) this->template store_lane<i>(to, first + e, g.element[e]);
+    });
+  }
+  template <bool kAll>
+  __device__ void store_slot(const Gradients& to, const Slots& s, int k, const Peaks& peaks) const {
+    constexpr int kCount = kAll ? kElements : 1;
+    V g[kCount];
+    each<kParts>([&](auto part) {
+      Class classes[Part::kSize];
+      this->template read_part<Loss::kLevels>(s, k, part, classes);
+      T parts[kCount][Part::kSize];
+      each<Part::kSize>([&](auto e) {
+        const Class& one = classes[e];
+        T out[kElements] = {};
+        loss.template gradients<kAll>(one.x, one.w, RowAccess{r}, one.kept, out);
+        this->add_at_peaks(one, s.first + part * Part::kSize + e, peaks, out);
+        each<kCount>([&](auto i) { parts[i][e] = out[i]; });
+      });
+      each<kCount>([&](auto i) {
+        const auto packed = pack<D>(parts[i]);
+        each<Part::kSize>(
+            [&](auto e) { g[i].element[part * Part::kSize + e] = packed.element[e]; });
+      });
+    });
+    each<kCount>([&](auto i) {
+      if (this->template gradient<i>().data) this->template store<i>(to, s.first, g[i]);
+    });
+  }
+
+  // Writes this thread's part of the gradients; next: see for_each_slot().
+  __device__ void write_gradients(const Line& line, const RowPlace& place, bool live, T filler,
+                                  const Peaks& peaks, const Line& next) const {
+    Gradients to;
+    bool later = false;
+    each<kElements>([&](auto i) {
+      const Rows& r = this->template gradient<i>();
+      to.begin[i] = place(r);
+      to.vectors |= unsigned{Line::misaligned(r, to.begin[i]) == line.before} << i;
+      if (i > 0) later = later || r.data;
+    });
+    for_each_slot<true>(line, next, [&](const Slots& s, int k) {
+      if (!live) {
+        V g;
+        each<kSize>([&](auto e) { g.element[e] = narrow<D>(filler); });
+        each<kElements>([&](auto i) {
+          if (this->template gradient<i>().data) this->template store<i>(to, s.first, g);
+        });
+      } else if (kElements > 1 && later) {
+        store_slot<true>(to, s, k, peaks);
+      } else {
+        store_slot<kElements == 1>(to, s, k, peaks);
+      }
+    });
+    if constexpr (Numbers::kHasLabel) {
+      // Behind the vector that held it, by the same thread.
+      if (!live || group.owner((label + line.before) / kSize) != group.rank) return;
+      Class one;
+      T out[kElements];
+      each<kElements>([&](auto i) {
+        one.x[i] = r[Numbers::kAtLabel + i];
+        out[i] = r[Loss::kAtLabel[i]];
+      });
+      each<Numbers::kPerClasses>([&](auto i) { one.w[i] = r[Numbers::kAtLabel + kElements + i]; });
+      add_at_peaks(one, label, peaks, out);
+      each<kElements>([&](auto i) {
+        if (this->template gradient<i>().data)
+          this->template store_lane<i>(to, label, narrow<D>(out[i]));
+      });
+    }
+  }
+};
+
+// ---- the kernel ---------------------------------------------------------------------------------
+
+template <class D>
+constexpr int kMinCustomRowBlocks = sizeof(D) == 8 ? 1 : 2;
+
+// Shared memory of what threads merge: see all_reduce_block() and the states of a cluster's blocks.
+template <class Walk, int kLevels>
+constexpr int reduction_bytes() {
+  if constexpr (kLevels == 0) {
+    return sizeof(typename Walk::Peaks) * 2 * (kRowBlock / kWarp + 1);
+  } else {
+    return sizeof(typename Walk::template Terms<kLevels - 1>) * 2 * (kRowBlock / kWarp + 1) +
+           reduction_bytes<Walk, kLevels - 1>();
+  }
+}
+
+template <class Loss, class D>
+__device__ void compute_rows(const CustomParameters<Loss>& given, const CustomRowsCall& c,
+                             const Launch& l, const RowTiling& tiling) {
+  using T = Compute<D>;
+  using Numbers = RowNumbers<Loss>;
+  using Head = RowHead<Loss, T>;
+  using Line = RowLine<Loss, D>;
+  using Group = ThreadGroup<Scope::kAny>;
+  using Walk = RowWalk<Loss, D, Group>;
+  static_assert(reduction_bytes<Walk, Loss::kLevels>() + sizeof(Loss) + 2048 <= kCustomStaticSmem,
+                "the loss has too many sums");
+  extern __shared__ uint4 smem[];
+  const Loss& made = prepared(given);
+  const GradientScale& s = GradientScale::of_block<Numbers::kHasLabel>(l);
+  update_predictor(l, s);
+  if (can_skip(l, s)) return;
+  const Loss loss = made;  // a copy, which stays in registers
+  Group group(tiling.threads_per_row);
+  const int64_t rows = c.outer * c.inner, step = group.row_stride();
+  Walk walk{loss, c, tiling, group, reinterpret_cast<Vector16<D>*>(smem) + threadIdx.x};
+  int64_t row = group.first_row() + group.row_in_block();
+  for (; walk.stage < tiling.stages; ++walk.stage) {
+    if (tiling.fits_in_smem) walk.prefetch_row(Line(c, row + walk.stage * step));
+    cp_async_commit();
+  }
+  walk.stage = 0;
+  int64_t next_label = Head::label_at(c, row);
+  double total = 0;
+  for (; row - group.row_in_block() < rows; row += step) {
+    const Line line(c, row);
+    const Head head(c, l, s.scale, row, next_label);
+    next_label = Head::label_at(c, row + step);
+    each<Numbers::kFirst>([&](auto i) { walk.r[i] = head.numbers[i]; });
+    walk.label = head.label;
+    cp_async_wait(tiling.stages - 1);
+    walk.compute_row(line, head.live);
+
+    const RowPlace place(c, row);
+    if (group.rank == 0 && row < rows) {
+      const T value = head.live ? walk.r[Loss::kValue] * head.weight : head.filler();
+      if (c.value.data) write(c.value.data, c.value.dtype, row, value);
+      total += value;
+      each<Loss::kAuxiliaryCount>([&](auto i) {
+        const T x = head.live ? walk.r[Loss::kAuxiliary[i]] : head.filler();
+        const Output& to = c.auxiliary[i];
+        if (to.data) write(to.data, to.dtype, row, x);
+      });
+      each<Numbers::kPerRows>([&](auto i) {
+        const Rows& to = c.gradients[place_of<Loss>(Kind::kPerRow, i)];
+        const T x = head.live ? walk.r[Loss::kOfRow[i]] : head.filler();
+        if (s.write && to.data) write(const_cast<void*>(to.data), to.dtype, place(to), x);
+      });
+    }
+    // The blocks of a cluster may have read different predictions.
+    typename Walk::Peaks peaks;
+    if (l.pass != Pass::kValue) peaks = walk.peaks(line, head.live);
+    const Line next(c, tiling.fits_in_smem ? row + tiling.stages * step : row);
+    if (s.write) {
+      walk.write_gradients(line, place, head.live, head.filler(), peaks, next);
+    } else if (tiling.fits_in_smem) {
+      walk.prefetch_row(next);
+    }
+    cp_async_commit();
+    walk.stage = walk.stage + 1 < tiling.stages ? walk.stage + 1 : 0;
+  }
+  group.sync_before_exit();
+  write_loss(l, total);
+}
+
+}  // namespace fusedloss::cuda
+
+#define FUSEDLOSS_CUSTOM_ROWS_KERNEL(NAME, D)                                       \
+  extern "C" __global__ void __launch_bounds__(kRowBlock, kMinCustomRowBlocks<D>)   \
+      NAME(const CustomRowsCall c, const Launch l, const CustomParameters<Given> p, \
+           const RowTiling tiling) {                                                \
+    compute_rows<Given, D>(p, c, l, tiling);                                        \
+  }
+#define FUSEDLOSS_CUSTOM_ROWS_CUDA(LOSS)                      \
+  namespace fusedloss::cuda {                                 \
+  using Given = LOSS;                                         \
+  FUSEDLOSS_CUSTOM_ROWS_KERNELS(FUSEDLOSS_CUSTOM_ROWS_KERNEL) \
+  }
