@@ -14,10 +14,10 @@ from .custom import RowLoss, prepare, row_loss
 
 
 def cosine_embedding_loss(input1: Any, input2: Any, target: fm.PerRow, *, margin: float) -> Any:
-    eps = 1e-12
+    eps = 9.999999960041972e-13  # torch's 1e-12, which is a float
     squares = (fm.sum(input1**2) + eps) * (fm.sum(input2**2) + eps)
     cosine = fm.sum(input1 * input2) / fm.sqrt(squares)
-    apart = fm.where(fm.equal(target, -1), fm.clamp(cosine - margin, min=0), 0)
+    apart = fm.where(fm.equal(target, -1), fm.relu(cosine - margin), 0)
     return fm.where(fm.equal(target, 1), 1 - cosine, apart)
 
 
@@ -25,14 +25,14 @@ def triplet_margin_loss(
     anchor: Any, positive: Any, negative: Any, *, margin: float, eps: float
 ) -> Any:
     near, far = fm.norm(anchor - positive + eps), fm.norm(anchor - negative + eps)
-    return fm.clamp(margin + near - far, min=0)
+    return fm.relu(margin + near - far)
 
 
 def triplet_margin_loss_swap(
     anchor: Any, positive: Any, negative: Any, *, margin: float, eps: float
 ) -> Any:
     near, far = fm.norm(anchor - positive + eps), fm.norm(anchor - negative + eps)
-    return fm.clamp(margin + near - fm.minimum(far, fm.norm(positive - negative + eps)), min=0)
+    return fm.relu(margin + near - fm.minimum(far, fm.norm(positive - negative + eps)))
 
 
 def multi_margin_loss(input: Any, target: fm.Label, *, margin: float, p: float) -> Any:

@@ -36,6 +36,11 @@ def dtypes(family: str) -> dict[str, torch.dtype]:
     return {name: dtype for name, dtype in DTYPES.items() if name not in lacks}
 
 
+def narrow(family: str) -> torch.dtype:
+    """bfloat16, if torch's function takes it."""
+    return dtypes(family).get("bf16", torch.float32)
+
+
 # Vector registers hold 2 to 32 elements: tails on either side of each width.
 TAILS = (7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)
 # More than one chunk of parallel work, with a tail.

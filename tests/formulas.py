@@ -42,8 +42,8 @@ class Truth:
     grad_scale: Tensor
 
 
-# torch documents 1e-12 and stores it in a float.
-_BCE_FLOOR = torch.tensor(1e-12, dtype=torch.float32).item()
+# torch documents 1e-12 and stores it in a float, for binary cross-entropy and for cosine embedding.
+_FLOOR = torch.tensor(1e-12, dtype=torch.float32).item()
 
 
 def _pointwise(
@@ -103,7 +103,7 @@ def binary_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None = 
     log_p = input.log().clamp(min=-100)
     log_q = torch.log1p(-input).clamp(min=-100)
     value = -(target * log_p + (1 - target) * log_q)
-    slope = (input - target) / ((1 - input) * input).clamp(min=_BCE_FLOOR)
+    slope = (input - target) / ((1 - input) * input).clamp(min=_FLOOR)
     return _pointwise(value, slope, weight)
 
 
@@ -325,7 +325,7 @@ def cosine_embedding_loss(
     input: Tensor, other: Tensor, target: Tensor, margin: float = 0.0
 ) -> Elements:
     a, b, y = input, other, target.unsqueeze(-1)
-    square, root = _row_sum(a * a) + 1e-12, (_row_sum(b * b) + 1e-12).sqrt()
+    square, root = _row_sum(a * a) + _FLOOR, (_row_sum(b * b) + _FLOOR).sqrt()
     root = square.sqrt() * root
     cosine, magnitude = _row_sum(a * b) / root, _row_sum((a * b).abs()) / root
     far = (y == -1) & (cosine >= margin)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fusedloss
 import fusedloss.functional as FL
-from cases import at_shape, dtypes
+from cases import at_shape, narrow
 from helpers import MODULES, assert_same_bits, leaf
 
 # By the module's name: ours, torch's, and the loss.
@@ -121,8 +121,7 @@ def test_copies(name: str, options: dict[str, Any]) -> None:
 def test_to_dtype(name: str, options: dict[str, Any]) -> None:
     """Buffers follow .to(); the result does as well."""
     ours, theirs, loss = CLASSES[name]
-    low = torch.bfloat16 if "bf16" in dtypes(loss) else torch.float32
-    for dtype in (torch.float64, low):
+    for dtype in (torch.float64, narrow(loss)):
         module, original = ours(**options).to(dtype), theirs(**options).to(dtype)
         for (key, buffer), (_, right) in zip(
             module.named_buffers(), original.named_buffers(), strict=True
