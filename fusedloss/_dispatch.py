@@ -430,7 +430,7 @@ def _dtype_of_rows(loss: Loss, call: dict[str, Any]) -> torch.dtype | str:
     input = call[loss.arguments[0]]
     inputs = [call[name] for name in loss.arguments[: loss.rows]]
     kinds = ("same", *("floating",) * (loss.rows - 1))
-    target = call.get("target")
+    target: Any = call.get("target")
     if loss.over_classes:
         if target.dtype is not torch.int64:
             return f"a target of {target.dtype}"
@@ -693,7 +693,9 @@ def _definition(loss: Loss, call: dict[str, Any]) -> str:
 @_caller.constant_when_traced
 def _prepared_rows(definition: str, device: str) -> tuple[str, str, str]:
     """See custom/prepare.py. The module imports SymPy."""
-    found: tuple[str, str, str] = import_module("fusedloss._row_losses").prepared(definition, device)
+    found: tuple[str, str, str] = import_module("fusedloss._row_losses").prepared(
+        definition, device
+    )
     return found
 
 

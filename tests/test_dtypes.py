@@ -51,7 +51,10 @@ def drawn(family: str, input: torch.dtype, target: torch.dtype) -> tuple[Tensor,
     """A call's input, target and options; the target of an integer dtype has integers."""
     sample = at_shape(family, SHAPE).sample(torch.float64)
     x, y, options = sample.input, sample.target, dict(sample.options)
-    if family in ("margin_ranking_loss", "cosine_embedding_loss"):  # the second input stands between
+    if family in (
+        "margin_ranking_loss",
+        "cosine_embedding_loss",
+    ):  # the second input stands between
         options["target"] = to(options["target"], target)
         return x.to(input), y.to(input), options
     for name in {"var", "negative"} & options.keys():
