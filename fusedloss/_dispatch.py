@@ -41,6 +41,7 @@ NO_TORCHSCRIPT = (
     "torch.export, or torch.nn's own losses where it must be torch.jit"
 )
 _DISABLED = torch._C._disabled_torch_function_impl
+NOTHING_IGNORED = -(1 << 63)  # an ignore_index
 # What an operand may be beside an input of another dtype: see Loss.targets.
 _MOST = {"same": 0, "floating": 1, "signed": 2, "integers": 3, "any": 4}
 _FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
@@ -403,6 +404,8 @@ def _result_dtype(
 
 def _dtype(loss: Loss, call: dict[str, Any]) -> torch.dtype | str:
     """:func:`_result_dtype` of a call."""
+    if loss.rows:
+        return _dtype_of_rows(loss, call)
     input, target, *more = (call[name] for name in loss.arguments[: loss.inputs])
     kinds = ["same", *("floating",) * (loss.inputs - 1)]
     kinds[loss.arguments.index("target")] = loss.targets
@@ -420,6 +423,24 @@ def _dtype(loss: Loss, call: dict[str, Any]) -> torch.dtype | str:
     if loss.over_classes and dtype is torch.float64 and input.dtype is not dtype:
         return f"dtypes differ: {input.dtype} and {dtype}"  # the row engines compute as for input
     return dtype
+
+
+def _dtype_of_rows(loss: Loss, call: dict[str, Any]) -> torch.dtype | str:
+    """:func:`_result_dtype` of a call of a loss in _row_losses.py."""
+    input = call[loss.arguments[0]]
+    inputs = [call[name] for name in loss.arguments[: loss.rows]]
+    kinds = ("same", *("floating",) * (loss.rows - 1))
+    target: Any = call.get("target")
+    if loss.over_classes:
+        if target.dtype is not torch.int64:
+            return f"a target of {target.dtype}"
+        target = None
+        # Torch's function takes these on a GPU only.
+        low = input.dtype in (torch.bfloat16, torch.float16)
+        if low and input.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            return f"torch has no {loss.name} of {input.dtype} on the CPU"
+    others = (target, loss.targets), (call.get("weight"), "same")
+    return _result_dtype(inputs, kinds, others, loss.result)
 
 
 def _broadcasts_to(small: Tensor, big: Tensor) -> bool:
@@ -509,17 +530,23 @@ def _run_any(loss: Loss, args: tuple[Any, ...], prediction: Tensor | None) -> Te
         if isinstance(dtype, str):
             reason = dtype
         else:
-            reason = (_unfit_rows if loss.over_classes else _unfit_elements)(loss, call)
+            reason = _unfit_call(loss, call)
+    key = why_not = ""
     if reason is None:
         backend = backends.fused_on[input.device.type]
+        if loss.rows:
+            backend, key, why_not = _prepared_rows(_definition(loss, call), input.device.type)
+            reason = None if backend else why_not
     if _listening():
-        _report(loss.name, reason, backend)
+        _report(loss.name, reason, backend, *filter(None, (why_not,)))
     if reason is not None:
         traced = torch._C._get_tracing_state() is not None  # and warns about every comparison
         if traced or getattr(input, "shape", None) == getattr(target, "shape", None):
             return loss.reference(*args)
         return _caller.at_callers_line(loss.reference, *args)  # it warns, or raises an error
     assert isinstance(dtype, torch.dtype)
+    if loss.rows:
+        return _run_rows(loss, call, backend, key, dtype, prediction)
     return _run_fused(loss, call, backend, dtype, prediction)
 
 
@@ -527,18 +554,31 @@ def _unfit(loss: Loss, call: dict[str, Any]) -> str | None:
     """Why the kernels do not take the loss's parameters."""
     for place, name in enumerate(loss.parameters):
         value = call[name]
-        if place > 0:
-            fits = isinstance(value, bool)
-        else:
-            is_number = isinstance(value, float | int) and not isinstance(value, bool)
+        fits = _is_number(value)
+        if place == 0:
             at_zero = bool(loss.at_zero) and value == 0
-            fits = is_number and (loss.low <= value <= loss.high or at_zero)
+            fits = fits and (loss.low <= value <= loss.high or at_zero)
+        elif not loss.rows:
+            fits = isinstance(value, bool)
         if not fits:
             return f"{name} {value!r} is outside of the kernels' domain"
+    if loss.powers and not (_is_number(call["p"]) and call["p"] in loss.powers):
+        return f"there are no kernels for p {call['p']!r}"
     variant = call.get(loss.variant)
-    if loss.variant in ("", "pos_weight") or isinstance(variant, bool):
+    if loss.variant in ("", "weight", "pos_weight") or isinstance(variant, bool):
         return None
     return f"{loss.variant} {variant!r} is no bool"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)
+
+
+def _unfit_call(loss: Loss, call: dict[str, Any]) -> str | None:
+    """Why a loss is not fused for these shapes and options."""
+    if loss.rows:
+        return _unfit_custom_rows(loss, call)
+    return (_unfit_rows if loss.over_classes else _unfit_elements)(loss, call)
 
 
 def _unfit_elements(loss: Loss, call: dict[str, Any]) -> str | None:
@@ -617,6 +657,77 @@ def _unfit_rows(loss: Loss, call: dict[str, Any]) -> str | None:
         # Far beyond the sizes that the kernels have been tested with.
         return f"{classes} classes"
     return None
+
+
+# ---- the losses of _row_losses.py ----------------------------------------------------------------
+
+
+def _unfit_custom_rows(loss: Loss, call: dict[str, Any]) -> str | None:
+    """Why a loss of _row_losses.py is not fused for these shapes and options."""
+    input, weight = call[loss.arguments[0]], call.get("weight")
+    if input.numel() < loss.few and backends.automatic():
+        return f"fewer than {loss.few} elements, for which no kernel is compiled"
+    if torch.compiler.is_exporting():
+        return "torch.export is tracing, and the kernel is compiled on each machine"
+    if type(call["reduction"]) is not str or call["reduction"] not in REDUCTIONS:
+        return f"reduction {call['reduction']!r}"
+    if input.dim() == 0:
+        return "input has no class dimension"
+    for place, name in enumerate(loss.arguments[: loss.inputs]):
+        shape = input.shape if place < loss.rows else input.shape[:-1]
+        if call[name].shape != shape:
+            return f"shapes {tuple(input.shape)} and {tuple(call[name].shape)}"
+    if loss.rows < loss.inputs and input.dim() > 2:
+        return f"a target of shape {tuple(input.shape[:-1])}"
+    if weight is not None and weight.shape != input.shape[-1:]:
+        return f"a weight of shape {tuple(weight.shape)}"
+    return None
+
+
+def _definition(loss: Loss, call: dict[str, Any]) -> str:
+    """The name of the definition in _row_losses.py that computes a call."""
+    variant = call.get(loss.variant)
+    return loss.name if variant is None or variant is False else f"{loss.name}_{loss.variant}"
+
+
+@_caller.constant_when_traced
+def _prepared_rows(definition: str, device: str) -> tuple[str, str, str]:
+    """See custom/prepare.py. The module imports SymPy."""
+    found: tuple[str, str, str] = import_module("fusedloss._row_losses").prepared(
+        definition, device
+    )
+    return found
+
+
+def _run_rows(
+    loss: Loss, call: dict[str, Any], backend: str, key: str, dtype: torch.dtype,
+    prediction: Tensor | None,
+) -> Tensor:  # fmt: skip
+    tensors = [call[name] for name in loss.arguments[: loss.inputs]]
+    class_dim = min(1, tensors[0].dim() - 1)
+    for place, t in enumerate(tensors):
+        if place < loss.rows:
+            moved = t.movedim(-1, class_dim)
+            joins = moved.dim() <= 3 or _joins_inner_dimensions(moved)
+            tensors[place] = moved if joins else moved.contiguous()
+        elif t.dtype is torch.float64 and dtype is not t.dtype:
+            # The kernels would round it to one that they compare with.
+            tensors[place] = (t == 1).to(dtype) - (t == -1).to(dtype)
+    if call.get("weight") is not None:
+        tensors.append(call["weight"])
+    input, target, *more = tensors
+    numbers = [float(call[name]) for name in loss.parameters]
+    try:
+        value: Tensor = operator(backend)(
+            input, target, None, more, key, numbers, NOTHING_IGNORED,
+            REDUCTIONS[call["reduction"]], dtype, prediction,
+        )  # fmt: skip
+    except IndexError as error:  # what torch's function says, and where it is
+        raise RuntimeError(f"target out of range: {error}") from None
+    return value
+
+
+# ---- kernels -------------------------------------------------------------------------------------
 
 
 @_caller.constant_when_traced

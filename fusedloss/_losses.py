@@ -37,14 +37,19 @@ class Loss:
         variant: the argument with which the operators' loss is another one: ``name_variant``.
         operator: the operators' loss, if it has another name.
         result: where the loss's dtype comes from, as in torch, if its operands have several:
-            ``"promoted"`` from all, or the dtype of ``"input"`` or ``"target"``.
+            ``"promoted"`` from all, or from the ``"inputs"`` of rows, or the dtype of ``"input"`` or
+            ``"target"``.
         targets: what the target may be beside an input of another dtype, each including those before:
             the ``"same"`` only, ``"floating"``, ``"signed"`` integers, all ``"integers"``, ``"any"``
             (bool too). Torch raises for the rest, or negates the target or compares it with -1, where
             uint8 would wrap.
         expands: a target of another shape is broadcast to input's, with torch's warning.
         few: below that many elements torch.compile gets the loss in plain PyTorch; see
-            ``_dispatch._left_to_inductor``.
+            ``_dispatch._left_to_inductor``. No kernel is compiled for so few.
+        rows: of a loss in _row_losses.py, how many of the inputs, from the first on, have a value for
+            each class of a row, along the last dimension; the others have one number for each row. All
+            parameters but the first are numbers of any size.
+        powers: the exponents ``p`` that its kernels take.
     """
 
     name: str
@@ -63,13 +68,16 @@ class Loss:
     targets: str = "same"
     expands: bool = False
     few: int = 1 << 18
+    rows: int = 0
+    powers: tuple[int, ...] = ()
 
     @cached_property
     def number(self) -> int:
-        """The loss's number in the short way in C++, where it has no inputs if it is made of another."""
+        """The loss's number in the short way in C++, where it has no inputs if it is made of another, or in
+        _row_losses.py."""
+        inputs = 0 if self.operator or self.rows else self.inputs
         number: int = _C.define(
-            self.name, self.arguments, 0 if self.operator else self.inputs, self.gradients,
-            self.weight, self.parameters, self.low, self.high, self.at_zero, self.variant,
+            self.name, self.arguments, inputs, self.gradients, self.weight, self.parameters, self.low, self.high, self.at_zero, self.variant,
             self.result, self.targets,
         )  # fmt: skip
         return number
@@ -229,12 +237,50 @@ LOSSES: dict[str, Loss] = {
             weight="class",
             few=0,
         ),
+        Loss(
+            "cosine_embedding_loss",
+            reference.cosine_embedding_loss,
+            ("input1", "input2", "target", "margin", *_LEGACY),
+            inputs=3,
+            gradients=2,
+            parameters=("margin",),
+            result="inputs",
+            targets="signed",
+            few=1 << 14,
+            rows=2,
+        ),
+        Loss(
+            "triplet_margin_loss",
+            reference.triplet_margin_loss,
+            ("anchor", "positive", "negative", "margin", "p", "eps", "swap", *_LEGACY),
+            inputs=3,
+            gradients=3,
+            parameters=("margin", "eps"),
+            low=5e-324,
+            variant="swap",
+            result="inputs",
+            few=1 << 14,
+            rows=3,
+            powers=(2,),
+        ),
+        Loss(
+            "multi_margin_loss",
+            reference.multi_margin_loss,
+            ("input", "target", "p", "margin", "weight", *_LEGACY),
+            weight="class",
+            parameters=("margin", "p"),
+            variant="weight",
+            result="inputs",
+            few=1 << 14,
+            rows=1,
+            powers=(1, 2),
+        ),
     )
 }
 # By the operators' name: the loss, and whether it is its variant.
 OPERATORS: dict[str, tuple[Loss, bool]] = {
     name: (loss, is_variant)
     for loss in LOSSES.values()
-    if not loss.operator
+    if not (loss.operator or loss.rows)
     for name, is_variant in loss.operators().items()
 }

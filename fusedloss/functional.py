@@ -24,6 +24,7 @@ from ._losses import LOSSES
 __all__ = [
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
+    "cosine_embedding_loss",
     "cross_entropy",
     "explain",
     "gaussian_nll_loss",
@@ -35,10 +36,12 @@ __all__ = [
     "mae_loss",
     "margin_ranking_loss",
     "mse_loss",
+    "multi_margin_loss",
     "multilabel_soft_margin_loss",
     "poisson_nll_loss",
     "smooth_l1_loss",
     "soft_margin_loss",
+    "triplet_margin_loss",
 ]
 
 _MSE = LOSSES["mse_loss"]
@@ -56,6 +59,9 @@ _MARGIN_RANKING = LOSSES["margin_ranking_loss"]
 _KL_DIV = LOSSES["kl_div"]
 _POISSON_NLL = LOSSES["poisson_nll_loss"]
 _GAUSSIAN_NLL = LOSSES["gaussian_nll_loss"]
+_COSINE_EMBEDDING = LOSSES["cosine_embedding_loss"]
+_TRIPLET_MARGIN = LOSSES["triplet_margin_loss"]
+_MULTI_MARGIN = LOSSES["multi_margin_loss"]
 
 
 # ---- regression ----------------------------------------------------------------------------------
@@ -359,6 +365,115 @@ def margin_ranking_loss(
     Source: :func:`torch.nn.functional.margin_ranking_loss`.
     """
     return run(_MARGIN_RANKING, (input1, input2, target, margin, size_average, reduce, reduction))
+
+
+# ---- margins of rows -------------------------------------------------------------------------------
+# A kernel of these is compiled at its first use, which takes seconds, and cached. Inputs of fewer than
+# 2^14 elements stay with plain PyTorch.
+
+
+def cosine_embedding_loss(
+    input1: Tensor,
+    input2: Tensor,
+    target: Tensor,
+    margin: float = 0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Cosine embedding: :math:`1 - c` where :math:`y = 1`, :math:`\max(0, c - m)` where
+    :math:`y = -1`; :math:`c = a \cdot b / \sqrt{(|a|^2 + \varepsilon) (|b|^2 + \varepsilon)}`,
+    :math:`\varepsilon = 10^{-12}`.
+
+    Both inputs may require a gradient. Any other target makes its row's loss 0.
+
+    Args:
+        input1: vectors :math:`a` of shape (N, D) or (D).
+        input2: vectors :math:`b`, of the same shape.
+        target: :math:`y`, 1 or -1, of shape (N) or ().
+        margin: :math:`m`, a cosine.
+
+    Returns:
+        A 0-d tensor, or one of target's shape for ``"none"``.
+
+    Raises:
+        ValueError: reduction is none of the three.
+        RuntimeError: shapes that do not fit.
+
+    Source: :func:`torch.nn.functional.cosine_embedding_loss`.
+    """
+    args = input1, input2, target, margin, size_average, reduce, reduction
+    return run(_COSINE_EMBEDDING, args)
+
+
+def triplet_margin_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: float = 1.0,
+    p: float = 2,
+    eps: float = 1e-6,
+    swap: bool = False,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Triplet margin: :math:`\max(0, m + d(a, b) - d(a, n))`,
+    :math:`d(x, y) = \|x - y + \varepsilon\|_p`.
+
+    All three inputs may require a gradient.
+
+    Args:
+        anchor: vectors :math:`a` of shape (..., D).
+        positive: vectors :math:`b`, close to them, of the same shape.
+        negative: vectors :math:`n`, far from them, of the same shape.
+        margin: :math:`m`, positive, a distance.
+        p: the norm; any but 2 runs on plain PyTorch.
+        eps: :math:`\varepsilon`, in the inputs' unit.
+        swap: whether :math:`d(b, n)` counts instead of :math:`d(a, n)` where it is smaller.
+
+    Returns:
+        A 0-d tensor, or one of anchor's shape without D for ``"none"``.
+
+    Raises:
+        ValueError: reduction is none of the three, or margin is not positive.
+        RuntimeError: shapes that do not fit.
+
+    Source: :func:`torch.nn.functional.triplet_margin_loss`.
+    """
+    args = anchor, positive, negative, margin, p, eps, swap, size_average, reduce, reduction
+    return run(_TRIPLET_MARGIN, args)
+
+
+def multi_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    p: int = 1,
+    margin: float = 1.0,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Multi-class margin: :math:`\frac{w_y}{C} \sum_{c \ne y} \max(0, m - x_y + x_c)^p`.
+
+    Args:
+        input: scores :math:`x` of shape (N, C) or (C).
+        target: class indices :math:`y`, int64, of shape (N) or ().
+        p: 1 or 2.
+        margin: :math:`m`, in the scores' unit.
+        weight: :math:`w` of shape (C). ``"mean"`` divides by the number of rows all the same.
+
+    Returns:
+        A 0-d tensor, or one of target's shape for ``"none"``.
+
+    Raises:
+        RuntimeError: a class index outside [0, C), or shapes that do not fit.
+        ValueError: p is neither 1 nor 2, or reduction none of the three.
+
+    Source: :func:`torch.nn.functional.multi_margin_loss`.
+    """
+    return run(_MULTI_MARGIN, (input, target, p, margin, weight, size_average, reduce, reduction))
 
 
 # ---- classification ------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from ._losses import LOSSES
 __all__ = [
     "BCELoss",
     "BCEWithLogitsLoss",
+    "CosineEmbeddingLoss",
     "CrossEntropyLoss",
     "GaussianNLLLoss",
     "HingeEmbeddingLoss",
@@ -30,10 +31,12 @@ __all__ = [
     "MSELoss",
     "MarginRankingLoss",
     "MultiLabelSoftMarginLoss",
+    "MultiMarginLoss",
     "NLLLoss",
     "PoissonNLLLoss",
     "SmoothL1Loss",
     "SoftMarginLoss",
+    "TripletMarginLoss",
 ]
 
 
@@ -199,6 +202,34 @@ class GaussianNLLLoss(_Predicting, nn.GaussianNLLLoss):
     def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
         args = input, target, var, self.full, self.eps, self.reduction
         return run(LOSSES["gaussian_nll_loss"], args, self._prediction(input))
+
+
+class CosineEmbeddingLoss(_Predicting, nn.CosineEmbeddingLoss):
+    """:class:`torch.nn.CosineEmbeddingLoss`, fused; see
+    :func:`fusedloss.functional.cosine_embedding_loss`."""
+
+    def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
+        args = input1, input2, target, self.margin, None, None, self.reduction
+        return run(LOSSES["cosine_embedding_loss"], args, self._prediction(input1))
+
+
+class TripletMarginLoss(_Predicting, nn.TripletMarginLoss):
+    """:class:`torch.nn.TripletMarginLoss`, fused; see
+    :func:`fusedloss.functional.triplet_margin_loss`."""
+
+    def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        options = self.margin, self.p, self.eps, self.swap, None, None, self.reduction
+        args = anchor, positive, negative, *options
+        return run(LOSSES["triplet_margin_loss"], args, self._prediction(anchor))
+
+
+class MultiMarginLoss(_Predicting, nn.MultiMarginLoss):
+    """:class:`torch.nn.MultiMarginLoss`, fused; see
+    :func:`fusedloss.functional.multi_margin_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        args = input, target, self.p, self.margin, self.weight, None, None, self.reduction
+        return run(LOSSES["multi_margin_loss"], args, self._prediction(input))
 
 
 # ---- LogSoftmax and NLLLoss --------------------------------------------------------------------------

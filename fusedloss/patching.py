@@ -34,9 +34,6 @@ _NO_KERNEL = {
     nn.MultiLabelMarginLoss: "a row's targets are a list of any length",
     nn.TripletMarginWithDistanceLoss: "its distance is a function of yours",
     nn.AdaptiveLogSoftmaxWithLoss: "it holds layers of its own",
-    nn.CosineEmbeddingLoss: "it has no fused kernel yet",
-    nn.TripletMarginLoss: "it has no fused kernel yet",
-    nn.MultiMarginLoss: "it has no fused kernel yet",
 }
 _TORCHS = {fused: theirs for theirs, fused in _MODULES.items()}
 _FUNCTIONS = {fused.__name__: fused for fused in _dispatch.TORCHS}

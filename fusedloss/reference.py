@@ -31,6 +31,9 @@ hinge_embedding_loss = F.hinge_embedding_loss
 margin_ranking_loss = F.margin_ranking_loss
 poisson_nll_loss = F.poisson_nll_loss
 gaussian_nll_loss = F.gaussian_nll_loss
+cosine_embedding_loss = F.cosine_embedding_loss
+triplet_margin_loss = F.triplet_margin_loss
+multi_margin_loss = F.multi_margin_loss
 _nll_loss = F.nll_loss
 
 

@@ -29,6 +29,18 @@ DTYPES = {
 }
 REDUCTIONS = ("none", "mean", "sum")
 
+
+def dtypes(family: str) -> dict[str, torch.dtype]:
+    """Those of DTYPES that torch's function takes: on the CPU its multi_margin_loss lacks two."""
+    lacks = ("bf16", "fp16") if family.startswith("multi_margin") and DEVICE == "cpu" else ()
+    return {name: dtype for name, dtype in DTYPES.items() if name not in lacks}
+
+
+def narrow(family: str) -> torch.dtype:
+    """bfloat16, if torch's function takes it."""
+    return dtypes(family).get("bf16", torch.float32)
+
+
 # Vector registers hold 2 to 32 elements: tails on either side of each width.
 TAILS = (7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)
 # More than one chunk of parallel work, with a tail.
@@ -112,6 +124,8 @@ ROW_SHAPES: tuple[Shape, ...] = (
 ROW_FEW: tuple[Shape, ...] = ((0, 5), (1, 5), (3, 17), (64, 10), (3, 4099), (9001, 16))
 ROW_FEWEST: tuple[Shape, ...] = ((5,), (1, 5), (0, 5), (3, 17), (2, 3, 4, 5), (64, 10))
 
+PAIR_SHAPES: tuple[Shape, ...] = ((5,), (1, 5), (3, 17), (64, 10), (3, 4099), (700, 33))
+
 IGNORED = 1  # an ignore_index that is also a class, for the families that ask for one
 
 
@@ -147,6 +161,11 @@ def any_probability(shape: Shape, dtype: torch.dtype, generator: torch.Generator
 def sign(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """1 or -1."""
     return torch.randint(2, shape, generator=generator).mul(2).sub(1).to(dtype)
+
+
+def row_sign(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """1, -1 or 0 for each row along the last dimension."""
+    return torch.randint(-1, 2, shape[:-1], generator=generator).to(dtype)
 
 
 def count(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -453,6 +472,32 @@ CASES: tuple[Case, ...] = tuple(
         ),
         # Zero probabilities: the clamp at eps.
         _family("log_loss", "clamped", (sparse_distribution, distribution), ROW_FEW),
+        _family(
+            "cosine_embedding_loss",
+            "",
+            _REGRESSION,
+            PAIR_SHAPES,
+            {"margin": 0.1},
+            {"target": row_sign},
+        ),
+        _family("triplet_margin_loss", "", _REGRESSION, ROW_FEWEST, tensors={"negative": real}),
+        _family(
+            "triplet_margin_loss",
+            "swap-margin2-eps0.1",
+            _REGRESSION,
+            ROW_FEWEST,
+            {"margin": 2.0, "eps": 0.1, "swap": True},
+            {"negative": real},
+        ),
+        _family("multi_margin_loss", "", _INDEX, PAIR_SHAPES),
+        _family(
+            "multi_margin_loss",
+            "squared-weight",
+            _INDEX,
+            PAIR_SHAPES,
+            {"p": 2, "margin": 0.5},
+            {"weight": on_class_dim(positive)},
+        ),
     )
 )
 

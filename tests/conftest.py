@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import fusedloss
-from cases import DEVICE
+from cases import DEVICE, DTYPES, FAMILIES, dtypes
 from fusedloss.custom import prepare
 from helpers import EMULATED, FUSED, INTERPRETED
 
@@ -71,7 +71,15 @@ def keep_tests_of_triton(config: pytest.Config, items: list[pytest.Item]) -> Non
     items[:] = [item for item in items if item in kept]
 
 
+def torch_has_it(item: pytest.Item) -> bool:
+    """Whether torch has the item's loss in its dtype."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    family, dtype = params.get("family"), params.get("dtype")
+    return family not in FAMILIES or dtype not in DTYPES or dtype in dtypes(family)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = filter(torch_has_it, items)
     if FUSED == "triton":
         keep_tests_of_triton(config, items)
     if DEVICE != "cpu":

@@ -42,8 +42,8 @@ class Truth:
     grad_scale: Tensor
 
 
-# torch documents 1e-12 and stores it in a float.
-_BCE_FLOOR = torch.tensor(1e-12, dtype=torch.float32).item()
+# torch documents 1e-12 and stores it in a float, for binary cross-entropy and for cosine embedding.
+_FLOOR = torch.tensor(1e-12, dtype=torch.float32).item()
 
 
 def _pointwise(
@@ -103,7 +103,7 @@ def binary_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None = 
     log_p = input.log().clamp(min=-100)
     log_q = torch.log1p(-input).clamp(min=-100)
     value = -(target * log_p + (1 - target) * log_q)
-    slope = (input - target) / ((1 - input) * input).clamp(min=_BCE_FLOOR)
+    slope = (input - target) / ((1 - input) * input).clamp(min=_FLOOR)
     return _pointwise(value, slope, weight)
 
 
@@ -305,6 +305,89 @@ def log_loss(
     )
 
 
+def _row_sum(x: Tensor) -> Tensor:
+    return x.sum(-1, keepdim=True)
+
+
+def _of_rows(value: Tensor, value_scale: Tensor, slope: Tensor, slope_scale: Tensor) -> Elements:
+    """The first two of size 1 along the last dimension."""
+    return Elements(
+        value=value.squeeze(-1),
+        value_scale=value_scale.squeeze(-1),
+        slope=slope,
+        slope_scale=slope_scale.expand_as(slope),
+        divisor=torch.tensor(float(value.numel())).double(),
+        class_dim=slope.dim() - 1,
+    )
+
+
+def cosine_embedding_loss(
+    input: Tensor, other: Tensor, target: Tensor, margin: float = 0.0
+) -> Elements:
+    a, b, y = input, other, target.unsqueeze(-1)
+    square, root = _row_sum(a * a) + _FLOOR, (_row_sum(b * b) + _FLOOR).sqrt()
+    root = square.sqrt() * root
+    cosine, magnitude = _row_sum(a * b) / root, _row_sum((a * b).abs()) / root
+    far = (y == -1) & (cosine >= margin)
+    sign = torch.where(y == 1, -1.0, far.double())
+    return _of_rows(
+        torch.where(y == 1, 1 - cosine, torch.where(far, cosine - margin, 0.0)),
+        magnitude + 1,
+        sign * (b / root - cosine * a / square),
+        sign.abs() * (b.abs() / root + magnitude * a.abs() / square),
+    )
+
+
+def triplet_margin_loss(
+    input: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: float = 1.0,
+    eps: float = 1e-6,
+    swap: bool = False,
+) -> Elements:
+    def norm(x: Tensor) -> Tensor:
+        return _row_sum(x * x).sqrt()
+
+    to_near, to_far = input - positive + eps, input - negative + eps
+    near, far, other = norm(to_near), norm(to_far), norm(positive - negative + eps)
+    swapped = (other < far) & torch.tensor(swap)
+    bound = torch.where(swapped, other, far)
+    on = (margin + near - bound >= 0).double()
+    to_far = torch.where(swapped, 0.0, to_far)
+    # The difference and eps may cancel.
+    scale = ((input - positive).abs() + eps) / near + ((input - negative).abs() + eps) / far
+    return _of_rows(
+        (margin + near - bound).clamp(min=0),
+        margin + near + bound,
+        on * (to_near / near - to_far / far),
+        on * scale,
+    )
+
+
+def multi_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    p: int = 1,
+    margin: float = 1.0,
+    weight: Tensor | None = None,
+) -> Elements:
+    label = target.unsqueeze(-1)
+    at = input.gather(-1, label)
+    z, scale = margin - at + input, margin + at.abs() + input.abs()
+    there = torch.zeros_like(input).scatter(-1, label, 1.0)
+    on = torch.where(there == 1, 0.0, (z > 0).double())
+    factor = 1.0 if weight is None else weight[label]
+    factor = factor * torch.ones_like(at) / input.shape[-1]
+    slope, slope_scale = on * p * z ** (p - 1), on * p * scale ** (p - 1)
+    return _of_rows(
+        factor * _row_sum(on * z**p),
+        factor * _row_sum(on * p * z ** (p - 1) * scale),
+        factor * (slope - there * _row_sum(slope)),
+        factor * (slope_scale + there * _row_sum(slope_scale)),
+    )
+
+
 FORMULAS: dict[str, Callable[..., Elements]] = {
     function.__name__: function
     for function in (
@@ -323,6 +406,9 @@ FORMULAS: dict[str, Callable[..., Elements]] = {
         gaussian_nll_loss,
         cross_entropy,
         log_loss,
+        cosine_embedding_loss,
+        triplet_margin_loss,
+        multi_margin_loss,
     )
 }
 

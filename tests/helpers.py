@@ -39,7 +39,12 @@ MODULES = {
     "gaussian_nll_loss": fusedloss.GaussianNLLLoss,
     "cross_entropy": fusedloss.CrossEntropyLoss,
     "log_loss": fusedloss.LogLoss,
+    "cosine_embedding_loss": fusedloss.CosineEmbeddingLoss,
+    "triplet_margin_loss": fusedloss.TripletMarginLoss,
+    "multi_margin_loss": fusedloss.MultiMarginLoss,
 }
+
+ROWS = ("cosine_embedding_loss", "triplet_margin_loss", "multi_margin_loss")
 
 # The CUDA operators stand for the CPU's, over the emulator: see tests/cuda_emulator/extension.py.
 EMULATED = os.environ.get("FUSEDLOSS_EMULATED") == "1"
@@ -115,7 +120,7 @@ def result_shape(loss: str, sample: Sample, reduction: str) -> torch.Size:
     """Shape of the loss."""
     if reduction != "none":
         return torch.Size()
-    if loss in ("log_loss", "multilabel_soft_margin_loss"):
+    if loss in ("log_loss", "multilabel_soft_margin_loss", *ROWS):
         return sample.input.shape[:-1]
     if loss == "cross_entropy":
         unbatched = sample.input.dim() == 1

@@ -102,6 +102,7 @@ _GIVE_REASONS = {
     *("_load", "no_extension", "torch_does_not_import", "find_toolkit", "find_nvrtc", "_why_left"),
     *("why_not_fused", "_why_not_fused", "_result_dtype"),
     *("_unfit", "_unfit_elements", "_unfit_rows", "prepared"),
+    *("_unfit_custom_rows", "_dtype_of_rows"),
     *("instead_of", "_shown"),
 }
 _GIVE_ERRORS = {"_explained"}  # functions that return an exception

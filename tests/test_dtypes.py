@@ -38,8 +38,11 @@ TARGETS: dict[str, tuple[torch.dtype, ...]] = {
     "poisson_nll_loss": (*FLOATS, *INTEGERS),
     "gaussian_nll_loss": (*FLOATS, *INTEGERS),
     "cross_entropy-probabilities": FLOATS,
+    "cosine_embedding_loss": (*FLOATS, *SIGNED),
+    "triplet_margin_loss": FLOATS,
 }
-assert {family.partition("-")[0] for family in TARGETS} == set(LOSSES) - {"log_loss"}
+ONE_DTYPE = {"log_loss", "multi_margin_loss"}  # or class indices
+assert {family.partition("-")[0] for family in TARGETS} == set(LOSSES) - ONE_DTYPE
 # Those whose result has input's dtype take no float64 target: the kernels would round it first.
 NARROW = ("soft_margin_loss", "hinge_embedding_loss")
 
@@ -48,11 +51,14 @@ def drawn(family: str, input: torch.dtype, target: torch.dtype) -> tuple[Tensor,
     """A call's input, target and options; the target of an integer dtype has integers."""
     sample = at_shape(family, SHAPE).sample(torch.float64)
     x, y, options = sample.input, sample.target, dict(sample.options)
-    if family == "margin_ranking_loss":  # the second input stands between
+    if family in (
+        "margin_ranking_loss",
+        "cosine_embedding_loss",
+    ):  # the second input stands between
         options["target"] = to(options["target"], target)
         return x.to(input), y.to(input), options
-    if "var" in options:
-        options["var"] = options["var"].to(input)
+    for name in {"var", "negative"} & options.keys():
+        options[name] = options[name].to(input)
     return x.to(input), to(y, target), options
 
 

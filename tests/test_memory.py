@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import fusedloss.functional as FL
-from cases import DTYPES, FAMILIES, REDUCTIONS, at_shape
+from cases import DTYPES, FAMILIES, REDUCTIONS, at_shape, dtypes
 from helpers import (
     INTERPRETED,
+    ROWS,
     assert_close_to_truth,
     assert_same_bits,
     draw_upstream,
@@ -30,7 +31,7 @@ if INTERPRETED:  # more than one program, and rows of more than one tile
 def shapes(loss: str) -> tuple[tuple[int, ...], ...]:
     if loss == "cross_entropy":
         return LONG_CLASSES
-    return LONG_CLASSES[:2] if loss == "log_loss" else LONG
+    return LONG_CLASSES[:2] if loss in ("log_loss", *ROWS) else LONG
 
 
 def test_poison_reaches_fresh_memory() -> None:
@@ -100,7 +101,7 @@ def test_same_bits_again_and_on_any_number_of_threads(
 def test_forward_only_has_the_value_of_the_training_step(family: str, fused: str) -> None:
     for shape in shapes(FAMILIES[family][0].loss):
         case = at_shape(family, shape)
-        for dtype in DTYPES.values():
+        for dtype in dtypes(family).values():
             sample = case.sample(dtype)
             for reduction in REDUCTIONS:
                 value, _ = value_and_grad(getattr(FL, case.loss), sample, reduction)

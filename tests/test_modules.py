@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fusedloss
 import fusedloss.functional as FL
-from cases import at_shape
+from cases import at_shape, narrow
 from helpers import MODULES, assert_same_bits, leaf
 
 # By the module's name: ours, torch's, and the loss.
@@ -35,6 +35,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "MultiLabelSoftMarginLoss": [{}, {"weight": WEIGHT, "reduction": "none"}],
     "HingeEmbeddingLoss": [{}, {"margin": 0.3}],
     "MarginRankingLoss": [{}, {"margin": 0.3, "reduction": "sum"}],
+    "CosineEmbeddingLoss": [{}, {"margin": 0.2, "reduction": "none"}],
+    "TripletMarginLoss": [{}, {"margin": 0.3, "swap": True, "eps": 0.1, "reduction": "sum"}],
+    "MultiMarginLoss": [{}, {"p": 2, "margin": 0.5, "weight": WEIGHT, "reduction": "none"}],
     "KLDivLoss": [{"reduction": "batchmean"}, {"reduction": "sum", "log_target": True}],
     "PoissonNLLLoss": [{}, {"full": True, "eps": 0.1, "reduction": "sum"}],
     "GaussianNLLLoss": [{}, {"full": True, "eps": 0.5, "reduction": "none"}],
@@ -118,7 +121,7 @@ def test_copies(name: str, options: dict[str, Any]) -> None:
 def test_to_dtype(name: str, options: dict[str, Any]) -> None:
     """Buffers follow .to(); the result does as well."""
     ours, theirs, loss = CLASSES[name]
-    for dtype in (torch.float64, torch.bfloat16):
+    for dtype in (torch.float64, narrow(loss)):
         module, original = ours(**options).to(dtype), theirs(**options).to(dtype)
         for (key, buffer), (_, right) in zip(
             module.named_buffers(), original.named_buffers(), strict=True

@@ -13,7 +13,7 @@ import torch
 import formulas
 import fusedloss
 import fusedloss.functional as FL
-from cases import BASIC, DTYPES, FAMILIES, REDUCTIONS, Case, Sample, at_shape
+from cases import BASIC, DTYPES, FAMILIES, REDUCTIONS, Case, Sample, at_shape, dtypes
 from fusedloss import reference
 from helpers import (
     INTERPRETED,
@@ -153,7 +153,7 @@ def test_inference_tensors(loss: str, backend: str) -> None:
 def test_the_table_takes_the_fused_path(family: str, fused: str) -> None:
     """The other tests of this file really run on the backend that they name."""
     case = FAMILIES[family][-1]
-    for dtype in DTYPES.values():
+    for dtype in dtypes(family).values():
         sample = case.sample(dtype)
         function = getattr(FL, case.loss)
         input = leaf(sample.input)
@@ -216,18 +216,22 @@ OF_SEVERAL: dict[str, tuple[str, ...]] = {
     "huber_loss": ("input", "target"),
     "margin_ranking_loss": ("input1", "input2"),
     "gaussian_nll_loss": ("input", "target", "var"),
+    "cosine_embedding_loss": ("input1", "input2"),
+    "triplet_margin_loss": ("anchor", "positive", "negative"),
+    "triplet_margin_loss-swap-margin2-eps0.1": ("anchor", "positive", "negative"),
 }
 
 
 @pytest.mark.interpret_all
-@pytest.mark.parametrize("loss", OF_SEVERAL)
-def test_gradients_of_several_inputs(loss: str, fused: str) -> None:
+@pytest.mark.parametrize("family", OF_SEVERAL)
+def test_gradients_of_several_inputs(family: str, fused: str) -> None:
     """Of every choice of them, as torch's, whether forward has written them or backward does."""
-    sample = at_shape(loss, (9, 13)).sample(torch.float64)
+    case = at_shape(family, (9, 13))
+    loss, sample = case.loss, case.sample(torch.float64)
     names = list(inspect.signature(getattr(FL, loss)).parameters)[:2]
     call = dict(zip(names, (sample.input, sample.target), strict=True)) | sample.options
-    for count in range(1, len(OF_SEVERAL[loss]) + 1):
-        for wanted in itertools.combinations(OF_SEVERAL[loss], count):
+    for count in range(1, len(OF_SEVERAL[family]) + 1):
+        for wanted in itertools.combinations(OF_SEVERAL[family], count):
             for reduction, upstream in itertools.product(REDUCTIONS, (1.0, 0.3)):
                 results = []
                 for function in (getattr(FL, loss), torch_loss(loss)):

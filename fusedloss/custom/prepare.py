@@ -30,16 +30,16 @@ def define(loss: CustomLoss) -> int:
 
 
 @_caller.constant_when_traced
-def prepared(number: int, device: str) -> tuple[str, str, str]:
+def prepared(number: int, device: str, warns: bool = True) -> tuple[str, str, str]:
     """Which backend computes a loss on that device, the name of the loss in its operators, and why the
     backends before that one cannot. Without any such backend the first two are "", and a warning says
-    so, once."""
+    so, once, unless warns is False."""
     loss = _defined[number]
     candidates = backends.candidates(device)
     found = loss._prepared.get((device, candidates))
     if found is None:
         found = loss._prepared[device, candidates] = _prepare(loss, device, candidates)
-        if not found[0]:
+        if warns and not found[0]:
             _caller.warn(
                 f"{loss.__name__} runs on plain PyTorch, without fused kernels: {found[2]}",
                 RuntimeWarning,

@@ -211,6 +211,12 @@ class Centered(Primitive):
         return ONE, ZERO
 
 
+class Together(Primitive):
+    """A sum that is not taken apart: others are added to the whole."""
+
+    nargs = 1
+
+
 class Root(Primitive):
     """The square root, with slope 0 at 0."""
 

@@ -38,6 +38,9 @@ class _Rows(Printer):
         x, origin = map(self, e.args)
         return f"({x} - {origin})"
 
+    def _Together(self, e: Expr) -> str:
+        return self(e.args[0])
+
 
 class _CppRows(_Rows, _Cpp):
     pass

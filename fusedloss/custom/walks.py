@@ -13,7 +13,7 @@ from sympy.core.parameters import distribute
 from . import primitives
 from .levels import MAX, SCALE, LevelForm, is_weight, level_form
 from .primitives import Exp, ExpNonpositive, Expr, Input
-from .row_primitives import Weighted
+from .row_primitives import Together, Weighted
 from .row_tracing import Kind, TracedRows
 from .tracing import _repeated
 
@@ -74,6 +74,7 @@ class _Assembly:
 
     def __init__(self, form: LevelForm) -> None:
         self.form = form
+        self.elements = form.traced.of_kind(Kind.ELEMENT)
         self.parameters = set(form.traced.parameters.values())
         self.constants: dict[Expr, Expr] = {}  # by formula: symbol
         self.numbers: dict[Expr, Expr] = {}  # the same of row numbers
@@ -121,7 +122,17 @@ class _Assembly:
         lowered = [
             primitives.lowered(self._guarded(primitives.attached(e)), known) for e in formulas
         ]
-        return [self._without_numbers(_centered(e)) for e in lowered]
+        return [self._together(self._without_numbers(_centered(e))) for e in lowered]
+
+    def _together(self, e: Expr) -> Expr:
+        """With the inputs of a sum added up first: the difference of two close numbers is exact."""
+        if not e.args:
+            return e
+        args = list(map(self._together, e.args))
+        inputs = [a for a in args if a.as_coeff_Mul()[1] in self.elements] if e.is_Add else []
+        if not 1 < len(inputs) < len(args):
+            return e.func(*args)
+        return sympy.Add(Together(sympy.Add(*inputs)), *(a for a in args if a not in inputs))
 
     def number(self, e: Expr) -> Expr:
         """The symbol of a row number. What is the same for all rows becomes one, too."""
