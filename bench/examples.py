@@ -89,9 +89,66 @@ def uncertain_regression(module: ModuleType, **quick: int) -> dict[str, Any]:
     }
 
 
+def distillation(module: ModuleType, **quick: int) -> dict[str, Any]:
+    return {
+        "rows": [
+            {
+                "learnt from": name,
+                **dict(zip(("accuracy", "spread"), module.scores(each), strict=True)),
+            }
+            for name, each in module.train(**quick).items()
+        ]
+    }
+
+
+def softmax_focal(module: ModuleType, **quick: int) -> dict[str, Any]:
+    columns = ("frequent", "rare", "macro F1", "error")
+    return {
+        "rows": [
+            {"recall": name, **dict(zip(columns, module.scores(pairs), strict=True))}
+            for name, pairs in module.train(**quick).items()
+        ]
+    }
+
+
+def dice_segmentation(module: ModuleType, **quick: int) -> dict[str, Any]:
+    return {
+        "rows": [
+            {
+                "loss": name,
+                **dict(zip(("IoU", "spread", "found"), module.scores(held), strict=True)),
+            }
+            for name, held in module.train(**quick).items()
+        ]
+    }
+
+
+def grpo(module: ModuleType, **quick: int) -> dict[str, Any]:
+    histories = module.train(**quick)
+    steps = len(histories[0])
+    return {
+        "rows": [
+            {
+                "steps": f"{first} to {last}",
+                **dict(
+                    zip(
+                        ("right", "entropy", "probability"),
+                        module.scores(histories, first, last),
+                        strict=True,
+                    )
+                ),
+            }
+            for first, last in ((k * steps // 5, (k + 1) * steps // 5) for k in range(5))
+        ]
+    }
+
+
 MEASURE: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
-    for function in (asymmetric_forecast, uncertain_regression, focal_imbalance, vae, gan)
+    for function in (
+        *(asymmetric_forecast, uncertain_regression, focal_imbalance, vae, gan),
+        *(distillation, softmax_focal, dice_segmentation, grpo),
+    )
 }
 # A check of the code, instead of a whole training.
 QUICK = {
@@ -100,6 +157,10 @@ QUICK = {
     "focal_imbalance": {"splits": 2, "steps": 5},
     "vae": {"epochs": 2},
     "gan": {"steps": 2},
+    "distillation": {"splits": 2, "steps": 5},
+    "softmax_focal": {"splits": 2, "steps": 5},
+    "dice_segmentation": {"seeds": 2, "steps": 2},
+    "grpo": {"seeds": 1, "steps": 5},
 }
 
 

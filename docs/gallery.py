@@ -1,9 +1,9 @@
-"""Writes the gallery of docs/custom-losses.md, and its pictures.
+"""Writes the galleries of docs/custom-losses.md and docs/losses-over-rows.md, and their pictures.
 
     python docs/gallery.py [--write]
 
-The definitions are those that the tests run, in tests/custom_losses.py. Without --write the text is
-only printed.
+The definitions are those that the tests run, in tests/custom_losses.py and tests/row_losses.py. Without
+--write the text is only printed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import custom_losses as defined
-from fusedloss.custom import PointwiseLoss
+import row_losses as rows
+from fusedloss.custom import PointwiseLoss, RowLoss
+from fusedloss.custom.levels import level_form
 
-PAGE = ROOT / "docs" / "custom-losses.md"
 PICTURES = ROOT / "docs" / "gallery"
 BLOCK = re.compile(r"<!-- gallery -->\n(.*?)\n<!-- /gallery -->", re.DOTALL)
 
@@ -29,11 +30,15 @@ BLOCK = re.compile(r"<!-- gallery -->\n(.*?)\n<!-- /gallery -->", re.DOTALL)
 @dataclass(frozen=True)
 class Entry:
     title: str
-    loss: PointwiseLoss
-    formula: str  # LaTeX; d is the first input - target
+    loss: PointwiseLoss | RowLoss
+    formula: str  # LaTeX; for one element, d is the first input - target
     use: str
     source: str
     shown: dict[str, float] = field(default_factory=dict)  # parameters of check and picture
+
+    @property
+    def picture(self) -> str:
+        return ("rows_" if isinstance(self.loss, RowLoss) else "") + f"{self.loss.__name__}.png"
 
 
 FOCAL = (
@@ -41,7 +46,7 @@ FOCAL = (
     "ICCV 2017"
 )
 
-GALLERY = [
+POINTWISE = [
     Entry(
         "Log-cosh",
         defined.log_cosh,
@@ -206,14 +211,154 @@ GALLERY = [
     ),
 ]
 
+KL = r"\operatorname{KL}"
+Z = "A. Chowdhery et al., *PaLM: Scaling Language Modeling with Pathways*, JMLR 2023"
 
-def definition(loss: PointwiseLoss) -> str:
+ROWS = [
+    Entry(
+        "Distillation",
+        rows.distillation,
+        r"T^2 \sum_j q_j \left(\log q_j - \log p_j\right), \quad "
+        r"p = \operatorname{softmax}(s / T), \quad q = \operatorname{softmax}(t / T)",
+        "A small model (its logits are s) learns from the probabilities of a large one (t). A temperature "
+        "T above 1 shows what the teacher holds for possible besides its favourite; T² keeps the size of "
+        "the gradient. The teacher gets a gradient only if it requires one.",
+        "G. Hinton, O. Vinyals and J. Dean, *Distilling the Knowledge in a Neural Network*, 2015",
+        {"T": 2.0},
+    ),
+    Entry(
+        "Generalised Jensen-Shannon divergence",
+        rows.jsd,
+        rf"\beta\, {KL}(q \,\|\, m) + (1 - \beta)\, {KL}(p \,\|\, m), \quad m = \beta q + (1 - \beta) p",
+        "Distillation that is bounded, however much the two disagree. A small `beta` covers all that the "
+        "teacher (q) does, as the loss above; a large one keeps the student (p) from what the teacher "
+        "never does. It must be between 0 and 1, both excluded. The mixture m stands inside a logarithm, "
+        "which costs one walk more.",
+        "R. Agarwal et al., *On-Policy Distillation of Language Models: Learning from Self-Generated "
+        "Mistakes*, ICLR 2024",
+    ),
+    Entry(
+        "Focal, many classes",
+        rows.focal,
+        r"-(1 - p_y)^\gamma \log p_y, \quad p = \operatorname{softmax}(x)",
+        "Rare or hard classes beside many easy rows: rows that are classified well count little. "
+        "`one_minus_softmax` is the sum of the other probabilities, and keeps its digits where the label is "
+        "almost sure.",
+        FOCAL,
+    ),
+    Entry(
+        "GRPO",
+        rows.grpo,
+        r"-\min\left(r A,\; \operatorname{clip}(r, 1 - l, 1 + h)\, A\right) - e\, H(p), \quad "
+        r"r = p_y\, e^{-\text{old}}",
+        "Reinforcement learning of a language model: a row is a token, y the token that was sampled, `old` its "
+        "log-probability then, and A the `advantage` of its answer, which is its reward measured against the "
+        "rewards of other answers to the same question. A token whose probability has moved too far has no "
+        "gradient. PPO has the same formula. H is the entropy; `low` (l), `high` (h) and `entropy` (e) are "
+        "parameters, and DAPO's bounds differ from each other.",
+        "Z. Shao et al., *DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language "
+        "Models*, 2024; Q. Yu et al., *DAPO: An Open-Source LLM Reinforcement Learning System at Scale*, 2025",
+    ),
+    Entry(
+        "CISPO",
+        rows.cispo,
+        r"-\lfloor \min(r,\; 1 + h) \rfloor\, A \log p_y, \quad "
+        r"\lfloor \cdot \rfloor \text{ without a gradient}",
+        "The same task. The ratio r is clipped, and not the gradient, so that every token goes on learning, "
+        "also the rare ones at which an answer turns.",
+        "MiniMax, *MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention*, 2025",
+    ),
+    Entry(
+        "Balanced cross-entropy with z-loss",
+        rows.balanced,
+        r"-b_y \log p_y + z \left(\log \sum_j e^{x_j}\right)^2",
+        "Classes of different frequency: `balance` (b) has one number for each. The second term holds the "
+        "normaliser near 1, so that logits do not drift in low precision. `weight=` weighs rows, and not "
+        "classes.",
+        "Y. Cui, M. Jia, T.-Y. Lin, Y. Song and S. Belongie, *Class-Balanced Loss Based on Effective Number "
+        f"of Samples*, CVPR 2019; {Z}",
+        {"z": 0.01},
+    ),
+    Entry(
+        "Smoothed cross-entropy with z-loss",
+        rows.z_loss,
+        r"-(1 - \epsilon) \log p_y - \frac{\epsilon}{C} \sum_j \log p_j + "
+        r"z \left(\log \sum_j e^{x_j}\right)^2",
+        "Classification and language models: smoothing keeps a model from being too sure, and z from letting "
+        "its logits drift. Smoothing wants a bit of every class, so a logit of -inf makes the loss infinite.",
+        f"C. Szegedy et al., *Rethinking the Inception Architecture for Computer Vision*, CVPR 2016; {Z}",
+        {"z": 0.01},
+    ),
+    Entry(
+        "Cosine",
+        rows.cosine,
+        r"1 - \frac{\sum_j a_j b_j}{|a|\, |b|}",
+        "Embeddings that should point the same way, of any length: feature distillation, or two views of one "
+        "image. The value of a vector of length 0 is nan.",
+        "X. Chen and K. He, *Exploring Simple Siamese Representation Learning*, CVPR 2021",
+    ),
+    Entry(
+        "Triplet",
+        rows.triplet,
+        r"\max\left(m + |a - p| - |a - n|,\; 0\right)",
+        "Embeddings again: the `anchor` (a) lies nearer to the `positive` (p) than to the `negative` (n), by a "
+        "`margin` (m) at least. All three get a gradient from the same two walks.",
+        "V. Balntas, E. Riba, D. Ponsa and K. Mikolajczyk, *Learning local feature descriptors with triplets "
+        "and shallow convolutional neural networks*, BMVC 2016",
+    ),
+    Entry(
+        "Dice",
+        rows.dice,
+        r"1 - \frac{2 \sum_j p_j m_j + s}{\sum_j p_j + \sum_j m_j + s}, \quad p = \sigma(x)",
+        "Segmentation of few pixels: the loss is the overlap of what was found and the mask, and pixels of "
+        "the background do not drown it. A row is all pixels of an image, or of one of its channels: "
+        "`x.flatten(2)`. `smooth` (s) keeps an empty mask from dividing by 0.",
+        "F. Milletari, N. Navab and S.-A. Ahmadi, *V-Net: Fully Convolutional Neural Networks for Volumetric "
+        "Medical Image Segmentation*, 3DV 2016, where the sums of the denominator are of squares",
+    ),
+    Entry(
+        "ListNet",
+        rows.list_net,
+        r"-\sum_j \operatorname{softmax}(y)_j \log p_j, \quad p = \operatorname{softmax}(x)",
+        "Ranking: a row is a list of documents, with the `scores` (x) of the model and their `relevance` (y).",
+        "Z. Cao, T. Qin, T.-Y. Liu, M.-F. Tsai and H. Li, *Learning to Rank: From Pairwise Approach to Listwise "
+        "Approach*, ICML 2007",
+    ),
+]  # fmt: skip
+
+GALLERIES = {
+    ROOT / "docs" / "custom-losses.md": POINTWISE,
+    ROOT / "docs" / "losses-over-rows.md": ROWS,
+}
+
+
+def definition(loss: PointwiseLoss | RowLoss) -> str:
     return re.sub(r"  # type: ignore\S*", "", inspect.getsource(loss.function)).rstrip()
 
 
-def section(entry: Entry) -> str:
-    name = entry.loss.__name__
+def walks(loss: RowLoss) -> int:
+    return len(level_form(loss._traced).by_level) + 1
+
+
+def below(entry: Entry) -> str:
+    """What stands between the definition and the picture: what check() prints, or the walks. (What it
+    prints for rows is about the digits of this machine's kernels.)"""
+    if isinstance(entry.loss, RowLoss):
+        return f"```\n\nWalks over a row: {walks(entry.loss)}.\n"
     options = ", ".join(f"{key}={number:g}" for key, number in entry.shown.items())
+    return f"""
+
+print({entry.loss.__name__}.check({options}))
+```
+
+```text
+{entry.loss.check(**entry.shown)}
+```
+"""
+
+
+def section(entry: Entry) -> str:
+    rows = isinstance(entry.loss, RowLoss)
     return f"""### {entry.title}
 
 $$
@@ -224,16 +369,8 @@ $$
 
 ```python
 {definition(entry.loss)}
-
-
-print({name}.check({options}))
-```
-
-```text
-{entry.loss.check(**entry.shown)}
-```
-
-![Value, slope and curvature of {name}.](gallery/{name}.png)
+{below(entry)}
+![{"Value and gradient" if rows else "Value, slope and curvature"} of {entry.loss.__name__}.](gallery/{entry.picture})
 
 Source: {entry.source}.
 """
@@ -241,21 +378,23 @@ Source: {entry.source}.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write the page and its pictures")
-    text = "\n".join(map(section, GALLERY)).rstrip()
-    if not parser.parse_args().write:
-        print(text)
-        return
-    from PIL import Image  # comes with matplotlib
+    parser.add_argument("--write", action="store_true", help="write the pages and their pictures")
+    write = parser.parse_args().write
+    for page, entries in GALLERIES.items():
+        text = "\n".join(map(section, entries)).rstrip()
+        if not write:
+            print(text)
+            continue
+        from PIL import Image  # comes with matplotlib
 
-    PICTURES.mkdir(exist_ok=True)
-    for entry in GALLERY:
-        picture = PICTURES / f"{entry.loss.__name__}.png"
-        entry.loss.plot(picture, **entry.shown)
-        # A third of the size, to the same eye.
-        Image.open(picture).convert("RGB").quantize(24).save(picture, optimize=True)
-    block = f"<!-- gallery -->\n{text}\n<!-- /gallery -->"
-    PAGE.write_text(BLOCK.sub(lambda _: block, PAGE.read_text()))
+        PICTURES.mkdir(exist_ok=True)
+        for entry in entries:
+            picture = PICTURES / entry.picture
+            entry.loss.plot(picture, **entry.shown)
+            # A third of the size, to the same eye.
+            Image.open(picture).convert("RGB").quantize(24).save(picture, optimize=True)
+        block = f"<!-- gallery -->\n{text}\n<!-- /gallery -->"
+        page.write_text(BLOCK.sub(lambda _, block=block: block, page.read_text()))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ loss."""
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch.autograd.profiler import profile
 
 import fusedloss
+from row_losses import RowCase
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # What each needs beyond the package itself.
@@ -30,6 +32,10 @@ OWN: dict[str, tuple[list[str], dict[str, int]]] = {
     "focal_imbalance": (["focal"], {"splits": 4, "steps": 200}),
     "vae": (["kl_divergence"], {"epochs": 6}),
     "gan": (["non_saturating"], {"steps": 150}),
+    "distillation": (["distillation"], {"splits": 3, "steps": 200}),
+    "softmax_focal": (["focal"], {"splits": 4, "steps": 100}),
+    "dice_segmentation": (["dice"], {"seeds": 2, "steps": 120}),
+    "grpo": (["grpo"], {"steps": 60, "seeds": 1}),
 }
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -109,6 +115,41 @@ def check_gan(module: ModuleType, trained: Any) -> Any:
     return samples[:40], history
 
 
+def check_distillation(module: ModuleType, accuracy: Any) -> Any:
+    large, labels, teacher, few_labels, few_teacher = (
+        module.scores(a)[0] for a in accuracy.values()
+    )
+    assert large > max(labels, teacher), "a teacher that knows more"
+    assert teacher > labels - 0.05, "its probabilities do for labels"
+    assert min(labels, teacher) > max(few_labels, few_teacher) + 0.02
+    assert min(few_labels, few_teacher) > 0.6
+    return accuracy
+
+
+def check_softmax_focal(module: ModuleType, held_out: Any) -> Any:
+    plain, focal, balanced, both = (module.scores(pairs) for pairs in held_out.values())
+    assert abs(focal[2] - plain[2]) < 0.05
+    assert min(balanced[1], both[1]) > max(plain[1], focal[1]), "recall of the rare classes"
+    assert min(scores[0] for scores in (plain, focal, balanced, both)) > 0.9
+    return held_out
+
+
+def check_dice_segmentation(module: ModuleType, held_out: Any) -> Any:
+    plain, both = (module.scores(held) for held in held_out.values())
+    assert both[0] > plain[0] + 0.1 and both[0] > 0.3, "intersection over union"
+    assert both[2] > plain[2], "pixels that are found"
+    return held_out
+
+
+def check_grpo(module: ModuleType, histories: Any) -> Any:
+    start, end = (module.scores(histories, *span) for span in ((0, 5), (-5, None)))
+    assert start[0] < 0.1 and end[0] > 0.4, "answers that are right"
+    assert end[1] < start[1] - 0.5, "entropy, from the kernel"
+    assert start[1] == pytest.approx(math.log(10), abs=0.1)
+    assert end[2] > start[2] + 0.1, "probability of what is sampled"
+    return histories
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("example", OWN)
 def test_own_loss(example: str, tmp_path: Path) -> None:
@@ -123,7 +164,10 @@ def test_own_loss(example: str, tmp_path: Path) -> None:
     drawn = globals()[f"check_{example}"](module, trained)
     for loss in losses:
         custom = getattr(module, loss)
-        sample = torch.zeros(2, requires_grad=True), *[torch.ones(2)] * (custom.inputs - 1)
+        sample = [torch.ones(2)] * custom.inputs
+        if isinstance(custom, fusedloss.custom.RowLoss):
+            sample = RowCase(custom, torch.sum, 0).inputs((2,), 3, torch.float32)
+        sample[0] = sample[0].clone().requires_grad_()
         assert fusedloss.explain(custom, *sample).fused
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     picture = tmp_path / "picture.png"

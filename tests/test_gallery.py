@@ -1,5 +1,6 @@
-"""The gallery of docs/custom-losses.md has the text that docs/gallery.py writes; its losses are
-compared with independent formulas, in test_custom.py and here."""
+"""The galleries of docs/custom-losses.md and docs/losses-over-rows.md have the text that docs/gallery.py
+writes; their losses are compared with independent formulas, in test_custom.py, test_row_losses.py and
+here."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from custom_losses import CASES, CustomCase
+from row_losses import ROW_LOSSES
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -35,14 +37,21 @@ def test_against_its_formula(fused: str, case: CustomCase) -> None:
 def test_page_shows_what_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DOCS)
     gallery = importlib.import_module("gallery")
-    page = gallery.PAGE.read_text()
-    tested = {case.loss for case in CASES}
-    for entry in gallery.GALLERY:
-        name = entry.loss.__name__
-        assert entry.loss in tested
-        assert f"```python\n{gallery.definition(entry.loss)}\n" in page, name
-        assert f"](gallery/{name}.png)" in page
-        assert 0 < (gallery.PICTURES / f"{name}.png").stat().st_size < 40_000
+    walks = {case.loss: case.walks for case in ROW_LOSSES}
+    tested = {case.loss for case in CASES} | walks.keys()
+    for path, entries in gallery.GALLERIES.items():
+        page = gallery.BLOCK.search(path.read_text())[1]
+        assert page.count("\n### ") + 1 == len(entries)
+        for entry in entries:
+            assert entry.loss in tested
+            about = page[page.index(f"### {entry.title}\n") :].partition("\n### ")[0]
+            assert f"\n{entry.formula}\n" in about and f"\n{entry.use}\n" in about
+            assert f"```python\n{gallery.definition(entry.loss)}\n" in about
+            if entry.loss in walks:
+                assert f"\nWalks over a row: {walks[entry.loss]}.\n" in about
+            assert f"](gallery/{entry.picture})" in about
+            assert f"\nSource: {entry.source}." in about
+            assert 0 < (gallery.PICTURES / entry.picture).stat().st_size < 40_000
 
 
 def test_what_is_masked_does_not_count(fused: str) -> None:

@@ -84,9 +84,9 @@ struct RowNumbers {
   static constexpr int kPerClasses = count(Kind::kPerClass);
   static constexpr bool kHasLabel = count(Kind::kLabel) > 0;
 
-  static constexpr int kOfRow = 2;                      // the inputs of kind kPerRow
-  static constexpr int kAtLabel = kOfRow + kPerRows;    // with a label: the element inputs there,
-  static constexpr int kFirst =                         // then the class inputs
+  static constexpr int kOfRow = 2;                    // the inputs of kind kPerRow
+  static constexpr int kAtLabel = kOfRow + kPerRows;  // with a label: the element inputs there,
+  static constexpr int kFirst =                       // then the class inputs
       kAtLabel + (kHasLabel ? kElements + kPerClasses : 0);
   static constexpr int of_level(int level) {
     int at = kFirst;

@@ -218,7 +218,7 @@ def plot(loss: RowLoss, values: tuple[float, ...], path: str | Path) -> None:
     first = torch.stack((difference / 2, -difference / 2), 1)
     for label in (0, 1):
         value, slope = _at(loss, values, first, label)
-        about = f"label {label}" if Kind.LABEL in loss._kinds else f"the others prefer {label}"
+        about = f"label {label}" if Kind.LABEL in loss._kinds else f"the second prefers {label}"
         for axis, curve in ((value_axis, value), (slope_axis, slope[:, 0])):
             axis.plot(difference, torch.where(curve.isfinite(), curve, torch.nan), label=about)
     value_axis.set(title="value, two classes", xlabel=f"{name}: class 0 minus class 1")
@@ -240,17 +240,21 @@ def plot(loss: RowLoss, values: tuple[float, ...], path: str | Path) -> None:
 def _at(
     loss: RowLoss, values: tuple[float, ...], first: Tensor, label: int
 ) -> tuple[Tensor, Tensor]:
-    """Values and gradients for the first input, with others that prefer a class, and else ones."""
+    """Values and gradients for the first input. The second prefers a class, a third the next one, and so
+    on, since a difference of equal inputs would show nothing; what is no element is 1."""
     rows, classes = first.shape
     first = first.clone().requires_grad_()
     of_kind = {
-        Kind.ELEMENT: 2.0 * (torch.arange(classes) == label).double().expand(rows, classes),
         Kind.LABEL: torch.full((rows,), label),
         Kind.PER_ROW: torch.ones(rows, dtype=torch.float64),
         Kind.PER_CLASS: torch.ones(classes, dtype=torch.float64),
     }
+    one_hot = 2.0 * torch.eye(classes, dtype=torch.float64).expand(rows, classes, classes)
+    others = [
+        one_hot[:, (label + place) % classes] if kind is Kind.ELEMENT else of_kind[kind]
+        for place, kind in enumerate(loss._kinds[1:])
+    ]
     given: dict[str, Any] = dict(zip(loss._names, values, strict=True))
-    others = (of_kind[kind] for kind in loss._kinds[1:])
     found = loss.reference(first, *others, reduction="none", **given)
     value, slope = _differentiated(found, [first])
     return value, slope

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,12 +19,83 @@ from engines import RUNNER, SOURCES, Calls, RowLoss, RowsCall
 from fusedloss.custom.building import CUDA_ROWS
 from helpers import draw_upstream
 from own_losses import library
-from test_custom_rows_engine import LABEL, LOSSES, TOLERANCES, Loss, draw, expected, rows_of
+from row_losses import ROW_LOSSES, RowCase
 from ways import Ways
 
-BY_NAME = {loss.name: loss for loss in LOSSES}
+# Together these have each kind of input, several levels, and maxima whose slopes count.
+NAMES = ("cross_entropy", "distillation", "jsd", "triplet", "grpo", "balanced", "spread")
+BY_NAME = {case.id: case for case in ROW_LOSSES if case.id in NAMES}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 DTYPES["fp16"] = torch.float16
+TOLERANCES = {  # of the gradients' and the values' own rounding, in units of the largest
+    torch.float64: 1e-13,
+    torch.float32: 1e-6,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+}
+
+
+def class_dim(shape: Sequence[int]) -> int:
+    return min(1, len(shape) - 1)
+
+
+def rows_of(shape: Sequence[int]) -> list[int]:
+    dim = class_dim(shape)
+    return [*shape[:dim], *shape[dim + 1 :]]
+
+
+def kinds_of(case: RowCase) -> list[str]:
+    """Their names in csrc/math/custom_rows.h."""
+    return ["k" + kind.value.title().replace(" ", "") for kind in case.loss._traced.kinds]
+
+
+def draw(
+    case: RowCase,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    layout: Callable[[Sequence[int]], Tensor] = torch.randn,
+) -> list[Tensor]:
+    rows, classes = rows_of(shape), shape[class_dim(shape)]
+    drawn: dict[str, Callable[[], Tensor]] = {
+        "kElement": lambda: layout(shape).to(dtype).requires_grad_(),
+        "kLabel": lambda: torch.randint(classes, rows),
+        "kPerRow": lambda: torch.randn(rows).to(dtype).requires_grad_(),
+        "kPerClass": lambda: torch.rand(classes).to(dtype),
+    }
+    return [drawn[kind]() for kind in kinds_of(case)]
+
+
+def expected(
+    case: RowCase,
+    inputs: Sequence[Tensor],
+    reduction: str,
+    weight: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, float, list[Tensor]]:
+    """The result in float64, what its error is relative to, and copies of the inputs that it was
+    computed from."""
+    copies = [t.detach().double() if t.is_floating_point() else t for t in inputs]
+    arguments = []
+    counts = torch.ones(rows_of(inputs[0].shape), dtype=torch.bool)
+    for kind, copy, t in zip(kinds_of(case), copies, inputs, strict=True):
+        copy.requires_grad_(t.requires_grad)
+        if kind == "kLabel":
+            counts = copy != ignore_index
+        moved = copy.movedim(class_dim(copy.shape), -1) if kind == "kElement" else copy
+        arguments.append(moved.where(counts, 0) if kind == "kLabel" else moved)
+    weights = counts.double() if weight is None else counts * weight.double()
+
+    def reduced(rows: Tensor) -> Tensor:
+        rows = weights * rows.where(counts, 0)
+        divisor = weights.sum() if reduction == "mean" else 1
+        return rows if reduction == "none" else rows.sum() / divisor
+
+    values = case.torch(*arguments, **case.parameters)
+    # Row numbers are floats: logarithms of a sum over classes, and norms, have their own roundings.
+    size = values.detach().abs() + math.log(arguments[0].shape[-1])
+    if case.id == "triplet":
+        size = size + arguments[0].detach().norm(dim=-1)
+    return reduced(values), reduced(size).nan_to_num(0).max().item(), copies
 
 
 @cache
@@ -33,7 +105,7 @@ def program(variant: str) -> Path:
 
 @dataclass(frozen=True)
 class Question:
-    loss: Loss
+    loss: RowCase
     inputs: Sequence[Tensor]
     reduction: str = "mean"
     weight: Tensor | None = None
@@ -42,12 +114,13 @@ class Question:
     def __str__(self) -> str:
         shapes = [(*t.shape,) for t in self.inputs]
         dtype, weighted = self.inputs[0].dtype, self.weight is not None
-        return f"{self.loss.name} {shapes} {dtype} {self.reduction} weight {weighted}"
+        return f"{self.loss.id} {shapes} {dtype} {self.reduction} weight {weighted}"
 
     def call(self, variant: str) -> RowsCall:
-        loss = self.loss
-        own = library(loss.name, loss.struct, variant, engine=CUDA_ROWS)
-        numbers = (loss.kinds, len(loss.kept), loss.parameters)
+        loss = self.loss.loss
+        own = library(self.loss.id, loss._struct, variant, engine=CUDA_ROWS)
+        parameters = [*{**loss._traced.defaults, **self.loss.parameters}.values()]
+        numbers = (kinds_of(self.loss), len(loss._program.kept), parameters)
         return RowsCall(own, *numbers, self.inputs, self.weight, self.ignore_index)
 
     def ask(self, calls: Calls, variant: str, shifts: tuple[int, int]) -> Ways:
@@ -106,7 +179,9 @@ def questions(
         torch.manual_seed(len(shape) + shape[-1])
         inputs = draw(loss, shape, dtype, layout)
         weight = torch.rand(rows_of(shape)) + 0.5 if next(weighted) else None
-        ignored = int(inputs[1].flatten()[0]) if LABEL in loss.kinds and len(shape) > 1 else -100
+        ignored = (
+            int(inputs[1].flatten()[0]) if "kLabel" in kinds_of(loss) and len(shape) > 1 else -100
+        )
         yield Question(loss, inputs, reduction, weight, ignored)
 
 
@@ -126,7 +201,7 @@ LONG = (2, 9001)
 LONGER = (2, 40_000), (1, 60_001)
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "distillation", "hinge"])
+@pytest.mark.parametrize("name", ["cross_entropy", "distillation", "spread"])
 def test_long_rows(name: str) -> None:
     check_all("plain", questions(name, torch.float32, [LONG]))
     one_block = {"EMULATOR_CLUSTER": "1"}
@@ -136,7 +211,7 @@ def test_long_rows(name: str) -> None:
 FEW = ((7,), (70, 7), (5, 1000), (2, 7, 33), LONG)
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "triplet", "hinge"])
+@pytest.mark.parametrize("name", ["cross_entropy", "triplet", "spread"])
 @pytest.mark.parametrize("variant", ["address", "thread"])
 def test_sanitized(variant: str, name: str) -> None:
     """Bounds and alignment, and the order of threads."""
@@ -166,7 +241,7 @@ def test_layouts(dtype: str, layout: Callable[[Sequence[int]], Tensor]) -> None:
 def test_unaligned(shifts: tuple[int, int]) -> None:
     """Memory that begins between two vectors: all alike, or the first input apart."""
     for dtype in (torch.float32, torch.bfloat16):
-        check_all("plain", questions("distillation", dtype, ((2,), (9, 21), (5, 1000))), shifts)
+        check_all("plain", questions("triplet", dtype, ((2,), (9, 21), (5, 1000))), shifts)
 
 
 def test_inputs_of_several_types() -> None:
@@ -231,11 +306,16 @@ def test_nothing_counts() -> None:
 
 def test_ties() -> None:
     """The gradient of a maximum goes to its first position alone, whoever computes it."""
-
-    def asked() -> Iterator[Question]:
-        for shape in ((3, 1000), (40, 40), (2, 9001)):
-            inputs = draw(BY_NAME["hinge"], shape, torch.float32)
-            inputs[0].detach()[:, 5::7] = 6.0
-            yield Question(BY_NAME["hinge"], inputs, "none")
-
-    check_all("plain", asked())
+    for shape in ((3, 1000), (40, 40), (2, 9001)):
+        x = torch.zeros(shape)
+        x[:, 5::7] = 6.0
+        x[:, 3::7] = -6.0
+        calls = Calls()
+        call = Question(BY_NAME["spread"], [x.requires_grad_()]).call("plain")
+        loss = RowLoss(calls, call, "none")
+        loss.forward()
+        loss.backward(torch.ones(shape[0]))
+        calls.run(program("plain"))
+        right = torch.zeros(shape)
+        right[:, 5], right[:, 3] = 1, -1
+        assert torch.equal(loss.gradients_found()[0], right)
