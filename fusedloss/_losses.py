@@ -45,10 +45,10 @@ class Loss:
             uint8 would wrap.
         expands: a target of another shape is broadcast to input's, with torch's warning.
         few: below that many elements torch.compile gets the loss in plain PyTorch; see
-            ``_dispatch._left_to_inductor``. No kernel is compiled for so few.
-        rows: of a loss in _row_losses.py, how many of the inputs, from the first on, have a value for
-            each class of a row, along the last dimension; the others have one number for each row. All
-            parameters but the first are numbers of any size.
+            ``_dispatch._left_to_inductor``. For so few no kernel of _row_losses.py is compiled.
+        rows: for a loss in _row_losses.py, how many of the inputs, from the first on, have a value for
+            each class of a row, along the last dimension; the others have one number for each row. Its
+            parameters but the first are any numbers.
         powers: the exponents ``p`` that its kernels take.
     """
 
@@ -77,8 +77,8 @@ class Loss:
         _row_losses.py."""
         inputs = 0 if self.operator or self.rows else self.inputs
         number: int = _C.define(
-            self.name, self.arguments, inputs, self.gradients, self.weight, self.parameters, self.low, self.high, self.at_zero, self.variant,
-            self.result, self.targets,
+            self.name, self.arguments, inputs, self.gradients, self.weight, self.parameters,
+            self.low, self.high, self.at_zero, self.variant, self.result, self.targets,
         )  # fmt: skip
         return number
 
