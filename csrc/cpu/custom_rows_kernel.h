@@ -442,7 +442,7 @@ struct CustomRowsProblem {
   static constexpr int64_t kLanes = Vec<T>::size();
   const CustomRowsCall& call;
   const double scale;
-  // Of a line of all classes: registers may be loaded from every class on.
+  // The size of a line of all classes: registers may be loaded from every class on.
   const int64_t line = (call.classes / kLanes + 2) * kLanes;
   const Buffer<T> weights{Numbers::kPerClasses * line};
   Loss loss;
@@ -604,7 +604,7 @@ struct CustomRowWalk : CustomRowsTask<Loss, T, false> {
 
   const int64_t group = std::clamp<int64_t>(
       kGroupBytes / (kLines * problem.line * static_cast<int64_t>(sizeof(T))), 1, kGroup);
-  // Of each row the elements that are not read in place, and the kept values.
+  // For each row the elements that are not read in place, and the kept values.
   const Buffer<T> lines{group * kLines * problem.line};
   const Buffer<T> pieces{kElements * kPiece};
   Walk walks[kGroup];

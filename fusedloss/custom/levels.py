@@ -194,7 +194,7 @@ class _Levels:
         if isinstance(e, Max):
             return self.reduce(MAX, self.lower(e.args[0]))
         if isinstance(e, LogAddExp):
-            # Of two log-probabilities: the logarithm of a mixture, whose exponentials are there.
+            # Two log-probabilities make the logarithm of a mixture, whose exponentials are there.
             a, b = map(_log_share, e.args)
             if a is not None and b is not None:
                 return Log(self.lower(a, at_label) + self.lower(b, at_label))
