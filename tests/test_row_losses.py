@@ -19,6 +19,7 @@ from row_losses import (
     ROW_LOSSES,
     RowCase,
     _at,
+    balanced,
     cispo,
     cosine,
     distillation,
@@ -541,6 +542,7 @@ def test_check() -> None:
     assert "agrees with finite differences at 64 random rows" in str(report)
     assert "rewritten: exp(log_softmax(teacher/T)) is computed as softmax(teacher/T)" in str(report)
     assert cispo.check().ok
+    assert "gradient for balance" not in str(balanced.check()), "it is of all rows, and no kernel's"
     naive = fusedloss.row_loss(lambda x, y: fm.sum(fm.exp(x) * y) / fm.sum(fm.exp(x)))
     assert "domain: the value is not finite at 100% of rows with 1e4 added" in str(naive.check())
 

@@ -81,8 +81,15 @@ def _cases(loss: RowLoss) -> dict[str, list[Tensor]]:
     }
 
 
-def _wanting(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [t.to(dtype).requires_grad_() if t.is_floating_point() else t.clone() for t in inputs]
+# The kernels' gradients. (One by a number of each class is of all rows together, and plain PyTorch's.)
+_SLOPED = (Kind.ELEMENT, Kind.PER_ROW)
+
+
+def _wanting(loss: RowLoss, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [
+        (t.to(dtype) if t.is_floating_point() else t.clone()).requires_grad_(kind in _SLOPED)
+        for t, kind in zip(inputs, loss._kinds, strict=True)
+    ]
 
 
 def _differentiated(value: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -106,21 +113,20 @@ def _tried(
     # What is exact in float32, so that both dtypes compute the same.
     inputs = [t.float().double() if t.is_floating_point() else t for t in inputs]
     names = ["value", *(f"gradient for {name}" for name in _differentiable(loss))]
-    leaves = _wanting(inputs, torch.float64)
+    leaves = _wanting(loss, inputs, torch.float64)
     truth = _differentiated(loss.reference(*leaves, **given), leaves)
     finite = truth[0].isfinite()
     if not finite.all():
         share = (~finite).double().mean().item()
         remarks.append(f"domain: the value is not finite at {share:.0%} of {case}")
     for name, gradient in zip(names[1:], truth[1:], strict=True):
-        if gradient.dim() and gradient.shape[0] == _ROWS:
-            bad = gradient.reshape(_ROWS, -1).isnan().any(1) & finite
-            if bad.any():
-                errors.append(f"the {name} is nan in {case}, and the value finite")
+        bad = gradient.reshape(_ROWS, -1).isnan().any(1) & finite
+        if bad.any():
+            errors.append(f"the {name} is nan in {case}, and the value finite")
     if errors or not finite.all():
         return errors, remarks
     for dtype, small in _SMALL.items():
-        leaves = _wanting(inputs, dtype)
+        leaves = _wanting(loss, inputs, dtype)
         fused = explain(loss, *leaves, **given).fused
         if not fused and dtype is torch.float64:
             continue
@@ -137,7 +143,7 @@ def _tried(
 
 def _differentiable(loss: RowLoss) -> list[str]:
     pairs = zip(loss._operands, loss._kinds, strict=True)
-    return [name for name, kind in pairs if kind is not Kind.LABEL]
+    return [name for name, kind in pairs if kind in _SLOPED]
 
 
 def _detached(loss: RowLoss) -> list[Any]:
@@ -174,7 +180,7 @@ def _value_around(
 
 def _gradients(loss: RowLoss, values: tuple[float, ...]) -> Iterator[str]:
     drawn = _draw(loss)
-    leaves = _wanting(drawn, torch.float64)
+    leaves = _wanting(loss, drawn, torch.float64)
     given: dict[str, Any] = dict(zip(loss._names, values, strict=True))
     found = _differentiated(loss.reference(*leaves, reduction="none", **given), leaves)
     size, gradients = found[0].abs(), iter(found[1:])
@@ -184,12 +190,9 @@ def _gradients(loss: RowLoss, values: tuple[float, ...]) -> Iterator[str]:
     ]
     value = _value_around(loss, values, laid)
     for place, (name, kind) in enumerate(zip(loss._operands, loss._kinds, strict=True)):
-        if kind is Kind.LABEL:
+        if kind not in _SLOPED:
             continue
-        gradient = next(gradients)
-        if kind is Kind.PER_CLASS:  # of all rows together
-            continue
-        columns = gradient.reshape(_ROWS, -1)
+        columns = next(gradients).reshape(_ROWS, -1)
         for j in range(columns.shape[1]):
 
             def moved(k: int, place: int = place, j: int = j) -> Tensor:
