@@ -22,7 +22,7 @@ import fusedloss
 from custom_losses import CASES, CustomCase, charbonnier, focal, gaussian_kl
 from fusedloss._toolkit import find_nvrtc, find_toolkit, run
 from fusedloss.custom import PointwiseLoss, building
-from test_custom_rows_engine import LOSSES
+from row_losses import ROW_LOSSES as ALL_ROWS
 
 REQUIRED = os.environ.get("FUSEDLOSS_REQUIRE_CUDA") == "1"
 
@@ -366,7 +366,9 @@ def test_nvrtc_compiles(case: CustomCase) -> None:
     assert len(resources(compiled(case.loss, "90"))) == 9
 
 
-ROW_LOSSES = {loss.name: loss for loss in LOSSES if loss.name in ("cross_entropy", "distillation")}
+ROW_LOSSES = {
+    case.id: case.loss for case in ALL_ROWS if case.id in ("cross_entropy", "distillation")
+}
 
 
 @pytest.mark.slow
@@ -376,7 +378,7 @@ def test_own_row_loss(name: str, compiler: str) -> None:
     find, command_for = COMPILERS[compiler]
     need(not isinstance(find(), str), str(find()))
     files: list[str] = []
-    own = (name, ROW_LOSSES[name].struct, "90", command_for, building.CUDA_ROWS)
+    own = (name, ROW_LOSSES[name]._struct, "90", command_for, building.CUDA_ROWS)
     building.cuda_library(*own).load(files.append)
     check_kernels(files[0], "sm_90", r"^fusedloss_custom_rows\d+_b?float(16|32)$", 3)
     if name == "cross_entropy":

@@ -92,7 +92,7 @@ def expected(
 
     values = case.torch(*arguments, **case.parameters)
     # Row numbers are floats: logarithms of a sum over classes, and norms, have their own roundings.
-    size = values.detach().abs() + math.log(arguments[0].shape[-1])
+    size = values.detach().abs() + 1 + math.log(arguments[0].shape[-1])
     if case.id == "triplet":
         size = size + arguments[0].detach().norm(dim=-1)
     return reduced(values), reduced(size).nan_to_num(0).max().item(), copies
