@@ -303,5 +303,5 @@ ROW_LOSSES = [
     RowCase(scaled, lambda x, y, s: -_logp(x * s[..., None], y), 3),
     RowCase(renyi, _renyi, 4),
     RowCase(soft_cap, lambda x, y, cap=3.0: -_logp(cap * torch.tanh(x / cap), y), 3),
-    RowCase(spread, lambda x: x.amax(-1) - x.amin(-1), 2),
+    RowCase(spread, lambda x: x.max(-1).values - x.min(-1).values, 2),
 ]  # fmt: skip

@@ -29,7 +29,7 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 DTYPES["fp16"] = torch.float16
 TOLERANCES = {  # of the gradients' and the values' own rounding, in units of the largest
     torch.float64: 1e-13,
-    torch.float32: 1e-6,
+    torch.float32: 2e-6,  # row numbers are floats
     torch.bfloat16: 2.0**-8,
     torch.float16: 2.0**-11,
 }
@@ -140,8 +140,10 @@ class Question:
         )
         wanted = [t for t in copies if t.requires_grad]
         truths = torch.autograd.grad(truth, wanted, ways.upstream.double())
+        # The gradient for one input may be a difference of those for others.
+        slope = max(right.nan_to_num(0).abs().max().item() for right in truths)
         for i, (found, right) in enumerate(zip((value, *gradients), (truth, *truths), strict=True)):
-            largest = right.nan_to_num(0).abs().max().item() if i else size
+            largest = slope if i else size
             torch.testing.assert_close(
                 found.double(),
                 right.detach(),
