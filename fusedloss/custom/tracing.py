@@ -91,23 +91,7 @@ class Definition:
         def constant(e: Expr) -> Expr:
             return constants.setdefault(e, sympy.Symbol(f"c{len(constants)}", real=True))
 
-        @functools.cache
-        def rewrite(e: Expr) -> Expr:
-            if is_constant(e):
-                return constant(e)
-            if not e.args:
-                return e
-            args = list(e.args)
-            if isinstance(e, sympy.Mul | sympy.Add):
-                # Numbers are merged with the parameters beside them; a sign stays outside.
-                ours = [a for a in args if is_constant(a)]
-                if ours:
-                    numbers = [a for a in args if a.is_number and a != -1]
-                    args = [a for a in args if a not in ours and a not in numbers]
-                    args.append(e.func(*ours, *numbers))
-            return e.func(*map(rewrite, args))
-
-        rewritten = [rewrite(e) for e in results]
+        rewritten = [hoisted(e, is_constant, constant) for e in results]
         return tuple((symbol, e) for e, symbol in constants.items()), rewritten
 
 
@@ -170,6 +154,28 @@ class Traced(Definition):
         if max(map(_length, slopes)) > _LONGEST:
             _refuse_depth(self.name)
         return list(map(_factored, slopes))
+
+
+def hoisted(e: Expr, is_ours: Callable[[Expr], bool], symbol: Callable[[Expr], Expr]) -> Expr:
+    """The formula with symbols for its subexpressions that are ours."""
+
+    @functools.cache
+    def rewrite(e: Expr) -> Expr:
+        if is_ours(e):
+            return symbol(e)
+        if not e.args:
+            return e
+        args = list(e.args)
+        if isinstance(e, sympy.Mul | sympy.Add):
+            # Numbers are merged with ours beside them; a sign stays outside.
+            ours = [a for a in args if is_ours(a)]
+            if ours:
+                numbers = [a for a in args if a.is_number and a != -1]
+                args = [a for a in args if a not in ours and a not in numbers]
+                args.append(e.func(*ours, *numbers))
+        return e.func(*map(rewrite, args))
+
+    return rewrite(e)
 
 
 def _factored(e: Expr) -> Expr:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from .levels import MAX, SCALE, LevelForm, is_weight, level_form
 from .primitives import Exp, ExpNonpositive, Expr, Input
 from .row_primitives import Together, Weighted
 from .row_tracing import Kind, TracedRows
-from .tracing import _repeated
+from .tracing import _repeated, hoisted
 
 # What a later walk reads back instead of computing it again.
 _COSTLY = ("exp", "exp_nonpositive", "expm1", "log", "log1p", "log1p_unit", "sin", "cos", "tanh", "erf",
@@ -165,7 +164,7 @@ class _Assembly:
                 isinstance(e, sympy.Expr) and bool(e.free_symbols) and not self.form.is_element(e)
             )
 
-        return _hoisted(e, is_same, lambda e: e if isinstance(e, Input) else self._symbol(e))
+        return hoisted(e, is_same, lambda e: e if isinstance(e, Input) else self._symbol(e))
 
     def without_constants(self, e: Expr) -> Expr:
         def is_constant(e: Expr) -> bool:
@@ -173,7 +172,7 @@ class _Assembly:
                 isinstance(e, sympy.Expr) and bool(e.free_symbols) and not primitives.inputs_in(e)
             )
 
-        return _hoisted(e, is_constant, self._symbol)
+        return hoisted(e, is_constant, self._symbol)
 
     def computed(self) -> tuple[Named, ...]:
         """The row numbers by level, with what several of a level share."""
@@ -195,28 +194,6 @@ def _centered(e: Expr) -> Expr:
     return e.xreplace(
         {node: ExpNonpositive(*node.args) for node in e.atoms(Exp) if is_weight(node)}
     )
-
-
-def _hoisted(e: Expr, is_ours: Callable[[Expr], bool], symbol: Callable[[Expr], Expr]) -> Expr:
-    """The formula with symbols for its subexpressions that are ours."""
-
-    @functools.cache
-    def rewrite(e: Expr) -> Expr:
-        if is_ours(e):
-            return symbol(e)
-        if not e.args:
-            return e
-        args = list(e.args)
-        if isinstance(e, sympy.Mul | sympy.Add):
-            # Numbers are merged with ours beside them; a sign stays outside.
-            ours = [a for a in args if is_ours(a)]
-            if ours:
-                numbers = [a for a in args if a.is_number and a != -1]
-                args = [a for a in args if a not in ours and a not in numbers]
-                args.append(e.func(*ours, *numbers))
-        return e.func(*map(rewrite, args))
-
-    return rewrite(e)
 
 
 def _walk(
