@@ -338,6 +338,7 @@ _QUICK_CUDA = {
     "speed: cross_entropy 16384x32000, bf16",
     "speed: cross_entropy 32768x4096, bf16",
     "own: charbonnier 2^28",
+    "rows: distillation 16384x32000, bf16",
     "curve: mse 2^16",
     "curve: mse 2^22",
     "curve: cross_entropy 131072x4096, bf16",

@@ -46,7 +46,7 @@ def torch_words() -> SimpleNamespace:
         "is_nan": torch.isnan,
     }
     return SimpleNamespace(
-        **{word: other_names.get(word) or getattr(torch, word) for word in math.__all__}
+        **{word: other_names.get(word) or getattr(torch, word, None) for word in math.__all__}
     )
 
 
