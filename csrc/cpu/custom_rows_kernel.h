@@ -20,15 +20,6 @@ namespace CPU_CAPABILITY {
 
 constexpr int at_least_one(int n) { return n < 1 ? 1 : n; }  // an array has no size 0
 
-// The place of the n-th input of a kind; -1: there is none.
-template <class Loss>
-constexpr int place_of(Kind kind, int n) {
-  for (int i = 0; i < int(std::size(Loss::kKinds)); ++i) {
-    if (Loss::kKinds[i] == kind && n-- == 0) return i;
-  }
-  return -1;
-}
-
 // How many registers of a row a walk takes at a time, each with results of its own: these stay in
 // registers, and no addition waits for the one before.
 constexpr int abreast(int results) {

@@ -43,17 +43,6 @@ __device__ __forceinline__ void each(F&& f) {
 
 constexpr int at_least_one(int count) { return count > 0 ? count : 1; }  // C++ has no empty arrays
 
-// The place among a loss's inputs of the one that is number i of a kind.
-template <class Loss>
-constexpr int place_of(Kind kind, int i) {
-  int place = 0;
-  for (const Kind of : Loss::kKinds) {
-    if (of == kind && i-- == 0) return place;
-    ++place;
-  }
-  return -1;
-}
-
 // Whether the walk of a level reads kept value j, or the walk of `from` leaves one for later.
 template <class Loss>
 constexpr bool reads_kept(int level, int j) {
@@ -317,7 +306,7 @@ struct RowWalk {
   __device__ void prefetch(const Line& line, int v, int place) const {
     each<kElements>([&](auto i) { this->template prefetch<i>(line, v, this->slot(i, place)); });
   }
-  // ... v and this thread's slots behind it, of a row that is to be in shared memory.
+  // Begins to copy slot v of a row into shared memory, and the later slots that are this thread's.
   __device__ void prefetch_row(const Line& line, int v, int k) const {
 #pragma unroll 1
     for (; v < line.slots; v += group.size, ++k) prefetch(line, v, place_in_smem(k));

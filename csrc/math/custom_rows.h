@@ -67,6 +67,17 @@ struct Peak {
   int level, term;
 };
 
+// The place of the n-th input of a kind; -1: there is none.
+template <class Loss>
+constexpr int place_of(Kind kind, int n) {
+  int place = 0;
+  for (const Kind of : Loss::kKinds) {
+    if (of == kind && n-- == 0) return place;
+    ++place;
+  }
+  return -1;
+}
+
 // The order of the row numbers. Those up to kFirst are the engine's to fill in before the first
 // walk; then come the maxima and sums of each level, which it fills in after that walk; then what
 // row() computes.
