@@ -191,7 +191,7 @@ struct RowsStep {
     draw(probabilities, 0, 2.0 / static_cast<double>(classes));
     draw(indices, 0, static_cast<double>(classes));
   }
-  RowsDevice<D> device() const { return {rows}; }
+  RowsDevice<D> device() const { return {{}, rows}; }
 
   void run(const RowsPlan& plan, Launch l) const {
     l.normalizer = static_cast<double>(count);

@@ -74,7 +74,7 @@ class Question:
         wide = [leaf(t.double()) for t in (self.input, self.target)]
         weight = None if self.weight is None else self.weight.double()
         numbers = (*self.parameters, self.clip)
-        value = self.case.loss._reference(wide, weight, numbers, self.reduction)
+        value = self.case.loss._reference(wide, weight, numbers, -100, self.reduction)
         wanted = [t for t, wants in zip(wide, self.wants, strict=True) if wants]
         truths = torch.autograd.grad(value, wanted, ways.upstream.double(), materialize_grads=True)
         assert_near(found, value.detach(), f"{self}: value")
