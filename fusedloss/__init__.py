@@ -16,7 +16,7 @@ except (ImportError, OSError) as error:
 from . import functional, reference
 from ._version import __version__
 from .backends import backend, check, info
-from .custom import pointwise_loss, row_loss
+from .custom import linear, pointwise_loss, row_loss
 from .functional import explain
 from .modules import (
     BCELoss,
@@ -71,6 +71,7 @@ __all__ = [
     "explain",
     "functional",
     "info",
+    "linear",
     "math",
     "patch",
     "pointwise_loss",

@@ -747,6 +747,14 @@ def operator(backend: str) -> Any:
     return torch.ops.fusedloss_triton.loss.default
 
 
+def operator_with_gradients(backend: str) -> Any:
+    """The operator that computes the losses of rows, and their gradients into given memory."""
+    if backend == "compiled":
+        return torch.ops.fusedloss.loss_with_gradients.default
+    _load_triton()
+    return torch.ops.fusedloss_triton.loss_with_gradients.default
+
+
 def _run_fused(
     loss: Loss, call: dict[str, Any], backend: str, dtype: torch.dtype, prediction: Tensor | None
 ) -> Tensor:

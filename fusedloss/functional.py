@@ -11,13 +11,13 @@ weight may have another dtype than input where torch allows that; the loss has t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _dispatch
+from . import _dispatch, _linear_cross_entropy
 from ._dispatch import explain, run, warn_of_mean
 from ._losses import LOSSES
 
@@ -32,6 +32,7 @@ __all__ = [
     "huber_loss",
     "kl_div",
     "l1_loss",
+    "linear_cross_entropy",
     "log_loss",
     "mae_loss",
     "margin_ranking_loss",
@@ -605,6 +606,38 @@ def cross_entropy(
         _CROSS_ENTROPY,
         (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing),
     )
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    num_items: int | Tensor | None = None,
+    token_weight: Tensor | None = None,
+    shift: int = 0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    outputs: Sequence[str] = (),
+    logits_dtype: torch.dtype | None = None,
+    drop_ignored: bool | None = None,
+    memory: str | None = None,
+) -> Any:
+    """TODO"""
+    return _linear_cross_entropy.run(
+        _linear_cross_entropy.Call(
+            input, target, linear_weight, linear_bias, weight, reduction, ignore_index,
+            label_smoothing, options, num_items, token_weight, shift, logit_scale, softcap, z_loss,
+            outputs, logits_dtype, drop_ignored, memory,
+        )
+    )  # fmt: skip
 
 
 def log_loss(

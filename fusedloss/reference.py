@@ -8,6 +8,7 @@ else has exactly its promotions, warnings, errors and higher derivatives.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +78,98 @@ def kl_div(
     enum = get_enum("sum" if by_batch else reduction)
     value = torch.kl_div(input, target, enum, log_target=log_target)
     return value / input.shape[0] if by_batch and input.dim() > 0 else value
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+) -> Tensor:
+    """The loss of all logits at once, with the errors of torch's function, which older releases lack."""
+    if input.dim() < 1 or input.dim() > 2:
+        raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
+    if linear_weight.dim() < 2:
+        raise RuntimeError(
+            f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}"
+        )
+    features, shape = input.shape[-1], tuple(linear_weight.shape)
+    if features != shape[-1]:
+        raise RuntimeError(
+            "expected equal input and linear_weight last dimensions (in_features), "
+            f"got {features} and {shape[-1]}, respectively"
+        )
+    if linear_bias is not None and tuple(linear_bias.shape) != shape[:-1]:
+        raise RuntimeError(
+            f"expected linear_bias shape {shape[:-1]}, got {tuple(linear_bias.shape)}"
+        )
+    if len(shape) > 2 and input.dim() == 1:
+        raise RuntimeError(
+            f"K-dimensional loss defined by linear_weight shape {shape} requires batched input, "
+            f"(N, {features}), got unbatched input with shape {tuple(input.shape)}"
+        )
+    of_logits = (*input.shape[:-1], *shape[:-1])
+    if target.shape == of_logits and ignore_index is not None:
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    bias = None if linear_bias is None else linear_bias.flatten()
+    return cross_entropy(
+        F.linear(input, linear_weight.flatten(0, -2), bias).reshape(of_logits),
+        target,
+        weight=weight,
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+def token_cross_entropy(
+    logits: Tensor,
+    label: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+) -> dict[str, Tensor]:
+    """The results of each row of (N, C) logits by name; those of rows that do not count are 0."""
+    x = logits * logit_scale
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    counts = label != ignore_index
+    safe = torch.where(counts, label, 0)
+    log_p, lse = x.log_softmax(-1), x.logsumexp(-1)
+    of_label = log_p.gather(-1, safe[:, None])[:, 0]
+    loss = cross_entropy(
+        x, label, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )
+    best = x.argmax(-1)
+    results = {
+        "loss": loss + z_loss * lse**2 if z_loss else loss,
+        "lse": lse,
+        "logprob": of_label,
+        "entropy": -torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(-1),
+        "correct": (x.gather(-1, safe[:, None])[:, 0] == x.amax(-1)).to(x.dtype),
+        "argmax": best,
+    }
+    return {name: torch.where(counts, t, 0) for name, t in results.items()}
+
+
+def check_label(name: str, label: Tensor, wrong: Tensor, classes: int) -> None:
+    """Raises the error for the first label that is wrong."""
+    if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
+        at = f"[{', '.join(map(str, place))}]" if place else ""
+        raise IndexError(
+            f"Target {label[place].item()} is out of bounds. It stands at {name}{at}; there are "
+            f"{classes} classes."
+        )
 
 
 def log_loss(

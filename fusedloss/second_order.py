@@ -20,6 +20,23 @@ _REDUCTION_NAMES = {number: name for name, number in reference.REDUCTIONS.items(
 custom_references: dict[str, Callable[..., Tensor]] = {}
 
 
+def needs_reference(grad_output: Tensor) -> bool:
+    """create_graph, and batches of upstream gradients (is_grads_batched)."""
+    functorch = torch._C._functorch
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return (
+        functorch.is_batchedtensor(grad_output)
+        or functorch.is_gradtrackingtensor(grad_output)
+        or functorch.is_legacy_batchedtensor(grad_output)
+    )
+
+
+def saves_through_hooks() -> bool:
+    """They take what is saved away until backward: a gradient written already would stay."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def reference_value(
     name: str,
     input: Tensor,

@@ -372,19 +372,28 @@ struct RowsWalk {
     }
   }
 
-  // Calls write(element, class, gradient) for those of a single row at its label and its peaks.
-  template <bool kAll, class Write>
-  void gradients_apart(const Write& write) const {
+  // The gradients of a single row at its label and its peaks.
+  struct Apart {
+    int64_t at;  // the class; `classes`: none
+    T gradients[kElements];
+  };
+  using AllApart = std::array<Apart, kHasLabel + Loss::kPeakCount>;
+  // To be called before gradients(), which may write over the row.
+  template <bool kAll>
+  AllApart gradients_apart() const {
     constexpr int kComputed = kAll ? kElements : 1;
+    AllApart apart;
     if constexpr (kHasLabel) {
+      apart[0].at = *label;
       for (int e = 0; e < kComputed; ++e) {
-        write(e, *label, static_cast<T>(numbers[Loss::kAtLabel[e] * stride]));
+        apart[0].gradients[e] = static_cast<T>(numbers[Loss::kAtLabel[e] * stride]);
       }
     }
-    if constexpr (Loss::kPeakCount > 0) gradients_at_peaks<kAll>(write);
+    if constexpr (Loss::kPeakCount > 0) gradients_at_peaks<kAll>(apart);
+    return apart;
   }
-  template <bool kAll, class Write>
-  void gradients_at_peaks(const Write& write) const {
+  template <bool kAll>
+  void gradients_at_peaks(AllApart& apart) const {
     constexpr int kComputed = kAll ? kElements : 1;
     const Row r = read_rows()[0];
     int64_t peaks[at_least_one(Loss::kPeakCount)];
@@ -396,17 +405,19 @@ struct RowsWalk {
         if (first != kNone) peaks[p] = std::min<int64_t>(peaks[p], first);
       }
     });
-    for (const int64_t c : peaks) {
+    for (int p = 0; p < Loss::kPeakCount; ++p) {
+      Apart& at_peak = apart[kHasLabel + p];
+      const int64_t c = at_peak.at = peaks[p];
       if (c == classes) continue;
       Registers from = read<Loss::kLevels, false>(c, 0, 1);
       Vec<T> g[kElements];
       const Mask<T> all = Vec<T>(0) == Vec<T>(0);
-      const auto is_peak = [&](int p) { return peaks[p] == c ? all : ~all; };
+      const auto is_peak = [&](int other) { return peaks[other] == c ? all : ~all; };
       gradients_of<kAll>(*loss, r, from, ids(c, 0), is_peak, g);
       for (int e = 0; e < kComputed; ++e) {
         T lanes[kLanes];
         g[e].store(lanes);
-        write(e, c, lanes[0]);
+        at_peak.gradients[e] = lanes[0];
       }
     }
   }
@@ -645,6 +656,7 @@ struct CustomRowWalk : CustomRowsTask<Loss, T, false> {
       const Rows& out = problem.gradient(e);
       direct = direct && (!out.data || (out.classes == 1 && is_dtype<T>(out.dtype)));
     }
+    const auto apart = walks[k].template gradients_apart<kAll>();
     const int64_t step = direct ? call.classes : kPiece;
     for (int64_t begin = 0; begin < call.classes; begin += step) {
       const int64_t n = std::min(step, call.classes - begin);
@@ -658,9 +670,11 @@ struct CustomRowWalk : CustomRowsTask<Loss, T, false> {
         if (to.to[e]) write(e, tile, k, begin, n, to.to[e]);
       }
     }
-    walks[k].template gradients_apart<kAll>([&](int e, int64_t c, T gradient) {
-      if (to.to[e]) write(e, tile, k, c, 1, &gradient);
-    });
+    for (const auto& [at, gradients] : apart) {
+      for (int e = 0; e < kElements && at < call.classes; ++e) {
+        if (to.to[e]) write(e, tile, k, at, 1, &gradients[e]);
+      }
+    }
   }
   void write(int e, const Tile& tile, int64_t k, int64_t begin, int64_t n, const T* from) const {
     const Rows& out = problem.gradient(e);

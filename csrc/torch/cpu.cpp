@@ -268,9 +268,7 @@ struct CpuEngine {
 
   void compute(const Tensor& result, const Gradients& gradients, const Tensor& state) {
     const Tensor loss = loss_in(result, info);
-    for (int k = 0; k < info.auxiliary; ++k) {
-      write_to(call_.auxiliary[k], auxiliary_in(result, a, info, k));
-    }
+    write_auxiliary(call_, result, a, info);
     const double divisor = a.reduction == at::Reduction::Mean ? mean_divisor() : 1;
     call_.want_sum = !a.each();
     if (a.each()) {
@@ -296,6 +294,11 @@ struct CpuEngine {
 
   void recompute(const Gradients& gradients, const Tensor& state) {
     run(gradients, upstream_ / state.const_data_ptr<double>()[1]);
+  }
+
+  void compute_both(const Tensor& result, const Gradients& gradients) {
+    write_rows(call_, result, gradients, a, info);
+    run(gradients, 1);
   }
 
  private:

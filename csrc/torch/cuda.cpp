@@ -203,9 +203,7 @@ struct CudaEngine {
 
   void compute(const Tensor& result, const Gradients& gradients, Tensor state) {
     const Tensor loss = loss_in(result, info);
-    for (int k = 0; k < info.auxiliary; ++k) {
-      write_to(call_.auxiliary[k], auxiliary_in(result, a, info, k));
-    }
+    write_auxiliary(call_, result, a, info);
     if (!state.defined()) state = empty_state(a.input);
     launch_.forward_state = state.mutable_data_ptr<double>();
     if (a.reduction == at::Reduction::Mean) divide_by_mean(state);
@@ -231,6 +229,12 @@ struct CudaEngine {
   }
 
   void recompute(const Gradients& gradients, const Tensor&) { run(gradients); }
+
+  void compute_both(const Tensor& result, const Gradients& gradients) {
+    write_rows(call_, result, gradients, a, info);
+    launch_.pass = Pass::kBackward;  // in which a kernel asks for no prediction
+    run(gradients);
+  }
 
  private:
   void divide_by_mean(const Tensor& state) {

@@ -125,6 +125,26 @@ std::vector<Tensor> listed(Gradients&& gradients) {
   return list;
 }
 
+Gradients checked_outputs(const Arguments& a, const LossInfo& info, int64_t mask,
+                          at::TensorList out) {
+  TORCH_CHECK_VALUE(info.family == Family::kRows && a.each(), "fusedloss: the gradients of '",
+                    a.loss, "' are not those of the losses of single rows");
+  check_mask(mask, info);
+  Gradients gradients(info.gradients);
+  size_t given = 0;
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    if (!wants(mask, i)) continue;
+    TORCH_CHECK_VALUE(given < out.size(), "fusedloss: ", out.size(), " outputs for the mask ",
+                      mask);
+    const Tensor& t = gradients[i] = out[given++];
+    TORCH_CHECK_VALUE(t.sizes() == a[i].sizes() && t.device() == a[i].device() &&
+                          t.scalar_type() == a[i].scalar_type(),
+                      "fusedloss: an output of shape ", t.sizes(), " for input ", i, " of shape ",
+                      a[i].sizes());
+  }
+  return gradients;
+}
+
 static void destroy(void* saved) { delete static_cast<SavedGradients*>(saved); }
 
 void attach(const Tensor& state, const Arguments& a, Gradients gradients, Tensor prediction) {

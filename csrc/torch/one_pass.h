@@ -44,6 +44,10 @@ void check_mask(int64_t mask, const LossInfo& info);
 Gradients empty_gradients(const Arguments& a, const LossInfo& info, int64_t mask);
 // Those that are wanted, in order.
 std::vector<at::Tensor> listed(Gradients&& gradients);
+// The same gradients out of such a list, into which a row loss's can be written. Throws where they
+// do not fit, or the call is not one of reduction "none".
+Gradients checked_outputs(const Arguments& a, const LossInfo& info, int64_t mask,
+                          at::TensorList out);
 
 // Lives and dies with the memory of a forward's state. So the backward operator is a function that
 // returns fresh tensors, for a tracing compiler too, and yet hands over what forward has written:
@@ -86,6 +90,7 @@ struct BackwardGradients {
 //   compute(loss, gradients, state) forward; fills in the state
 //   is_done(grad_output, state, saved, gradients)   backward: whether forward's gradients are right
 //   recompute(gradients, state)     backward
+//   compute_both(losses, gradients) the losses of rows, and gradients that do not wait for backward
 template <class Engine>
 struct Operators {
   static at::Tensor loss(FUSEDLOSS_PARAMETERS, const OptionalTensor&) {
@@ -133,7 +138,20 @@ struct Operators {
     return listed(std::move(result.gradients));
   }
 
+  static at::Tensor with_gradients(const at::Tensor& upstream, FUSEDLOSS_PARAMETERS, int64_t mask,
+                                   at::TensorList out) {
+    const Arguments a{FUSEDLOSS_ARGUMENTS};
+    Engine engine(a, Pass::kForward);
+    check_upstream(upstream, a, engine.info.family);
+    const Gradients gradients = checked_outputs(a, engine.info, mask, out);
+    engine.read(upstream);
+    at::Tensor losses = empty_loss(a, engine.info);
+    engine.compute_both(losses, gradients);
+    return losses;
+  }
+
   static void add_to(torch::Library& m) {
+    m.impl("loss_with_gradients", &with_gradients);
     m.impl("loss", &loss);
     m.impl("loss_forward", &forward);
     m.impl("loss_backward", &backward);

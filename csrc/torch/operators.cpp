@@ -193,6 +193,12 @@ std::tuple<Tensor, Tensor> loss_forward_meta(FUSEDLOSS_PARAMETERS, int64_t,
   return {loss_meta(FUSEDLOSS_ARGUMENTS, prediction), empty_state(input)};
 }
 
+Tensor loss_with_gradients_meta(const Tensor& upstream, FUSEDLOSS_PARAMETERS, int64_t mask,
+                                at::TensorList out) {
+  check_meta(upstream);
+  return loss_meta(FUSEDLOSS_ARGUMENTS, {});
+}
+
 std::vector<Tensor> loss_backward_meta(const Tensor& grad_output, const Tensor& state,
                                        FUSEDLOSS_PARAMETERS, int64_t mask) {
   const Arguments a{FUSEDLOSS_ARGUMENTS};
@@ -222,6 +228,10 @@ TORCH_LIBRARY(fusedloss, m) {
   m.def("loss_backward(Tensor grad_output, Tensor state, " FUSEDLOSS_SCHEMA
         ", int gradients) -> Tensor[]",
         compiles);
+  // The losses of rows, with reduction "none", and the gradients for an upstream gradient that is
+  // known already. They are written into `out`, which may be the inputs themselves.
+  m.def("loss_with_gradients(Tensor upstream, " FUSEDLOSS_SCHEMA
+        ", int gradients, Tensor(a!)[] out) -> Tensor");
   // Gradients that have a graph themselves: written in Python, by fusedloss/second_order.py.
   m.def("loss_reference_gradient(Tensor grad_output, " FUSEDLOSS_SCHEMA
         ", int gradients) -> Tensor[]");
@@ -231,6 +241,7 @@ TORCH_LIBRARY_IMPL(fusedloss, Meta, m) {
   m.impl("loss", &loss_meta);
   m.impl("loss_forward", &loss_forward_meta);
   m.impl("loss_backward", &loss_backward_meta);
+  m.impl("loss_with_gradients", &loss_with_gradients_meta);
 }
 
 TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) { m.impl("loss", &differentiable_loss); }

@@ -220,6 +220,12 @@ void write_to(Output& output, const Tensor& t) {
   output.dtype = dtype_of(t);
 }
 
+void write_auxiliary(Call& call, const Tensor& result, const Arguments& a, const LossInfo& info) {
+  for (int k = 0; k < info.auxiliary; ++k) {
+    write_to(call.auxiliary[k], auxiliary_in(result, a, info, k));
+  }
+}
+
 void Operands::read(Call& call, const Arguments& a, const LossInfo& info,
                     const OptionalTensor& upstream) {
   call.parameters = a.parameters.data();
@@ -349,6 +355,20 @@ void Operands::read_rows(Call& call, const Arguments& a, const OptionalTensor& u
   set_numbers(call.inputs[0].strides, input.strides());
   if (!indices) set_numbers(call.inputs[1].strides, target.strides());
   set_gradient_strides(call.gradients[0], all, input);
+}
+
+void write_rows(Call& call, const Tensor& result, at::ArrayRef<Tensor> gradients,
+                const Arguments& a, const LossInfo& info) {
+  write_to(call.value, loss_in(result, info));
+  write_auxiliary(call, result, a, info);
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    const Tensor& t = gradients[i];
+    if (!t.defined() || info.kind(i) != Kind::kElement) continue;
+    const Tensor joined = join_inner(t);
+    TORCH_CHECK_VALUE(joined.const_data_ptr() == t.const_data_ptr(),
+                      "fusedloss: the dimensions of an output behind the classes must be joinable");
+    set_numbers(call.gradients[i].strides, joined.strides());
+  }
 }
 
 void Operands::read_custom_rows(Call& call, const Arguments& a, const LossInfo& info,

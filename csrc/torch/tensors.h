@@ -84,5 +84,11 @@ class Operands {
 
 // Has a call write a tensor: empty, and laid out as empty_like_input() does.
 void write_to(Output& output, const at::Tensor& t);
+void write_auxiliary(Call& call, const at::Tensor& result, const Arguments& a,
+                     const LossInfo& info);
+// Has a call of a row loss write all of the result, with reduction "none", and gradients that lie
+// in memory in any way.
+void write_rows(Call& call, const at::Tensor& result, at::ArrayRef<at::Tensor> gradients,
+                const Arguments& a, const LossInfo& info);
 
 }  // namespace fusedloss

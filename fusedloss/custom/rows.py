@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch
+from ..reference import check_label
 from .building import CannotCompile
 from .loss import CustomLoss, _shown
 from .module import RowLossModule
@@ -351,13 +352,7 @@ class RowLoss(CustomLoss):
             or torch._C._len_torch_dispatch_stack() > 0
         ):
             return
-        if wrong.any():
-            place = tuple(wrong.nonzero()[0].tolist())
-            at = f"[{', '.join(map(str, place))}]" if place else ""
-            raise IndexError(
-                f"Target {label[place].item()} is out of bounds. It stands at "
-                f"{self._operands[self._kinds.index(self._label)]}{at}; there are {classes} classes."
-            )
+        check_label(self._operands[self._kinds.index(self._label)], label, wrong, classes)
 
     # ---- modules, checks, plots ------------------------------------------------------------------
 

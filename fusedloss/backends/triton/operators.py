@@ -97,23 +97,6 @@ def _prediction_of(own: Tensor | None, loss: str, input: Tensor, reduction: int)
 # ---- autograd ------------------------------------------------------------------------------------
 
 
-def _needs_reference(grad_output: Tensor) -> bool:
-    """create_graph, and batches of upstream gradients (is_grads_batched)."""
-    functorch = torch._C._functorch
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.is_grad_enabled()
-    return (
-        functorch.is_batchedtensor(grad_output)
-        or functorch.is_gradtrackingtensor(grad_output)
-        or functorch.is_legacy_batchedtensor(grad_output)
-    )
-
-
-def _saves_through_hooks() -> bool:
-    """They take what is saved away until backward: a gradient written already would stay."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
 class OnePass(torch.autograd.Function):
     """The forward pass writes the gradient already, for a predicted upstream gradient; the backward
     operator has it computed where the prediction was wrong."""
@@ -127,7 +110,7 @@ class OnePass(torch.autograd.Function):
         ctx.wanted = wanted[: _variables(options[0])]
         ctx.mask = sum(1 << i for i, one in enumerate(ctx.wanted) if one)
         gradients = ctx.mask & ((1 << _row(options[0]).gradients) - 1)
-        hooked = _saves_through_hooks()
+        hooked = second_order.saves_through_hooks()
         if hooked:
             prediction = input.new_zeros(2, dtype=torch.float64)  # no confidence in it
         with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -147,7 +130,7 @@ class OnePass(torch.autograd.Function):
         state, input, target, weight, *more = ctx.saved_tensors
         call = input, target, weight, more, *ctx.options
         _drop_gradients_of_other_memory(state, (input, target, *more))
-        if _needs_reference(grad_output):
+        if second_order.needs_reference(grad_output):
             found = second_order.loss_reference_gradient(grad_output, *(*call[:-1], ctx.mask))
         else:
             direct = _directly(input, target, grad_output, state)

@@ -1,0 +1,450 @@
+"""Losses over rows of logits that a linear layer makes, without ever holding all of the logits.
+
+The rows are taken in chunks. For each, torch's matrix product makes the logits, a row kernel turns them
+into the losses and, in the same memory, the gradient, and two more products carry that on to the
+hidden states and to the layer's weight. So forward leaves finished gradients behind, for the upstream
+gradient 1, and backward scales them: nothing is predicted, and a call depends on its inputs alone.
+Where each row has an upstream gradient of its own (``reduction="none"``, or gradients of further
+results), and where forward should leave nothing behind (``memory="low"``, checkpointing), backward
+makes the logits again, chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import _dispatch, second_order
+
+_BLOCK = 64  # a chunk has a multiple of that many rows, as matrix products work in blocks
+_MIB = 1 << 20
+
+
+class Kind(IntEnum):
+    """What an input holds; see :class:`fusedloss.custom.row_tracing.Kind`."""
+
+    ELEMENT = 0
+    LABEL = 1
+    PER_ROW = 2
+    PER_CLASS = 3
+
+
+# ---- chunks --------------------------------------------------------------------------------------
+
+
+def chunk_of(rows: int, classes: int, dtype: torch.dtype, device: str) -> int:
+    """How many rows a chunk has.
+
+    On a GPU, products of fewer than 1,024 rows would wait for memory, which holds the weight and its
+    gradient: chunks that fit into a cache would be three to eight times slower. On a CPU a product
+    that is added to the gradient of a low-precision weight costs a pass over that, so chunks are larger
+    there.
+    """
+    low = dtype.itemsize < 4
+    budget, least = (128 if low else 32, 512 if low else 64) if device == "cpu" else (512, 1024)
+    most = max(budget * _MIB // (classes * dtype.itemsize), least)
+    chunks = math.ceil(rows / most)
+    return min(math.ceil(rows / chunks / _BLOCK) * _BLOCK, rows)
+
+
+# So many roundings of the gradient for a low-precision weight, one a chunk, err no more than the one product
+# of all logits does; beyond it is added up in float32.
+MOST_NARROW = 4
+
+
+def autocast(t: Tensor) -> Tensor:
+    """What a linear layer reads under autocast."""
+    device = t.device.type
+    if torch.is_autocast_enabled(device) and t.dtype is not torch.float64:
+        return t.to(torch.get_autocast_dtype(device))
+    return t
+
+
+def rows_that_count(label: Tensor, ignore_index: int, drops: bool | None) -> Tensor | None:
+    """Their places, where the others should be left out; None: all rows stay.
+
+    drops None: on a CPU. On a GPU the host waits for their number.
+    """
+    if torch.compiler.is_compiling() or not (label.device.type == "cpu" if drops is None else drops):
+        return None
+    kept = (label != ignore_index).nonzero()[:, 0]
+    return None if kept.numel() in (0, label.numel()) else kept
+
+
+def spread(rows: Tensor, kept: Tensor | None, shape: torch.Size) -> Tensor:
+    """Numbers of the rows that stay as numbers of all rows, of that shape: 0 for the others."""
+    if kept is not None:
+        rows = rows.new_zeros(math.prod(shape)).index_copy(0, kept, rows)
+    return rows.reshape(shape)
+
+
+# ---- what a call computes ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A loss over rows as the operators know it, and how a call hands it logits.
+
+    Attributes:
+        backend, loss, parameters, ignore_index: the operator's arguments.
+        dtype: of the rows' losses, float32 or float64.
+        kinds: of all inputs of the loss.
+        places: which of them are logits that a linear layer makes; the first one is.
+        auxiliary: how many further results each row has.
+        logits: the dtype of the logits; None: that of the hidden states.
+        chunk: how many rows are taken at a time.
+        wide: whether the gradients for weights are added up in float32, whatever they are.
+        argmax: whether the largest of a row's logits is looked for.
+    """
+
+    backend: str
+    loss: str
+    parameters: tuple[float, ...]
+    ignore_index: int
+    dtype: torch.dtype
+    kinds: tuple[int, ...]
+    places: tuple[int, ...]
+    auxiliary: int
+    logits: torch.dtype | None
+    chunk: int
+    wide: bool
+    argmax: bool = False
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors of a call: of each linear layer, and the loss's other inputs in order."""
+
+    hidden: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    others: Sequence[Tensor]
+
+    def all(self) -> list[Tensor | None]:
+        return [*self.hidden, *self.weights, *self.biases, *self.others]
+
+    @staticmethod
+    def of(tensors: Sequence[Any], layers: int) -> Operands:
+        n = layers
+        return Operands(tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :])
+
+    def inputs(
+        self, spec: Rows, logits: Sequence[Tensor], part: slice = slice(None)
+    ) -> list[Tensor]:
+        """The inputs of the loss, in its order, for a part of the rows."""
+        left, found = iter(self.others), []
+        for place, kind in enumerate(spec.kinds):
+            if place in spec.places:
+                found.append(logits[spec.places.index(place)])
+            else:
+                t = next(left)
+                found.append(t if kind == Kind.PER_CLASS else t[part])
+        return found
+
+
+# ---- all chunks ----------------------------------------------------------------------------------
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """``out = a @ b`` for the first chunk, ``out += a @ b`` for the others. out may be wider."""
+    if out.dtype is a.dtype:
+        torch.mm(a, b, out=out) if first else out.addmm_(a, b)
+    elif a.is_cuda:  # no product in reduced precision in between
+        if first:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        product = torch.mm(a, b)
+        out.copy_(product) if first else out.add_(product)
+
+
+def _empty_gradients(spec: Rows, given: Operands, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """In the order of ``given.all()``; those for layers may be wider than the layer."""
+    layers = len(given.hidden)
+    found: list[Tensor | None] = []
+    for i, (t, wants) in enumerate(zip(given.all(), wanted, strict=True)):
+        if t is None or not wants:
+            found.append(None)
+            continue
+        of_layer = i < 3 * layers
+        half = t.dtype is torch.float16  # whose range ends before a sum of gradients does
+        wide = of_layer and (half or (spec.wide and i >= layers)) and t.element_size() < 4
+        dtype = torch.float32 if wide or 2 * layers <= i < 3 * layers else t.dtype
+        if t.dtype is torch.float64:
+            dtype = t.dtype
+        found.append(torch.empty(t.shape, dtype=dtype, device=t.device))
+    return found
+
+
+def _run_rows(
+    spec: Rows, inputs: list[Tensor], weight: Tensor | None, upstream: Tensor, gradients: list[Any]
+) -> Tensor:
+    """The results of some rows, and their gradients, written where there are tensors for them."""
+    input, target, *more = _pair(inputs)
+    call = (
+        input, target, weight, more, spec.loss, [*spec.parameters], spec.ignore_index, 0, spec.dtype
+    )  # fmt: skip
+    mask = sum(1 << i for i, gradient in enumerate(gradients) if gradient is not None)
+    if not mask:
+        return _dispatch.operator(spec.backend)(*call, None)  # type: ignore[no-any-return]
+    out = [gradient for gradient in gradients if gradient is not None]
+    return _dispatch.operator_with_gradients(spec.backend)(upstream, *call, mask, out)  # type: ignore[no-any-return]
+
+
+def run(
+    spec: Rows, given: Operands, weight: Tensor | None, factor: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Goes through all chunks.
+
+    Args:
+        weight: of each row or, of cross-entropy, of each class.
+        factor: the upstream gradient of the rows, one number or one for each.
+        wanted: for which of ``given.all()`` there should be gradients.
+
+    Returns:
+        The results of the rows, (1 + auxiliary, N); the classes of the largest logits, or zeros; and the
+        gradients.
+    """
+    hidden, layers = given.hidden, len(given.hidden)
+    first = (*hidden, *given.others)[0]
+    rows = _count(given)
+    gradients = _empty_gradients(spec, given, wanted)
+    to = Operands.of(gradients, layers)
+    results = first.new_empty((1 + spec.auxiliary, rows), dtype=spec.dtype)
+    best = torch.zeros(rows, dtype=torch.int64, device=first.device)
+    chunk = min(spec.chunk, rows)
+    buffers = [
+        _buffer(chunk, w.shape[0], h, spec.logits)
+        for h, w in zip(hidden, given.weights, strict=True)
+    ]
+    weight_of_rows = spec.loss != "cross_entropy"
+    upstream = factor.expand(rows)
+    for begin in range(0, rows, chunk):
+        part = slice(begin, min(begin + chunk, rows))
+        n = part.stop - begin
+        logits = [buffer[:n] for buffer in buffers]
+        for h, w, bias, z in zip(hidden, given.weights, given.biases, logits, strict=True):
+            _make_logits(z, h[part], w, bias)
+        inputs = given.inputs(spec, logits, part)
+        if spec.argmax:
+            torch.argmax(inputs[0], 1, out=best[part])
+        outs: list[Any] = [None] * len(inputs)
+        for k, place in enumerate(spec.places):
+            if any(g is not None for g in (to.hidden[k], to.weights[k], to.biases[k])):
+                outs[place] = logits[k]
+        left = iter(to.others)
+        for place in range(len(inputs)):
+            if place not in spec.places and (gradient := next(left)) is not None:
+                outs[place] = gradient[part]
+        part_weight = weight[part] if weight is not None and weight_of_rows else weight
+        results[:, part] = _run_rows(spec, inputs, part_weight, upstream[part], outs).view(-1, n)
+        for k in range(layers):
+            g = logits[k].to(hidden[k].dtype) if outs[spec.places[k]] is not None else None
+            if to.hidden[k] is not None:
+                _add_product(to.hidden[k][part], g, given.weights[k], True)
+            if to.weights[k] is not None:
+                _add_product(to.weights[k], g.t(), hidden[k][part], begin == 0)
+            if to.biases[k] is not None:
+                total = torch.sum(g, 0, dtype=to.biases[k].dtype)
+                to.biases[k].copy_(total) if begin == 0 else to.biases[k].add_(total)
+    return results, best, gradients
+
+
+def _buffer(rows: int, classes: int, like: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Memory for logits. On a GPU each row begins at a whole line of memory."""
+    padded = math.ceil(classes / 64) * 64 if like.is_cuda else classes
+    return like.new_empty((rows, padded), dtype=dtype or like.dtype)[:, :classes]
+
+
+def _make_logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if out.dtype is hidden.dtype:
+        if bias is None:
+            torch.mm(hidden, weight.t(), out=out)
+        else:
+            torch.addmm(bias, hidden, weight.t(), out=out)
+        return
+    if hidden.is_cuda:
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(hidden.to(out.dtype), weight.t().to(out.dtype), out=out)
+    if bias is not None:
+        out.add_(bias)
+
+
+# ---- autograd ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call computes of the results of its rows.
+
+    Attributes:
+        rows: how these are computed.
+        reduction: ``"mean"`` and ``"sum"`` add up the losses.
+        reference: all results of the rows in plain PyTorch, from the loss's inputs and the weight.
+        keeps: whether forward leaves the gradients for the upstream gradient 1 behind.
+        scales_late: whether they have not been divided by the mean's divisor yet, since float16 would
+            round numbers of that size to 0.
+        combined: the loss of the rows that is the sum of all their results, each times one more input:
+            gradients of auxiliary results come from it. None: they have none.
+    """
+
+    rows: Rows
+    reduction: str
+    reference: Callable[[list[Tensor], Tensor | None], Sequence[Tensor]]
+    keeps: bool
+    scales_late: bool
+    combined: Rows | None = None
+
+
+def _total(rows: Tensor) -> Tensor:
+    """The sum, in float64. On a CPU one after the other, so that no number of threads changes it."""
+    wide = rows.double()
+    return wide.cumsum(0)[-1] if rows.device.type == "cpu" else wide.sum()
+
+
+class LinearLoss(torch.autograd.Function):
+    """The loss of a call, and the auxiliary results of its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, layers: int, *tensors: Any) -> Any:
+        """tensors: the weight that the operator takes; what the loss of a row is multiplied by, one number
+        or one for each row; what the sum is divided by; and the operands."""
+        weight, factor, divisor, *operands = tensors
+        ctx.plan, ctx.layers, ctx.wanted = plan, layers, ctx.needs_input_grad[5:]
+        keeps = plan.keeps and not second_order.saves_through_hooks()
+        wanted = [keeps and one for one in ctx.wanted]
+        unit = factor if plan.scales_late else factor / divisor
+        results, best, ctx.unit = run(plan.rows, Operands.of(operands, layers), weight, unit, wanted)
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        losses, *auxiliary = results.unbind()
+        ctx.mark_non_differentiable(best, *(auxiliary if plan.combined is None else ()))
+        value = losses * factor if plan.reduction == "none" else _total(losses * factor) / divisor
+        return value.to(losses.dtype), best, *auxiliary
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Tensor | None) -> Any:
+        weight, factor, divisor, *operands = ctx.saved_tensors
+        plan, wanted = ctx.plan, ctx.wanted
+        given = Operands.of(operands, ctx.layers)
+        upstream, _, *more = upstreams
+        upstreams = upstream, *more
+        found: Sequence[Tensor | None] = [None] * len(wanted)
+        if any(g is not None and second_order.needs_reference(g) for g in upstreams):
+            found = _reference_gradients(ctx, given, weight, factor / divisor, upstreams)
+        elif any(g is not None for g in more):
+            assert plan.combined is not None
+            of_rows = _coefficients(upstreams, factor / divisor, _count(given))
+            extended = replace(given, others=[*given.others, *of_rows])
+            mask = [*wanted, *(False for _ in of_rows)]
+            *_, gradients = run(plan.combined, extended, None, factor.new_ones(()), mask)
+            found = [_scaled(g, t) for g, t in zip(gradients, operands, strict=False)]
+        elif upstream is not None and plan.reduction == "none":
+            *_, gradients = run(plan.rows, given, weight, upstream * factor, wanted)
+            found = [_scaled(g, t) for g, t in zip(gradients, operands, strict=True)]
+        elif upstream is not None:
+            unit, ctx.unit = ctx.unit, ()  # for another backward they are made again
+            if all(g is None for g in unit):
+                by = factor if plan.scales_late else factor / divisor
+                *_, unit = run(plan.rows, given, weight, by, wanted)
+            scale = upstream.double() / divisor if plan.scales_late else upstream
+            found = [_scaled(g, t, scale) for g, t in zip(unit, operands, strict=True)]
+        return None, None, None, None, None, *found
+
+
+def _scaled(
+    gradient: Tensor | None, like: Tensor | None, scale: Tensor | None = None
+) -> Tensor | None:
+    """A gradient times a number, in the dtype of its tensor. May write over the gradient."""
+    if gradient is None or like is None:
+        return None
+    # To look at a number on a GPU is to wait for it.
+    if scale is None or (scale.device.type == "cpu" and not _is_traced() and scale.item() == 1):
+        return gradient.to(like.dtype)
+    if _is_traced():
+        return (gradient * scale).to(like.dtype)
+    if gradient.dtype is like.dtype:
+        return gradient.mul_(scale)
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=like.dtype))
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling()
+
+
+def _coefficients(
+    upstreams: Sequence[Tensor | None], factor: Tensor, rows: int
+) -> list[Tensor]:
+    """What each result of each row counts."""
+    upstream, *more = upstreams
+    first = factor.new_zeros(()) if upstream is None else upstream * factor
+    found = [first, *(first.new_zeros(()) if g is None else g for g in more)]
+    return [t.expand(rows).contiguous() for t in found]
+
+
+def _reference_gradients(
+    ctx: Any,
+    given: Operands,
+    weight: Tensor | None,
+    factor: Tensor,
+    upstreams: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients in plain PyTorch, with a graph if autograd needs one."""
+    plan, create_graph = ctx.plan, torch.is_grad_enabled()
+    dtype = plan.rows.dtype
+
+    def cast(t: Tensor | None) -> Any:
+        if t is None or not t.is_floating_point():
+            return t
+        return t.to(torch.promote_types(t.dtype, dtype))
+
+    with torch.enable_grad():
+        # Views, since the outer backward runs the hooks of the tensors themselves.
+        views = [None if t is None else t.view_as(t) for t in given.all()]
+        wide = Operands.of([*map(cast, views)], ctx.layers)
+        logits = [F.linear(*layer) for layer in zip(wide.hidden, wide.weights, wide.biases)]
+        losses, *auxiliary = plan.reference(wide.inputs(plan.rows, logits), cast(weight))
+        losses = losses * factor
+        results = [losses if plan.reduction == "none" else losses.sum(), *auxiliary]
+    asked = [(r, g.to(r.dtype)) for r, g in zip(results, upstreams, strict=False) if g is not None]
+    needed = [t for t, wants in zip(views, ctx.wanted, strict=True) if wants]
+    outputs, given_for = zip(*asked, strict=True)
+    gradients = torch.autograd.grad(
+        outputs, needed, given_for, create_graph=create_graph, materialize_grads=True
+    )
+    found = iter(gradients)
+    return [next(found) if wants else None for wants in ctx.wanted]
+
+
+def _count(given: Operands) -> int:
+    return (*given.hidden, *given.others)[0].shape[0]
+
+
+def _pair(inputs: list[Tensor]) -> list[Tensor]:
+    """A loss of one input has it as target too."""
+    return inputs if len(inputs) > 1 else inputs * 2
+
+
+def loss(
+    plan: Plan,
+    given: Operands,
+    weight: Tensor | None,
+    factor: Tensor | None = None,
+    divisor: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The loss of a call, and the auxiliary results of its rows; see :meth:`LinearLoss.forward`."""
+    one = torch.ones((), dtype=torch.float64, device=(*given.hidden, *given.others)[0].device)
+    factor, divisor = (one if t is None else t for t in (factor, divisor))
+    found: tuple[Tensor, ...] = LinearLoss.apply(
+        plan, len(given.hidden), weight, factor, divisor, *given.all()
+    )
+    return found

@@ -1,0 +1,479 @@
+"""Cross-entropy behind a linear layer, and of logits with the options of language models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import _dispatch, _linear, backends, reference
+from ._linear import Kind, Operands, Plan, Rows
+
+OUTPUTS = ("lse", "logprob", "entropy", "correct", "argmax", "count")
+_OF_KERNEL = OUTPUTS[:4]
+_DIFFERENTIABLE = OUTPUTS[:3]
+
+Result = Tensor | tuple[Tensor, dict[str, Tensor]]
+
+
+@dataclass(eq=False)
+class Call:
+    """The arguments of :func:`fusedloss.functional.linear_cross_entropy` by name. ``cross_entropy`` has
+    no layer, and its input is the logits."""
+
+    input: Tensor
+    target: Tensor
+    linear_weight: Tensor | None = None
+    linear_bias: Tensor | None = None
+    weight: Tensor | None = None
+    reduction: str = "mean"
+    ignore_index: int | None = None
+    label_smoothing: float = 0.0
+    options: Any = None
+    num_items: Any = None
+    token_weight: Tensor | None = None
+    shift: int = 0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    z_loss: float = 0.0
+    outputs: Sequence[str] = ()
+    logits_dtype: torch.dtype | None = None
+    drop_ignored: bool | None = None
+    memory: str | None = None
+
+    @property
+    def name(self) -> str:
+        return "cross_entropy" if self.linear_weight is None else "linear_cross_entropy"
+
+    @property
+    def ignored(self) -> int:
+        return -100 if self.ignore_index is None else self.ignore_index
+
+    @property
+    def for_tokens(self) -> bool:
+        """Whether there is an option that torch's function lacks, and that changes the result."""
+        return (
+            self.num_items is not None
+            or self.token_weight is not None
+            or self.shift != 0
+            or self.needs_formula
+            or len(self.outputs) > 0
+        )
+
+    @property
+    def needs_formula(self) -> bool:
+        """Whether the built-in kernel computes another loss."""
+        return self.logit_scale != 1 or self.softcap is not None or self.z_loss != 0
+
+    def check(self) -> None:
+        """
+        Raises:
+            TypeError, ValueError: an option does not fit.
+        """
+        name, target = self.name, self.target
+        if self.reduction not in reference.REDUCTIONS:
+            raise ValueError(f"{self.reduction} is not a valid value for reduction")
+        for option in ("logit_scale", "z_loss", "softcap"):
+            value = getattr(self, option)
+            if value is None and option == "softcap":
+                continue
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise TypeError(f"{name}(): {option} must be a number, not {value!r}")
+        if self.softcap is not None and not 0 < self.softcap < float("inf"):
+            raise ValueError(f"{name}(): softcap must be a positive number, not {self.softcap}")
+        if isinstance(self.outputs, str) or not set(self.outputs).issubset(OUTPUTS):
+            raise ValueError(
+                f"{name}(): outputs must be some of {', '.join(OUTPUTS)}, not {self.outputs!r}"
+            )
+        if self.memory not in (None, "low"):
+            raise ValueError(f"{name}(): memory must be None or 'low', not {self.memory!r}")
+        if self.for_tokens and target.dtype is not torch.int64:
+            raise TypeError(
+                f"{name}(): class probabilities ({target.dtype}) have none of the options for tokens; "
+                "with class indices the target is an int64"
+            )
+        if not isinstance(self.shift, int) or self.shift < 0:
+            raise ValueError(f"{name}(): shift must be an int of at least 0, not {self.shift!r}")
+        if self.shift and target.dim() == 0:
+            raise ValueError(f"{name}(): shift moves the target's last dimension, and it has none")
+        if self.token_weight is not None and self.token_weight.shape != target.shape:
+            raise ValueError(
+                f"{name}(): token_weight has shape {tuple(self.token_weight.shape)}, and target "
+                f"{tuple(target.shape)}"
+            )
+        if self.num_items is not None:
+            if self.reduction != "mean":
+                raise ValueError(
+                    f"{name}(): num_items is what a mean divides by, and reduction is "
+                    f"{self.reduction!r}"
+                )
+            one = isinstance(self.num_items, int | float) or self.num_items.numel() == 1
+            if not one or isinstance(self.num_items, bool):
+                raise TypeError(f"{name}(): num_items must be one number, not {self.num_items!r}")
+
+    def shifted(self) -> Call:
+        """The same call with each position's target at the position, which is that many before it."""
+        n = self.shift
+        if n == 0:
+            return self
+
+        def moved(t: Tensor, fill: float) -> Tensor:
+            ahead = t[..., n:]
+            return torch.cat([ahead, t.new_full((*t.shape[:-1], t.shape[-1] - ahead.shape[-1]), fill)], -1)
+
+        weight = None if self.token_weight is None else moved(self.token_weight, 0)
+        return replace(self, shift=0, target=moved(self.target, self.ignored), token_weight=weight)
+
+
+def run(call: Call) -> Result:
+    """See :func:`fusedloss.functional.linear_cross_entropy`."""
+    call.check()
+    tensors = call.input, call.linear_weight, call.target, call.linear_bias, call.weight
+    if call.linear_weight is not None and not call.for_tokens and _dispatch._overridden(*tensors):
+        options = {
+            name: getattr(call, name)
+            for name in ("linear_bias", "weight", "reduction", "ignore_index", "label_smoothing", "options")
+        }  # fmt: skip
+        function = _dispatch.PUBLIC["linear_cross_entropy"]
+        return _dispatch._offer(function, tensors, tensors[:3], options, partial(run, call))  # type: ignore[no-any-return]
+    reason = _why_not_fused(call)
+    if reason is None:
+        if call.linear_weight is None and not call.outputs:
+            return _loss_of_logits(call)
+        plan = _prepared(call)
+        if not isinstance(plan, str):
+            if _dispatch._listening():
+                _dispatch._report(call.name, None, plan.rows.backend)
+            return _fused(call, plan)
+        reason = plan
+    if _dispatch._listening():
+        _dispatch._report(call.name, reason)
+    return _plain(call)
+
+
+# ---- which path ----------------------------------------------------------------------------------
+
+
+def _why_not_fused(call: Call) -> str | None:
+    layer = {"linear_weight": call.linear_weight, "linear_bias": call.linear_bias}
+    named = {"input": call.input, **{k: t for k, t in layer.items() if t is not None}}
+    gradients = len(named)
+    named["target"] = call.target
+    reason = _dispatch._why_not_fused(named, call.weight, call.token_weight, gradients=gradients)
+    if reason is not None:
+        return reason
+    input, linear_weight, target = call.input, call.linear_weight, call.target
+    shape = tuple(input.shape)
+    if linear_weight is not None:
+        if linear_weight.dim() != 2:
+            return f"linear_weight has shape {tuple(linear_weight.shape)}"
+        if input.dim() == 0 or shape[-1] != linear_weight.shape[1]:
+            return f"shapes {shape} and {tuple(linear_weight.shape)}"
+        shape = (*shape[:-1], linear_weight.shape[0])
+        bias = call.linear_bias
+        if bias is not None and bias.shape != shape[-1:]:
+            return f"linear_bias has shape {tuple(bias.shape)}"
+        dtypes = {_linear.autocast(t).dtype for t in (input, linear_weight, bias) if t is not None}
+        if len(dtypes) > 1:
+            return f"dtypes {' and '.join(sorted(map(str, dtypes)))}"
+        classes = shape[-1:]
+        of_rows = shape[:-1]
+        # Only hidden states with labels have more than one leading dimension.
+        if target.is_floating_point() and (len(shape) > 2 or target.shape != shape):
+            return f"shapes {shape} and {tuple(target.shape)}"
+    else:
+        classes = shape[1:2] if len(shape) > 1 else shape
+        of_rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+    if input.dtype not in _dispatch._FLOATING:
+        return f"dtype {input.dtype} has no fused kernel"
+    if classes[0] == 0 or classes[0] > 1 << 24:
+        return f"{classes[0]} classes"
+    if target.is_floating_point():
+        if call.ignore_index is not None:
+            return "ignore_index is given with class probabilities"
+        if target.dtype not in (input.dtype, torch.float32):
+            return f"dtypes {input.dtype} and {target.dtype}"
+    elif target.dtype is not torch.int64 or target.shape != of_rows:
+        return f"a target of shape {tuple(target.shape)} and dtype {target.dtype}"
+    if call.weight is not None and call.weight.shape != classes:
+        return f"a weight of shape {tuple(call.weight.shape)}"
+    if not 0 <= call.label_smoothing <= 1:
+        return f"label_smoothing {call.label_smoothing}"
+    if not -(1 << 63) <= call.ignored < 1 << 63:
+        return f"ignore_index {call.ignored}"
+    return None
+
+
+def _result_dtype(call: Call) -> torch.dtype:
+    input = call.input
+    autocast = torch.is_autocast_enabled(input.device.type) and input.dtype is not torch.float64
+    return torch.float32 if autocast else input.dtype
+
+
+def _formula(call: Call) -> Any:
+    """Which options the formula has."""
+    return import_module("fusedloss._token_losses").Options(
+        smoothed=call.label_smoothing != 0,
+        scaled=call.logit_scale != 1,
+        capped=call.softcap is not None,
+        z_loss=call.z_loss != 0,
+        weighted=call.weight is not None,
+        outputs=tuple(name for name in _OF_KERNEL if name in call.outputs),
+    )
+
+
+def _rows(call: Call, formula: Any, chunk: int, wide: bool) -> Rows | str:
+    """How the rows' results are computed; a text: why they are not."""
+    dtype = torch.float64 if call.input.dtype is torch.float64 else torch.float32
+    if formula is None:
+        smoothing = (float(call.label_smoothing),)
+        kinds = (Kind.ELEMENT, Kind.ELEMENT if call.target.is_floating_point() else Kind.LABEL)
+        backend, key, parameters = backends.fused_on[call.input.device.type], "cross_entropy", smoothing
+        auxiliary = 0
+    else:
+        tokens, prepare = (
+            import_module(f"fusedloss.{name}") for name in ("_token_losses", "custom.prepare")
+        )
+        loss = tokens.defined(formula)
+        backend, key, why_not = prepare.prepared(loss._number, call.input.device.type)
+        if not backend:
+            return str(why_not)
+        parameters = tuple(float(getattr(call, name)) for name in formula.parameters)
+        kinds = (Kind.ELEMENT, Kind.LABEL)
+        kinds += (Kind.PER_CLASS,) * formula.weighted + (Kind.PER_ROW,) * len(formula.coefficients)
+        auxiliary = 0 if formula.combined else len(formula.outputs)
+    return Rows(
+        backend, key, parameters, call.ignored, dtype, kinds, (0,) if call.linear_weight is not None
+        else (), auxiliary, call.logits_dtype, chunk, wide, "argmax" in call.outputs,
+    )  # fmt: skip
+
+
+def _prepared(call: Call) -> Plan | str:
+    input = call.input
+    classes = (input.shape[min(1, input.dim() - 1)] if call.linear_weight is None
+               else call.linear_weight.shape[0])  # fmt: skip
+    rows = max(1, call.target.numel() // (classes if call.target.is_floating_point() else 1))
+    dtype = call.logits_dtype or _linear.autocast(input).dtype
+    chunk = rows
+    if call.linear_weight is not None:
+        chunk = _linear.chunk_of(rows, classes, dtype, input.device.type)
+        if (asked := getattr(call.options, "batch_chunk_size", None)) is not None:
+            chunk = asked
+    policy = getattr(call.options, "acc_policy", "auto")
+    chunks = -(-rows // chunk)
+    wide = policy != "compact" and chunks > (1 if policy == "accurate" else _linear.MOST_NARROW)
+    formula = _formula(call)
+    if not (call.needs_formula or formula.outputs):
+        return _plan(call, _rows(call, None, chunk, wide), None)
+    combined = None
+    if any(name in _DIFFERENTIABLE for name in formula.outputs) and torch.is_grad_enabled():
+        combined = _rows(call, replace(formula, combined=True), chunk, wide)
+    return _plan(call, _rows(call, formula, chunk, wide), combined)
+
+
+def _plan(call: Call, rows: Rows | str, combined: Rows | str | None) -> Plan | str:
+    for found in (rows, combined):
+        if isinstance(found, str):
+            return found
+    assert isinstance(rows, Rows)
+    assert not isinstance(combined, str)
+    half = call.input.dtype is torch.float16 and call.reduction == "mean"
+    keeps = call.reduction != "none" and call.memory != "low"
+    return Plan(rows, call.reduction, _reference(call), keeps, half, combined)
+
+
+def _reference(call: Call) -> Any:
+    """All results of the rows in plain PyTorch."""
+    outputs = [name for name in _OF_KERNEL if name in call.outputs]
+    options = call.label_smoothing, call.logit_scale, call.softcap, call.z_loss
+
+    def results(inputs: list[Tensor], weight: Tensor | None) -> list[Tensor]:
+        logits, target, *more = inputs
+        weight = more[0] if more else weight
+        if target.is_floating_point():
+            smoothing = call.label_smoothing
+            return [
+                F.cross_entropy(logits, target, weight, reduction="none", label_smoothing=smoothing)
+            ]
+        found = reference.token_cross_entropy(logits, target, weight, call.ignored, *options)
+        return [found[name] for name in ("loss", *outputs)]
+
+    return results
+
+
+# ---- fused ---------------------------------------------------------------------------------------
+
+
+def _check_labels(call: Call) -> None:
+    """On a CPU, where that can be known without waiting."""
+    label = call.target
+    if label.is_floating_point() or label.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    classes = (call.input.shape[min(1, call.input.dim() - 1)] if call.linear_weight is None
+               else call.linear_weight.shape[0])  # fmt: skip
+    wrong = ((label < 0) | (label >= classes)) & (label != call.ignored)
+    reference.check_label("target", label, wrong, classes)
+
+
+def _counted(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """What each row's loss is multiplied by, and what the sum is divided by; None: 1."""
+    factor = None if call.token_weight is None else call.token_weight.reshape(-1).double()
+    if call.reduction != "mean":
+        return factor, None
+    if call.num_items is not None:
+        return factor, torch.as_tensor(
+            call.num_items, dtype=torch.float64, device=call.target.device
+        ).reshape(())
+    label = call.target.reshape(-1)
+    if label.is_floating_point():
+        rows = 1 if call.target.dim() == 1 else call.target.shape[0]
+        return None, torch.full((), rows, dtype=torch.float64, device=label.device)
+    counts = label != call.ignored
+    weights = counts.double() if factor is None else counts * factor
+    if call.weight is not None:
+        inside = (label >= 0) & (label < call.weight.shape[0])
+        weights = weights * call.weight.double()[torch.where(inside, label, 0)]
+    return factor, weights.sum()
+
+
+def _loss_of_logits(call: Call) -> Tensor:
+    """Through the loss's own call, which takes one pass and says which path it takes."""
+    tokens = import_module("fusedloss._token_losses")
+    formula = _formula(call)
+    moved = call.shifted()
+    _check_labels(moved)
+    factor, divisor = _counted(moved)
+    weight = factor
+    if divisor is not None:
+        ones = torch.ones(call.target.numel(), dtype=torch.float64, device=call.input.device)
+        weight = (ones if factor is None else factor) / divisor
+    if weight is not None:
+        weight = weight.to(torch.promote_types(call.input.dtype, torch.float32))
+        weight = weight.reshape(call.target.shape)
+    tensors = (call.input, moved.target, *((call.weight,) if formula.weighted else ()))
+    parameters = {name: float(getattr(call, name)) for name in formula.parameters}
+    return tokens.defined(formula)(  # type: ignore[no-any-return]
+        *tensors,
+        reduction="none" if call.reduction == "none" else "sum",
+        weight=weight,
+        dim=1 if call.input.dim() > 1 else 0,
+        ignore_index=call.ignored,
+        **parameters,
+    )
+
+
+def _fused(call: Call, plan: Plan) -> Result:
+    moved = call.shifted()
+    _check_labels(moved)
+    factor, divisor = _counted(moved)
+    target, shape = moved.target, call.target.shape
+    if target.is_floating_point():
+        shape = shape[:-1]
+        labels = target.reshape(-1, target.shape[-1])
+    else:
+        labels = target.reshape(-1)
+    input = call.input
+    if call.linear_weight is None and input.dim() > 1:
+        input = input.movedim(1, -1)
+    rows = input.reshape(-1, input.shape[-1])
+    kept = None
+    if call.linear_weight is not None and not target.is_floating_point():
+        kept = _linear.rows_that_count(labels, call.ignored, call.drop_ignored)
+    if kept is not None:
+        rows, labels = rows.index_select(0, kept), labels.index_select(0, kept)
+        factor = None if factor is None else factor.index_select(0, kept)
+    others = [labels]
+    weight = call.weight
+    if Kind.PER_CLASS in plan.rows.kinds:
+        others, weight = [*others, call.weight], None
+    if call.linear_weight is None:
+        given = Operands([], [], [], [rows, *others])
+    else:
+        bias = call.linear_bias
+        given = Operands(
+            [_linear.autocast(rows)],
+            [_linear.autocast(call.linear_weight)],
+            [None if bias is None else _linear.autocast(bias)],
+            others,
+        )
+    loss, best, *auxiliary = _linear.loss(plan, given, weight, factor, divisor)
+    if call.reduction == "none":
+        loss = _linear.spread(loss, kept, shape)
+    if call.outputs:
+        best, *auxiliary = (_linear.spread(t, kept, shape) for t in (best, *auxiliary))
+    return _results(call, loss.to(_result_dtype(call)), best, auxiliary)
+
+
+def _results(
+    call: Call, loss: Tensor, best: Tensor, auxiliary: Sequence[Tensor]
+) -> Result:
+    if not call.outputs:
+        return loss
+    written = (name for name in _OF_KERNEL if name in call.outputs)
+    found = dict(zip(written, auxiliary, strict=True))
+    found["argmax"] = best
+    found = {name: t.reshape(call.target.shape) for name, t in found.items()}
+    if "count" in call.outputs:
+        found["count"] = (call.shifted().target != call.ignored).sum()
+    return loss, {name: found[name] for name in call.outputs}
+
+
+# ---- plain PyTorch -------------------------------------------------------------------------------
+
+
+def _plain(call: Call) -> Result:
+    """With all logits at once."""
+    if not call.for_tokens and call.linear_weight is not None:
+        input, target = call.input, call.target
+        if input.dim() > 2 and target.shape == input.shape[:-1]:
+            flat = replace(call, input=input.flatten(0, -2), target=target.flatten())
+            value = _plain(flat)
+            assert isinstance(value, Tensor)
+            return value.reshape(target.shape) if call.reduction == "none" else value
+        return reference.linear_cross_entropy(
+            input,
+            call.linear_weight,
+            target,
+            linear_bias=call.linear_bias,
+            weight=call.weight,
+            reduction=call.reduction,
+            ignore_index=call.ignore_index,
+            label_smoothing=call.label_smoothing,
+        )
+    moved = call.shifted()
+    factor, divisor = _counted(moved)
+    if call.linear_weight is not None:
+        logits = F.linear(call.input, call.linear_weight, call.linear_bias)
+    else:
+        logits = call.input.movedim(1, -1) if call.input.dim() > 1 else call.input
+    if logits.shape[:-1] != call.target.shape:
+        raise ValueError(
+            f"{call.name}(): target has shape {tuple(call.target.shape)}, and the logits "
+            f"{tuple(logits.shape)}"
+        )
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
+    if wide.dim() == 1:
+        wide = wide[None]
+    results = reference.token_cross_entropy(
+        wide,
+        moved.target.reshape(-1),
+        call.weight,
+        call.ignored,
+        call.label_smoothing,
+        call.logit_scale,
+        call.softcap,
+        call.z_loss,
+    )
+    loss = results["loss"] if factor is None else results["loss"] * factor.to(wide.dtype)
+    if call.reduction == "none":
+        loss = loss.reshape(call.target.shape)
+    else:
+        loss = loss.sum() if divisor is None else loss.sum() / divisor.to(wide.dtype)
+    names = [name for name in _OF_KERNEL if name in call.outputs]
+    return _results(call, loss.to(_result_dtype(call)), results["argmax"], [results[n] for n in names])
