@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _dispatch, second_order
+from . import _dispatch, backends, second_order
 
 _BLOCK = 64  # a chunk has a multiple of that many rows, as matrix products work in blocks
 _MIB = 1 << 20
@@ -155,14 +155,18 @@ class Operands:
 def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """``out = a @ b`` for the first chunk, ``out += a @ b`` for the others. out may be wider."""
     if out.dtype is a.dtype:
-        torch.mm(a, b, out=out) if first else out.addmm_(a, b)
+        if a.device.type == "cpu" and backends.extension is not None:
+            torch.ops.fusedloss.product(out, a, b, not first)
+        else:
+            torch.mm(a, b, out=out) if first else out.addmm_(a, b)
     elif a.is_cuda:  # no product in reduced precision in between
         if first:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
         else:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
-        product = torch.mm(a, b)
+        product = a.new_empty(out.shape)
+        _add_product(product, a, b, True)
         out.copy_(product) if first else out.add_(product)
 
 
@@ -265,18 +269,14 @@ def _buffer(rows: int, classes: int, like: Tensor, dtype: torch.dtype | None) ->
 
 
 def _make_logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if out.dtype is hidden.dtype:
-        if bias is None:
-            torch.mm(hidden, weight.t(), out=out)
-        else:
-            torch.addmm(bias, hidden, weight.t(), out=out)
-        return
-    if hidden.is_cuda:
-        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    if out.dtype is not hidden.dtype and not hidden.is_cuda:
+        hidden, weight = hidden.to(out.dtype), weight.to(out.dtype)
+    if bias is None:
+        _add_product(out, hidden, weight.t(), True)
+    elif hidden.is_cuda and out.dtype is hidden.dtype:
+        torch.addmm(bias, hidden, weight.t(), out=out)  # which needs no further pass
     else:
-        torch.mm(hidden.to(out.dtype), weight.t().to(out.dtype), out=out)
-    if bias is not None:
-        out.add_(bias)
+        _add_product(out.copy_(bias), hidden, weight.t(), False)
 
 
 # ---- autograd ------------------------------------------------------------------------------------

@@ -113,8 +113,9 @@ class Call:
                     f"{name}(): num_items is what a mean divides by, and reduction is "
                     f"{self.reduction!r}"
                 )
-            one = isinstance(self.num_items, int | float) or self.num_items.numel() == 1
-            if not one or isinstance(self.num_items, bool):
+            items = self.num_items
+            one = items.numel() == 1 if isinstance(items, Tensor) else isinstance(items, int | float)
+            if not one or isinstance(items, bool):
                 raise TypeError(f"{name}(): num_items must be one number, not {self.num_items!r}")
 
     def shifted(self) -> Call:
@@ -417,11 +418,15 @@ def _results(
         return loss
     written = (name for name in _OF_KERNEL if name in call.outputs)
     found = dict(zip(written, auxiliary, strict=True))
-    found["argmax"] = best
+    counts = (call.shifted().target != call.ignored).reshape(-1)
+    found["argmax"] = torch.where(counts, best.reshape(-1), 0)
     found = {name: t.reshape(call.target.shape) for name, t in found.items()}
     if "count" in call.outputs:
-        found["count"] = (call.shifted().target != call.ignored).sum()
-    return loss, {name: found[name] for name in call.outputs}
+        found["count"] = counts.sum()
+    return loss, {
+        name: found[name] if name in _DIFFERENTIABLE else found[name].detach()
+        for name in call.outputs
+    }
 
 
 # ---- plain PyTorch -------------------------------------------------------------------------------

@@ -579,7 +579,15 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> Tensor:
+    *,
+    num_items: float | Tensor | None = None,
+    token_weight: Tensor | None = None,
+    shift: int = 0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    outputs: Sequence[str] = (),
+) -> Any:
     r"""Cross-entropy of logits: :math:`\ell = -\sum_c w_c q_c \log \mathrm{softmax}(x)_c` of a row,
     :math:`q = (1 - \varepsilon) y + \varepsilon / C`.
 
@@ -591,17 +599,36 @@ def cross_entropy(
             targets; with probabilities, by the number of rows.
         ignore_index: rows of this class index are left out, and their gradient is 0.
         label_smoothing: :math:`\varepsilon` in [0, 1].
+        num_items, token_weight, shift, logit_scale, softcap, z_loss, outputs: options of language
+            models, which torch's function lacks; see :func:`linear_cross_entropy`. Most of them need
+            a kernel that is compiled at its first use.
 
     Returns:
         A 0-d tensor, or one of input's shape without C for ``"none"``; nan if ``"mean"`` has no row
-        left.
+        left. With outputs a pair: the loss, and a dict of them.
 
     Raises:
         IndexError: a class index outside [0, C) that is not ignore_index; names it and its place.
-        RuntimeError, ValueError: shapes that do not fit, label_smoothing outside [0, 1].
+        RuntimeError, ValueError, TypeError: shapes or options that do not fit, label_smoothing
+            outside [0, 1].
 
     Source: :func:`torch.nn.functional.cross_entropy`.
     """
+    if (
+        num_items is not None
+        or token_weight is not None
+        or shift != 0
+        or logit_scale != 1
+        or softcap is not None
+        or z_loss != 0
+        or outputs
+    ):
+        return _linear_cross_entropy.run(
+            _linear_cross_entropy.Call(
+                input, target, None, None, weight, reduction, ignore_index, label_smoothing, None,
+                num_items, token_weight, shift, logit_scale, softcap, z_loss, outputs,
+            )
+        )  # fmt: skip
     return run(
         _CROSS_ENTROPY,
         (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing),
@@ -619,7 +646,7 @@ def linear_cross_entropy(
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     options: Any = None,
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     token_weight: Tensor | None = None,
     shift: int = 0,
     logit_scale: float = 1.0,
@@ -630,7 +657,58 @@ def linear_cross_entropy(
     drop_ignored: bool | None = None,
     memory: str | None = None,
 ) -> Any:
-    """TODO"""
+    r"""Cross-entropy of the logits :math:`x W^T + b` of a linear layer, which are never all in memory.
+
+    The rows are taken in chunks: torch's matrix product makes their logits, and one kernel turns these
+    into the losses and, in the same memory, into the gradient. With the options of language models the
+    loss of a row is :math:`\ell(z) + \zeta \, \mathrm{lse}(z)^2`, :math:`\ell` the :func:`cross_entropy` of
+    :math:`z = c \tanh(s (x W^T + b) / c)`.
+
+    Args:
+        input: hidden states :math:`x` of shape (D) or (N, D), or with class indices of any shape
+            (..., D).
+        linear_weight: :math:`W` of shape (C, D). A shape (C, d1, ..., dk, D) makes all logits at once, in
+            plain PyTorch.
+        target: class indices, int64, of input's shape without D; or class probabilities of shape (C)
+            or (N, C).
+        linear_bias: :math:`b` of shape (C), or None.
+        weight: of the classes, shape (C); see :func:`cross_entropy`.
+        ignore_index: rows of this class index are left out, and their gradient is 0. None: -100.
+        label_smoothing: in [0, 1]; see :func:`cross_entropy`.
+        options: a :class:`torch.nn.LinearCrossEntropyOptions` or None. ``batch_chunk_size`` is how many
+            rows a chunk has. ``acc_policy="compact"`` adds up the weight's gradient in the weight's
+            dtype, ``"accurate"`` in float32, and ``"auto"`` in float32 from five chunks on. The rest
+            changes nothing.
+        num_items: what ``"mean"`` divides by, in place of the number of rows that count: that of a whole
+            batch, say, of which a call sees a part.
+        token_weight: a factor of each row's loss, of target's shape, without a gradient. ``"mean"``
+            divides by the sum of those that count.
+        shift: how many positions ahead along target's last dimension the target of a position stands: 1
+            where input predicts the next token. Positions without one do not count.
+        logit_scale: :math:`s`.
+        softcap: :math:`c`, positive; None: :math:`z = s (x W^T + b)`.
+        z_loss: :math:`\zeta`.
+        outputs: names of further results. Of each row, and of target's shape: ``"lse"``, the
+            log-sum-exp of :math:`z`; ``"logprob"`` of the target; ``"entropy"`` of the softmax, in nats;
+            ``"correct"``, 1 where no logit is larger than the target's; and ``"argmax"``. And ``"count"``,
+            how many rows count. The first three have gradients, for which backward makes the logits
+            again. Rows that do not count have 0.
+        logits_dtype: the dtype of the logits; None: that of the layer.
+        drop_ignored: whether rows that do not count take part in no product. None: on a CPU, since a GPU
+            would have to wait for their number.
+        memory: ``"low"`` makes the logits again in backward, instead of keeping the gradients for input
+            and linear_weight from forward to backward.
+
+    Returns:
+        A 0-d tensor, or one of target's shape without C for ``"none"``, of input's dtype, float32 under
+        autocast; nan if ``"mean"`` has no row left. With outputs a pair: the loss, and a dict of them.
+
+    Raises:
+        IndexError: a class index outside [0, C) that is not ignore_index; names it and its place.
+        RuntimeError, ValueError, TypeError: shapes, dtypes or options that do not fit.
+
+    Source: :func:`torch.nn.functional.linear_cross_entropy` of PyTorch 2.13 and later.
+    """
     return _linear_cross_entropy.run(
         _linear_cross_entropy.Call(
             input, target, linear_weight, linear_bias, weight, reduction, ignore_index,

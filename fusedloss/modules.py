@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import math
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import _dispatch, backends
 from ._dispatch import NO_TORCHSCRIPT, run, warn_of_mean
 from ._losses import LOSSES
+from .functional import linear_cross_entropy
 
 __all__ = [
     "BCELoss",
@@ -25,6 +28,7 @@ __all__ = [
     "HuberLoss",
     "KLDivLoss",
     "L1Loss",
+    "LinearCrossEntropyLoss",
     "LogLoss",
     "LogSoftmax",
     "MAELoss",
@@ -286,6 +290,122 @@ class NLLLoss(_Predicting, nn.NLLLoss):
             return None
         unchanged = known.versions == (input._version, known.logits._version)
         return known.logits if unchanged else None
+
+
+class _LinearCrossEntropyLoss(nn.modules.loss._WeightedLoss):
+    """torch's module, which its releases before 2.13 lack."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+    ) -> None:
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(
+                f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}"
+            )
+        if not 0 <= label_smoothing <= 1:
+            raise RuntimeError(
+                f"expected label_smoothing to be in range [0, 1], got {label_smoothing}"
+            )
+        super().__init__(weight, None, None, reduction)
+        self.num_classes, self.out_features = num_classes, out_features
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        of_layer = math.prod(out_features, start=num_classes)
+        self.linear = nn.Linear(in_features, of_layer, bias=bias, device=device, dtype=dtype)
+        self.options = options
+
+
+class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", _LinearCrossEntropyLoss)):  # type: ignore[misc]
+    """:class:`torch.nn.LinearCrossEntropyLoss`, fused: a linear layer, ``linear``, and the loss of its
+    logits, which are never all in memory; see :func:`fusedloss.functional.linear_cross_entropy`.
+
+    ``forward(input, target, **options)`` takes that function's ``num_items``, ``token_weight`` and
+    others for one call.
+    """
+
+    _more: Mapping[str, Any] = MappingProxyType({})
+
+    @classmethod
+    def of(
+        cls,
+        layer: nn.Linear,
+        *,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        **more: Any,
+    ) -> LinearCrossEntropyLoss:
+        """The loss behind a layer that exists, such as the ``lm_head`` of a language model, whose
+        parameters it shares, tied ones as well.
+
+        Args:
+            layer: what becomes ``linear``. Under FSDP2 shard the loss (``fully_shard(loss)``): hooks of
+                the layer itself do not run, and its weight, if that is sharded, is gathered for the call.
+            weight, reduction, ignore_index, label_smoothing, options, more: arguments of
+                :func:`fusedloss.functional.linear_cross_entropy`, for every call.
+
+        Raises:
+            TypeError: ``layer`` is no linear layer.
+        """
+        if not isinstance(layer, nn.Linear):
+            raise TypeError(
+                f"LinearCrossEntropyLoss.of takes a torch.nn.Linear, not {type(layer).__name__}"
+            )
+        with torch.device("meta"):
+            loss = cls(
+                layer.in_features,
+                layer.out_features,
+                reduction=reduction,
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+                options=options,
+            )
+        loss.weight = weight
+        loss.linear = layer
+        loss._more = dict(more)
+        return loss
+
+    def forward(self, input: Tensor, target: Tensor, **more: Any) -> Any:
+        weight, bias = (_whole(t, input) for t in (self.linear.weight, self.linear.bias))
+        assert weight is not None
+        if self.out_features:
+            shape = self.num_classes, *self.out_features
+            weight = weight.reshape(*shape, self.linear.in_features)
+            bias = None if bias is None else bias.reshape(shape)
+        return linear_cross_entropy(
+            input,
+            weight,
+            target,
+            linear_bias=bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            **{**self._more, **more},
+        )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(NO_TORCHSCRIPT)
+
+
+def _whole(parameter: Any, input: Any) -> Tensor | None:
+    """A parameter that is sharded, as a DTensor, gathered for an input that is not."""
+    sharded = hasattr(parameter, "full_tensor") and not hasattr(input, "full_tensor")
+    return parameter.full_tensor() if sharded else parameter  # type: ignore[no-any-return]
 
 
 class LogLoss(_Predicting):

@@ -35,6 +35,7 @@ _NO_KERNEL = {
     nn.TripletMarginWithDistanceLoss: "its distance is a function of yours",
     nn.AdaptiveLogSoftmaxWithLoss: "it holds layers of its own",
 }
+_FUSED = (modules._Predicting, modules.LinearCrossEntropyLoss)
 _TORCHS = {fused: theirs for theirs, fused in _MODULES.items()}
 _FUNCTIONS = {fused.__name__: fused for fused in _dispatch.TORCHS}
 
@@ -137,7 +138,7 @@ def _why_left(held: Any) -> str | None:
         return "TorchScript" if any(kind.__name__ == scripted for kind in _MODULES) else None
     if type(held) in _NO_KERNEL:
         return f"{type(held).__name__} stays torch's: {_NO_KERNEL[type(held)]}"
-    if not isinstance(held, _Loss) or isinstance(held, modules._Predicting):
+    if not isinstance(held, _Loss) or isinstance(held, _FUSED):
         return None
     for kind in _MODULES:
         if isinstance(held, kind):
@@ -181,7 +182,7 @@ def replace(holder: Any) -> Changed:
             changed[name] = held
         elif why is not None:
             left[name] = why
-        fused = fused or isinstance(held, modules._Predicting)
+        fused = fused or isinstance(held, _FUSED)
     if left:
         shown = [f"{name or type(holder).__name__} ({why})" for name, why in left.items()]
         more = f", and {len(shown) - 5} more" if len(shown) > 5 else ""

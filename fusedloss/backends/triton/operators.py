@@ -315,6 +315,19 @@ def _loss_backward(grad_output: Tensor, state: Tensor, *args: Any) -> list[Tenso
     return _listed(gradients)
 
 
+def _loss_with_gradients(upstream: Tensor, *args: Any) -> Any:
+    """By two launches, the value's and then backward's, which reads the rows once more."""
+    *call, mask, out = args
+    value = _loss(*call, None)
+    given = iter(out)
+    gradients = tuple(
+        next(given) if mask >> i & 1 else None for i in range(_row(call[4]).gradients)
+    )
+    state = runtime.empty_forward_state(call[0])
+    _run(Pass(runtime.FRESH, state, gradients, torch.empty_like(state), upstream), *call)
+    return value
+
+
 def _loss_meta(*args: Any) -> Tensor:
     input, loss, reduction, dtype = args[0], args[4], args[7], args[8]
     if isinstance(row := _row(loss), RowLoss):
@@ -348,6 +361,11 @@ for _schema, _kernel, _meta in (
         f"loss_backward(Tensor grad_output, Tensor state, {CALL}, int gradients) -> Tensor[]",
         _loss_backward,
         _loss_backward_meta,
+    ),
+    (
+        f"loss_with_gradients(Tensor upstream, {CALL}, int gradients, Tensor(a!)[] out) -> Tensor",
+        _loss_with_gradients,
+        lambda upstream, *args: _loss_meta(*args),
     ),
 ):
     _name = _schema.partition("(")[0]
