@@ -117,6 +117,15 @@ class Rows:
     wide: bool
     argmax: bool = False
 
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """All of them, as an operator takes them."""
+        return (
+            self.backend, self.loss, [*self.parameters], self.ignore_index, self.dtype,
+            [*map(int, self.kinds)], [*self.places], self.auxiliary, self.logits, self.chunk, self.wide,
+            self.argmax,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Operands:
@@ -204,7 +213,11 @@ def _run_rows(
 
 
 def run(
-    spec: Rows, given: Operands, weight: Tensor | None, factor: Tensor, wanted: Sequence[bool]
+    spec: Rows,
+    given: Operands,
+    weight: Tensor | None,
+    factor: Tensor,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Goes through all chunks.
 
@@ -217,6 +230,24 @@ def run(
         The results of the rows, (1 + auxiliary, N); the classes of the largest logits, or zeros; and the
         gradients.
     """
+    if not torch.compiler.is_compiling():
+        return _run(spec, given, weight, factor, wanted)
+    # For a compiler one operator, which it does not look into.
+    mask = [bool(one) for one in wanted]
+    results, best, *found = torch.ops.fusedloss_linear.rows(
+        [*given.hidden], [*given.weights], [*given.biases], [*given.others], weight, factor, mask,
+        *spec.numbers,
+    )  # fmt: skip
+    left = iter(found)
+    none = [t is None for t in given.all()]
+    return results, best, [
+        next(left) if wants and not gone else None for wants, gone in zip(mask, none, strict=True)
+    ]
+
+
+def _run(
+    spec: Rows, given: Operands, weight: Tensor | None, factor: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     hidden, layers = given.hidden, len(given.hidden)
     first = (*hidden, *given.others)[0]
     rows = _count(given)
@@ -260,6 +291,44 @@ def run(
                 total = torch.sum(g, 0, dtype=to.biases[k].dtype)
                 to.biases[k].copy_(total) if begin == 0 else to.biases[k].add_(total)
     return results, best, gradients
+
+
+_torch_library: Any = torch.library  # untyped in some of the releases
+_library = _torch_library.Library("fusedloss_linear", "DEF")
+_library.define(
+    "rows(Tensor[] hidden, Tensor[] weights, Tensor?[] biases, Tensor[] others, Tensor? weight, "
+    "Tensor factor, bool[] wanted, str backend, str loss, float[] parameters, int ignore_index, "
+    "ScalarType dtype, int[] kinds, int[] places, int auxiliary, ScalarType? logits, int chunk, "
+    "bool wide, bool argmax) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _operands(args: Sequence[Any]) -> tuple[Rows, Operands]:
+    hidden, weights, biases, others = args[:4]
+    backend, loss, parameters, ignore_index, dtype, kinds, places, *rest = args[7:]
+    spec = Rows(
+        backend, loss, (*parameters,), ignore_index, dtype, (*map(Kind, kinds),), (*places,), *rest
+    )
+    return spec, Operands(hidden, weights, biases, others)
+
+
+def _rows(*args: Any) -> list[Tensor]:
+    results, best, gradients = _run(*_operands(args), *args[4:7])
+    return [results, best, *(g for g in gradients if g is not None)]
+
+
+def _rows_meta(*args: Any) -> list[Tensor]:
+    spec, given = _operands(args)
+    first = (*given.hidden, *given.others)[0]
+    results = first.new_empty((1 + spec.auxiliary, first.shape[0]), dtype=spec.dtype)
+    best = first.new_empty(first.shape[0], dtype=torch.int64)
+    gradients = _empty_gradients(spec, given, args[6])
+    return [results, best, *(g for g in gradients if g is not None)]
+
+
+_library.impl("rows", _rows, "CompositeExplicitAutograd")
+_library.impl("rows", _rows_meta, "Meta")
 
 
 def _buffer(rows: int, classes: int, like: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -442,8 +511,12 @@ def loss(
     divisor: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The loss of a call, and the auxiliary results of its rows; see :meth:`LinearLoss.forward`."""
-    one = torch.ones((), dtype=torch.float64, device=(*given.hidden, *given.others)[0].device)
-    factor, divisor = (one if t is None else t for t in (factor, divisor))
+    device = (*given.hidden, *given.others)[0].device
+    # Two tensors: a compiler does not trace a Function that takes one of them twice.
+    factor, divisor = (
+        torch.ones((), dtype=torch.float64, device=device) if t is None else t
+        for t in (factor, divisor)
+    )
     found: tuple[Tensor, ...] = LinearLoss.apply(
         plan, len(given.hidden), weight, factor, divisor, *given.all()
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _dispatch, _linear, backends, reference
+from . import _caller, _dispatch, _linear, backends, reference
 from ._linear import Kind, Operands, Plan, Rows
 
 OUTPUTS = ("lse", "logprob", "entropy", "correct", "argmax", "count")
@@ -132,6 +132,45 @@ class Call:
         return replace(self, shift=0, target=moved(self.target, self.ignored), token_weight=weight)
 
 
+@dataclass(frozen=True)
+class Formula:
+    """Which options the formula of a row has: one that is left out costs nothing. See _token_losses.py.
+
+    Attributes:
+        smoothed, scaled, capped, z_loss: whether there are label_smoothing, logit_scale, softcap, z_loss.
+        weighted: whether each class has a weight.
+        outputs: the further results of a row.
+        combined: whether the loss is the sum of all results, each times one more number of the row.
+    """
+
+    smoothed: bool = False
+    scaled: bool = False
+    capped: bool = False
+    z_loss: bool = False
+    weighted: bool = False
+    outputs: tuple[str, ...] = ()
+    combined: bool = False
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        names = {
+            "label_smoothing": self.smoothed,
+            "logit_scale": self.scaled,
+            "softcap": self.capped,
+            "z_loss": self.z_loss,
+        }
+        return tuple(name for name, used in names.items() if used)
+
+    @property
+    def switches(self) -> tuple[bool, ...]:
+        return self.smoothed, self.scaled, self.capped, self.z_loss, self.weighted
+
+    @property
+    def coefficients(self) -> tuple[str, ...]:
+        """The names of these further numbers of a row."""
+        return tuple(f"of_{name}" for name in ("loss", *self.outputs)) if self.combined else ()
+
+
 def run(call: Call) -> Result:
     """See :func:`fusedloss.functional.linear_cross_entropy`."""
     call.check()
@@ -217,9 +256,8 @@ def _result_dtype(call: Call) -> torch.dtype:
     return torch.float32 if autocast else input.dtype
 
 
-def _formula(call: Call) -> Any:
-    """Which options the formula has."""
-    return import_module("fusedloss._token_losses").Options(
+def _formula(call: Call) -> Formula:
+    return Formula(
         smoothed=call.label_smoothing != 0,
         scaled=call.logit_scale != 1,
         capped=call.softcap is not None,
@@ -229,7 +267,17 @@ def _formula(call: Call) -> Any:
     )
 
 
-def _rows(call: Call, formula: Any, chunk: int, wide: bool) -> Rows | str:
+@_caller.constant_when_traced
+def _prepared_formula(
+    switches: tuple[bool, ...], outputs: tuple[str, ...], combined: bool, device: str
+) -> tuple[str, str, str]:
+    """See custom/prepare.py. The module imports SymPy."""
+    formula = Formula(*switches, outputs, combined)
+    found: tuple[str, str, str] = import_module("fusedloss._token_losses").prepared(formula, device)
+    return found
+
+
+def _rows(call: Call, formula: Formula | None, chunk: int, wide: bool) -> Rows | str:
     """How the rows' results are computed; a text: why they are not."""
     dtype = torch.float64 if call.input.dtype is torch.float64 else torch.float32
     if formula is None:
@@ -238,13 +286,11 @@ def _rows(call: Call, formula: Any, chunk: int, wide: bool) -> Rows | str:
         backend, key, parameters = backends.fused_on[call.input.device.type], "cross_entropy", smoothing
         auxiliary = 0
     else:
-        tokens, prepare = (
-            import_module(f"fusedloss.{name}") for name in ("_token_losses", "custom.prepare")
+        backend, key, why_not = _prepared_formula(
+            formula.switches, formula.outputs, formula.combined, call.input.device.type
         )
-        loss = tokens.defined(formula)
-        backend, key, why_not = prepare.prepared(loss._number, call.input.device.type)
         if not backend:
-            return str(why_not)
+            return why_not
         parameters = tuple(float(getattr(call, name)) for name in formula.parameters)
         kinds = (Kind.ELEMENT, Kind.LABEL)
         kinds += (Kind.PER_CLASS,) * formula.weighted + (Kind.PER_ROW,) * len(formula.coefficients)

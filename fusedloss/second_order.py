@@ -34,6 +34,8 @@ def needs_reference(grad_output: Tensor) -> bool:
 
 def saves_through_hooks() -> bool:
     """They take what is saved away until backward: a gradient written already would stay."""
+    if torch.compiler.is_compiling():  # the hooks see what the compiled graph saves
+        return False
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 

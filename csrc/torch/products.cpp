@@ -12,8 +12,35 @@
 
 #include "operators.h"
 
+#if defined(__linux__)
+// Of the libraries that torch is linked with; null where it has others.
+extern "C" [[gnu::weak]] int MKL_Set_Num_Threads_Local(int threads);
+extern "C" [[gnu::weak]] void omp_set_num_threads(int threads);
+#endif
+
 namespace fusedloss {
 namespace {
+
+// While it lives, products of this thread are computed by it alone. Inside of a parallel region that
+// is so in any case, but a BLAS would still choose its way by the number of threads.
+class OneThread {
+ public:
+  OneThread() {
+#if defined(__linux__)
+    if (MKL_Set_Num_Threads_Local) before_ = MKL_Set_Num_Threads_Local(1);
+    if (omp_set_num_threads && at::in_parallel_region()) omp_set_num_threads(1);
+#endif
+  }
+  OneThread(const OneThread&) = delete;
+  ~OneThread() {
+#if defined(__linux__)
+    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
+#endif
+  }
+
+ private:
+  [[maybe_unused]] int before_ = 0;
+};
 
 using at::Tensor;
 
@@ -22,9 +49,10 @@ template <class Part>
 void for_parts(int64_t size, int64_t least, const Part& part) {
   constexpr int64_t kParts = 64;  // at most: of the size, and not of the threads
   const int64_t step = std::max(least, (size + kParts - 1) / kParts);
-  // Two at least, of which one may be empty: a BLAS takes one thread where other threads run beside.
+  // Two at least, of which one may be empty, so that there is a parallel region.
   const int64_t parts = std::max<int64_t>(2, (size + step - 1) / step);
   at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    const OneThread one;
     const at::AutoDispatchBelowADInplaceOrView below;  // a thread's own setting
     for (int64_t begin = first * step; begin < std::min(size, last * step); begin += step) {
       part(begin, std::min(size, begin + step));
