@@ -750,9 +750,9 @@ def operator(backend: str) -> Any:
 def operator_with_gradients(backend: str) -> Any:
     """The operator that computes the losses of rows, and their gradients into given memory."""
     if backend == "compiled":
-        return torch.ops.fusedloss.loss_with_gradients.default
+        return torch.ops.fusedloss.loss_with_gradients_.default
     _load_triton()
-    return torch.ops.fusedloss_triton.loss_with_gradients.default
+    return torch.ops.fusedloss_triton.loss_with_gradients_.default
 
 
 def _run_fused(

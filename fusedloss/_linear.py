@@ -72,7 +72,9 @@ def rows_that_count(label: Tensor, ignore_index: int, drops: bool | None) -> Ten
 
     drops None: on a CPU. On a GPU the host waits for their number.
     """
-    if torch.compiler.is_compiling() or not (label.device.type == "cpu" if drops is None else drops):
+    if torch.compiler.is_compiling() or not (
+        label.device.type == "cpu" if drops is None else drops
+    ):
         return None
     kept = (label != ignore_index).nonzero()[:, 0]
     return None if kept.numel() in (0, label.numel()) else kept
@@ -165,7 +167,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """``out = a @ b`` for the first chunk, ``out += a @ b`` for the others. out may be wider."""
     if out.dtype is a.dtype:
         if a.device.type == "cpu" and backends.extension is not None:
-            torch.ops.fusedloss.product(out, a, b, not first)
+            torch.ops.fusedloss.product_(out, a, b, not first)
         else:
             torch.mm(a, b, out=out) if first else out.addmm_(a, b)
     elif a.is_cuda:  # no product in reduced precision in between
@@ -240,9 +242,14 @@ def run(
     )  # fmt: skip
     left = iter(found)
     none = [t is None for t in given.all()]
-    return results, best, [
-        next(left) if wants and not gone else None for wants, gone in zip(mask, none, strict=True)
-    ]
+    return (
+        results,
+        best,
+        [
+            next(left) if wants and not gone else None
+            for wants, gone in zip(mask, none, strict=True)
+        ],
+    )
 
 
 def _run(
@@ -392,7 +399,9 @@ class LinearLoss(torch.autograd.Function):
         keeps = plan.keeps and not second_order.saves_through_hooks()
         wanted = [keeps and one for one in ctx.wanted]
         unit = factor if plan.scales_late else factor / divisor
-        results, best, ctx.unit = run(plan.rows, Operands.of(operands, layers), weight, unit, wanted)
+        results, best, ctx.unit = run(
+            plan.rows, Operands.of(operands, layers), weight, unit, wanted
+        )
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         losses, *auxiliary = results.unbind()
@@ -450,9 +459,7 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling()
 
 
-def _coefficients(
-    upstreams: Sequence[Tensor | None], factor: Tensor, rows: int
-) -> list[Tensor]:
+def _coefficients(upstreams: Sequence[Tensor | None], factor: Tensor, rows: int) -> list[Tensor]:
     """What each result of each row counts."""
     upstream, *more = upstreams
     first = factor.new_zeros(()) if upstream is None else upstream * factor

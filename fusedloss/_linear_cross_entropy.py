@@ -114,7 +114,9 @@ class Call:
                     f"{self.reduction!r}"
                 )
             items = self.num_items
-            one = items.numel() == 1 if isinstance(items, Tensor) else isinstance(items, int | float)
+            one = (
+                items.numel() == 1 if isinstance(items, Tensor) else isinstance(items, int | float)
+            )
             if not one or isinstance(items, bool):
                 raise TypeError(f"{name}(): num_items must be one number, not {self.num_items!r}")
 
@@ -126,7 +128,9 @@ class Call:
 
         def moved(t: Tensor, fill: float) -> Tensor:
             ahead = t[..., n:]
-            return torch.cat([ahead, t.new_full((*t.shape[:-1], t.shape[-1] - ahead.shape[-1]), fill)], -1)
+            return torch.cat(
+                [ahead, t.new_full((*t.shape[:-1], t.shape[-1] - ahead.shape[-1]), fill)], -1
+            )
 
         weight = None if self.token_weight is None else moved(self.token_weight, 0)
         return replace(self, shift=0, target=moved(self.target, self.ignored), token_weight=weight)
@@ -283,7 +287,11 @@ def _rows(call: Call, formula: Formula | None, chunk: int, wide: bool) -> Rows |
     if formula is None:
         smoothing = (float(call.label_smoothing),)
         kinds = (Kind.ELEMENT, Kind.ELEMENT if call.target.is_floating_point() else Kind.LABEL)
-        backend, key, parameters = backends.fused_on[call.input.device.type], "cross_entropy", smoothing
+        backend, key, parameters = (
+            backends.fused_on[call.input.device.type],
+            "cross_entropy",
+            smoothing,
+        )
         auxiliary = 0
     else:
         backend, key, why_not = _prepared_formula(
@@ -457,9 +465,7 @@ def _fused(call: Call, plan: Plan) -> Result:
     return _results(call, loss.to(_result_dtype(call)), best, auxiliary)
 
 
-def _results(
-    call: Call, loss: Tensor, best: Tensor, auxiliary: Sequence[Tensor]
-) -> Result:
+def _results(call: Call, loss: Tensor, best: Tensor, auxiliary: Sequence[Tensor]) -> Result:
     if not call.outputs:
         return loss
     written = (name for name in _OF_KERNEL if name in call.outputs)
@@ -527,4 +533,6 @@ def _plain(call: Call) -> Result:
     else:
         loss = loss.sum() if divisor is None else loss.sum() / divisor.to(wide.dtype)
     names = [name for name in _OF_KERNEL if name in call.outputs]
-    return _results(call, loss.to(_result_dtype(call)), results["argmax"], [results[n] for n in names])
+    return _results(
+        call, loss.to(_result_dtype(call)), results["argmax"], [results[n] for n in names]
+    )

@@ -147,7 +147,12 @@ def token_cross_entropy(
     log_p, lse = x.log_softmax(-1), x.logsumexp(-1)
     of_label = log_p.gather(-1, safe[:, None])[:, 0]
     loss = cross_entropy(
-        x, label, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+        x,
+        label,
+        weight,
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
     )
     best = x.argmax(-1)
     results = {

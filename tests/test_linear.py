@@ -75,7 +75,14 @@ def test_cross_entropy(
         target = torch.rand(N, C, dtype=x.dtype)
     weight = torch.rand(C, dtype=x.dtype) if weighted else None
     found = FL.linear_cross_entropy(
-        x, w, target, linear_bias=b, weight=weight, reduction=reduction, options=chunked(16), **options
+        x,
+        w,
+        target,
+        linear_bias=b,
+        weight=weight,
+        reduction=reduction,
+        options=chunked(16),
+        **options,
     )
     expected = F.cross_entropy(F.linear(x, w, b), target, weight, reduction=reduction, **options)
     upstream = draw_upstream(expected.shape, x.dtype)
@@ -223,7 +230,9 @@ def test_row_losses(fused: str, case: RowCase, classes: int, both: bool) -> None
             found, expected = found[0], expected[0]
         upstream = draw_upstream(expected.shape, dtype)
         assert_same([found], [expected], 1e-10)
-        assert_same(gradients(found, leaves, upstream), gradients(expected, leaves, upstream), 1e-10)
+        assert_same(
+            gradients(found, leaves, upstream), gradients(expected, leaves, upstream), 1e-10
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -266,7 +275,9 @@ def test_error_of_the_weights_gradient(compiled: str, chunks: int) -> None:
     x, w, _, target = draw(n, d, c, torch.bfloat16)
     x, w = (leaf(t.detach() * s) for t, s in ((x, 1.0), (w, 0.3)))
     wide = [leaf(t.detach().double()) for t in (x, w)]
-    (true,) = gradients(F.cross_entropy(F.linear(*wide), target), wide[1:], torch.tensor(1.0).double())
+    (true,) = gradients(
+        F.cross_entropy(F.linear(*wide), target), wide[1:], torch.tensor(1.0).double()
+    )
     one = torch.ones((), dtype=x.dtype)
     (theirs,) = gradients(F.cross_entropy(F.linear(x, w), target), [w], one)
     value = FL.linear_cross_entropy(x, w, target, options=chunked(n // chunks))
@@ -402,7 +413,10 @@ def test_every_row_is_ignored(fused: str, reduction: str) -> None:
     """A mean is nan and all gradients are 0, but there are some: DDP would wait for them."""
     x, w, _, target = draw()
     target.fill_(-100)
-    for function in (FL.linear_cross_entropy, lambda *a, **k: F.cross_entropy(F.linear(*a[:2]), a[2], **k)):
+    for function in (
+        FL.linear_cross_entropy,
+        lambda *a, **k: F.cross_entropy(F.linear(*a[:2]), a[2], **k),
+    ):
         value = function(x, w, target, reduction=reduction)
         assert value.isnan().all() if reduction == "mean" else not value.any()
         for gradient in gradients(value, (x, w), torch.ones_like(value)):
@@ -513,7 +527,10 @@ def test_layouts(fused: str, layout: str) -> None:
     x, w, _, target = draw()
     x, w = {
         "transposed": lambda: (leaf(x.t().contiguous()).t(), leaf(w.t().contiguous()).t()),
-        "gaps": lambda: (torch.randn(N, 2 * D).double()[:, ::2], torch.randn(2 * C, D).double()[::2]),
+        "gaps": lambda: (
+            torch.randn(N, 2 * D).double()[:, ::2],
+            torch.randn(2 * C, D).double()[::2],
+        ),
         "expanded": lambda: (x[:1].expand(N, D), w),
     }[layout]()
     x, w = (t.detach().requires_grad_() for t in (x, w))

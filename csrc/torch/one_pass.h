@@ -151,7 +151,7 @@ struct Operators {
   }
 
   static void add_to(torch::Library& m) {
-    m.impl("loss_with_gradients", &with_gradients);
+    m.impl("loss_with_gradients_", &with_gradients);
     m.impl("loss", &loss);
     m.impl("loss_forward", &forward);
     m.impl("loss_backward", &backward);

@@ -230,7 +230,7 @@ TORCH_LIBRARY(fusedloss, m) {
         compiles);
   // The losses of rows, with reduction "none", and the gradients for an upstream gradient that is
   // known already. They are written into `out`, which may be the inputs themselves.
-  m.def("loss_with_gradients(Tensor upstream, " FUSEDLOSS_SCHEMA
+  m.def("loss_with_gradients_(Tensor upstream, " FUSEDLOSS_SCHEMA
         ", int gradients, Tensor(a!)[] out) -> Tensor");
   // Gradients that have a graph themselves: written in Python, by fusedloss/second_order.py.
   m.def("loss_reference_gradient(Tensor grad_output, " FUSEDLOSS_SCHEMA
@@ -241,7 +241,7 @@ TORCH_LIBRARY_IMPL(fusedloss, Meta, m) {
   m.impl("loss", &loss_meta);
   m.impl("loss_forward", &loss_forward_meta);
   m.impl("loss_backward", &loss_backward_meta);
-  m.impl("loss_with_gradients", &loss_with_gradients_meta);
+  m.impl("loss_with_gradients_", &loss_with_gradients_meta);
 }
 
 TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) { m.impl("loss", &differentiable_loss); }

@@ -13,7 +13,7 @@
 #include "operators.h"
 
 #if defined(__linux__)
-// Of the libraries that torch is linked with; null where it has others.
+// These belong to the libraries that torch is linked with; null where it has others.
 extern "C" [[gnu::weak]] int MKL_Set_Num_Threads_Local(int threads);
 extern "C" [[gnu::weak]] void omp_set_num_threads(int threads);
 #endif
@@ -106,8 +106,8 @@ void product(const Tensor& to, const Tensor& a, const Tensor& b, bool add) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fusedloss, m) {
-  m.def("product(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()");
+  m.def("product_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()");
 }
-TORCH_LIBRARY_IMPL(fusedloss, CPU, m) { m.impl("product", &product); }
+TORCH_LIBRARY_IMPL(fusedloss, CPU, m) { m.impl("product_", &product); }
 
 }  // namespace fusedloss

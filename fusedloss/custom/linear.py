@@ -136,12 +136,12 @@ class _Call:
 
     def run(self) -> Any:
         # Stand for the logits: their shape and dtype, without memory.
-        logits = [
-            _stand_in(*given) if isinstance(given, tuple) else given for given in self.inputs
-        ]
+        logits = [_stand_in(*given) if isinstance(given, tuple) else given for given in self.inputs]
         weight = self.options["weight"]
         self.loss._laid_out(logits, weight, -1, self.options["ignore_index"])
-        tensors = [t for given in self.inputs for t in (given if isinstance(given, tuple) else [given])]
+        tensors = [
+            t for given in self.inputs for t in (given if isinstance(given, tuple) else [given])
+        ]
         reason = self._why_not_fused(tensors, logits)
         plan: Plan | str | None = None
         if reason is None:
@@ -151,7 +151,9 @@ class _Call:
             backend = plan.rows.backend if isinstance(plan, Plan) else ""
             _dispatch._report(self.of.__name__, reason, backend)
         if not isinstance(plan, Plan):
-            full = [F.linear(*given) if isinstance(given, tuple) else given for given in self.inputs]
+            full = [
+                F.linear(*given) if isinstance(given, tuple) else given for given in self.inputs
+            ]
             names = ("reduction", "weight", "ignore_index")
             options = {name: self.options[name] for name in names}
             return self.loss.reference(*full, **options, **self.parameters)
@@ -244,9 +246,7 @@ class _Call:
         value = value.to(result)
         if not loss._auxiliary:
             return value
-        return value, {
-            name: t.to(result) for name, t in zip(loss._auxiliary, found, strict=True)
-        }
+        return value, {name: t.to(result) for name, t in zip(loss._auxiliary, found, strict=True)}
 
     def _divisor(
         self, weight: Tensor | None, label: Tensor | None, kept: Tensor | None

@@ -363,7 +363,7 @@ for _schema, _kernel, _meta in (
         _loss_backward_meta,
     ),
     (
-        f"loss_with_gradients(Tensor upstream, {CALL}, int gradients, Tensor(a!)[] out) -> Tensor",
+        f"loss_with_gradients_(Tensor upstream, {CALL}, int gradients, Tensor(a!)[] out) -> Tensor",
         _loss_with_gradients,
         lambda upstream, *args: _loss_meta(*args),
     ),
