@@ -15,7 +15,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,6 +121,11 @@ class Rows:
     argmax: bool = False
 
     @property
+    def weighs_classes(self) -> bool:
+        """Whether the operator's weight is one of each class, and not of each row."""
+        return self.loss == "cross_entropy"
+
+    @property
     def numbers(self) -> tuple[Any, ...]:
         """All of them, as an operator takes them."""
         return (
@@ -129,38 +135,177 @@ class Rows:
         )  # fmt: skip
 
 
+class Layer(NamedTuple):
+    """The tensors that make logits, ``hidden @ weight.T + bias``; or the gradients for them."""
+
+    hidden: Any
+    weight: Any
+    bias: Any
+
+
 @dataclass(frozen=True)
 class Operands:
-    """The tensors of a call: of each linear layer, and the loss's other inputs in order."""
+    """The tensors of a call, or the gradients for them: of each layer, and of the loss's other inputs in
+    order."""
 
-    hidden: Sequence[Tensor]
-    weights: Sequence[Tensor]
-    biases: Sequence[Tensor | None]
-    others: Sequence[Tensor]
-
-    def all(self) -> list[Tensor | None]:
-        return [*self.hidden, *self.weights, *self.biases, *self.others]
+    layers: list[Layer]
+    others: list[Any]
 
     @staticmethod
     def of(tensors: Sequence[Any], layers: int) -> Operands:
-        n = layers
-        return Operands(tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :])
+        """From what :attr:`all` gives."""
+        found = [Layer(*tensors[3 * i : 3 * i + 3]) for i in range(layers)]
+        return Operands(found, [*tensors[3 * layers :]])
 
-    def inputs(
-        self, spec: Rows, logits: Sequence[Tensor], part: slice = slice(None)
-    ) -> list[Tensor]:
-        """The inputs of the loss, in its order, for a part of the rows."""
-        left, found = iter(self.others), []
+    @property
+    def all(self) -> list[Any]:
+        return [*chain.from_iterable(self.layers), *self.others]
+
+    @property
+    def first(self) -> Tensor:
+        """One whose first dimension is the rows."""
+        found: Tensor = self.layers[0].hidden if self.layers else self.others[0]
+        return found
+
+    def inputs(self, spec: Rows, logits: Sequence[Any], part: slice = slice(None)) -> list[Any]:
+        """The inputs of the loss in its order, for a part of the rows."""
+        of_layers, others = iter(logits), iter(self.others)
+        found = []
         for place, kind in enumerate(spec.kinds):
-            if place in spec.places:
-                found.append(logits[spec.places.index(place)])
-            else:
-                t = next(left)
-                found.append(t if kind == Kind.PER_CLASS else t[part])
+            t = next(of_layers if place in spec.places else others)
+            whole = t is None or place in spec.places or kind == Kind.PER_CLASS
+            found.append(t if whole else t[part])
         return found
 
 
 # ---- all chunks ----------------------------------------------------------------------------------
+
+
+def run(
+    spec: Rows, given: Operands, weight: Tensor | None, factor: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Goes through all chunks.
+
+    Args:
+        weight: of each class for ``"cross_entropy"``, of each row for any other loss.
+        factor: the upstream gradient of the rows, one number or one for each.
+        wanted: for which of ``given.all`` there should be gradients.
+
+    Returns:
+        The results of the rows, (1 + auxiliary, N); the classes of the largest logits, or zeros; and the
+        gradients.
+    """
+    if not torch.compiler.is_compiling():
+        return _run(spec, given, weight, factor, wanted)
+    # For a compiler one operator, which it does not look into.
+    mask = [one and t is not None for one, t in zip(wanted, given.all, strict=True)]
+    results, best, *found = torch.ops.fusedloss_linear.rows(
+        given.all, len(given.layers), weight, factor, mask, *spec.numbers
+    )
+    left = iter(found)
+    return results, best, [next(left) if one else None for one in mask]
+
+
+def _run(
+    spec: Rows, given: Operands, weight: Tensor | None, factor: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    rows = given.first.shape[0]
+    gradients = _empty_gradients(spec, given, wanted)
+    to = Operands.of(gradients, len(given.layers))
+    results = given.first.new_empty((1 + spec.auxiliary, rows), dtype=spec.dtype)
+    best = torch.zeros(rows, dtype=torch.int64, device=given.first.device)
+    chunk = min(spec.chunk, rows)
+    buffers = [_buffer(chunk, layer, spec.logits) for layer in given.layers]
+    upstream = factor.expand(rows)
+    for begin in range(0, rows, chunk):
+        part = slice(begin, min(begin + chunk, rows))
+        logits = [buffer[: part.stop - begin] for buffer in buffers]
+        for z, layer in zip(logits, given.layers, strict=True):
+            _make_logits(z, layer, part)
+        inputs = given.inputs(spec, logits, part)
+        if spec.argmax:
+            torch.argmax(inputs[0], 1, out=best[part])
+        # The gradients for logits are written over these.
+        outs = [
+            z if any(g is not None for g in layer) else None
+            for z, layer in zip(logits, to.layers, strict=True)
+        ]
+        of_part = weight if weight is None or spec.weighs_classes else weight[part]
+        found = _run_rows(spec, inputs, of_part, upstream[part], to.inputs(spec, outs, part))
+        results[:, part] = found.view(1 + spec.auxiliary, -1)
+        for slopes, layer, to_layer in zip(outs, given.layers, to.layers, strict=True):
+            if slopes is not None:
+                _carry_on(slopes, layer, to_layer, part)
+    return results, best, gradients
+
+
+def _run_rows(
+    spec: Rows, inputs: list[Tensor], weight: Tensor | None, upstream: Tensor, gradients: list[Any]
+) -> Tensor:
+    """The results of some rows, and their gradients, written where there are tensors for them."""
+    input, target, *more = inputs if len(inputs) > 1 else inputs * 2  # of one input: target too
+    call = (
+        input, target, weight, more, spec.loss, [*spec.parameters], spec.ignore_index, 0, spec.dtype
+    )  # fmt: skip
+    mask = sum(1 << i for i, gradient in enumerate(gradients) if gradient is not None)
+    out = [gradient for gradient in gradients if gradient is not None]
+    found: Tensor
+    if out:
+        found = _dispatch.operator_with_gradients(spec.backend)(upstream, *call, mask, out)
+    else:
+        found = _dispatch.operator(spec.backend)(*call, None)
+    return found
+
+
+def _empty_gradients(spec: Rows, given: Operands, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """In the order of ``given.all``."""
+    roles = [*Layer._fields] * len(given.layers) + [""] * len(given.others)
+    return [
+        torch.empty(t.shape, dtype=_gradient_dtype(spec, t.dtype, role), device=t.device)
+        if one and t is not None
+        else None
+        for t, role, one in zip(given.all, roles, wanted, strict=True)
+    ]
+
+
+def _gradient_dtype(spec: Rows, dtype: torch.dtype, role: str) -> torch.dtype:
+    """The dtype in which a gradient is added up."""
+    # The range of float16 ends before that of a sum of gradients does.
+    wide = role == "bias" or dtype is torch.float16 or (role == "weight" and spec.wide)
+    return torch.float32 if role and wide and dtype.itemsize < 4 else dtype
+
+
+def _buffer(rows: int, layer: Layer, dtype: torch.dtype | None) -> Tensor:
+    """Memory for logits. On a GPU each row begins at a whole line of memory."""
+    classes, hidden = layer.weight.shape[0], layer.hidden
+    padded = math.ceil(classes / _BLOCK) * _BLOCK if hidden.is_cuda else classes
+    found: Tensor = hidden.new_empty((rows, padded), dtype=dtype or hidden.dtype)
+    return found[:, :classes]
+
+
+def _make_logits(out: Tensor, layer: Layer, part: slice) -> None:
+    hidden, weight, bias = layer.hidden[part], layer.weight.t(), layer.bias
+    if out.dtype is not hidden.dtype and not hidden.is_cuda:
+        hidden, weight = hidden.to(out.dtype), weight.to(out.dtype)
+    if bias is None:
+        _add_product(out, hidden, weight, first=True)
+    elif hidden.is_cuda and out.dtype is hidden.dtype:
+        torch.addmm(bias, hidden, weight, out=out)  # which needs no further pass
+    else:
+        _add_product(out.copy_(bias), hidden, weight, first=False)
+
+
+def _carry_on(slopes: Tensor, layer: Layer, to: Layer, part: slice) -> None:
+    """From the gradient for the logits of some rows to those for hidden states, weight and bias."""
+    first = part.start == 0
+    slopes = slopes.to(layer.hidden.dtype)
+    if to.hidden is not None:
+        _add_product(to.hidden[part], slopes, layer.weight, first=True)
+    if to.weight is not None:
+        _add_product(to.weight, slopes.t(), layer.hidden[part], first)
+    if to.bias is not None:
+        total = torch.sum(slopes, 0, dtype=to.bias.dtype)
+        to.bias.copy_(total) if first else to.bias.add_(total)
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -170,189 +315,49 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
             torch.ops.fusedloss.product_(out, a, b, not first)
         else:
             torch.mm(a, b, out=out) if first else out.addmm_(a, b)
-    elif a.is_cuda:  # no product in reduced precision in between
+    elif a.is_cuda:  # without a product of low precision in between
         if first:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
         else:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         product = a.new_empty(out.shape)
-        _add_product(product, a, b, True)
+        _add_product(product, a, b, first=True)
         out.copy_(product) if first else out.add_(product)
-
-
-def _empty_gradients(spec: Rows, given: Operands, wanted: Sequence[bool]) -> list[Tensor | None]:
-    """In the order of ``given.all()``; those for layers may be wider than the layer."""
-    layers = len(given.hidden)
-    found: list[Tensor | None] = []
-    for i, (t, wants) in enumerate(zip(given.all(), wanted, strict=True)):
-        if t is None or not wants:
-            found.append(None)
-            continue
-        of_layer = i < 3 * layers
-        half = t.dtype is torch.float16  # whose range ends before a sum of gradients does
-        wide = of_layer and (half or (spec.wide and i >= layers)) and t.element_size() < 4
-        dtype = torch.float32 if wide or 2 * layers <= i < 3 * layers else t.dtype
-        if t.dtype is torch.float64:
-            dtype = t.dtype
-        found.append(torch.empty(t.shape, dtype=dtype, device=t.device))
-    return found
-
-
-def _run_rows(
-    spec: Rows, inputs: list[Tensor], weight: Tensor | None, upstream: Tensor, gradients: list[Any]
-) -> Tensor:
-    """The results of some rows, and their gradients, written where there are tensors for them."""
-    input, target, *more = _pair(inputs)
-    call = (
-        input, target, weight, more, spec.loss, [*spec.parameters], spec.ignore_index, 0, spec.dtype
-    )  # fmt: skip
-    mask = sum(1 << i for i, gradient in enumerate(gradients) if gradient is not None)
-    if not mask:
-        return _dispatch.operator(spec.backend)(*call, None)  # type: ignore[no-any-return]
-    out = [gradient for gradient in gradients if gradient is not None]
-    return _dispatch.operator_with_gradients(spec.backend)(upstream, *call, mask, out)  # type: ignore[no-any-return]
-
-
-def run(
-    spec: Rows,
-    given: Operands,
-    weight: Tensor | None,
-    factor: Tensor,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Goes through all chunks.
-
-    Args:
-        weight: of each row or, of cross-entropy, of each class.
-        factor: the upstream gradient of the rows, one number or one for each.
-        wanted: for which of ``given.all()`` there should be gradients.
-
-    Returns:
-        The results of the rows, (1 + auxiliary, N); the classes of the largest logits, or zeros; and the
-        gradients.
-    """
-    if not torch.compiler.is_compiling():
-        return _run(spec, given, weight, factor, wanted)
-    # For a compiler one operator, which it does not look into.
-    mask = [bool(one) for one in wanted]
-    results, best, *found = torch.ops.fusedloss_linear.rows(
-        [*given.hidden], [*given.weights], [*given.biases], [*given.others], weight, factor, mask,
-        *spec.numbers,
-    )  # fmt: skip
-    left = iter(found)
-    none = [t is None for t in given.all()]
-    return (
-        results,
-        best,
-        [
-            next(left) if wants and not gone else None
-            for wants, gone in zip(mask, none, strict=True)
-        ],
-    )
-
-
-def _run(
-    spec: Rows, given: Operands, weight: Tensor | None, factor: Tensor, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    hidden, layers = given.hidden, len(given.hidden)
-    first = (*hidden, *given.others)[0]
-    rows = _count(given)
-    gradients = _empty_gradients(spec, given, wanted)
-    to = Operands.of(gradients, layers)
-    results = first.new_empty((1 + spec.auxiliary, rows), dtype=spec.dtype)
-    best = torch.zeros(rows, dtype=torch.int64, device=first.device)
-    chunk = min(spec.chunk, rows)
-    buffers = [
-        _buffer(chunk, w.shape[0], h, spec.logits)
-        for h, w in zip(hidden, given.weights, strict=True)
-    ]
-    weight_of_rows = spec.loss != "cross_entropy"
-    upstream = factor.expand(rows)
-    for begin in range(0, rows, chunk):
-        part = slice(begin, min(begin + chunk, rows))
-        n = part.stop - begin
-        logits = [buffer[:n] for buffer in buffers]
-        for h, w, bias, z in zip(hidden, given.weights, given.biases, logits, strict=True):
-            _make_logits(z, h[part], w, bias)
-        inputs = given.inputs(spec, logits, part)
-        if spec.argmax:
-            torch.argmax(inputs[0], 1, out=best[part])
-        outs: list[Any] = [None] * len(inputs)
-        for k, place in enumerate(spec.places):
-            if any(g is not None for g in (to.hidden[k], to.weights[k], to.biases[k])):
-                outs[place] = logits[k]
-        left = iter(to.others)
-        for place in range(len(inputs)):
-            if place not in spec.places and (gradient := next(left)) is not None:
-                outs[place] = gradient[part]
-        part_weight = weight[part] if weight is not None and weight_of_rows else weight
-        results[:, part] = _run_rows(spec, inputs, part_weight, upstream[part], outs).view(-1, n)
-        for k in range(layers):
-            g = logits[k].to(hidden[k].dtype) if outs[spec.places[k]] is not None else None
-            if to.hidden[k] is not None:
-                _add_product(to.hidden[k][part], g, given.weights[k], True)
-            if to.weights[k] is not None:
-                _add_product(to.weights[k], g.t(), hidden[k][part], begin == 0)
-            if to.biases[k] is not None:
-                total = torch.sum(g, 0, dtype=to.biases[k].dtype)
-                to.biases[k].copy_(total) if begin == 0 else to.biases[k].add_(total)
-    return results, best, gradients
 
 
 _torch_library: Any = torch.library  # untyped in some of the releases
 _library = _torch_library.Library("fusedloss_linear", "DEF")
 _library.define(
-    "rows(Tensor[] hidden, Tensor[] weights, Tensor?[] biases, Tensor[] others, Tensor? weight, "
-    "Tensor factor, bool[] wanted, str backend, str loss, float[] parameters, int ignore_index, "
-    "ScalarType dtype, int[] kinds, int[] places, int auxiliary, ScalarType? logits, int chunk, "
-    "bool wide, bool argmax) -> Tensor[]",
+    "rows(Tensor?[] operands, int layers, Tensor? weight, Tensor factor, bool[] wanted, str backend, "
+    "str loss, float[] parameters, int ignore_index, ScalarType dtype, int[] kinds, int[] places, "
+    "int auxiliary, ScalarType? logits, int chunk, bool wide, bool argmax) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _operands(args: Sequence[Any]) -> tuple[Rows, Operands]:
-    hidden, weights, biases, others = args[:4]
-    backend, loss, parameters, ignore_index, dtype, kinds, places, *rest = args[7:]
-    spec = Rows(
-        backend, loss, (*parameters,), ignore_index, dtype, (*map(Kind, kinds),), (*places,), *rest
-    )
-    return spec, Operands(hidden, weights, biases, others)
+def _of_operator(operands: list[Any], layers: int, *args: Any) -> tuple[Rows, Operands]:
+    backend, loss, parameters, ignore_index, dtype, kinds, places, *rest = args[3:]
+    fixed = (*parameters,), ignore_index, dtype, (*kinds,), (*places,)
+    return Rows(backend, loss, *fixed, *rest), Operands.of(operands, layers)
 
 
 def _rows(*args: Any) -> list[Tensor]:
-    results, best, gradients = _run(*_operands(args), *args[4:7])
+    results, best, gradients = _run(*_of_operator(*args), *args[2:5])
     return [results, best, *(g for g in gradients if g is not None)]
 
 
 def _rows_meta(*args: Any) -> list[Tensor]:
-    spec, given = _operands(args)
-    first = (*given.hidden, *given.others)[0]
-    results = first.new_empty((1 + spec.auxiliary, first.shape[0]), dtype=spec.dtype)
-    best = first.new_empty(first.shape[0], dtype=torch.int64)
-    gradients = _empty_gradients(spec, given, args[6])
+    spec, given = _of_operator(*args)
+    rows = given.first.shape[0]
+    results = given.first.new_empty((1 + spec.auxiliary, rows), dtype=spec.dtype)
+    best = given.first.new_empty(rows, dtype=torch.int64)
+    gradients = _empty_gradients(spec, given, args[4])
     return [results, best, *(g for g in gradients if g is not None)]
 
 
 _library.impl("rows", _rows, "CompositeExplicitAutograd")
 _library.impl("rows", _rows_meta, "Meta")
-
-
-def _buffer(rows: int, classes: int, like: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Memory for logits. On a GPU each row begins at a whole line of memory."""
-    padded = math.ceil(classes / 64) * 64 if like.is_cuda else classes
-    return like.new_empty((rows, padded), dtype=dtype or like.dtype)[:, :classes]
-
-
-def _make_logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if out.dtype is not hidden.dtype and not hidden.is_cuda:
-        hidden, weight = hidden.to(out.dtype), weight.to(out.dtype)
-    if bias is None:
-        _add_product(out, hidden, weight.t(), True)
-    elif hidden.is_cuda and out.dtype is hidden.dtype:
-        torch.addmm(bias, hidden, weight.t(), out=out)  # which needs no further pass
-    else:
-        _add_product(out.copy_(bias), hidden, weight.t(), False)
 
 
 # ---- autograd ------------------------------------------------------------------------------------
@@ -421,11 +426,12 @@ class LinearLoss(torch.autograd.Function):
             found = _reference_gradients(ctx, given, weight, factor / divisor, upstreams)
         elif any(g is not None for g in more):
             assert plan.combined is not None
-            of_rows = _coefficients(upstreams, factor / divisor, _count(given))
+            of_rows = _coefficients(upstreams, factor / divisor, given.first.shape[0])
             extended = replace(given, others=[*given.others, *of_rows])
             mask = [*wanted, *(False for _ in of_rows)]
             *_, gradients = run(plan.combined, extended, None, factor.new_ones(()), mask)
-            found = [_scaled(g, t) for g, t in zip(gradients, operands, strict=False)]
+            gradients = gradients[: len(operands)]
+            found = [_scaled(g, t) for g, t in zip(gradients, operands, strict=True)]
         elif upstream is not None and plan.reduction == "none":
             *_, gradients = run(plan.rows, given, weight, upstream * factor, wanted)
             found = [_scaled(g, t) for g, t in zip(gradients, operands, strict=True)]
@@ -445,18 +451,16 @@ def _scaled(
     """A gradient times a number, in the dtype of its tensor. May write over the gradient."""
     if gradient is None or like is None:
         return None
-    # To look at a number on a GPU is to wait for it.
-    if scale is None or (scale.device.type == "cpu" and not _is_traced() and scale.item() == 1):
+    if scale is None:
         return gradient.to(like.dtype)
-    if _is_traced():
+    if torch.compiler.is_compiling():
         return (gradient * scale).to(like.dtype)
+    # To look at a number on a GPU is to wait for it.
+    if scale.device.type == "cpu" and scale.item() == 1:
+        return gradient.to(like.dtype)
     if gradient.dtype is like.dtype:
         return gradient.mul_(scale)
     return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=like.dtype))
-
-
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling()
 
 
 def _coefficients(upstreams: Sequence[Tensor | None], factor: Tensor, rows: int) -> list[Tensor]:
@@ -485,29 +489,24 @@ def _reference_gradients(
 
     with torch.enable_grad():
         # Views, since the outer backward runs the hooks of the tensors themselves.
-        views = [None if t is None else t.view_as(t) for t in given.all()]
+        views = [None if t is None else t.view_as(t) for t in given.all]
         wide = Operands.of([*map(cast, views)], ctx.layers)
-        logits = [F.linear(*layer) for layer in zip(wide.hidden, wide.weights, wide.biases)]
+        logits = [F.linear(*layer) for layer in wide.layers]
         losses, *auxiliary = plan.reference(wide.inputs(plan.rows, logits), cast(weight))
         losses = losses * factor
         results = [losses if plan.reduction == "none" else losses.sum(), *auxiliary]
-    asked = [(r, g.to(r.dtype)) for r, g in zip(results, upstreams, strict=False) if g is not None]
-    needed = [t for t, wants in zip(views, ctx.wanted, strict=True) if wants]
-    outputs, given_for = zip(*asked, strict=True)
-    gradients = torch.autograd.grad(
-        outputs, needed, given_for, create_graph=create_graph, materialize_grads=True
+    pairs = [(r, g.to(r.dtype)) for r, g in zip(results, upstreams, strict=False) if g is not None]
+    needed = [t for t, one in zip(views, ctx.wanted, strict=True) if one and t is not None]
+    found = iter(
+        torch.autograd.grad(
+            [result for result, _ in pairs],
+            needed,
+            [upstream for _, upstream in pairs],
+            create_graph=create_graph,
+            materialize_grads=True,
+        )
     )
-    found = iter(gradients)
-    return [next(found) if wants else None for wants in ctx.wanted]
-
-
-def _count(given: Operands) -> int:
-    return (*given.hidden, *given.others)[0].shape[0]
-
-
-def _pair(inputs: list[Tensor]) -> list[Tensor]:
-    """A loss of one input has it as target too."""
-    return inputs if len(inputs) > 1 else inputs * 2
+    return [next(found) if one else None for one in ctx.wanted]
 
 
 def loss(
@@ -518,13 +517,13 @@ def loss(
     divisor: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The loss of a call, and the auxiliary results of its rows; see :meth:`LinearLoss.forward`."""
-    device = (*given.hidden, *given.others)[0].device
+    device = given.first.device
     # Two tensors: a compiler does not trace a Function that takes one of them twice.
     factor, divisor = (
         torch.ones((), dtype=torch.float64, device=device) if t is None else t
         for t in (factor, divisor)
     )
     found: tuple[Tensor, ...] = LinearLoss.apply(
-        plan, len(given.hidden), weight, factor, divisor, *given.all()
+        plan, len(given.layers), weight, factor, divisor, *given.all
     )
     return found

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _caller, _dispatch, _linear, backends, reference
-from ._linear import Kind, Operands, Plan, Rows
+from ._linear import Kind, Layer, Operands, Plan, Rows
 
 OUTPUTS = ("lse", "logprob", "entropy", "correct", "argmax", "count")
 _OF_KERNEL = OUTPUTS[:4]
@@ -138,36 +138,19 @@ class Call:
 
 @dataclass(frozen=True)
 class Formula:
-    """Which options the formula of a row has: one that is left out costs nothing. See _token_losses.py.
+    """What the formula of a row has: what is left out costs nothing. See _token_losses.py.
 
     Attributes:
-        smoothed, scaled, capped, z_loss: whether there are label_smoothing, logit_scale, softcap, z_loss.
+        parameters: some of label_smoothing, logit_scale, softcap and z_loss.
         weighted: whether each class has a weight.
         outputs: the further results of a row.
         combined: whether the loss is the sum of all results, each times one more number of the row.
     """
 
-    smoothed: bool = False
-    scaled: bool = False
-    capped: bool = False
-    z_loss: bool = False
-    weighted: bool = False
-    outputs: tuple[str, ...] = ()
+    parameters: tuple[str, ...]
+    weighted: bool
+    outputs: tuple[str, ...]
     combined: bool = False
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        names = {
-            "label_smoothing": self.smoothed,
-            "logit_scale": self.scaled,
-            "softcap": self.capped,
-            "z_loss": self.z_loss,
-        }
-        return tuple(name for name, used in names.items() if used)
-
-    @property
-    def switches(self) -> tuple[bool, ...]:
-        return self.smoothed, self.scaled, self.capped, self.z_loss, self.weighted
 
     @property
     def coefficients(self) -> tuple[str, ...]:
@@ -261,52 +244,51 @@ def _result_dtype(call: Call) -> torch.dtype:
 
 
 def _formula(call: Call) -> Formula:
-    return Formula(
-        smoothed=call.label_smoothing != 0,
-        scaled=call.logit_scale != 1,
-        capped=call.softcap is not None,
-        z_loss=call.z_loss != 0,
-        weighted=call.weight is not None,
-        outputs=tuple(name for name in _OF_KERNEL if name in call.outputs),
-    )
+    off = {"label_smoothing": 0, "logit_scale": 1, "softcap": None, "z_loss": 0}
+    parameters = tuple(name for name, value in off.items() if getattr(call, name) != value)
+    outputs = tuple(name for name in _OF_KERNEL if name in call.outputs)
+    return Formula(parameters, call.weight is not None, outputs)
 
 
 @_caller.constant_when_traced
-def _prepared_formula(
-    switches: tuple[bool, ...], outputs: tuple[str, ...], combined: bool, device: str
-) -> tuple[str, str, str]:
+def _prepared_formula(device: str, *formula: Any) -> tuple[str, str, str]:
     """See custom/prepare.py. The module imports SymPy."""
-    formula = Formula(*switches, outputs, combined)
-    found: tuple[str, str, str] = import_module("fusedloss._token_losses").prepared(formula, device)
+    tokens = import_module("fusedloss._token_losses")
+    found: tuple[str, str, str] = tokens.prepared(Formula(*formula), device)
     return found
 
 
 def _rows(call: Call, formula: Formula | None, chunk: int, wide: bool) -> Rows | str:
-    """How the rows' results are computed; a text: why they are not."""
-    dtype = torch.float64 if call.input.dtype is torch.float64 else torch.float32
-    if formula is None:
-        smoothing = (float(call.label_smoothing),)
-        kinds = (Kind.ELEMENT, Kind.ELEMENT if call.target.is_floating_point() else Kind.LABEL)
-        backend, key, parameters = (
-            backends.fused_on[call.input.device.type],
-            "cross_entropy",
-            smoothing,
-        )
-        auxiliary = 0
-    else:
+    """How the rows' results are computed, None: by the built-in kernel; a text: why they are not."""
+    device, auxiliary = call.input.device.type, 0
+    kinds: tuple[Kind, ...] = Kind.ELEMENT, Kind.LABEL
+    parameters: tuple[float, ...] = (float(call.label_smoothing),)
+    backend, key = backends.fused_on[device], "cross_entropy"
+    if formula is not None:
         backend, key, why_not = _prepared_formula(
-            formula.switches, formula.outputs, formula.combined, call.input.device.type
+            device, formula.parameters, formula.weighted, formula.outputs, formula.combined
         )
         if not backend:
             return why_not
         parameters = tuple(float(getattr(call, name)) for name in formula.parameters)
-        kinds = (Kind.ELEMENT, Kind.LABEL)
         kinds += (Kind.PER_CLASS,) * formula.weighted + (Kind.PER_ROW,) * len(formula.coefficients)
         auxiliary = 0 if formula.combined else len(formula.outputs)
+    elif call.target.is_floating_point():
+        kinds = Kind.ELEMENT, Kind.ELEMENT
     return Rows(
-        backend, key, parameters, call.ignored, dtype, kinds, (0,) if call.linear_weight is not None
-        else (), auxiliary, call.logits_dtype, chunk, wide, "argmax" in call.outputs,
-    )  # fmt: skip
+        backend=backend,
+        loss=key,
+        parameters=parameters,
+        ignore_index=call.ignored,
+        dtype=torch.float64 if call.input.dtype is torch.float64 else torch.float32,
+        kinds=kinds,
+        places=() if call.linear_weight is None else (0,),
+        auxiliary=auxiliary,
+        logits=call.logits_dtype,
+        chunk=chunk,
+        wide=wide,
+        argmax="argmax" in call.outputs,
+    )
 
 
 def _prepared(call: Call) -> Plan | str:
@@ -443,20 +425,17 @@ def _fused(call: Call, plan: Plan) -> Result:
     if kept is not None:
         rows, labels = rows.index_select(0, kept), labels.index_select(0, kept)
         factor = None if factor is None else factor.index_select(0, kept)
-    others = [labels]
+    others: list[Any] = [labels]
     weight = call.weight
     if Kind.PER_CLASS in plan.rows.kinds:
-        others, weight = [*others, call.weight], None
+        others, weight = [labels, call.weight], None
+    layers = []
     if call.linear_weight is None:
-        given = Operands([], [], [], [rows, *others])
+        others = [rows, *others]
     else:
-        bias = call.linear_bias
-        given = Operands(
-            [_linear.autocast(rows)],
-            [_linear.autocast(call.linear_weight)],
-            [None if bias is None else _linear.autocast(bias)],
-            others,
-        )
+        of_layer = rows, call.linear_weight, call.linear_bias
+        layers.append(Layer(*(t if t is None else _linear.autocast(t) for t in of_layer)))
+    given = Operands(layers, others)
     loss, best, *auxiliary = _linear.loss(plan, given, weight, factor, divisor)
     if call.reduction == "none":
         loss = _linear.spread(loss, kept, shape)

@@ -33,7 +33,7 @@ class Row(NamedTuple):
     fused: Function
 
 
-def _cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+def _cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Any:
     """The loss of two-byte logits in float32, as if they were converted before."""
     if logits.dtype not in (torch.bfloat16, torch.float16):
         return FL.cross_entropy(logits, target, **options)

@@ -18,20 +18,20 @@ from .custom import RowLoss, prepare, row_loss
 def _results(formula: Formula, t: dict[str, Any]) -> dict[str, Any]:
     """All results of a row by name, from the tensors and parameters by name."""
     logits, label = t["logits"], t["label"]
-    if formula.scaled:
+    if "logit_scale" in formula.parameters:
         logits = t["logit_scale"] * logits
-    if formula.capped:
+    if "softcap" in formula.parameters:
         logits = t["softcap"] * fm.tanh(logits / t["softcap"])
     log_p, lse = fm.log_softmax(logits), fm.logsumexp(logits)
     of_label = fm.at(log_p, label)
     loss = -of_label
     if formula.weighted:
         loss = fm.at(t["class_weight"], label) * loss
-    if formula.smoothed:
+    if "label_smoothing" in formula.parameters:
         of_classes = t["class_weight"] * log_p if formula.weighted else log_p
         smooth = -fm.mean(of_classes)
         loss = (1 - t["label_smoothing"]) * loss + t["label_smoothing"] * smooth
-    if formula.z_loss:
+    if "z_loss" in formula.parameters:
         loss = loss + t["z_loss"] * lse**2
     results = {"loss": loss, "lse": lse, "logprob": of_label}
     if "entropy" in formula.outputs:
@@ -44,7 +44,7 @@ def _results(formula: Formula, t: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def defined(formula: Formula) -> RowLoss:
-    """The loss with these formula. Its tensors are logits, label, class_weight if there is one, and the
+    """The loss of this formula. Its tensors are logits, label, class_weight if there is one, and the
     coefficients."""
 
     def cross_entropy(*tensors: Any, **parameters: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -100,8 +99,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 2.0},
     "z_loss": {"z_loss": 0.1},
     "all": {
-        **{"token_weight": "drawn", "shift": 1, "logit_scale": 2.0, "softcap": 3.0, "z_loss": 0.01},
-        **{"label_smoothing": 0.2, "weight": "drawn"},
+        "token_weight": "drawn",
+        "weight": "drawn",
+        "shift": 1,
+        "logit_scale": 2.0,
+        "softcap": 3.0,
+        "z_loss": 0.01,
+        "label_smoothing": 0.2,
     },
 }
 OUTPUTS = ("lse", "logprob", "entropy", "correct", "argmax", "count")
@@ -673,7 +677,7 @@ def test_module(fused: str) -> None:
         assert_same([module(x, target)], [expected], 1e-6)
         module(x, target).backward()
     assert shared.linear.weight.grad is own.linear.weight.grad is not None
-    value, extras = shared(x, target, outputs=("count",), num_items=3)
+    _, extras = shared(x, target, outputs=("count",), num_items=3)
     assert extras["count"] == (target != -100).sum()
     with pytest.raises(TypeError, match="takes a torch.nn.Linear, not Conv1d"):
         fusedloss.LinearCrossEntropyLoss.of(nn.Conv1d(1, 1, 1))  # type: ignore[arg-type]

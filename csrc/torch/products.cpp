@@ -21,8 +21,8 @@ extern "C" [[gnu::weak]] void omp_set_num_threads(int threads);
 namespace fusedloss {
 namespace {
 
-// While it lives, products of this thread are computed by it alone. Inside of a parallel region that
-// is so in any case, but a BLAS would still choose its way by the number of threads.
+// While it lives, products of this thread are computed by it alone. Inside of a parallel region
+// that is so in any case, but a BLAS would still choose its way by the number of threads.
 class OneThread {
  public:
   OneThread() {

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,16 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _dispatch, _linear
-from .._linear import Kind, Operands, Plan, Rows
-from ..reference import REDUCTIONS
+from .._linear import Kind, Layer, Operands, Plan, Rows
 from .loss import _shown
 from .prepare import prepared
 
 if TYPE_CHECKING:
     from .rows import RowLoss
 
-# The logits of an input: a tensor of all of them, or what a linear layer makes them from.
-Layer = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
+# What makes the logits of an input: hidden states, a weight and maybe a bias.
+Parts = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 
 
 class LinearRowLoss:
@@ -39,7 +37,7 @@ class LinearRowLoss:
         hidden: Tensor,
         linear_weight: Tensor,
         /,
-        *inputs: Tensor | Layer,
+        *inputs: Tensor | Parts,
         bias: Tensor | None = None,
         reduction: str = "mean",
         weight: Tensor | None = None,
@@ -229,14 +227,14 @@ class _Call:
         layers, others = [], []
         for given, kind in zip(self.inputs, loss._kinds, strict=True):
             if isinstance(given, tuple):
-                h, *of_layer = (t if t is None else _linear.autocast(t) for t in given)
-                layers.append((rows_of(h, h.shape[-1:]), *of_layer))
+                cast = Layer(*(t if t is None else _linear.autocast(t) for t in given))
+                layers.append(cast._replace(hidden=rows_of(cast.hidden, cast.hidden.shape[-1:])))
             elif kind is loss._per_class:
                 others.append(given)
             else:
                 others.append(rows_of(given, given.shape[-1:] if kind is loss._element else ()))
         of_rows = None if weight is None else rows_of(weight)
-        operands = Operands(*map(list, zip(*layers, strict=True)), others)
+        operands = Operands(layers, others)
         divisor = self._divisor(of_rows, label, kept)
         value, _, *auxiliary = _linear.loss(plan, operands, of_rows, None, divisor)
         result = loss._result_dtype(logits, weight)
@@ -253,16 +251,16 @@ class _Call:
     ) -> Tensor | None:
         if self.options["reduction"] != "mean":
             return None
-        first = self.inputs[0][0]
+        first: Tensor = self.inputs[0][0]
         if label is None:
             if weight is not None:
                 return weight.sum(dtype=torch.float64)
             rows = first[..., 0].numel()
             return torch.full((), rows, dtype=torch.float64, device=first.device)
         counts = (label != self.options["ignore_index"]).reshape(-1)
-        if weight is None:
-            return counts.sum().double()
-        counted = weight if kept is not None else weight * counts
+        counted: Tensor = counts
+        if weight is not None:
+            counted = weight if kept is not None else weight * counts
         return counted.sum(dtype=torch.float64)
 
 
