@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fusedloss
 import fusedloss.functional as FL
 from fusedloss import _linear, reference
-from helpers import DEVICE, draw_upstream, host_sees_errors, leaf
+from helpers import DEVICE, EMULATED, draw_upstream, host_sees_errors, leaf
 from row_losses import ROW_LOSSES, RowCase
 
 N, D, C = 70, 8, 150
@@ -26,6 +26,10 @@ KINDS = ("ELEMENT", "LABEL", "PER_ROW", "PER_CLASS")
 def chunked(rows: int) -> Any:
     """torch's options, as far as we read them, on every release."""
     return SimpleNamespace(batch_chunk_size=rows)
+
+
+# The emulated extension has no kernels of custom row losses: tests/cuda_emulator/test_custom_rows.py.
+needs_formula = pytest.mark.skipif(EMULATED, reason="its kernels are tested there")
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +142,7 @@ def by_formula(
     return {"loss": loss, **shaped, "count": counts.sum()}
 
 
+@needs_formula
 @pytest.mark.parametrize("outputs", [(), OUTPUTS], ids=["loss", "outputs"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", OPTIONS)
@@ -195,6 +200,7 @@ def test_no_option_is_torchs_function() -> None:
 # ---- losses of rows ------------------------------------------------------------------------------
 
 
+@needs_formula
 @pytest.mark.parametrize("both", [False, True], ids=["first", "all"])
 @pytest.mark.parametrize("classes", [40, C])
 @pytest.mark.parametrize("case", ROW_LOSSES, ids=lambda case: case.id)
@@ -246,6 +252,8 @@ def test_in_place(fused: str, name: str, shape: tuple[int, int], dtype: torch.dt
     """Gradients written over the inputs have the bits of those that are written elsewhere."""
     if fused == "triton" and shape[1] > 3000:
         pytest.skip("takes long in the interpreter")
+    if EMULATED and name != "built-in":
+        pytest.skip("its kernels are tested in tests/cuda_emulator")
     case = next(c for c in ROW_LOSSES if c.id == ("cross_entropy" if name == "built-in" else name))
     labelled = any(kind.name == "LABEL" for kind in case.loss._kinds)
     x = [torch.randn(shape).to(dtype) for kind in case.loss._kinds if kind.name == "ELEMENT"]
@@ -546,6 +554,7 @@ def test_layouts(fused: str, layout: str) -> None:
 # ---- gradcheck, compile, memory ------------------------------------------------------------------
 
 
+@needs_formula
 @pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1, "outputs": ("lse", "entropy")}], ids=str)
@@ -563,6 +572,7 @@ def test_gradcheck(fused: str, reduction: str, options: dict[str, Any]) -> None:
     assert torch.autograd.gradgradcheck(results, (x, w, b))
 
 
+@needs_formula
 @pytest.mark.slow
 def test_compile(compiled: str) -> None:
     """In one graph."""

@@ -23,7 +23,7 @@ from translate import mirror
 
 PACKAGE = build.OUT / "package" / "fusedloss"
 STAND_INS = Path("tests/cuda_emulator/extension")
-TESTED = "values edge_cases faults operators custom log_loss rounding dtypes"
+TESTED = "values edge_cases faults operators custom log_loss rounding dtypes linear"
 TESTS = tuple(f"test_{name}.py" for name in TESTED.split())
 OPERATORS = (
     "losses.cpp",
@@ -31,6 +31,7 @@ OPERATORS = (
     "torch/one_pass.cpp",
     "torch/tensors.cpp",
     "torch/cuda.cpp",
+    "torch/products.cpp",
     "torch/python.cpp",
 )
 

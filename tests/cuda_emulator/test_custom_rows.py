@@ -15,7 +15,7 @@ from torch import Tensor
 
 from build import build
 from cases import REDUCTIONS
-from engines import RUNNER, SOURCES, Calls, RowLoss, RowsCall
+from engines import NOWHERE, RUNNER, SOURCES, Calls, RowLoss, RowsCall
 from fusedloss.custom.building import CUDA_ROWS
 from helpers import draw_upstream
 from own_losses import library
@@ -304,6 +304,33 @@ def test_nothing_counts() -> None:
     loss.value()
     calls.run(program("plain"))
     assert loss.value_found().isnan()
+
+
+class OverInputs(RowLoss):
+    """Its gradients are written over the inputs."""
+
+    def _renew_gradients(self) -> None:
+        seen = zip(self._engine.inputs, self.call.inputs, strict=True)
+        self.places = tuple(words[0] if t.requires_grad else NOWHERE for words, t in seen)
+
+
+@pytest.mark.parametrize("variant", ["plain", "thread"])
+def test_in_place(variant: str) -> None:
+    """They have the bits of those that are written elsewhere, for whoever computes the row."""
+    names = ("cross_entropy", "triplet", "spread") if variant == "plain" else ("spread",)
+    shapes = ((70, 7), (9, 150), (5, 1000), (3, 5000), LONG, (2, 40_000))
+    calls, asked = Calls(), []
+    for name, dtype in itertools.product(names, (torch.float32, torch.bfloat16)):
+        for shape in shapes:
+            call = Question(BY_NAME[name], draw(BY_NAME[name], shape, dtype)).call(variant)
+            pair = [kind(calls, call, "none") for kind in (RowLoss, OverInputs)]
+            for loss in pair:
+                loss.backward(torch.linspace(-1, 1, shape[0]))
+            asked.append(pair)
+    calls.run(program(variant), {"EMULATOR_CLUSTER": "4"})
+    for apart, over in asked:
+        for a, b in zip(apart.gradients_found(), over.gradients_found(), strict=True):
+            assert torch.equal(a, b), apart.call
 
 
 def test_ties() -> None:
