@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import functional
 
@@ -140,8 +141,8 @@ def _head(model: Any) -> nn.Linear:
             "output embedding"
         )
     # A layer with another forward computes something else: quantized weights, or LoRA's.
-    plain = isinstance(head, nn.Linear) and getattr(head.forward, "__func__", None) is nn.Linear.forward
-    if not plain:
+    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    if not plain or "forward" in head.__dict__:
         raise TypeError(
             f"fusedloss.patch_lm: the output embedding of {_name(model)} must be a torch.nn.Linear with its "
             f"own forward, not {_name(head)}"
@@ -190,26 +191,30 @@ def _without_logits(
         losses.append(_loss(logits, labels, vocab_size, *args, **options, **kwargs))
         return losses[-1]
 
-    def project(self: nn.Linear, hidden: Tensor, loss: Any = None) -> Any:
+    def project(hidden: Tensor, loss: Any = None) -> Any:
         if loss is None:
             return Unmade(name, head, hidden)
-        return loss(hidden, self.weight, linear_bias=self.bias)
+        return loss(hidden, head.weight, linear_bias=head.bias)
 
     before = model.__dict__.get("_loss_function")
     model.loss_function = loss
-    head.forward = MethodType(project, head)  # type: ignore[method-assign]
+    head.__dict__["forward"] = project
     try:
         output = forward(model, *args, **kwargs)
     finally:
-        del head.forward
-        del model._loss_function
+        head.__dict__.pop("forward")
+        model.__dict__.pop("_loss_function")
         if before is not None:
             model._loss_function = before
     if not losses:
-        raise RuntimeError(f"fusedloss.patch_lm: {name} got labels and did not call its loss_function")
+        raise RuntimeError(
+            f"fusedloss.patch_lm: {name} got labels and did not call its loss_function"
+        )
     if isinstance(output, tuple):
         return tuple(None if isinstance(part, Unmade) else part for part in output)
-    unmade = [f.name for f in dataclasses.fields(output) if isinstance(getattr(output, f.name), Unmade)]
+    unmade = [
+        f.name for f in dataclasses.fields(output) if isinstance(getattr(output, f.name), Unmade)
+    ]
     return dataclasses.replace(output, **dict.fromkeys(unmade))
 
 
@@ -266,7 +271,12 @@ class Unmade:
     """
 
     def __init__(
-        self, owner: str, head: nn.Linear, hidden: Tensor, inner: float = 1.0, cap: float | None = None
+        self,
+        owner: str,
+        head: nn.Linear,
+        hidden: Tensor,
+        inner: float = 1.0,
+        cap: float | None = None,
     ) -> None:
         self.owner, self.head, self.hidden, self.cap = owner, head, hidden, cap
         self._inner = inner  # what x is multiplied by, before tanh if there is one
@@ -316,7 +326,7 @@ class Unmade:
     ) -> Any:
         if function is torch.tanh and not kwargs:
             return args[0].tanh()
-        unmade = next(part for part in args if isinstance(part, Unmade))
+        unmade = next(part for part in tree_leaves((args, kwargs)) if isinstance(part, Unmade))
         raise _unknown(unmade, getattr(function, "__name__", str(function)))
 
 
