@@ -39,7 +39,8 @@ def patch_lm(model: Any, *, eval_logits: bool = False, **options: Any) -> Patche
 
     Args:
         model: a model with an output embedding that is a :class:`torch.nn.Linear`, and transformers' loss
-            of causal language models. The weight may be that of the input embedding.
+            of causal language models; or PEFT's model around it. The weight may be that of the input
+            embedding.
         eval_logits: whether a model in evaluation mode makes its logits as before, because something reads
             them, such as ``compute_metrics`` of a Trainer.
         options: ``label_smoothing``, ``z_loss``, ``options``, ``logits_dtype``, ``drop_ignored`` and
@@ -54,13 +55,16 @@ def patch_lm(model: Any, *, eval_logits: bool = False, **options: Any) -> Patche
         ValueError: its loss is another one than that of causal language models, or it is patched already.
 
     A call with labels raises RuntimeError where the model does something else to its logits or makes no loss
-    of them, and ValueError where the output embedding and the model's vocabulary differ in size.
+    of them, TypeError where they come from elsewhere or its output embedding is no plain linear layer any
+    more, and ValueError where this and the vocabulary differ in size.
     """
     unknown = sorted(set(options).difference(_OPTIONS))
     if unknown:
         raise TypeError(
             f"fusedloss.patch_lm: unknown option {unknown[0]!r}; there are {', '.join(_OPTIONS)}"
         )
+    base = getattr(model, "get_base_model", None)  # of PEFT's models, which call its forward
+    model = base() if callable(base) else model
     _head(model)
     _check_loss(model)
     parameters = list(inspect.signature(model.forward).parameters)
@@ -145,7 +149,7 @@ def _head(model: Any) -> nn.Linear:
     if not plain or "forward" in head.__dict__:
         raise TypeError(
             f"fusedloss.patch_lm: the output embedding of {_name(model)} must be a torch.nn.Linear with its "
-            f"own forward, not {_name(head)}"
+            f"own forward, not {type(head).__module__}.{_name(head)}"
         )
     return head  # type: ignore[no-any-return]
 
@@ -184,11 +188,11 @@ def _without_logits(
 
     def loss(logits: Any, labels: Any, vocab_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(logits, Unmade):
-            raise RuntimeError(
+            raise TypeError(
                 f"fusedloss.patch_lm: what {name} gives its loss_function is a {_name(logits)}, and not "
                 "what its output embedding returned"
             )
-        losses.append(_loss(logits, labels, vocab_size, *args, **options, **kwargs))
+        losses.append(_loss(options, logits, labels, vocab_size, *args, **kwargs))
         return losses[-1]
 
     def project(hidden: Tensor, loss: Any = None) -> Any:
@@ -219,17 +223,16 @@ def _without_logits(
 
 
 def _loss(
+    options: dict[str, Any],
     logits: Unmade,
     labels: Tensor | None,
     vocab_size: int | None = None,
     num_items_in_batch: Any = None,
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    **options: Any,
+    **_: Any,
 ) -> Tensor:
-    """transformers.loss.loss_utils.ForCausalLMLoss, which likewise takes any keyword."""
+    """transformers.loss.loss_utils.ForCausalLMLoss, which takes any other keyword too."""
     hidden, head = logits.hidden, logits.head
     if vocab_size is not None and vocab_size != head.out_features:
         raise ValueError(
@@ -240,7 +243,6 @@ def _loss(
     assert target is not None
     if shift_labels is not None:
         target = target.reshape(hidden.shape[:-1])
-    ours = {name: options[name] for name in _OPTIONS if name in options}
     loss = functools.partial(
         functional.linear_cross_entropy,
         target=target.to(hidden.device),
@@ -249,9 +251,7 @@ def _loss(
         ignore_index=ignore_index,
         logit_scale=logits.scale,
         softcap=logits.cap,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        **ours,
+        **options,
     )
     # Through the head's __call__, whose hooks may have to gather the weight first: FSDP2's do, and free it
     # again when the head returns.
