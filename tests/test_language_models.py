@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -540,6 +541,14 @@ def another_head() -> Any:
     return model
 
 
+def hooked_head() -> Any:
+    model = llama()
+    model.lm_head.forward = functools.partial(
+        nn.Linear.forward, model.lm_head
+    )  # as accelerate's hooks
+    return model
+
+
 def another_loss() -> Any:
     model = llama()
     model.loss_function = nn.functional.cross_entropy
@@ -565,6 +574,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "module": (lambda: nn.Linear(3, 5), TypeError, "and Linear has no output embedding"),
     "body": (lambda: llama().model, TypeError, "and LlamaModel has no output embedding"),
     "head": (another_head, TypeError, r"a torch.nn.Linear with its own forward, not \w+\.Head"),
+    "hooked": (hooked_head, TypeError, "not torch.nn.modules.linear.Linear"),
     "older": (no_loss_function, ValueError, "Module has no loss_function that can be set"),
     "loss": (another_loss, ValueError, "must be transformers' ForCausalLMLoss, not cross_entropy"),
     "masked": (masked, ValueError, "BertForMaskedLM must be .* not ForMaskedLMLoss"),
