@@ -1,4 +1,4 @@
-"""The results of the examples with custom losses: `python -m bench examples`."""
+"""The results of the examples on docs/examples.md: `python -m bench examples`."""
 
 from __future__ import annotations
 
@@ -143,11 +143,21 @@ def grpo(module: ModuleType, **quick: int) -> dict[str, Any]:
     }
 
 
+def language_model(module: ModuleType, **quick: int) -> dict[str, Any]:
+    return {
+        "rows": [
+            {"loss": name, **dict(zip(("last", "ms", "MiB"), module.scores(run), strict=True))}
+            for name, run in module.train(**quick).items()
+        ]
+    }
+
+
 MEASURE: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
     for function in (
         *(asymmetric_forecast, uncertain_regression, focal_imbalance, vae, gan),
         *(distillation, softmax_focal, dice_segmentation, grpo),
+        language_model,
     )
 }
 # A check of the code, instead of a whole training.
@@ -161,6 +171,7 @@ QUICK = {
     "softmax_focal": {"splits": 2, "steps": 5},
     "dice_segmentation": {"seeds": 2, "steps": 2},
     "grpo": {"seeds": 1, "steps": 5},
+    "language_model": {"steps": 1},
 }
 
 

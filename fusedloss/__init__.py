@@ -18,6 +18,7 @@ from ._version import __version__
 from .backends import backend, check, info
 from .custom import linear, pointwise_loss, row_loss
 from .functional import explain
+from .language_models import PatchedLM, patch_lm
 from .modules import (
     BCELoss,
     BCEWithLogitsLoss,
@@ -63,6 +64,7 @@ __all__ = [
     "MultiLabelSoftMarginLoss",
     "MultiMarginLoss",
     "NLLLoss",
+    "PatchedLM",
     "PoissonNLLLoss",
     "SmoothL1Loss",
     "SoftMarginLoss",
@@ -76,6 +78,7 @@ __all__ = [
     "linear",
     "math",
     "patch",
+    "patch_lm",
     "pointwise_loss",
     "reference",
     "replace",

@@ -105,7 +105,7 @@ _GIVE_REASONS = {
     *("_unfit_custom_rows", "_dtype_of_rows"),
     *("instead_of", "_shown"),
 }
-_GIVE_ERRORS = {"_explained"}  # functions that return an exception
+_GIVE_ERRORS = {"_explained", "_unknown"}  # functions that return an exception
 _SAY = {"warnings.warn", "_caller.warn", "sys.exit", "print"}
 
 

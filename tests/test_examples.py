@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("compiled")
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NEEDS, *OWN}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NEEDS, *OWN, "language_model"}
 
 
 def load(example: str) -> ModuleType:
@@ -172,4 +172,22 @@ def test_own_loss(example: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     picture = tmp_path / "picture.png"
     module.draw(*(drawn if isinstance(drawn, tuple) else (drawn,)), picture)
+    assert picture.stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_language_model(tmp_path: Path) -> None:
+    module = load("language_model")
+    # Few enough tokens for a quick test, in more than one chunk.
+    module.WORDS, module.SEQUENCES, module.FEATURES = 2**17, 1, 16
+    runs = module.train(steps=8)
+    theirs, ours = (torch.tensor(run.losses) for run in runs.values())
+    assert theirs[-1] < theirs[0] - 0.05, "it learns"
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    logits = 4 * module.CONTEXT * module.WORDS
+    assert runs["torch"].bytes > 2 * logits
+    assert runs["torch"].bytes - runs["fused"].bytes > 1.2 * logits, "one chunk of them is held"
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    picture = tmp_path / "picture.png"
+    module.draw(runs, picture)
     assert picture.stat().st_size > 5000
