@@ -194,7 +194,7 @@ std::tuple<Tensor, Tensor> loss_forward_meta(FUSEDLOSS_PARAMETERS, int64_t,
 }
 
 Tensor loss_with_gradients_meta(const Tensor& upstream, FUSEDLOSS_PARAMETERS, int64_t mask,
-                                at::TensorList out) {
+                                at::TensorList) {
   check_meta(upstream);
   return loss_meta(FUSEDLOSS_ARGUMENTS, {});
 }
