@@ -77,6 +77,11 @@ class Call:
             TypeError, ValueError: an option does not fit.
         """
         name, target = self.name, self.target
+        if isinstance(self.linear_weight, Tensor) and self.linear_weight.numel() == 0:
+            raise ValueError(
+                f"{name}(): linear_weight of shape {tuple(self.linear_weight.shape)} has no elements: a "
+                "parameter that ZeRO-3 has partitioned must be gathered for the call"
+            )
         if self.reduction not in reference.REDUCTIONS:
             raise ValueError(f"{self.reduction} is not a valid value for reduction")
         for option in ("logit_scale", "z_loss", "softcap"):

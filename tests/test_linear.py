@@ -661,6 +661,12 @@ def test_wrong_arguments(arguments: Any, error: type[Exception], message: str) -
         fusedloss.linear(case.loss)(*arguments(x, w, target))
 
 
+def test_partitioned_weight() -> None:
+    x, _, _, target = draw()
+    with pytest.raises(ValueError, match=r"linear_weight of shape \(0,\) has no elements"):
+        FL.linear_cross_entropy(x, x.new_empty(0), target)
+
+
 def test_what_linear_takes() -> None:
     with pytest.raises(TypeError, match=r"fusedloss.linear takes what fusedloss.row_loss makes"):
         fusedloss.linear(F.cross_entropy)  # type: ignore[arg-type]

@@ -183,7 +183,7 @@ class _Call:
             return why_not
         rows, classes = first[..., 0].numel(), first.shape[-1]
         dtype = options["logits_dtype"] or first.dtype
-        chunk = _linear.chunk_of(rows, classes * len(self.layers), dtype, first.device.type)
+        chunk = _linear.chunk_of(rows, classes, dtype, first.device.type)
         places = [i for i, given in enumerate(self.inputs) if isinstance(given, tuple)]
         spec = Rows(
             backend,
