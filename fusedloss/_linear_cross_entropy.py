@@ -56,6 +56,12 @@ class Call:
         return -100 if self.ignore_index is None else self.ignore_index
 
     @property
+    def classes(self) -> int:
+        if self.linear_weight is not None:
+            return self.linear_weight.shape[0]
+        return self.input.shape[min(1, self.input.dim() - 1)]
+
+    @property
     def for_tokens(self) -> bool:
         """Whether there is an option that torch's function lacks, and that changes the result."""
         return (
@@ -264,7 +270,7 @@ def _prepared_formula(device: str, *formula: Any) -> tuple[str, str, str]:
 
 
 def _rows(call: Call, formula: Formula | None, chunk: int, wide: bool) -> Rows | str:
-    """How the rows' results are computed, None: by the built-in kernel; a text: why they are not."""
+    """How the rows' results are computed, or why they are not. No formula: by the built-in kernel."""
     device, auxiliary = call.input.device.type, 0
     kinds: tuple[Kind, ...] = Kind.ELEMENT, Kind.LABEL
     parameters: tuple[float, ...] = (float(call.label_smoothing),)
@@ -297,14 +303,12 @@ def _rows(call: Call, formula: Formula | None, chunk: int, wide: bool) -> Rows |
 
 
 def _prepared(call: Call) -> Plan | str:
-    input = call.input
-    classes = (input.shape[min(1, input.dim() - 1)] if call.linear_weight is None
-               else call.linear_weight.shape[0])  # fmt: skip
-    rows = max(1, call.target.numel() // (classes if call.target.is_floating_point() else 1))
+    input, target = call.input, call.target
+    rows = max(1, target.numel() // (call.classes if target.is_floating_point() else 1))
     dtype = call.logits_dtype or _linear.autocast(input).dtype
     chunk = rows
     if call.linear_weight is not None:
-        chunk = _linear.chunk_of(rows, classes, dtype, input.device.type)
+        chunk = _linear.chunk_of(rows, call.classes, dtype, input.device.type)
         if (asked := getattr(call.options, "batch_chunk_size", None)) is not None:
             chunk = asked
     policy = getattr(call.options, "acc_policy", "auto")
@@ -357,10 +361,8 @@ def _check_labels(call: Call) -> None:
     label = call.target
     if label.is_floating_point() or label.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    classes = (call.input.shape[min(1, call.input.dim() - 1)] if call.linear_weight is None
-               else call.linear_weight.shape[0])  # fmt: skip
-    wrong = ((label < 0) | (label >= classes)) & (label != call.ignored)
-    reference.check_label("target", label, wrong, classes)
+    wrong = ((label < 0) | (label >= call.classes)) & (label != call.ignored)
+    reference.check_label("target", label, wrong, call.classes)
 
 
 def _counted(call: Call) -> tuple[Tensor | None, Tensor | None]:

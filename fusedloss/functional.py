@@ -623,6 +623,8 @@ def cross_entropy(
         or z_loss != 0
         or outputs
     ):
+        if size_average is not None or reduce is not None:
+            reduction = _dispatch._legacy(size_average, reduce)
         return _linear_cross_entropy.run(
             _linear_cross_entropy.Call(
                 input, target, None, None, weight, reduction, ignore_index, label_smoothing, None,
