@@ -10,7 +10,7 @@ The function is called once, with SymPy symbols (tracing.py), and SymPy differen
 runs (prepare.py, building.py), and as plain PyTorch for calls that the kernels do not cover.
 """
 
-from .linear import LinearRowLoss, linear
+from .linear_rows import LinearRowLoss, linear
 from .loss import PointwiseLoss, pointwise_loss
 from .module import PointwiseLossModule, RowLossModule
 from .rows import RowLoss, row_loss
