@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fusedloss
 import fusedloss.functional as FL
-from fusedloss import _linear, reference
+from fusedloss import _linear, modules, reference
 from helpers import DEVICE, EMULATED, draw_upstream, host_sees_errors, leaf
 from row_losses import ROW_LOSSES, RowCase
 
@@ -697,6 +697,25 @@ def test_module(fused: str) -> None:
     assert extras["count"] == (target != -100).sum()
     with pytest.raises(TypeError, match="takes a torch.nn.Linear, not Conv1d"):
         fusedloss.LinearCrossEntropyLoss.of(nn.Conv1d(1, 1, 1))  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch has no such loss")
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": True, "out_features": (2, 3)}, {"weight": torch.ones(C)}], ids=str
+)
+def test_the_module_that_older_releases_lack(options: dict[str, Any]) -> None:
+    theirs, own = (
+        kind(D, C, **options)
+        for kind in (nn.LinearCrossEntropyLoss, modules._LinearCrossEntropyLoss)
+    )
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (own, theirs)]
+    assert shapes[0] == shapes[1]
+    for name in ("num_classes", "out_features", "reduction", "ignore_index", "label_smoothing"):
+        assert getattr(own, name) == getattr(theirs, name)
+    for wrong in ({"weight": torch.ones(3)}, {"label_smoothing": 2.0}):
+        for kind in (nn.LinearCrossEntropyLoss, modules._LinearCrossEntropyLoss):
+            with pytest.raises(RuntimeError, match="expected (weight shape|label_smoothing) to be"):
+                kind(D, C, **wrong)
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch has no such loss")

@@ -132,10 +132,9 @@ def test_custom_losses(target: str, dtype: str, loss: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("target", "dtype", "losses"),
     [
-        ("sm_90", "bf16", ["distillation", "jsd", "grpo"]),
-        ("sm_90", "fp32", ["renyi", "triplet", "balanced"]),
-        ("sm_80", "fp16", ["spread"]),
-        ("gfx942", "fp64", ["grpo", "spread"]),
+        ("sm_90", "bf16", ["jsd", "grpo"]),
+        ("sm_80", "fp32", ["renyi", "balanced"]),
+        ("gfx942", "fp16", ["spread"]),
     ],
 )
 def test_row_losses(target: str, dtype: str, losses: list[str], tmp_path: Path) -> None:
