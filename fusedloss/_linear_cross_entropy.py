@@ -329,7 +329,7 @@ def _plan(call: Call, rows: Rows | str, combined: Rows | str | None) -> Plan | s
             return found
     assert isinstance(rows, Rows)
     assert not isinstance(combined, str)
-    half = call.input.dtype is torch.float16 and call.reduction == "mean"
+    half = _linear.autocast(call.input).dtype is torch.float16 and call.reduction == "mean"
     keeps = call.reduction != "none" and call.memory != "low"
     return Plan(rows, call.reduction, _reference(call), keeps, half, combined)
 

@@ -436,10 +436,20 @@ def test_every_row_is_ignored(fused: str, reduction: str) -> None:
 
 
 def test_mean_of_many_float16_rows(fused: str) -> None:
+    """Neither the sum overflows, nor do gradients of the size of a row's share vanish."""
     x = torch.full((70_000, 1), 1.0, dtype=torch.float16)
     w = torch.zeros(3, 1, dtype=torch.float16)
     value = FL.linear_cross_entropy(x, w, torch.zeros(70_000, dtype=torch.int64))
     torch.testing.assert_close(value.float(), torch.tensor(3.0).log(), rtol=1e-3, atol=0)
+    x, w = (leaf(torch.randn(n, 4)) for n in (20_000, 300))
+    wide = [leaf(t.detach().double()) for t in (x, w)]
+    target = torch.randint(0, 300, (20_000,))
+    scale = torch.tensor(65536.0)  # as a gradient scaler's
+    with torch.autocast(DEVICE, torch.float16):
+        ours = gradients(FL.linear_cross_entropy(x, w, target), (x, w), scale)
+    true = gradients(F.cross_entropy(F.linear(*wide), target), wide, scale.double())
+    for a, b in zip(ours, true, strict=True):
+        assert ((a.double() - b).norm() / b.norm()).item() < 2e-3
 
 
 @pytest.mark.parametrize("upstream", ["random", "strided", "expanded"])
@@ -521,7 +531,9 @@ def test_checkpoint(fused: str) -> None:
     assert_same(gradients(value, (x, w), one), gradients(expected, (x, w), one))
     with torch.autograd.graph.save_on_cpu():
         value = FL.linear_cross_entropy(x, w, target)
-    assert all(g is None for g in value.grad_fn.unit)
+    low = FL.linear_cross_entropy(x, w, target, memory="low")
+    for nothing_kept in (value, low):
+        assert all(g is None for g in nothing_kept.grad_fn.unit)
     assert_same(gradients(value, (x, w), one), gradients(expected, (x, w), one))
 
 

@@ -202,7 +202,7 @@ class _Call:
         def reference(inputs: list[Tensor], weight: Tensor | None) -> list[Tensor]:
             return [loss._reference(inputs, weight, self.values, spec.ignore_index, "none")]
 
-        half = any(layer[0].dtype is torch.float16 for layer in self.layers)
+        half = any(_linear.autocast(layer[0]).dtype is torch.float16 for layer in self.layers)
         mean = options["reduction"] == "mean"
         keeps = options["reduction"] != "none" and options["memory"] != "low"
         return Plan(spec, options["reduction"], reference, keeps, half and mean)
