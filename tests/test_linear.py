@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fusedloss
 import fusedloss.functional as FL
 from fusedloss import _linear, modules, reference
+from fusedloss import math as fm
 from helpers import DEVICE, EMULATED, draw_upstream, host_sees_errors, leaf
 from row_losses import ROW_LOSSES, RowCase
 
@@ -243,6 +244,34 @@ def test_row_losses(fused: str, case: RowCase, classes: int, both: bool) -> None
         assert_same(
             gradients(found, leaves, upstream), gradients(expected, leaves, upstream), 1e-10
         )
+
+
+@needs_formula
+@pytest.mark.parametrize("memory", [None, "low"])
+def test_biases_and_leading_dimensions(fused: str, memory: str | None) -> None:
+    """Texts of tokens, a bias of each layer, auxiliary results, and a teacher of another width."""
+
+    @fusedloss.row_loss
+    def distilled(student: Any, teacher: Any, label: fm.Label, *, T: float = 1.0) -> Any:
+        p, q = fm.log_softmax(student / T), fm.log_softmax(teacher / T)
+        loss = fm.sum(fm.exp(q) * (q - p)) - fm.at(p, label)
+        return loss, {"lse": fm.logsumexp(student)}
+
+    loss, dtype = distilled, torch.float64
+    x, w, b = (leaf(torch.randn(s, dtype=dtype)) for s in ((4, 9, 6), (C, 6), (C,)))
+    teacher = tuple(torch.randn(s, dtype=dtype) for s in ((4, 9, 3), (C, 3), (C,)))
+    label = torch.randint(0, C, (4, 9))
+    label[:, ::4] = -100
+    weight = torch.rand(4, 9)
+    found, more = fusedloss.linear(loss)(
+        x, w, teacher, label, bias=b, weight=weight, memory=memory, T=2.0
+    )
+    logits = F.linear(x, w, b), F.linear(*teacher)
+    expected, extras = loss.reference(*logits, label, weight=weight, T=2.0)
+    assert more["lse"].shape == label.shape and not more["lse"].requires_grad
+    assert_same([found, more["lse"]], [expected, extras["lse"]])
+    upstream = torch.tensor(-0.3, dtype=dtype)
+    assert_same(gradients(found, (x, w, b), upstream), gradients(expected, (x, w, b), upstream))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
