@@ -421,6 +421,7 @@ def test_module_in_several_threads(loss: str) -> None:
         list(pool.map(work, range(4)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiled")
 def test_sites_without_end() -> None:
     """With more sites than are remembered, the latest take over the predictions of the oldest: CUDA
