@@ -252,7 +252,7 @@ def _notes(row: Row) -> list[str]:
         f"{row.case.name}: {PEERS[name].package} overwrites its input, and is timed doing so, on a "
         "copy of its own"
         for name in row.samples
-        if name in PEERS and PEERS[name].overwrites_input
+        if name in PEERS and PEERS[name].overwrites(row.case)
     ]
     if row.path not in (None, "compiled"):
         notes.append(f"{row.case.name}: ours took the path {row.path}, not the compiled kernel")
