@@ -142,8 +142,9 @@ def products(case: Case, x: Tensor, w: Tensor) -> Callable[[], Tensor]:
         hidden = hidden[labels(case) != IGNORED]
     logits = hidden.new_empty(len(hidden), len(weight))
 
+    @torch.no_grad()
     def step() -> Tensor:
-        w.grad = None
+        x.grad = w.grad = None
         if teacher is not None:
             torch.mm(teacher[0], teacher[1].t(), out=logits)
         torch.mm(hidden, weight.t(), out=logits)
