@@ -7,6 +7,7 @@ what torch's allocator handed out.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -81,7 +82,13 @@ def measure(case: Case, wanted: Collection[str] | None = None) -> Row:
             continue
         command = [sys.executable, "-m", "bench.memory", case.id, contestant]
         done = subprocess.run(
-            command, check=False, cwd=Path(__file__).parent.parent, capture_output=True, text=True
+            command,
+            check=False,
+            cwd=Path(__file__).parent.parent,
+            # Fixed, so that glibc gives back what is freed: as it adapts, its heap may keep any part.
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)},
+            capture_output=True,
+            text=True,
         )
         if done.returncode == 0:
             row.samples[contestant] = [float(done.stdout) - gradients(case)]
