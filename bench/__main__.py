@@ -57,7 +57,8 @@ def run(
         if late is not None:
             return Row(case, "s", problems=dict.fromkeys(contestants(case, wanted), late))
         try:
-            return memory.measure(case, wanted) if case.table == "memory" else speed(case)
+            in_bytes = TABLES[case.table].unit == "bytes"
+            return memory.measure(case, wanted) if in_bytes else speed(case)
         except Exception as error:  # noqa: BLE001 - the other cases' results are kept
             problem = describe(error)
             return Row(case, "s", problems=dict.fromkeys(TABLES[case.table].contestants, problem))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fusedloss.functional as fused
 
-from . import row_losses
+from . import linear, row_losses
 
 Loss = Callable[..., Tensor]
 
@@ -33,12 +33,15 @@ COLUMNS = {
     "limit": Column("ours / limit", "ours", "limit", at_least=False),
     "unit": Column("ours / ours at upstream 1", "ours", "unit", at_least=False),
     "memory": Column("ours / eager", "ours", "eager", at_least=False),
+    "products": Column("ours / products", "ours", "products", at_least=False),
+    "mebibytes": Column("ours, MiB", "ours", "mebibyte", at_least=False),
     # The second backend, and peers if they are installed and cover the case.
     "triton": Column("triton backend / ours", "triton", "ours", at_least=True),
     "liger": Column("Liger-Kernel / ours", "liger", "ours", at_least=True),
     "quack": Column("quack / ours", "quack", "ours", at_least=True),
     "flash_attn": Column("flash-attn / ours", "flash_attn", "ours", at_least=True),
     "apex": Column("apex / ours", "apex", "ours", at_least=True),
+    "chunked": Column("torch, chunked / ours", "chunked", "ours", at_least=True),
 }
 
 
@@ -49,6 +52,7 @@ class Table:
     columns: tuple[str, ...]
     peers: bool = False  # whether installed peers join it, where they cover a case
     repeats: int = 1  # more rounds where goals lie within a few per cent
+    unit: str = "s"  # of what is measured: or "bytes"
 
 
 TABLES = {
@@ -101,6 +105,20 @@ TABLES = {
         ("eager", "ours"),
         ("memory",),
         peers=True,
+        unit="bytes",
+    ),
+    "linear": Table(
+        "Forward + backward, behind a linear layer",
+        ("eager", "ours", "products"),
+        ("eager", "products"),
+        peers=True,
+    ),
+    "linear_memory": Table(
+        "Peak memory of forward + backward behind a linear layer, beyond its inputs and gradients",
+        ("eager", "ours"),
+        ("memory", "mebibytes"),
+        peers=True,
+        unit="bytes",
     ),
 }
 
@@ -147,7 +165,8 @@ class Case:
     in `functions`, called as ``function(x, t, reduction=...)``: "eager" (which is also compiled for
     "compile" and gives the expected result in float64) and "ours"; and `draw`, which returns the
     leaf and its target. The custom losses, in the tables "own" and "rows", are in bench/own.py and
-    bench/row_losses.py.
+    bench/row_losses.py. A case behind a linear layer has a `layer` and the shape (rows, width,
+    classes); see bench/linear.py.
     """
 
     name: str
@@ -164,6 +183,7 @@ class Case:
     expanded: bool = False  # reduction "none" under one upstream gradient, as from .sum()
     functions: Mapping[str, Loss] = field(default_factory=dict)
     draw: Callable[[Case], tuple[Tensor, Tensor]] | None = None
+    layer: linear.Layer | None = None
 
     @property
     def id(self) -> str:
@@ -184,12 +204,20 @@ class Case:
     @property
     def gradients(self) -> int:
         """For how many inputs, leaf and target, there is a gradient."""
+        if self.layer is not None:
+            return 1 if self.layer.frozen else 2
         return row_losses.LOSSES[self.loss][1] if self.table == "rows" else 1
 
     @property
     def least_bytes(self) -> int:
         """The least that forward and backward must move, as the limit does: input, target and
         gradient. Class indices are next to nothing."""
+        if self.layer is not None:
+            rows, width, classes = self.shape
+            numbers = 2 * rows * width + self.gradients * classes * width
+            if self.loss == "distillation":  # the teacher
+                numbers += (rows + classes) * width
+            return numbers * self.dtype.itemsize
         tensors = 2 if self.by_rows and not self.probabilities else 3
         tensors += self.loss in ("gaussian_nll_loss", "triplet")  # the variances, the negatives
         tensors += self.gradients - 1
@@ -200,6 +228,8 @@ class Case:
         making them does not show in the peak memory of the process."""
         if self.draw is not None:
             return self.draw(self)
+        if self.layer is not None:
+            return linear.inputs(self)
         generator = torch.Generator(self.device).manual_seed(0)
         x = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         if self.loss == "binary_cross_entropy":
@@ -330,6 +360,8 @@ _QUICK = {
     "forward: cross_entropy 4096x1000",
     "memory: mse 2^24",
     "memory: cross_entropy 512x32000",
+    "linear: cross_entropy 512x64x8192",
+    "linear_memory: cross_entropy 512x64x8192",
 }
 _QUICK_CUDA = {
     "speed: mse 2^28",
@@ -352,6 +384,8 @@ _QUICK_CUDA = {
     "forward: cross_entropy 8192x128256, bf16",
     "memory: mse 2^28",
     "memory: cross_entropy 8192x128256, bf16",
+    "linear: cross_entropy 32768x768x50304, bf16",
+    "linear_memory: cross_entropy 8192x4096x128256, bf16",
 }
 
 
@@ -367,6 +401,7 @@ def case(
     upstream: float = 1.0,
     autocast: bool = False,
     expanded: bool = False,
+    layer: linear.Layer | None = None,
 ) -> Case:
     """A case, named after its loss, size and options."""
     if len(shape) > 1:
@@ -385,10 +420,13 @@ def case(
         name += f", upstream {upstream:.4g}" if upstream < 1 else f", upstream {upstream:.0f}"
     if expanded:
         name += ", one upstream gradient expanded"
+    if layer is not None:
+        name += layer.note
     quick = f"{table}: {name}" in (_QUICK if device == "cpu" else _QUICK_CUDA)
     return Case(
         *(name, table, loss, shape, bars, dtype, probabilities, upstream, autocast, quick, device),
         expanded=expanded,
+        layer=layer,
     )
 
 
@@ -476,6 +514,24 @@ def _cpu() -> tuple[Case, ...]:
         cases.append(case("memory", ce, shape, {"memory": 1}))
     cases.append(case("memory", ce, (4096, 1000), {"memory": 1}, probabilities=True))
     cases.append(case("memory", ce, (512, 32000), {"memory": 1}, dtype=bf16, autocast=True))
+
+    plain, large, small = linear.Layer(), (2048, 768, 50257), (512, 64, 8192)
+    for shape, layer, eager in (
+        (large, plain, 1.05),
+        ((4096, 64, 50257), plain, 1.67),
+        (large, linear.Layer(ignored=0.75), 2.85),
+        (large, linear.Layer(frozen=True), None),
+        (small, plain, None),
+    ):
+        cases.append(case("linear", ce, shape, bars(eager=eager), layer=layer))
+    cases.append(case("linear", ce, large, bars(eager=1), dtype=bf16, layer=plain))
+    cases.append(case("linear", "distillation", (1024, 256, 32000), {}, layer=plain))
+    for loss, shape, most in (
+        (ce, large, 64),
+        (ce, small, None),
+        ("distillation", (1024, 256, 32000), 128),
+    ):
+        cases.append(case("linear_memory", loss, shape, bars(mebibytes=most), layer=plain))
     return _with_own_functions(cases)
 
 
@@ -550,6 +606,19 @@ def _cuda() -> tuple[Case, ...]:
         add("rows", "distillation", shape, bars(compile=2, limit=1.3), dtype=bf16)
     for loss in ("cross_entropy", "focal", "grpo", "jsd"):
         add("rows", loss, (16384, 32000), bars(compile=1.5), dtype=bf16)
+
+    behind = partial(add, dtype=bf16, layer=linear.Layer())
+    large, peers = (8192, 4096, 128256), partial(bars, chunked=1.5, liger=3, quack=0.93)
+    for shape, most in (
+        (large, 1.08),
+        ((16384, 2048, 151936), 1.08),
+        ((32768, 768, 50304), 1.3),
+    ):
+        behind("linear", "cross_entropy", shape, peers(products=most))
+    behind("linear", "cross_entropy", large, bars(products=1.08), layer=linear.Layer(frozen=True))
+    # Another upstream gradient may cost 3 % more.
+    behind("linear", "cross_entropy", large, bars(products=1.11), upstream=65536.0)
+    behind("linear_memory", "cross_entropy", large, bars(mebibytes=614))
     return _with_own_functions(cases)
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import fusedloss
 import fusedloss.functional as FL
 
-from . import limit, own, row_losses
+from . import limit, linear, own, row_losses
 from .cases import COLUMNS, MODULES, TABLES, Case, Loss
 from .peers import PEERS
 
@@ -34,6 +34,8 @@ T = TypeVar("T")
 # error of an fp32 sum of 2^24 terms or of one rounding to bf16, far below any missing term.
 # Norm-wise.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-8}
+# Behind a linear layer the logits are rounded to bf16 too, and some add up gradients in it.
+LINEAR_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-6}
 
 # Long enough for the clock, short enough that a round sees one state of the machine.
 BLOCK_SECONDS = 0.01
@@ -44,6 +46,8 @@ GPU_BLOCK_SECONDS = 0.04
 # spread.
 CASE_SECONDS = 20.0
 ENOUGH_ROUNDS = 5
+# Steps that take longer run once a round, without a warm-up.
+LONG_SECONDS = 1.0
 
 # For all compiling of one run together; later cases then go without.
 COMPILE_SECONDS = 300.0
@@ -194,7 +198,7 @@ def contestants(case: Case, wanted: Collection[str] | None = None) -> list[str]:
         second = second_backend(case.device)
         names += [second] if second and not case.functions else []
         names += [p.name for p in PEERS.values() if p.covers(case) and p.version is not None]
-    always = ("ours", "unit", "limit", "copy")
+    always = ("ours", "unit", "limit", "copy", "products")
     if case.gradients > 1:  # a copy of one tensor is no limit then
         names = [name for name in names if name not in ("limit", "copy")]
     return [name for name in names if wanted is None or name in wanted or name in always]
@@ -210,6 +214,8 @@ def eager_loss(case: Case) -> Loss:
         return own.eager(case.loss)
     if case.table == "rows":
         return row_losses.eager(case)
+    if case.layer is not None:
+        return linear.eager(case)
     return case.functions.get("eager") or getattr(F, case.loss)
 
 
@@ -218,12 +224,14 @@ def our_loss(case: Case) -> Loss:
         return own.ours(case.loss)
     if case.table == "rows":
         return row_losses.ours(case)
+    if case.layer is not None:
+        return linear.ours(case)
     return case.functions.get("ours") or getattr(FL, case.loss)
 
 
 def build_loss(case: Case, contestant: str) -> Loss:
     if contestant in PEERS:
-        return PEERS[contestant].load()
+        return PEERS[contestant].loss(case)
     loss: Loss
     if case.table == "upstream":
         # Modules, since each has its own prediction: one function, called with both upstream
@@ -250,7 +258,7 @@ def upstream_of(case: Case, contestant: str, x: Tensor, t: Tensor) -> Tensor | N
         drawn = () if case.expanded else shape
         upstream = torch.randn(drawn, generator=generator, device=case.device, dtype=case.dtype)
         return upstream.expand(shape)
-    if case.table == "upstream":
+    if case.upstream != 1:
         value = 1.0 if contestant == "unit" else case.upstream
         # Eager's loss has the input's dtype and the peers' have float32: backward() casts.
         return torch.tensor(value, device=case.device)
@@ -319,6 +327,8 @@ def make_step(case: Case, contestant: str, x: Tensor, t: Tensor) -> Step:
     """The step that is timed: it delivers a fresh gradient."""
     if contestant == "copy":
         return copy_step(lambda: limit.by_pytorch(x, t), x)
+    if contestant == "products":
+        return linear.products(case, x, t)
 
     loss = build_loss(case, contestant)
     if case.table == "forward":
@@ -386,38 +396,42 @@ def path(case: Case, x: Tensor, t: Tensor) -> str | None:
             return None
 
 
-def expected(case: Case, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Loss and gradient in float64 (no gradient: forward only)."""
+Truth = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def expected(case: Case, x: Tensor, t: Tensor) -> Truth:
+    """Loss and gradients in float64 (no gradient for x: forward only)."""
     x64 = x.detach().double().requires_grad_(case.table != "forward")
-    t64 = t.detach().double() if t.is_floating_point() else t
-    loss = eager_loss(case)(x64, t64, reduction=case.reduction)
+    t64 = t.detach().double() if t.is_floating_point() else t.detach()
+    t64.requires_grad_(t.requires_grad)
+    function = eager_loss(case) if case.layer is None else linear.exact(case)
+    loss = function(x64, t64, reduction=case.reduction)
     if case.table != "forward":
         upstream = upstream_of(case, "ours", x, t)
         loss.backward(None if upstream is None else upstream.double())
-    return loss.detach(), x64.grad
+    return loss.detach(), x64.grad, t64.grad
 
 
-def check(
-    case: Case, contestant: str, step: Step, x: Tensor, truth: tuple[Tensor, Tensor | None]
-) -> None:
-    """Compare a contestant's loss and gradient with float64."""
-    x.grad = None
+def check(case: Case, contestant: str, step: Step, x: Tensor, t: Tensor, truth: Truth) -> None:
+    """Compare a contestant's loss and gradients with float64."""
+    x.grad = t.grad = None
     value = step()
     assert isinstance(value, Tensor)
     value = value.detach()
-    loss, gradient = truth
-    if contestant == "unit" and gradient is not None:
-        gradient = gradient / case.upstream
-    for name, got, right in (("loss", value, loss), ("gradient", x.grad, gradient)):
+    tolerance = TOLERANCE if case.layer is None else LINEAR_TOLERANCE
+    names = ("loss", "gradient", "gradient of the second input")
+    for name, got, right in zip(names, (value, x.grad, t.grad), truth, strict=True):
         if right is None:
             continue
+        if contestant == "unit" and name != "loss":
+            right = right / case.upstream
         if got is None:
             raise WrongResult(f"no {name}")
         if got.shape != right.shape and contestant not in PEERS:  # one of the peers returns (1,)
             raise WrongResult(f"{name} of shape {tuple(got.shape)}, not {tuple(right.shape)}")
         error = float((got.double().view_as(right) - right).norm() / right.norm())
         # Written like this so that nan fails.
-        if not error <= TOLERANCE[got.dtype]:
+        if not error <= tolerance[got.dtype]:
             raise WrongResult(f"{name} off by {error:.2g} (norm-wise) from float64")
 
 
@@ -427,6 +441,14 @@ def host_clock(step: Step, block_seconds: float) -> Callable[[], float]:
     `Timer.timeit` warms up before it reads the clock, so nobody pays for what the contestant before
     left in caches and heap.
     """
+
+    def once() -> float:
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+
+    if once() > LONG_SECONDS:
+        return once
     timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
     # The best of a few: the first call may be slow, and would make the blocks too short.
     seconds = min(timer.timeit(1).mean for _ in range(3))
@@ -532,17 +554,17 @@ class Speed:
         name: str,
         x: Tensor,
         t: Tensor,
-        truth: tuple[Tensor, Tensor | None],
+        truth: Truth,
     ) -> Step:
         """A contestant's step, checked: raises if its result is wrong."""
-        if name == "copy":
+        if name in ("copy", "products"):
             return make_step(case, name, x, t)
         original = x.detach()
-        if name in PEERS and PEERS[name].overwrites_input:
+        if name in PEERS and PEERS[name].overwrites(case):
             x = original.clone().requires_grad_()
         step = make_step(case, name, x, t)
-        check(case, name, step, x, truth)
+        check(case, name, step, x, t, truth)
         if case.table == "graph":
             step = captured(step, x, original)
-            check(case, name, step, x, truth)
+            check(case, name, step, x, t, truth)
         return step

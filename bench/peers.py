@@ -1,5 +1,5 @@
-"""Fused losses of other packages, measured if they are installed: all are cross-entropy on a
-GPU."""
+"""Fused losses of other packages, and PyTorch's own behind a linear layer, measured if they are
+installed: all are cross-entropy on a GPU."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from . import linear
 from .cases import Case, Loss
 
 
@@ -18,7 +21,9 @@ class Peer:
     name: str  # in COLUMNS
     package: str  # the name that pip knows
     module: str
-    load: Callable[[], Loss]
+    load: Callable[[], Loss] | None = None
+    # Its loss of hidden states, weight and class indices.
+    load_linear: Callable[[], Callable[[Tensor, Tensor, Tensor], Tensor]] | None = None
     # It writes the gradient over its input, so it is timed on its own copy.
     overwrites_input: bool = False
 
@@ -41,17 +46,46 @@ class Peer:
         return (
             case.loss == "cross_entropy"
             and case.device == "cuda"
-            and len(case.shape) == 2
+            and (len(case.shape) == 2 or case.layer is not None)
+            and (self.load if case.layer is None else self.load_linear) is not None
             and not case.probabilities
             and not case.functions
             and case.reduction == "mean"
         )
+
+    def loss(self, case: Case) -> Loss:
+        if case.layer is not None:
+            assert self.load_linear is not None
+            return linear.with_labels(case, self.load_linear())
+        assert self.load is not None
+        return self.load()
+
+    def overwrites(self, case: Case) -> bool:
+        return self.overwrites_input and case.layer is None
 
 
 def _liger() -> Loss:
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     return lambda x, t: liger_cross_entropy(x, t)  # type: ignore[no-any-return]
+
+
+def _liger_linear() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return lambda x, w, t: liger_fused_linear_cross_entropy(x, w, t)  # type: ignore[no-any-return]
+
+
+def _quack_linear() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda x, w, t: chunked_linear_cross_entropy(x, w, t, reduction="mean")  # type: ignore[no-any-return]
+
+
+def _chunked() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    # From torch 2.13 on.
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda x, w, t: F.linear_cross_entropy(x, w, t, options=options)
 
 
 def _quack() -> Loss:
@@ -80,9 +114,10 @@ def _apex() -> Loss:
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("liger", "liger-kernel", "liger_kernel", _liger, overwrites_input=True),
-        Peer("quack", "quack-kernels", "quack.cross_entropy", _quack),
+        Peer("liger", "liger-kernel", "liger_kernel", _liger, _liger_linear, overwrites_input=True),
+        Peer("quack", "quack-kernels", "quack.cross_entropy", _quack, _quack_linear),
         Peer("flash_attn", "flash-attn", "flash_attn.losses", _flash_attn),
         Peer("apex", "apex", "apex.contrib.xentropy", _apex),
+        Peer("chunked", "torch", "torch", load_linear=_chunked),
     )
 }

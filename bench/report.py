@@ -252,7 +252,7 @@ def _notes(row: Row) -> list[str]:
         f"{row.case.name}: {PEERS[name].package} overwrites its input, and is timed doing so, on a "
         "copy of its own"
         for name in row.samples
-        if name in PEERS and PEERS[name].overwrites_input
+        if name in PEERS and PEERS[name].overwrites(row.case)
     ]
     if row.path not in (None, "compiled"):
         notes.append(f"{row.case.name}: ours took the path {row.path}, not the compiled kernel")
@@ -285,7 +285,8 @@ _ABOUT_CPU = """\
 drawn anew; tables whose bars lie within a few per cent (upstream gradients, "none", forward only) \
 have three times the rounds. Each is first held against float64; one that is wrong gets no \
 figure.
-- Peak memory is resident memory, each contestant in a process of its own."""
+- Peak memory is resident memory, each contestant in a process of its own, in which glibc maps from 1 \
+MiB on (`MALLOC_MMAP_THRESHOLD_`), so that what is freed does not count."""
 _ABOUT_GPU = """\
 - Every figure is a ratio: the median over rounds of the ratio within a round, with the 20 % and \
 80 % quantiles in brackets. All contestants run in one process in turn, once a round, in an order \
@@ -308,6 +309,9 @@ docs/custom-losses.md) is the same line for all three. Each step delivers a fres
 - **limit** is the least traffic that a step can have: read both tensors of a pointwise loss (one where \
 targets are class indices), write one. {_LIMIT_GPU if about["device"] == "cuda" else _LIMIT_CPU} \
 GB/s counts that traffic alone.
+- **products**, behind a linear layer, are the bare matrix products that a step needs (`torch.mm`), over \
+the rows that count: for the logits, and for the gradients of hidden states and weight. **torch, chunked** \
+is `F.linear_cross_entropy` with `LinearCrossEntropyOptions()`. Memory there is beyond the gradients too.
 {_ABOUT_GPU if about["device"] == "cuda" else _ABOUT_CPU}
 
 {tables(rows)}

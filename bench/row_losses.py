@@ -30,7 +30,7 @@ _PARAMETERS: dict[str, dict[str, float]] = {"distillation": {"T": 2.0}, "grpo": 
 
 
 @cache
-def _known(name: str) -> Any:
+def known(name: str) -> Any:
     """Imported when it is needed, since SymPy then traces the whole table."""
     if str(TESTS) not in sys.path:
         sys.path.append(str(TESTS))
@@ -53,11 +53,11 @@ def _others(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) 
 
 
 def ours(case: Case) -> Loss:
-    return _called(case, _known(case.loss).loss)
+    return _called(case, known(case.loss).loss)
 
 
 def eager(case: Case) -> Loss:
-    rows = _known(case.loss).torch
+    rows = known(case.loss).torch
 
     def line(*args: Any, reduction: str, **options: Any) -> Tensor:
         value: Tensor = getattr(rows(*args, **options), reduction)()

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 for _needed in ("tqdm", "tabulate", "matplotlib", "sklearn"):
     pytest.importorskip(_needed)
@@ -33,6 +35,7 @@ from bench import (
     figures,
     kernels,
     limit,
+    linear,
     measure,
     memory,
     models,
@@ -60,7 +63,13 @@ TINY = {
     "forward": Case("forward", "forward", "binary_cross_entropy", (3000,)),
     "own": Case("own", "own", "focal", (3000,), {"limit": 1e-3}),
     "graph": Case("graph", "graph", "cross_entropy", (8, 40)),
-}
+    "linear": Case("linear", "linear", "cross_entropy", (8, 16, 40), {"products": 1e3},
+                   layer=linear.Layer(), upstream=65536.0),
+    "ignored": Case("ignored", "linear", "cross_entropy", (16, 16, 50257), dtype=torch.bfloat16,
+                    layer=linear.Layer(ignored=0.75)),
+    "frozen": Case("frozen", "linear", "cross_entropy", (8, 16, 40), layer=linear.Layer(frozen=True)),
+    "heads": Case("heads", "linear", "distillation", (8, 16, 40), layer=linear.Layer()),
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -705,6 +714,127 @@ def test_custom_loss_beside_the_same_line_in_torch(name):
     torch.testing.assert_close(*values)
     torch.testing.assert_close(*(torch.autograd.grad(value, x) for value in values))
     assert "fusedloss" not in eager(x, t).grad_fn.next_functions[0][0].name().lower()
+
+
+LINEAR = ("linear", "ignored", "frozen", "heads")
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_truth_behind_a_linear_layer_needs_little_memory(monkeypatch, name):
+    """In float64, some rows at a time, it is what eager computes."""
+    case = dataclasses.replace(TINY[name], dtype=torch.float64)
+    x, w = case.inputs()
+    measure.eager_loss(case)(x, w).backward()
+    monkeypatch.setattr(linear, "EXACT_LOGITS", 3 * case.shape[2])
+    seen = []
+    original = linear.checkpoint
+    chunk = lambda f, x, *others, **options: (
+        seen.append(len(x)) or original(f, x, *others, **options)
+    )
+    monkeypatch.setattr(linear, "checkpoint", chunk)
+    value, gradient, of_weight = measure.expected(dataclasses.replace(case, upstream=1.0), x, w)
+    assert seen == [3] * (case.shape[0] // 3) + [case.shape[0] % 3]
+    torch.testing.assert_close(value, measure.eager_loss(case)(x, w).detach())
+    torch.testing.assert_close(gradient, x.grad)
+    torch.testing.assert_close(of_weight, w.grad)
+    assert (of_weight is None) == (name == "frozen")
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("linear", 3), ("ignored", 3), ("frozen", 2), ("heads", 4)]
+)
+def test_products_are_those_that_a_step_needs(name, count):
+    case = TINY[name]
+    x, w = case.inputs()
+    step = linear.products(case, x, w)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    rows = int((linear.labels(case) >= 0).sum())
+    assert rows == (case.shape[0] // 4 if name == "ignored" else case.shape[0])
+    assert counter.get_total_flops() == 2 * count * rows * case.shape[1] * case.shape[2]
+
+
+@pytest.mark.parametrize("name", ["linear", "ignored"])
+@pytest.mark.parametrize(
+    ("broken", "problem"),
+    [
+        (lambda x, w, t: F.linear(x, _Scaled.apply(w)), "gradient of the second input off by"),
+        (lambda x, w, t: _TargetAlone.apply(F.linear(x, w), t), "gradient off by"),
+    ],
+)
+def test_wrong_gradient_behind_a_linear_layer_is_shown(run, monkeypatch, name, broken, problem):
+    wrong = lambda x, w, t: F.cross_entropy(broken(x, w, t), t)
+    monkeypatch.setattr(_Scaled, "backward", lambda ctx, upstream: upstream * 1.05)
+    monkeypatch.setattr(FL, "linear_cross_entropy", wrong)
+    status, _, rows = run(name)
+    assert status == 1
+    assert problem in rows[name]["problems"]["ours"]["text"]
+
+
+class _TargetAlone(torch.autograd.Function):
+    """Logits whose gradient is kept for the target's class alone."""
+
+    @staticmethod
+    def forward(ctx, logits, t):
+        ctx.save_for_backward(t)
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        t = ctx.saved_tensors[0].clamp(0)[:, None]
+        return torch.zeros_like(upstream).scatter_(1, t, upstream.gather(1, t)), None
+
+
+def test_peers_behind_a_linear_layer(monkeypatch):
+    """Those that have such a loss, with hidden states, weight and class indices in this order."""
+    called = lambda x, w, t, **options: F.cross_entropy(F.linear(x, w), t, **options)
+    liger = SimpleNamespace(liger_fused_linear_cross_entropy=called)
+    quack = SimpleNamespace(chunked_linear_cross_entropy=called)
+    for parent in ("liger_kernel", "liger_kernel.transformers", "quack"):
+        monkeypatch.setitem(sys.modules, parent, SimpleNamespace(__path__=[]))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", liger)
+    monkeypatch.setitem(sys.modules, "quack.linear_cross_entropy", quack)
+    case = dataclasses.replace(TINY["linear"], device="cuda")
+    covering = [name for name, peer in peers.PEERS.items() if peer.covers(case)]
+    assert covering == ["liger", "quack", "chunked"]
+    heads = dataclasses.replace(TINY["heads"], device="cuda")
+    assert not any(
+        peer.covers(heads) or peer.covers(TINY["linear"]) for peer in peers.PEERS.values()
+    )
+    logits = dataclasses.replace(TINY["ce"], device="cuda")
+    assert peers.PEERS["liger"].covers(logits) and not peers.PEERS["chunked"].covers(logits)
+    assert peers.PEERS["liger"].overwrites(logits) and not peers.PEERS["liger"].overwrites(case)
+    if not hasattr(F, "linear_cross_entropy"):
+        covering.remove("chunked")
+    x, w = TINY["linear"].inputs()
+    expected = measure.eager_loss(TINY["linear"])(x, w)
+    for name in covering:
+        torch.testing.assert_close(peers.PEERS[name].loss(TINY["linear"])(x, w), expected)
+
+
+def test_memory_behind_a_linear_layer(monkeypatch):
+    """Without the gradients, and in MiB too."""
+    monkeypatch.setattr(memory, "allocated", lambda case, contestant: 2**22 * len(contestant))
+    monkeypatch.setattr(measure, "second_backend", lambda device: None)
+    layer, goal = linear.Layer(), {"mebibytes": 11}
+    case = Case("ce", "linear_memory", "cross_entropy", (2**10, 2**8, 2**12), goal, device="cuda",
+                layer=layer)  # fmt: skip
+    row = memory.measure(case, ["eager"])
+    gradients = 4 * 2**8 * (2**10 + 2**12)
+    assert row.samples["ours"] == [2**24 - gradients]
+    assert row.ratios()["mebibytes"].median == 16 - 5
+    assert row.ratios()["mebibytes"].met
+    assert "ours, MiB" in report.tables([row])
+    frozen = dataclasses.replace(case, layer=linear.Layer(frozen=True))
+    assert memory.measure(frozen, []).samples["ours"] == [2**24 - 2**20]
+
+
+def test_long_step_runs_once_a_round(monkeypatch):
+    calls = []
+    monkeypatch.setattr(measure, "LONG_SECONDS", 0.0)
+    samples = measure.interleave({"a": lambda: calls.append(0)}, rounds=3)
+    assert len(calls) == 1 + 3
+    assert all(0 < seconds < 1 for seconds in samples["a"])
 
 
 def test_wrong_custom_loss_is_shown(run, monkeypatch):
