@@ -340,7 +340,7 @@ struct RowsWalk {
     const auto write = [&](auto count, auto whole, int64_t c) FUSEDLOSS_INLINE {
       constexpr bool kWhole = kTile || whole();
       unrolled<count>([&](auto u) FUSEDLOSS_INLINE {
-        Registers from = read<Loss::kLevels, kWhole>(c, u, end - c);
+        Registers from = read<Loss::kLevels, kWhole>(c, u, std::min(kLanes, end - c));
         Vec<T> g[kElements];
         if constexpr (!kTile) {
           its.template gradients<kAll>(from.x, from.weights, r[u], from.kept, g);
