@@ -237,22 +237,26 @@ struct RowWalk {
 
   // ---- slots ----
 
-  // Input i's slot at a place of the first one's.
-  __device__ V& slot(int i, int place) const {
-    return smem[(place + i * tiling.vectors_per_thread) * static_cast<int>(blockDim.x)];
+  // From one slot of a thread to its next, and from an input to the next one.
+  __device__ int step() const { return static_cast<int>(blockDim.x); }
+  __device__ int line_step() const { return tiling.vectors_per_thread * step(); }
+  // The first slot of a row in shared memory: the first input's.
+  __device__ V* row_in_smem(int of_stage) const {
+    return smem + of_stage * kElements * line_step();
   }
-  // Where slot k of a row in shared memory is.
-  __device__ int place_in_smem(int k) const {
-    return stage * kElements * tiling.vectors_per_thread + k;
-  }
-  __device__ Part& kept_slot(int j, int k, int part) const {
-    const int lines = tiling.stages * kElements + j * kParts + part;
-    return reinterpret_cast<Part&>(
-        smem[(lines * tiling.vectors_per_thread + k) * static_cast<int>(blockDim.x)]);
+  // Kept value j beside a slot of the current row.
+  __device__ Part& kept_slot(int j, V* slot, int part) const {
+    const int lines = (tiling.stages - stage) * kElements + j * kParts + part;
+    return reinterpret_cast<Part&>(slot[lines * line_step()]);
   }
 
-  // The lanes of a slot that are classes of the row, as bits.
+  // Whether all lanes of a slot are classes of the row.
+  __device__ bool is_whole(int first) const {
+    return first >= 0 && first <= static_cast<int>(c.classes) - kSize;
+  }
+  // The lanes that are, as bits.
   __device__ unsigned lanes(int first) const {
+    if (is_whole(first)) return kAllLanes;
     const int behind = first + kSize - static_cast<int>(c.classes);
     return (kAllLanes << max(-first, 0)) & (kAllLanes >> max(behind, 0));
   }
@@ -275,12 +279,12 @@ struct RowWalk {
   __device__ void prefetch(const Line& line, int v, V& to) const {
     const Rows& r = element_input<i>();
     const int first = line.first_class(v);
-    const unsigned valid = lanes(first);
     const D* const from = static_cast<const D*>(r.data) + line.begin[i];
-    if ((line.vectors >> i & 1) && valid == kAllLanes) {
+    if ((line.vectors >> i & 1) && is_whole(first)) {
       cp_async(to, reinterpret_cast<const V*>(from + first));
       return;
     }
+    const unsigned valid = lanes(first);
     // There are no asynchronous copies of two bytes: a few loads are in flight together. All inputs
     // have this type then.
     constexpr int kTogether = sizeof(D) == 2 ? 4 : 1;
@@ -303,26 +307,38 @@ struct RowWalk {
       }
     }
   }
-  __device__ void prefetch(const Line& line, int v, int place) const {
-    each<kElements>([&](auto i) { this->template prefetch<i>(line, v, this->slot(i, place)); });
+  __device__ void prefetch(const Line& line, int v, V* slot) const {
+    each<kElements>(
+        [&](auto i) { this->template prefetch<i>(line, v, slot[i * this->line_step()]); });
   }
   // Begins to copy slot v of a row into shared memory, and the later slots that are this thread's.
-  __device__ void prefetch_row(const Line& line, int v, int k) const {
+  __device__ void prefetch_row(const Line& line, int v, V* slot) const {
 #pragma unroll 1
-    for (; v < line.slots; v += group.size, ++k) prefetch(line, v, place_in_smem(k));
+    for (; v < line.slots; v += group.size, slot += step()) prefetch(line, v, slot);
   }
-  __device__ void prefetch_row(const Line& line) const { prefetch_row(line, group.rank, 0); }
+  __device__ void prefetch_row(const Line& line) const {
+    prefetch_row(line, group.rank, row_in_smem(stage));
+  }
 
   // ---- the terms of a slot's classes ----
 
   struct RowAccess {
     const T* r;
     __device__ T operator()(int i) const { return r[i]; }
+    // Two-byte gradients do not show the error of the quick one.
+    __device__ friend T exp_of_class(T x, const RowAccess&) {
+      if constexpr (sizeof(D) == 2) {
+        return quick_exp(x);
+      } else {
+        return exp_nonpositive(x);
+      }
+    }
   };
   // A slot of each input.
   struct Slots {
     V x[kElements];
     int first;  // class
+    V* at;      // in shared memory: the first input's
   };
   // A class's numbers, as the loss takes them.
   struct Class {
@@ -358,12 +374,12 @@ struct RowWalk {
   }
   // The classes of a part of a slot, with the kept values that the walk of kLevel reads.
   template <int kLevel>
-  __device__ void read_part(const Slots& s, int k, int part, Class (&classes)[Part::kSize]) const {
+  __device__ void read_part(const Slots& s, int part, Class (&classes)[Part::kSize]) const {
     each<Part::kSize>([&](auto e) { this->read_class(classes[e], s, part * Part::kSize + e); });
     if (tiling.keeps) {
       each<Loss::kKeptCount>([&](auto j) {
         if constexpr (reads_kept<Loss>(kLevel, j)) {
-          const Part kept = this->kept_slot(j, k, part);
+          const Part kept = this->kept_slot(j, s.at, part);
           each<Part::kSize>([&](auto e) { classes[e].kept[j] = kept.element[e]; });
         }
       });
@@ -374,45 +390,50 @@ struct RowWalk {
 
   // ---- walks ----
 
-  // Calls f(slots, k) for each slot k of this thread. Where the row is in shared memory,
-  // kPrefetches says whether row `next` takes the place of what has been read. Else `next` is the
-  // row itself, and slots of it are copied there a few ahead.
+  // Calls f(slots) for each slot of this thread. Where the row is in shared memory, kPrefetches says
+  // whether row `next` takes the place of what has been read. Else `next` is the row itself, and
+  // slots of it are copied there a few ahead.
   template <bool kPrefetches, class F>
   __device__ void for_each_slot(const Line& line, const Line& next, F&& f) const {
     const bool in_smem = tiling.fits_in_smem;
-    const int ahead = in_smem ? 0 : tiling.stages;
-    int v = group.rank - ahead * group.size, stage = 0;
+    const int ahead = in_smem ? 0 : tiling.stages * group.size;
+    V* at = row_in_smem(in_smem ? stage : 0);
+    int v = group.rank - ahead, copied = 0;  // slots since smem
 #pragma unroll 1
-    for (int k = -ahead; v < line.slots; ++k, v += group.size) {
-      const int place = in_smem ? place_in_smem(k) : stage * kElements;
-      if (k >= 0) {
+    for (; v < line.slots; v += group.size) {
+      if (v >= 0) {
         if (!in_smem) cp_async_wait(tiling.stages - 1);
         Slots s;
         s.first = line.first_class(v);
-        each<kElements>([&](auto i) { s.x[i] = this->slot(i, place); });
-        f(s, k);
+        s.at = at;
+        each<kElements>([&](auto i) { s.x[i] = at[i * this->line_step()]; });
+        f(s);
       }
       if (kPrefetches || !in_smem) {
-        if (v + ahead * group.size < next.slots) prefetch(next, v + ahead * group.size, place);
+        if (v + ahead < next.slots) prefetch(next, v + ahead, at);
       }
+      at += in_smem ? step() : kElements * line_step();
       if (!in_smem) {
         cp_async_commit();
-        stage = stage + 1 < tiling.stages ? stage + 1 : 0;
+        if (++copied == tiling.stages) {
+          copied = 0;
+          at = smem;
+        }
       }
     }
-    if (kPrefetches && in_smem) prefetch_row(next, v, (v - group.rank) / group.size);
+    if (kPrefetches && in_smem) prefetch_row(next, v, at);
   }
 
   template <int kLevel>
   __device__ void add(Terms<kLevel>& total, const Line& line) const {
     constexpr int kMaxima = Loss::kMaxima[kLevel], kSums = Loss::kSums[kLevel];
-    for_each_slot<false>(line, line, [&](const Slots& s, int k) {
+    for_each_slot<false>(line, line, [&](const Slots& s) {
       const unsigned counted = lanes(s.first), summed = summed_lanes(s.first);
       T sums[at_least_one(kSums)];
       each<kSums>([&](auto j) { sums[j] = T(-0.0); });  // -0 + x is x
       each<kParts>([&](auto part) {
         Class classes[Part::kSize];
-        this->template read_part<kLevel>(s, k, part, classes);
+        this->template read_part<kLevel>(s, part, classes);
         each<Part::kSize>([&](auto e) {
           const int lane = part * Part::kSize + e;
           T out[kTerms<kLevel>];
@@ -429,7 +450,7 @@ struct RowWalk {
           if constexpr (leaves_kept<Loss>(kLevel, j)) {
             Part kept;
             each<Part::kSize>([&](auto e) { kept.element[e] = classes[e].kept[j]; });
-            this->kept_slot(j, k, part) = kept;
+            this->kept_slot(j, s.at, part) = kept;
           }
         });
       });
@@ -454,7 +475,7 @@ struct RowWalk {
   __device__ Peaks peaks(const Line& line, bool live) const {
     Peaks found;
     if constexpr (Loss::kPeakCount > 0) {
-      const auto look = [&](const Slots& s, int) {
+      const auto look = [&](const Slots& s) {
         const unsigned counted = lanes(s.first);
         each<kSize>([&](auto e) {
           each<Loss::kPeakCount>([&](auto p) {
@@ -505,39 +526,33 @@ struct RowWalk {
   }
   template <int i>
   __device__ void store(const Gradients& to, int first, const V& g) const {
-    const unsigned valid = lanes(first);
-    if ((to.vectors >> i & 1) && valid == kAllLanes) {
+    if ((to.vectors >> i & 1) && is_whole(first)) {
       D* const row = static_cast<D*>(const_cast<void*>(gradient<i>().data)) + to.begin[i];
       *reinterpret_cast<V*>(row + first) = g;
       return;
     }
+    const unsigned valid = lanes(first);
     each<kSize>([&](auto e) {
       if (valid >> e & 1) this->template store_lane<i>(to, first + e, g.element[e]);
     });
   }
   template <bool kAll>
-  __device__ void store_slot(const Gradients& to, const Slots& s, int k, const Peaks& peaks) const {
+  __device__ void store_slot(const Gradients& to, const Slots& s, const Peaks& peaks) const {
     constexpr int kCount = kAll ? kElements : 1;
-    V g[kCount];
+    T g[kCount][kSize];
     each<kParts>([&](auto part) {
       Class classes[Part::kSize];
-      this->template read_part<Loss::kLevels>(s, k, part, classes);
-      T parts[kCount][Part::kSize];
+      this->template read_part<Loss::kLevels>(s, part, classes);
       each<Part::kSize>([&](auto e) {
         const Class& one = classes[e];
         T out[kElements] = {};
         loss.template gradients<kAll>(one.x, one.w, RowAccess{r}, one.kept, out);
         this->add_at_peaks(one, s.first + part * Part::kSize + e, peaks, out);
-        each<kCount>([&](auto i) { parts[i][e] = out[i]; });
-      });
-      each<kCount>([&](auto i) {
-        const auto packed = pack<D>(parts[i]);
-        each<Part::kSize>(
-            [&](auto e) { g[i].element[part * Part::kSize + e] = packed.element[e]; });
+        each<kCount>([&](auto i) { g[i][part * Part::kSize + e] = out[i]; });
       });
     });
     each<kCount>([&](auto i) {
-      if (this->template gradient<i>().data) this->template store<i>(to, s.first, g[i]);
+      if (this->template gradient<i>().data) this->template store<i>(to, s.first, pack<D>(g[i]));
     });
   }
 
@@ -552,7 +567,7 @@ struct RowWalk {
       to.vectors |= unsigned{Line::misaligned(r, to.begin[i]) == line.before} << i;
       if (i > 0) later = later || r.data;
     });
-    for_each_slot<true>(line, next, [&](const Slots& s, int k) {
+    for_each_slot<true>(line, next, [&](const Slots& s) {
       if (!live) {
         V g;
         each<kSize>([&](auto e) { g.element[e] = narrow<D>(filler); });
@@ -560,9 +575,9 @@ struct RowWalk {
           if (this->template gradient<i>().data) this->template store<i>(to, s.first, g);
         });
       } else if (kElements > 1 && later) {
-        store_slot<true>(to, s, k, peaks);
+        store_slot<true>(to, s, peaks);
       } else {
-        store_slot<kElements == 1>(to, s, k, peaks);
+        store_slot<kElements == 1>(to, s, peaks);
       }
     });
     if constexpr (Numbers::kHasLabel) {
