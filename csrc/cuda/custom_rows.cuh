@@ -182,10 +182,14 @@ template <class Loss, class D>
 struct RowLine {
   using V = Vector16<D>;
   static constexpr int kElements = RowNumbers<Loss>::kElements;
-  int64_t begin[kElements];  // of the row in each input
-  unsigned vectors = 0;      // bit i: input i has vectors where the slots are
-  int before = 0;            // lanes of the first slot before the row
+  static constexpr unsigned kAllLanes = (1u << V::kSize) - 1;
+  int64_t begin[kElements];   // of the row in each input
+  const V* vector[kElements]; // of the first slot in each input: see `vectors`
+  unsigned vectors = 0;       // bit i: input i has vectors where the slots are
+  int before = 0;             // lanes of the first slot before the row
   int slots = 0;
+  int whole_begin = 0, whole_end = 0;                      // of the slots without other lanes
+  unsigned first_lanes = kAllLanes, last_lanes = kAllLanes;  // that are classes of the row
 
   // Past the last row there are no slots.
   __device__ RowLine(const CustomRowsCall& c, int64_t row) {
@@ -196,8 +200,25 @@ struct RowLine {
       begin[i] = place(c.inputs[kInput]);
       if (i == 0) before = max(misaligned(c.inputs[kInput], begin[0]), 0);
       vectors |= unsigned{misaligned(c.inputs[kInput], begin[i]) == before} << i;
+      vector[i] = vectors_of(c.inputs[kInput], begin[i]);
     });
-    if (exists) slots = (before + static_cast<int>(c.classes) + V::kSize - 1) / V::kSize;
+    if (!exists) return;
+    const int lanes = before + static_cast<int>(c.classes), rest = lanes % V::kSize;
+    slots = (lanes + V::kSize - 1) / V::kSize;
+    whole_begin = before > 0;
+    whole_end = lanes / V::kSize;
+    first_lanes = kAllLanes << before & kAllLanes;
+    if (rest > 0) last_lanes = kAllLanes >> (V::kSize - rest);
+  }
+  // The vectors of a row of an input or of a gradient, if they are where the slots are.
+  __device__ V* vectors_of(const Rows& r, int64_t begin) const {
+    return reinterpret_cast<V*>(static_cast<D*>(const_cast<void*>(r.data)) + (begin - before));
+  }
+  __device__ bool is_whole(int slot) const { return slot >= whole_begin && slot < whole_end; }
+  // The lanes of a slot that are classes of the row, as bits.
+  __device__ unsigned lanes(int slot) const {
+    const unsigned bits = slot == 0 ? first_lanes : kAllLanes;
+    return slot == slots - 1 ? bits & last_lanes : bits;
   }
   // Elements between the last multiple of 16 bytes and the row; -1 where there are no vectors.
   __device__ static int misaligned(const Rows& r, int64_t begin) {
@@ -220,7 +241,6 @@ struct RowWalk {
   using Terms = LevelTerms<T, Sum, Loss::kMaxima[kLevel], Loss::kSums[kLevel]>;
   using Peaks = FirstClasses<Loss::kPeakCount>;
   static constexpr int kElements = Numbers::kElements, kSize = V::kSize;
-  static constexpr unsigned kAllLanes = (1u << kSize) - 1;
   // Lanes that are computed together: as many as fit into 16 bytes as T.
   using Part = Vector16<T>;
   static constexpr int kParts = kSize / Part::kSize;
@@ -244,28 +264,12 @@ struct RowWalk {
   __device__ V* row_in_smem(int of_stage) const {
     return smem + of_stage * kElements * line_step();
   }
-  // Kept value j beside a slot of the current row.
-  __device__ Part& kept_slot(int j, V* slot, int part) const {
-    const int lines = (tiling.stages - stage) * kElements + j * kParts + part;
-    return reinterpret_cast<Part&>(slot[lines * line_step()]);
-  }
-
-  // Whether all lanes of a slot are classes of the row.
-  __device__ bool is_whole(int first) const {
-    return first >= 0 && first <= static_cast<int>(c.classes) - kSize;
-  }
-  // The lanes that are, as bits.
-  __device__ unsigned lanes(int first) const {
-    if (is_whole(first)) return kAllLanes;
-    const int behind = first + kSize - static_cast<int>(c.classes);
-    return (kAllLanes << max(-first, 0)) & (kAllLanes >> max(behind, 0));
-  }
-  // Those but for the label.
-  __device__ unsigned summed_lanes(int first) const {
-    unsigned bits = lanes(first);
+  // The lanes of a slot whose classes are in the sums.
+  __device__ unsigned summed_lanes(const Line& line, int v) const {
+    unsigned bits = line.lanes(v);
     if constexpr (Numbers::kHasLabel) {
-      const auto lane = static_cast<unsigned>(label - first);
-      if (lane < unsigned{kSize}) bits &= ~(1u << lane);
+      const int place = label + line.before;
+      if (v == place / kSize) bits &= ~(1u << place % kSize);
     }
     return bits;
   }
@@ -278,13 +282,13 @@ struct RowWalk {
   template <int i>
   __device__ void prefetch(const Line& line, int v, V& to) const {
     const Rows& r = element_input<i>();
-    const int first = line.first_class(v);
-    const D* const from = static_cast<const D*>(r.data) + line.begin[i];
-    if ((line.vectors >> i & 1) && is_whole(first)) {
-      cp_async(to, reinterpret_cast<const V*>(from + first));
+    if ((line.vectors >> i & 1) && line.is_whole(v)) {
+      cp_async(to, line.vector[i] + v);
       return;
     }
-    const unsigned valid = lanes(first);
+    const int first = line.first_class(v);
+    const unsigned valid = line.lanes(v);
+    const D* const from = static_cast<const D*>(r.data) + line.begin[i];
     // There are no asynchronous copies of two bytes: a few loads are in flight together. All inputs
     // have this type then.
     constexpr int kTogether = sizeof(D) == 2 ? 4 : 1;
@@ -337,9 +341,13 @@ struct RowWalk {
   // A slot of each input.
   struct Slots {
     V x[kElements];
+    int v;      // the row's v-th
     int first;  // class
-    V* at;      // in shared memory: the first input's
+    V* kept;    // the slot of the first kept value
   };
+  __device__ Part& kept_slot(const Slots& s, int j, int part) const {
+    return reinterpret_cast<Part&>(s.kept[(j * kParts + part) * line_step()]);
+  }
   // A class's numbers, as the loss takes them.
   struct Class {
     T x[kElements], w[at_least_one(Numbers::kPerClasses)], kept[at_least_one(Loss::kKeptCount)];
@@ -379,7 +387,7 @@ struct RowWalk {
     if (tiling.keeps) {
       each<Loss::kKeptCount>([&](auto j) {
         if constexpr (reads_kept<Loss>(kLevel, j)) {
-          const Part kept = this->kept_slot(j, s.at, part);
+          const Part kept = this->kept_slot(s, j, part);
           each<Part::kSize>([&](auto e) { classes[e].kept[j] = kept.element[e]; });
         }
       });
@@ -397,29 +405,34 @@ struct RowWalk {
   __device__ void for_each_slot(const Line& line, const Line& next, F&& f) const {
     const bool in_smem = tiling.fits_in_smem;
     const int ahead = in_smem ? 0 : tiling.stages * group.size;
+    const int kept = (tiling.stages - stage) * kElements * line_step();
     V* at = row_in_smem(in_smem ? stage : 0);
-    int v = group.rank - ahead, copied = 0;  // slots since smem
+    int v = group.rank, copied = 0;
+    const auto prefetch_to = [&](int v, V* at) {
+      if (v < next.slots) prefetch(next, v, at);
+    };
+    if (!in_smem) {
+      for (int i = 0; i < tiling.stages; ++i) {
+        prefetch_to(v + i * group.size, row_in_smem(i));
+        cp_async_commit();
+      }
+    }
 #pragma unroll 1
-    for (; v < line.slots; v += group.size) {
-      if (v >= 0) {
-        if (!in_smem) cp_async_wait(tiling.stages - 1);
-        Slots s;
-        s.first = line.first_class(v);
-        s.at = at;
+    while (v < line.slots) {
+      if (!in_smem) cp_async_wait(tiling.stages - 1);
+      const int end = in_smem ? line.slots : v + 1;
+#pragma unroll 1
+      for (; v < end; v += group.size, at += step()) {
+        Slots s{{}, v, line.first_class(v), at + kept};
         each<kElements>([&](auto i) { s.x[i] = at[i * this->line_step()]; });
         f(s);
+        if (kPrefetches) prefetch_to(v + ahead, at);
       }
-      if (kPrefetches || !in_smem) {
-        if (v + ahead < next.slots) prefetch(next, v + ahead, at);
-      }
-      at += in_smem ? step() : kElements * line_step();
-      if (!in_smem) {
-        cp_async_commit();
-        if (++copied == tiling.stages) {
-          copied = 0;
-          at = smem;
-        }
-      }
+      if (in_smem) break;
+      if (!kPrefetches) prefetch_to(v - group.size + ahead, row_in_smem(copied));
+      cp_async_commit();
+      copied = copied + 1 < tiling.stages ? copied + 1 : 0;
+      at = row_in_smem(copied);
     }
     if (kPrefetches && in_smem) prefetch_row(next, v, at);
   }
@@ -428,7 +441,7 @@ struct RowWalk {
   __device__ void add(Terms<kLevel>& total, const Line& line) const {
     constexpr int kMaxima = Loss::kMaxima[kLevel], kSums = Loss::kSums[kLevel];
     for_each_slot<false>(line, line, [&](const Slots& s) {
-      const unsigned counted = lanes(s.first), summed = summed_lanes(s.first);
+      const unsigned counted = line.lanes(s.v), summed = summed_lanes(line, s.v);
       T sums[at_least_one(kSums)];
       each<kSums>([&](auto j) { sums[j] = T(-0.0); });  // -0 + x is x
       each<kParts>([&](auto part) {
@@ -450,7 +463,7 @@ struct RowWalk {
           if constexpr (leaves_kept<Loss>(kLevel, j)) {
             Part kept;
             each<Part::kSize>([&](auto e) { kept.element[e] = classes[e].kept[j]; });
-            this->kept_slot(j, s.at, part) = kept;
+            this->kept_slot(s, j, part) = kept;
           }
         });
       });
@@ -476,7 +489,7 @@ struct RowWalk {
     Peaks found;
     if constexpr (Loss::kPeakCount > 0) {
       const auto look = [&](const Slots& s) {
-        const unsigned counted = lanes(s.first);
+        const unsigned counted = line.lanes(s.v);
         each<kSize>([&](auto e) {
           each<Loss::kPeakCount>([&](auto p) {
             constexpr Peak kPeak = Loss::kPeaks[p];
@@ -507,7 +520,9 @@ struct RowWalk {
   // Where the gradients of a row lie.
   struct Gradients {
     int64_t begin[kElements];
-    unsigned vectors = 0;
+    V* vector[kElements];
+    unsigned vectors = 0;  // as in RowLine, and which are wanted
+    unsigned wanted = 0;
   };
   template <int i>
   __device__ const Rows& gradient() const {
@@ -525,19 +540,19 @@ struct RowWalk {
     }
   }
   template <int i>
-  __device__ void store(const Gradients& to, int first, const V& g) const {
-    if ((to.vectors >> i & 1) && is_whole(first)) {
-      D* const row = static_cast<D*>(const_cast<void*>(gradient<i>().data)) + to.begin[i];
-      *reinterpret_cast<V*>(row + first) = g;
-      return;
+  __device__ void store(const Line& line, const Gradients& to, const Slots& s, const V& g) const {
+    if ((to.vectors >> i & 1) && line.is_whole(s.v)) {
+      to.vector[i][s.v] = g;
+    } else if (to.wanted >> i & 1) {
+      const unsigned valid = line.lanes(s.v);
+      each<kSize>([&](auto e) {
+        if (valid >> e & 1) this->template store_lane<i>(to, s.first + e, g.element[e]);
+      });
     }
-    const unsigned valid = lanes(first);
-    each<kSize>([&](auto e) {
-      if (valid >> e & 1) this->template store_lane<i>(to, first + e, g.element[e]);
-    });
   }
   template <bool kAll>
-  __device__ void store_slot(const Gradients& to, const Slots& s, const Peaks& peaks) const {
+  __device__ void store_slot(const Line& line, const Gradients& to, const Slots& s,
+                             const Peaks& peaks) const {
     constexpr int kCount = kAll ? kElements : 1;
     T g[kCount][kSize];
     each<kParts>([&](auto part) {
@@ -551,9 +566,7 @@ struct RowWalk {
         each<kCount>([&](auto i) { g[i][part * Part::kSize + e] = out[i]; });
       });
     });
-    each<kCount>([&](auto i) {
-      if (this->template gradient<i>().data) this->template store<i>(to, s.first, pack<D>(g[i]));
-    });
+    each<kCount>([&](auto i) { this->template store<i>(line, to, s, pack<D>(g[i])); });
   }
 
   // Writes this thread's part of the gradients; next: see for_each_slot().
@@ -564,20 +577,21 @@ struct RowWalk {
     each<kElements>([&](auto i) {
       const Rows& r = this->template gradient<i>();
       to.begin[i] = place(r);
+      to.vector[i] = line.vectors_of(r, to.begin[i]);
+      if (!r.data) return;
+      to.wanted |= 1u << i;
       to.vectors |= unsigned{Line::misaligned(r, to.begin[i]) == line.before} << i;
-      if (i > 0) later = later || r.data;
+      if (i > 0) later = true;
     });
     for_each_slot<true>(line, next, [&](const Slots& s) {
       if (!live) {
         V g;
         each<kSize>([&](auto e) { g.element[e] = narrow<D>(filler); });
-        each<kElements>([&](auto i) {
-          if (this->template gradient<i>().data) this->template store<i>(to, s.first, g);
-        });
+        each<kElements>([&](auto i) { this->template store<i>(line, to, s, g); });
       } else if (kElements > 1 && later) {
-        store_slot<true>(to, s, peaks);
+        store_slot<true>(line, to, s, peaks);
       } else {
-        store_slot<kElements == 1>(to, s, peaks);
+        store_slot<kElements == 1>(line, to, s, peaks);
       }
     });
     if constexpr (Numbers::kHasLabel) {
@@ -592,8 +606,7 @@ struct RowWalk {
       each<Numbers::kPerClasses>([&](auto i) { one.w[i] = r[Numbers::kAtLabel + kElements + i]; });
       add_at_peaks(one, label, peaks, out);
       each<kElements>([&](auto i) {
-        if (this->template gradient<i>().data)
-          this->template store_lane<i>(to, label, narrow<D>(out[i]));
+        if (to.wanted >> i & 1) this->template store_lane<i>(to, label, narrow<D>(out[i]));
       });
     }
   }
