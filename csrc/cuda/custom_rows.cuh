@@ -41,6 +41,17 @@ __device__ __forceinline__ void each(F&& f) {
   }
 }
 
+// The same numbers, which a loop does not compute anew.
+__device__ __forceinline__ void hold(int& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void hold(unsigned& x) { asm volatile("" : "+r"(x)); }
+template <class V>
+__device__ __forceinline__ void hold(V*& global) {
+  asm volatile("" : "+l"(global));
+#if defined(__CUDACC_RTC__) || defined(__NVCC__)
+  __builtin_assume(__isGlobal(global));
+#endif
+}
+
 constexpr int at_least_one(int count) { return count > 0 ? count : 1; }  // C++ has no empty arrays
 
 // Whether the walk of a level reads kept value j, or the walk of `from` leaves one for later.
@@ -209,6 +220,11 @@ struct RowLine {
     whole_end = lanes / V::kSize;
     first_lanes = kAllLanes << before & kAllLanes;
     if (rest > 0) last_lanes = kAllLanes >> (V::kSize - rest);
+    each<kElements>([&](auto i) { hold(vector[i]); });
+    hold(vectors);
+    hold(slots);
+    hold(whole_begin);
+    hold(whole_end);
   }
   // The vectors of a row of an input or of a gradient, if they are where the slots are.
   __device__ V* vectors_of(const Rows& r, int64_t begin) const {
@@ -404,8 +420,10 @@ struct RowWalk {
   template <bool kPrefetches, class F>
   __device__ void for_each_slot(const Line& line, const Line& next, F&& f) const {
     const bool in_smem = tiling.fits_in_smem;
-    const int ahead = in_smem ? 0 : tiling.stages * group.size;
-    const int kept = (tiling.stages - stage) * kElements * line_step();
+    int ahead = in_smem ? 0 : tiling.stages * group.size;
+    int kept = (tiling.stages - stage) * kElements * line_step();
+    hold(ahead);
+    hold(kept);
     V* at = row_in_smem(in_smem ? stage : 0);
     int v = group.rank, copied = 0;
     const auto prefetch_to = [&](int v, V* at) {
@@ -578,6 +596,7 @@ struct RowWalk {
       const Rows& r = this->template gradient<i>();
       to.begin[i] = place(r);
       to.vector[i] = line.vectors_of(r, to.begin[i]);
+      hold(to.vector[i]);
       if (!r.data) return;
       to.wanted |= 1u << i;
       to.vectors |= unsigned{Line::misaligned(r, to.begin[i]) == line.before} << i;
