@@ -117,18 +117,22 @@ struct FirstClasses {
 // Where a row is: position of (outer, inner).
 struct RowPlace {
   int64_t outer, inner;
+  bool exists;  // otherwise the place is that of the first row
 
-  __device__ RowPlace(const CustomRowsCall& c, int64_t row) : outer(row), inner(0) {
+  __device__ RowPlace(const CustomRowsCall& c, int64_t rows, int64_t row)
+      : outer(row < rows ? row : 0), inner(0), exists(row < rows) {
     if (c.inner <= 1) return;
-    outer = quotient(row, c.inner, c.outer * c.inner);
-    inner = row - outer * c.inner;
+    const int64_t place = outer;
+    outer = quotient(place, c.inner, rows);
+    inner = place - outer * c.inner;
   }
   __device__ int64_t operator()(const Rows& r) const { return outer * r.outer + inner * r.inner; }
 };
 
 // What is known of a row before its first walk.
-template <class Loss, class T>
+template <class Loss, class D>
 struct RowHead {
+  using T = Compute<D>;
   using Numbers = RowNumbers<Loss>;
   T numbers[Numbers::kFirst];
   T weight = 1;
@@ -137,20 +141,17 @@ struct RowHead {
   bool faulty = false;  // if not live: both are nan; else they are 0, or there is no such row
 
   // Reads nothing that depends on a label but for label_at().
-  __device__ static int64_t label_at(const CustomRowsCall& c, int64_t row) {
+  __device__ static int64_t label_at(const CustomRowsCall& c, const RowPlace& place) {
     if constexpr (Numbers::kHasLabel) {
-      constexpr int kInput = place_of<Loss>(Kind::kLabel, 0);
-      if (row < c.outer * c.inner) {
-        const Rows& labels = c.inputs[kInput];
-        return static_cast<const int64_t*>(labels.data)[RowPlace(c, row)(labels)];
-      }
+      const Rows& labels = c.inputs[place_of<Loss>(Kind::kLabel, 0)];
+      if (place.exists) return static_cast<const int64_t*>(labels.data)[place(labels)];
     }
     return -1;
   }
   __device__ RowHead(const CustomRowsCall& c, const Launch& l, double scale, int64_t row,
-                     int64_t index) {
+                     const RowPlace& place, int64_t index) {
     each<Numbers::kFirst>([&](auto i) { numbers[i] = T(0); });
-    if (row >= c.outer * c.inner) return;
+    if (!place.exists) return;
     live = true;
     if constexpr (Numbers::kHasLabel) {
       live = index >= 0 && index < c.classes && index != c.ignore_index;
@@ -159,7 +160,6 @@ struct RowHead {
       if (!live) return;
       label = static_cast<int>(index);
     }
-    const RowPlace place(c, row);
     const auto number = [&](const Rows& r) { return read<T>(r.data, r.dtype, place(r)); };
     if (c.weight.data) weight = number(c.weight);
     scale *= weight;
@@ -171,16 +171,19 @@ struct RowHead {
       numbers[Numbers::kOfRow + i] = number(c.inputs[kInput]);
     });
     if constexpr (Numbers::kHasLabel) {
-      const auto at_label = [&](const Rows& r) {
-        return read<T>(r.data, r.dtype, place(r) + label * r.classes);
-      };
       each<Numbers::kElements>([&](auto i) {
-        constexpr int kInput = place_of<Loss>(Kind::kElement, i);
-        numbers[Numbers::kAtLabel + i] = at_label(c.inputs[kInput]);
+        const Rows& r = c.inputs[place_of<Loss>(Kind::kElement, i)];
+        const int64_t at = place(r) + label * r.classes;
+        if constexpr (sizeof(D) == 2) {  // all inputs have this type then
+          numbers[Numbers::kAtLabel + i] = widen(static_cast<const D*>(r.data)[at]);
+        } else {
+          numbers[Numbers::kAtLabel + i] = read<T>(r.data, r.dtype, at);
+        }
       });
       each<Numbers::kPerClasses>([&](auto i) {
-        constexpr int kInput = place_of<Loss>(Kind::kPerClass, i);
-        numbers[Numbers::kAtLabel + Numbers::kElements + i] = at_label(c.inputs[kInput]);
+        const Rows& r = c.inputs[place_of<Loss>(Kind::kPerClass, i)];
+        numbers[Numbers::kAtLabel + Numbers::kElements + i] =
+            read<T>(r.data, r.dtype, place(r) + label * r.classes);
       });
     }
   }
@@ -203,9 +206,7 @@ struct RowLine {
   unsigned first_lanes = kAllLanes, last_lanes = kAllLanes;  // that are classes of the row
 
   // Past the last row there are no slots.
-  __device__ RowLine(const CustomRowsCall& c, int64_t row) {
-    const bool exists = row < c.outer * c.inner;
-    const RowPlace place(c, exists ? row : 0);
+  __device__ RowLine(const CustomRowsCall& c, const RowPlace& place) {
     each<kElements>([&](auto i) {
       constexpr int kInput = place_of<Loss>(Kind::kElement, i);
       begin[i] = place(c.inputs[kInput]);
@@ -213,7 +214,7 @@ struct RowLine {
       vectors |= unsigned{misaligned(c.inputs[kInput], begin[i]) == before} << i;
       vector[i] = vectors_of(c.inputs[kInput], begin[i]);
     });
-    if (!exists) return;
+    if (!place.exists) return;
     const int lanes = before + static_cast<int>(c.classes), rest = lanes % V::kSize;
     slots = (lanes + V::kSize - 1) / V::kSize;
     whole_begin = before > 0;
@@ -238,7 +239,7 @@ struct RowLine {
   }
   // Elements between the last multiple of 16 bytes and the row; -1 where there are no vectors.
   __device__ static int misaligned(const Rows& r, int64_t begin) {
-    if (r.dtype != kDType<D> || r.classes != 1) return -1;
+    if ((sizeof(D) > 2 && r.dtype != kDType<D>) || r.classes != 1) return -1;
     return misalignment(static_cast<const D*>(r.data) + begin);
   }
   __device__ int first_class(int slot) const { return slot * V::kSize - before; }
@@ -652,7 +653,7 @@ __device__ void compute_rows(const CustomParameters<Loss>& given, const CustomRo
                              const Launch& l, const RowTiling& tiling) {
   using T = Compute<D>;
   using Numbers = RowNumbers<Loss>;
-  using Head = RowHead<Loss, T>;
+  using Head = RowHead<Loss, D>;
   using Line = RowLine<Loss, D>;
   using Group = ThreadGroup<Scope::kAny>;
   using Walk = RowWalk<Loss, D, Group>;
@@ -667,25 +668,26 @@ __device__ void compute_rows(const CustomParameters<Loss>& given, const CustomRo
   Group group(tiling.threads_per_row);
   const int64_t rows = c.outer * c.inner, step = group.row_stride();
   Walk walk{loss, c, tiling, group, reinterpret_cast<Vector16<D>*>(smem) + threadIdx.x};
+  const auto place_of_row = [&](int64_t row) { return RowPlace(c, rows, row); };
   int64_t row = group.first_row() + group.row_in_block();
   for (; walk.stage < tiling.stages; ++walk.stage) {
-    if (tiling.fits_in_smem) walk.prefetch_row(Line(c, row + walk.stage * step));
+    if (tiling.fits_in_smem) walk.prefetch_row(Line(c, place_of_row(row + walk.stage * step)));
     cp_async_commit();
   }
   walk.stage = 0;
-  int64_t next_label = Head::label_at(c, row);
+  int64_t next_label = Head::label_at(c, place_of_row(row));
   double total = 0;
   for (; row - group.row_in_block() < rows; row += step) {
-    const Line line(c, row);
-    const Head head(c, l, s.scale, row, next_label);
-    next_label = Head::label_at(c, row + step);
+    const RowPlace place = place_of_row(row);
+    const Line line(c, place);
+    const Head head(c, l, s.scale, row, place, next_label);
+    next_label = Head::label_at(c, place_of_row(row + step));
     each<Numbers::kFirst>([&](auto i) { walk.r[i] = head.numbers[i]; });
     walk.label = head.label;
     cp_async_wait(tiling.stages - 1);
     walk.compute_row(line, head.live);
 
-    const RowPlace place(c, row);
-    if (group.rank == 0 && row < rows) {
+    if (group.rank == 0 && place.exists) {
       const T value = head.live ? walk.r[Loss::kValue] * head.weight : head.filler();
       if (c.value.data) write(c.value.data, c.value.dtype, row, value);
       total += value;
@@ -703,7 +705,7 @@ __device__ void compute_rows(const CustomParameters<Loss>& given, const CustomRo
     // The blocks of a cluster may have read different predictions.
     typename Walk::Peaks peaks;
     if (l.pass != Pass::kValue) peaks = walk.peaks(line, head.live);
-    const Line next(c, tiling.fits_in_smem ? row + tiling.stages * step : row);
+    const Line next(c, place_of_row(tiling.fits_in_smem ? row + tiling.stages * step : row));
     if (s.write) {
       walk.write_gradients(line, place, head.live, head.filler(), peaks, next);
     } else if (tiling.fits_in_smem) {
