@@ -362,6 +362,9 @@ struct RowWalk {
     int first;  // class
     V* kept;    // the slot of the first kept value
   };
+  __device__ bool keeps() const {
+    return (sizeof(D) > 2 || Loss::kKeptNarrow > 0) && tiling.keeps;
+  }
   __device__ Part& kept_slot(const Slots& s, int j, int part) const {
     return reinterpret_cast<Part&>(s.kept[(j * kParts + part) * line_step()]);
   }
@@ -401,7 +404,7 @@ struct RowWalk {
   template <int kLevel>
   __device__ void read_part(const Slots& s, int part, Class (&classes)[Part::kSize]) const {
     each<Part::kSize>([&](auto e) { this->read_class(classes[e], s, part * Part::kSize + e); });
-    if (tiling.keeps) {
+    if (keeps()) {
       each<Loss::kKeptCount>([&](auto j) {
         if constexpr (reads_kept<Loss>(kLevel, j)) {
           const Part kept = this->kept_slot(s, j, part);
@@ -477,7 +480,7 @@ struct RowWalk {
             if (summed >> lane & 1) sums[j] += out[kMaxima + j];
           });
         });
-        if (!tiling.keeps) return;
+        if (!keeps()) return;
         each<Loss::kKeptCount>([&](auto j) {
           if constexpr (leaves_kept<Loss>(kLevel, j)) {
             Part kept;

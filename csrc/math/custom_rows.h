@@ -14,6 +14,7 @@
 //     static constexpr int kSums[kLevels];    // ones, and how many are sums
 //     static constexpr Kept kKept[];          // see below; kKeptCount of them are used
 //     static constexpr int kKeptCount;
+//     static constexpr int kKeptNarrow;       // how many of them a GPU keeps for two-byte rows
 //     static constexpr int kNumbers;          // row numbers: see RowNumbers
 //     static constexpr int kValue;            // the place of the loss among them
 //     static constexpr int kAtLabel[];        // of the label's gradient, by element input; only

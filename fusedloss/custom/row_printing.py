@@ -85,6 +85,7 @@ class _Struct:
         yield from _array("int", "kMaxima", program.maxima, "0")
         yield from _array("int", "kSums", program.sums, "0")
         yield f"  static constexpr int kKeptCount = {len(program.kept)};"
+        yield f"  static constexpr int kKeptNarrow = {program.kept_narrow};"
         kept = [f"{{{first}, {last}}}" for _, first, last in program.kept]
         yield from _array("Kept", "kKept", kept, "{}")
         yield f"  static constexpr int kNumbers = {len(self.places)};"
