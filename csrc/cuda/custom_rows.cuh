@@ -6,8 +6,9 @@
 // and walk over them there: once a level, and once for the gradients, while the next row is copied
 // into the slots that this one frees. What a level adds up goes through all of these threads, and
 // each of them computes the row numbers that follow. Kept values have slots of their own where
-// there is room, else they are computed again. A row that no cluster can hold is read once a walk.
-// One kernel serves every pass, so that a gradient has the same bits from each.
+// there is room, else they are computed again; exponentials of two-byte rows always are, since that
+// takes less than to share a row among more threads. A row that no cluster can hold is read once a
+// walk. One kernel serves every pass, so that a gradient has the same bits from each.
 //
 // A slot is 16 bytes of an input, and begins where a vector of the first input does: a row that
 // begins behind a multiple of 16 bytes has a first slot that is not whole, and its last one need
@@ -41,13 +42,13 @@ __device__ __forceinline__ void each(F&& f) {
   }
 }
 
-// The same numbers, which a loop does not compute anew.
+// What the compiler would compute anew in a loop, to save a register.
 __device__ __forceinline__ void hold(int& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void hold(unsigned& x) { asm volatile("" : "+r"(x)); }
 template <class V>
 __device__ __forceinline__ void hold(V*& global) {
-  asm volatile("" : "+l"(global));
 #if defined(__CUDACC_RTC__) || defined(__NVCC__)
+  asm volatile("" : "+l"(global));
   __builtin_assume(__isGlobal(global));
 #endif
 }
@@ -197,13 +198,13 @@ struct RowLine {
   using V = Vector16<D>;
   static constexpr int kElements = RowNumbers<Loss>::kElements;
   static constexpr unsigned kAllLanes = (1u << V::kSize) - 1;
-  int64_t begin[kElements];   // of the row in each input
-  const V* vector[kElements]; // of the first slot in each input: see `vectors`
-  unsigned vectors = 0;       // bit i: input i has vectors where the slots are
-  int before = 0;             // lanes of the first slot before the row
+  int64_t begin[kElements];    // of the row in each input
+  unsigned vectors = 0;        // bit i: input i has vectors where the slots are
+  const V* vector[kElements];  // the first of them
+  int before = 0;              // lanes of the first slot before the row
   int slots = 0;
-  int whole_begin = 0, whole_end = 0;                      // of the slots without other lanes
-  unsigned first_lanes = kAllLanes, last_lanes = kAllLanes;  // that are classes of the row
+  int whole_begin = 0, whole_end = 0;  // the slots with no lane outside the row
+  unsigned first_lanes = kAllLanes, last_lanes = kAllLanes;  // the row's, in these two slots
 
   // Past the last row there are no slots.
   __device__ RowLine(const CustomRowsCall& c, const RowPlace& place) {
@@ -227,7 +228,7 @@ struct RowLine {
     hold(whole_begin);
     hold(whole_end);
   }
-  // The vectors of a row of an input or of a gradient, if they are where the slots are.
+  // The first vector of a row of an input or of a gradient.
   __device__ V* vectors_of(const Rows& r, int64_t begin) const {
     return reinterpret_cast<V*>(static_cast<D*>(const_cast<void*>(r.data)) + (begin - before));
   }
@@ -362,9 +363,7 @@ struct RowWalk {
     int first;  // class
     V* kept;    // the slot of the first kept value
   };
-  __device__ bool keeps() const {
-    return (sizeof(D) > 2 || Loss::kKeptNarrow > 0) && tiling.keeps;
-  }
+  __device__ bool keeps() const { return (sizeof(D) > 2 || Loss::kKeptNarrow > 0) && tiling.keeps; }
   __device__ Part& kept_slot(const Slots& s, int j, int part) const {
     return reinterpret_cast<Part&>(s.kept[(j * kParts + part) * line_step()]);
   }
@@ -418,9 +417,9 @@ struct RowWalk {
 
   // ---- walks ----
 
-  // Calls f(slots) for each slot of this thread. Where the row is in shared memory, kPrefetches says
-  // whether row `next` takes the place of what has been read. Else `next` is the row itself, and
-  // slots of it are copied there a few ahead.
+  // Calls f(slots) for each slot of this thread. Where the row is in shared memory, kPrefetches
+  // says whether row `next` takes the place of what has been read. Else `next` is the row itself,
+  // and slots of it are copied there a few ahead.
   template <bool kPrefetches, class F>
   __device__ void for_each_slot(const Line& line, const Line& next, F&& f) const {
     const bool in_smem = tiling.fits_in_smem;
@@ -543,8 +542,7 @@ struct RowWalk {
   struct Gradients {
     int64_t begin[kElements];
     V* vector[kElements];
-    unsigned vectors = 0;  // as in RowLine, and which are wanted
-    unsigned wanted = 0;
+    unsigned wanted = 0, vectors = 0;  // bit i: whether that of input i is, and has them
   };
   template <int i>
   __device__ const Rows& gradient() const {
