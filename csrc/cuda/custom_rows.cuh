@@ -541,7 +541,7 @@ struct RowWalk {
   // Where the gradients of a row lie.
   struct Gradients {
     int64_t begin[kElements];
-    V* vector[kElements] = {};
+    V* vector[kElements];
     unsigned wanted = 0, vectors = 0;  // bit i: whether that of input i is, and has them
   };
   template <int i>
@@ -597,9 +597,9 @@ struct RowWalk {
     each<kElements>([&](auto i) {
       const Rows& r = this->template gradient<i>();
       to.begin[i] = place(r);
-      if (!r.data) return;
       to.vector[i] = line.vectors_of(r, to.begin[i]);
       hold(to.vector[i]);
+      if (!r.data) return;
       to.wanted |= 1u << i;
       to.vectors |= unsigned{Line::misaligned(r, to.begin[i]) == line.before} << i;
       if (i > 0) later = true;
