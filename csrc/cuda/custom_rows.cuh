@@ -598,7 +598,7 @@ struct RowWalk {
       const Rows& r = this->template gradient<i>();
       to.begin[i] = place(r);
       to.vector[i] = line.vectors_of(r, to.begin[i]);
-      hold(to.vector[i]);
+      hold(to.vector[i]);  // before the test: behind it the compiler forgets that this is global
       if (!r.data) return;
       to.wanted |= 1u << i;
       to.vectors |= unsigned{Line::misaligned(r, to.begin[i]) == line.before} << i;
