@@ -228,9 +228,10 @@ struct RowLine {
     hold(whole_begin);
     hold(whole_end);
   }
-  // The first vector of a row of an input or of a gradient.
+  // The first vector of a row of an input or of a gradient, if there is one.
   __device__ V* vectors_of(const Rows& r, int64_t begin) const {
-    return reinterpret_cast<V*>(static_cast<D*>(const_cast<void*>(r.data)) + (begin - before));
+    const int64_t bytes = (begin - before) * static_cast<int64_t>(sizeof(D));
+    return reinterpret_cast<V*>(reinterpret_cast<uintptr_t>(r.data) + bytes);
   }
   __device__ bool is_whole(int slot) const { return slot >= whole_begin && slot < whole_end; }
   // The lanes of a slot that are classes of the row, as bits.
