@@ -174,8 +174,8 @@ void load_custom_kernels(const std::string& name, int inputs, int parameters, in
 }
 
 void load_custom_rows_kernels(const std::string& name, const std::vector<int>& kinds,
-                              int parameters, int kept, int auxiliary, int capability,
-                              const std::string& file) {
+                              int parameters, int kept, int kept_narrow, int auxiliary,
+                              int capability, const std::string& file) {
   std::vector<Kind> of_inputs;
   unsigned elements = 0;
   for (size_t i = 0; i < kinds.size(); ++i) {
@@ -184,7 +184,7 @@ void load_custom_rows_kernels(const std::string& name, const std::vector<int>& k
   }
   const int inputs = static_cast<int>(kinds.size());
   const auto load = [&](const cuda::CustomKernels* others) {
-    return cuda::load_custom_rows(file.c_str(), capability, elements, kept, others);
+    return cuda::load_custom_rows(file.c_str(), capability, elements, kept, kept_narrow, others);
   };
   load_kernels(name, inputs, parameters, of_inputs, auxiliary, load);
 }

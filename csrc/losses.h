@@ -62,9 +62,9 @@ void load_custom(const std::string& name, const std::string& library);
 // The same for GPUs: see cuda/kernels.h.
 void load_custom_kernels(const std::string& name, int inputs, int parameters, int capability,
                          const std::string& file);
-// The same of a row loss. kinds: numbers of Kind; kept: how many values of a class walks keep.
+// The same of a row loss. kinds: numbers of Kind; kept: see cuda/kernels.h.
 void load_custom_rows_kernels(const std::string& name, const std::vector<int>& kinds,
-                              int parameters, int kept, int auxiliary, int capability,
-                              const std::string& file);
+                              int parameters, int kept, int kept_narrow, int auxiliary,
+                              int capability, const std::string& file);
 
 }  // namespace fusedloss

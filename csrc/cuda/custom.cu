@@ -132,8 +132,8 @@ const CustomKernels* load_custom(const char* file, int capability, const CustomK
   return load(file, capability, others, {}, kNames);
 }
 const CustomKernels* load_custom_rows(const char* file, int capability, unsigned elements, int kept,
-                                      const CustomKernels* others) {
-  return load(file, capability, others, {elements, kept}, kRowNames);
+                                      int kept_narrow, const CustomKernels* others) {
+  return load(file, capability, others, {elements, kept, kept_narrow}, kRowNames);
 }
 
 cudaError_t run_custom(const CustomKernels& kernels, const Call& call, const Launch& launch) {

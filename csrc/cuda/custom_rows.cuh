@@ -6,8 +6,9 @@
 // and walk over them there: once a level, and once for the gradients, while the next row is copied
 // into the slots that this one frees. What a level adds up goes through all of these threads, and
 // each of them computes the row numbers that follow. Kept values have slots of their own where
-// there is room, else they are computed again. A row that no cluster can hold is read once a walk.
-// One kernel serves every pass, so that a gradient has the same bits from each.
+// there is room, else they are computed again; exponentials of two-byte rows always are, since that
+// takes less than to share a row among more threads. A row that no cluster can hold is read once a
+// walk. One kernel serves every pass, so that a gradient has the same bits from each.
 //
 // A slot is 16 bytes of an input, and begins where a vector of the first input does: a row that
 // begins behind a multiple of 16 bytes has a first slot that is not whole, and its last one need
@@ -39,6 +40,17 @@ __device__ __forceinline__ void each(F&& f) {
     each<count - 1>(f);
     f(Constant<count - 1>());
   }
+}
+
+// What the compiler would compute anew in a loop, to save a register.
+__device__ __forceinline__ void hold(int& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void hold(unsigned& x) { asm volatile("" : "+r"(x)); }
+template <class V>
+__device__ __forceinline__ void hold(V*& global) {
+#if defined(__CUDACC_RTC__) || defined(__NVCC__)
+  asm volatile("" : "+l"(global));
+  __builtin_assume(__isGlobal(global));
+#endif
 }
 
 constexpr int at_least_one(int count) { return count > 0 ? count : 1; }  // C++ has no empty arrays
@@ -106,18 +118,22 @@ struct FirstClasses {
 // Where a row is: position of (outer, inner).
 struct RowPlace {
   int64_t outer, inner;
+  bool exists;  // otherwise the place is that of the first row
 
-  __device__ RowPlace(const CustomRowsCall& c, int64_t row) : outer(row), inner(0) {
+  __device__ RowPlace(const CustomRowsCall& c, int64_t rows, int64_t row)
+      : outer(row < rows ? row : 0), inner(0), exists(row < rows) {
     if (c.inner <= 1) return;
-    outer = quotient(row, c.inner, c.outer * c.inner);
-    inner = row - outer * c.inner;
+    const int64_t place = outer;
+    outer = quotient(place, c.inner, rows);
+    inner = place - outer * c.inner;
   }
   __device__ int64_t operator()(const Rows& r) const { return outer * r.outer + inner * r.inner; }
 };
 
 // What is known of a row before its first walk.
-template <class Loss, class T>
+template <class Loss, class D>
 struct RowHead {
+  using T = Compute<D>;
   using Numbers = RowNumbers<Loss>;
   T numbers[Numbers::kFirst];
   T weight = 1;
@@ -126,20 +142,17 @@ struct RowHead {
   bool faulty = false;  // if not live: both are nan; else they are 0, or there is no such row
 
   // Reads nothing that depends on a label but for label_at().
-  __device__ static int64_t label_at(const CustomRowsCall& c, int64_t row) {
+  __device__ static int64_t label_at(const CustomRowsCall& c, const RowPlace& place) {
     if constexpr (Numbers::kHasLabel) {
-      constexpr int kInput = place_of<Loss>(Kind::kLabel, 0);
-      if (row < c.outer * c.inner) {
-        const Rows& labels = c.inputs[kInput];
-        return static_cast<const int64_t*>(labels.data)[RowPlace(c, row)(labels)];
-      }
+      const Rows& labels = c.inputs[place_of<Loss>(Kind::kLabel, 0)];
+      if (place.exists) return static_cast<const int64_t*>(labels.data)[place(labels)];
     }
     return -1;
   }
   __device__ RowHead(const CustomRowsCall& c, const Launch& l, double scale, int64_t row,
-                     int64_t index) {
+                     const RowPlace& place, int64_t index) {
     each<Numbers::kFirst>([&](auto i) { numbers[i] = T(0); });
-    if (row >= c.outer * c.inner) return;
+    if (!place.exists) return;
     live = true;
     if constexpr (Numbers::kHasLabel) {
       live = index >= 0 && index < c.classes && index != c.ignore_index;
@@ -148,7 +161,6 @@ struct RowHead {
       if (!live) return;
       label = static_cast<int>(index);
     }
-    const RowPlace place(c, row);
     const auto number = [&](const Rows& r) { return read<T>(r.data, r.dtype, place(r)); };
     if (c.weight.data) weight = number(c.weight);
     scale *= weight;
@@ -160,16 +172,19 @@ struct RowHead {
       numbers[Numbers::kOfRow + i] = number(c.inputs[kInput]);
     });
     if constexpr (Numbers::kHasLabel) {
-      const auto at_label = [&](const Rows& r) {
-        return read<T>(r.data, r.dtype, place(r) + label * r.classes);
-      };
       each<Numbers::kElements>([&](auto i) {
-        constexpr int kInput = place_of<Loss>(Kind::kElement, i);
-        numbers[Numbers::kAtLabel + i] = at_label(c.inputs[kInput]);
+        const Rows& r = c.inputs[place_of<Loss>(Kind::kElement, i)];
+        const int64_t at = place(r) + label * r.classes;
+        if constexpr (sizeof(D) == 2) {  // all inputs have this type then
+          numbers[Numbers::kAtLabel + i] = widen(static_cast<const D*>(r.data)[at]);
+        } else {
+          numbers[Numbers::kAtLabel + i] = read<T>(r.data, r.dtype, at);
+        }
       });
       each<Numbers::kPerClasses>([&](auto i) {
-        constexpr int kInput = place_of<Loss>(Kind::kPerClass, i);
-        numbers[Numbers::kAtLabel + Numbers::kElements + i] = at_label(c.inputs[kInput]);
+        const Rows& r = c.inputs[place_of<Loss>(Kind::kPerClass, i)];
+        numbers[Numbers::kAtLabel + Numbers::kElements + i] =
+            read<T>(r.data, r.dtype, place(r) + label * r.classes);
       });
     }
   }
@@ -182,26 +197,51 @@ template <class Loss, class D>
 struct RowLine {
   using V = Vector16<D>;
   static constexpr int kElements = RowNumbers<Loss>::kElements;
-  int64_t begin[kElements];  // of the row in each input
-  unsigned vectors = 0;      // bit i: input i has vectors where the slots are
-  int before = 0;            // lanes of the first slot before the row
+  static constexpr unsigned kAllLanes = (1u << V::kSize) - 1;
+  int64_t begin[kElements];    // of the row in each input
+  unsigned vectors = 0;        // bit i: input i has vectors where the slots are
+  const V* vector[kElements];  // the first of them
+  int before = 0;              // lanes of the first slot before the row
   int slots = 0;
+  int whole_begin = 0, whole_end = 0;  // the slots with no lane outside the row
+  unsigned first_lanes = kAllLanes, last_lanes = kAllLanes;  // the row's, in these two slots
 
   // Past the last row there are no slots.
-  __device__ RowLine(const CustomRowsCall& c, int64_t row) {
-    const bool exists = row < c.outer * c.inner;
-    const RowPlace place(c, exists ? row : 0);
+  __device__ RowLine(const CustomRowsCall& c, const RowPlace& place) {
     each<kElements>([&](auto i) {
       constexpr int kInput = place_of<Loss>(Kind::kElement, i);
       begin[i] = place(c.inputs[kInput]);
       if (i == 0) before = max(misaligned(c.inputs[kInput], begin[0]), 0);
       vectors |= unsigned{misaligned(c.inputs[kInput], begin[i]) == before} << i;
+      vector[i] = vectors_of(c.inputs[kInput], begin[i]);
     });
-    if (exists) slots = (before + static_cast<int>(c.classes) + V::kSize - 1) / V::kSize;
+    if (!place.exists) return;
+    const int lanes = before + static_cast<int>(c.classes), rest = lanes % V::kSize;
+    slots = (lanes + V::kSize - 1) / V::kSize;
+    whole_begin = before > 0;
+    whole_end = lanes / V::kSize;
+    first_lanes = kAllLanes << before & kAllLanes;
+    if (rest > 0) last_lanes = kAllLanes >> (V::kSize - rest);
+    each<kElements>([&](auto i) { hold(vector[i]); });
+    hold(vectors);
+    hold(slots);
+    hold(whole_begin);
+    hold(whole_end);
+  }
+  // The first vector of a row of an input or of a gradient, if there is one.
+  __device__ V* vectors_of(const Rows& r, int64_t begin) const {
+    const int64_t bytes = (begin - before) * static_cast<int64_t>(sizeof(D));
+    return reinterpret_cast<V*>(reinterpret_cast<uintptr_t>(r.data) + bytes);
+  }
+  __device__ bool is_whole(int slot) const { return slot >= whole_begin && slot < whole_end; }
+  // The lanes of a slot that are classes of the row, as bits.
+  __device__ unsigned lanes(int slot) const {
+    const unsigned bits = slot == 0 ? first_lanes : kAllLanes;
+    return slot == slots - 1 ? bits & last_lanes : bits;
   }
   // Elements between the last multiple of 16 bytes and the row; -1 where there are no vectors.
   __device__ static int misaligned(const Rows& r, int64_t begin) {
-    if (r.dtype != kDType<D> || r.classes != 1) return -1;
+    if ((sizeof(D) > 2 && r.dtype != kDType<D>) || r.classes != 1) return -1;
     return misalignment(static_cast<const D*>(r.data) + begin);
   }
   __device__ int first_class(int slot) const { return slot * V::kSize - before; }
@@ -220,7 +260,6 @@ struct RowWalk {
   using Terms = LevelTerms<T, Sum, Loss::kMaxima[kLevel], Loss::kSums[kLevel]>;
   using Peaks = FirstClasses<Loss::kPeakCount>;
   static constexpr int kElements = Numbers::kElements, kSize = V::kSize;
-  static constexpr unsigned kAllLanes = (1u << kSize) - 1;
   // Lanes that are computed together: as many as fit into 16 bytes as T.
   using Part = Vector16<T>;
   static constexpr int kParts = kSize / Part::kSize;
@@ -237,31 +276,19 @@ struct RowWalk {
 
   // ---- slots ----
 
-  // Input i's slot at a place of the first one's.
-  __device__ V& slot(int i, int place) const {
-    return smem[(place + i * tiling.vectors_per_thread) * static_cast<int>(blockDim.x)];
+  // From one slot of a thread to its next, and from an input to the next one.
+  __device__ int step() const { return static_cast<int>(blockDim.x); }
+  __device__ int line_step() const { return tiling.vectors_per_thread * step(); }
+  // The first slot of a row in shared memory: the first input's.
+  __device__ V* row_in_smem(int of_stage) const {
+    return smem + of_stage * kElements * line_step();
   }
-  // Where slot k of a row in shared memory is.
-  __device__ int place_in_smem(int k) const {
-    return stage * kElements * tiling.vectors_per_thread + k;
-  }
-  __device__ Part& kept_slot(int j, int k, int part) const {
-    const int lines = tiling.stages * kElements + j * kParts + part;
-    return reinterpret_cast<Part&>(
-        smem[(lines * tiling.vectors_per_thread + k) * static_cast<int>(blockDim.x)]);
-  }
-
-  // The lanes of a slot that are classes of the row, as bits.
-  __device__ unsigned lanes(int first) const {
-    const int behind = first + kSize - static_cast<int>(c.classes);
-    return (kAllLanes << max(-first, 0)) & (kAllLanes >> max(behind, 0));
-  }
-  // Those but for the label.
-  __device__ unsigned summed_lanes(int first) const {
-    unsigned bits = lanes(first);
+  // The lanes of a slot whose classes are in the sums.
+  __device__ unsigned summed_lanes(const Line& line, int v) const {
+    unsigned bits = line.lanes(v);
     if constexpr (Numbers::kHasLabel) {
-      const auto lane = static_cast<unsigned>(label - first);
-      if (lane < unsigned{kSize}) bits &= ~(1u << lane);
+      const int place = label + line.before;
+      if (v == place / kSize) bits &= ~(1u << place % kSize);
     }
     return bits;
   }
@@ -274,13 +301,13 @@ struct RowWalk {
   template <int i>
   __device__ void prefetch(const Line& line, int v, V& to) const {
     const Rows& r = element_input<i>();
-    const int first = line.first_class(v);
-    const unsigned valid = lanes(first);
-    const D* const from = static_cast<const D*>(r.data) + line.begin[i];
-    if ((line.vectors >> i & 1) && valid == kAllLanes) {
-      cp_async(to, reinterpret_cast<const V*>(from + first));
+    if ((line.vectors >> i & 1) && line.is_whole(v)) {
+      cp_async(to, line.vector[i] + v);
       return;
     }
+    const int first = line.first_class(v);
+    const unsigned valid = line.lanes(v);
+    const D* const from = static_cast<const D*>(r.data) + line.begin[i];
     // There are no asynchronous copies of two bytes: a few loads are in flight together. All inputs
     // have this type then.
     constexpr int kTogether = sizeof(D) == 2 ? 4 : 1;
@@ -303,27 +330,44 @@ struct RowWalk {
       }
     }
   }
-  __device__ void prefetch(const Line& line, int v, int place) const {
-    each<kElements>([&](auto i) { this->template prefetch<i>(line, v, this->slot(i, place)); });
+  __device__ void prefetch(const Line& line, int v, V* slot) const {
+    each<kElements>(
+        [&](auto i) { this->template prefetch<i>(line, v, slot[i * this->line_step()]); });
   }
   // Begins to copy slot v of a row into shared memory, and the later slots that are this thread's.
-  __device__ void prefetch_row(const Line& line, int v, int k) const {
+  __device__ void prefetch_row(const Line& line, int v, V* slot) const {
 #pragma unroll 1
-    for (; v < line.slots; v += group.size, ++k) prefetch(line, v, place_in_smem(k));
+    for (; v < line.slots; v += group.size, slot += step()) prefetch(line, v, slot);
   }
-  __device__ void prefetch_row(const Line& line) const { prefetch_row(line, group.rank, 0); }
+  __device__ void prefetch_row(const Line& line) const {
+    prefetch_row(line, group.rank, row_in_smem(stage));
+  }
 
   // ---- the terms of a slot's classes ----
 
   struct RowAccess {
     const T* r;
     __device__ T operator()(int i) const { return r[i]; }
+    // Two-byte inputs and gradients do not show the error of the quick one.
+    __device__ friend T exp_of_class(T x, const RowAccess&) {
+      if constexpr (sizeof(D) == 2) {
+        return quick_exp(x);
+      } else {
+        return exp_nonpositive(x);
+      }
+    }
   };
   // A slot of each input.
   struct Slots {
     V x[kElements];
+    int v;      // the row's v-th
     int first;  // class
+    V* kept;    // the slot of the first kept value
   };
+  __device__ bool keeps() const { return (sizeof(D) > 2 || Loss::kKeptNarrow > 0) && tiling.keeps; }
+  __device__ Part& kept_slot(const Slots& s, int j, int part) const {
+    return reinterpret_cast<Part&>(s.kept[(j * kParts + part) * line_step()]);
+  }
   // A class's numbers, as the loss takes them.
   struct Class {
     T x[kElements], w[at_least_one(Numbers::kPerClasses)], kept[at_least_one(Loss::kKeptCount)];
@@ -358,12 +402,12 @@ struct RowWalk {
   }
   // The classes of a part of a slot, with the kept values that the walk of kLevel reads.
   template <int kLevel>
-  __device__ void read_part(const Slots& s, int k, int part, Class (&classes)[Part::kSize]) const {
+  __device__ void read_part(const Slots& s, int part, Class (&classes)[Part::kSize]) const {
     each<Part::kSize>([&](auto e) { this->read_class(classes[e], s, part * Part::kSize + e); });
-    if (tiling.keeps) {
+    if (keeps()) {
       each<Loss::kKeptCount>([&](auto j) {
         if constexpr (reads_kept<Loss>(kLevel, j)) {
-          const Part kept = this->kept_slot(j, k, part);
+          const Part kept = this->kept_slot(s, j, part);
           each<Part::kSize>([&](auto e) { classes[e].kept[j] = kept.element[e]; });
         }
       });
@@ -374,45 +418,57 @@ struct RowWalk {
 
   // ---- walks ----
 
-  // Calls f(slots, k) for each slot k of this thread. Where the row is in shared memory,
-  // kPrefetches says whether row `next` takes the place of what has been read. Else `next` is the
-  // row itself, and slots of it are copied there a few ahead.
+  // Calls f(slots) for each slot of this thread. Where the row is in shared memory, kPrefetches
+  // says whether row `next` takes the place of what has been read. Else `next` is the row itself,
+  // and slots of it are copied there a few ahead.
   template <bool kPrefetches, class F>
   __device__ void for_each_slot(const Line& line, const Line& next, F&& f) const {
     const bool in_smem = tiling.fits_in_smem;
-    const int ahead = in_smem ? 0 : tiling.stages;
-    int v = group.rank - ahead * group.size, stage = 0;
-#pragma unroll 1
-    for (int k = -ahead; v < line.slots; ++k, v += group.size) {
-      const int place = in_smem ? place_in_smem(k) : stage * kElements;
-      if (k >= 0) {
-        if (!in_smem) cp_async_wait(tiling.stages - 1);
-        Slots s;
-        s.first = line.first_class(v);
-        each<kElements>([&](auto i) { s.x[i] = this->slot(i, place); });
-        f(s, k);
-      }
-      if (kPrefetches || !in_smem) {
-        if (v + ahead * group.size < next.slots) prefetch(next, v + ahead * group.size, place);
-      }
-      if (!in_smem) {
+    int ahead = in_smem ? 0 : tiling.stages * group.size;
+    int kept = (tiling.stages - stage) * kElements * line_step();
+    hold(ahead);
+    hold(kept);
+    V* at = row_in_smem(in_smem ? stage : 0);
+    int v = group.rank, copied = 0;
+    const auto prefetch_to = [&](int v, V* at) {
+      if (v < next.slots) prefetch(next, v, at);
+    };
+    if (!in_smem) {
+      for (int i = 0; i < tiling.stages; ++i) {
+        prefetch_to(v + i * group.size, row_in_smem(i));
         cp_async_commit();
-        stage = stage + 1 < tiling.stages ? stage + 1 : 0;
       }
     }
-    if (kPrefetches && in_smem) prefetch_row(next, v, (v - group.rank) / group.size);
+#pragma unroll 1
+    while (v < line.slots) {
+      if (!in_smem) cp_async_wait(tiling.stages - 1);
+      const int end = in_smem ? line.slots : v + 1;
+#pragma unroll 1
+      for (; v < end; v += group.size, at += step()) {
+        Slots s{{}, v, line.first_class(v), at + kept};
+        each<kElements>([&](auto i) { s.x[i] = at[i * this->line_step()]; });
+        f(s);
+        if (kPrefetches) prefetch_to(v + ahead, at);
+      }
+      if (in_smem) break;
+      if (!kPrefetches) prefetch_to(v - group.size + ahead, row_in_smem(copied));
+      cp_async_commit();
+      copied = copied + 1 < tiling.stages ? copied + 1 : 0;
+      at = row_in_smem(copied);
+    }
+    if (kPrefetches && in_smem) prefetch_row(next, v, at);
   }
 
   template <int kLevel>
   __device__ void add(Terms<kLevel>& total, const Line& line) const {
     constexpr int kMaxima = Loss::kMaxima[kLevel], kSums = Loss::kSums[kLevel];
-    for_each_slot<false>(line, line, [&](const Slots& s, int k) {
-      const unsigned counted = lanes(s.first), summed = summed_lanes(s.first);
+    for_each_slot<false>(line, line, [&](const Slots& s) {
+      const unsigned counted = line.lanes(s.v), summed = summed_lanes(line, s.v);
       T sums[at_least_one(kSums)];
       each<kSums>([&](auto j) { sums[j] = T(-0.0); });  // -0 + x is x
       each<kParts>([&](auto part) {
         Class classes[Part::kSize];
-        this->template read_part<kLevel>(s, k, part, classes);
+        this->template read_part<kLevel>(s, part, classes);
         each<Part::kSize>([&](auto e) {
           const int lane = part * Part::kSize + e;
           T out[kTerms<kLevel>];
@@ -424,12 +480,12 @@ struct RowWalk {
             if (summed >> lane & 1) sums[j] += out[kMaxima + j];
           });
         });
-        if (!tiling.keeps) return;
+        if (!keeps()) return;
         each<Loss::kKeptCount>([&](auto j) {
           if constexpr (leaves_kept<Loss>(kLevel, j)) {
             Part kept;
             each<Part::kSize>([&](auto e) { kept.element[e] = classes[e].kept[j]; });
-            this->kept_slot(j, k, part) = kept;
+            this->kept_slot(s, j, part) = kept;
           }
         });
       });
@@ -454,8 +510,8 @@ struct RowWalk {
   __device__ Peaks peaks(const Line& line, bool live) const {
     Peaks found;
     if constexpr (Loss::kPeakCount > 0) {
-      const auto look = [&](const Slots& s, int) {
-        const unsigned counted = lanes(s.first);
+      const auto look = [&](const Slots& s) {
+        const unsigned counted = line.lanes(s.v);
         each<kSize>([&](auto e) {
           each<Loss::kPeakCount>([&](auto p) {
             constexpr Peak kPeak = Loss::kPeaks[p];
@@ -486,7 +542,8 @@ struct RowWalk {
   // Where the gradients of a row lie.
   struct Gradients {
     int64_t begin[kElements];
-    unsigned vectors = 0;
+    V* vector[kElements];
+    unsigned wanted = 0, vectors = 0;  // bit i: whether that of input i is, and has them
   };
   template <int i>
   __device__ const Rows& gradient() const {
@@ -504,41 +561,33 @@ struct RowWalk {
     }
   }
   template <int i>
-  __device__ void store(const Gradients& to, int first, const V& g) const {
-    const unsigned valid = lanes(first);
-    if ((to.vectors >> i & 1) && valid == kAllLanes) {
-      D* const row = static_cast<D*>(const_cast<void*>(gradient<i>().data)) + to.begin[i];
-      *reinterpret_cast<V*>(row + first) = g;
-      return;
+  __device__ void store(const Line& line, const Gradients& to, const Slots& s, const V& g) const {
+    if ((to.vectors >> i & 1) && line.is_whole(s.v)) {
+      to.vector[i][s.v] = g;
+    } else if (to.wanted >> i & 1) {
+      const unsigned valid = line.lanes(s.v);
+      each<kSize>([&](auto e) {
+        if (valid >> e & 1) this->template store_lane<i>(to, s.first + e, g.element[e]);
+      });
     }
-    each<kSize>([&](auto e) {
-      if (valid >> e & 1) this->template store_lane<i>(to, first + e, g.element[e]);
-    });
   }
   template <bool kAll>
-  __device__ void store_slot(const Gradients& to, const Slots& s, int k, const Peaks& peaks) const {
+  __device__ void store_slot(const Line& line, const Gradients& to, const Slots& s,
+                             const Peaks& peaks) const {
     constexpr int kCount = kAll ? kElements : 1;
-    V g[kCount];
+    T g[kCount][kSize];
     each<kParts>([&](auto part) {
       Class classes[Part::kSize];
-      this->template read_part<Loss::kLevels>(s, k, part, classes);
-      T parts[kCount][Part::kSize];
+      this->template read_part<Loss::kLevels>(s, part, classes);
       each<Part::kSize>([&](auto e) {
         const Class& one = classes[e];
         T out[kElements] = {};
         loss.template gradients<kAll>(one.x, one.w, RowAccess{r}, one.kept, out);
         this->add_at_peaks(one, s.first + part * Part::kSize + e, peaks, out);
-        each<kCount>([&](auto i) { parts[i][e] = out[i]; });
-      });
-      each<kCount>([&](auto i) {
-        const auto packed = pack<D>(parts[i]);
-        each<Part::kSize>(
-            [&](auto e) { g[i].element[part * Part::kSize + e] = packed.element[e]; });
+        each<kCount>([&](auto i) { g[i][part * Part::kSize + e] = out[i]; });
       });
     });
-    each<kCount>([&](auto i) {
-      if (this->template gradient<i>().data) this->template store<i>(to, s.first, g[i]);
-    });
+    each<kCount>([&](auto i) { this->template store<i>(line, to, s, pack<D>(g[i])); });
   }
 
   // Writes this thread's part of the gradients; next: see for_each_slot().
@@ -549,20 +598,22 @@ struct RowWalk {
     each<kElements>([&](auto i) {
       const Rows& r = this->template gradient<i>();
       to.begin[i] = place(r);
+      to.vector[i] = line.vectors_of(r, to.begin[i]);
+      hold(to.vector[i]);  // before the test: behind it the compiler forgets that this is global
+      if (!r.data) return;
+      to.wanted |= 1u << i;
       to.vectors |= unsigned{Line::misaligned(r, to.begin[i]) == line.before} << i;
-      if (i > 0) later = later || r.data;
+      if (i > 0) later = true;
     });
-    for_each_slot<true>(line, next, [&](const Slots& s, int k) {
+    for_each_slot<true>(line, next, [&](const Slots& s) {
       if (!live) {
         V g;
         each<kSize>([&](auto e) { g.element[e] = narrow<D>(filler); });
-        each<kElements>([&](auto i) {
-          if (this->template gradient<i>().data) this->template store<i>(to, s.first, g);
-        });
+        each<kElements>([&](auto i) { this->template store<i>(line, to, s, g); });
       } else if (kElements > 1 && later) {
-        store_slot<true>(to, s, k, peaks);
+        store_slot<true>(line, to, s, peaks);
       } else {
-        store_slot<kElements == 1>(to, s, k, peaks);
+        store_slot<kElements == 1>(line, to, s, peaks);
       }
     });
     if constexpr (Numbers::kHasLabel) {
@@ -577,8 +628,7 @@ struct RowWalk {
       each<Numbers::kPerClasses>([&](auto i) { one.w[i] = r[Numbers::kAtLabel + kElements + i]; });
       add_at_peaks(one, label, peaks, out);
       each<kElements>([&](auto i) {
-        if (this->template gradient<i>().data)
-          this->template store_lane<i>(to, label, narrow<D>(out[i]));
+        if (to.wanted >> i & 1) this->template store_lane<i>(to, label, narrow<D>(out[i]));
       });
     }
   }
@@ -605,7 +655,7 @@ __device__ void compute_rows(const CustomParameters<Loss>& given, const CustomRo
                              const Launch& l, const RowTiling& tiling) {
   using T = Compute<D>;
   using Numbers = RowNumbers<Loss>;
-  using Head = RowHead<Loss, T>;
+  using Head = RowHead<Loss, D>;
   using Line = RowLine<Loss, D>;
   using Group = ThreadGroup<Scope::kAny>;
   using Walk = RowWalk<Loss, D, Group>;
@@ -620,25 +670,26 @@ __device__ void compute_rows(const CustomParameters<Loss>& given, const CustomRo
   Group group(tiling.threads_per_row);
   const int64_t rows = c.outer * c.inner, step = group.row_stride();
   Walk walk{loss, c, tiling, group, reinterpret_cast<Vector16<D>*>(smem) + threadIdx.x};
+  const auto place_of_row = [&](int64_t row) { return RowPlace(c, rows, row); };
   int64_t row = group.first_row() + group.row_in_block();
   for (; walk.stage < tiling.stages; ++walk.stage) {
-    if (tiling.fits_in_smem) walk.prefetch_row(Line(c, row + walk.stage * step));
+    if (tiling.fits_in_smem) walk.prefetch_row(Line(c, place_of_row(row + walk.stage * step)));
     cp_async_commit();
   }
   walk.stage = 0;
-  int64_t next_label = Head::label_at(c, row);
+  int64_t next_label = Head::label_at(c, place_of_row(row));
   double total = 0;
   for (; row - group.row_in_block() < rows; row += step) {
-    const Line line(c, row);
-    const Head head(c, l, s.scale, row, next_label);
-    next_label = Head::label_at(c, row + step);
+    const RowPlace place = place_of_row(row);
+    const Line line(c, place);
+    const Head head(c, l, s.scale, row, place, next_label);
+    next_label = Head::label_at(c, place_of_row(row + step));
     each<Numbers::kFirst>([&](auto i) { walk.r[i] = head.numbers[i]; });
     walk.label = head.label;
     cp_async_wait(tiling.stages - 1);
     walk.compute_row(line, head.live);
 
-    const RowPlace place(c, row);
-    if (group.rank == 0 && row < rows) {
+    if (group.rank == 0 && place.exists) {
       const T value = head.live ? walk.r[Loss::kValue] * head.weight : head.filler();
       if (c.value.data) write(c.value.data, c.value.dtype, row, value);
       total += value;
@@ -656,7 +707,7 @@ __device__ void compute_rows(const CustomParameters<Loss>& given, const CustomRo
     // The blocks of a cluster may have read different predictions.
     typename Walk::Peaks peaks;
     if (l.pass != Pass::kValue) peaks = walk.peaks(line, head.live);
-    const Line next(c, tiling.fits_in_smem ? row + tiling.stages * step : row);
+    const Line next(c, place_of_row(tiling.fits_in_smem ? row + tiling.stages * step : row));
     if (s.write) {
       walk.write_gradients(line, place, head.live, head.filler(), peaks, next);
     } else if (tiling.fits_in_smem) {

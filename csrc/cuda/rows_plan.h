@@ -384,6 +384,7 @@ RowsPlan plan_rows(const fusedloss::RowsCall& call, const Device& device) {
 struct CustomRowsInfo {
   unsigned elements = 0;  // bit i: input i has a number for each class
   int kept = 0;           // values of a class that walks keep
+  int kept_narrow = 0;    // the same of two-byte rows
 
   // The type that the kernel reads: that of these inputs. Where they have several it is the one
   // that is computed in, which the kernel makes of each.
@@ -416,7 +417,7 @@ RowsPlan plan_custom_rows(const CustomRowsCall& call, const CustomRowsInfo& loss
   RowsDemand demand{rows,
                     ceil_div(before + call.classes, size),
                     std::popcount(loss.elements),
-                    loss.kept * (bytes == 2 ? 2 : 1),
+                    bytes == 2 ? 2 * loss.kept_narrow : loss.kept,  // each is four bytes or eight
                     rows > 1 && neighbour < x.classes,
                     custom_threads_per_sm(bytes)};
   RowsPlan plan = plan_contiguous(demand, device);

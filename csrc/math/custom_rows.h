@@ -14,6 +14,7 @@
 //     static constexpr int kSums[kLevels];    // ones, and how many are sums
 //     static constexpr Kept kKept[];          // see below; kKeptCount of them are used
 //     static constexpr int kKeptCount;
+//     static constexpr int kKeptNarrow;       // how many of them a GPU keeps for two-byte rows
 //     static constexpr int kNumbers;          // row numbers: see RowNumbers
 //     static constexpr int kValue;            // the place of the loss among them
 //     static constexpr int kAtLabel[];        // of the label's gradient, by element input; only
@@ -119,6 +120,12 @@ FUSEDLOSS_HD T weighted(T weight, T x) {
   return select(weight == T(0), T(0), weight * x);
 }
 
+// e^x for x <= 0, in the terms and gradients of a class. r is their argument: an engine may have a
+// version for its own.
+template <class T, class Row>
+FUSEDLOSS_HD T exp_of_class(T x, const Row& /* r */) {
+  return exp_nonpositive(x);
+}
 // log(others + e), with all digits where others is small and e is 1.
 template <class T>
 FUSEDLOSS_HD T logofsum(T others, T e) {

@@ -46,6 +46,11 @@ class _CppRows(_Rows, _Cpp):
     pass
 
 
+class _CppElements(_CppRows):
+    def _exp_nonpositive(self, e: Expr) -> str:
+        return f"exp_of_class({self(e.args[0])}, r)"
+
+
 def cpp(traced: TracedRows, program: RowProgram) -> str:
     """The struct that csrc/math/custom_rows.h describes."""
     return "\n".join(_Struct(traced, program).lines()) + "\n"
@@ -80,6 +85,7 @@ class _Struct:
         yield from _array("int", "kMaxima", program.maxima, "0")
         yield from _array("int", "kSums", program.sums, "0")
         yield f"  static constexpr int kKeptCount = {len(program.kept)};"
+        yield f"  static constexpr int kKeptNarrow = {program.kept_narrow};"
         kept = [f"{{{first}, {last}}}" for _, first, last in program.kept]
         yield from _array("Kept", "kKept", kept, "{}")
         yield f"  static constexpr int kNumbers = {len(self.places)};"
@@ -174,7 +180,7 @@ class _Struct:
     def _walk(self, walk: Walk, result: Callable[[int, str], str]) -> Iterator[str]:
         yield from self._constants([*(e for _, e in walk.named), *walk.results])
         names = {**self.names, **{s: f"r({i})" for s, i in self.places.items()}}
-        printer = _CppRows(names)
+        printer = _CppElements(names)
         for symbol, formula in walk.named:
             to = self.names[symbol] if isinstance(symbol, Input) else f"const auto {symbol}"
             yield f"{to} = {printer(formula)};"

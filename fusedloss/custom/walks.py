@@ -53,6 +53,7 @@ class RowProgram:
     gradients: Walk
     peaks: tuple[Peak, ...]
     kept: tuple[tuple[Expr, int, int], ...]  # symbol, and the walks that compute and last read it
+    kept_narrow: int  # how many of them a GPU keeps for two-byte rows
     value: Expr
     at_label: tuple[Expr, ...]
     of_row: tuple[Expr, ...]
@@ -111,6 +112,7 @@ class _Assembly:
             found[-1],
             tuple(found_peaks),
             tuple(kept.values()),
+            len(kept) if any(map(_is_costly_for_narrow, kept)) else 0,
             results[0][0],
             *results[1:],
         )
@@ -223,6 +225,13 @@ def _walk(
 
 def _subexpressions(e: Expr) -> set[Expr]:
     return set(sympy.preorder_traversal(e))
+
+
+def _is_costly_for_narrow(e: Expr) -> bool:
+    """Whether it is more than exponentials: a GPU has an instruction for those, which is as exact as the
+    gradients of two bytes need, and computing one again takes less than keeping it."""
+    names = {type(part).__name__.lower() for part in _subexpressions(e)}
+    return not names.isdisjoint({*_COSTLY} - {"exp_nonpositive"})
 
 
 def _keep(

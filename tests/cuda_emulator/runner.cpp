@@ -242,11 +242,12 @@ class Calls {
   void run_custom_rows() {
     const std::string library = word();
     const auto elements = static_cast<unsigned>(integer());
-    const int kept = static_cast<int>(integer());
+    const int kept = static_cast<int>(integer()), kept_narrow = static_cast<int>(integer());
     static auto& loaded = *new std::map<std::string, const cuda::CustomKernels*>;
     const cuda::CustomKernels*& kernels = loaded[library];
     if (!kernels) {
-      kernels = cuda::load_custom_rows(library.c_str(), kCapability, elements, kept, nullptr);
+      kernels = cuda::load_custom_rows(library.c_str(), kCapability, elements, kept, kept_narrow,
+                                       nullptr);
     }
     const std::vector<double> parameters = this->parameters();
     Call call;

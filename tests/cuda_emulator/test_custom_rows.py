@@ -120,7 +120,8 @@ class Question:
         loss = self.loss.loss
         own = library(self.loss.id, loss._struct, variant, engine=CUDA_ROWS)
         parameters = [*{**loss._traced.defaults, **self.loss.parameters}.values()]
-        numbers = (kinds_of(self.loss), len(loss._program.kept), parameters)
+        kept = len(loss._program.kept), loss._program.kept_narrow
+        numbers = (kinds_of(self.loss), kept, parameters)
         return RowsCall(own, *numbers, self.inputs, self.weight, self.ignore_index)
 
     def ask(self, calls: Calls, variant: str, shifts: tuple[int, int]) -> Ways:
