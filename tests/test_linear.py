@@ -144,9 +144,16 @@ def by_formula(
 
 
 @needs_formula
-@pytest.mark.parametrize("outputs", [(), OUTPUTS], ids=["loss", "outputs"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "outputs"),
+    # Outputs take two more kernels for each formula.
+    [
+        *((name, ()) for name in OPTIONS),
+        *((name, OUTPUTS) for name in ("shift", "num_items", "all")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "outputs" if value else "loss",
+)
 @pytest.mark.parametrize("of_logits", [False, True], ids=["linear", "logits"])
 def test_options(
     fused: str, of_logits: bool, name: str, reduction: str, outputs: tuple[str, ...]
