@@ -49,7 +49,7 @@ def chunk_of(rows: int, classes: int, dtype: torch.dtype, device: str) -> int:
     there.
     """
     low = dtype.itemsize < 4
-    budget, least = (128 if low else 32, 512 if low else 64) if device == "cpu" else (512, 1024)
+    budget, least = (128 if low else 40, 512 if low else 64) if device == "cpu" else (512, 1024)
     most = max(budget * _MIB // (classes * dtype.itemsize) // _BLOCK * _BLOCK, least)
     chunks = math.ceil(rows / most)
     return min(math.ceil(rows / chunks / _BLOCK) * _BLOCK, rows)
