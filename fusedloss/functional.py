@@ -599,9 +599,9 @@ def cross_entropy(
             targets; with probabilities, by the number of rows.
         ignore_index: rows of this class index are left out, and their gradient is 0.
         label_smoothing: :math:`\varepsilon` in [0, 1].
-        num_items, token_weight, shift, logit_scale, softcap, z_loss, outputs: options of language
-            models, which torch's function lacks; see :func:`linear_cross_entropy`. Most of them need
-            a kernel that is compiled at its first use.
+
+    The keywords behind label_smoothing are options of language models, which torch's function lacks; see
+    :func:`linear_cross_entropy`. Most of them need a kernel that is compiled at its first use.
 
     Returns:
         A 0-d tensor, or one of input's shape without C for ``"none"``; nan if ``"mean"`` has no row

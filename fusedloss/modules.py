@@ -354,8 +354,12 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", _LinearCrossE
         Args:
             layer: what becomes ``linear``. Under FSDP2 shard the loss (``fully_shard(loss)``): hooks of
                 the layer itself do not run, and its weight, if that is sharded, is gathered for the call.
-            weight, reduction, ignore_index, label_smoothing, options, more: arguments of
-                :func:`fusedloss.functional.linear_cross_entropy`, for every call.
+            weight: of the classes, shape (C).
+            reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+            ignore_index: rows of this class index are left out.
+            label_smoothing: in [0, 1].
+            options: a :class:`torch.nn.LinearCrossEntropyOptions` or None.
+            more: other keywords of :func:`fusedloss.functional.linear_cross_entropy`, for every call.
 
         Raises:
             TypeError: ``layer`` is no linear layer.

@@ -57,12 +57,15 @@ class LinearRowLoss:
                 of a teacher, say. A label (int64) and what is one number for each row have shape (...),
                 and what is one number for each class has shape (C).
             bias: the layer's bias of shape (C), or None.
-            reduction, weight, ignore_index, parameters: see :meth:`RowLoss.__call__`.
+            reduction: ``"mean"``, ``"sum"`` or ``"none"``; see :meth:`RowLoss.__call__`.
+            weight: multiplies each row's loss: one number for each row.
+            ignore_index: the label of rows that do not count.
             logits_dtype: the dtype of the logits; None: that of the hidden states.
             drop_ignored: whether rows with the label ``ignore_index`` are left out before the product.
                 None: on a CPU, since a GPU would have to wait for their number.
             memory: ``"low"`` makes the logits once more in backward instead of keeping gradients from
                 forward to backward.
+            parameters: the loss's parameters, numbers.
 
         Returns:
             What :meth:`RowLoss.__call__` returns for the logits.
