@@ -248,6 +248,26 @@ def _why_not_fused(named: Mapping[str, Any], *others: Any, gradients: int = 1) -
     return None
 
 
+def check_label(name: str, label: Tensor, classes: int, ignore_index: int) -> None:
+    """Raises the error for a label that is no class, where that can be known without waiting. (The loss of
+    its row is nan elsewhere.)"""
+    if (
+        label.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or _transformed()
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
+        return
+    wrong = ((label < 0) | (label >= classes)) & (label != ignore_index)
+    if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
+        at = f"[{', '.join(map(str, place))}]" if place else ""
+        raise IndexError(
+            f"Target {label[place].item()} is out of bounds. It stands at {name}{at}; there are "
+            f"{classes} classes."
+        )
+
+
 # ---- subclasses and modes ------------------------------------------------------------------------
 
 

@@ -60,12 +60,18 @@ def chunk_of(rows: int, classes: int, dtype: torch.dtype, device: str) -> int:
 MOST_NARROW = 4
 
 
-def autocast(t: Tensor) -> Tensor:
-    """What a linear layer reads under autocast."""
+def layer_dtype(t: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer reads a tensor, under autocast as well."""
     device = t.device.type
     if torch.is_autocast_enabled(device) and t.dtype is not torch.float64:
-        return t.to(torch.get_autocast_dtype(device))
-    return t
+        return torch.get_autocast_dtype(device)
+    return t.dtype
+
+
+def dtypes_differ(*tensors: Tensor | None) -> str | None:
+    """Why the tensors of a layer make no product; None: they do."""
+    dtypes = {layer_dtype(t) for t in tensors if t is not None}
+    return f"dtypes {' and '.join(sorted(map(str, dtypes)))}" if len(dtypes) > 1 else None
 
 
 def rows_that_count(label: Tensor, ignore_index: int, drops: bool | None) -> Tensor | None:
@@ -141,6 +147,10 @@ class Layer(NamedTuple):
     hidden: Any
     weight: Any
     bias: Any
+
+    def cast(self) -> Layer:
+        """As autocast has it."""
+        return Layer(*(t if t is None else t.to(layer_dtype(t)) for t in self))
 
 
 @dataclass(frozen=True)
@@ -384,6 +394,20 @@ class Plan:
     keeps: bool
     scales_late: bool
     combined: Rows | None = None
+
+
+def plan_of(
+    rows: Rows,
+    reduction: str,
+    memory: str | None,
+    reference: Callable[[list[Tensor], Tensor | None], Sequence[Tensor]],
+    hidden: Sequence[Tensor],
+    combined: Rows | None = None,
+) -> Plan:
+    """The plan of a call with these options and hidden states."""
+    keeps = reduction != "none" and memory != "low"
+    half = any(layer_dtype(t) is torch.float16 for t in hidden)
+    return Plan(rows, reduction, reference, keeps, half and reduction == "mean", combined)
 
 
 def _total(rows: Tensor) -> Tensor:

@@ -172,6 +172,7 @@ class Formula:
 def run(call: Call) -> Result:
     """See :func:`fusedloss.functional.linear_cross_entropy`."""
     call.check()
+    call = call.shifted()
     tensors = call.input, call.linear_weight, call.target, call.linear_bias, call.weight
     if call.linear_weight is not None and not call.for_tokens and _dispatch._overridden(*tensors):
         options = {
@@ -217,9 +218,9 @@ def _why_not_fused(call: Call) -> str | None:
         bias = call.linear_bias
         if bias is not None and bias.shape != shape[-1:]:
             return f"linear_bias has shape {tuple(bias.shape)}"
-        dtypes = {_linear.autocast(t).dtype for t in (input, linear_weight, bias) if t is not None}
-        if len(dtypes) > 1:
-            return f"dtypes {' and '.join(sorted(map(str, dtypes)))}"
+        differ = _linear.dtypes_differ(input, linear_weight, bias)
+        if differ is not None:
+            return differ
         classes = shape[-1:]
         of_rows = shape[:-1]
         # Only hidden states with labels have more than one leading dimension.
@@ -305,7 +306,7 @@ def _rows(call: Call, formula: Formula | None, chunk: int, wide: bool) -> Rows |
 def _prepared(call: Call) -> Plan | str:
     input, target = call.input, call.target
     rows = max(1, target.numel() // (call.classes if target.is_floating_point() else 1))
-    dtype = call.logits_dtype or _linear.autocast(input).dtype
+    dtype = call.logits_dtype or _linear.layer_dtype(input)
     chunk = rows
     if call.linear_weight is not None:
         chunk = _linear.chunk_of(rows, call.classes, dtype, input.device.type)
@@ -329,9 +330,8 @@ def _plan(call: Call, rows: Rows | str, combined: Rows | str | None) -> Plan | s
             return found
     assert isinstance(rows, Rows)
     assert not isinstance(combined, str)
-    half = _linear.autocast(call.input).dtype is torch.float16 and call.reduction == "mean"
-    keeps = call.reduction != "none" and call.memory != "low"
-    return Plan(rows, call.reduction, _reference(call), keeps, half, combined)
+    options = call.reduction, call.memory, _reference(call)
+    return _linear.plan_of(rows, *options, [call.input], combined)
 
 
 def _reference(call: Call) -> Any:
@@ -354,15 +354,6 @@ def _reference(call: Call) -> Any:
 
 
 # ---- fused ---------------------------------------------------------------------------------------
-
-
-def _check_labels(call: Call) -> None:
-    """On a CPU, where that can be known without waiting."""
-    label = call.target
-    if label.is_floating_point() or label.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    wrong = ((label < 0) | (label >= call.classes)) & (label != call.ignored)
-    reference.check_label("target", label, wrong, call.classes)
 
 
 def _counted(call: Call) -> tuple[Tensor | None, Tensor | None]:
@@ -390,9 +381,8 @@ def _loss_of_logits(call: Call) -> Tensor:
     """Through the loss's own call, which takes one pass and says which path it takes."""
     tokens = import_module("fusedloss._token_losses")
     formula = _formula(call)
-    moved = call.shifted()
-    _check_labels(moved)
-    factor, divisor = _counted(moved)
+    _dispatch.check_label("target", call.target, call.classes, call.ignored)
+    factor, divisor = _counted(call)
     weight = factor
     if divisor is not None:
         ones = torch.ones(call.target.numel(), dtype=torch.float64, device=call.input.device)
@@ -400,7 +390,7 @@ def _loss_of_logits(call: Call) -> Tensor:
     if weight is not None:
         weight = weight.to(torch.promote_types(call.input.dtype, torch.float32))
         weight = weight.reshape(call.target.shape)
-    tensors = (call.input, moved.target, *((call.weight,) if formula.weighted else ()))
+    tensors = (call.input, call.target, *((call.weight,) if formula.weighted else ()))
     parameters = {name: float(getattr(call, name)) for name in formula.parameters}
     return tokens.defined(formula)(  # type: ignore[no-any-return]
         *tensors,
@@ -413,14 +403,13 @@ def _loss_of_logits(call: Call) -> Tensor:
 
 
 def _fused(call: Call, plan: Plan) -> Result:
-    moved = call.shifted()
-    _check_labels(moved)
-    factor, divisor = _counted(moved)
-    target, shape = moved.target, call.target.shape
+    factor, divisor = _counted(call)
+    target, shape = call.target, call.target.shape
     if target.is_floating_point():
         shape = shape[:-1]
         labels = target.reshape(-1, target.shape[-1])
     else:
+        _dispatch.check_label("target", target, call.classes, call.ignored)
         labels = target.reshape(-1)
     input = call.input
     if call.linear_weight is None and input.dim() > 1:
@@ -440,8 +429,7 @@ def _fused(call: Call, plan: Plan) -> Result:
     if call.linear_weight is None:
         others = [rows, *others]
     else:
-        of_layer = rows, call.linear_weight, call.linear_bias
-        layers.append(Layer(*(t if t is None else _linear.autocast(t) for t in of_layer)))
+        layers.append(Layer(rows, call.linear_weight, call.linear_bias).cast())
     given = Operands(layers, others)
     loss, best, *auxiliary = _linear.loss(plan, given, weight, factor, divisor)
     if call.reduction == "none":
@@ -456,7 +444,7 @@ def _results(call: Call, loss: Tensor, best: Tensor, auxiliary: Sequence[Tensor]
         return loss
     written = (name for name in _OF_KERNEL if name in call.outputs)
     found = dict(zip(written, auxiliary, strict=True))
-    counts = (call.shifted().target != call.ignored).reshape(-1)
+    counts = (call.target != call.ignored).reshape(-1)
     found["argmax"] = torch.where(counts, best.reshape(-1), 0)
     found = {name: t.reshape(call.target.shape) for name, t in found.items()}
     if "count" in call.outputs:
@@ -489,8 +477,7 @@ def _plain(call: Call) -> Result:
             ignore_index=call.ignore_index,
             label_smoothing=call.label_smoothing,
         )
-    moved = call.shifted()
-    factor, divisor = _counted(moved)
+    factor, divisor = _counted(call)
     if call.linear_weight is not None:
         logits = F.linear(call.input, call.linear_weight, call.linear_bias)
     else:
@@ -505,7 +492,7 @@ def _plain(call: Call) -> Result:
         wide = wide[None]
     results = reference.token_cross_entropy(
         wide,
-        moved.target.reshape(-1),
+        call.target.reshape(-1),
         call.weight,
         call.ignored,
         call.label_smoothing,

@@ -166,17 +166,6 @@ def token_cross_entropy(
     return {name: torch.where(counts, t, 0) for name, t in results.items()}
 
 
-def check_label(name: str, label: Tensor, wrong: Tensor, classes: int) -> None:
-    """Raises the error for the first label that is wrong."""
-    if wrong.any():
-        place = tuple(wrong.nonzero()[0].tolist())
-        at = f"[{', '.join(map(str, place))}]" if place else ""
-        raise IndexError(
-            f"Target {label[place].item()} is out of bounds. It stands at {name}{at}; there are "
-            f"{classes} classes."
-        )
-
-
 def log_loss(
     input: Tensor,
     target: Tensor,

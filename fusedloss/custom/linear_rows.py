@@ -170,9 +170,7 @@ class _Call:
             if kind is self.loss._per_class and t.requires_grad and torch.is_grad_enabled():
                 reason = reason or "a gradient for a number of each class is wanted"
         for layer in self.layers:
-            dtypes = {_linear.autocast(t).dtype for t in layer if t is not None}
-            if reason is None and len(dtypes) > 1:
-                reason = f"dtypes {' and '.join(sorted(map(str, dtypes)))}"
+            reason = reason or _linear.dtypes_differ(*layer)
         return reason
 
     def _plan(self, logits: list[Tensor]) -> Plan | str:
@@ -205,22 +203,17 @@ class _Call:
         def reference(inputs: list[Tensor], weight: Tensor | None) -> list[Tensor]:
             return [loss._reference(inputs, weight, self.values, spec.ignore_index, "none")]
 
-        half = any(_linear.autocast(layer[0]).dtype is torch.float16 for layer in self.layers)
-        mean = options["reduction"] == "mean"
-        keeps = options["reduction"] != "none" and options["memory"] != "low"
-        return Plan(spec, options["reduction"], reference, keeps, half and mean)
+        hidden = [layer[0] for layer in self.layers]
+        return _linear.plan_of(spec, options["reduction"], options["memory"], reference, hidden)
 
     def _fused(self, plan: Plan, logits: list[Tensor]) -> Any:
         shape, loss = logits[0].shape[:-1], self.loss
         kinds = dict(zip(loss._kinds, self.inputs, strict=True))
         label, weight = kinds.get(loss._label), self.options["weight"]
         ignored = self.options["ignore_index"]
-        if label is not None:
-            classes = logits[0].shape[-1]
-            wrong = ((label < 0) | (label >= classes)) & (label != ignored)
-            loss._check_label(label, wrong, classes)
         kept = None
         if label is not None:
+            loss._check_label(label, logits[0].shape[-1], ignored)
             kept = _linear.rows_that_count(label.reshape(-1), ignored, self.options["drop_ignored"])
 
         def rows_of(t: Tensor, width: tuple[int, ...] = ()) -> Tensor:
@@ -230,8 +223,8 @@ class _Call:
         layers, others = [], []
         for given, kind in zip(self.inputs, loss._kinds, strict=True):
             if isinstance(given, tuple):
-                cast = Layer(*(t if t is None else _linear.autocast(t) for t in given))
-                layers.append(cast._replace(hidden=rows_of(cast.hidden, cast.hidden.shape[-1:])))
+                hidden, *of_layer = given
+                layers.append(Layer(rows_of(hidden, hidden.shape[-1:]), *of_layer).cast())
             elif kind is loss._per_class:
                 others.append(given)
             else:
@@ -268,8 +261,9 @@ class _Call:
 
 
 def _stand_in(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    dtype = _linear.autocast(hidden).dtype
-    return hidden.new_empty((), dtype=dtype).expand(*hidden.shape[:-1], weight.shape[0])
+    return hidden.new_empty((), dtype=_linear.layer_dtype(hidden)).expand(
+        *hidden.shape[:-1], weight.shape[0]
+    )
 
 
 def linear(loss: RowLoss) -> LinearRowLoss:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch
-from ..reference import check_label
 from .building import CannotCompile
 from .loss import CustomLoss, _shown
 from .module import RowLossModule
@@ -309,7 +308,7 @@ class RowLoss(CustomLoss):
             classes = inputs[0].shape[min(1, inputs[0].dim() - 1)]
             counts = label != ignore_index
             inside = (label >= 0) & (label < classes)
-            self._check_label(label, counts & ~inside, classes)
+            self._check_label(label, classes, ignore_index)
             safe = torch.where(inside, label, 0).unsqueeze(-1)
         operands = []
         for t, kind in pairs:
@@ -342,17 +341,9 @@ class RowLoss(CustomLoss):
         extras = (t.detach().to(result) for t in more)
         return loss, dict(zip(self._auxiliary, extras, strict=True))
 
-    def _check_label(self, label: Tensor, wrong: Tensor, classes: int) -> None:
-        """Raises the error for a label that is no class, where that can be known without waiting. (The
-        loss of its row is nan elsewhere.)"""
-        if (
-            label.device.type != "cpu"
-            or torch.compiler.is_compiling()
-            or _dispatch._transformed()
-            or torch._C._len_torch_dispatch_stack() > 0
-        ):
-            return
-        check_label(self._operands[self._kinds.index(self._label)], label, wrong, classes)
+    def _check_label(self, label: Tensor, classes: int, ignore_index: int) -> None:
+        name = self._operands[self._kinds.index(self._label)]
+        _dispatch.check_label(name, label, classes, ignore_index)
 
     # ---- modules, checks, plots ------------------------------------------------------------------
 
