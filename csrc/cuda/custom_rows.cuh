@@ -53,6 +53,16 @@ __device__ __forceinline__ void hold(V*& global) {
 #endif
 }
 
+// The same of a pointer to shared memory.
+template <class V>
+__device__ __forceinline__ void hold_smem(V*& p) {
+#if defined(__CUDACC_RTC__) || defined(__NVCC__)
+  auto at = static_cast<unsigned>(__cvta_generic_to_shared(p));
+  hold(at);
+  p = static_cast<V*>(__cvta_shared_to_generic(at));
+#endif
+}
+
 constexpr int at_least_one(int count) { return count > 0 ? count : 1; }  // C++ has no empty arrays
 
 // Whether the walk of a level reads kept value j, or the walk of `from` leaves one for later.
@@ -78,6 +88,15 @@ constexpr bool leaves_kept(int from) {
 __device__ inline float larger(float a, float b) { return max_nan(a, b); }
 __device__ inline double larger(double a, double b) { return a < b || b != b ? b : a; }
 
+// Calls merge(step) for each distance at which `threads` neighbouring threads of a warp merge.
+template <class Merge>
+__device__ __forceinline__ void each_step(int threads, Merge&& merge) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    if (step < threads) merge(step);
+  }
+}
+
 // The maxima and sums of a level over some of a row's classes.
 template <class T, class Sum, int kMaxima, int kSums>
 struct LevelTerms {
@@ -89,11 +108,11 @@ struct LevelTerms {
     each<at_least_one(kSums)>([&](auto j) { sum[j] = 0; });
   }
   __device__ void reduce_warp(int threads) {
-    for (int step = threads / 2; step > 0; step /= 2) {
+    each_step(threads, [&](int step) {
       each<kMaxima>(
           [&](auto j) { max[j] = larger(max[j], __shfl_xor_sync(kFullWarp, max[j], step)); });
       each<kSums>([&](auto j) { sum[j] += __shfl_xor_sync(kFullWarp, sum[j], step); });
-    }
+    });
   }
 };
 
@@ -106,10 +125,10 @@ struct FirstClasses {
     each<at_least_one(count)>([&](auto p) { first[p] = std::numeric_limits<int32_t>::max(); });
   }
   __device__ void reduce_warp(int threads) {
-    for (int step = threads / 2; step > 0; step /= 2) {
+    each_step(threads, [&](int step) {
       each<count>(
           [&](auto p) { first[p] = min(first[p], __shfl_xor_sync(kFullWarp, first[p], step)); });
-    }
+    });
   }
 };
 
@@ -120,8 +139,11 @@ struct RowPlace {
   int64_t outer, inner;
   bool exists;  // otherwise the place is that of the first row
 
-  __device__ RowPlace(const CustomRowsCall& c, int64_t rows, int64_t row)
-      : outer(row < rows ? row : 0), inner(0), exists(row < rows) {
+  // Of a matrix.
+  template <class Index>
+  __device__ RowPlace(Index rows, Index row)
+      : outer(row < rows ? row : 0), inner(0), exists(row < rows) {}
+  __device__ RowPlace(const CustomRowsCall& c, int64_t rows, int64_t row) : RowPlace(rows, row) {
     if (c.inner <= 1) return;
     const int64_t place = outer;
     outer = quotient(place, c.inner, rows);
@@ -162,8 +184,7 @@ struct RowHead {
       label = static_cast<int>(index);
     }
     const auto number = [&](const Rows& r) { return read<T>(r.data, r.dtype, place(r)); };
-    if (c.weight.data) weight = number(c.weight);
-    scale *= weight;
+    if (c.weight.data) scale *= weight = number(c.weight);
     if (c.upstream.data) scale *= number(c.upstream);
     numbers[Numbers::kScale] = static_cast<T>(scale);
     numbers[Numbers::kClasses] = static_cast<T>(c.classes);
@@ -247,32 +268,114 @@ struct RowLine {
   __device__ int first_class(int slot) const { return slot * V::kSize - before; }
 };
 
-// A walk of one thread of those that share a row.
-template <class Loss, class D, class Group>
-struct RowWalk {
+// A row as the loss's formulas see it.
+template <class Loss_, class D_>
+struct RowFormula {
+  using Loss = Loss_;
+  using D = D_;
   using T = Compute<D>;
   using V = Vector16<D>;
   using Numbers = RowNumbers<Loss>;
-  using Line = RowLine<Loss, D>;
+  using Head = RowHead<Loss, D>;
   // Float roundings would build up over long rows.
   using Sum = std::conditional_t<sizeof(D) == 4, double, T>;
   template <int kLevel>
   using Terms = LevelTerms<T, Sum, Loss::kMaxima[kLevel], Loss::kSums[kLevel]>;
   using Peaks = FirstClasses<Loss::kPeakCount>;
   static constexpr int kElements = Numbers::kElements, kSize = V::kSize;
+
+  const Loss& loss;
+  const CustomRowsCall& c;
+  T r[Loss::kNumbers] = {};
+  int label = -1;
+
+  struct RowAccess {
+    const T* r;
+    __device__ T operator()(int i) const { return r[i]; }
+    // Two-byte inputs and gradients do not show the error of the quick one.
+    __device__ friend T exp_of_class(T x, const RowAccess&) {
+      if constexpr (sizeof(D) == 2) {
+        return quick_exp(x);
+      } else {
+        return exp_nonpositive(x);
+      }
+    }
+  };
+  // A class's numbers, as the loss takes them.
+  struct Class {
+    T x[kElements], w[at_least_one(Numbers::kPerClasses)], kept[at_least_one(Loss::kKeptCount)];
+  };
+  template <int kLevel, int kCount>
+  __device__ void terms(Class& one, T (&out)[kCount]) const {
+    loss.template terms<kLevel>(one.x, one.w, RowAccess{r}, one.kept, out);
+  }
+  template <int kLevel>
+  static constexpr int kTerms = at_least_one(Loss::kMaxima[kLevel] + Loss::kSums[kLevel]);
+
+  __device__ void begin(const Head& head) {
+    each<Numbers::kFirst>([&](auto i) { r[i] = head.numbers[i]; });
+    label = head.label;
+  }
+  // Computes the row numbers; add(level, terms) walks over this thread's classes, if it has any.
+  template <class Group, class Add>
+  __device__ void compute(Group& group, Add&& add) {
+    loss.template row<-1>(r);
+    each<Loss::kLevels>([&](auto level) {
+      Terms<level> total;
+      add(level, total);
+      group.all_reduce(total);
+      constexpr int kAt = Numbers::of_level(level), kMaxima = Loss::kMaxima[level];
+      each<kMaxima>([&](auto j) { r[kAt + j] = total.max[j]; });
+      each<Loss::kSums[level]>([&](auto j) { r[kAt + kMaxima + j] = T(total.sum[j]); });
+      loss.template row<level>(r);
+    });
+  }
+  // Writes what the row has one of, and returns its loss.
+  __device__ T write_numbers(const Head& head, int64_t row, const RowPlace& place,
+                             bool gradients) const {
+    const T value = head.live ? r[Loss::kValue] * head.weight : head.filler();
+    if (c.value.data) write(c.value.data, c.value.dtype, row, value);
+    each<Loss::kAuxiliaryCount>([&](auto i) {
+      const Output& to = c.auxiliary[i];
+      const T x = head.live ? r[Loss::kAuxiliary[i]] : head.filler();
+      if (to.data) write(to.data, to.dtype, row, x);
+    });
+    each<Numbers::kPerRows>([&](auto i) {
+      const Rows& to = c.gradients[place_of<Loss>(Kind::kPerRow, i)];
+      const T x = head.live ? r[Loss::kOfRow[i]] : head.filler();
+      if (gradients && to.data) write(const_cast<void*>(to.data), to.dtype, place(to), x);
+    });
+    return value;
+  }
+};
+
+// A walk of one thread of those that share a row.
+template <class Loss, class D, class Group>
+struct RowWalk : RowFormula<Loss, D> {
+  using Formula = RowFormula<Loss, D>;
+  using typename Formula::Class;
+  using typename Formula::Numbers;
+  using typename Formula::Peaks;
+  using typename Formula::RowAccess;
+  using typename Formula::T;
+  using typename Formula::V;
+  template <int kLevel>
+  using Terms = typename Formula::template Terms<kLevel>;
+  using Formula::c, Formula::kElements, Formula::kSize, Formula::label, Formula::loss, Formula::r;
+  using Line = RowLine<Loss, D>;
   // Lanes that are computed together: as many as fit into 16 bytes as T.
   using Part = Vector16<T>;
   static constexpr int kParts = kSize / Part::kSize;
 
-  const Loss& loss;
-  const CustomRowsCall& c;
   const RowTiling& tiling;
   Group& group;
   V* const
       smem;  // this thread's: (stages, elements, vectors_per_thread), then those of kept values
   int stage = 0;
-  T r[Loss::kNumbers] = {};
-  int label = -1;
+
+  __device__ RowWalk(const Loss& loss, const CustomRowsCall& c, const RowTiling& tiling_,
+                     Group& group_, V* smem_)
+      : Formula{loss, c}, tiling(tiling_), group(group_), smem(smem_) {}
 
   // ---- slots ----
 
@@ -345,18 +448,6 @@ struct RowWalk {
 
   // ---- the terms of a slot's classes ----
 
-  struct RowAccess {
-    const T* r;
-    __device__ T operator()(int i) const { return r[i]; }
-    // Two-byte inputs and gradients do not show the error of the quick one.
-    __device__ friend T exp_of_class(T x, const RowAccess&) {
-      if constexpr (sizeof(D) == 2) {
-        return quick_exp(x);
-      } else {
-        return exp_nonpositive(x);
-      }
-    }
-  };
   // A slot of each input.
   struct Slots {
     V x[kElements];
@@ -368,11 +459,6 @@ struct RowWalk {
   __device__ Part& kept_slot(const Slots& s, int j, int part) const {
     return reinterpret_cast<Part&>(s.kept[(j * kParts + part) * line_step()]);
   }
-  // A class's numbers, as the loss takes them.
-  struct Class {
-    T x[kElements], w[at_least_one(Numbers::kPerClasses)], kept[at_least_one(Loss::kKeptCount)];
-  };
-
   // All but the kept values.
   __device__ void read_class(Class& one, const Slots& s, int e) const {
     each<kElements>([&](auto i) { one.x[i] = T(widen(s.x[i], e)); });
@@ -382,20 +468,13 @@ struct RowWalk {
       one.w[i] = read<T>(r.data, r.dtype, place * r.classes);
     });
   }
-  template <int kLevel, int kCount>
-  __device__ void terms(Class& one, T (&out)[kCount]) const {
-    loss.template terms<kLevel>(one.x, one.w, RowAccess{r}, one.kept, out);
-  }
-  template <int kLevel>
-  static constexpr int kTerms = at_least_one(Loss::kMaxima[kLevel] + Loss::kSums[kLevel]);
-
   // The kept values that the walk of kLevel reads. The compiler drops what it does not need of the
   // terms.
   template <int kLevel>
   __device__ void recompute_kept(Class& one) const {
     each<kLevel>([&](auto level) {
       if constexpr (leaves_kept<Loss>(level)) {
-        T out[kTerms<level>];
+        T out[Formula::template kTerms<level>];
         this->template terms<level>(one, out);
       }
     });
@@ -471,7 +550,7 @@ struct RowWalk {
         this->template read_part<kLevel>(s, part, classes);
         each<Part::kSize>([&](auto e) {
           const int lane = part * Part::kSize + e;
-          T out[kTerms<kLevel>];
+          T out[Formula::template kTerms<kLevel>];
           this->template terms<kLevel>(classes[e], out);
           each<kMaxima>([&](auto j) {
             if (counted >> lane & 1) total.max[j] = larger(total.max[j], out[j]);
@@ -492,18 +571,10 @@ struct RowWalk {
       each<kSums>([&](auto j) { total.sum[j] += sums[j]; });
     });
   }
-  // Walks all levels and computes the row numbers. A row without slots takes part in what threads
-  // do together.
+  // Walks all levels and computes the row numbers.
   __device__ void compute_row(const Line& line, bool live) {
-    loss.template row<-1>(r);
-    each<Loss::kLevels>([&](auto level) {
-      Terms<level> total;
+    this->compute(group, [&](auto level, auto& total) {
       if (live) this->template add<level>(total, line);
-      group.all_reduce(total);
-      constexpr int kAt = Numbers::of_level(level), kMaxima = Loss::kMaxima[level];
-      each<kMaxima>([&](auto j) { r[kAt + j] = total.max[j]; });
-      each<Loss::kSums[level]>([&](auto j) { r[kAt + kMaxima + j] = T(total.sum[j]); });
-      loss.template row<level>(r);
     });
   }
 
@@ -518,7 +589,7 @@ struct RowWalk {
             Class one;
             this->read_class(one, s, e);
             this->template recompute_kept<kPeak.level>(one);
-            T out[kTerms<kPeak.level>];
+            T out[Formula::template kTerms<kPeak.level>];
             this->template terms<kPeak.level>(one, out);
             const bool is_peak = out[kPeak.term] == r[Numbers::of_level(kPeak.level) + kPeak.term];
             if (is_peak && (counted >> e & 1)) found.first[p] = min(found.first[p], s.first + e);
@@ -669,7 +740,7 @@ __device__ void compute_rows(const CustomParameters<Loss>& given, const CustomRo
   const Loss loss = made;  // a copy, which stays in registers
   Group group(tiling.threads_per_row);
   const int64_t rows = c.outer * c.inner, step = group.row_stride();
-  Walk walk{loss, c, tiling, group, reinterpret_cast<Vector16<D>*>(smem) + threadIdx.x};
+  Walk walk(loss, c, tiling, group, reinterpret_cast<Vector16<D>*>(smem) + threadIdx.x);
   const auto place_of_row = [&](int64_t row) { return RowPlace(c, rows, row); };
   int64_t row = group.first_row() + group.row_in_block();
   for (; walk.stage < tiling.stages; ++walk.stage) {
@@ -684,26 +755,11 @@ __device__ void compute_rows(const CustomParameters<Loss>& given, const CustomRo
     const Line line(c, place);
     const Head head(c, l, s.scale, row, place, next_label);
     next_label = Head::label_at(c, place_of_row(row + step));
-    each<Numbers::kFirst>([&](auto i) { walk.r[i] = head.numbers[i]; });
-    walk.label = head.label;
+    walk.begin(head);
     cp_async_wait(tiling.stages - 1);
     walk.compute_row(line, head.live);
 
-    if (group.rank == 0 && place.exists) {
-      const T value = head.live ? walk.r[Loss::kValue] * head.weight : head.filler();
-      if (c.value.data) write(c.value.data, c.value.dtype, row, value);
-      total += value;
-      each<Loss::kAuxiliaryCount>([&](auto i) {
-        const T x = head.live ? walk.r[Loss::kAuxiliary[i]] : head.filler();
-        const Output& to = c.auxiliary[i];
-        if (to.data) write(to.data, to.dtype, row, x);
-      });
-      each<Numbers::kPerRows>([&](auto i) {
-        const Rows& to = c.gradients[place_of<Loss>(Kind::kPerRow, i)];
-        const T x = head.live ? walk.r[Loss::kOfRow[i]] : head.filler();
-        if (s.write && to.data) write(const_cast<void*>(to.data), to.dtype, place(to), x);
-      });
-    }
+    if (group.rank == 0 && place.exists) total += walk.write_numbers(head, row, place, s.write);
     // The blocks of a cluster may have read different predictions.
     typename Walk::Peaks peaks;
     if (l.pass != Pass::kValue) peaks = walk.peaks(line, head.live);
@@ -721,15 +777,3 @@ __device__ void compute_rows(const CustomParameters<Loss>& given, const CustomRo
 }
 
 }  // namespace fusedloss::cuda
-
-#define FUSEDLOSS_CUSTOM_ROWS_KERNEL(NAME, D)                                       \
-  extern "C" __global__ void __launch_bounds__(kRowBlock, kMinCustomRowBlocks<D>)   \
-      NAME(const CustomRowsCall c, const Launch l, const CustomParameters<Given> p, \
-           const RowTiling tiling) {                                                \
-    compute_rows<Given, D>(p, c, l, tiling);                                        \
-  }
-#define FUSEDLOSS_CUSTOM_ROWS_CUDA(LOSS)                      \
-  namespace fusedloss::cuda {                                 \
-  using Given = LOSS;                                         \
-  FUSEDLOSS_CUSTOM_ROWS_KERNELS(FUSEDLOSS_CUSTOM_ROWS_KERNEL) \
-  }

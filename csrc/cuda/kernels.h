@@ -100,12 +100,16 @@ Kernel cross_entropy;
   X(fusedloss_custom4_strided_in_float32, float)
 constexpr int kCustomKernels = 9;
 // Those of a custom row loss, with the type that the first input has; float and double also serve
-// inputs of several types. The number is the version of this file, of call.h and of sizes.h.
-#define FUSEDLOSS_CUSTOM_ROWS_KERNELS(X)            \
-  X(fusedloss_custom_rows1_float64, double)         \
-  X(fusedloss_custom_rows1_float32, float)          \
-  X(fusedloss_custom_rows1_bfloat16, __nv_bfloat16) \
-  X(fusedloss_custom_rows1_float16, __half)
+// inputs of several types. The held ones keep rows in registers; see custom_rows_held.cuh. The
+// number is the version of this file, of call.h and of sizes.h.
+#define FUSEDLOSS_CUSTOM_ROWS_KERNELS(X)                                    \
+  X(fusedloss_custom_rows2_float64, compute_rows, double)                   \
+  X(fusedloss_custom_rows2_float32, compute_rows, float)                    \
+  X(fusedloss_custom_rows2_bfloat16, compute_rows, __nv_bfloat16)           \
+  X(fusedloss_custom_rows2_float16, compute_rows, __half)                   \
+  X(fusedloss_custom_rows2_float32_held, compute_held_rows, float)          \
+  X(fusedloss_custom_rows2_bfloat16_held, compute_held_rows, __nv_bfloat16) \
+  X(fusedloss_custom_rows2_float16_held, compute_held_rows, __half)
 
 // The kernels of a loss, for all devices that they were compiled for.
 struct CustomKernels;

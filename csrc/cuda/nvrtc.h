@@ -115,6 +115,33 @@ inline __nv_bfloat162 __float22bfloat162_rn(float2 x) {
   return narrow;
 }
 
+// The larger ones; nan is skipped.
+#if __CUDA_ARCH__ >= 800
+inline __half2 __hmax2(__half2 a, __half2 b) {
+  __half2 max;
+  asm("max.f16x2 %0, %1, %2;"
+      : "=r"(reinterpret_cast<unsigned&>(max))
+      : "r"(reinterpret_cast<unsigned&>(a)), "r"(reinterpret_cast<unsigned&>(b)));
+  return max;
+}
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  __nv_bfloat162 max;
+  asm("max.bf16x2 %0, %1, %2;"
+      : "=r"(reinterpret_cast<unsigned&>(max))
+      : "r"(reinterpret_cast<unsigned&>(a)), "r"(reinterpret_cast<unsigned&>(b)));
+  return max;
+}
+#else
+inline __half2 __hmax2(__half2 a, __half2 b) {
+  return __float22half2_rn(make_float2(fmaxf(__half2float(a.x), __half2float(b.x)),
+                                       fmaxf(__half2float(a.y), __half2float(b.y))));
+}
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __float22bfloat162_rn(make_float2(fmaxf(__bfloat162float(a.x), __bfloat162float(b.x)),
+                                           fmaxf(__bfloat162float(a.y), __bfloat162float(b.y))));
+}
+#endif
+
 // ---- copies to shared memory --------------------------------------------------------------------
 
 #if __CUDA_ARCH__ >= 800

@@ -12,9 +12,13 @@
 //     static constexpr int kLevels;           // walks before the gradient's
 //     static constexpr int kMaxima[kLevels];  // how many of a level's terms are maxima, the first
 //     static constexpr int kSums[kLevels];    // ones, and how many are sums
+//     static constexpr int kOriginOf[];       // the element input that each level's maxima are of, if
+//                                             // origin() alone reads them; else -1
 //     static constexpr Kept kKept[];          // see below; kKeptCount of them are used
 //     static constexpr int kKeptCount;
 //     static constexpr int kKeptNarrow;       // how many of them a GPU keeps for two-byte rows
+//     static constexpr int kHeld;             // classes whose numbers fit in a GPU thread's
+//     static constexpr int kHeldNarrow;       // registers, of floats and of two-byte rows, or 0
 //     static constexpr int kNumbers;          // row numbers: see RowNumbers
 //     static constexpr int kValue;            // the place of the loss among them
 //     static constexpr int kAtLabel[];        // of the label's gradient, by element input; only

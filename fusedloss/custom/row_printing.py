@@ -10,7 +10,6 @@ from sympy.core.parameters import distribute
 
 from .primitives import Expr, Input
 from .printing import Numbers, Printer, _Cpp, _CppConstant, _Triton, host_constants
-from .row_primitives import Origin
 from .row_tracing import Kind, TracedRows
 from .tracing import _repeated
 from .walks import Named, RowProgram, Walk
@@ -84,8 +83,11 @@ class _Struct:
         yield f"  static constexpr int kLevels = {len(program.walks)};"
         yield from _array("int", "kMaxima", program.maxima, "0")
         yield from _array("int", "kSums", program.sums, "0")
+        yield from _array("int", "kOriginOf", self._origins(), "-1")
         yield f"  static constexpr int kKeptCount = {len(program.kept)};"
         yield f"  static constexpr int kKeptNarrow = {program.kept_narrow};"
+        yield f"  static constexpr int kHeld = {program.held};"
+        yield f"  static constexpr int kHeldNarrow = {program.held_narrow};"
         kept = [f"{{{first}, {last}}}" for _, first, last in program.kept]
         yield from _array("Kept", "kKept", kept, "{}")
         yield f"  static constexpr int kNumbers = {len(self.places)};"
@@ -118,6 +120,15 @@ class _Struct:
             [list(self._walk(peak.gradients, _assign)) for peak in program.peaks],
         )  # fmt: skip
         yield "};"
+
+    def _origins(self) -> list[int]:
+        """Of each maximum, the element input that it is of if it is an origin alone, else -1."""
+        program, elements = self.program, [*self.traced.of_kind(Kind.ELEMENT)]
+        return [
+            elements.index(e) if e in elements and not program.is_read(symbol) else -1
+            for level, walk, count in zip(program.levels, program.walks, program.maxima, strict=True)
+            for symbol, e in zip(level[:count], walk.results[:count], strict=True)
+        ]
 
     def _prepare(self) -> Iterator[str]:
         names = {name: f"parameters[{i}]" for i, name in enumerate(self.traced.parameters)}
@@ -224,14 +235,11 @@ class _Module:
         self.program = program
         self.rows = [self._block(named) for named in program.computed]
         # Row numbers stand where they come: a level's maxima and sums, then what follows from them.
-        places = iter(program.numbers)
-        count = len(program.numbers) - sum(len(results) for _, results in self.rows)
-        self.levels: list[list[Expr]] = []
-        given = count - sum(len(walk.results) for walk in program.walks)
-        order = [*itertools.islice(places, given), *self._numbers(program.computed[0])]
-        for walk, named in zip(program.walks, program.computed[1:], strict=True):
-            self.levels.append([*itertools.islice(places, len(walk.results))])
-            order += [*self.levels[-1], *self._numbers(named)]
+        given = len(program.numbers) - sum(len(results) for _, results in self.rows)
+        given -= sum(map(len, program.levels))
+        order = [*itertools.islice(program.numbers, given), *self._numbers(program.computed[0])]
+        for level, named in zip(program.levels, program.computed[1:], strict=True):
+            order += [*level, *self._numbers(named)]
         kinds = [*traced.of_kind(Kind.ELEMENT)], [*traced.of_kind(Kind.PER_CLASS)], order
         constants = [symbol for symbol, _ in program.constants]
         self.places = {symbol: place for place, symbol in enumerate(order)}
@@ -258,8 +266,8 @@ class _Module:
         yield "from fusedloss.backends.triton import losses, primitives"
         yield ""
         maxima = (
-            tuple(self._is_read(symbol) for symbol in symbols[:count])
-            for symbols, count in zip(self.levels, program.maxima, strict=True)
+            tuple(map(program.is_read, symbols[:count]))
+            for symbols, count in zip(program.levels, program.maxima, strict=True)
         )
         yield f"KINDS = {tuple(kind.value for kind in traced.kinds)}"
         yield f"MAXIMA = {tuple(maxima)}"
@@ -281,19 +289,6 @@ class _Module:
         yield from _function(
             "at_peak", f"{element}, PEAK: tl.constexpr", of_elements, at_peaks, "PEAK"
         )
-
-    def _is_read(self, maximum: Expr) -> bool:
-        """Whether more than an origin is made of it."""
-        program = self.program
-        walks = *program.walks, program.gradients, *(peak.gradients for peak in program.peaks)
-        named = itertools.chain(*program.computed, *(walk.named for walk in walks))
-
-        def reads(e: Expr) -> bool:
-            return e == maximum or not isinstance(e, Origin) and any(map(reads, e.args))
-
-        formulas = itertools.chain((e for _, e in named), *(walk.results for walk in walks))
-        results = program.value, *program.at_label, *program.of_row, *program.auxiliary
-        return any(map(reads, (*formulas, *results)))
 
     def _without_kept(self) -> Iterator[Block]:
         """The walks, the gradients' as the last, which compute again what others keep. Where a row is

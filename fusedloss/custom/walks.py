@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -12,13 +13,16 @@ from sympy.core.parameters import distribute
 from . import primitives
 from .levels import MAX, SCALE, LevelForm, is_weight, level_form
 from .primitives import Exp, ExpNonpositive, Expr, Input
-from .row_primitives import Together, Weighted
+from .row_primitives import Origin, Together, Weighted
 from .row_tracing import Kind, TracedRows
 from .tracing import _repeated, hoisted
 
 # What a later walk reads back instead of computing it again.
 _COSTLY = ("exp", "exp_nonpositive", "expm1", "log", "log1p", "log1p_unit", "sin", "cos", "tanh", "erf",
            "erfc", "lgamma", "digamma", "trigamma", "exp_minus_square", "power")  # fmt: skip
+
+# What a GPU's thread has for the classes of a row: half of what lets 512 threads run on one processor.
+_REGISTERS = 64
 
 Named = tuple[tuple[Expr, Expr], ...]  # symbols and their formulas, in the order of computation
 
@@ -45,6 +49,7 @@ class RowProgram:
     """A row loss as a kernel computes it; see csrc/math/custom_rows.h, which has the same parts."""
 
     constants: Named  # of the call's parameters
+    levels: tuple[tuple[Expr, ...], ...]  # the maxima of each, then its sums
     maxima: tuple[int, ...]  # of each level, how many
     sums: tuple[int, ...]
     numbers: dict[Expr, int]  # the places of the row numbers
@@ -54,10 +59,24 @@ class RowProgram:
     peaks: tuple[Peak, ...]
     kept: tuple[tuple[Expr, int, int], ...]  # symbol, and the walks that compute and last read it
     kept_narrow: int  # how many of them a GPU keeps for two-byte rows
+    held: int  # classes whose numbers fit in a GPU thread's registers, or 0
+    held_narrow: int  # the same of two-byte rows
     value: Expr
     at_label: tuple[Expr, ...]
     of_row: tuple[Expr, ...]
     auxiliary: tuple[Expr, ...]
+
+    def is_read(self, maximum: Expr) -> bool:
+        """Whether more than an origin is made of it."""
+        walks = *self.walks, self.gradients, *(peak.gradients for peak in self.peaks)
+        named = itertools.chain(*self.computed, *(walk.named for walk in walks))
+
+        def reads(e: Expr) -> bool:
+            return e == maximum or not isinstance(e, Origin) and any(map(reads, e.args))
+
+        formulas = itertools.chain((e for _, e in named), *(walk.results for walk in walks))
+        results = self.value, *self.at_label, *self.of_row, *self.auxiliary
+        return any(map(reads, (*formulas, *results)))
 
 
 def row_program(traced: TracedRows) -> RowProgram:
@@ -104,6 +123,7 @@ class _Assembly:
         maxima = [sum(form.reductions[s].kind == MAX for s in level) for level in by_level]
         return RowProgram(
             tuple((symbol, e) for e, symbol in self.constants.items()),
+            tuple(map(tuple, by_level)),
             tuple(maxima),
             tuple(len(level) - count for level, count in zip(by_level, maxima, strict=True)),
             {symbol: place for place, symbol in enumerate(order)},
@@ -113,9 +133,24 @@ class _Assembly:
             tuple(found_peaks),
             tuple(kept.values()),
             len(kept) if any(map(_is_costly_for_narrow, kept)) else 0,
+            *(0 if found_peaks or traced.of_kind(Kind.PER_CLASS) else self._held(found, kept.values(), size) for size in (1, 0.5)),
             results[0][0],
             *results[1:],
         )
+
+    def _held(
+        self, walks: Sequence[Walk], kept: Iterable[tuple[Expr, int, int]], size: float
+    ) -> int:
+        """How many classes a GPU's thread can hold in registers from one walk to the next, if an input
+        takes so many of them; 0 where it is less than two vectors of 16 bytes."""
+        used = [set().union(*(e.free_symbols for e in _formulas(walk))) for walk in walks]
+        needed = [
+            size * len(set().union(*used[at:]) & {*self.elements})
+            + sum(first < at <= last for _, first, last in kept)
+            for at in range(len(walks))
+        ]
+        held = 2 ** int(math.log2(min(_REGISTERS / max(needed), _REGISTERS)))
+        return held if held * size >= 8 else 0
 
     def of_elements(self, formulas: Iterable[Expr]) -> list[Expr]:
         """Formulas of elements as kernels compute them, without what is the same for a whole row."""
@@ -221,6 +256,10 @@ def _walk(
     for symbol in ours:
         name(symbol)
     return Walk(tuple(named.items()), tuple(found[len(ours) :]))
+
+
+def _formulas(walk: Walk) -> list[Expr]:
+    return [*(e for _, e in walk.named), *walk.results]
 
 
 def _subexpressions(e: Expr) -> set[Expr]:
