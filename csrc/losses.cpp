@@ -174,7 +174,7 @@ void load_custom_kernels(const std::string& name, int inputs, int parameters, in
 }
 
 void load_custom_rows_kernels(const std::string& name, const std::vector<int>& kinds,
-                              int parameters, int kept, int kept_narrow, int auxiliary,
+                              int parameters, const std::array<int, 4>& sizes, int auxiliary,
                               int capability, const std::string& file) {
   std::vector<Kind> of_inputs;
   unsigned elements = 0;
@@ -184,7 +184,8 @@ void load_custom_rows_kernels(const std::string& name, const std::vector<int>& k
   }
   const int inputs = static_cast<int>(kinds.size());
   const auto load = [&](const cuda::CustomKernels* others) {
-    return cuda::load_custom_rows(file.c_str(), capability, elements, kept, kept_narrow, others);
+    const cuda::CustomRowsInfo rows{elements, sizes[0], sizes[1], sizes[2], sizes[3]};
+    return cuda::load_custom_rows(file.c_str(), capability, rows, others);
   };
   load_kernels(name, inputs, parameters, of_inputs, auxiliary, load);
 }

@@ -2,6 +2,7 @@
 // it, compiled custom losses are loaded into it.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <string>
 #include <string_view>
@@ -62,9 +63,9 @@ void load_custom(const std::string& name, const std::string& library);
 // The same for GPUs: see cuda/kernels.h.
 void load_custom_kernels(const std::string& name, int inputs, int parameters, int capability,
                          const std::string& file);
-// The same of a row loss. kinds: numbers of Kind; kept: see cuda/kernels.h.
+// The same of a row loss. kinds: numbers of Kind; sizes: of CustomRowsInfo in cuda/sizes.h, from kept.
 void load_custom_rows_kernels(const std::string& name, const std::vector<int>& kinds,
-                              int parameters, int kept, int kept_narrow, int auxiliary,
+                              int parameters, const std::array<int, 4>& sizes, int auxiliary,
                               int capability, const std::string& file);
 
 }  // namespace fusedloss

@@ -1,4 +1,4 @@
-// Loads and launches the kernels of custom losses, which custom.cuh and custom_rows.cuh make.
+// Loads and launches the kernels of custom losses, which custom.cuh and custom_rows_held.cuh make.
 #include <cuda.h>
 
 #include <fstream>
@@ -93,13 +93,17 @@ const CustomKernels* of_device(const CustomKernels* kernels) {
 
 // What plan_custom_rows() asks of the current device.
 struct CustomRowsDevice : CurrentDevice {
-  const void* kernel;
-  int compiled_for;  // capability
+  const CustomKernels& kernels;
+  DType dtype;
 
+  // Those that hold rows in registers stand behind the others; there is none of double.
+  const void* kernel(const RowsPlan& plan) const {
+    return kernels.handles[static_cast<int>(dtype) + (plan.held > 0 ? 3 : 0)];
+  }
   int64_t max_smem() const { return cuda::max_smem() - (kCustomStaticSmem - kStaticSmem); }
-  bool has_clusters() const { return compiled_for >= 90; }
+  bool has_clusters() const { return kernels.capability >= 90; }
   int64_t active_clusters(const RowsPlan& plan) const {
-    return cuda::active_clusters(kernel, plan);
+    return cuda::active_clusters(kernel(plan), plan);
   }
 };
 
@@ -131,9 +135,9 @@ const CustomKernels* load(const char* file, int capability, const CustomKernels*
 const CustomKernels* load_custom(const char* file, int capability, const CustomKernels* others) {
   return load(file, capability, others, {}, kNames);
 }
-const CustomKernels* load_custom_rows(const char* file, int capability, unsigned elements, int kept,
-                                      int kept_narrow, const CustomKernels* others) {
-  return load(file, capability, others, {elements, kept, kept_narrow}, kRowNames);
+const CustomKernels* load_custom_rows(const char* file, int capability, const CustomRowsInfo& rows,
+                                      const CustomKernels* others) {
+  return load(file, capability, others, rows, kRowNames);
 }
 
 cudaError_t run_custom(const CustomKernels& kernels, const Call& call, const Launch& launch) {
@@ -147,9 +151,9 @@ cudaError_t run_custom_rows(const CustomKernels& kernels, const Call& call, cons
   if (!mine) return cudaErrorNoKernelImageForDevice;
   const CustomRowsCall rows(call);
   if (rows.classes > kMaxClasses) return cudaErrorInvalidValue;
-  const void* const kernel = mine->handles[static_cast<int>(mine->rows.dtype(rows))];
-  const CustomRowsDevice device{{}, kernel, mine->capability};
+  const CustomRowsDevice device{{}, *mine, read_dtype(rows, mine->rows.elements)};
   const RowsPlan plan = plan_custom_rows(rows, mine->rows, device);
+  const void* const kernel = device.kernel(plan);
   allow_smem(kernel, plan.smem);
   const LaunchConfig config(plan, launch.stream);
   const double none = 0;  // in the place of a loss's parameters that has none

@@ -134,6 +134,24 @@ struct HeldRow : RowFormula<Loss, D> {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) summed[w] = valid[w] & ~(place >> 5 == w ? bit : 0u);
   }
+  // Hides from the compiler what it has computed of these numbers in earlier walks. It would keep
+  // that for later ones, in registers that there are not.
+  __device__ void forget() {
+#if defined(__CUDACC_RTC__) || defined(__NVCC__)
+    constexpr int kWordsOfVector = kVectorBytes / 4;
+    each<kElements>([&](auto i) {
+      auto* const words = reinterpret_cast<unsigned(*)[kWordsOfVector]>(x[i]);
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        each<kWordsOfVector>([&](auto w) { asm("" : "+r"(words[k][w])); });
+      }
+    });
+    each<Loss::kKeptCount>([&](auto j) {
+#pragma unroll
+      for (int at = 0; at < kHeld; ++at) asm("" : "+f"(kept[j][at]));
+    });
+#endif
+  }
   __device__ void read_class(Class& one, int k, int e) const {
     each<kElements>([&](auto i) { one.x[i] = widen(x[i][k], e); });
     each<Loss::kKeptCount>([&](auto j) { one.kept[j] = kept[j][k * kSize + e]; });
@@ -149,6 +167,7 @@ struct HeldRow : RowFormula<Loss, D> {
     constexpr int kMaxima = Loss::kMaxima[kLevel], kSums = Loss::kSums[kLevel];
     constexpr int kChains = kVectors < 4 ? kVectors : 4;  // of additions, which are merged as a tree
     T sums[at_least_one(kSums)][kChains];
+    if (kLevel > 0) forget();
     each<at_least_one(kSums)>([&](auto j) {
       each<kChains>([&](auto chain) { sums[j][chain] = T(-0.0); });  // -0 + x is x
     });
@@ -191,7 +210,8 @@ struct HeldRow : RowFormula<Loss, D> {
     return c.gradients[place_of<Loss>(Kind::kElement, i)];
   }
   template <bool kAll>
-  __device__ void store(unsigned row) const {
+  __device__ void store(unsigned row) {
+    forget();
     constexpr int kCount = kAll ? kElements : 1;
     V* to[kCount];
     bool wanted[kCount];
@@ -230,7 +250,7 @@ struct HeldRow : RowFormula<Loss, D> {
     });
   }
   // place: of the label.
-  __device__ void write_gradients(unsigned row, bool live, T filler, int place) const {
+  __device__ void write_gradients(unsigned row, bool live, T filler, int place) {
     if (!live) return fill(row, narrow<D>(filler));
     bool later = false;
     each<kElements>([&](auto i) { later |= i > 0 && this->template gradient<i>().data; });
@@ -251,11 +271,10 @@ struct HeldRow : RowFormula<Loss, D> {
 };
 
 template <class Loss, class D>
-__device__ void compute_held_rows(const CustomParameters<Loss>& given, const CustomRowsCall& c,
-                                  const Launch& l, const RowTiling& tiling) {
+__device__ void hold_rows(const CustomParameters<Loss>& given, const CustomRowsCall& c,
+                          const Launch& l, const RowTiling& tiling) {
   using Numbers = RowNumbers<Loss>;
   using Head = RowHead<Loss, D>;
-  if constexpr (kHeldClasses<Loss, D> > 0) {
   const Loss& made = prepared(given);
   const GradientScale& s = GradientScale::of_block<Numbers::kHasLabel>(l);
   update_predictor(l, s);
@@ -300,7 +319,12 @@ __device__ void compute_held_rows(const CustomParameters<Loss>& given, const Cus
   }
   group.sync_before_exit();
   write_loss(l, total);
-  }
+}
+// Does nothing where the loss has no such kernel: no plan takes it.
+template <class Loss, class D>
+__device__ void compute_held_rows(const CustomParameters<Loss>& given, const CustomRowsCall& c,
+                                  const Launch& l, const RowTiling& tiling) {
+  if constexpr (kHeldClasses<Loss, D> > 0) hold_rows<Loss, D>(given, c, l, tiling);
 }
 
 }  // namespace fusedloss::cuda

@@ -118,11 +118,9 @@ struct CustomKernels;
 const CustomKernels* load_custom(const char* file, int capability, const CustomKernels* others);
 cudaError_t run_custom(const CustomKernels& kernels, const Call& call, const Launch& launch);
 
-// The same of a custom row loss. elements: bit i says that input i has a number for each class;
-// kept: how many values of a class walks keep, where there is room; kept_narrow: the same of
-// two-byte rows.
-const CustomKernels* load_custom_rows(const char* file, int capability, unsigned elements, int kept,
-                                      int kept_narrow, const CustomKernels* others);
+// The same of a custom row loss.
+const CustomKernels* load_custom_rows(const char* file, int capability, const CustomRowsInfo& rows,
+                                      const CustomKernels* others);
 cudaError_t run_custom_rows(const CustomKernels& kernels, const Call& call, const Launch& launch);
 
 }  // namespace fusedloss::cuda

@@ -240,18 +240,22 @@ HeldKnobs held_knobs(const fusedloss::RowsCall& call, const Device& device) {
   return default_knobs(call.classes);
 }
 
-// The plan of rows_held, if it can take the call.
+// What a kernel that holds rows in registers needs of a device.
+struct HeldDemand {
+  int64_t rows;
+  int64_t row_vectors;  // from one row to the next
+  int operands;         // which are copied to shared memory
+  int vectors_per_thread;
+  int64_t row_threads;  // threads that share a row; up to a warp, a power of two
+};
+
 template <class Device>
-std::optional<RowsPlan> plan_held(const fusedloss::RowsCall& call, const Device& device,
+std::optional<RowsPlan> plan_held(const HeldDemand& demand, const Device& device,
                                   const HeldKnobs& knobs) {
-  const int bytes = bytes_of(call.input.dtype), size = kVectorBytes / bytes;
-  const bool aligned = call.inner == 1 && call.classes % size == 0 &&
-                       has_class_vectors(call.input, size) &&
-                       (!call.gradient.data || has_class_vectors(call.gradient, size));
-  if (!aligned || bytes == 8 || !has_hard_targets(call)) return {};
+  const int64_t threads = demand.row_threads;
   RowsPlan plan;
   plan.held = knobs.classes;
-  const int64_t threads = held_row_threads(call.classes, plan.held);
+  plan.operands = demand.operands;
   int rows_per_block = 1;
   if (threads <= kWarp) {
     plan.kernel = RowsPlan::Kernel::kSubWarp;
@@ -259,7 +263,7 @@ std::optional<RowsPlan> plan_held(const fusedloss::RowsCall& call, const Device&
     plan.tiling.threads_per_row = static_cast<int>(threads);
     rows_per_block = plan.threads / plan.tiling.threads_per_row;
     // Smaller blocks where there are too few of them.
-    while (plan.threads > kWarp && ceil_div(call.outer, rows_per_block) < device.sms()) {
+    while (plan.threads > kWarp && ceil_div(demand.rows, rows_per_block) < device.sms()) {
       plan.threads /= 2;
       rows_per_block /= 2;
     }
@@ -270,23 +274,37 @@ std::optional<RowsPlan> plan_held(const fusedloss::RowsCall& call, const Device&
     plan.threads = static_cast<int>(ceil_div(ceil_div(threads, plan.cluster), kWarp) * kWarp);
   }
   if (plan.cluster > (device.has_clusters() ? kMaxClusterSize : 1)) return {};
-  plan.tiling.vectors_per_thread = plan.held / size;
-  const int64_t row_bytes = int64_t{plan.tiling.vectors_per_thread} * plan.threads * kVectorBytes;
+  plan.tiling.vectors_per_thread = demand.vectors_per_thread;
+  const int64_t row_bytes = int64_t{demand.operands} * demand.vectors_per_thread * plan.threads *
+                            kVectorBytes;
   const int64_t smem_per_block = device.smem_per_sm() / (knobs.threads_per_sm / plan.threads);
   plan.tiling.stages = static_cast<int>(
       std::clamp<int64_t>((smem_per_block - kStaticSmem) / row_bytes, 1, knobs.stages));
   plan.smem = plan.tiling.stages * row_bytes;
-  const int64_t groups = ceil_div(call.outer, rows_per_block);
+  const int64_t groups = ceil_div(demand.rows, rows_per_block);
   if (plan.smem > device.max_smem() || !set_blocks(plan, groups, knobs.threads_per_sm, device)) {
     return {};
   }
-  // The kernel counts rows, and the vectors from one row of a thread to its next, in 32 bits.
+  // The kernels count rows, and the vectors from one row of a thread to its next, in 32 bits.
   const int64_t row_stride = plan.blocks / plan.cluster * rows_per_block;
-  if (call.outer + kMaxHeldStages * row_stride > INT32_MAX ||
-      row_stride * (call.input.outer / size) > UINT32_MAX) {
+  if (demand.rows + kMaxHeldStages * row_stride > INT32_MAX ||
+      row_stride * demand.row_vectors > UINT32_MAX) {
     return {};
   }
   return plan;
+}
+// The plan of rows_held, if it can take the call.
+template <class Device>
+std::optional<RowsPlan> plan_held(const fusedloss::RowsCall& call, const Device& device,
+                                  const HeldKnobs& knobs) {
+  const int bytes = bytes_of(call.input.dtype), size = kVectorBytes / bytes;
+  const bool aligned = call.inner == 1 && call.classes % size == 0 &&
+                       has_class_vectors(call.input, size) &&
+                       (!call.gradient.data || has_class_vectors(call.gradient, size));
+  if (!aligned || bytes == 8 || !has_hard_targets(call)) return {};
+  const int64_t threads = held_row_threads(call.classes, knobs.classes);
+  return plan_held({call.outer, call.input.outer / size, 1, knobs.classes / size, threads}, device,
+                   knobs);
 }
 
 // What rows_contiguous and the kernels of custom losses need of a device.
@@ -380,31 +398,54 @@ RowsPlan plan_rows(const fusedloss::RowsCall& call, const Device& device) {
 
 // ---- custom losses ------------------------------------------------------------------------------
 
-// What a plan must know of a custom loss.
-struct CustomRowsInfo {
-  unsigned elements = 0;  // bit i: input i has a number for each class
-  int kept = 0;           // values of a class that walks keep
-  int kept_narrow = 0;    // the same of two-byte rows
-
-  // The type that the kernel reads: that of these inputs. Where they have several it is the one
-  // that is computed in, which the kernel makes of each.
-  DType dtype(const CustomRowsCall& call) const {
-    for (int i = 1; i < kMaxInputs; ++i) {
-      if ((elements >> i & 1) && call.inputs[i].dtype != call.inputs[0].dtype) {
-        return call.compute_in_double ? DType::kFloat64 : DType::kFloat32;
-      }
+// The type that the kernel reads: that of the element inputs. Where they have several it is the one
+// that is computed in, which the kernel makes of each.
+inline DType read_dtype(const CustomRowsCall& call, unsigned elements) {
+  for (int i = 1; i < kMaxInputs; ++i) {
+    if ((elements >> i & 1) && call.inputs[i].dtype != call.inputs[0].dtype) {
+      return call.compute_in_double ? DType::kFloat64 : DType::kFloat32;
     }
-    return call.inputs[0].dtype;
   }
-};
+  return call.inputs[0].dtype;
+}
 
 constexpr int custom_threads_per_sm(int element_bytes) { return element_bytes == 8 ? 256 : 512; }
 
-// The plan of the one kernel. Kept values are in shared memory if a cluster has room for them.
+// Threads that share a row of which each holds so many classes, at least the eight that read a cache
+// line together. Those of rows that would leave most of them idle are in shared memory instead.
+constexpr int64_t kMinHeldRowThreads = 8;
+
+// The plan of the kernel that holds rows in registers, if it can take the call.
+template <class Device>
+std::optional<RowsPlan> plan_held(const CustomRowsCall& call, const CustomRowsInfo& loss,
+                                  const Device& device) {
+  const DType dtype = read_dtype(call, loss.elements);
+  const int bytes = bytes_of(dtype), size = kVectorBytes / bytes;
+  const int held = bytes == 8 ? 0 : bytes == 4 ? loss.held : loss.held_narrow;
+  if (held == 0 || call.inner > 1 || call.classes % size != 0) return {};
+  if (2 * call.classes < kMinHeldRowThreads * held || call.classes > kMaxClasses) return {};
+  for (int i = 0; i < kMaxInputs; ++i) {
+    if (!(loss.elements >> i & 1)) continue;
+    const Rows &x = call.inputs[i], &g = call.gradients[i];
+    if (x.dtype != dtype || !has_class_vectors(x, size)) return {};
+    if (g.data && (g.dtype != dtype || !has_class_vectors(g, size))) return {};
+  }
+  const int64_t threads = std::max(held_row_threads(call.classes, held), kMinHeldRowThreads);
+  const HeldKnobs knobs{held, kRowBlock, custom_threads_per_sm(bytes), kMaxHeldStages};
+  // The kernel counts no vectors from row to row.
+  return plan_held({call.outer, 0, std::popcount(loss.elements), held / size, threads}, device,
+                   knobs);
+}
+
+// Kept values are in shared memory if a cluster has room for them.
 template <class Device>
 RowsPlan plan_custom_rows(const CustomRowsCall& call, const CustomRowsInfo& loss,
                           const Device& device) {
-  const DType dtype = loss.dtype(call);
+  if (auto held = plan_held(call, loss, device)) {
+    if (held->kernel != RowsPlan::Kernel::kSubWarp) held->tiling.threads_per_row = 0;
+    return *held;
+  }
+  const DType dtype = read_dtype(call, loss.elements);
   const int bytes = bytes_of(dtype), size = kVectorBytes / bytes;
   const Rows& x = call.inputs[0];
   const int64_t rows = call.outer * call.inner;

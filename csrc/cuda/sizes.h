@@ -35,6 +35,15 @@ struct RowTiling {
   bool operator==(const RowTiling&) const = default;
 };
 
+// What a plan must know of a custom loss over rows.
+struct CustomRowsInfo {
+  unsigned elements = 0;  // bit i: input i has a number for each class
+  int kept = 0;           // values of a class that walks keep, where shared memory has room
+  int kept_narrow = 0;    // the same of two-byte rows
+  int held = 0;           // classes of a thread in registers; 0: there is no kernel for that
+  int held_narrow = 0;    // the same of two-byte rows
+};
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace fusedloss::cuda

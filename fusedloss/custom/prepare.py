@@ -94,9 +94,9 @@ def _load_cuda(loss: CustomLoss) -> str:
 
 def _load_cuda_rows(loss: RowLoss, key: str, capability: int, path: str) -> None:
     kinds = [[*type(kind)].index(kind) for kind in loss._kinds]
-    program = loss._program
-    kept = len(program.kept), program.kept_narrow, len(program.auxiliary)
-    _C.load_custom_rows_kernels(key, kinds, len(loss._names), *kept, capability, path)
+    auxiliary = len(loss._program.auxiliary)
+    sizes = loss._program.gpu_sizes
+    _C.load_custom_rows_kernels(key, kinds, len(loss._names), sizes, auxiliary, capability, path)
 
 
 def _load_triton(loss: PointwiseLoss) -> str:

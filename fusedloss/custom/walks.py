@@ -21,9 +21,6 @@ from .tracing import _repeated, hoisted
 _COSTLY = ("exp", "exp_nonpositive", "expm1", "log", "log1p", "log1p_unit", "sin", "cos", "tanh", "erf",
            "erfc", "lgamma", "digamma", "trigamma", "exp_minus_square", "power")  # fmt: skip
 
-# What a GPU's thread has for the classes of a row: half of what lets 512 threads run on one processor.
-_REGISTERS = 64
-
 Named = tuple[tuple[Expr, Expr], ...]  # symbols and their formulas, in the order of computation
 
 
@@ -65,6 +62,11 @@ class RowProgram:
     at_label: tuple[Expr, ...]
     of_row: tuple[Expr, ...]
     auxiliary: tuple[Expr, ...]
+
+    @property
+    def gpu_sizes(self) -> tuple[int, int, int, int]:
+        """What a GPU's launch plan must know."""
+        return len(self.kept), self.kept_narrow, self.held, self.held_narrow
 
     def is_read(self, maximum: Expr) -> bool:
         """Whether more than an origin is made of it."""
@@ -133,24 +135,36 @@ class _Assembly:
             tuple(found_peaks),
             tuple(kept.values()),
             len(kept) if any(map(_is_costly_for_narrow, kept)) else 0,
-            *(0 if found_peaks or traced.of_kind(Kind.PER_CLASS) else self._held(found, kept.values(), size) for size in (1, 0.5)),
+            *self._held(found, kept.values(), bool(found_peaks)),
             results[0][0],
             *results[1:],
         )
 
     def _held(
-        self, walks: Sequence[Walk], kept: Iterable[tuple[Expr, int, int]], size: float
-    ) -> int:
-        """How many classes a GPU's thread can hold in registers from one walk to the next, if an input
-        takes so many of them; 0 where it is less than two vectors of 16 bytes."""
-        used = [set().union(*(e.free_symbols for e in _formulas(walk))) for walk in walks]
-        needed = [
-            size * len(set().union(*used[at:]) & {*self.elements})
-            + sum(first < at <= last for _, first, last in kept)
-            for at in range(len(walks))
-        ]
-        held = 2 ** int(math.log2(min(_REGISTERS / max(needed), _REGISTERS)))
-        return held if held * size >= 8 else 0
+        self, walks: Sequence[Walk], kept: Iterable[tuple[Expr, int, int]], has_peaks: bool
+    ) -> tuple[int, int]:
+        """How many classes a GPU's thread holds in registers from one walk to the next: of floats, and of
+        two-byte rows. 0 where the kernel for that does not have what the loss needs, where less than two
+        vectors of 16 bytes would fit, and where so many copies of costly formulas take long to compile."""
+        formulas = [{*walk.results, *(e for _, e in walk.named)} for walk in walks]
+        costly = sum(_is_costly_for_narrow(e) for walk in formulas for e in walk)
+        if has_peaks or costly > 1 or self.form.traced.of_kind(Kind.PER_CLASS):
+            return 0, 0
+        used = [set().union(*(e.free_symbols for e in walk)) for walk in formulas]
+
+        def held(registers: int, of_input: float) -> int:
+            needed = [
+                of_input * len(set().union(*used[at:]) & {*self.elements})
+                + sum(first < at <= last for _, first, last in kept)
+                for at in range(len(walks))
+            ]
+            classes = 2 ** int(math.log2(min(registers / max(needed), most)))
+            return classes if classes * of_input >= 8 else 0
+
+        # A thread has 128 registers, where 512 of them run on one processor. An exponential of two bytes
+        # takes none besides its result. What a class has in many walks is at hand together.
+        most = 64 if len(walks) <= 3 else 16
+        return held(64, 1), held(96, 0.5)
 
     def of_elements(self, formulas: Iterable[Expr]) -> list[Expr]:
         """Formulas of elements as kernels compute them, without what is the same for a whole row."""
@@ -256,10 +270,6 @@ def _walk(
     for symbol in ours:
         name(symbol)
     return Walk(tuple(named.items()), tuple(found[len(ours) :]))
-
-
-def _formulas(walk: Walk) -> list[Expr]:
-    return [*(e for _, e in walk.named), *walk.results]
 
 
 def _subexpressions(e: Expr) -> set[Expr]:

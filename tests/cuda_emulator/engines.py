@@ -483,7 +483,7 @@ class RowsCall:
 
     library: Path
     kinds: Sequence[str]
-    kept: tuple[int, int]  # RowProgram.kept and kept_narrow
+    sizes: tuple[int, ...]  # RowProgram.gpu_sizes
     parameters: Sequence[float]
     inputs: Sequence[Tensor]
     weight: Tensor | None = None  # of each row
@@ -562,7 +562,7 @@ class _CustomRows(_Engine):
         bits = sum(1 << i for i, kind in enumerate(call.kinds) if kind == "kElement")
         compute = torch.float64 if self.input.dtype is torch.float64 else torch.float32
         self.head = [
-            *("custom_rows", call.library, bits, *call.kept),
+            *("custom_rows", call.library, bits, *call.sizes),
             *(len(call.parameters), *call.parameters),
             *(int(compute is torch.float64), call.ignore_index, *self._rows(self.input).shape),
         ]

@@ -241,13 +241,14 @@ class Calls {
   // A custom row loss, by its library.
   void run_custom_rows() {
     const std::string library = word();
-    const auto elements = static_cast<unsigned>(integer());
-    const int kept = static_cast<int>(integer()), kept_narrow = static_cast<int>(integer());
+    cuda::CustomRowsInfo info{static_cast<unsigned>(integer())};
+    for (int* size : {&info.kept, &info.kept_narrow, &info.held, &info.held_narrow}) {
+      *size = static_cast<int>(integer());
+    }
     static auto& loaded = *new std::map<std::string, const cuda::CustomKernels*>;
     const cuda::CustomKernels*& kernels = loaded[library];
     if (!kernels) {
-      kernels = cuda::load_custom_rows(library.c_str(), kCapability, elements, kept, kept_narrow,
-                                       nullptr);
+      kernels = cuda::load_custom_rows(library.c_str(), kCapability, info, nullptr);
     }
     const std::vector<double> parameters = this->parameters();
     Call call;

@@ -120,8 +120,7 @@ class Question:
         loss = self.loss.loss
         own = library(self.loss.id, loss._struct, variant, engine=CUDA_ROWS)
         parameters = [*{**loss._traced.defaults, **self.loss.parameters}.values()]
-        kept = len(loss._program.kept), loss._program.kept_narrow
-        numbers = (kinds_of(self.loss), kept, parameters)
+        numbers = (kinds_of(self.loss), loss._program.gpu_sizes, parameters)
         return RowsCall(own, *numbers, self.inputs, self.weight, self.ignore_index)
 
     def ask(self, calls: Calls, variant: str, shifts: tuple[int, int]) -> Ways:
@@ -211,7 +210,17 @@ def test_long_rows(name: str) -> None:
     check_all("plain", questions(name, torch.float32, LONGER), settings=one_block)
 
 
-FEW = ((7,), (70, 7), (5, 1000), (2, 7, 33), LONG)
+# Rows in registers, for parts of a warp, a warp, a block, and a cluster; threads without a class.
+HELD = ((70, 264), (1, 1000), (9, 2048), (5, 2056), (2, 16_648))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["cross_entropy", "distillation", "jsd", "triplet", "grpo"])
+def test_held(name: str, dtype: str) -> None:
+    check_all("plain", questions(name, DTYPES[dtype], HELD))
+
+
+FEW = ((7,), (70, 7), (5, 1000), (2, 7, 33), (2, 2056), LONG)
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "triplet", "spread"])
