@@ -100,8 +100,10 @@ def test_hot_kernels(kind: str, architecture: str, built: str) -> None:
     check_kernels(built, architecture, HOT[kind], count)
 
 
-def check_kernels(file: str, architecture: str, kind: str, count: int) -> None:
-    """Each hot kernel reads and writes 16 bytes at a time and spills no register."""
+def check_kernels(
+    file: str, architecture: str, kind: str, count: int, spills: int = 0
+) -> None:
+    """Each hot kernel reads and writes 16 bytes at a time and spills no register, or few."""
     kernels = machine_code(file, architecture).items()
     found = {name: code for name, code in kernels if re.search(kind, name)}
     assert len(found) == count, list(found)
@@ -109,8 +111,8 @@ def check_kernels(file: str, architecture: str, kind: str, count: int) -> None:
         text = "\n".join(code)
         for access in (r"LDG\.E\.128|LDGSTS\S*\.128", r"STG\.E\.128"):
             assert re.search(access, text), f"{name}: no {access}"
-        spills = re.findall(r"\b(?:LDL|STL)\S*", text)
-        assert not spills, f"{name}: {len(spills)} accesses to local memory"
+        found_spills = re.findall(r"\b(?:LDL|STL)\S*", text)
+        assert len(found_spills) <= spills, f"{name}: {found_spills}"
 
 
 # Instructions an element, of two bytes. Memory takes as long for its six bytes as the schedulers
@@ -232,9 +234,10 @@ def test_instructions_per_class(kind: str, built: str) -> None:
             assert exponentials == COUNTED[kind][dtype][1], f"{name}: {exponentials} per class"
 
 
-def longest_pass(code: list[str]) -> list[str]:
-    """The instructions of the longest way through the largest loop, but for reports of errors and
-    divisions of subnormal numbers, which no usual row comes by. An instruction has 16 bytes."""
+def longest_pass(code: list[str], without: str = "ATOM|CALL") -> list[str]:
+    """The instructions of the longest way through the largest loop, once through each loop inside, but for
+    those of that kind: reports of errors and divisions of subnormal numbers, which no usual row comes by.
+    An instruction has 16 bytes."""
     after: list[list[int]] = []
     for i, instruction in enumerate(code):
         jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", instruction)
@@ -256,18 +259,27 @@ def longest_pass(code: list[str]) -> list[str]:
     heads = {j for i, following in enumerate(after) for j in following if j <= i}
     loops = {head: reached(head, after) & reached(head, before) for head in heads}
     head = max(loops, key=lambda head: (len(loops[head]), -head))
-    loop = {i for i in loops[head] if not re.search(r"\b(?:ATOM|CALL)", code[i])}
-    longest: dict[int, list[int]] = {}
-    left = [head]
-    while left:
-        following = [j for j in after[left[-1]] if j in loop and j != head]
-        if unknown := [j for j in following if j not in longest]:
-            left += unknown
-        else:
-            i = left.pop()
-            ways = [longest[j] for j in following] + ([[]] if head in after[i] else [])
-            longest[i] = [i, *max(ways, key=len)] if ways else []
-    return [code[i] for i in longest[head]]
+    loop = {i for i in loops[head] if not re.search(rf"\b(?:{without})", code[i])}
+    # The next instruction of the longest way to the head. Those on the way to one that is being looked
+    # at would lead around a loop.
+    ways: dict[int, tuple[int, int | None]] = {}
+    on_the_way = {head: iter(after[head])}
+    while on_the_way:
+        i, following = next(reversed(on_the_way.items()))
+        unknown = (j for j in following if j in loop and j not in ways and j not in on_the_way)
+        if (j := next(unknown, None)) is not None:
+            on_the_way[j] = iter(after[j])
+            continue
+        del on_the_way[i]
+        lengths = [(ways[j][0] + 1, j) for j in after[i] if j in ways]
+        if lengths or head in after[i]:
+            ways[i] = max(lengths, default=(1, None))
+    way: list[str] = []
+    at: int | None = head
+    while at is not None:
+        way.append(code[at])
+        at = ways[at][1]
+    return way
 
 
 # Instructions per class in the loop over rows, by the type and how many classes a thread holds.
@@ -386,10 +398,39 @@ def test_own_row_loss(name: str, compiler: str) -> None:
     own = (name, ROW_LOSSES[name]._struct, "90", command_for, building.CUDA_ROWS)
     building.cuda_library(*own).load(files.append)
     check_kernels(files[0], "sm_90", r"^fusedloss_custom_rows\d+_b?float(16|32)$", 3)
+    held = r"^fusedloss_custom_rows\d+_b?float(16|32)_held$"
+    check_kernels(files[0], "sm_90", held, 3, spills=0 if name == "cross_entropy" else 20)
     if name == "cross_entropy":
         for kernel, code in machine_code(files[0], "sm_90").items():
-            if not kernel.endswith("float64"):
+            if not kernel.endswith(("float64", "held")):
                 check_walks(code, "float" if kernel.endswith("float32") else "two bytes")
+
+
+# What a kernel for any group of threads does beside the work of a block, and where it finds out the
+# type of a weight or a loss of each row, which a mean without weights has not.
+OF_OTHERS = r"ATOM|CALL|WARPSYNC\.COLLECTIVE|LDC\.U8|UCGABAR|S2U?R \S+, SR_SWINHI"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "name"), [("float", "float32"), ("__nv_bfloat16", "bfloat16")])
+def test_cross_entropy_as_a_row_loss(dtype: str, name: str, built: str) -> None:
+    """It takes at most 1.15 times the instructions of the kernel that was written by hand."""
+    need(not isinstance(find_nvrtc(), str), str(find_nvrtc()))
+    files: list[str] = []
+    struct = ROW_LOSSES["cross_entropy"]._struct
+    own = ("cross_entropy", struct, "90", building.nvrtc_command, building.CUDA_ROWS)
+    building.cuda_library(*own).load(files.append)
+    (ours,) = (
+        code
+        for kernel, code in machine_code(files[0], "sm_90").items()
+        if kernel.endswith(f"{name}_held")
+    )
+    by_hand = rf"::rows_held<{dtype}, .*Scope\)1, 64, 32>"
+    (theirs,) = (
+        code for kernel, code in machine_code(built, "sm_90").items() if re.search(by_hand, kernel)
+    )
+    lengths = [len(longest_pass(code, OF_OTHERS)) for code in (ours, theirs)]
+    assert lengths[0] <= 1.15 * lengths[1], lengths
 
 
 # Instructions per class of cross-entropy as a custom loss, in the walks for the maximum and the sum.
