@@ -30,6 +30,7 @@ from row_losses import (
     jsd,
     lk_hybrid,
     reverse_kl,
+    scaled,
 )
 
 
@@ -555,6 +556,8 @@ def test_check() -> None:
     assert "rewritten: exp(log_softmax(teacher/T)) is computed as softmax(teacher/T)" in str(report)
     assert cispo.check().ok
     assert "gradient for balance" not in str(balanced.check()), "it is of all rows, and no kernel's"
+    (error,) = scaled.check().errors
+    assert "is nan in rows with entries of -inf, where a slope is 0 * inf or inf - inf" in error
     naive = fusedloss.row_loss(lambda x, y: fm.sum(fm.exp(x) * y) / fm.sum(fm.exp(x)))
     assert "domain: the value is not finite at 100% of rows with 1e4 added" in str(naive.check())
 
