@@ -34,6 +34,7 @@ COLUMNS = {
     "unit": Column("ours / ours at upstream 1", "ours", "unit", at_least=False),
     "memory": Column("ours / eager", "ours", "eager", at_least=False),
     "products": Column("ours / products", "ours", "products", at_least=False),
+    "gradients": Column("ours / gradients", "ours", "gradients", at_least=False),
     "mebibytes": Column("ours, MiB", "ours", "mebibyte", at_least=False),
     # The second backend, and peers if they are installed and cover the case.
     "triton": Column("triton backend / ours", "triton", "ours", at_least=True),
@@ -107,6 +108,12 @@ TABLES = {
         peers=True,
         unit="bytes",
     ),
+    "rows_memory": Table(
+        "Peak memory of forward + backward, custom losses over rows, beyond their inputs",
+        ("eager", "ours"),
+        ("memory", "gradients"),
+        unit="bytes",
+    ),
     "linear": Table(
         "Forward + backward, behind a linear layer",
         ("eager", "ours", "products"),
@@ -164,9 +171,9 @@ class Case:
     A loss that is in neither torch.nn.functional nor fusedloss.functional brings its own callables
     in `functions`, called as ``function(x, t, reduction=...)``: "eager" (which is also compiled for
     "compile" and gives the expected result in float64) and "ours"; and `draw`, which returns the
-    leaf and its target. The custom losses, in the tables "own" and "rows", are in bench/own.py and
-    bench/row_losses.py. A case behind a linear layer has a `layer` and the shape (rows, width,
-    classes); see bench/linear.py.
+    leaf and its target. The custom losses, in the table "own" and those over rows, are in
+    bench/own.py and bench/row_losses.py. A case behind a linear layer has a `layer` and the shape
+    (rows, width, classes); see bench/linear.py.
     """
 
     name: str
@@ -194,10 +201,15 @@ class Case:
         return "none" if self.table == "none" else "mean"
 
     @property
+    def over_rows(self) -> bool:
+        """Whether it is a custom loss over rows."""
+        return self.table in ("rows", "rows_memory")
+
+    @property
     def by_rows(self) -> bool:
         """Whether a row of classes has one target: a class index, or a distribution over
         classes."""
-        if self.table == "rows":
+        if self.over_rows:
             return row_losses.LOSSES[self.loss][0]
         return self.loss in ("cross_entropy", "log_loss")
 
@@ -206,7 +218,7 @@ class Case:
         """For how many inputs, leaf and target, there is a gradient."""
         if self.layer is not None:
             return 1 if self.layer.frozen else 2
-        return row_losses.LOSSES[self.loss][1] if self.table == "rows" else 1
+        return row_losses.LOSSES[self.loss][1] if self.over_rows else 1
 
     @property
     def least_bytes(self) -> int:
@@ -360,6 +372,7 @@ _QUICK = {
     "forward: cross_entropy 4096x1000",
     "memory: mse 2^24",
     "memory: cross_entropy 512x32000",
+    "rows_memory: distillation 4096x1000",
     "linear: cross_entropy 512x64x8192",
     "linear_memory: cross_entropy 512x64x8192",
 }
@@ -384,6 +397,7 @@ _QUICK_CUDA = {
     "forward: cross_entropy 8192x128256, bf16",
     "memory: mse 2^28",
     "memory: cross_entropy 8192x128256, bf16",
+    "rows_memory: cross_entropy 16384x32000, bf16",
     "linear: cross_entropy 32768x768x50304, bf16",
     "linear_memory: cross_entropy 8192x4096x128256, bf16",
 }
@@ -477,6 +491,7 @@ def _cpu() -> tuple[Case, ...]:
     for loss, (eager, compiled) in _ROWS.items():
         for shape in ((4096, 1000), (512, 32000)):
             cases.append(case("rows", loss, shape, bars(eager=eager, compile=compiled)))
+            cases.append(case("rows_memory", loss, shape, bars(gradients=1.05)))
 
     for loss in _POINTWISE:
         for power in range(10, 25, 2):
@@ -606,6 +621,7 @@ def _cuda() -> tuple[Case, ...]:
         add("rows", "distillation", shape, bars(compile=2, limit=1.3), dtype=bf16)
     for loss in ("cross_entropy", "focal", "grpo", "jsd"):
         add("rows", loss, (16384, 32000), bars(compile=1.5), dtype=bf16)
+        add("rows_memory", loss, (16384, 32000), bars(gradients=1.05), dtype=bf16)
 
     behind = partial(add, dtype=bf16, layer=linear.Layer())
     large, peers = (8192, 4096, 128256), partial(bars, chunked=1.5, liger=3, quack=0.93)

@@ -212,7 +212,7 @@ def running(contestant: str) -> AbstractContextManager[None]:
 def eager_loss(case: Case) -> Loss:
     if case.table == "own":
         return own.eager(case.loss)
-    if case.table == "rows":
+    if case.over_rows:
         return row_losses.eager(case)
     if case.layer is not None:
         return linear.eager(case)
@@ -222,7 +222,7 @@ def eager_loss(case: Case) -> Loss:
 def our_loss(case: Case) -> Loss:
     if case.table == "own":
         return own.ours(case.loss)
-    if case.table == "rows":
+    if case.over_rows:
         return row_losses.ours(case)
     if case.layer is not None:
         return linear.ours(case)

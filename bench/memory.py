@@ -7,6 +7,7 @@ what torch's allocator handed out.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import subprocess
@@ -96,6 +97,9 @@ def measure(case: Case, wanted: Collection[str] | None = None) -> Row:
             lines = done.stderr.strip().splitlines()
             text = lines[-1] if lines else f"exit status {done.returncode}"
             row.problems[contestant] = Problem("failed", text)
+    if "gradients" in TABLES[case.table].columns:
+        size = case.gradients * math.prod(case.shape) * case.dtype.itemsize
+        row.samples["gradients"] = [float(size)]
     if "mebibytes" in TABLES[case.table].columns:
         row.samples["mebibyte"] = [2.0**20]
     return row

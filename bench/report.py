@@ -312,6 +312,7 @@ GB/s counts that traffic alone.
 - **products**, behind a linear layer, are the bare matrix products that a step needs (`torch.mm`), over \
 the rows that count: for the logits, and for the gradients of hidden states and weight. **torch, chunked** \
 is `F.linear_cross_entropy` with `LinearCrossEntropyOptions()`. Memory there is beyond the gradients too.
+- **gradients**, beside the memory of losses over rows, are the bytes of the gradients alone.
 {_ABOUT_GPU if about["device"] == "cuda" else _ABOUT_CPU}
 
 {tables(rows)}

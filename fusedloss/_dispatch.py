@@ -248,15 +248,17 @@ def _why_not_fused(named: Mapping[str, Any], *others: Any, gradients: int = 1) -
     return None
 
 
+def has_numbers() -> bool:
+    """Whether the tensors of a call hold numbers, and no compiler or tracer records what is done with them."""
+    return not (
+        torch.compiler.is_compiling() or _transformed() or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def check_label(name: str, label: Tensor, classes: int, ignore_index: int) -> None:
     """Raises the error for a label that is no class, where that can be known without waiting. (The loss of
     its row is nan elsewhere.)"""
-    if (
-        label.device.type != "cpu"
-        or torch.compiler.is_compiling()
-        or _transformed()
-        or torch._C._len_torch_dispatch_stack() > 0
-    ):
+    if label.device.type != "cpu" or not has_numbers():
         return
     wrong = ((label < 0) | (label >= classes)) & (label != ignore_index)
     if wrong.any():

@@ -79,9 +79,7 @@ def rows_that_count(label: Tensor, ignore_index: int, drops: bool | None) -> Ten
 
     drops None: on a CPU. On a GPU the host waits for their number.
     """
-    if torch.compiler.is_compiling() or not (
-        label.device.type == "cpu" if drops is None else drops
-    ):
+    if not _dispatch.has_numbers() or not (label.device.type == "cpu" if drops is None else drops):
         return None
     kept = (label != ignore_index).nonzero()[:, 0]
     return None if kept.numel() in (0, label.numel()) else kept
@@ -480,7 +478,7 @@ def _scaled(
     if torch.compiler.is_compiling():
         return (gradient * scale).to(like.dtype)
     # To look at a number on a GPU is to wait for it.
-    if scale.device.type == "cpu" and scale.item() == 1:
+    if scale.device.type == "cpu" and _dispatch.has_numbers() and scale.item() == 1:
         return gradient.to(like.dtype)
     if gradient.dtype is like.dtype:
         return gradient.mul_(scale)

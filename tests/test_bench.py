@@ -829,6 +829,16 @@ def test_memory_behind_a_linear_layer(monkeypatch):
     assert memory.measure(frozen, []).samples["ours"] == [2**24 - 2**20]
 
 
+def test_memory_of_losses_over_rows(monkeypatch):
+    """Beside that of all gradients."""
+    monkeypatch.setattr(memory, "allocated", lambda case, contestant: 2**12 * len(contestant))
+    case = Case("cosine", "rows_memory", "cosine", (2**4, 2**6), {"gradients": 2}, device="cuda")
+    row = memory.measure(case)
+    assert row.samples == {"eager": [5 * 2**12], "ours": [2**14], "gradients": [2**13]}
+    assert row.ratios()["gradients"].met
+    assert "ours / gradients" in report.tables([row])
+
+
 def test_long_step_runs_once_a_round(monkeypatch):
     calls = []
     monkeypatch.setattr(measure, "LONG_SECONDS", 0.0)

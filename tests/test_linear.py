@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedloss
 import fusedloss.functional as FL
@@ -420,6 +421,35 @@ def test_autocast(fused: str, dtypes: tuple[str, str]) -> None:
     ours, theirs = (gradients(v, (x, w), torch.tensor(1.0)) for v in (found, expected))
     assert [t.dtype for t in ours] == [t.dtype for t in theirs]
     assert_same(ours, theirs, 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"memory": "low"}], ids=str)
+@pytest.mark.parametrize("formula", [False, pytest.param(True, marks=needs_formula)])
+def test_fake_tensors(
+    fused: str, formula: bool, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Shape, dtype, strides and device without numbers, forward and backward."""
+    loss = FL.linear_cross_entropy
+    if formula:
+        loss = fusedloss.linear(next(c.loss for c in ROW_LOSSES if c.id == "cross_entropy"))
+
+    def step(x: Tensor, w: Tensor, b: Tensor, target: Tensor) -> list[Tensor]:
+        value = loss(x, w, target, **{"bias" if formula else "linear_bias": b}, **options)
+        return [value, *torch.autograd.grad(value.sum(), (x, w, b))]
+
+    given = draw(dtype=dtype)
+    with FakeTensorMode(allow_fallback_kernels=False) as mode:
+        fakes = step(*(mode.from_tensor(t) for t in given))
+    for real, fake in zip(step(*given), fakes, strict=True):
+        for what in ("shape", "dtype", "device"):
+            assert getattr(fake, what) == getattr(real, what)
+        assert fake.stride() == real.stride()
+
+
+def test_product_of_meta_tensors(compiled: str) -> None:
+    meta = [torch.empty(shape, device="meta") for shape in ((4, 5), (4, 3), (3, 5))]
+    torch.ops.fusedloss.product_(*meta, False)
 
 
 def test_dtypes_that_differ(fused: str) -> None:

@@ -114,6 +114,7 @@ def test_the_operators_are_listed() -> None:
 X, Y, PAIR = torch.zeros(8), torch.zeros(8), torch.tensor([float("nan"), 1.0], dtype=torch.float64)
 ROWS, CLASSES = torch.zeros(50, 4), torch.zeros(50, dtype=torch.int64)
 LOGITS, ONE = "binary_cross_entropy_with_logits", torch.tensor(1.0)
+ONES, TWO = torch.ones(50), [torch.zeros(50, 4), torch.zeros(50, 4)]
 INT, META = torch.tensor(1), ONE.to("meta")
 # What follows input and target: weight, more, loss, parameters, ignore_index, reduction, dtype.
 MSE = (None, [], "mse_loss", [], 0, 1, torch.float32)
@@ -152,6 +153,8 @@ EACH_ROW = ([], "cross_entropy", [0.0], -100, 0, torch.float32)
         ("loss_backward", (META, PAIR, X, Y, *MSE, 1), "beside a meta"),
         ("loss_backward", (X, PAIR, ROWS, CLASSES, None, *EACH_ROW, 1), "grad_output of"),
         ("loss_backward", (X, PAIR, ROWS, CLASSES, None, *SUM_OF_ROWS, 1), "grad_output of"),
+        ("loss_with_gradients_", (ONES, ROWS, CLASSES, None, *EACH_ROW, 1, []), "0 outputs for"),
+        ("loss_with_gradients_", (ONES, ROWS, CLASSES, None, *EACH_ROW, 1, TWO), "2 outputs for"),
     ],
 )
 def test_direct_calls_are_checked(

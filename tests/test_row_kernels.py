@@ -276,6 +276,20 @@ def test_nan_and_infinity(classes: int, fused: str) -> None:
 
 
 @pytest.mark.interpret_all
+def test_scale_of_a_class_without_a_share(fused: str) -> None:
+    """PyTorch's gradient for the scale is 0 * inf. The kernel has that of the other classes, and check()
+    says so."""
+    x, label, scale = CASES["scaled"].inputs((3,), 12, torch.float64)
+    x[:, 3:7], label = -torch.inf, label % 3
+    some, scale = torch.cat([x[:, :3], x[:, 7:]], 1), -scale.requires_grad_()
+    values = CASES["scaled"].loss(x, label, scale), CASES["scaled"].torch(some, label, scale).mean()
+    assert_near(*(torch.autograd.grad(value, scale)[0] for value in values), "scale")
+    report = CASES["scaled"].loss.check()
+    assert report.ok
+    assert "plain PyTorch's gradient for scale is nan in rows with entries of -inf" in str(report)
+
+
+@pytest.mark.interpret_all
 @pytest.mark.parametrize("classes", [6, 40])
 def test_ties(classes: int, fused: str) -> None:
     """A maximum's gradient goes to its first position."""

@@ -6,6 +6,7 @@ import copy
 import pickle
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import fusedloss
 from fusedloss import math as fm
+from fusedloss.custom.row_tracing import MAX_AUXILIARY
 from row_losses import (
     ROW_LOSSES,
     RowCase,
@@ -28,6 +30,7 @@ from row_losses import (
     jsd,
     lk_hybrid,
     reverse_kl,
+    scaled,
 )
 
 
@@ -463,6 +466,11 @@ MISTAKES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     ),
     "element beside it": (_extra_element, TypeError, "gives 'each' as one value a class"),
     "two values": (lambda x: (fm.sum(x), fm.max(x)), TypeError, "returns 2 values: return one row"),
+    "many results": (
+        lambda x: (fm.sum(x), {str(i): fm.max(x) for i in range(5)}),
+        TypeError,
+        "returns 5 auxiliary results: a loss has at most 4",
+    ),
     "nothing": (lambda x: None, TypeError, "returns None"),
     "no tensor": (lambda: 1.0, TypeError, "a loss takes 1 to 8 tensors"),
 }
@@ -473,6 +481,11 @@ def test_mistakes(name: str) -> None:
     function, error, says = MISTAKES[name]
     with pytest.raises(error, match=says):
         fusedloss.row_loss(function)
+
+
+def test_the_kernels_have_that_limit() -> None:
+    header = (Path(__file__).parent.parent / "csrc" / "call.h").read_text()
+    assert f"kMaxAuxiliary = {MAX_AUXILIARY};" in header
 
 
 @pytest.mark.parametrize("word", ["sum", "mean", "logsumexp", "softmax", "classes"])
@@ -543,6 +556,8 @@ def test_check() -> None:
     assert "rewritten: exp(log_softmax(teacher/T)) is computed as softmax(teacher/T)" in str(report)
     assert cispo.check().ok
     assert "gradient for balance" not in str(balanced.check()), "it is of all rows, and no kernel's"
+    (error,) = scaled.check().errors
+    assert "is nan in rows with entries of -inf, where a slope is 0 * inf or inf - inf" in error
     naive = fusedloss.row_loss(lambda x, y: fm.sum(fm.exp(x) * y) / fm.sum(fm.exp(x)))
     assert "domain: the value is not finite at 100% of rows with 1e4 added" in str(naive.check())
 

@@ -6,6 +6,7 @@
 #include <pthread.h>
 #endif
 
+#include <bit>
 #include <map>
 #include <mutex>
 #include <string>
@@ -130,12 +131,13 @@ Gradients checked_outputs(const Arguments& a, const LossInfo& info, int64_t mask
   TORCH_CHECK_VALUE(info.family == Family::kRows && a.each(), "fusedloss: the gradients of '",
                     a.loss, "' are not those of the losses of single rows");
   check_mask(mask, info);
+  const auto wanted = static_cast<size_t>(std::popcount(static_cast<uint64_t>(mask)));
+  TORCH_CHECK_VALUE(out.size() == wanted, "fusedloss: ", out.size(), " outputs for the mask ",
+                    mask);
   Gradients gradients(info.gradients);
   size_t given = 0;
   for (size_t i = 0; i < gradients.size(); ++i) {
     if (!wants(mask, i)) continue;
-    TORCH_CHECK_VALUE(given < out.size(), "fusedloss: ", out.size(), " outputs for the mask ",
-                      mask);
     const Tensor& t = gradients[i] = out[given++];
     TORCH_CHECK_VALUE(t.sizes() == a[i].sizes() && t.device() == a[i].device() &&
                           t.scalar_type() == a[i].scalar_type(),

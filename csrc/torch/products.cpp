@@ -109,5 +109,9 @@ TORCH_LIBRARY_FRAGMENT(fusedloss, m) {
   m.def("product_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()");
 }
 TORCH_LIBRARY_IMPL(fusedloss, CPU, m) { m.impl("product_", &product); }
+// It returns nothing, so there is no shape to compute.
+TORCH_LIBRARY_IMPL(fusedloss, Meta, m) {
+  m.impl("product_", [](const Tensor&, const Tensor&, const Tensor&, bool) {});
+}
 
 }  // namespace fusedloss

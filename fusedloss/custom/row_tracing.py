@@ -26,7 +26,7 @@ from .tracing import (
     signature,
 )
 
-MAX_AUXILIARY = 4
+MAX_AUXILIARY = 4  # as in csrc/call.h
 
 ROWS = Family(
     "row_loss",
@@ -160,14 +160,14 @@ def _parts(name: str, result: Any) -> tuple[Any, dict[str, Any]]:
     if not isinstance(result, tuple | list):
         return result, {}
     auxiliary = result[1] if len(result) == 2 else None
-    if (
-        not isinstance(auxiliary, dict)
-        or len(auxiliary) > MAX_AUXILIARY
-        or not all(isinstance(key, str) and key for key in auxiliary)
-    ):
+    if not isinstance(auxiliary, dict) or not all(isinstance(k, str) and k for k in auxiliary):
         raise TypeError(
             f"{name} returns {len(result)} values: return one row number, or (loss, {{name: row number}}) "
             f"with at most {MAX_AUXILIARY} more"
+        )
+    if len(auxiliary) > MAX_AUXILIARY:
+        raise TypeError(
+            f"{name} returns {len(auxiliary)} auxiliary results: a loss has at most {MAX_AUXILIARY}"
         )
     return result[0], auxiliary
 
