@@ -63,7 +63,8 @@ void load_custom(const std::string& name, const std::string& library);
 // The same for GPUs: see cuda/kernels.h.
 void load_custom_kernels(const std::string& name, int inputs, int parameters, int capability,
                          const std::string& file);
-// The same of a row loss. kinds: numbers of Kind; sizes: of CustomRowsInfo in cuda/sizes.h, from kept.
+// The same of a row loss. kinds: numbers of Kind; sizes: of CustomRowsInfo in cuda/sizes.h, from
+// kept.
 void load_custom_rows_kernels(const std::string& name, const std::vector<int>& kinds,
                               int parameters, const std::array<int, 4>& sizes, int auxiliary,
                               int capability, const std::string& file);

@@ -100,9 +100,7 @@ def test_hot_kernels(kind: str, architecture: str, built: str) -> None:
     check_kernels(built, architecture, HOT[kind], count)
 
 
-def check_kernels(
-    file: str, architecture: str, kind: str, count: int, spills: int = 0
-) -> None:
+def check_kernels(file: str, architecture: str, kind: str, count: int, spills: int = 0) -> None:
     """Each hot kernel reads and writes 16 bytes at a time and spills no register, or few."""
     kernels = machine_code(file, architecture).items()
     found = {name: code for name, code in kernels if re.search(kind, name)}

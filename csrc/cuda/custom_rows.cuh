@@ -1,5 +1,6 @@
-// The kernel of a custom row loss, compiled where it is used: by NVRTC or nvcc, without headers of
-// torch. custom.cu loads and launches it.
+// The kernel of a custom row loss whose rows are in shared memory; most of those that begin at
+// multiples of 16 bytes are in registers instead, by custom_rows_held.cuh. Both are compiled where
+// they are used: by NVRTC or nvcc, without headers of torch. custom.cu loads and launches them.
 //
 // Fewest bytes for value and gradients: read each element input, write each gradient that is
 // wanted. The threads that share a row copy its element inputs into shared memory, side by side,
@@ -8,7 +9,7 @@
 // each of them computes the row numbers that follow. Kept values have slots of their own where
 // there is room, else they are computed again; exponentials of two-byte rows always are, since that
 // takes less than to share a row among more threads. A row that no cluster can hold is read once a
-// walk. One kernel serves every pass, so that a gradient has the same bits from each.
+// walk. The same kernel serves every pass, so that a gradient has the same bits from each.
 //
 // A slot is 16 bytes of an input, and begins where a vector of the first input does: a row that
 // begins behind a multiple of 16 bytes has a first slot that is not whole, and its last one need

@@ -1,14 +1,14 @@
 // Rows of a custom loss whose classes fit in registers: what rows_held.cuh is for cross-entropy.
 //
 // A row is read from memory once, by way of shared memory. Here a thread then keeps its classes in
-// registers, and what walks keep of them, until the gradient is written: no walk reads or computes
-// anything again, and a slot in shared memory is free for the next row as soon as it is read.
+// registers, and what walks keep of them, until the gradient is written: no walk reads a class
+// again, and a slot in shared memory is free for the next row as soon as it is read.
 //
 // Classes are neighbours, every vector of a row begins at a multiple of 16 bytes, in inputs and in
 // gradients, and all of these have one type. The loss has neither peaks nor numbers of a class that
-// are the same for all rows. Eight neighbouring threads have neighbouring vectors, which fill a cache
-// line, and vector k of a thread lies eight behind its vector k - 1. In shared memory they are
-// smem[stage][warp][input][k][lane].
+// are the same for all rows. Eight neighbouring threads have neighbouring vectors, which fill a
+// cache line, and vector k of a thread lies eight behind its vector k - 1. In shared memory they
+// are smem[stage][warp][input][k][lane].
 #pragma once
 
 #include "custom_rows.cuh"
@@ -21,35 +21,23 @@ constexpr int kHeldClasses = sizeof(D) == 2   ? Loss::kHeldNarrow
                              : sizeof(D) == 4 ? Loss::kHeld
                                               : 0;
 
-// As a tree: if one number outweighs all others, each addition to it is a rounding.
-template <int kSize, class T>
-__device__ T tree_sum(const T (&x)[kSize]) {
-  if constexpr (kSize == 1) {
-    return x[0];
-  } else {
-    T halves[kSize / 2];
-#pragma unroll
-    for (int i = 0; i < kSize / 2; ++i) halves[i] = x[i] + x[i + kSize / 2];
-    return tree_sum(halves);
-  }
-}
+constexpr int kHeldLanes = 8;  // threads whose vectors are neighbours
 
-constexpr int kHeldLanes = 8;
-
+// A row, and what one thread holds of it.
 template <class Loss, class D>
 struct HeldRow : RowFormula<Loss, D> {
   using Formula = RowFormula<Loss, D>;
+  using Formula::c, Formula::kElements, Formula::kSize, Formula::label, Formula::loss, Formula::r;
   using typename Formula::Class;
   using typename Formula::Numbers;
   using typename Formula::RowAccess;
   using typename Formula::T;
   using typename Formula::V;
-  using Formula::c, Formula::kElements, Formula::kSize, Formula::label, Formula::loss, Formula::r;
   static constexpr int kHeld = kHeldClasses<Loss, D>, kVectors = kHeld / kSize;
   static constexpr int kWords = (kHeld + 31) / 32;  // of a bit for each class
 
-  const int rank;          // of the thread, among those of its row
-  int first, count;        // the thread's first vector, and how many it has
+  const int rank;                          // of the thread, among those of its row
+  int first, count;                        // the thread's first vector, and how many it has
   unsigned valid[kWords], summed[kWords];  // its classes, and those that are in the sums
   V x[kElements][kVectors];
   T kept[at_least_one(Loss::kKeptCount)][kHeld];
@@ -140,7 +128,7 @@ struct HeldRow : RowFormula<Loss, D> {
 #if defined(__CUDACC_RTC__) || defined(__NVCC__)
     constexpr int kWordsOfVector = kVectorBytes / 4;
     each<kElements>([&](auto i) {
-      auto* const words = reinterpret_cast<unsigned(*)[kWordsOfVector]>(x[i]);
+      auto* const words = reinterpret_cast<unsigned (*)[kWordsOfVector]>(x[i]);
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
         each<kWordsOfVector>([&](auto w) { asm("" : "+r"(words[k][w])); });
@@ -156,7 +144,8 @@ struct HeldRow : RowFormula<Loss, D> {
     each<kElements>([&](auto i) { one.x[i] = widen(x[i][k], e); });
     each<Loss::kKeptCount>([&](auto j) { one.kept[j] = kept[j][k * kSize + e]; });
   }
-  // The element input of which maximum j of a level is the largest one, where a nan may be left out.
+  // The element input of which maximum j of a level is the largest one, where a nan may be left
+  // out.
   template <int kLevel>
   static constexpr int origin_of(int j) {
     for (int level = 0; level < kLevel; ++level) j += Loss::kMaxima[level];
@@ -165,7 +154,8 @@ struct HeldRow : RowFormula<Loss, D> {
   template <int kLevel, class Terms>
   __device__ void add(Terms& total) {
     constexpr int kMaxima = Loss::kMaxima[kLevel], kSums = Loss::kSums[kLevel];
-    constexpr int kChains = kVectors < 4 ? kVectors : 4;  // of additions, which are merged as a tree
+    constexpr int kChains =
+        kVectors < 4 ? kVectors : 4;  // of additions, which are merged as a tree
     T sums[at_least_one(kSums)][kChains];
     if (kLevel > 0) forget();
     each<at_least_one(kSums)>([&](auto j) {
@@ -283,7 +273,8 @@ __device__ void hold_rows(const CustomParameters<Loss>& given, const CustomRowsC
   ThreadGroup<Scope::kAny> group(tiling.threads_per_row);
   HeldRow<Loss, D> held(loss, c, group);
   // The plan sees to it that these fit. More bits would take registers that classes need.
-  const auto rows = static_cast<unsigned>(c.outer), step = static_cast<unsigned>(group.row_stride());
+  const auto rows = static_cast<unsigned>(c.outer),
+             step = static_cast<unsigned>(group.row_stride());
   const auto row_in_block = static_cast<unsigned>(group.row_in_block());
   unsigned block_row = static_cast<unsigned>(group.first_row());
   const auto prefetch = [&](auto* stage, unsigned row) {

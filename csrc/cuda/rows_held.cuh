@@ -43,19 +43,6 @@ struct RowSum {
   }
 };
 
-// As a tree: if one number outweighs all others, each addition to it is a rounding.
-template <int kSize>
-__device__ float tree_sum(const float (&x)[kSize]) {
-  if constexpr (kSize == 1) {
-    return x[0];
-  } else {
-    float halves[kSize / 2];
-#pragma unroll
-    for (int i = 0; i < kSize / 2; ++i) halves[i] = x[i] + x[i + kSize / 2];
-    return tree_sum(halves);
-  }
-}
-
 // ---- exponentials -------------------------------------------------------------------------------
 
 // The e^(x - max) of a row are (*this)(x) * correction, as exact as results of type D need.

@@ -275,8 +275,8 @@ std::optional<RowsPlan> plan_held(const HeldDemand& demand, const Device& device
   }
   if (plan.cluster > (device.has_clusters() ? kMaxClusterSize : 1)) return {};
   plan.tiling.vectors_per_thread = demand.vectors_per_thread;
-  const int64_t row_bytes = int64_t{demand.operands} * demand.vectors_per_thread * plan.threads *
-                            kVectorBytes;
+  const int64_t row_bytes =
+      int64_t{demand.operands} * demand.vectors_per_thread * plan.threads * kVectorBytes;
   const int64_t smem_per_block = device.smem_per_sm() / (knobs.threads_per_sm / plan.threads);
   plan.tiling.stages = static_cast<int>(
       std::clamp<int64_t>((smem_per_block - kStaticSmem) / row_bytes, 1, knobs.stages));
@@ -411,8 +411,9 @@ inline DType read_dtype(const CustomRowsCall& call, unsigned elements) {
 
 constexpr int custom_threads_per_sm(int element_bytes) { return element_bytes == 8 ? 256 : 512; }
 
-// Threads that share a row of which each holds so many classes, at least the eight that read a cache
-// line together. Those of rows that would leave most of them idle are in shared memory instead.
+// Threads that share a row of which each holds so many classes, at least the eight that read a
+// cache line together. Those of rows that would leave most of them idle are in shared memory
+// instead.
 constexpr int64_t kMinHeldRowThreads = 8;
 
 // The plan of the kernel that holds rows in registers, if it can take the call.

@@ -111,6 +111,19 @@ __device__ inline int64_t quotient(int64_t a, int64_t b, int64_t bound) {
   return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
 }
 
+// As a tree: if one number outweighs all others, each addition to it is a rounding.
+template <int kSize, class T>
+__device__ T tree_sum(const T (&x)[kSize]) {
+  if constexpr (kSize == 1) {
+    return x[0];
+  } else {
+    T halves[kSize / 2];
+#pragma unroll
+    for (int i = 0; i < kSize / 2; ++i) halves[i] = x[i] + x[i + kSize / 2];
+    return tree_sum(halves);
+  }
+}
+
 // ---- vectors ------------------------------------------------------------------------------------
 
 template <class D, int kCount>

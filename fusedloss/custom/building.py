@@ -172,7 +172,9 @@ def architectures() -> list[str]:
 CPU = Engine("CPU", "cpu", "pointwise_kernel.h", "FUSEDLOSS_CUSTOM", ".cpp", ".so")
 CPU_ROWS = Engine("CPU", "cpu", "custom_rows_kernel.h", "FUSEDLOSS_CUSTOM_ROWS", ".cpp", ".so")
 CUDA = Engine("GPU", "cuda", "custom.cuh", "FUSEDLOSS_CUSTOM_CUDA", ".cu", ".cubin")
-CUDA_ROWS = Engine("GPU", "cuda", "custom_rows_held.cuh", "FUSEDLOSS_CUSTOM_ROWS_CUDA", ".cu", ".cubin")
+CUDA_ROWS = Engine(
+    "GPU", "cuda", "custom_rows_held.cuh", "FUSEDLOSS_CUSTOM_ROWS_CUDA", ".cu", ".cubin"
+)
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,9 @@ class _Struct:
         program, elements = self.program, [*self.traced.of_kind(Kind.ELEMENT)]
         return [
             elements.index(e) if e in elements and not program.is_read(symbol) else -1
-            for level, walk, count in zip(program.levels, program.walks, program.maxima, strict=True)
+            for level, walk, count in zip(
+                program.levels, program.walks, program.maxima, strict=True
+            )
             for symbol, e in zip(level[:count], walk.results[:count], strict=True)
         ]
 
