@@ -9,7 +9,8 @@
 // each of them computes the row numbers that follow. Kept values have slots of their own where
 // there is room, else they are computed again; exponentials of two-byte rows always are, since that
 // takes less than to share a row among more threads. A row that no cluster can hold is read once a
-// walk. The same kernel serves every pass, so that a gradient has the same bits from each.
+// walk. The same kernel serves every pass, so that a gradient has the same bits from each, unless
+// the caller's own memory for gradients begins elsewhere.
 //
 // A slot is 16 bytes of an input, and begins where a vector of the first input does: a row that
 // begins behind a multiple of 16 bytes has a first slot that is not whole, and its last one need
@@ -47,7 +48,7 @@ __device__ __forceinline__ void each(F&& f) {
 __device__ __forceinline__ void hold(int& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void hold(unsigned& x) { asm volatile("" : "+r"(x)); }
 template <class V>
-__device__ __forceinline__ void hold(V*& global) {
+__device__ __forceinline__ void hold([[maybe_unused]] V*& global) {
 #if defined(__CUDACC_RTC__) || defined(__NVCC__)
   asm volatile("" : "+l"(global));
   __builtin_assume(__isGlobal(global));
@@ -56,7 +57,7 @@ __device__ __forceinline__ void hold(V*& global) {
 
 // The same of a pointer to shared memory.
 template <class V>
-__device__ __forceinline__ void hold_smem(V*& p) {
+__device__ __forceinline__ void hold_smem([[maybe_unused]] V*& p) {
 #if defined(__CUDACC_RTC__) || defined(__NVCC__)
   auto at = static_cast<unsigned>(__cvta_generic_to_shared(p));
   hold(at);
@@ -140,7 +141,7 @@ struct RowPlace {
   int64_t outer, inner;
   bool exists;  // otherwise the place is that of the first row
 
-  // Of a matrix.
+  // A row of a matrix.
   template <class Index>
   __device__ RowPlace(Index rows, Index row)
       : outer(row < rows ? row : 0), inner(0), exists(row < rows) {}

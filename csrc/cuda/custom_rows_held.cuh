@@ -47,7 +47,7 @@ struct HeldRow : RowFormula<Loss, D> {
       : Formula{loss, c},
         rank(group.rank),
         first(rank / kHeldLanes * (kVectors * kHeldLanes) + rank % kHeldLanes),
-        count(vectors(static_cast<int>(c.classes / kSize) - first)) {
+        count(count_of(static_cast<int>(c.classes / kSize) - first)) {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       const int classes = count * kSize - 32 * w;
@@ -58,7 +58,7 @@ struct HeldRow : RowFormula<Loss, D> {
     hold(count);
   }
   // rest: those of the row from this thread's first one on.
-  __device__ static int vectors(int rest) {
+  __device__ static int count_of(int rest) {
     return min(max((rest + kHeldLanes - 1) / kHeldLanes, 0), kVectors);
   }
 
@@ -79,7 +79,8 @@ struct HeldRow : RowFormula<Loss, D> {
   }
   __device__ static V& slot(V* stage, int i, int k) { return stage[(i * kVectors + k) * kWarp]; }
 
-  // Vector k is behind the row's end in every row. It is no row's largest one, and else not used.
+  // Vector k is behind the row's end in every row: -inf is never the largest, and whatever else is
+  // computed of it is left out by its number or its bits.
   __device__ void fill_unused(V* stage) const {
     each<kElements>([&](auto i) {
 #pragma unroll
@@ -89,12 +90,12 @@ struct HeldRow : RowFormula<Loss, D> {
       }
     });
   }
-  __device__ V* vectors_of(const Rows& r, unsigned row) const {
+  __device__ V* row_vectors(const Rows& r, unsigned row) const {
     return reinterpret_cast<V*>(static_cast<D*>(const_cast<void*>(r.data)) + row * r.outer) + first;
   }
   __device__ void prefetch(V* stage, unsigned row) const {
     each<kElements>([&](auto i) {
-      const V* from = this->vectors_of(this->template element_input<i>(), row);
+      const V* from = this->row_vectors(this->template element_input<i>(), row);
       hold(from);
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
@@ -207,7 +208,7 @@ struct HeldRow : RowFormula<Loss, D> {
     bool wanted[kCount];
     each<kCount>([&](auto i) {
       const Rows& r = this->template gradient<i>();
-      to[i] = this->vectors_of(r, row);
+      to[i] = this->row_vectors(r, row);
       hold(to[i]);
       wanted[i] = r.data;
     });
@@ -233,7 +234,7 @@ struct HeldRow : RowFormula<Loss, D> {
     each<kSize>([&](auto e) { vector.element[e] = filler; });
     each<kElements>([&](auto i) {
       const Rows& r = this->template gradient<i>();
-      V* const to = this->vectors_of(r, row);
+      V* const to = this->row_vectors(r, row);
       for (int k = 0; k < count; ++k) {
         if (r.data) to[k * kHeldLanes] = vector;
       }

@@ -423,7 +423,7 @@ std::optional<RowsPlan> plan_held(const CustomRowsCall& call, const CustomRowsIn
   const DType dtype = read_dtype(call, loss.elements);
   const int bytes = bytes_of(dtype), size = kVectorBytes / bytes;
   const int held = bytes == 8 ? 0 : bytes == 4 ? loss.held : loss.held_narrow;
-  if (held == 0 || call.inner > 1 || call.classes % size != 0) return {};
+  if (held == 0 || call.inner != 1 || call.classes % size != 0) return {};
   if (2 * call.classes < kMinHeldRowThreads * held || call.classes > kMaxClasses) return {};
   for (int i = 0; i < kMaxInputs; ++i) {
     if (!(loss.elements >> i & 1)) continue;

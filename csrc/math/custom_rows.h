@@ -12,9 +12,9 @@
 //     static constexpr int kLevels;           // walks before the gradient's
 //     static constexpr int kMaxima[kLevels];  // how many of a level's terms are maxima, the first
 //     static constexpr int kSums[kLevels];    // ones, and how many are sums
-//     static constexpr int kOriginOf[];       // the element input that each level's maxima are of,
-//     if
-//                                             // origin() alone reads them; else -1
+//     static constexpr int kOriginOf[];       // for the maxima of all levels: the element input
+//                                             // whose largest element it is, if it may leave out a
+//                                             // nan; else -1
 //     static constexpr Kept kKept[];          // see below; kKeptCount of them are used
 //     static constexpr int kKeptCount;
 //     static constexpr int kKeptNarrow;       // how many of them a GPU keeps for two-byte rows

@@ -10,6 +10,7 @@ from sympy.core.parameters import distribute
 
 from .primitives import Expr, Input
 from .printing import Numbers, Printer, _Cpp, _CppConstant, _Triton, host_constants
+from .row_primitives import Weighted
 from .row_tracing import Kind, TracedRows
 from .tracing import _repeated
 from .walks import Named, RowProgram, Walk
@@ -122,8 +123,14 @@ class _Struct:
         yield "};"
 
     def _origins(self) -> list[int]:
-        """Of each maximum, the element input that it is of if it is an origin alone, else -1."""
+        """Of each maximum, the element input that it is of if the row's results are nan wherever that is,
+        though the maximum need not be; else -1."""
         program, elements = self.program, [*self.traced.of_kind(Kind.ELEMENT)]
+        slopes = *program.gradients.results, *(e for _, e in program.gradients.named)
+        if any(
+            e.has(Weighted) for e in slopes
+        ):  # 0 for a class without a share, whatever the rest is
+            return [-1] * sum(program.maxima)
         return [
             elements.index(e) if e in elements and not program.is_read(symbol) else -1
             for level, walk, count in zip(

@@ -148,9 +148,11 @@ class _Assembly:
         vectors of 16 bytes would fit, and where so many copies of costly formulas take long to compile."""
         formulas = [{*walk.results, *(e for _, e in walk.named)} for walk in walks]
         costly = sum(_is_costly_for_narrow(e) for walk in formulas for e in walk)
-        if has_peaks or costly > 1 or self.form.traced.of_kind(Kind.PER_CLASS):
-            return 0, 0
         used = [set().union(*(e.free_symbols for e in walk)) for walk in formulas]
+        reads_classes = set().union(*used) & {*self.elements}
+        per_class = self.form.traced.of_kind(Kind.PER_CLASS)
+        if has_peaks or costly > 1 or per_class or not reads_classes:
+            return 0, 0
 
         def held(registers: int, of_input: float) -> int:
             needed = [
