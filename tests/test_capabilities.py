@@ -47,14 +47,16 @@ def test_kernels(capability: str) -> None:
     need("compiled")
     import fusedloss._C as extension
 
-    wanted = CAPABILITIES[capability]
-    if wanted not in extension.build_info()["cpu_capabilities"]:
+    wanted, built = CAPABILITIES[capability], extension.build_info()["cpu_capabilities"]
+    if wanted not in built:
         pytest.skip(f"no kernels were built for {wanted}")
     torch_has, ours = capabilities(capability)
     # torch believes ATEN_CPU_CAPABILITY, whatever the CPU has.
     best = torch.backends.cpu.get_cpu_capability()
     if torch_has != wanted or RANKED.index(wanted) > RANKED.index(best):
         pytest.skip(f"this CPU runs {best}, not {wanted}")
+    if wanted == best and len(built) > 1:
+        pytest.skip("all other tests run those")
     assert ours == wanted
     files = [TESTS / name for name in ("test_values.py", "test_layouts.py", "test_memory.py")]
     done = run(

@@ -214,7 +214,7 @@ def test_long_rows(name: str) -> None:
 HELD = ((70, 264), (1, 1000), (9, 2048), (5, 2056), (2, 16_648))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["cross_entropy", "distillation", "jsd", "triplet", "grpo"])
 def test_held(name: str, dtype: str) -> None:
     check_all("plain", questions(name, DTYPES[dtype], HELD))
@@ -264,8 +264,12 @@ def test_no_rows() -> None:
 FEW = ((7,), (70, 7), (5, 1000), (2, 7, 33), (2, 2056), LONG)
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "triplet", "spread"])
-@pytest.mark.parametrize("variant", ["address", "thread"])
+# A loss with a label, one whose maxima have slopes that count, and one of several inputs.
+SANITIZED = [("address", "cross_entropy"), ("address", "spread")]
+SANITIZED += [("thread", name) for name in ("cross_entropy", "triplet", "spread")]
+
+
+@pytest.mark.parametrize(("variant", "name"), SANITIZED)
 def test_sanitized(variant: str, name: str) -> None:
     """Bounds and alignment, and the order of threads."""
     for dtype in (torch.float32, torch.bfloat16):
