@@ -55,7 +55,7 @@ def test_kernels(capability: str) -> None:
     best = torch.backends.cpu.get_cpu_capability()
     if torch_has != wanted or RANKED.index(wanted) > RANKED.index(best):
         pytest.skip(f"this CPU runs {best}, not {wanted}")
-    if wanted == best and len(built) > 1:
+    if wanted == best and len(built) == len(RANKED):  # as in a usual build
         pytest.skip("all other tests run those")
     assert ours == wanted
     files = [TESTS / name for name in ("test_values.py", "test_layouts.py", "test_memory.py")]
