@@ -271,10 +271,8 @@ struct RowLine {
 };
 
 // A row as the loss's formulas see it.
-template <class Loss_, class D_>
+template <class Loss, class D>
 struct RowFormula {
-  using Loss = Loss_;
-  using D = D_;
   using T = Compute<D>;
   using V = Vector16<D>;
   using Numbers = RowNumbers<Loss>;
@@ -313,6 +311,16 @@ struct RowFormula {
   }
   template <int kLevel>
   static constexpr int kTerms = at_least_one(Loss::kMaxima[kLevel] + Loss::kSums[kLevel]);
+
+  // Element input number i, and its gradient.
+  template <int i>
+  __device__ const Rows& element_input() const {
+    return c.inputs[place_of<Loss>(Kind::kElement, i)];
+  }
+  template <int i>
+  __device__ const Rows& gradient() const {
+    return c.gradients[place_of<Loss>(Kind::kElement, i)];
+  }
 
   __device__ void begin(const Head& head) {
     each<Numbers::kFirst>([&](auto i) { r[i] = head.numbers[i]; });
@@ -398,14 +406,10 @@ struct RowWalk : RowFormula<Loss, D> {
     return bits;
   }
 
-  template <int i>
-  __device__ const Rows& element_input() const {
-    return c.inputs[place_of<Loss>(Kind::kElement, i)];
-  }
   // Begins to copy slot v of input i.
   template <int i>
   __device__ void prefetch(const Line& line, int v, V& to) const {
-    const Rows& r = element_input<i>();
+    const Rows& r = this->template element_input<i>();
     if ((line.vectors >> i & 1) && line.is_whole(v)) {
       cp_async(to, line.vector[i] + v);
       return;
@@ -619,12 +623,8 @@ struct RowWalk : RowFormula<Loss, D> {
     unsigned wanted = 0, vectors = 0;  // bit i: whether that of input i is, and has them
   };
   template <int i>
-  __device__ const Rows& gradient() const {
-    return c.gradients[place_of<Loss>(Kind::kElement, i)];
-  }
-  template <int i>
   __device__ void store_lane(const Gradients& to, int place, D x) const {
-    const Rows& r = gradient<i>();
+    const Rows& r = this->template gradient<i>();
     void* const data = const_cast<void*>(r.data);
     const int64_t at = to.begin[i] + place * r.classes;
     if (sizeof(D) == 2 || r.dtype == kDType<D>) {

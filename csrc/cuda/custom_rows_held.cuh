@@ -64,10 +64,6 @@ struct HeldRow : RowFormula<Loss, D> {
 
   // ---- shared memory ----
 
-  template <int i>
-  __device__ const Rows& element_input() const {
-    return c.inputs[place_of<Loss>(Kind::kElement, i)];
-  }
   // The thread's first slot.
   __device__ static V* stage(int s) {
     extern __shared__ uint4 smem[];
@@ -196,10 +192,6 @@ struct HeldRow : RowFormula<Loss, D> {
 
   // ---- gradients ----
 
-  template <int i>
-  __device__ const Rows& gradient() const {
-    return c.gradients[place_of<Loss>(Kind::kElement, i)];
-  }
   template <bool kAll>
   __device__ void store(unsigned row) {
     forget();

@@ -123,13 +123,12 @@ class _Struct:
         yield "};"
 
     def _origins(self) -> list[int]:
-        """Of each maximum, the element input that it is of if the row's results are nan wherever that is,
-        though the maximum need not be; else -1."""
+        """For each maximum, the element input whose largest element it is, if it may leave out a nan because
+        the row's results are nan anyway; else -1."""
         program, elements = self.program, [*self.traced.of_kind(Kind.ELEMENT)]
         slopes = *program.gradients.results, *(e for _, e in program.gradients.named)
-        if any(
-            e.has(Weighted) for e in slopes
-        ):  # 0 for a class without a share, whatever the rest is
+        # A class without a share has a slope of 0, whatever the rest is.
+        if any(e.has(Weighted) for e in slopes):
             return [-1] * sum(program.maxima)
         return [
             elements.index(e) if e in elements and not program.is_read(symbol) else -1
