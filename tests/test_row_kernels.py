@@ -305,6 +305,18 @@ def test_ties(classes: int, fused: str) -> None:
         assert torch.equal(gradient, expected)
 
 
+def test_no_class_but_the_label(fused: str) -> None:
+    """A loss whose walks read no class."""
+
+    @fusedloss.row_loss
+    def at_label(x, label: fm.Label):
+        return fm.at(x, label) ** 2
+
+    x, label = torch.randn(5, 8, requires_grad=True), torch.arange(5)
+    (gradient,) = torch.autograd.grad(at_label(x, label, reduction="sum"), x)
+    assert gradient.equal(torch.zeros(5, 8).scatter(1, label[:, None], 2 * x.diag()[:5, None]))
+
+
 @pytest.mark.interpret_all
 def test_auxiliary_results(fused: str) -> None:
     """Numbers of each row, from the same walks; none where a row does not count."""

@@ -233,18 +233,6 @@ def test_transforms() -> None:
     torch.testing.assert_close(slope, torch.autograd.grad(focal(leaf, y), leaf)[0])
 
 
-def test_no_class_but_the_label() -> None:
-    """A loss whose walks read no class."""
-
-    @fusedloss.row_loss
-    def at_label(x, label: fm.Label):
-        return fm.at(x, label) ** 2
-
-    x, label = torch.randn(5, 8, requires_grad=True), torch.arange(5)
-    (gradient,) = torch.autograd.grad(at_label(x, label, reduction="sum"), x)
-    assert gradient.equal(torch.zeros(5, 8).scatter(1, label[:, None], 2 * x.diag()[:5, None]))
-
-
 def test_words_on_tensors() -> None:
     x = torch.randn(3, 4)
     label = torch.tensor([1, 0, 3])
